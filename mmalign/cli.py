@@ -1,0 +1,218 @@
+"""The command line. Exit code 0: done; 2: bad input, told in one line; 1: a failure while running."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mmalign.config import BadInput, Config
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, each replacing one key of the file")]
+Run = Annotated[Path, typer.Argument(help="folder of a run")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint of the same run")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a text-to-image model from a config; evaluate before and after; write a report."""
+    from mmalign import config as configs, report as reports, train as trainer
+
+    c = configs.load(config, overrides or [])
+    quiet = Console(stderr=True) if as_json else console
+    out = trainer.train(c, resume, quiet)
+    page = reports.write(out)
+    summary = reports.summary(out)
+    if as_json:
+        print(json.dumps(summary | {"report": str(page)}))
+        return
+    if summary["rises"]:
+        console.print(_rises(summary))
+    console.print(f"report: {page}")
+
+
+def _rises(summary: dict) -> Table:
+    table = Table(title=f"held-out prompts, {summary['images']} images a side, same seeds before and after")
+    for heading in ("score", "before", "after", "rise", "p (paired)"):
+        table.add_column(heading, justify="left" if heading == "score" else "right")
+    for name, row in summary["rises"].items():
+        table.add_row(name, f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['rise']:+.3f}", f"{row['p']:.2g}")
+    return table
+
+
+def _policy(model: str, adapter: Path | None, guidance: float | None):
+    """A policy for inference: from a model, or from a run folder with its averaged adapter."""
+    import torch
+
+    from mmalign import checkpoint, config as configs, policy as policies
+
+    c = Config(model=model)
+    tensors = None
+    if adapter is not None:
+        if not (adapter / "config.yaml").is_file():
+            raise BadInput(f"--adapter {adapter}: no run there (config.yaml is missing)")
+        c = configs.load(adapter / "config.yaml")
+        newest = checkpoint.latest(adapter / "checkpoints")
+        if newest is None:
+            raise BadInput(f"--adapter {adapter}: the run has no checkpoint yet")
+        tensors, _ = checkpoint.read(newest)
+    place = configs.locate(c.model)
+    with configs.refusing():
+        policy = policies.load(
+            str(place) if place.exists() else c.model,
+            dtype=c.precision,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            guidance=c.guidance if guidance is None else guidance,
+        )
+        if tensors is not None:
+            policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, 0)
+            policy.load_adapter(tensors["ema"])
+    return policy
+
+
+@app.command()
+def sample(
+    prompt: Annotated[list[str] | None, typer.Argument(help="prompts, each in quotes")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="file of prompts (.txt or .jsonl)")] = None,
+    model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
+    adapter: Annotated[
+        Path | None, typer.Option(help="folder of a run whose model and averaged adapter are used")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="comma-separated, one image per prompt and seed")] = "0",
+    steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 10,
+    guidance: Annotated[
+        float | None, typer.Option(help="classifier-free guidance; default: the run's, or none")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
+    batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Sample images by ODE; a seed gives the image the stock pipeline gives for it."""
+    from torchvision.utils import save_image
+
+    from mmalign import evaluate, prompts as prompt_files
+    from reward_models import Prompt
+
+    if bool(prompt) == bool(prompts):
+        raise BadInput("give prompts in quotes or --prompts FILE, one of the two")
+    wanted = prompt_files.read(prompts) if prompts else [Prompt(text, {}, i) for i, text in enumerate(prompt)]
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise BadInput(f"--seeds {seeds!r}: whole numbers separated by commas are needed") from None
+    policy = _policy(model, adapter, guidance)
+    _writable(out)
+    images, of = evaluate.generate(policy, wanted, [numbers] * len(wanted), steps, batch)
+    files = []
+    for image, p, seed in zip(images, of.tolist(), numbers * len(wanted), strict=True):
+        files.append({"image": str(out / f"{wanted[p].id:05d}-{seed}.png"), "prompt": wanted[p].text, "seed": seed})
+        save_image(image, files[-1]["image"])
+    if as_json:
+        print(json.dumps(files))
+    else:
+        console.print(f"{len(files)} images in {out}")
+
+
+@app.command()
+def evaluate(
+    prompts: Annotated[Path, typer.Option(help="file of prompts with ground truth")] = Path(
+        "assets/prompts/held_out.jsonl"
+    ),
+    rewards: Annotated[str, typer.Option(help="comma-separated scorers")] = "shapes",
+    model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
+    adapter: Annotated[
+        Path | None, typer.Option(help="folder of a run whose model and averaged adapter are used")
+    ] = None,
+    members: Annotated[int, typer.Option("--seeds", min=1, help="images per prompt")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 10,
+    guidance: Annotated[
+        float | None, typer.Option(help="classifier-free guidance; default: the run's, or none")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the images and scores")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Score a model on prompts with fixed seeds, overall and by kind of prompt."""
+    from mmalign import config as configs, evaluate as evaluation, prompts as prompt_files
+    from reward_models import load as load_scorer
+
+    wanted = prompt_files.read(configs.locate(str(prompts)))
+    with configs.refusing():
+        scorers = {name: load_scorer(name) for name in rewards.split(",")}
+    policy = _policy(model, adapter, guidance)
+    if out is not None:
+        _writable(out)
+    result = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
+    if out is not None:
+        evaluation.write(result, wanted, out)
+    tags = [wanted[p].wants.get("tag", "") for p in result.prompt.tolist()]
+    table = {"all": result.means()}
+    for tag in dict.fromkeys(tags):
+        rows = [i for i, own in enumerate(tags) if own == tag]
+        table[tag] = {name: float(values[rows].nanmean()) for name, values in result.parts.items()}
+    if as_json:
+        print(json.dumps({"images": len(result.images), "means": table}))
+        return
+    view = Table(title=f"{len(result.images)} images, {steps} steps")
+    for heading in ("prompts", *result.parts):
+        view.add_column(heading)
+    for tag, row in table.items():
+        view.add_row(tag, *(f"{row[name]:.3f}" for name in result.parts))
+    console.print(view)
+
+
+@app.command()
+def export(run: Run, out: Annotated[Path, typer.Option(help="folder for the LoRA file")] = Path("lora")) -> None:
+    """Write a run's averaged adapter as the LoRA that stock diffusers opens, and open it once to be sure."""
+    policy = _policy("assets/tiny_sd3", run, None)
+    _writable(out)
+    path = policy.export(out)
+    policy.check_export(out)
+    console.print(f"{path}: opens in the stock pipeline and gives the same velocity")
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write a run's report.html again."""
+    from mmalign import report as reports
+
+    if not (run / "config.yaml").is_file():
+        raise BadInput(f"{run}: no run there (config.yaml is missing)")
+    console.print(f"report: {reports.write(run)}")
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(f"cannot write in {folder}: {error.strerror}") from None
+
+
+def main() -> None:
+    """Run the command line; a user's mistake becomes one line on stderr."""
+    import logging
+
+    import torch
+
+    torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        app()
+    except BadInput as error:
+        print(f"mmalign: {error}", file=sys.stderr)
+        sys.exit(2)

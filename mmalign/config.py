@@ -1,0 +1,182 @@
+"""The configuration of a run: flat YAML, complete in itself, read at the top and gone below.
+
+Every field has a default that works on the embedded model. A file states what it changes; `key=value` on the command line
+changes it once more. An unknown key is refused with the nearest name, and so is an option that cannot act.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parents[1]  # the checkout, whose assets/ a config may name from anywhere
+
+
+class BadInput(ValueError):
+    """A user's mistake: shown as one line, exit code 2."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What the parts refuse while they are being set up is the user's input: a ValueError becomes BadInput."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(" ".join(str(error).split())) from error
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # what is trained, on what
+    model: str = Field("assets/tiny_sd3", description="folder or hub id of a diffusers pipeline")
+    prompts: str = Field("assets/prompts/train.jsonl", description="training prompts: .txt (one a line) or .jsonl")
+    held_out: str | None = Field("assets/prompts/held_out.jsonl", description="prompts for evaluation; null for none")
+    rewards: dict[str, float] = Field(
+        {"shapes.strict": 0.5, "shapes.partial": 0.5},
+        min_length=1,
+        description="scorer.component: weight; their sum is learnt",
+    )
+    watch: list[str] = Field([], description="scorers shown at evaluation beside the rewards, never trained on")
+    scorers: dict[str, dict[str, Any]] = Field({}, description="settings of scorers by name")
+    out: str = Field("runs/quickstart", description="the run's folder; must be new, or the same run resumed")
+    seed: int = Field(0, ge=0)
+
+    # rollout
+    iterations: int = Field(100, ge=1)
+    prompts_per_iteration: int = Field(8, ge=1, description="P")
+    seeds: int = Field(1, ge=1, description="S, starting noises per prompt")
+    guidance: float = Field(
+        1.0, ge=0, description="classifier-free guidance in rollout, replay and evaluation; 1 = none"
+    )
+    steps: int = Field(8, ge=2, description="T, denoising steps of the rollout")
+    plan: Literal["sde", "window", "branch"] = "branch"
+    kernel: Literal["flow_sde", "dance_sde", "cps", "ddim", "scheduled"] = "flow_sde"
+    noise: float = Field(0.7, gt=0, description="the kernel's parameter: a, eta or g")
+    window: tuple[int, int] | None = Field(
+        None, description="plan window: first stochastic step, and the first after it"
+    )
+    branch_steps: list[int] | None = Field(None, description="plan branch: the steps that branch")
+    children: int | None = Field(None, ge=1, description="plan branch: children per branching state")
+    batch: int = Field(256, ge=1, description="rows of one forward or decode at most; changes speed only")
+
+    # credit and learning
+    credit: Literal["terminal", "branch"] = "branch"
+    baseline: Literal["state", "prompt"] | None = Field(None, description="credit branch: whom a step is compared with")
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    weighting: Literal["none", "noise"] = Field("none", description="noise: weigh steps by their standard deviation")
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: float = Field(32.0, gt=0)
+    lora_targets: list[str] | None = Field(None, description="names of linear layers; null: the attention projections")
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0, description="iterations of linear warm-up")
+    cooldown: int = Field(0, ge=0, description="iterations of linear decay to 0 at the end")
+    clip: float = Field(1e-4, gt=0, description="bound of the ratio of mean log-densities")
+    beta: float = Field(0.0, ge=0, description="weight of the KL divergence to the model without adapter")
+    epochs: int = Field(1, ge=1, description="passes over an iteration's transitions")
+    minibatches: int = Field(1, ge=1, description="optimiser steps per pass")
+    micro_batch: int = Field(128, ge=1, description="rows of one forward and backward at most; changes speed only")
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema: float = Field(0.9, ge=0, lt=1, description="decay of the averaged adapter that evaluation and export use")
+
+    # evaluation and record
+    eval_every: int = Field(25, ge=0, description="iterations between evaluations; 0: only before and after")
+    eval_prompts: int | None = Field(None, ge=1, description="held-out prompts used between start and end; null: all")
+    eval_seeds: int = Field(2, ge=1, description="images per held-out prompt before and after; 1 in between")
+    eval_steps: int = Field(10, ge=1)
+    checkpoint_every: int = Field(25, ge=1)
+    max_failed: float = Field(0.2, ge=0, le=1, description="share of images without a score at which the run stops")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the frozen weights; adapters are float32"
+    )
+    compile: bool = Field(False, description="torch.compile the transformer")
+
+    @model_validator(mode="after")
+    def _options_act(self):
+        needs = {
+            "window": self.plan == "window",
+            "branch_steps": self.plan == "branch",
+            "children": self.plan == "branch",
+            "baseline": self.credit == "branch",
+        }
+        for name, acts in needs.items():
+            given = getattr(self, name) is not None
+            owner = "credit: branch" if name == "baseline" else f"plan: {'window' if name == 'window' else 'branch'}"
+            if given and not acts:
+                raise ValueError(f"{name} acts only with {owner}; remove it or change that")
+            if acts and not given and name != "baseline":
+                raise ValueError(f"{owner} needs {name}")
+        siblings = self.seeds * (self.children or 1)
+        if siblings < 2:
+            raise ValueError(f"seeds x children = {siblings}: advantages compare siblings, at least 2 are needed")
+        compared = (
+            (self.children or 1)
+            if self.baseline == "state" or (self.credit == "branch" and not self.baseline)
+            else siblings
+        )
+        if compared < 2:
+            raise ValueError("credit branch compares the children of one state and there is one; set baseline: prompt")
+        if self.warmup + self.cooldown > self.iterations:
+            raise ValueError(f"warmup {self.warmup} + cooldown {self.cooldown} exceed iterations {self.iterations}")
+        if self.plan == "window" and not 0 <= self.window[0] < self.window[1] < self.steps:
+            raise ValueError(
+                f"window {list(self.window)} must lie within steps 0 to {self.steps - 1}; the last step stays ODE"
+            )
+        if self.plan == "branch" and not all(0 <= k < self.steps - 1 for k in self.branch_steps):
+            raise ValueError(
+                f"branch_steps {self.branch_steps} must lie within 0 to {self.steps - 2}; the last step stays ODE"
+            )
+        return self
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides (values as YAML), and check everything. Raises BadInput."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise BadInput(f"{path}: a mapping of keys to values is needed, got {type(values).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise BadInput(f"override {override!r} must look like key=value")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise BadInput(f"override {override!r}: the value is not YAML") from None
+    return build(values, str(path))
+
+
+def build(values: dict[str, Any], source: str) -> Config:
+    """A checked config from a mapping; every mistake in one line that names the value."""
+    try:
+        return Config(**{str(key): value for key, value in values.items()})
+    except ValidationError as error:
+        raise BadInput(f"{source}: " + "; ".join(_say(e) for e in error.errors())) from None
+
+
+def _say(error: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, Config.model_fields, n=1)
+        return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, got {error['input']!r}" if key else message
+
+
+def dump(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def locate(path: str) -> Path:
+    """A file or folder as named, or below the checkout when it names one of the project's own."""
+    here, shipped = Path(path), ROOT / path
+    return shipped if not here.exists() and shipped.exists() else here

@@ -1,0 +1,109 @@
+"""Held-out evaluation: plain ODE sampling on fixed seeds, so that two models are compared image by image."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+from torchvision.utils import save_image
+
+from mmalign.flow.plan import ode
+from mmalign.flow.sample import chunks, gaussian, sample, seed_of
+from mmalign.judge import score
+from reward_models import Prompt, RewardModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Images and raw scores; row i shows prompt `prompt[i]` from seed number `member[i]`."""
+
+    images: Float[Tensor, "N 3 H W"]
+    parts: dict[str, Float[Tensor, "N"]]
+    prompt: Int[Tensor, "N"]
+    member: Int[Tensor, "N"]
+
+    def means(self) -> dict[str, float]:
+        """Mean of each component over the images that have it, and `diversity`."""
+        means = {name: float(values.nanmean()) for name, values in self.parts.items()}
+        return means | {"diversity": diversity(self.images, self.prompt)}
+
+
+def diversity(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> float:
+    """Root mean square deviation of siblings from their mean image, over all pixels; NaN without siblings."""
+    _, number, count = group.unique(return_inverse=True, return_counts=True)
+    flat = images.flatten(1)
+    mean = torch.zeros(len(count), flat.shape[1]).index_add_(0, number, flat) / count[:, None]
+    compared = count[number] > 1
+    if not compared.any():
+        return float("nan")
+    return float(((flat - mean[number])[compared] ** 2).mean().sqrt())
+
+
+def generate(
+    policy, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], steps: int, batch: int
+) -> tuple[Tensor, Tensor]:
+    """Images `[N, 3, H, W]` of each prompt from each of its seeds, by ODE, and the prompt of each row.
+
+    A seed gives the latents that a stock pipeline draws from a CPU generator with that seed.
+    """
+    plan = ode(policy.times(steps))
+    rows = [(p, seed) for p, own in enumerate(seeds) for seed in own]
+    images = []
+    for part in chunks(len(rows), batch):
+        used = sorted({p for p, _ in rows[part]})
+        cond = policy.encode([prompts[p].text for p in used])
+        index = torch.tensor([used.index(p) for p, _ in rows[part]], device=policy.device)
+        start = torch.stack([gaussian(policy.latent_shape, seed) for _, seed in rows[part]]).to(policy.device)
+        paths = sample(policy.velocity, start, cond, index, plan, _no_draw, batch)
+        images.append(policy.decode(paths.x[:, -1]).cpu())
+    return torch.cat(images), torch.tensor([p for p, _ in rows])
+
+
+def _no_draw(*key) -> Tensor:
+    raise AssertionError(f"an ODE asked for noise at {key}")
+
+
+def evaluate(
+    policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Mapping[str, RewardModel], batch: int
+) -> Evaluation:
+    """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same."""
+    seeds = [[seed_of("evaluation", p.id, m) for m in range(members)] for p in prompts]
+    images, prompt = generate(policy, prompts, seeds, steps, batch)
+    parts, _ = score(images, [prompts[i] for i in prompt], scorers)
+    return Evaluation(images, parts, prompt, torch.arange(members).repeat(len(prompts)))
+
+
+def paired(before: Float[Tensor, "N"], after: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> tuple[float, float]:
+    """Mean rise and the p-value of a two-sided paired t-test over prompts (a prompt's seeds are averaged: they are not
+    independent). Images without a score on either side are left out."""
+    valid = ~(before.isnan() | after.isnan())
+    rise = (after - before)[valid]
+    _, number, count = prompt[valid].unique(return_inverse=True, return_counts=True)
+    per_prompt = torch.zeros(len(count)).index_add_(0, number, rise) / count
+    if float(per_prompt.std()) == 0:
+        return float(rise.mean()), 1.0 if float(rise.mean()) == 0 else 0.0
+    return float(rise.mean()), float(stats.ttest_1samp(per_prompt.numpy(), 0.0).pvalue)
+
+
+def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path) -> None:
+    """One PNG per image, named by prompt id and seed number, and `scores.jsonl` with a row for each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "scores.jsonl").open("w") as file:
+        for i, (p, member) in enumerate(zip(result.prompt.tolist(), result.member.tolist(), strict=True)):
+            name = f"{prompts[p].id:05d}-{member}.png"
+            save_image(result.images[i], folder / name)
+            scores = {
+                key: None if value[i].isnan() else round(float(value[i]), 6) for key, value in result.parts.items()
+            }
+            row = {
+                "image": name,
+                "prompt": prompts[p].text,
+                "id": prompts[p].id,
+                "tag": prompts[p].wants.get("tag"),
+                "scores": scores,
+            }
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,1 @@
+"""Flow sampling: transition kernels, plans, and the one loop that walks them."""

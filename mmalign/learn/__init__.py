@@ -1,0 +1,1 @@
+"""Learning: the surrogate losses and the update that minimises them."""

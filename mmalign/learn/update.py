@@ -1,0 +1,126 @@
+"""From advantages to a changed adapter: collect transitions, replay them, step the optimiser."""
+
+from collections import defaultdict
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmalign.flow.kernels import gaussian_kl, log_density, step
+from mmalign.flow.sample import chunks
+from mmalign.learn.loss import clipped
+from mmalign.types import Latents, Trajectories, Transitions
+
+
+class Trainable(Protocol):
+    """What an update needs of a policy."""
+
+    def velocity(self, x: Latents, t: Float[Tensor, "M"], cond, index: Int[Tensor, "M"]) -> Latents: ...
+
+    def parameters(self) -> list[torch.nn.Parameter]: ...
+
+    def reference(self) -> AbstractContextManager: ...
+
+
+def transitions(paths: Trajectories, advantage: Float[Tensor, "N T a b"], weighting: str = "none") -> Transitions:
+    """Every distinct stochastic step with something to learn, in order.
+
+    Routes that share a step give one row. Rows whose advantage is 0 everywhere are left out of the batch, not of its
+    size: see `update`. `weighting` "noise" weighs each by its standard deviation over the mean of all (TempFlow-GRPO, arXiv
+    2508.04324), which evens out gradients that grow towards low noise; "none" by 1.
+    """
+    rows, cols = (paths.std > 0).nonzero(as_tuple=True)
+    _, first = _first_of_each(torch.stack([cols, paths.node[rows, cols + 1]], 1))
+    rows, cols = rows[first], cols[first]
+    if weighting not in ("none", "noise"):
+        raise ValueError(f"no weighting called {weighting!r}; known: none, noise")
+    std = paths.std[rows, cols]
+    t = paths.plan.t.to(std.device)
+    return Transitions(
+        x=paths.x[rows, cols],
+        y=paths.x[rows, cols + 1],
+        t=t[cols],
+        s=t[cols + 1],
+        noise=paths.noise[rows, cols],
+        logp=paths.logp[rows, cols],
+        advantage=advantage[rows, cols],
+        weight=std / std.mean() if weighting == "noise" else torch.ones_like(std),
+        index=paths.prompt[rows],
+        step=cols,
+    )
+
+
+def _first_of_each(keys: Int[Tensor, "M k"]) -> tuple[Tensor, Tensor]:
+    """Number of each row's key, and the first row that has each key, in order of appearance."""
+    _, number = keys.unique(dim=0, return_inverse=True)
+    first = torch.full((int(number.max()) + 1,), len(keys), device=keys.device)
+    first.scatter_reduce_(0, number, torch.arange(len(keys), device=keys.device), "amin")
+    return number, first.sort().values
+
+
+def update(
+    policy: Trainable,
+    optimizer: torch.optim.Optimizer,
+    batch: Transitions,
+    cond,
+    *,
+    kernel: str,
+    t_max: float,
+    clip: float,
+    beta: float,
+    epochs: int,
+    minibatches: int,
+    micro_batch: int,
+    max_grad_norm: float,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Replay `batch` for `epochs` shuffled passes, each in `minibatches` optimiser steps, and return what happened.
+
+    The loss is the weighted mean over a minibatch of the clipped surrogate plus `beta` times the exact KL divergence to
+    the reference. `micro_batch` bounds the rows of one forward and backward; gradients add up, so it changes nothing else.
+    Rows with advantage 0 cost a forward only where `beta` needs it, but always count in the mean.
+
+    Statistics are means over all rows replayed, and `name/k` over those of step k; `grad_norm` is before clipping.
+    """
+    parameters = policy.parameters()
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, float] = defaultdict(float)
+    for _ in range(epochs):
+        order = torch.randperm(len(batch), generator=generator).to(batch.index.device)
+        for part in order.tensor_split(min(minibatches, len(batch))):
+            optimizer.zero_grad()
+            alive = part if beta else part[batch.advantage[part].abs().amax((1, 2)) > 0]
+            for rows in chunks(len(alive), micro_batch):
+                micro = batch[alive[rows]]
+                loss, statistics = _replay(policy, micro, cond, kernel, t_max, clip, beta)
+                (loss.sum() / len(part)).backward()
+                for name, values in statistics.items():
+                    for value, k in zip(values.tolist(), micro.step.tolist(), strict=True):
+                        for key in (name, f"{name}/{k}"):
+                            sums[key] += value
+                            counts[key] += 1
+            if len(alive):
+                sums["grad_norm"] += float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+                counts["grad_norm"] += 1
+                optimizer.step()
+    return {name: sums[name] / counts[name] for name in sums}
+
+
+def _replay(
+    policy, micro: Transitions, cond, kernel, t_max, clip, beta
+) -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
+    """Loss per row and its statistics, from the network as it is now."""
+    v = policy.velocity(micro.x, micro.t, cond, micro.index).float()
+    mean, std = step(kernel, micro.x, v, micro.t, micro.s, micro.noise, t_max)
+    loss, statistics = clipped(log_density(micro.y, mean, std), micro.logp, micro.advantage, clip)
+    loss = micro.weight * loss
+    if beta:
+        with torch.no_grad(), policy.reference():
+            v = policy.velocity(micro.x, micro.t, cond, micro.index).float()
+            anchor, _ = step(kernel, micro.x, v, micro.t, micro.s, micro.noise, t_max)
+        kl = gaussian_kl(mean, anchor, std).mean((1, 2))
+        loss = loss + beta * kl
+        statistics["kl"] = kl.detach()
+    return loss, statistics | {"loss": loss.detach()}

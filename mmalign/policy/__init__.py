@@ -1,0 +1,44 @@
+"""Policies: one file per model family; diffusers and peft live only here.
+
+A policy gets texts and latents, never prompts or scores. Add a family: `encode / times / velocity / decode` in a file, and
+a line in the table.
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+POLICIES = {"StableDiffusion3Pipeline": "mmalign.policy.sd3:SD3Policy"}  # a pipeline's class -> ours
+
+
+def load(
+    model: str, *, dtype="float32", device: str = "cpu", guidance: float = 1.0, size: tuple[int, int] | None = None
+):
+    """A policy from a local folder or a hub id of a diffusers pipeline.
+
+    Raises ValueError for a model that is not there or of a family we do not drive.
+    """
+    import torch
+
+    name = _pipeline_class(model)
+    if name not in POLICIES:
+        raise ValueError(f"model {model!r} is a {name}; known families: {', '.join(POLICIES)}")
+    module, _, cls = POLICIES[name].partition(":")
+    return getattr(import_module(module), cls).load(
+        model, dtype=getattr(torch, dtype), device=device, guidance=guidance, size=size
+    )
+
+
+def _pipeline_class(model: str) -> str:
+    """`_class_name` of a pipeline's index, read before any weights."""
+    if Path(model).exists():
+        index = Path(model) / "model_index.json"
+        if not index.is_file():
+            raise ValueError(f"model {model!r}: no model_index.json in that folder; a diffusers pipeline is needed")
+        return json.loads(index.read_text())["_class_name"]
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.load_config(model)["_class_name"]
+    except OSError as error:
+        raise ValueError(f"model {model!r} is neither a folder here nor a model the hub knows: {error}") from None

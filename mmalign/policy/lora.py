@@ -1,0 +1,57 @@
+"""LoRA on a diffusers transformer, through peft. The reference policy is the same network with the adapter off."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+
+def attach(module: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+    """Freeze `module` and add a float32 adapter to every linear layer whose name ends with one of `targets`.
+
+    The new matrices depend on `seed` alone and leave the output unchanged (B = 0). Raises ValueError for targets that
+    match nothing.
+    """
+    module.requires_grad_(False)
+    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            raise ValueError(
+                f"lora_targets: {target!r} matches no linear layer; names end like {', '.join(sorted(names)[:6])}"
+            )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+        module.add_adapter(config)
+    for p in parameters(module):
+        p.data = p.data.float()
+
+
+def parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters, in a fixed order."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in sorted(get_peft_model_state_dict(module).items())}
+
+
+def load_state(module: nn.Module, values: dict[str, Tensor]) -> None:
+    expected = set(get_peft_model_state_dict(module))
+    if expected != set(values):
+        odd = sorted(expected ^ set(values))
+        raise ValueError(f"the adapter does not fit this model and rank: {len(odd)} matrices differ, e.g. {odd[0]}")
+    set_peft_model_state_dict(module, values)
+
+
+@contextmanager
+def disabled(module: nn.Module) -> Iterator[None]:
+    """The untouched network, to the bit."""
+    module.disable_adapters()
+    try:
+        yield
+    finally:
+        module.enable_adapters()

@@ -1,0 +1,186 @@
+"""`report.html`: one self-contained page of what a run did. Pictures are chosen by position, not by score."""
+
+import base64
+import html
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+
+from mmalign.evaluate import paired
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.5em} h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}
+table{border-collapse:collapse} td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid #eee}
+td:first-child,th:first-child{text-align:left} pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:13px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:14px}
+.card{background:#f6f6f6;padding:8px;border-radius:6px;font-size:13px} .card p{margin:0 0 6px;min-height:2.6em}
+.pair{display:flex;gap:6px} figure{margin:0;text-align:center;font-size:12px;color:#555}
+.pair img{width:82px;height:82px;image-rendering:pixelated;border:3px solid #bbb;border-radius:3px}
+.pair img.good{border-color:#2a9d4a} .pair img.bad{border-color:#d1495b}
+"""
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def summary(run: Path) -> dict:
+    """Before, after, mean rise and paired p-value of every score on the held-out prompts."""
+    before, after = (_rows(run / "images" / side / "scores.jsonl") for side in ("before", "after"))
+    rises = {}
+    for name in before[0]["scores"] if before and after else ():
+        a, b = (
+            torch.tensor([float("nan") if r["scores"][name] is None else r["scores"][name] for r in rows])
+            for rows in (before, after)
+        )
+        rise, p = paired(a, b, torch.tensor([row["id"] for row in before]))
+        rises[name] = {"before": float(a.nanmean()), "after": float(b.nanmean()), "rise": rise, "p": p}
+    return {"run": str(run), "images": len(after), "rises": rises}
+
+
+def write(run: Path) -> Path:
+    """Write `report.html` into the run's folder and return its path."""
+    metrics, evaluations = _rows(run / "metrics.jsonl"), _rows(run / "evaluations.jsonl")
+    parts = [
+        f"<h1>{html.escape(run.name)}</h1>",
+        _summary_table(summary(run)),
+        _by_tag(run),
+        "<h2>Before and after</h2><p>Held-out prompts, same seed on both sides, evenly spaced through the file. "
+        "A frame is green where every check of the first score passes.</p>",
+        _pairs(run),
+        "<h2>Curves</h2>",
+        _curves(metrics, evaluations) if metrics else "<p>No iteration yet.</p>",
+        "<h2>Time and work</h2>",
+        _work(metrics, evaluations) if metrics else "",
+        "<h2>Config</h2>",
+        f"<pre>{html.escape((run / 'config.yaml').read_text())}</pre>",
+    ]
+    page = run / "report.html"
+    title = html.escape(run.name)
+    page.write_text(
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><body>"
+        + "\n".join(parts)
+        + "</body></html>"
+    )
+    return page
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _summary_table(result: dict) -> str:
+    if not result["rises"]:
+        return "<p>No held-out evaluation after training yet.</p>"
+    rows = [
+        [name, f"{r['before']:.3f}", f"{r['after']:.3f}", f"{r['rise']:+.3f}", f"{r['p']:.2g}"]
+        for name, r in result["rises"].items()
+    ]
+    note = f"<p>{result['images']} held-out images a side, same seeds, plain ODE sampling with the averaged adapter; "
+    return note + "p: paired t-test over prompts.</p>" + _table(["score", "before", "after", "rise", "p"], rows)
+
+
+def _by_tag(run: Path) -> str:
+    sides = {}
+    for side in ("before", "after"):
+        sides[side] = defaultdict(list)
+        for row in _rows(run / "images" / side / "scores.jsonl"):
+            first = next(iter(row["scores"].values()))
+            if first is not None:
+                sides[side][row["tag"] or "all"].append(first)
+    if not sides["after"]:
+        return ""
+    rows = [
+        [
+            tag,
+            str(len(values)),
+            f"{sum(values) / len(values):.3f}",
+            f"{sum(sides['after'][tag]) / max(1, len(sides['after'][tag])):.3f}",
+        ]
+        for tag, values in sorted(sides["before"].items())
+    ]
+    return "<h2>First score by kind of prompt</h2>" + _table(["kind", "images", "before", "after"], rows)
+
+
+def _pairs(run: Path, count: int = 20) -> str:
+    after = {row["image"]: row for row in _rows(run / "images/after/scores.jsonl")}
+    before = [row for row in _rows(run / "images/before/scores.jsonl") if row["image"] in after]
+    cards = []
+    for row in before[:: max(1, len(before) // count)][:count]:
+        figures = "".join(
+            _figure(run / "images" / side / row["image"], side, own["scores"])
+            for side, own in (("before", row), ("after", after[row["image"]]))
+        )
+        cards.append(f"<div class=card><p>{html.escape(row['prompt'])}</p><div class=pair>{figures}</div></div>")
+    return f"<div class=grid>{''.join(cards)}</div>"
+
+
+def _figure(path: Path, caption: str, scores: dict) -> str:
+    first = next(iter(scores.values()))
+    frame = "" if first is None else "good" if first >= 1 else "bad"
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img class="{frame}" src="data:image/png;base64,{data}" alt="{caption}"><br>{caption}</figure>'
+
+
+def _svg(figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _curves(metrics: list[dict], evaluations: list[dict]) -> str:
+    """Training reward, each held-out score, and diversity, side by side against iterations."""
+    skip = {"iteration", "name", "images", "seconds"}
+    names = [name for name in (evaluations[0] if evaluations else {}) if name not in skip]
+    panels = ["training reward", *names, "ratio and clipping", "gradient norm"]
+    rows = -(-len(panels) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(12, 2.9 * rows), squeeze=False)
+    x = [row["iteration"] for row in metrics]
+    flat = list(axes.flat)
+    flat[0].plot(x, [row["reward"] for row in metrics], alpha=0.4)
+    flat[0].plot(x, _smooth([row["reward"] for row in metrics]))
+    for axis, name in zip(flat[1:], names, strict=False):
+        kept = [row for row in evaluations if row.get(name) is not None and row[name] == row[name]]
+        axis.plot([row["iteration"] for row in kept], [row[name] for row in kept], marker="o", ms=3)
+    for key in ("clipped_low", "clipped_high"):
+        flat[len(names) + 1].plot(x, [row.get(key, 0.0) for row in metrics], label=key)
+    flat[len(names) + 1].legend()
+    flat[len(names) + 2].plot(x, [row.get("grad_norm", 0.0) for row in metrics])
+    for axis, title in zip(flat, panels, strict=False):
+        axis.set_title(title if title not in names else f"held-out {title}", fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in flat[len(panels) :]:
+        axis.axis("off")
+    figure.tight_layout()
+    return _svg(figure)
+
+
+def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
+    out: list[float] = []
+    for value in values:
+        out.append(value if not out else keep * out[-1] + (1 - keep) * value)
+    return out
+
+
+def _work(metrics: list[dict], evaluations: list[dict]) -> str:
+    keys = ("rollout", "decode", "reward", "learn")
+    seconds = {key: sum(row.get(f"seconds/{key}", 0.0) for row in metrics) for key in keys}
+    whole = sum(seconds.values())
+    rows = [[key, f"{value:.1f} s", f"{value / whole:.0%}"] for key, value in seconds.items()]
+    rows.append(["evaluation", f"{sum(row['seconds'] for row in evaluations):.1f} s", ""])
+    counts = {key: sum(row[key] for row in metrics) for key in ("forwards", "replay_forwards", "decodes", "rewards")}
+    text = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
+    rate = (counts["forwards"] + counts["replay_forwards"]) / (seconds["rollout"] + seconds["learn"])
+    return _table(["part", "time", "share"], rows) + f"<p>{len(metrics)} iterations: {text}; {rate:.0f} forwards/s.</p>"

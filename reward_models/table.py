@@ -1,0 +1,36 @@
+"""Scorers by name. One line here adds one; a user's own needs no line, only its import path."""
+
+import inspect
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+SCORERS: dict[str, str] = {
+    "shapes": "reward_models.scorers.shapes:Shapes",
+    "jpeg_size": "reward_models.scorers.jpeg_size:JpegSize",
+    "clip": "reward_models.scorers.clip:Clip",
+}
+
+
+def load(name: str, **settings: Any) -> Any:
+    """A `RewardModel` of `SCORERS`, or the user's own as `my_module:MyScorer`, made with `settings`.
+
+    ValueError, in one line: no such name (near names are listed), no such module or attribute, settings it does not
+    take, or settings it refuses. A scorer's module is imported when it is asked for, never before.
+    """
+    if name not in SCORERS and ":" not in name:
+        near = get_close_matches(name, SCORERS, cutoff=0.4) or SCORERS
+        raise ValueError(f"no scorer called {name!r}; near names: {', '.join(near)}; your own is 'my_module:MyScorer'")
+    module, _, attribute = SCORERS.get(name, name).partition(":")
+    try:
+        factory = getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"scorer {name!r}: no module named {error.name!r}") from error
+    except AttributeError as error:
+        raise ValueError(f"scorer {name!r}: module {module!r} has no {attribute!r}") from error
+    try:
+        inspect.signature(factory).bind(**settings)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(factory).parameters) or "no settings"
+        raise ValueError(f"scorer {name!r}: {error}; it takes {takes}") from error
+    return factory(**settings)
