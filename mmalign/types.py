@@ -8,12 +8,15 @@ Time runs from 1 (noise) to 0 (image): `x_t = (1 - t) x_0 + t e`, the velocity i
 `t` to `s < t`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import Parameter
 
 Latents = Float[Tensor, "M C h w"]
 Velocity = Callable[[Latents, Float[Tensor, "M"], Any, Int[Tensor, "M"]], Latents]  # (x, t, cond, index) -> v
@@ -29,7 +32,7 @@ class Plan:
     """
 
     kernel: str
-    t: Float[Tensor, "steps_plus_1"]
+    t: Float[Tensor, "states"]
     noise: Float[Tensor, "R T"]
     draw: Int[Tensor, "R T"]
     t_max: float
@@ -116,15 +119,25 @@ class Transitions:
         return Transitions(**{name: value[rows] for name, value in vars(self).items()})
 
 
+@runtime_checkable
 class Policy(Protocol):
-    """A text-to-image flow model with a trainable adapter. One file per model family under `mmalign/policy/`."""
+    """A text-to-image flow model with a trainable adapter; one file per model family under `mmalign/policy/`.
+
+    `encode` gives the conditioning of P texts, of which `velocity` takes one row per latent (`index [M]`). `times(steps)`
+    are the model's own. `reference()` switches the adapter off for a while. `spent` counts forwards and decodes.
+    """
 
     latent_shape: tuple[int, int, int]
+    spent: Counter[str]
 
     def encode(self, texts: Sequence[str]) -> Any: ...
 
-    def times(self, steps: int) -> Float[Tensor, "steps_plus_1"]: ...
+    def times(self, steps: int) -> Float[Tensor, "states"]: ...
 
     def velocity(self, x: Latents, t: Float[Tensor, "M"], cond: Any, index: Int[Tensor, "M"]) -> Latents: ...
 
     def decode(self, x: Latents) -> Float[Tensor, "M 3 H W"]: ...
+
+    def parameters(self) -> list[Parameter]: ...
+
+    def reference(self) -> AbstractContextManager: ...

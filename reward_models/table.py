@@ -5,6 +5,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
+from reward_models.types import RewardModel
+
 SCORERS: dict[str, str] = {
     "shapes": "reward_models.scorers.shapes:Shapes",
     "jpeg_size": "reward_models.scorers.jpeg_size:JpegSize",
@@ -12,7 +14,7 @@ SCORERS: dict[str, str] = {
 }
 
 
-def load(name: str, **settings: Any) -> Any:
+def load(name: str, **settings: Any) -> RewardModel:
     """A `RewardModel` of `SCORERS`, or the user's own as `my_module:MyScorer`, made with `settings`.
 
     ValueError, in one line: no such name (near names are listed), no such module or attribute, settings it does not

@@ -5,9 +5,9 @@ Letters: `N` images, `K` reward components, `H W` pixels, `a b` a grid laid over
 Images are `[N, 3, H, W]` float32, RGB, in [0, 1]. No other form crosses a border of this package.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -57,12 +57,10 @@ class Scores:
         return self.values[:, self.names.index(name)]
 
 
+@runtime_checkable
 class RewardModel(Protocol):
     """Anything that scores images. `about` states model, licence, range and direction in one line."""
 
     about: str
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores: ...
-
-
-Loader = Callable[..., RewardModel]

@@ -209,7 +209,7 @@ def draw(wants: dict, rng: np.random.Generator) -> Float[np.ndarray, "3 H W"]:
         width = 10 * len(wants["text"]) + 4 * (len(wants["text"]) - 1)
         left, top = rng.integers(1, SIDE - width), rng.integers(1, SIDE - 14)
         for i, letter in enumerate(wants["text"]):
-            paint(letter, "black", left + 14 * i + 5, top + 7, 5, 7)
+            paint(letter, "black", left + 14 * i + 5, top + 7, 5.0, 7.0)
         return image
     free = iter(rng.permutation([c for c in COLOURS if c not in {i.get("color") for i in wants["include"]}]))
     items = [item if "color" in item else item | {"color": next(free)} for item in wants["include"]]

@@ -36,17 +36,19 @@ def dead(values: Float[Tensor, "N"], group: Int[Tensor, "N"]) -> Float[Tensor, "
 def normalise(
     values: Float[Tensor, "N"], group: Int[Tensor, "N"], scale: Scale = "group", limit: float = 5.0
 ) -> Float[Tensor, "N"]:
-    """Advantages: each value less its group's mean, divided by a standard deviation, clamped to `[-limit, limit]`.
+    """Advantages: each value less its group's mean, in units of `scale`.
 
-    `scale` names the divisor: the value's own group (GRPO), the root mean of all groups' variances ("batch", which does
-    not blow up groups that hardly differ), or nothing (GARDO reports less reward hacking).
+    `scale` names the unit: the standard deviation of the value's own group (GRPO), the root mean variance within the
+    batch's groups ("batch", which does not blow up groups that hardly differ), or the reward's own unit ("none"; GARDO,
+    arXiv 2512.24138, reports less reward hacking). Standard deviations are clamped to `[-limit, limit]`.
     """
+    valid = ~values.isnan()
     centred = values - group_mean(values, group)
     spread = group_std(values, group)
     if scale == "group":
-        centred = centred / spread
+        centred = (centred / spread).clamp(-limit, limit)
     elif scale == "batch":
-        centred = centred / (spread**2).nanmean().sqrt()
+        centred = (centred / (spread[valid] ** 2).mean().sqrt()).clamp(-limit, limit)
     elif scale != "none":
         raise ValueError(f"no scale called {scale!r}; known: group, batch, none")
-    return torch.where((spread > FLOOR) & ~values.isnan(), centred, 0.0).clamp(-limit, limit)
+    return torch.where(valid & (spread > FLOOR), centred, 0.0)

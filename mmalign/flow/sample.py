@@ -16,7 +16,7 @@ from mmalign.types import Latents, Plan, Trajectories, Velocity
 Draw = Callable[[int, int, tuple[int, ...]], Float[Tensor, "C h w"]]  # (start, step, path of draws) -> noise
 
 
-def seed_of(*key: int | str) -> int:
+def seed_of(*key: int | str | tuple[int, ...]) -> int:
     """A 63-bit seed from any key, e.g. (run seed, iteration, prompt id, member): the same on every machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

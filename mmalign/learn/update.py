@@ -1,8 +1,6 @@
 """From advantages to a changed adapter: collect transitions, replay them, step the optimiser."""
 
 from collections import defaultdict
-from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -11,17 +9,7 @@ from torch import Tensor
 from mmalign.flow.kernels import gaussian_kl, log_density, step
 from mmalign.flow.sample import chunks
 from mmalign.learn.loss import clipped
-from mmalign.types import Latents, Trajectories, Transitions
-
-
-class Trainable(Protocol):
-    """What an update needs of a policy."""
-
-    def velocity(self, x: Latents, t: Float[Tensor, "M"], cond, index: Int[Tensor, "M"]) -> Latents: ...
-
-    def parameters(self) -> list[torch.nn.Parameter]: ...
-
-    def reference(self) -> AbstractContextManager: ...
+from mmalign.types import Policy, Trajectories, Transitions
 
 
 def transitions(paths: Trajectories, advantage: Float[Tensor, "N T a b"], weighting: str = "none") -> Transitions:
@@ -61,7 +49,7 @@ def _first_of_each(keys: Int[Tensor, "M k"]) -> tuple[Tensor, Tensor]:
 
 
 def update(
-    policy: Trainable,
+    policy: Policy,
     optimizer: torch.optim.Optimizer,
     batch: Transitions,
     cond,

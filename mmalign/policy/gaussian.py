@@ -38,8 +38,8 @@ class GaussianFlow:
         variance = (1 - t) ** 2 * self.spread**2 + t**2
         return (t - (1 - t) * self.spread**2) / variance * (x - (1 - t) * mean) - mean
 
-    def decode(self, x: Latents) -> Float[Tensor, "M 3 H W"]:
-        """The latent as it is: this flow's rewards look at latents."""
+    def decode(self, x: Latents) -> Latents:
+        """The latent as it is: rewards of this flow look at latents."""
         self.spent["decodes"] += len(x)
         return x
 

@@ -81,7 +81,7 @@ def _templates() -> tuple[list[str], Float[np.ndarray, "K C C"]]:
     is nearly a square; every letter at its one size. Names repeat."""
     y, x = np.mgrid[:24, :24] - 11.5
     drawn = [(name, r, r, dx, dy) for name in SHAPES for r in (4.2, 4.7, 5.3, 6.0, 6.7, 8.0, 9.5) for dx in (0, 0.25, 0.5, 0.75) for dy in (0, 0.25, 0.5, 0.75)]
-    drawn += [(name, 5, 7, 0, 0) for name in GLYPHS]
+    drawn += [(name, 5.0, 7.0, 0, 0) for name in GLYPHS]
     masks = np.stack([coverage(name, rx, ry, x - dx, y - dy) > 0.5 for name, rx, ry, dx, dy in drawn])
     labels = masks * np.arange(1, len(masks) + 1)[:, None, None]
     return [name for name, *_ in drawn], _crops(labels, *_boxes(labels))

@@ -1,0 +1,132 @@
+"""Group statistics and credits on hand-made trajectories."""
+
+import pytest
+import torch
+
+from mmalign.credit import CREDITS
+from mmalign.credit.groups import dead, group_mean, group_std, normalise
+from mmalign.flow import plan as plans
+from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.policy.gaussian import GaussianFlow
+from mmalign.types import Judgement
+
+NAN = float("nan")
+GROUP = torch.tensor([7, 7, 7, 3, 3, 3])
+
+
+def paths_of(plan, starts, prompts=1, seed=0):
+    flow = GaussianFlow()
+    index = torch.arange(starts) * prompts // starts
+    start = torch.stack([gaussian(flow.latent_shape, seed_of(seed, i)) for i in range(starts)])
+    draw = lambda *key: gaussian(flow.latent_shape, seed_of(seed, *key))  # noqa: E731
+    return sample(flow.velocity, start, flow.encode(["0.0"] * prompts), index, plan, draw)
+
+
+def judged_as(paths, reward):
+    table = torch.full(paths.node.shape, NAN)
+    table[:, -1] = reward
+    return Judgement(table, {})
+
+
+def test_means_and_spreads_are_the_groups_own():
+    values = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, NAN])
+    assert group_mean(values, GROUP).tolist() == [3.0, 3.0, 3.0, 5.0, 5.0, 5.0]
+    assert group_std(values, GROUP)[0].item() == pytest.approx(torch.tensor([1.0, 2.0, 6.0]).std(correction=0).item())
+    assert dead(values, GROUP).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_constant_or_single_groups_give_zero(scale):
+    advantage = normalise(torch.tensor([0.3, 0.3, 0.3, NAN, NAN, 4.0]), GROUP, scale)
+    assert advantage.eq(0).all()
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_failed_score_touches_nobody_else(scale):
+    values = torch.tensor([1.0, 2.0, NAN, 0.0, 1.0, 0.5])
+    advantage = normalise(values, GROUP, scale)
+    alone = normalise(values[[0, 1, 3, 4, 5]], GROUP[[0, 1, 3, 4, 5]], scale)
+    assert advantage[2] == 0
+    assert torch.equal(advantage[[0, 1, 3, 4, 5]], alone)
+
+
+def test_invariances():
+    torch.manual_seed(0)
+    values = torch.randn(6)
+    advantage = normalise(values, GROUP)
+    assert torch.allclose(normalise(values + 3, GROUP), advantage, atol=1e-5)
+    assert torch.allclose(normalise(values * 5, GROUP), advantage, atol=1e-5)
+    order = torch.randperm(6)
+    assert torch.allclose(normalise(values[order], GROUP[order]), advantage[order], atol=1e-6)
+    assert torch.allclose(group_mean(advantage, GROUP), torch.zeros(6), atol=1e-6)
+    assert torch.allclose(group_std(advantage, GROUP), torch.ones(6), atol=1e-5)
+    assert torch.allclose(normalise(values * 5, GROUP, "none"), 5 * normalise(values, GROUP, "none"), atol=1e-5)
+    assert normalise(torch.tensor([0.0] * 99 + [1.0]), torch.zeros(100, dtype=torch.long)).max() == 5  # clamped
+
+
+def test_groups_never_mix():
+    values = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0, 30.0])
+    other = torch.tensor([1.0, 2.0, 3.0, -7.0, 0.0, 400.0])
+    assert torch.equal(normalise(values, GROUP)[:3], normalise(other, GROUP)[:3])
+
+
+def test_terminal_repeats_one_advantage_over_steps():
+    paths = paths_of(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=6, prompts=2)
+    reward = torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0])
+    advantage = CREDITS["terminal"](paths, judged_as(paths, reward))
+    assert advantage.shape == (6, 4, 1, 1)
+    assert torch.equal(advantage[:, :, 0, 0], normalise(reward, paths.prompt)[:, None].expand(6, 4))
+
+
+def test_branch_with_prompt_baseline_on_a_plain_plan_is_terminal():
+    paths = paths_of(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=6, prompts=2)
+    judged = judged_as(paths, torch.randn(6))
+    terminal, branch = CREDITS["terminal"](paths, judged), CREDITS["branch"](paths, judged, baseline="prompt")
+    assert torch.equal(branch[:, :3], terminal[:, :3])
+    assert branch[:, 3].eq(0).all()  # the last step is deterministic
+
+
+def test_branch_compares_children_of_one_state():
+    """Two seeds, branching at steps 0 and 2 with three children: each (seed, step) is a group of its own."""
+    paths = paths_of(plans.branch(torch.linspace(1, 0, 6), "flow_sde", 0.7, [0, 2], 3), starts=2)
+    reward = torch.tensor([1.0, 2, 3, 10, 20, 60, 5, 5, 5, 0, 0, 1])
+    advantage = CREDITS["branch"](paths, judged_as(paths, reward), scale="none")[:, :, 0, 0]
+    assert advantage.count_nonzero(dim=0).tolist() == [2, 0, 6, 0, 0]
+    assert advantage[:3, 0].tolist() == [-1, 0, 1]
+    assert torch.allclose(advantage[3:6, 2], torch.tensor([-20.0, -10, 30]))
+    assert advantage[6:9].eq(0).all()
+    prompt = CREDITS["branch"](paths, judged_as(paths, reward), scale="none", baseline="prompt")[:, :, 0, 0]
+    at_zero = reward[[0, 1, 2, 6, 7, 8]]
+    assert torch.allclose(prompt[[0, 1, 2, 6, 7, 8], 0], at_zero - at_zero.mean())
+
+
+def test_value_of_a_shared_state_is_the_mean_below_it():
+    """A two-level tree by hand: the first step is credited with the mean of its leaves."""
+    t = torch.linspace(1, 0, 5)
+    noise = torch.zeros(4, 4)
+    noise[:, :2] = 0.7
+    draw = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]])
+    paths = paths_of(plans.Plan("flow_sde", t, noise, draw, 0.9), starts=1)
+    assert [len(paths.node[:, k].unique()) for k in range(5)] == [1, 2, 4, 4, 4]
+    advantage = CREDITS["branch"](paths, judged_as(paths, torch.tensor([0.0, 1.0, 2.0, 4.0])), scale="none")[..., 0, 0]
+    assert advantage[:, 0].tolist() == [-1.25, -1.25, 1.25, 1.25]
+    assert advantage[:, 1].tolist() == [-0.5, 0.5, -1.0, 1.0]
+    assert advantage[:, 2:].eq(0).all()
+
+
+def test_seeds_may_be_permuted():
+    plan = plans.branch(torch.linspace(1, 0, 6), "flow_sde", 0.7, [0, 2], 3)
+    paths = paths_of(plan, starts=2)
+    reward = torch.randn(12)
+    swap = torch.cat([torch.arange(6, 12), torch.arange(6)])
+    moved = type(paths)(plan, *(getattr(paths, n)[swap] for n in ("x", "logp", "node", "prompt", "member", "noise", "std")))
+    for baseline in ("state", "prompt"):
+        one = CREDITS["branch"](paths, judged_as(paths, reward), baseline=baseline)
+        two = CREDITS["branch"](moved, judged_as(moved, reward[swap]), baseline=baseline)
+        assert torch.allclose(one[swap], two, atol=1e-6)
+
+
+def test_unknown_choices_are_named():
+    paths = paths_of(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=2)
+    with pytest.raises(ValueError, match="no baseline called 'seed'"):
+        CREDITS["branch"](paths, judged_as(paths, torch.zeros(2)), baseline="seed")

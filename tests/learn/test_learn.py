@@ -1,0 +1,195 @@
+"""The surrogate, the replay and the update: known gradients, and a bandit that must improve."""
+
+import pytest
+import torch
+
+from mmalign.credit import CREDITS
+from mmalign.flow import kernels, plan as plans
+from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.learn.loss import clipped, pool
+from mmalign.learn.update import transitions, update
+from mmalign.policy.gaussian import GaussianFlow
+from mmalign.types import Judgement
+
+LEVELS = {"flow_sde": 0.7, "dance_sde": 0.5, "cps": 0.8, "ddim": 1.0, "scheduled": 0.8}
+SETTINGS = dict(clip=1e-4, beta=0.0, epochs=1, minibatches=1, micro_batch=64, max_grad_norm=1e9)
+
+
+def rollout(flow, plan, starts, iteration=0):
+    start = torch.stack([gaussian(flow.latent_shape, seed_of("start", iteration, i)) for i in range(starts)])
+    draw = lambda *key: gaussian(flow.latent_shape, seed_of("draw", iteration, *key))  # noqa: E731
+    return sample(flow.velocity, start, flow.encode(["0.0"]), torch.zeros(starts, dtype=torch.long), plan, draw)
+
+
+def judged(paths, reward):
+    table = torch.full(paths.node.shape, float("nan"))
+    table[:, -1] = reward(paths.x[:, -1])
+    return Judgement(table, {})
+
+
+def advance(flow, optimizer, paths, advantage, **changed):
+    batch = transitions(paths, advantage)
+    return update(
+        flow, optimizer, batch, flow.encode(["0.0"]), kernel=paths.plan.kernel, t_max=paths.plan.t_max,
+        generator=torch.Generator().manual_seed(0), **(SETTINGS | changed),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("advantage", "ratio", "moves"), [(1, 1.2, False), (-1, 0.8, False), (1, 0.8, True), (-1, 1.2, True)])
+def test_pessimism(advantage, ratio, moves):
+    """A ratio already past the bound in the direction the advantage pulls gets no gradient; the other two quadrants do."""
+    logp = torch.full((1, 2, 2), ratio).log().requires_grad_()
+    loss, statistics = clipped(logp, torch.zeros(1, 2, 2), torch.full((1, 1, 1), float(advantage)), clip=0.1)
+    loss.sum().backward()
+    assert bool(logp.grad.abs().sum() > 0) == moves
+    assert float(statistics["clipped_low"] + statistics["clipped_high"]) == float(not moves)
+
+
+def test_gradient_at_ratio_one_is_minus_advantage_times_score():
+    logp = torch.randn(3, 4, 4).requires_grad_()
+    advantage = torch.tensor([0.5, -2.0, 0.0])[:, None, None]
+    clipped(logp, logp.detach(), advantage, 1e-4)[0].sum().backward()
+    assert torch.allclose(logp.grad, (-advantage / 16).expand_as(logp))
+
+
+def test_uniform_map_equals_the_scalar_and_zero_stays_zero():
+    torch.manual_seed(0)
+    gradients = []
+    for grid in (1, 2, 4):
+        logp = torch.zeros(1, 4, 4).requires_grad_()
+        clipped(logp, torch.zeros(1, 4, 4), torch.full((1, grid, grid), 0.7), 1e-4)[0].sum().backward()
+        gradients.append(logp.grad)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-8)
+    assert torch.allclose(gradients[0], gradients[2], atol=1e-8)
+    logp = torch.zeros(1, 4, 4).requires_grad_()
+    clipped(logp, torch.zeros(1, 4, 4), torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), 1e-4)[0].sum().backward()
+    assert logp.grad[0, :2, :2].abs().min() > 0
+    assert logp.grad.count_nonzero() == 4
+
+
+def test_pool_needs_a_grid_that_divides():
+    assert pool(torch.arange(16.0).view(1, 4, 4), (1, 1)).item() == 7.5
+    with pytest.raises(ValueError, match="3x3 does not divide the latent's 4x4"):
+        pool(torch.zeros(1, 4, 4), (3, 3))
+
+
+@pytest.mark.parametrize("name", kernels.STOCHASTIC)
+def test_on_policy_ratio_is_one_for_every_step(name):
+    flow = GaussianFlow()
+    paths = rollout(flow, plans.sde(flow.times(6), name, LEVELS[name]), 8)
+    statistics = advance(flow, torch.optim.SGD(flow.parameters(), 0.0), paths, torch.randn(8, 6, 1, 1))
+    for k in range(5):
+        assert statistics[f"ratio/{k}"] == pytest.approx(1, abs=1e-6)
+    assert statistics["clipped_low"] == statistics["clipped_high"] == 0
+    assert "ratio/5" not in statistics
+
+
+def test_shared_steps_are_learnt_once_and_deterministic_ones_never():
+    flow = GaussianFlow()
+    t = flow.times(4)
+    noise = torch.zeros(4, 4)
+    noise[:, :2] = 0.7
+    draw = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]])
+    paths = rollout(flow, plans.Plan("flow_sde", t, noise, draw, 0.9), 2)
+    batch = transitions(paths, torch.ones(8, 4, 1, 1))
+    assert len(batch) == 2 * (2 + 4)
+    assert batch.step.bincount().tolist() == [4, 8]
+
+
+def test_noise_weights_have_mean_one_and_the_published_values():
+    """SD3.5, ten steps of shift 3 applied twice, a = 0.7, nine trained steps: 2.25 q (TempFlow-GRPO's constant)."""
+    t = torch.tensor([1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0.0])
+    flow = GaussianFlow()
+    paths = rollout(flow, plans.sde(t, "flow_sde", 0.7), 2)
+    batch = transitions(paths, torch.ones(2, 10, 1, 1), "noise")
+    assert batch.weight.mean().item() == pytest.approx(1, abs=1e-6)
+    std = paths.std[0, :9]
+    assert torch.allclose(batch.weight[:9] / std[batch.step[:9]], torch.tensor(2.25), rtol=2e-3)
+
+
+def test_micro_batches_and_dead_rows_change_nothing():
+    results = []
+    for micro in (1, 3, 64):
+        flow = GaussianFlow()
+        paths = rollout(flow, plans.sde(flow.times(5), "flow_sde", 0.7), 6)
+        advantage = CREDITS["terminal"](paths, judged(paths, lambda x: x.mean((1, 2, 3))))
+        advantage[0] = 0
+        optimizer = torch.optim.SGD(flow.parameters(), 1.0)
+        advance(flow, optimizer, paths, advantage, micro_batch=micro)
+        results.append(flow.shift.detach().clone())
+    assert torch.allclose(results[0], results[2], atol=1e-6)
+    assert torch.allclose(results[1], results[2], atol=1e-6)
+    assert results[0].abs().max() > 0
+
+
+def test_constant_reward_learns_nothing():
+    flow = GaussianFlow()
+    paths = rollout(flow, plans.sde(flow.times(5), "flow_sde", 0.7), 6)
+    advantage = CREDITS["terminal"](paths, judged(paths, lambda x: torch.ones(len(x))))
+    statistics = advance(flow, torch.optim.AdamW(flow.parameters(), 0.1), paths, advantage)
+    assert flow.shift.eq(0).all()
+    assert all(value == value for value in statistics.values())
+
+
+def test_kl_pulls_back_to_the_reference_only_when_away_from_it():
+    flow = GaussianFlow()
+    paths = rollout(flow, plans.sde(flow.times(5), "flow_sde", 0.7), 4)
+    statistics = advance(flow, torch.optim.SGD(flow.parameters(), 1.0), paths, torch.zeros(4, 5, 1, 1), beta=1.0)
+    assert statistics["kl"] == 0
+    assert flow.shift.eq(0).all()
+    with torch.no_grad():
+        flow.shift.fill_(0.5)
+    statistics = advance(flow, torch.optim.SGD(flow.parameters(), 0.1), paths, torch.zeros(4, 5, 1, 1), beta=1.0)
+    assert statistics["kl"] > 0
+    assert (flow.shift < 0.5).all()
+
+
+def exact_gradient(flow, steps):
+    """d E[reward] / d shift through the ODE sampler, by autograd, over many starts."""
+    start = torch.randn(4096, *flow.latent_shape, generator=torch.Generator().manual_seed(1))
+    t, x, index = flow.times(steps), start, torch.zeros(4096, dtype=torch.long)
+    for k in range(steps):
+        x = x - (t[k] - t[k + 1]) * flow.velocity(x, t[k].expand(4096), flow.encode(["0.0"]), index)
+    quadratic(x).mean().backward()
+    gradient, flow.shift.grad = flow.shift.grad.clone(), None
+    return gradient
+
+
+def quadratic(x):
+    target = torch.linspace(-1, 1, x[0].numel()).view(x.shape[1:])
+    return -((x - target) ** 2).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(("credit", "children"), [("terminal", 1), ("branch", 8)])
+def test_policy_gradient_points_along_reward_backpropagation(credit, children):
+    """Stein's identity: on a linear velocity and a quadratic reward the two gradients agree in direction."""
+    flow = GaussianFlow((2, 2, 2))
+    t = flow.times(6)
+    plan = plans.sde(t, "flow_sde", 0.7) if credit == "terminal" else plans.branch(t, "flow_sde", 0.7, range(5), children)
+    paths = rollout(flow, plan, 4096 // plan.routes)
+    advantage = CREDITS[credit](paths, judged(paths, quadratic), scale="none")
+    optimizer = torch.optim.SGD(flow.parameters(), 1.0)
+    advance(flow, optimizer, paths, advantage, micro_batch=4096)
+    step = flow.shift.detach().clone()
+    with torch.no_grad():
+        flow.shift.zero_()
+    cosine = torch.cosine_similarity(step.flatten(), exact_gradient(flow, 6).flatten(), dim=0)
+    assert cosine > 0.9
+
+
+@pytest.mark.parametrize("credit", ["terminal", "branch"])
+def test_bandit_improves(credit):
+    """The mean reward of successive quarters of the run rises, each above the one before."""
+    flow = GaussianFlow((2, 2, 2), spread=0.5)
+    optimizer = torch.optim.AdamW(flow.parameters(), 0.025, weight_decay=0.0)
+    t = flow.times(5)
+    plan = plans.sde(t, "flow_sde", 0.7) if credit == "terminal" else plans.branch(t, "flow_sde", 0.7, [0, 1, 2], 4)
+    rewards = []
+    for iteration in range(40):
+        paths = rollout(flow, plan, 48 // plan.routes, iteration)
+        report = judged(paths, lambda x: -((x - 1) ** 2).mean((1, 2, 3)))
+        rewards.append(float(report.reward[:, -1].mean()))
+        advance(flow, optimizer, paths, CREDITS[credit](paths, report))
+    quarters = torch.tensor(rewards).view(4, 10).mean(1)
+    assert (quarters.diff() > 0).all()
+    assert quarters[3] > 0.5 * quarters[0]  # rewards are negative: less than half the loss is left

@@ -1,0 +1,178 @@
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors.torch import save_file
+
+from reward_models import Prompt, Scores, load
+from reward_models.images import to_pil
+from reward_models.scorers.clip import TINY, Clip, resized
+from reward_models.table import SCORERS
+from reward_models.world import caption, draw, requests
+
+MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 24, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1},
+    "text_cfg": {"width": 16, "heads": 2, "layers": 1},
+}
+PREPROCESS = {"size": 24, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "interpolation": "bilinear"}
+
+
+@pytest.fixture(scope="module")
+def random_clip(tmp_path_factory):
+    """A folder in open_clip's layout with a random model, whose text goes through open_clip's own tokenizer."""
+    folder = tmp_path_factory.mktemp("random_clip")
+    torch.manual_seed(0)
+    save_file(CLIP(**MODEL).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=[*SCORERS, "random clip"])
+def scorer(request):
+    if request.param == "random clip":
+        return Clip(str(request.getfixturevalue("random_clip")), batch=3)
+    return load(request.param)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    rng = np.random.default_rng(0)
+    wants = [requests()[i] for i in rng.integers(len(requests()), size=10)]
+    wants[4] = wants[3]
+    images = torch.from_numpy(np.stack([draw(w, rng) for w in wants]))
+    return images, [Prompt(caption(w), w, i) for i, w in enumerate(wants)]
+
+
+def noise(n: int, high: int, wide: int) -> torch.Tensor:
+    return torch.rand(n, 3, high, wide, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
+
+
+def test_contract(scorer, asked):
+    images, prompts = asked
+    before = images.clone()
+    scores = scorer(images, prompts)
+    assert isinstance(scores, Scores)
+    assert scores.values.dtype == torch.float32
+    assert scores.values.shape == (len(images), len(scores.names))
+    assert not scores.failures
+    assert scores.values.isfinite().all()
+    assert not scores.values.requires_grad
+    assert scores.values.device.type == "cpu"
+    assert torch.equal(images, before)
+    assert torch.equal(scorer(images, prompts).values, scores.values)
+
+
+def test_each_image_is_scored_alone_and_in_order(scorer, asked):
+    images, prompts = asked
+    together = scorer(images, prompts).values
+    alone = torch.cat([scorer(images[i : i + 1], prompts[i : i + 1]).values for i in range(len(images))])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    shuffled = scorer(images[order], [prompts[i] for i in order]).values
+    torch.testing.assert_close(shuffled, together[order], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+def test_constant_images_are_scored(scorer, asked, level):
+    scores = scorer(torch.full((2, 3, 32, 32), level), asked[1][:2])
+    assert scores.values.isfinite().all()
+    assert not scores.failures
+
+
+def test_number_of_prompts_must_match(scorer, asked):
+    with pytest.raises(ValueError, match="10 images but 9 prompts"):
+        scorer(asked[0], asked[1][:9])
+
+
+@pytest.mark.parametrize("name", ["jpeg_size", "clip"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_image_fails_alone(name, value, asked):
+    images, prompts = asked[0].clone(), asked[1]
+    whole = load(name)(images, prompts).values
+    images[2, 0, 5, 5] = value
+    scores = load(name)(images, prompts)
+    assert list(scores.failures) == [2]
+    assert scores.values[2].isnan().all()
+    rest = [i for i in range(len(images)) if i != 2]
+    torch.testing.assert_close(scores.values[rest], whole[rest], rtol=0, atol=1e-5)
+
+
+def test_jpeg_size_is_the_length_of_the_file(tmp_path):
+    images = torch.cat([torch.full((1, 3, 64, 64), 0.5), noise(1, 64, 64)])
+    smaller, larger = (load("jpeg_size", direction=d)(images, [Prompt("")] * 2).values for d in ("smaller", "larger"))
+    to_pil(images)[1].save(tmp_path / "noise.jpg", quality=95)
+    assert smaller[1].item() == pytest.approx(-(tmp_path / "noise.jpg").stat().st_size / 1000)
+    assert torch.equal(smaller, -larger)
+    assert smaller[0] > smaller[1]
+    rough = load("jpeg_size", quality=20)(images, [Prompt("")] * 2).values
+    assert rough[1] > smaller[1]
+
+
+def test_quality_is_checked():
+    with pytest.raises(ValueError, match="quality is 1 to 95, not 101"):
+        load("jpeg_size", quality=101)
+
+
+def test_embedded_clip_tells_right_captions_from_wrong_ones(asked):
+    images, prompts = asked
+    right = load("clip")(images, prompts).values
+    wrong = load("clip")(images, prompts[5:] + prompts[:5]).values
+    assert (right > wrong).float().mean() >= 0.8
+
+
+@pytest.mark.parametrize("folder", ["random", "embedded"])
+def test_clip_agrees_with_open_clip(folder, random_clip, asked):
+    scorer = Clip(str(random_clip)) if folder == "random" else Clip()
+    name = f"local-dir:{random_clip if folder == 'random' else TINY}"
+    images = asked[0] if folder == "embedded" else noise(10, 40, 57)
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    texts = [p.text for p in asked[1]]
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(picture) for picture in to_pil(images)])
+        image = model.eval().encode_image(pixels, normalize=True)
+        text = model.encode_text(open_clip.get_tokenizer(name)(texts), normalize=True)
+    torch.testing.assert_close(scorer(images, asked[1]).values[:, 0], (image * text).sum(1), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(24, 24), (24, 16)])
+@pytest.mark.parametrize("source", [(40, 57), (61, 33), (10, 13), (24, 24)])
+def test_resizing_agrees_with_open_clip(mode, interpolation, size, source):
+    if mode == "shortest" and size[0] != size[1]:
+        interpolation = "bicubic"  # open_clip looks at the setting only for square sizes
+    images = 0.25 + 0.5 * noise(2, *source)  # PIL also clips between its two passes: leave room for the overshoot
+    config = PreprocessCfg(size, "RGB", (0.0,) * 3, (1.0,) * 3, interpolation, mode, fill_color=51)
+    transform = image_transform_v2(config, is_train=False)
+    expected = torch.stack([transform(picture) for picture in to_pil(images)])
+    found = resized(images, size, mode, interpolation, fill=51 / 255)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2.5 / 255)  # PIL rounds after each of them
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "says"),
+    [
+        ("nowhere/at_all", None, "'nowhere/at_all' is neither a folder nor a model of open_clip"),
+        ("ViT-B-33", None, "near names: .*ViT-B-32"),
+        ("ViT-B-32", None, "`pretrained` is missing; tags of ViT-B-32: openai, "),
+        ("ViT-B-32", "nonsense", "'nonsense' is neither a tag nor a file of weights; tags of ViT-B-32: openai, "),
+        ("local-dir:nowhere", None, "could not be loaded"),
+    ],
+)
+def test_a_model_that_is_not_there_is_explained_in_one_line(model, pretrained, says):
+    with pytest.raises(ValueError, match=says) as error:
+        Clip(model, pretrained)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_weights_or_configuration_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"could not be loaded.*config"):
+        Clip(str(tmp_path))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
+    with pytest.raises(ValueError, match=r"could not be loaded.*weights"):
+        Clip(str(tmp_path))

@@ -1,0 +1,64 @@
+import subprocess
+import sys
+
+import pytest
+
+from reward_models import load
+from reward_models.table import SCORERS
+
+OWN = """
+class Mine:
+    about = "mine"
+
+    def __init__(self, weight, power=1):
+        self.weight = weight
+
+    def __call__(self, images, prompts):
+        return None
+
+
+def refuses():
+    raise ValueError("not today")
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_scorers.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_entry_loads_and_says_what_it_is(name):
+    assert load(name).about.startswith(f"{name}: ")
+    assert "\n" not in load(name).about
+
+
+def test_settings_are_passed_on(own):
+    assert load("jpeg_size", quality=50, direction="larger").quality == 50
+    assert load("own_scorers:Mine", weight=3).weight == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "says"),
+    [
+        ("shape", {}, "near names: shapes"),
+        ("qqq", {}, "near names: shapes, jpeg_size, clip"),
+        ("jpeg_size", {"qualty": 3}, "'jpeg_size'.*'qualty'.*takes quality, direction"),
+        ("jpeg_size", {"direction": "sideways"}, "'sideways'"),
+        ("own_scorers:Mine", {}, "'own_scorers:Mine'.*'weight'"),
+        ("own_scorers:Yours", {}, "'own_scorers' has no 'Yours'"),
+        ("own_scorers:refuses", {}, "not today"),
+        ("no_such_module:Mine", {}, "no module named 'no_such_module'"),
+    ],
+)
+def test_a_mistake_is_explained_in_one_line(own, name, settings, says):
+    with pytest.raises(ValueError, match=says) as error:
+        load(name, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_importing_the_package_loads_no_scorer():
+    heavy = "open_clip", "scipy", "PIL", "reward_models.scorers"
+    code = f"import reward_models, sys; sys.exit(str([m for m in {heavy} if m in sys.modules] or ''))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""

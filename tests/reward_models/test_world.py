@@ -1,0 +1,71 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reward_models.world import TAGS, caption, draw, meaning, phrase, requests, split, thing
+
+HELD_OUT = {
+    "one_object": 3,
+    "two_objects": 50,
+    "colors": 30,
+    "counting": 36,
+    "position": 90,
+    "color_attr": 80,
+    "text": 24,
+}
+PROMPTS = Path(__file__).parents[2] / "assets" / "prompts"
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        (thing("circle"), "a circle"),
+        (thing("square", "orange"), "an orange square"),
+        (thing("cross", "green", 3), "three green crosses"),
+        (thing("circle", "red", size="small"), "a small red circle"),
+    ],
+)
+def test_phrases(item, said):
+    assert phrase(item) == said
+
+
+def test_every_request_has_a_caption_of_its_own():
+    captions = [caption(wants) for wants in requests()]
+    assert len(set(captions)) == len(captions)
+
+
+def test_captions_with_one_meaning_are_recognised():
+    left = {"tag": "position", "include": [thing("circle") | {"position": ["left of", 1]}, thing("square")]}
+    right = {"tag": "position", "include": [thing("square") | {"position": ["right of", 1]}, thing("circle")]}
+    other = {"tag": "position", "include": [thing("square") | {"position": ["left of", 1]}, thing("circle")]}
+    assert meaning(left) == meaning(right) != meaning(other)
+
+
+def test_split_keeps_held_out_meanings_out_of_training():
+    train, held_out = split(HELD_OUT)
+    assert len({p.text for p in held_out}) == len(held_out) >= 300
+    assert {p.wants["tag"] for p in held_out} == {p.wants["tag"] for p in train} == set(TAGS)
+    assert not {meaning(p.wants) for p in train} & {meaning(p.wants) for p in held_out}
+    assert len({p.id for p in train + held_out}) == len(train) + len(held_out)
+
+
+def test_shipped_prompts_are_split_by_meaning():
+    means = {}
+    for name in ("train", "held_out"):
+        rows = [json.loads(line) for line in (PROMPTS / f"{name}.jsonl").read_text().splitlines()]
+        assert all(caption(row) == row["prompt"] for row in rows)
+        means[name] = {meaning(row) for row in rows}
+    assert not means["train"] & means["held_out"]
+
+
+def test_drawing_depends_on_the_generator_alone():
+    for wants in requests()[::97]:
+        one, two, other = (draw(wants, np.random.default_rng(seed)) for seed in (5, 5, 6))
+        assert np.array_equal(one, two)
+        assert not np.array_equal(one, other)
+        assert one.shape == (3, 32, 32)
+        assert one.dtype == np.float32
+        assert one.min() >= 0
+        assert one.max() <= 1
