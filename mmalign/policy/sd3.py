@@ -138,19 +138,17 @@ class SD3Policy:
 
     @torch.no_grad()
     def check_export(self, folder: Path) -> None:
-        """Load the exported file into the untouched pipeline and compare one velocity with ours; raises ValueError."""
+        """Load the exported file through the stock pipeline and compare one velocity with ours; raises ValueError."""
         cond, index = self.encode(["a"]), torch.zeros(1, dtype=torch.long, device=self.device)
         x = torch.ones(1, *self.latent_shape, device=self.device)
         t = torch.full((1,), 0.5, device=self.device)
         ours = self.velocity(x, t, cond, index)
-        transformer = self.pipe.transformer
-        transformer.disable_adapters()
         self.pipe.load_lora_weights(folder, adapter_name="exported")
         try:
+            self.pipe.transformer.set_adapter("exported")
             worst = float((self.velocity(x, t, cond, index) - ours).abs().max())
         finally:
+            self.pipe.transformer.set_adapter("default")
             self.pipe.delete_adapters("exported")
-            transformer.set_adapter("default")
-            transformer.enable_adapters()
         if not worst < 1e-4 * max(1.0, float(ours.abs().max())):
             raise ValueError(f"the exported LoRA changes the velocity by {worst:.2g}; it must not")
