@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mmalign.config import BadInput, Config
+from mmalign.config import BadInput
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -52,34 +52,33 @@ def _rises(summary: dict) -> Table:
     return table
 
 
-def _policy(model: str, adapter: Path | None, guidance: float | None):
-    """A policy for inference: from a model, or from a run folder with its averaged adapter."""
+def _policy(model: str, guidance: float | None, run: Path | None):
+    """A policy for inference: a model as it is, or a run's model, guidance and averaged adapter."""
     import torch
 
     from mmalign import checkpoint, config as configs, policy as policies
 
-    c = Config(model=model)
-    tensors = None
-    if adapter is not None:
-        if not (adapter / "config.yaml").is_file():
-            raise BadInput(f"--adapter {adapter}: no run there (config.yaml is missing)")
-        c = configs.load(adapter / "config.yaml")
-        newest = checkpoint.latest(adapter / "checkpoints")
+    precision, c = "float32", None
+    if run is not None:
+        c, newest = configs.load(_config_of(run)), checkpoint.latest(run / "checkpoints")
         if newest is None:
-            raise BadInput(f"--adapter {adapter}: the run has no checkpoint yet")
-        tensors, _ = checkpoint.read(newest)
-    place = configs.locate(c.model)
+            raise BadInput(f"{run}: the run has no checkpoint yet")
+        model, precision, guidance = c.model, c.precision, c.guidance if guidance is None else guidance
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with configs.refusing():
         policy = policies.load(
-            str(place) if place.exists() else c.model,
-            dtype=c.precision,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            guidance=c.guidance if guidance is None else guidance,
+            configs.locate(model), dtype=precision, device=device, guidance=1.0 if guidance is None else guidance
         )
-        if tensors is not None:
+        if c is not None:
             policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, 0)
-            policy.load_adapter(tensors["ema"])
+            policy.load_adapter(checkpoint.read(newest)[0]["ema"])
     return policy
+
+
+def _config_of(run: Path) -> Path:
+    if not (run / "config.yaml").is_file():
+        raise BadInput(f"{run}: no run there (config.yaml is missing)")
+    return run / "config.yaml"
 
 
 @app.command()
@@ -112,7 +111,7 @@ def sample(
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise BadInput(f"--seeds {seeds!r}: whole numbers separated by commas are needed") from None
-    policy = _policy(model, adapter, guidance)
+    policy = _policy(model, guidance, adapter)
     _writable(out)
     images, of = evaluate.generate(policy, wanted, [numbers] * len(wanted), steps, batch)
     files = []
@@ -151,7 +150,7 @@ def evaluate(
     wanted = prompt_files.read(configs.locate(str(prompts)))
     with configs.refusing():
         scorers = {name: load_scorer(name) for name in rewards.split(",")}
-    policy = _policy(model, adapter, guidance)
+    policy = _policy(model, guidance, adapter)
     if out is not None:
         _writable(out)
     result = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
@@ -176,7 +175,7 @@ def evaluate(
 @app.command()
 def export(run: Run, out: Annotated[Path, typer.Option(help="folder for the LoRA file")] = Path("lora")) -> None:
     """Write a run's averaged adapter as the LoRA that stock diffusers opens, and open it once to be sure."""
-    policy = _policy("assets/tiny_sd3", run, None)
+    policy = _policy("", None, run)
     _writable(out)
     path = policy.export(out)
     policy.check_export(out)
@@ -188,8 +187,7 @@ def report(run: Run) -> None:
     """Write a run's report.html again."""
     from mmalign import report as reports
 
-    if not (run / "config.yaml").is_file():
-        raise BadInput(f"{run}: no run there (config.yaml is missing)")
+    _config_of(run)
     console.print(f"report: {reports.write(run)}")
 
 

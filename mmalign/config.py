@@ -1,7 +1,7 @@
 """The configuration of a run: flat YAML, complete in itself, read at the top and gone below.
 
-Every field has a default that works on the embedded model. A file states what it changes; `key=value` on the command line
-changes it once more. An unknown key is refused with the nearest name, and so is an option that cannot act.
+Every field has a default that works on the embedded model. A file states what it changes; `key=value` on the command
+line changes it once more. An unknown key is refused with the nearest name, and so is an option that cannot act.
 """
 
 import difflib
@@ -176,7 +176,8 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def locate(path: str) -> Path:
-    """A file or folder as named, or below the checkout when it names one of the project's own."""
-    here, shipped = Path(path), ROOT / path
-    return shipped if not here.exists() and shipped.exists() else here
+def locate(path: str) -> str:
+    """A file or folder as named, or below the checkout when it names one of the project's own; anything else
+    unchanged."""
+    shipped = ROOT / path
+    return str(shipped) if not Path(path).exists() and shipped.exists() else path

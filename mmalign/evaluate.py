@@ -1,7 +1,7 @@
 """Held-out evaluation: plain ODE sampling on fixed seeds, so that two models are compared image by image."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from torchvision.utils import save_image
 
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import chunks, gaussian, sample, seed_of
-from mmalign.judge import score
-from reward_models import Prompt, RewardModel
+from mmalign.judge import Scorers, score
+from reward_models import Prompt
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ def generate(
     return torch.cat(images), torch.tensor([p for p, _ in rows])
 
 
-def evaluate(
-    policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Mapping[str, RewardModel], batch: int
-) -> Evaluation:
+def evaluate(policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Scorers, batch: int) -> Evaluation:
     """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same."""
     seeds = [[seed_of("evaluation", p.id, m) for m in range(members)] for p in prompts]
     images, prompt = generate(policy, prompts, seeds, steps, batch)

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from mmalign.flow.sample import chunks
 from mmalign.types import Judgement, Trajectories
-from reward_models import Prompt, RewardModel
+from reward_models import Prompt, Scores
+
+Scorers = Mapping[str, Callable[..., Scores]]  # by name: (images, prompts) -> Scores
 
 
 def score(
-    images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: Mapping[str, RewardModel]
+    images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: Scorers
 ) -> tuple[dict[str, Float[Tensor, "N"]], dict[int, str]]:
     """Every component as "scorer.component" -> `[N]`, NaN where it failed, and the reasons by image."""
     parts, failures = {}, {}
@@ -25,9 +27,6 @@ def score(
 
 def total(parts: Mapping[str, Float[Tensor, "N"]], weights: Mapping[str, float]) -> Float[Tensor, "N"]:
     """Weighted sum; NaN where any component is, for a sum with a part missing would not compare with its siblings'."""
-    unknown = [name for name in weights if name not in parts]
-    if unknown:
-        raise ValueError(f"rewards: no component {unknown[0]!r}; there are {', '.join(parts)}")
     return torch.stack([weight * parts[name] for name, weight in weights.items()]).sum(0)
 
 
@@ -35,7 +34,7 @@ def judge(
     paths: Trajectories,
     prompts: Sequence[Prompt],
     decode: Callable[[Tensor], Tensor],
-    scorers: Mapping[str, RewardModel],
+    scorers: Scorers,
     weights: Mapping[str, float],
     batch: int = 256,
 ) -> tuple[Judgement, Float[Tensor, "N 3 H W"]]:

@@ -10,11 +10,12 @@ from mmalign.flow.sample import seed_of
 from reward_models import Prompt
 
 
-def read(path: Path) -> list[Prompt]:
+def read(path: str | Path) -> list[Prompt]:
     """Prompts from a text file (one a line) or JSONL (`prompt`, optional `id`, everything else is ground truth).
 
     A prompt without an id is numbered by its line. Raises BadInput with the line for anything else.
     """
+    path = Path(path)
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -41,8 +42,9 @@ def _parse(line: str, number: int, path: Path) -> Prompt:
 def batch(prompts: list[Prompt], size: int, iteration: int, seed: int) -> list[Prompt]:
     """The prompts of one iteration: epochs of all prompts, each shuffled by its own seed, cut into whole batches.
 
-    A function of its arguments alone, so a resumed run needs no cursor; a batch never holds a prompt twice. What is left
-    over at the end of an epoch is dropped, another remainder each time. Raises BadInput for a batch beyond the file.
+    A function of its arguments alone, so a resumed run needs no cursor; a batch never holds a prompt twice. What is
+    left over at the end of an epoch is dropped, another remainder each time. Raises BadInput for a batch beyond the
+    file.
     """
     if size > len(prompts):
         raise BadInput(f"prompts_per_iteration: {size} asked for, the file has {len(prompts)}")

@@ -3,14 +3,14 @@
     prompts -> rollout -> judgement -> advantages -> update
 
 One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `images/`, `checkpoints/`, `report.html`. Every
-random number comes from a seed derived from (run seed, iteration, prompt id, member, step), so results depend neither on
-batch sizes nor on whether the run was interrupted.
+random number comes from a seed derived from (run seed, iteration, prompt id, member, step), so results depend neither
+on batch sizes nor on whether the run was interrupted.
 
-Left out on purpose: a replay buffer (each iteration learns from its own images) and reward models that are trained along.
+Left out on purpose: a replay buffer (each iteration learns from its own images) and reward models that are trained
+along.
 """
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -96,7 +96,12 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
     unused = sorted(set(c.scorers) - {name.rpartition(".")[0] for name in c.rewards} - set(c.watch))
     if unused:
         raise BadInput(f"scorers: settings for {unused[0]!r}, which is neither in rewards nor in watch")
-    return {name: load_scorer(name, **c.scorers.get(name, {})) for name in dict.fromkeys(names)}
+    scorers = {name: load_scorer(name, **c.scorers.get(name, {})) for name in dict.fromkeys(names)}
+    for reward in c.rewards:
+        name, _, component = reward.rpartition(".")
+        if component not in scorers[name].names:
+            raise BadInput(f"rewards: no component {component!r}; {name} gives {', '.join(scorers[name].names)}")
+    return scorers
 
 
 def open_session(c: Config) -> Session:
@@ -110,14 +115,10 @@ def open_session(c: Config) -> Session:
     shared = {p.text for p in prompts} & {p.text for p in held_out}
     if shared:
         raise BadInput(f"held_out: {len(shared)} prompts are training prompts too, e.g. {min(shared)!r}")
-    model = configs.locate(c.model)
     with configs.refusing():
         scorers = load_scorers(c, [*(name.rpartition(".")[0] for name in c.rewards), *c.watch])
         policy = policies.load(
-            str(model) if model.exists() else c.model,
-            dtype=c.precision,
-            device=str(accelerator.device),
-            guidance=c.guidance,
+            configs.locate(c.model), dtype=c.precision, device=str(accelerator.device), guidance=c.guidance
         )
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
         plan = choose_plan(c, policy.times(c.steps))
@@ -130,8 +131,8 @@ def open_session(c: Config) -> Session:
 # --------------------------------------------------------------------------------------------------- one iteration
 
 
-def iterate(run: Session, iteration: int) -> tuple[dict[str, float], Tensor]:
-    """Roll out, judge, credit, learn. Returns the row for metrics.jsonl and the images."""
+def iterate(run: Session, iteration: int) -> dict[str, int | float]:
+    """Roll out, judge, credit, learn. Returns the row for metrics.jsonl."""
     c, policy, clock = run.config, run.policy, run.clock
     policy.spent.clear()
     prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
@@ -181,7 +182,7 @@ def iterate(run: Session, iteration: int) -> tuple[dict[str, float], Tensor]:
         "lr": run.optimizer.param_groups[0]["lr"],
     }
     row |= statistics | {f"seconds/{name}": seconds for name, seconds in clock.read().items()}
-    return row, images
+    return row
 
 
 def _trained(c: Config) -> set[str]:
@@ -239,7 +240,7 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
     with _progress(console) as bar:
         task = bar.add_task("training", total=c.iterations, completed=done, note="")
         while done < c.iterations:
-            row, images = iterate(run, done)
+            row = iterate(run, done)
             done += 1
             spent = time.monotonic() - began
             row["seconds/total"] = spent / (done - first)
@@ -318,14 +319,14 @@ def _check_folder(out: Path, c: Config, resume: bool) -> None:
             )
     elif saved.exists():
         raise BadInput(f"{out} already holds a run; go on with --resume or choose another `out`")
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise BadInput(f"out: cannot write in {parent}")
 
 
 def _claim(out: Path, c: Config) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(configs.dump(c))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(configs.dump(c))
+    except OSError as error:
+        raise BadInput(f"out: cannot write in {out}: {error.strerror}") from None
 
 
 def _save(run: Session, out: Path, iteration: int) -> None:

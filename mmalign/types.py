@@ -1,8 +1,8 @@
 """The records that cross module borders, and the legend of letters.
 
 `P` prompts · `S` seeds (members) per prompt · `R` routes per seed · `G = S R` siblings per prompt · `N = P G` images ·
-`T` transitions · `C h w` latent · `H W` pixels · `K` reward components · `a b` credit grid (1x1 = whole image ... h x w) ·
-`M` rows of a minibatch.
+`T` transitions · `C h w` latent · `H W` pixels · `K` reward components · `a b` credit grid (1x1 = whole image ... h x
+w) · `M` rows of a minibatch.
 
 Time runs from 1 (noise) to 0 (image): `x_t = (1 - t) x_0 + t e`, the velocity is `v = e - x_0`, and a step goes from
 `t` to `s < t`.
@@ -123,8 +123,9 @@ class Transitions:
 class Policy(Protocol):
     """A text-to-image flow model with a trainable adapter; one file per model family under `mmalign/policy/`.
 
-    `encode` gives the conditioning of P texts, of which `velocity` takes one row per latent (`index [M]`). `times(steps)`
-    are the model's own. `reference()` switches the adapter off for a while. `spent` counts forwards and decodes.
+    `encode` gives the conditioning of P texts, of which `velocity` takes one row per latent (`index [M]`).
+    `times(steps)` are the model's own. `reference()` switches the adapter off for a while. `spent` counts forwards
+    and decodes.
     """
 
     latent_shape: tuple[int, int, int]

@@ -59,8 +59,10 @@ class Scores:
 
 @runtime_checkable
 class RewardModel(Protocol):
-    """Anything that scores images. `about` states model, licence, range and direction in one line."""
+    """Anything that scores images. `names` are its components; `about` states model, licence, range and direction in
+    one line."""
 
     about: str
+    names: tuple[str, ...]
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores: ...

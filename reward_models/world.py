@@ -160,9 +160,7 @@ def coverage(name: str, rx: float, ry: float, dx: Float[np.ndarray, "h w"], dy: 
         distance = np.maximum(y - r, (2 * np.abs(x) - y - r) / np.sqrt(5))
     elif name == "cross":
         arm = r / 3
-        distance = np.minimum(
-            np.maximum(np.abs(x) - r, np.abs(y) - arm), np.maximum(np.abs(y) - r, np.abs(x) - arm)
-        )
+        distance = np.minimum(np.maximum(np.abs(x) - r, np.abs(y) - arm), np.maximum(np.abs(y) - r, np.abs(x) - arm))
     else:
         raise ValueError(f"no shape called {name!r}; known: {', '.join((*SHAPES, *GLYPHS))}")
     return np.clip(0.5 - distance, 0, 1)

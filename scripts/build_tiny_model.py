@@ -76,7 +76,8 @@ def build_pictures(work: Path, images: int) -> tuple[Tensor, Tensor]:
 
 
 def train(name: str, step_fn, state: dict[str, nn.Module | torch.optim.Optimizer], steps: int, work: Path) -> None:
-    """Run `step_fn(step)` for `steps` steps, saving every `state` object now and then and starting from the last save."""
+    """Run `step_fn(step)` for `steps` steps, saving every `state` object now and then and starting from the last
+    save."""
     path = work / f"{name}.pt"
     done = 0
     if path.exists():
@@ -96,7 +97,9 @@ def train(name: str, step_fn, state: dict[str, nn.Module | torch.optim.Optimizer
                 if not console.is_terminal and done % 250 == 0:
                     console.print(f"{name} {done}/{steps} {note}")
             if done % 500 == 0 or done == steps:
-                torch.save({"done": done} | {key: value.state_dict() for key, value in state.items()}, path.with_suffix(".new"))
+                torch.save(
+                    {"done": done} | {key: value.state_dict() for key, value in state.items()}, path.with_suffix(".new")
+                )
                 path.with_suffix(".new").replace(path)
 
 
@@ -134,7 +137,11 @@ def build_vae(pictures: Tensor, work: Path, steps: int, device: str, batch: int 
         x = pictures[index].to(device).float() / 127.5 - 1
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=g).to(device)
-        extra = torch.randn(posterior.mean.shape, generator=g).to(device) * 0.2 * torch.rand(batch, 1, 1, 1, generator=g).to(device)
+        extra = (
+            torch.randn(posterior.mean.shape, generator=g).to(device)
+            * 0.2
+            * torch.rand(batch, 1, 1, 1, generator=g).to(device)
+        )
         loss = (vae.decode(posterior.mean + posterior.std * noise + extra).sample - x).abs().mean()
         loss = loss + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
         for group in optimizer.param_groups:
@@ -290,6 +297,15 @@ def build_flow(latents, captions, ids, tokenizer, work, steps, batch, device, co
     return flow.eval()
 
 
+def balanced(training: list[Prompt]) -> list[Prompt]:
+    """Prompts for RL: at most twice as many of each tag as are held out, in the mix that is held out."""
+    kept: list[Prompt] = []
+    for tag in TAGS:
+        own = [p for p in training if p.wants["tag"] == tag]
+        kept += [own[i] for i in np.random.default_rng(3).permutation(len(own))[: 2 * HELD_OUT[tag]]]
+    return sorted(kept, key=lambda p: p.id)
+
+
 def write_prompts(out: Path, name: str, prompts: list[Prompt]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"prompt": p.text, "id": p.id} | p.wants) for p in prompts]
@@ -298,18 +314,22 @@ def write_prompts(out: Path, name: str, prompts: list[Prompt]) -> None:
 
 def main(
     out: Annotated[Path, typer.Option(help="where tiny_sd3/ and prompts/ are written")] = Path("assets"),
-    work: Annotated[Path, typer.Option(help="intermediate results, kept so that the run can be resumed")] = Path("runs/build_tiny_model"),
+    work: Annotated[Path, typer.Option(help="intermediate results, kept so that the run can be resumed")] = Path(
+        "runs/build_tiny_model"
+    ),
     images: Annotated[int, typer.Option(help="pictures drawn")] = 160_000,
     vae_steps: Annotated[int, typer.Option(help="steps of 32 pictures")] = 1_800,
     steps: Annotated[int, typer.Option(help="flow-matching steps")] = 2_200,
     batch: Annotated[int, typer.Option(help="pictures per flow-matching step")] = 192,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile the flow; 1.3x faster on CPU")] = True,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="torch.compile the flow; 1.3x faster on CPU")
+    ] = True,
 ) -> None:
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     work.mkdir(parents=True, exist_ok=True)
     training, held_out = split(HELD_OUT)
-    write_prompts(out / "prompts", "train", training)
+    write_prompts(out / "prompts", "train", balanced(training))
     write_prompts(out / "prompts", "held_out", held_out)
     pictures, captions = build_pictures(work, images)
     vae = build_vae(pictures, work, vae_steps, device)

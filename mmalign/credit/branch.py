@@ -1,4 +1,5 @@
-"""Branch credit (TempFlow-GRPO, arXiv 2508.04324): a stochastic step is credited with what became of the states it led to.
+"""Branch credit (TempFlow-GRPO, arXiv 2508.04324): a stochastic step is credited with what became of the states it
+led to.
 
 The value of a state is the mean reward of the images below it. A step's return is the value of the state it reached; it
 is compared with the other stochastic steps taken at the same time, for the same prompt or from the very same state.
@@ -17,8 +18,8 @@ def branch(
 ) -> Float[Tensor, "N T 1 1"]:
     """Advantages per step, 0 where the step was deterministic.
 
-    `baseline`: "state" compares children of one state (its mean is the value before the step), "prompt" compares all that
-    branched at that step for the prompt. Where no state has two children, only "prompt" has anything to compare.
+    `baseline`: "state" compares children of one state (its mean is the value before the step), "prompt" compares all
+    that branched at that step for the prompt. Where no state has two children, only "prompt" has anything to compare.
     """
     if baseline not in ("state", "prompt"):
         raise ValueError(f"no baseline called {baseline!r}; known: state, prompt")

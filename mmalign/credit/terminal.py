@@ -1,4 +1,5 @@
-"""Terminal credit (Flow-GRPO, arXiv 2505.05470): a walk's reward, compared with its siblings', goes to all its steps."""
+"""Terminal credit (Flow-GRPO, arXiv 2505.05470): a walk's reward, compared with its siblings', goes to all its
+steps."""
 
 from jaxtyping import Float
 from torch import Tensor

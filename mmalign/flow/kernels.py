@@ -1,8 +1,8 @@
 """One transition of a flow sampler, from time `t` to `s < t`, as pure functions.
 
 Every kernel is Gaussian with mean `(1 - s) x0 + m e` and standard deviation `q` in every element, where
-`x0 = x - t v` and `e = x + (1 - t) v` are the clean latent and the noise that the velocity `v` predicts. With `m = s` and
-`q = 0` this is the Euler step of the probability-flow ODE, `x - (t - s) v`; the mean is computed as that step plus
+`x0 = x - t v` and `e = x + (1 - t) v` are the clean latent and the noise that the velocity `v` predicts. With `m = s`
+and `q = 0` this is the Euler step of the probability-flow ODE, `x - (t - s) v`; the mean is computed as that step plus
 `(m - s) e`, so that zero noise gives the ODE's numbers to the bit.
 
 | kernel      | noise parameter        | m                     | q                                           |
@@ -74,7 +74,8 @@ def scheduled(x, v, t: Scalars, s: Scalars, g: Scalars) -> Step:
 def flow_sde(x, v, t: Scalars, s: Scalars, a: Scalars, t_max: float) -> Step:
     """Flow-GRPO's step (arXiv 2505.05470, eq. 9): `g = a sqrt(t / (1 - min(t, t_max)))`.
 
-    The bound keeps g finite at t = 1; with `t_max` the second time of the schedule it is the clamp of the released code.
+    The bound keeps g finite at t = 1; with `t_max` the second time of the schedule it is the clamp of the released
+    code.
     """
     t, s = _times(x, t, s)
     g = _column(a, x) * (t / (1 - t.clamp(max=t_max))).sqrt()

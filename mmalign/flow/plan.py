@@ -53,8 +53,8 @@ def window(t: Float[Tensor, "states"], kernel: str, noise: float, start: int, st
 
 
 def sde(t: Float[Tensor, "states"], kernel: str, noise: float) -> Plan:
-    """One route, every step stochastic but the last (Flow-GRPO, arXiv 2505.05470): noise added at t = 0 would stay in the
-    image."""
+    """One route, every step stochastic but the last (Flow-GRPO, arXiv 2505.05470): noise added at t = 0 would stay in
+    the image."""
     return window(t, kernel, noise, 0, len(t) - 2)
 
 

@@ -53,11 +53,12 @@ def sample(
     batch: int = 256,
     storage: torch.dtype = torch.float32,
 ) -> Trajectories:
-    """Walk each of the `B` starting noises along every route of `plan`: `N = B R` trajectories, routes of a start together.
+    """Walk each of the `B` starting noises along every route of `plan`: `N = B R` trajectories, routes of a start
+    together.
 
     `prompt [B]` is each start's row in `cond`. `draw(start, step, path)` gives the noise of one stochastic step (an ODE
-    needs none); `path` holds the draws taken so far (-1 for a deterministic step), so adding routes to a plan changes none
-    of the others.
+    needs none); `path` holds the draws taken so far (-1 for a deterministic step), so adding routes to a plan changes
+    none of the others.
     `batch` bounds the rows of one forward and changes no result. States are rounded to `storage` before their
     log-density is taken, as they will be when they are replayed.
     """

@@ -1,9 +1,9 @@
 """Surrogate losses, at the advantage's own resolution.
 
-Log-densities come as maps `[M, h, w]` in nats per latent element; both are pooled to the advantage's grid `[M, a, b]` by
-averaging, subtracted and exponentiated. With a 1x1 grid the ratio is `exp(mean_{C,h,w} (log p_new - log p_old))`, the
-reduction Flow-GRPO's clip ranges refer to; with h x w it is a ratio per latent position. At ratio 1 a uniform map gives
-the gradient of the 1x1 grid.
+Log-densities come as maps `[M, h, w]` in nats per latent element; both are pooled to the advantage's grid `[M, a, b]`
+by averaging, subtracted and exponentiated. With a 1x1 grid the ratio is `exp(mean_{C,h,w} (log p_new - log p_old))`,
+the reduction Flow-GRPO's clip ranges refer to; with h x w it is a ratio per latent position. At ratio 1 a uniform map
+gives the gradient of the 1x1 grid.
 """
 
 import torch
@@ -28,8 +28,8 @@ def clipped(
 ) -> tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]:
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), one loss per row, with its statistics per row.
 
-    `clip` bounds the ratio to [1 - clip, 1 + clip]. `clipped_low` and `clipped_high` are the shares of cells whose gradient the bound
-    removed: ratio below it with a negative advantage, above it with a positive one.
+    `clip` bounds the ratio to [1 - clip, 1 + clip]. `clipped_low` and `clipped_high` are the shares of cells whose
+    gradient the bound removed: ratio below it with a negative advantage, above it with a positive one.
     """
     grid = advantage.shape[1:]
     log_ratio = pool(logp, grid) - pool(old, grid)

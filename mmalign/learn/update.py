@@ -16,8 +16,8 @@ def transitions(paths: Trajectories, advantage: Float[Tensor, "N T a b"], weight
     """Every distinct stochastic step with something to learn, in order.
 
     Routes that share a step give one row. Rows whose advantage is 0 everywhere are left out of the batch, not of its
-    size: see `update`. `weighting` "noise" weighs each by its standard deviation over the mean of all (TempFlow-GRPO, arXiv
-    2508.04324), which evens out gradients that grow towards low noise; "none" by 1.
+    size: see `update`. `weighting` "noise" weighs each by its standard deviation over the mean of all (TempFlow-GRPO,
+    arXiv 2508.04324), which evens out gradients that grow towards low noise; "none" by 1.
     """
     rows, cols = (paths.std > 0).nonzero(as_tuple=True)
     _, first = _first_of_each(torch.stack([cols, paths.node[rows, cols + 1]], 1))
@@ -67,8 +67,8 @@ def update(
     """Replay `batch` for `epochs` shuffled passes, each in `minibatches` optimiser steps, and return what happened.
 
     The loss is the weighted mean over a minibatch of the clipped surrogate plus `beta` times the exact KL divergence to
-    the reference. `micro_batch` bounds the rows of one forward and backward; gradients add up, so it changes nothing else.
-    Rows with advantage 0 cost a forward only where `beta` needs it, but always count in the mean.
+    the reference. `micro_batch` bounds the rows of one forward and backward; gradients add up, so it changes nothing
+    else. Rows with advantage 0 cost a forward only where `beta` needs it, but always count in the mean.
 
     Statistics are means over all rows replayed, and `name/k` over those of step k; `grad_norm` is before clipping.
     """

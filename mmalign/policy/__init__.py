@@ -1,7 +1,7 @@
 """Policies: one file per model family; diffusers and peft live only here.
 
-A policy gets texts and latents, never prompts or scores. Add a family: `encode / times / velocity / decode` in a file, and
-a line in the table.
+A policy gets texts and latents, never prompts or scores. Add a family: `encode / times / velocity / decode` in a
+file, and a line in the table.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Stable Diffusion 3 and 3.5, through diffusers' stock pipeline.
 
-Conventions: the transformer is told 1000 t; true classifier-free guidance with the empty prompt, unconditional half first;
-latents decode as `vae(x / scaling_factor + shift_factor)`. A pipeline saved without T5 gets no padding in its place
-(`max_sequence_length=0`), where stock diffusers appends 256 zero tokens unless told otherwise.
+Conventions: the transformer is told 1000 t; true classifier-free guidance with the empty prompt, unconditional half
+first; latents decode as `vae(x / scaling_factor + shift_factor)`. A pipeline saved without T5 gets no padding in its
+place (`max_sequence_length=0`), where stock diffusers appends 256 zero tokens unless told otherwise.
 """
 
 from collections import Counter
@@ -34,7 +34,8 @@ class Conditioning:
 
 
 class SD3Policy:
-    """`guidance` is the classifier-free guidance scale in rollout and replay; 1 or less means none, at half the forwards.
+    """`guidance` is the classifier-free guidance scale in rollout and replay; 1 or less means none, at half the
+    forwards.
 
     `size` is (height, width) in pixels. `spent` counts network forwards (one row of one batch each) and decoded images.
     """

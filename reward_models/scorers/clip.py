@@ -67,6 +67,8 @@ class Clip:
     needs `pretrained`, a tag or a file of weights; without a model, the embedded tiny one. `batch` is how many images
     or texts are encoded at once. ValueError if the model cannot be had."""
 
+    names = ("cosine",)
+
     def __init__(self, model: str | None = None, pretrained: str | None = None, device: str = "cpu", batch: int = 64):
         if model is None and not TINY.is_dir():
             raise ValueError(f"clip: the embedded model is not at {TINY}; build it with scripts/build_tiny_clip.py")
@@ -102,7 +104,7 @@ class Clip:
         ]
         values = torch.cat(cosines).float().cpu()
         failures = {int(i): "the image's embedding is not finite" for i in (~values.isfinite()).nonzero()[:, 0]}
-        return Scores(("clip",), values.where(values.isfinite(), torch.nan)[:, None], failures=failures)
+        return Scores(self.names, values.where(values.isfinite(), torch.nan)[:, None], failures=failures)
 
     def _texts(self, texts: list[str]) -> Float[Tensor, "M D"]:
         parts = [texts[i : i + self.batch] for i in range(0, len(texts), self.batch)]

@@ -18,6 +18,8 @@ class JpegSize:
     """The scorer. `quality` is JPEG's, 1 to 95; `direction` says which files are better, `smaller` or `larger` ones.
     ValueError for others."""
 
+    names = ("kilobytes",)
+
     def __init__(self, quality: int = 95, direction: str = "smaller"):
         if direction not in ("smaller", "larger"):
             raise ValueError(f"jpeg_size: direction is 'smaller' or 'larger', not {direction!r}")
@@ -42,4 +44,4 @@ class JpegSize:
             file = BytesIO()
             picture.save(file, "JPEG", quality=self.quality)
             values[i] = self.sign * file.tell() / 1000
-        return Scores(("jpeg_size",), values, failures=failures)
+        return Scores(self.names, values, failures=failures)

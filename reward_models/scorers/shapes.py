@@ -71,7 +71,11 @@ def _crops(labels: np.ndarray, ids, n, top, bottom, left, right) -> Float[np.nda
 
 def _boxes(labels: np.ndarray) -> tuple[np.ndarray, ...]:
     """ids, image, top, bottom, left, right of every component, each [M]."""
-    found = [(i + 1, *(e for s in box for e in (s.start, s.stop))) for i, box in enumerate(ndimage.find_objects(labels)) if box]
+    found = [
+        (i + 1, *(e for s in box for e in (s.start, s.stop)))
+        for i, box in enumerate(ndimage.find_objects(labels))
+        if box
+    ]
     ids, n, _, *edges = np.array(found, int).reshape(-1, 7).T
     return ids, n, *edges
 
@@ -80,7 +84,13 @@ def _templates() -> tuple[list[str], Float[np.ndarray, "K C C"]]:
     """Every shape at the world's sizes and at several offsets from the pixel grid, for at eight pixels across a circle
     is nearly a square; every letter at its one size. Names repeat."""
     y, x = np.mgrid[:24, :24] - 11.5
-    drawn = [(name, r, r, dx, dy) for name in SHAPES for r in (4.2, 4.7, 5.3, 6.0, 6.7, 8.0, 9.5) for dx in (0, 0.25, 0.5, 0.75) for dy in (0, 0.25, 0.5, 0.75)]
+    drawn = [
+        (name, r, r, dx, dy)
+        for name in SHAPES
+        for r in (4.2, 4.7, 5.3, 6.0, 6.7, 8.0, 9.5)
+        for dx in (0, 0.25, 0.5, 0.75)
+        for dy in (0, 0.25, 0.5, 0.75)
+    ]
     drawn += [(name, 5.0, 7.0, 0, 0) for name in GLYPHS]
     masks = np.stack([coverage(name, rx, ry, x - dx, y - dy) > 0.5 for name, rx, ry, dx, dy in drawn])
     labels = masks * np.arange(1, len(masks) + 1)[:, None, None]
@@ -140,7 +150,9 @@ def look(images: Float[np.ndarray, "N 3 H W"]) -> list[list[Seen]]:
         votes = np.bincount(inside[mine], minlength=len(names) + 1)[: len(names)]
         known = overlap[m, best[m]] >= MIN_OVERLAP and not distorted[m]
         name = NAMES[best[m]] if known else UNKNOWN
-        found[n[m]].append(Seen(name, names[votes.argmax()], (int(left[m]), int(top[m]), int(right[m]), int(bottom[m]))))
+        found[n[m]].append(
+            Seen(name, names[votes.argmax()], (int(left[m]), int(top[m]), int(right[m]), int(bottom[m])))
+        )
     return found
 
 
@@ -200,7 +212,11 @@ def judge_objects(wants: dict, seen: list[Seen]) -> Verdict:
     match = {int(r): int(c) for r, c in zip(rows, cols, strict=True) if credit[r, c] > 0}
     earned = [float(credit[r, match[r]]) if r in match else 0.0 for r in range(len(entities))]
     wrong = [f"no {item['class']}" for r, item in enumerate(entities) if r not in match]
-    wrong += [f"the {entities[r]['class']} is {seen[c].colour}, {seen[c].extent} px" for r, c in match.items() if earned[r] < 1]
+    wrong += [
+        f"the {entities[r]['class']} is {seen[c].colour}, {seen[c].extent} px"
+        for r, c in match.items()
+        if earned[r] < 1
+    ]
     if wants["tag"] == "position":
         relation = wants["include"][0]["position"][0]
         holds = 0 in match and 1 in match and _related(seen[match[0]], relation, seen[match[1]])
@@ -226,6 +242,7 @@ class Shapes:
     """The verifier as a scorer. `grid` is the side of the region map; a cell an object covers holds its credit."""
 
     about = "shapes: exact verifier of the embedded world; strict and partial in [0, 1], higher is better; Apache-2.0"
+    names = ("strict", "partial")
 
     def __init__(self, grid: int = 8):
         self.grid = grid
@@ -251,4 +268,4 @@ class Shapes:
                 rows = slice(int(top / cell_y), int(np.ceil(bottom / cell_y)))
                 cols = slice(int(left / cell_x), int(np.ceil(right / cell_x)))
                 regions[i, rows, cols] = credit
-        return Scores(("strict", "partial"), values, tuple(critiques), regions, failures)
+        return Scores(self.names, values, tuple(critiques), regions, failures)

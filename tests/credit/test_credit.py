@@ -119,7 +119,9 @@ def test_seeds_may_be_permuted():
     paths = paths_of(plan, starts=2)
     reward = torch.randn(12)
     swap = torch.cat([torch.arange(6, 12), torch.arange(6)])
-    moved = type(paths)(plan, *(getattr(paths, n)[swap] for n in ("x", "logp", "node", "prompt", "member", "noise", "std")))
+    moved = type(paths)(
+        plan, *(getattr(paths, n)[swap] for n in ("x", "logp", "node", "prompt", "member", "noise", "std"))
+    )
     for baseline in ("state", "prompt"):
         one = CREDITS["branch"](paths, judged_as(paths, reward), baseline=baseline)
         two = CREDITS["branch"](moved, judged_as(moved, reward[swap]), baseline=baseline)

@@ -128,7 +128,8 @@ def test_time_must_fall(name, t, s):
 
 
 def test_flow_sde_bound_is_the_published_clamp():
-    """At t = 1 with t_max = the second time, g = a sqrt(1 / (1 - sigma_1)): 3.506 and q = 0.700 on SD3.5's ten steps."""
+    """At t = 1 with t_max = the second time, g = a sqrt(1 / (1 - sigma_1)): 3.506 and q = 0.700 on SD3.5's ten
+    steps."""
     _, std = k.flow_sde(full(X), full(V), 1.0, 0.9601, 0.7, t_max=0.9601)
     assert std.item() == pytest.approx(0.7, abs=1e-3)
     assert std.item() / math.sqrt(1 - 0.9601) == pytest.approx(3.506, abs=3e-3)

@@ -15,7 +15,14 @@ def rollout(flow, plan, starts=4, prompts=2, batch=256, seed=0, **options):
     index = torch.arange(starts) % prompts
     start = torch.stack([gaussian(flow.latent_shape, seed_of(seed, i)) for i in range(starts)])
     return sample(
-        flow.velocity, start, cond, index, plan, lambda *key: gaussian(flow.latent_shape, seed_of(seed, *key)), batch, **options
+        flow.velocity,
+        start,
+        cond,
+        index,
+        plan,
+        lambda *key: gaussian(flow.latent_shape, seed_of(seed, *key)),
+        batch,
+        **options,
     )
 
 

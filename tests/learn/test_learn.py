@@ -35,9 +35,12 @@ def advance(flow, optimizer, paths, advantage, **changed):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("advantage", "ratio", "moves"), [(1, 1.2, False), (-1, 0.8, False), (1, 0.8, True), (-1, 1.2, True)])
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "moves"), [(1, 1.2, False), (-1, 0.8, False), (1, 0.8, True), (-1, 1.2, True)]
+)
 def test_pessimism(advantage, ratio, moves):
-    """A ratio already past the bound in the direction the advantage pulls gets no gradient; the other two quadrants do."""
+    """A ratio already past the bound in the direction the advantage pulls gets no gradient; the other two quadrants
+    do."""
     logp = torch.full((1, 2, 2), ratio).log().requires_grad_()
     loss, statistics = clipped(logp, torch.zeros(1, 2, 2), torch.full((1, 1, 1), float(advantage)), clip=0.1)
     loss.sum().backward()
@@ -165,7 +168,9 @@ def test_policy_gradient_points_along_reward_backpropagation(credit, children):
     """Stein's identity: on a linear velocity and a quadratic reward the two gradients agree in direction."""
     flow = GaussianFlow((2, 2, 2))
     t = flow.times(6)
-    plan = plans.sde(t, "flow_sde", 0.7) if credit == "terminal" else plans.branch(t, "flow_sde", 0.7, range(5), children)
+    plan = (
+        plans.sde(t, "flow_sde", 0.7) if credit == "terminal" else plans.branch(t, "flow_sde", 0.7, range(5), children)
+    )
     paths = rollout(flow, plan, 4096 // plan.routes)
     advantage = CREDITS[credit](paths, judged(paths, quadratic), scale="none")
     optimizer = torch.optim.SGD(flow.parameters(), 1.0)

@@ -38,7 +38,9 @@ def stock_images(pipe, guidance, size=(32, 32), texts=TEXTS):
 def ours(policy, batch=256):
     start = torch.stack([gaussian(policy.latent_shape, i) for i in range(len(TEXTS))])
     cond, index = policy.encode(TEXTS), torch.arange(len(TEXTS))
-    return policy.decode(sample(policy.velocity, start, cond, index, plans.ode(policy.times(STEPS)), batch=batch).x[:, -1])
+    return policy.decode(
+        sample(policy.velocity, start, cond, index, plans.ode(policy.times(STEPS)), batch=batch).x[:, -1]
+    )
 
 
 def moved(policy, scale=0.05):
@@ -125,7 +127,9 @@ def test_on_policy_ratio_is_one(random_model, name, guidance, size):
     assert statistics["kl"] > 0
     named = dict(policy.pipe.transformer.named_parameters())
     untouched = {name for name, p in named.items() if p.requires_grad and not p.grad.abs().sum() > 0}
-    assert untouched == {name for name in named if "blocks.1.attn.add_q_proj.lora" in name}  # the last block drops its text
+    assert untouched == {
+        name for name in named if "blocks.1.attn.add_q_proj.lora" in name
+    }  # the last block drops its text
     assert all(p.grad is None for p in named.values() if not p.requires_grad)
 
 

@@ -9,6 +9,7 @@ from reward_models.table import SCORERS
 OWN = """
 class Mine:
     about = "mine"
+    names = ("mine",)
 
     def __init__(self, weight, power=1):
         self.weight = weight

@@ -1,0 +1,200 @@
+"""The command line as a user meets it: exit codes, one clear line, nothing half-written."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import yaml
+
+from mmalign import cli
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def mmalign(*args) -> Result:
+    """The command line in this process: an uncaught exception fails the test as a traceback would fail the user."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["mmalign", *map(str, args)]
+    with patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def config(random_model, prompt_files, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    values = dict(
+        model=random_model, prompts=prompt_files["train"], held_out=prompt_files["held_out"], out=str(tmp_path / "run"),
+        rewards={"jpeg_size.kilobytes": 1.0}, iterations=2, prompts_per_iteration=2, steps=3, branch_steps=[0],
+        children=2,
+        lora_rank=2, eval_seeds=1, eval_steps=2,
+    )  # fmt: skip
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["learning_rat=1e-3"], "unknown key 'learning_rat', did you mean 'learning_rate'?"),
+        (["iterations=many"], "iterations: Input should be a valid integer"),
+        (["iterations=0"], "iterations: Input should be greater than or equal to 1, got 0"),
+        (["iterations"], "override 'iterations' must look like key=value"),
+        (["children=1"], "advantages compare siblings"),
+        (["seeds=2", "children=1"], "set baseline: prompt"),
+        (["branch_steps=[2]"], "must lie within 0 to 1; the last step stays ODE"),
+        (["plan=sde"], "branch_steps acts only with plan: branch"),
+        (["plan=window"], "plan: window needs window"),
+        (["credit=terminal", "baseline=state"], "baseline acts only with credit: branch"),
+        (["cooldown=3"], "exceed iterations 2"),
+        (["prompts=nowhere.jsonl"], "prompts nowhere.jsonl: No such file or directory"),
+        (["prompts=/dev/null"], "prompts /dev/null: no prompts in it"),
+        (["model=/nowhere"], "model '/nowhere'"),
+        (["rewards={shape.strict: 1}"], "no scorer called 'shape'; near names: shapes"),
+        (["rewards={jpeg_size.size: 1}"], "no component 'size'; jpeg_size gives kilobytes"),
+        (["scorers={clip: {}}"], "settings for 'clip', which is neither in rewards nor in watch"),
+        (["lora_targets=[to_z]"], "'to_z' matches no linear layer"),
+        (["prompts_per_iteration=9"], "9 asked for, the file has 4"),
+        (["out=/proc/run"], "out: cannot write in /proc"),
+        (["out=/dev/null/run"], "out: cannot write in /dev/null/run"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(config, overrides, says):
+    result = mmalign("train", config, *overrides)
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("mmalign: ")]
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert "Traceback" not in result.stderr
+    assert not (config.parent / "run").exists()
+
+
+def test_files_that_are_no_config(tmp_path):
+    for text, says in [
+        (None, "No such file"),
+        ("a: [", "not YAML"),
+        ("- 1", "a mapping of keys to values is needed, got list"),
+    ]:
+        path = tmp_path / "bad.yaml"
+        if text is not None:
+            path.write_text(text)
+        result = mmalign("train", path)
+        assert result.returncode == 2
+        assert says in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_train_sample_evaluate_export_report(config, tmp_path):
+    result = mmalign("train", config, "--json")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert set(summary["rises"]["jpeg_size.kilobytes"]) == {"before", "after", "rise", "p"}
+    run = tmp_path / "run"
+    assert Path(summary["report"]) == run / "report.html"
+
+    result = mmalign(
+        "sample",
+        "a red circle",
+        "a cross",
+        "--adapter",
+        run,
+        "--seeds",
+        "3,4",
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "s",
+        "--json",
+    )
+    assert result.returncode == 0, result.stderr
+    assert [Path(row["image"]).name for row in json.loads(result.stdout)] == [
+        "00000-3.png",
+        "00000-4.png",
+        "00001-3.png",
+        "00001-4.png",
+    ]
+    assert all(Path(row["image"]).stat().st_size > 100 for row in json.loads(result.stdout))
+
+    prompts = yaml.safe_load(config.read_text())["held_out"]
+    result = mmalign(
+        "evaluate",
+        "--adapter",
+        run,
+        "--prompts",
+        prompts,
+        "--rewards",
+        "jpeg_size",
+        "--steps",
+        2,
+        "--seeds",
+        1,
+        "--json",
+    )
+    assert result.returncode == 0, result.stderr
+    means = json.loads(result.stdout)
+    assert means["images"] == 2
+    assert means["means"]["all"]["jpeg_size.kilobytes"] == pytest.approx(
+        summary["rises"]["jpeg_size.kilobytes"]["after"], abs=1e-4
+    )
+
+    result = mmalign("export", run, "--out", tmp_path / "lora")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
+    page = (run / "report.html").read_text()
+    assert mmalign("report", run).returncode == 0
+    assert len((run / "report.html").read_text()) == pytest.approx(len(page), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["sample"], "give prompts in quotes or --prompts FILE"),
+        (["sample", "a cross", "--seeds", "1,x"], "--seeds '1,x'"),
+        (["sample", "a cross", "--adapter", "/nowhere"], "no run there"),
+        (["evaluate", "--prompts", "/nowhere"], "prompts /nowhere: No such file"),
+        (["evaluate", "--rewards", "beauty"], "no scorer called 'beauty'"),
+        (["export", "/nowhere"], "no run there"),
+        (["report", "/nowhere"], "no run there"),
+    ],
+)
+def test_other_commands_refuse_in_one_line(args, says):
+    result = mmalign(*args)
+    assert result.returncode == 2, result.stderr
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_unwritable_folder(config, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o500)
+    if os.access(locked, os.W_OK):  # root writes anywhere; the kernel's own folders are tried above
+        locked = Path("/proc")
+    result = mmalign("train", config, f"out={locked}/run")
+    assert result.returncode == 2
+    assert f"cannot write in {locked}/run" in result.stderr
+
+
+def test_the_installed_command():
+    result = subprocess.run([Path(sys.executable).with_name("mmalign"), "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    for command in ("train", "sample", "evaluate", "export", "report"):
+        assert command in result.stdout

@@ -1,0 +1,195 @@
+"""Whole runs on a random pipeline: reproducible, resumable, and recorded."""
+
+import json
+
+import pytest
+import torch
+
+from mmalign import checkpoint, config as configs, evaluate, prompts, report, train as trainer
+from mmalign.config import BadInput
+
+
+@pytest.fixture
+def settings(random_model, prompt_files, tmp_path):
+    return dict(
+        model=random_model,
+        prompts=prompt_files["train"],
+        held_out=prompt_files["held_out"],
+        rewards={"jpeg_size.kilobytes": 1.0},
+        out=str(tmp_path / "run"),
+        iterations=4,
+        prompts_per_iteration=2,
+        seeds=2,
+        steps=4,
+        plan="branch",
+        branch_steps=[0, 1],
+        children=2,
+        lora_rank=2,
+        eval_seeds=2,
+        eval_steps=2,
+        eval_every=2,
+        checkpoint_every=2,
+    )
+
+
+def run(settings, resume=False, **changed):
+    return trainer.train(configs.build(settings | changed, "test"), resume)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def adapter(out):
+    return checkpoint.read(checkpoint.latest(out / "checkpoints"))[1]["adapter_hash"]
+
+
+def test_same_seed_same_adapter_whatever_the_batches(settings, tmp_path):
+    first = run(settings)
+    again = run(settings, out=str(tmp_path / "again"))
+    other = run(settings, out=str(tmp_path / "other"), seed=1)
+    assert adapter(first) == adapter(again) != adapter(other)
+    small = run(settings, out=str(tmp_path / "small"), batch=3, micro_batch=5)
+    for key in ("adapter", "ema"):
+        one, two = (checkpoint.read(checkpoint.latest(o / "checkpoints"))[0][key] for o in (first, small))
+        assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path, monkeypatch):
+    whole = run(settings)
+    iterate, calls = trainer.iterate, []
+
+    def cut_off(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return iterate(*args)
+
+    monkeypatch.setattr(trainer, "iterate", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, out=str(tmp_path / "cut"))
+    assert len(rows(tmp_path / "cut" / "metrics.jsonl")) == 3  # one iteration past the checkpoint
+    monkeypatch.setattr(trainer, "iterate", iterate)
+    cut = run(settings, resume=True, out=str(tmp_path / "cut"))
+    assert adapter(cut) == adapter(whole)
+    timeless = [
+        [{k: v for k, v in row.items() if "seconds" not in k} for row in rows(o / "metrics.jsonl")]
+        for o in (whole, cut)
+    ]
+    assert timeless[0] == timeless[1]
+    assert [row["iteration"] for row in rows(cut / "evaluations.jsonl")] == [0, 2, 4]
+
+
+def test_the_record_of_a_run(settings):
+    out = run(settings)
+    metrics = rows(out / "metrics.jsonl")
+    assert len(metrics) == 4
+    for row in metrics:
+        children = 2 * 2 * (2 * (3 + 2) + 2)  # prompts x seeds x (children x their remaining steps + trunk)
+        assert row["forwards"] == children == 48
+        assert row["decodes"] == row["rewards"] == 2 * 2 * 2 * 2
+        assert row["replay_forwards"] <= row["transitions"] == 16
+        assert {"reward", "ratio/0", "ratio/1", "grad_norm", "diversity", "seconds/rollout", "seconds/learn"} <= set(
+            row
+        )
+        assert row["ratio"] == pytest.approx(1, abs=1e-6)
+    assert len({row["reward"] for row in metrics}) == 4
+    for side in ("before", "after"):
+        assert len(list((out / "images" / side).glob("*.png"))) == 4
+    assert (
+        configs.load(out / "config.yaml").model_dump()
+        == configs.build(configs.load(out / "config.yaml").model_dump(), "x").model_dump()
+    )
+    page = report.write(out).read_text()
+    assert page.count("<img") == 8
+    assert "held-out jpeg_size.kilobytes" in page
+    assert "branch_steps" in page
+    rise = report.summary(out)["rises"]["jpeg_size.kilobytes"]
+    assert rise["rise"] == pytest.approx(rise["after"] - rise["before"], abs=1e-5)
+
+
+def test_the_reward_is_learnt(settings):
+    """Smaller files within a few steps of a large learning rate: training moves what it is told to move."""
+    out = run(settings, iterations=25, learning_rate=0.01, ema=0.5, eval_every=0, prompts_per_iteration=4, children=4)
+    rise = report.summary(out)["rises"]["jpeg_size.kilobytes"]
+    assert rise["rise"] > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(plan="sde", credit="terminal", branch_steps=None, children=None),
+        dict(
+            plan="window", window=[1, 3], branch_steps=None, children=None, baseline="prompt", kernel="cps", noise=0.8
+        ),
+        dict(
+            baseline="prompt", guidance=2.0, beta=0.1, weighting="noise", epochs=2, minibatches=2, precision="bfloat16"
+        ),
+    ],
+)
+def test_other_methods_run(settings, change):
+    out = run(settings, **(change | dict(iterations=2, held_out=None)))
+    assert all(row["ratio/1"] == pytest.approx(1, abs=1e-2) for row in rows(out / "metrics.jsonl"))
+    assert not (out / "images").exists()
+
+
+def test_failing_rewards_stop_the_run(settings):
+    with pytest.raises(RuntimeError, match=r"16 of 16 images could not be scored.*no ground truth"):
+        run(settings, rewards={"shapes.strict": 1.0}, held_out=None)
+
+
+def test_folders(settings):
+    out = run(settings, iterations=1, held_out=None)
+    with pytest.raises(BadInput, match="already holds a run"):
+        run(settings)
+    with pytest.raises(BadInput, match="lora_rank is 3 and was 2"):
+        run(settings, resume=True, iterations=1, held_out=None, lora_rank=3)
+    with pytest.raises(BadInput, match="holds no run"):
+        run(settings, resume=True, out=str(out / "elsewhere"))
+    assert not (out / "elsewhere").exists()
+
+
+def test_training_and_held_out_prompts_must_differ(settings):
+    with pytest.raises(BadInput, match=r"4 prompts are training prompts too, e\.g\. 'a blue square'"):
+        run(settings, held_out=settings["prompts"])
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+    checkpoint.save(tmp_path, 3, {"adapter": {"w": torch.ones(2)}}, {"note": 1})
+    (tmp_path / ".000004.partial").mkdir()
+    (tmp_path / "000005").mkdir()
+    assert checkpoint.latest(tmp_path).name == "000003"
+    tensors, state = checkpoint.read(tmp_path / "000003")
+    assert torch.equal(tensors["adapter"]["w"], torch.ones(2))
+    assert state == {"iteration": 3, "note": 1}
+
+
+def test_fingerprints_tell_bits_apart():
+    one = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(1)}
+    assert checkpoint.fingerprint(one) == checkpoint.fingerprint(dict(reversed(one.items())))
+    assert checkpoint.fingerprint(one) != checkpoint.fingerprint(one | {"a": torch.tensor([1.0, 2.0000002])})
+
+
+def test_prompt_order_is_a_function_of_the_iteration(prompt_files):
+    wanted = prompts.read(configs.locate(prompt_files["train"]))
+    first = [p.id for i in range(2) for p in prompts.batch(wanted, 2, i, seed=0)]
+    assert sorted(first) == [0, 1, 2, 3]
+    assert first == [p.id for i in range(2) for p in prompts.batch(wanted, 2, i, seed=0)]
+    with pytest.raises(BadInput, match="5 asked for, the file has 4"):
+        prompts.batch(wanted, 5, 0, 0)
+
+
+def test_diversity_and_pairs():
+    images = torch.zeros(4, 3, 2, 2)
+    images[1] = 1.0
+    group = torch.tensor([0, 0, 1, 2])
+    assert evaluate.diversity(images, group) == 0.5
+    assert evaluate.diversity(images[2:], group[2:]) != evaluate.diversity(images[2:], group[2:])  # NaN: no siblings
+    before, after = torch.zeros(40), torch.zeros(40)
+    after[:20] = 1
+    rise, p = evaluate.paired(before, after, torch.arange(40))
+    assert rise == 0.5
+    assert p < 1e-5
+    assert evaluate.paired(before, before, torch.arange(40)) == (0.0, 1.0)
+    before[0] = float("nan")
+    assert evaluate.paired(before, after, torch.arange(40))[0] == pytest.approx(19 / 39)
