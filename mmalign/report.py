@@ -20,6 +20,7 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding
 h1{font-size:1.5em} h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}
 table{border-collapse:collapse} td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid #eee}
 td:first-child,th:first-child{text-align:left} pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:13px}
+svg{max-width:100%;height:auto}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:14px}
 .card{background:#f6f6f6;padding:8px;border-radius:6px;font-size:13px} .card p{margin:0 0 6px;min-height:2.6em}
 .pair{display:flex;gap:6px} figure{margin:0;text-align:center;font-size:12px;color:#555}
@@ -107,7 +108,7 @@ def _by_tag(run: Path) -> str:
             f"{sum(values) / len(values):.3f}",
             f"{sum(sides['after'][tag]) / max(1, len(sides['after'][tag])):.3f}",
         ]
-        for tag, values in sorted(sides["before"].items())
+        for tag, values in sides["before"].items()
     ]
     return "<h2>First score by kind of prompt</h2>" + _table(["kind", "images", "before", "after"], rows)
 
