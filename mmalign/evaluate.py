@@ -83,6 +83,14 @@ def paired(before: Float[Tensor, "N"], after: Float[Tensor, "N"], prompt: Int[Te
     return float(rise.mean()), float(stats.ttest_1samp(per_prompt.numpy(), 0.0).pvalue)
 
 
+def contact_sheet(images: Float[Tensor, "N 3 H W"], path: Path, count: int = 60, columns: int = 12) -> None:
+    """One PNG of `count` images evenly spaced through the batch, small ones enlarged to about 64 pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chosen = images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
+    scale = max(1, 64 // chosen.shape[-1])
+    save_image(chosen.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=columns, pad_value=1.0)
+
+
 def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path) -> None:
     """One PNG per image, named by prompt id and seed number, and `scores.jsonl` with a row for each."""
     folder.mkdir(parents=True, exist_ok=True)

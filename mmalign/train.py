@@ -280,6 +280,7 @@ def _evaluate(
         {"iteration": iteration, "name": name, "images": len(result.images), "seconds": time.perf_counter() - start}
         | means,
     )
+    evaluate.contact_sheet(result.images, out / "images" / f"{name or f'{iteration:06d}'}.png")
     if name:
         evaluate.write(result, prompts, out / "images" / name)
     return means

@@ -11,6 +11,7 @@ transformers: what is particular here is the size, the vocabulary and the pictur
 import json
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -75,9 +76,15 @@ def build_pictures(work: Path, images: int) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ resumable loop
 
 
-def train(name: str, step_fn, state: dict[str, nn.Module | torch.optim.Optimizer], steps: int, work: Path) -> None:
-    """Run `step_fn(step)` for `steps` steps, saving every `state` object now and then and starting from the last
-    save."""
+def train(
+    name: str,
+    step_fn: Callable[[int], Tensor],
+    state: dict[str, nn.Module | torch.optim.Optimizer],
+    steps: int,
+    work: Path,
+    save_every: int = 500,
+) -> None:
+    """Run `step_fn(step)` for `steps` steps, saving all of `state` every so often and starting from the last save."""
     path = work / f"{name}.pt"
     done = 0
     if path.exists():
@@ -96,7 +103,7 @@ def train(name: str, step_fn, state: dict[str, nn.Module | torch.optim.Optimizer
                 bar.update(task, completed=done, note=note)
                 if not console.is_terminal and done % 250 == 0:
                     console.print(f"{name} {done}/{steps} {note}")
-            if done % 500 == 0 or done == steps:
+            if done % save_every == 0 or done == steps:
                 torch.save(
                     {"done": done} | {key: value.state_dict() for key, value in state.items()}, path.with_suffix(".new")
                 )

@@ -96,6 +96,7 @@ def test_the_record_of_a_run(settings):
     assert len({row["reward"] for row in metrics}) == 4
     for side in ("before", "after"):
         assert len(list((out / "images" / side).glob("*.png"))) == 4
+    assert {path.name for path in (out / "images").glob("*.png")} == {"before.png", "000002.png", "after.png"}
     assert (
         configs.load(out / "config.yaml").model_dump()
         == configs.build(configs.load(out / "config.yaml").model_dump(), "x").model_dump()

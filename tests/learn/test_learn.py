@@ -55,6 +55,38 @@ def test_gradient_at_ratio_one_is_minus_advantage_times_score():
     assert torch.allclose(logp.grad, (-advantage / 16).expand_as(logp))
 
 
+def test_log_ratio_is_the_noise_times_the_shift_less_the_divergence():
+    """log r = mean(d z) / q - KL with d = new mean - old mean, y = old mean + q z: its mean over z is -KL <= 0, and
+    what GRPO-Guard clips instead, q (log r + KL) = mean(d z), is centred."""
+    g = torch.Generator().manual_seed(0)
+    old, d = torch.randn(4000, 2, 2, 2, generator=g), 0.1 * torch.randn(1, 2, 2, 2, generator=g)
+    q, z = torch.full((4000,), 0.3), torch.randn(4000, 2, 2, 2, generator=g)
+    y = old + 0.3 * z
+    log_ratio = (kernels.log_density(y, old + d, q) - kernels.log_density(y, old, q)).mean((1, 2))
+    kl = kernels.gaussian_kl(old + d, old, q).mean((1, 2))
+    assert torch.allclose(0.3 * (log_ratio + kl), (d * z).mean((1, 2, 3)), atol=1e-5)
+    spread = float(d.square().mean().sqrt()) / 0.3 / 8**0.5  # standard deviation of log r over draws of z
+    assert log_ratio.mean().item() == pytest.approx(-kl[0].item(), abs=4 * spread / 4000**0.5)
+
+
+def test_the_rollout_graph_gives_the_gradient_of_the_replay():
+    """At ratio 1, differentiating the rollout's own log-density (as LeanGRPO does) equals replaying it."""
+    flow = GaussianFlow()
+    paths = rollout(flow, plans.sde(flow.times(5), "flow_sde", 0.7), 3)
+    advantage = torch.randn(3, 5, 1, 1)
+    advance(flow, torch.optim.SGD(flow.parameters(), 0.0), paths, advantage)
+    replayed = flow.shift.grad.clone()
+    total, t = 0.0, paths.plan.t
+    for k in range(4):
+        v = flow.velocity(paths.x[:, k], t[k].expand(3), flow.encode(["0.0"]), paths.prompt)
+        mean, std = kernels.step("flow_sde", paths.x[:, k], v, t[k], t[k + 1], 0.7, paths.plan.t_max)
+        total = (
+            total - (advantage[:, k, 0, 0] * kernels.log_density(paths.x[:, k + 1], mean, std).mean((1, 2))).sum() / 12
+        )
+    (direct,) = torch.autograd.grad(total, flow.parameters())
+    assert torch.allclose(direct, replayed, atol=1e-6)
+
+
 def test_uniform_map_equals_the_scalar_and_zero_stays_zero():
     torch.manual_seed(0)
     gradients = []

@@ -1,0 +1,25 @@
+"""What the README promises, by running it. Minutes long."""
+
+from pathlib import Path
+
+import pytest
+
+from mmalign import config as configs, report, train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_quickstart_raises_the_held_out_score(seed, tmp_path):
+    config = configs.load(ROOT / "configs/quickstart.yaml", [f"seed={seed}", f"out={tmp_path / 'run'}"])
+    strict = report.summary(train.train(config))["rises"]["shapes.strict"]
+    assert strict["rise"] > 0.05
+    assert strict["p"] < 0.01
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_opens(path):
+    session = train.open_session(configs.load(path))
+    assert len(session.held_out) >= 300
+    assert {name.rpartition(".")[0] for name in session.config.rewards} <= set(session.scorers)
