@@ -28,8 +28,9 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a text-to-image model from a config; evaluate before and after; write a report."""
-    from mmalign import config as configs, report as reports, train as trainer
+    from mmalign import config as configs, policy as policies, report as reports, train as trainer
 
+    policies.quiet()
     c = configs.load(config, overrides or [])
     quiet = Console(stderr=True) if as_json else console
     out = trainer.train(c, resume, quiet)
@@ -58,6 +59,7 @@ def _policy(model: str, guidance: float | None, run: Path | None):
 
     from mmalign import checkpoint, config as configs, policy as policies
 
+    policies.quiet()
     precision, c = "float32", None
     if run is not None:
         c, newest = configs.load(_config_of(run)), checkpoint.latest(run / "checkpoints")
@@ -203,12 +205,9 @@ def _writable(folder: Path) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake becomes one line on stderr."""
-    import logging
-
     import torch
 
     torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
         app()
     except BadInput as error:

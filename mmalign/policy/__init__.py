@@ -29,6 +29,16 @@ def load(
     )
 
 
+def quiet() -> None:
+    """Only errors from the model libraries, and none of their progress bars: the command line has its own."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library in (of_diffusers, of_transformers):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 def _pipeline_class(model: str) -> str:
     """`_class_name` of a pipeline's index, read before any weights."""
     if Path(model).exists():

@@ -56,7 +56,7 @@ class SD3Policy:
     def load(cls, model: str, *, dtype: torch.dtype, device: str, guidance: float, size=None) -> "SD3Policy":
         parts = StableDiffusion3Pipeline.load_config(model)
         absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if parts.get(name, [None])[0] is None}
-        pipe = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=dtype, **absent)
+        pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype, **absent)
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe.to(device), guidance, size)
 
