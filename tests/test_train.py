@@ -109,11 +109,28 @@ def test_the_record_of_a_run(settings):
     assert rise["rise"] == pytest.approx(rise["after"] - rise["before"], abs=1e-5)
 
 
-def test_the_reward_is_learnt(settings):
-    """Smaller files within a few steps of a large learning rate: training moves what it is told to move."""
-    out = run(settings, iterations=25, learning_rate=0.01, ema=0.5, eval_every=0, prompts_per_iteration=4, children=4)
-    rise = report.summary(out)["rises"]["jpeg_size.kilobytes"]
-    assert rise["rise"] > 0
+BRIGHTNESS = """
+from reward_models import Scores
+
+
+class Brightness:
+    about = "mean of all pixels, in [0, 1], higher is better"
+    names = ("mean",)
+
+    def __call__(self, images, prompts):
+        return Scores(self.names, images.mean((1, 2, 3))[:, None])
+"""
+
+
+def test_a_scorer_of_ones_own_is_learnt(settings, tmp_path, monkeypatch):
+    """Training moves what it is told to move, in rollouts and on held-out prompts."""
+    (tmp_path / "own_brightness.py").write_text(BRIGHTNESS)
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = dict(rewards={"own_brightness:Brightness.mean": 1.0}, iterations=24, learning_rate=0.01, ema=0.5)
+    out = run(settings, **changes, eval_every=0, prompts_per_iteration=4, children=4)
+    rewards = torch.tensor([row["reward"] for row in rows(out / "metrics.jsonl")])
+    assert rewards[-6:].mean() > rewards[:6].mean()
+    assert report.summary(out)["rises"]["own_brightness:Brightness.mean"]["rise"] > 0
 
 
 @pytest.mark.parametrize(
