@@ -27,9 +27,9 @@ class Evaluation:
     member: Int[Tensor, "N"]
 
     def means(self) -> dict[str, float]:
-        """Mean of each component over the images that have it, and `diversity`."""
+        """Mean of each component over the images that have it, and `diversity` where prompts have siblings."""
         means = {name: float(values.nanmean()) for name, values in self.parts.items()}
-        return means | {"diversity": diversity(self.images, self.prompt)}
+        return means | ({"diversity": diversity(self.images, self.prompt)} if bool((self.member > 0).any()) else {})
 
 
 def diversity(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> float:

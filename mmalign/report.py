@@ -153,7 +153,7 @@ def _curves(metrics: list[dict], evaluations: list[dict]) -> str:
     flat[0].plot(x, [row["reward"] for row in metrics], alpha=0.4)
     flat[0].plot(x, _smooth([row["reward"] for row in metrics]))
     for axis, name in zip(flat[1:], names, strict=False):
-        kept = [row for row in evaluations if row.get(name) is not None and row[name] == row[name]]
+        kept = [row for row in evaluations if name in row]
         axis.plot([row["iteration"] for row in kept], [row[name] for row in kept], marker="o", ms=3)
     for key in ("clipped_low", "clipped_high"):
         flat[len(names) + 1].plot(x, [row.get(key, 0.0) for row in metrics], label=key)
