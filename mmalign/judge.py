@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.flow.sample import chunks
+from mmalign.flow.sample import chunks, distinct
 from mmalign.types import Judgement, Trajectories
 from reward_models import Prompt, Scores
 
@@ -39,10 +39,8 @@ def judge(
     batch: int = 256,
 ) -> tuple[Judgement, Float[Tensor, "N 3 H W"]]:
     """Decode and score each distinct finished image once. Returns the judgement and the images, both on the CPU."""
-    final = paths.node[:, -1].tolist()
-    first = sorted({node: row for row, node in reversed(list(enumerate(final)))}.values())
-    row_of = {final[row]: i for i, row in enumerate(first)}
-    spread = torch.tensor([row_of[node] for node in final])
+    number, first = distinct(paths.node[:, -1])
+    spread = number.cpu()
     latents = paths.x[first, -1]
     images = torch.cat([decode(latents[part]).cpu() for part in chunks(len(first), batch)])
     parts, failures = score(images, [prompts[i] for i in paths.prompt[first].tolist()], scorers)

@@ -229,7 +229,7 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
     run = open_session(c)
     done = _restore(run, out) if resume else 0
     _claim(out, c)
-    _truncate(out / "metrics.jsonl", done)
+    _truncate(out, done)
     if done == 0 and run.held_out:
         console.print(
             f"before: {len(run.held_out)} held-out prompts, {c.eval_seeds} seeds each, {c.eval_steps} ODE steps"
@@ -298,12 +298,15 @@ def _append(path: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _truncate(path: Path, iterations: int) -> None:
-    """Drop rows past a checkpoint: the resumed run writes them again."""
-    for file in (path, path.with_name("evaluations.jsonl")):
+def _truncate(out: Path, done: int) -> None:
+    """Drop the rows that a run resumed after `done` iterations writes again: later ones, and the last evaluation."""
+    for file in (out / "metrics.jsonl", out / "evaluations.jsonl"):
         if file.exists():
-            kept = [line for line in file.read_text().splitlines() if json.loads(line)["iteration"] <= iterations]
-            file.write_text("".join(line + "\n" for line in kept))
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            file.write_text("")
+            for row in rows:
+                if done and row["iteration"] <= done and row.get("name") != "after":
+                    _append(file, row)
 
 
 def _check_folder(out: Path, c: Config, resume: bool) -> None:

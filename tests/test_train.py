@@ -1,5 +1,6 @@
 """Whole runs on a random pipeline: reproducible, resumable, and recorded."""
 
+import contextlib
 import json
 
 import pytest
@@ -78,6 +79,29 @@ def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path, monkeypatc
     ]
     assert timeless[0] == timeless[1]
     assert [row["iteration"] for row in rows(cut / "evaluations.jsonl")] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("stop", [1, 5])
+def test_resuming_early_or_after_the_end_repeats_no_row(settings, monkeypatch, stop):
+    """Cut off before the first checkpoint, or already finished: the record is that of one whole run."""
+    iterate, calls = trainer.iterate, []
+
+    def cut_off(*args):
+        calls.append(args)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return iterate(*args)
+
+    monkeypatch.setattr(trainer, "iterate", cut_off)
+    with pytest.raises(KeyboardInterrupt) if stop == 1 else contextlib.nullcontext():
+        run(settings)
+    out = run(settings, resume=True)
+    assert [row["iteration"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [(row["iteration"], row["name"]) for row in rows(out / "evaluations.jsonl")] == [
+        (0, "before"),
+        (2, None),
+        (4, "after"),
+    ]
 
 
 def test_the_record_of_a_run(settings):

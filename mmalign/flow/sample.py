@@ -32,6 +32,14 @@ def chunks(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
+def distinct(keys: Int[Tensor, "M *k"]) -> tuple[Int[Tensor, "M"], Int[Tensor, "U"]]:
+    """The number of each row's key among the `U` different keys, and the first row that has each."""
+    _, number = keys.unique(dim=0, return_inverse=True)
+    first = torch.full((int(number.max()) + 1,), len(keys), device=keys.device)
+    first.scatter_reduce_(0, number, torch.arange(len(keys), device=keys.device), "amin")
+    return number, first
+
+
 def _number(paths: list[tuple]) -> tuple[list[int], list[int]]:
     """Number equal entries alike, in order of appearance; and the first row of each number."""
     numbers, firsts = {}, []

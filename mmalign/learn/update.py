@@ -3,24 +3,24 @@
 from collections import defaultdict
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.flow.kernels import gaussian_kl, log_density, step
-from mmalign.flow.sample import chunks
+from mmalign.flow.sample import chunks, distinct
 from mmalign.learn.loss import clipped
 from mmalign.types import Policy, Trajectories, Transitions
 
 
 def transitions(paths: Trajectories, advantage: Float[Tensor, "N T a b"], weighting: str = "none") -> Transitions:
-    """Every distinct stochastic step with something to learn, in order.
+    """Every distinct stochastic step, in order; routes that share one give one row.
 
-    Routes that share a step give one row. Rows whose advantage is 0 everywhere are left out of the batch, not of its
-    size: see `update`. `weighting` "noise" weighs each by its standard deviation over the mean of all (TempFlow-GRPO,
+    `weighting` "noise" weighs each by its standard deviation over the mean of all (TempFlow-GRPO,
     arXiv 2508.04324), which evens out gradients that grow towards low noise; "none" by 1.
     """
     rows, cols = (paths.std > 0).nonzero(as_tuple=True)
-    _, first = _first_of_each(torch.stack([cols, paths.node[rows, cols + 1]], 1))
+    _, first = distinct(torch.stack([cols, paths.node[rows, cols + 1]], 1))
+    first = first.sort().values
     rows, cols = rows[first], cols[first]
     if weighting not in ("none", "noise"):
         raise ValueError(f"no weighting called {weighting!r}; known: none, noise")
@@ -38,14 +38,6 @@ def transitions(paths: Trajectories, advantage: Float[Tensor, "N T a b"], weight
         index=paths.prompt[rows],
         step=cols,
     )
-
-
-def _first_of_each(keys: Int[Tensor, "M k"]) -> tuple[Tensor, Tensor]:
-    """Number of each row's key, and the first row that has each key, in order of appearance."""
-    _, number = keys.unique(dim=0, return_inverse=True)
-    first = torch.full((int(number.max()) + 1,), len(keys), device=keys.device)
-    first.scatter_reduce_(0, number, torch.arange(len(keys), device=keys.device), "amin")
-    return number, first.sort().values
 
 
 def update(
