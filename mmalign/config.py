@@ -62,7 +62,7 @@ class Config(BaseModel):
     )
     branch_steps: list[int] | None = Field(None, description="plan branch: the steps that branch")
     children: int | None = Field(None, ge=1, description="plan branch: children per branching state")
-    batch: int = Field(256, ge=1, description="rows of one forward or decode at most; changes speed only")
+    batch: int = Field(128, ge=1, description="rows of one forward or decode at most; changes speed only")
 
     # credit and learning
     credit: Literal["terminal", "branch"] = "branch"

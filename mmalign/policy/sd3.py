@@ -62,7 +62,7 @@ class SD3Policy:
 
     @property
     def device(self) -> torch.device:
-        return self.pipe.transformer.device
+        return next(self.pipe.transformer.parameters()).device  # diffusers' own `device` walks all modules for hooks
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
