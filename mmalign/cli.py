@@ -2,14 +2,23 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from mmalign.config import BadInput
+
+Rule = Literal["paper", "z"]
+# a calibration walks every step with noise and scores every state, whatever the config does with it
+CALIBRATION = [
+    "plan=sde", "seeds=2", "kernel=scheduled", "credit=gain", "score_states=all", "noise=1", "window=null",
+    "window_moves=null", "window_every=null", "branch_steps=null", "children=null", "baseline=null", "compare=null",
+    "completion=null", "max_forwards=null", "max_rewards=null",
+]  # fmt: skip
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -28,12 +37,12 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a text-to-image model from a config; evaluate before and after; write a report."""
-    from mmalign import config as configs, policy as policies, report as reports, train as trainer
+    from mmalign import config as configs, policy as policies, report as reports, run as runs
 
     policies.quiet()
     c = configs.load(config, overrides or [])
     quiet = Console(stderr=True) if as_json else console
-    out = trainer.train(c, resume, quiet)
+    out = runs.train(c, resume, quiet)
     page = reports.write(out)
     summary = reports.summary(out)
     if as_json:
@@ -42,6 +51,39 @@ def train(
     if summary["rises"]:
         console.print(_rises(summary))
     console.print(f"report: {page}")
+
+
+@app.command()
+def calibrate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="file for the noise of each step; a plot is written beside it")] = Path(
+        "noise.json"
+    ),
+    rounds: Annotated[int, typer.Option(min=2, help="rounds of rollouts")] = 40,
+    rule: Annotated[Rule, typer.Option(help="when noise rises: paper (counts) or z (robust)")] = "z",
+    step: Annotated[float, typer.Option(min=0, help="change of the noise per round")] = 0.02,
+    floor: Annotated[float, typer.Option(min=0, help="least noise of a step")] = 0.05,
+) -> None:
+    """Find the noise each step bears (DenseGRPO), for `kernel: scheduled, noise: FILE`, on a config's prompts."""
+    from mmalign import calibrate as calibration, config as configs, policy as policies, train as trainer
+
+    policies.quiet()
+    if out.suffix != ".json" or not out.parent.is_dir():
+        raise BadInput(f"--out {out}: a .json file in a folder that exists is needed")
+    c = configs.load(config, [*(overrides or []), *CALIBRATION])
+    run = trainer.open_session(c)
+    rows = []
+    levels = calibration.start_levels(run.times)
+    for row in calibration.run(partial(trainer.step_gains, run), levels, rounds, rule, step, floor):
+        rows.append(row)
+        share = sum(row["better"]) / max(1, sum(row["better"]) + sum(row["worse"]))
+        console.print(
+            f"round {len(rows)}: gains above 0 {share:.0%}, noise {' '.join(f'{g:.2f}' for g in row['noise'])}"
+        )
+    calibration.save(out, c, run.times, rows, rule)
+    calibration.plot(out.with_suffix(".png"), out)
+    console.print(f"{out}, {out.with_suffix('.png')}")
 
 
 def _rises(summary: dict) -> Table:

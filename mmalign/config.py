@@ -8,10 +8,18 @@ import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    ValidationError,
+    model_validator,
+)
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, whose assets/ a config may name from anywhere
 
@@ -56,18 +64,51 @@ class Config(BaseModel):
     steps: int = Field(8, ge=2, description="T, denoising steps of the rollout")
     plan: Literal["sde", "window", "branch"] = "branch"
     kernel: Literal["flow_sde", "dance_sde", "cps", "ddim", "scheduled"] = "flow_sde"
-    noise: float = Field(0.7, gt=0, description="the kernel's parameter: a, eta or g")
+    noise: PositiveFloat | list[NonNegativeFloat] | str = Field(
+        0.7, description="the kernel's parameter a, eta or g: one, one for each step, or a file of `mmalign calibrate`"
+    )
     window: tuple[int, int] | None = Field(
         None, description="plan window: first stochastic step, and the first after it"
     )
+    window_moves: Literal["progressive", "random"] | None = Field(
+        None,
+        description="plan window: progressive: a step later every `window_every` iterations, and from its start again "
+        "after the last; random: each prompt's group starts its own somewhere in the first half; null: it stays",
+    )
+    window_every: int | None = Field(None, ge=1, description="window_moves progressive: iterations at one place")
     branch_steps: list[int] | None = Field(None, description="plan branch: the steps that branch")
-    children: int | None = Field(None, ge=1, description="plan branch: children per branching state")
+    children: int | None = Field(
+        None,
+        ge=1,
+        description="plan branch: children per branching state; plan window: routes that part where it begins",
+    )
+    score_states: Literal["all"] | list[int] | None = Field(
+        None,
+        description="states shown to the rewards by completing them: all that credit needs, or these steps' states",
+    )
+    completion: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="ODE steps of a completion at most, or of each in score_states; null: all that remain"
+    )
+    max_forwards: int | None = Field(
+        None, ge=1, description="network forwards of one iteration, replay included; the plan is thinned to fit"
+    )
+    max_rewards: int | None = Field(
+        None, ge=1, description="images scored in one iteration, times reward scorers; same"
+    )
     batch: int = Field(128, ge=1, description="rows of one forward or decode at most; changes speed only")
 
     # credit and learning
-    credit: Literal["terminal", "branch"] = "branch"
+    credit: Literal["terminal", "branch", "gain"] = "branch"
     baseline: Literal["state", "prompt"] | None = Field(None, description="credit branch: whom a step is compared with")
-    advantage_scale: Literal["group", "batch", "none"] = "group"
+    compare: Literal["step", "walk"] | None = Field(
+        None, description="credit gain: with siblings' gains at the same step, or at all steps"
+    )
+    advantage_scale: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="unit of advantages: standard deviation of the group, of all groups, or the reward's own unit",
+    )
+    advantage_floor: float = Field(0.0, ge=0, description="least size of that unit, in units of the reward")
+    advantage_clip: float = Field(5.0, gt=0, description="bound of advantages, in that unit")
     weighting: Literal["none", "noise"] = Field("none", description="noise: weigh steps by their standard deviation")
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float = Field(32.0, gt=0)
@@ -76,7 +117,12 @@ class Config(BaseModel):
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0, description="iterations of linear warm-up")
     cooldown: int = Field(0, ge=0, description="iterations of linear decay to 0 at the end")
-    clip: float = Field(1e-4, gt=0, description="bound of the ratio of mean log-densities")
+    loss: Literal["clipped", "guard", "masked"] = Field("clipped", description="PPO, GRPO-Guard or Flow-DPPO")
+    clip: float = Field(
+        1e-4,
+        gt=0,
+        description="clipped, guard: bound of the (normalised) ratio around 1; masked: bound of the divergence",
+    )
     beta: float = Field(0.0, ge=0, description="weight of the KL divergence to the model without adapter")
     epochs: int = Field(1, ge=1, description="passes over an iteration's transitions")
     minibatches: int = Field(1, ge=1, description="optimiser steps per pass")
@@ -98,28 +144,39 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _options_act(self):
-        needs = {
-            "window": self.plan == "window",
-            "branch_steps": self.plan == "branch",
-            "children": self.plan == "branch",
-            "baseline": self.credit == "branch",
+        acts = {
+            "window": (self.plan == "window", "plan: window"),
+            "window_moves": (self.plan == "window", "plan: window"),
+            "window_every": (self.window_moves == "progressive", "window_moves: progressive"),
+            "branch_steps": (self.plan == "branch", "plan: branch"),
+            "children": (self.plan in ("branch", "window"), "plan: branch or window"),
+            "baseline": (self.credit == "branch", "credit: branch"),
+            "compare": (self.credit == "gain", "credit: gain"),
+            "score_states": (self.credit == "gain", "credit: gain"),
+            "completion": (self.score_states is not None, "score_states"),
         }
-        for name, acts in needs.items():
-            given = getattr(self, name) is not None
-            owner = "credit: branch" if name == "baseline" else f"plan: {'window' if name == 'window' else 'branch'}"
-            if given and not acts:
+        needed = {
+            "plan: window": ["window"],
+            "plan: branch": ["branch_steps", "children"],
+            "credit: gain": ["score_states"],
+            "window_moves: progressive": ["window_every"],
+        }
+        for owner, names in needed.items():
+            key, _, value = owner.partition(": ")
+            for name in names:
+                if getattr(self, key) == value and getattr(self, name) is None:
+                    raise ValueError(f"{owner} needs {name}")
+        for name, (does, owner) in acts.items():
+            if getattr(self, name) is not None and not does:
                 raise ValueError(f"{name} acts only with {owner}; remove it or change that")
-            if acts and not given and name != "baseline":
-                raise ValueError(f"{owner} needs {name}")
+        if self.advantage_floor and self.advantage_scale == "none":
+            raise ValueError(
+                "advantage_floor acts only where advantages are divided; remove it or change advantage_scale"
+            )
         siblings = self.seeds * (self.children or 1)
         if siblings < 2:
             raise ValueError(f"seeds x children = {siblings}: advantages compare siblings, at least 2 are needed")
-        compared = (
-            (self.children or 1)
-            if self.baseline == "state" or (self.credit == "branch" and not self.baseline)
-            else siblings
-        )
-        if compared < 2:
+        if self.credit == "branch" and self.baseline != "prompt" and (self.children or 1) < 2:
             raise ValueError("credit branch compares the children of one state and there is one; set baseline: prompt")
         if self.warmup + self.cooldown > self.iterations:
             raise ValueError(f"warmup {self.warmup} + cooldown {self.cooldown} exceed iterations {self.iterations}")
@@ -131,6 +188,17 @@ class Config(BaseModel):
             raise ValueError(
                 f"branch_steps {self.branch_steps} must lie within 0 to {self.steps - 2}; the last step stays ODE"
             )
+        if isinstance(self.score_states, list) and not all(0 <= k < self.steps for k in self.score_states):
+            raise ValueError(f"score_states {self.score_states} must lie within 0 to {self.steps - 1}")
+        if isinstance(self.noise, list) and len(self.noise) != self.steps:
+            raise ValueError(f"noise has {len(self.noise)} levels for {self.steps} steps")
+        if isinstance(self.noise, str) and self.kernel != "scheduled":
+            raise ValueError(f"noise: a calibration is for kernel scheduled, not {self.kernel}")
+        if isinstance(self.completion, list):
+            if not isinstance(self.score_states, list) or len(self.completion) != len(self.score_states):
+                raise ValueError(f"completion {self.completion} needs score_states with as many states")
+            if self.max_forwards or self.max_rewards:
+                raise ValueError("a list of completion lengths leaves a budget no choice; give one number or none")
         return self
 
 

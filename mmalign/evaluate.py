@@ -59,7 +59,7 @@ def generate(
         index = torch.tensor([used.index(p) for p, _ in rows[part]], device=policy.device)
         start = torch.stack([gaussian(policy.latent_shape, seed) for _, seed in rows[part]]).to(policy.device)
         paths = sample(policy.velocity, start, cond, index, plan, batch=batch)
-        images.append(policy.decode(paths.x[:, -1]).cpu())
+        images.append(policy.decode(paths.ends).cpu())
     return torch.cat(images), torch.tensor([p for p, _ in rows])
 
 

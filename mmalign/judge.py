@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.flow.sample import chunks, distinct
 from mmalign.types import Judgement, Trajectories
 from reward_models import Prompt, Scores
 
@@ -36,17 +35,15 @@ def judge(
     decode: Callable[[Tensor], Tensor],
     scorers: Scorers,
     weights: Mapping[str, float],
-    batch: int = 256,
-) -> tuple[Judgement, Float[Tensor, "N 3 H W"]]:
-    """Decode and score each distinct finished image once. Returns the judgement and the images, both on the CPU."""
-    number, first = distinct(paths.node[:, -1])
-    spread = number.cpu()
-    latents = paths.x[first, -1]
-    images = torch.cat([decode(latents[part]).cpu() for part in chunks(len(first), batch)])
-    parts, failures = score(images, [prompts[i] for i in paths.prompt[first].tolist()], scorers)
-    reward = torch.full(paths.node.shape, torch.nan)
-    reward[:, -1] = total(parts, weights)[spread]
-    judged = Judgement(
-        reward.to(paths.x.device), {name: values[spread] for name, values in parts.items()}, failures=failures
-    )
-    return judged, images[spread]
+    batch: int = 128,
+) -> tuple[Judgement, Float[Tensor, "E 3 H W"]]:
+    """Decode and score each finished latent once, and give every shown state the reward of its end.
+
+    Returns the judgement and the images `[E, ...]` of the ends, both on the CPU.
+    """
+    images = torch.cat([decode(latents).cpu() for latents in paths.ends.split(batch)])
+    parts, failures = score(images, [prompts[i] for i in paths.owner.tolist()], scorers)
+    shown = paths.shown.cpu()
+    reward = torch.where(shown < 0, torch.nan, total(parts, weights)[shown.clamp(min=0)])
+    own = {name: values[shown[:, -1]] for name, values in parts.items()}
+    return Judgement(reward.to(paths.x.device), own, failures=failures), images

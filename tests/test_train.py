@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from mmalign import checkpoint, config as configs, evaluate, prompts, report, train as trainer
+from mmalign import checkpoint, config as configs, evaluate, prompts, report, run as runs
 from mmalign.config import BadInput
 
 
@@ -34,7 +34,7 @@ def settings(random_model, prompt_files, tmp_path):
 
 
 def run(settings, resume=False, **changed):
-    return trainer.train(configs.build(settings | changed, "test"), resume)
+    return runs.train(configs.build(settings | changed, "test"), resume)
 
 
 def rows(path):
@@ -58,7 +58,7 @@ def test_same_seed_same_adapter_whatever_the_batches(settings, tmp_path):
 
 def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path, monkeypatch):
     whole = run(settings)
-    iterate, calls = trainer.iterate, []
+    iterate, calls = runs.iterate, []
 
     def cut_off(*args):
         calls.append(args)
@@ -66,11 +66,11 @@ def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return iterate(*args)
 
-    monkeypatch.setattr(trainer, "iterate", cut_off)
+    monkeypatch.setattr(runs, "iterate", cut_off)
     with pytest.raises(KeyboardInterrupt):
         run(settings, out=str(tmp_path / "cut"))
     assert len(rows(tmp_path / "cut" / "metrics.jsonl")) == 3  # one iteration past the checkpoint
-    monkeypatch.setattr(trainer, "iterate", iterate)
+    monkeypatch.setattr(runs, "iterate", iterate)
     cut = run(settings, resume=True, out=str(tmp_path / "cut"))
     assert adapter(cut) == adapter(whole)
     timeless = [
@@ -84,7 +84,7 @@ def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path, monkeypatc
 @pytest.mark.parametrize("stop", [1, 5])
 def test_resuming_early_or_after_the_end_repeats_no_row(settings, monkeypatch, stop):
     """Cut off before the first checkpoint, or already finished: the record is that of one whole run."""
-    iterate, calls = trainer.iterate, []
+    iterate, calls = runs.iterate, []
 
     def cut_off(*args):
         calls.append(args)
@@ -92,7 +92,7 @@ def test_resuming_early_or_after_the_end_repeats_no_row(settings, monkeypatch, s
             raise KeyboardInterrupt
         return iterate(*args)
 
-    monkeypatch.setattr(trainer, "iterate", cut_off)
+    monkeypatch.setattr(runs, "iterate", cut_off)
     with pytest.raises(KeyboardInterrupt) if stop == 1 else contextlib.nullcontext():
         run(settings)
     out = run(settings, resume=True)

@@ -7,6 +7,7 @@ The grid `a b` is 1x1 unless the credit says where in the image. Add one: a shor
 from collections.abc import Callable
 
 from mmalign.credit.branch import branch
+from mmalign.credit.gain import gain
 from mmalign.credit.terminal import terminal
 
-CREDITS: dict[str, Callable] = {"terminal": terminal, "branch": branch}
+CREDITS: dict[str, Callable] = {"terminal": terminal, "branch": branch, "gain": gain}

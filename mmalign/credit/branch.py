@@ -9,26 +9,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.credit.groups import Scale, group_mean, normalise
+from mmalign.credit.groups import GRPO, Units, group_mean, normalise
 from mmalign.types import Judgement, Trajectories
 
 
 def branch(
-    paths: Trajectories, judged: Judgement, scale: Scale = "group", baseline: str = "state"
+    paths: Trajectories, judged: Judgement, units: Units = GRPO, baseline: str = "state"
 ) -> Float[Tensor, "N T 1 1"]:
     """Advantages per step, 0 where the step was deterministic.
 
-    `baseline`: "state" compares children of one state (its mean is the value before the step), "prompt" compares all
-    that branched at that step for the prompt. Where no state has two children, only "prompt" has anything to compare.
+    `baseline`: "state" compares children of one state (its mean is the value before the step; TempFlow's seed groups),
+    "prompt" compares all that branched at that step for the prompt. Where no state has two children, only "prompt" has
+    anything to compare.
     """
     if baseline not in ("state", "prompt"):
         raise ValueError(f"no baseline called {baseline!r}; known: state, prompt")
     reward = judged.reward[:, -1]
     advantage = torch.zeros_like(paths.std)
-    for k in range(paths.plan.steps):
+    for k in range(paths.steps):
         rows = (paths.std[:, k] > 0).nonzero()[:, 0]
         if len(rows):
             value = group_mean(reward[rows], paths.node[rows, k + 1])
             group = paths.node[rows, k] if baseline == "state" else paths.prompt[rows]
-            advantage[rows, k] = normalise(value, group, scale)
+            advantage[rows, k] = normalise(value, group, units)
     return advantage[:, :, None, None]

@@ -4,6 +4,7 @@ Only valid (non-NaN) values enter a mean or a spread. A value without an opinion
 member of a group with fewer than two valid values or no spread: such a group is *dead*, it cannot teach anything.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Scale = Literal["group", "batch", "none"]
-FLOOR = 1e-6  # a smaller spread is rounding, not preference
+FLOOR = 1e-6  # a smaller spread is rounding, not preference: its group is dead
 
 
 def group_mean(values: Float[Tensor, "N"], group: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
@@ -33,22 +34,31 @@ def dead(values: Float[Tensor, "N"], group: Int[Tensor, "N"]) -> Float[Tensor, "
     return (~(group_std(values, group) > FLOOR)).float()
 
 
-def normalise(
-    values: Float[Tensor, "N"], group: Int[Tensor, "N"], scale: Scale = "group", limit: float = 5.0
-) -> Float[Tensor, "N"]:
-    """Advantages: each value less its group's mean, in units of `scale`.
+@dataclass(frozen=True)
+class Units:
+    """How advantages are measured: in units of `scale`, which never counts as less than `floor` (in the reward's own
+    unit), and within `[-limit, limit]`.
 
-    `scale` names the unit: the standard deviation of the value's own group (GRPO), the root mean variance within the
-    batch's groups ("batch", which does not blow up groups that hardly differ), or the reward's own unit ("none"; GARDO,
-    arXiv 2512.24138, reports less reward hacking). Standard deviations are clamped to `[-limit, limit]`.
+    `scale` "group" is the standard deviation of the value's own group (GRPO); "batch" the root mean variance within all
+    groups, which does not blow up groups that hardly differ; "none" the reward's own unit (GARDO, arXiv 2512.24138,
+    reports less reward hacking), which the limit does not touch. The noise of the reward model is a good `floor`.
     """
+
+    scale: Scale = "group"
+    floor: float = 0.0
+    limit: float = 5.0
+
+
+GRPO = Units()
+
+
+def normalise(values: Float[Tensor, "N"], group: Int[Tensor, "N"], units: Units = GRPO) -> Float[Tensor, "N"]:
+    """Advantages: each value less its group's mean, in `units`."""
     valid = ~values.isnan()
-    centred = values - group_mean(values, group)
-    spread = group_std(values, group)
-    if scale == "group":
-        centred = (centred / spread).clamp(-limit, limit)
-    elif scale == "batch":
-        centred = (centred / (spread[valid] ** 2).mean().sqrt()).clamp(-limit, limit)
-    elif scale != "none":
-        raise ValueError(f"no scale called {scale!r}; known: group, batch, none")
+    centred, spread = values - group_mean(values, group), group_std(values, group)
+    if units.scale not in ("group", "batch", "none"):
+        raise ValueError(f"no scale called {units.scale!r}; known: group, batch, none")
+    if units.scale != "none":
+        unit = spread if units.scale == "group" else (spread[valid] ** 2).mean().sqrt()
+        centred = (centred / unit.clamp(min=units.floor)).clamp(-units.limit, units.limit)
     return torch.where(valid & (spread > FLOOR), centred, 0.0)

@@ -1,45 +1,75 @@
 """Surrogate losses, at the advantage's own resolution.
 
-Log-densities come as maps `[M, h, w]` in nats per latent element; both are pooled to the advantage's grid `[M, a, b]`
-by averaging, subtracted and exponentiated. With a 1x1 grid the ratio is `exp(mean_{C,h,w} (log p_new - log p_old))`,
-the reduction Flow-GRPO's clip ranges refer to; with h x w it is a ratio per latent position. At ratio 1 a uniform map
-gives the gradient of the 1x1 grid.
+A loss is a function of maps per latent position, `[M, h, w]` in nats per latent element (means over C):
+
+- `log_ratio`: log of new to old density of the step that was taken, `mean_C (d z) / q - d^2 / 2q^2`,
+- `divergence`: KL from the old to the new step, `mean_C d^2 / 2q^2`,
+
+with d the new mean less the old, q the step's standard deviation and z the noise it took. They are pooled to the
+advantage's grid `[M, a, b]` by averaging. With a 1x1 grid the ratio is `exp(mean_{C,h,w} log_ratio)`, the reduction
+that Flow-GRPO's clip ranges refer to: the D-th root of the true ratio of D elements. With h x w it is a ratio per
+latent position. At ratio 1 a uniform map of advantages gives the gradient of the 1x1 grid.
+
+Each returns one loss per row and statistics per row; `clipped_low` and `clipped_high` are the shares of cells that the
+bound took the gradient from, with a negative and a positive advantage.
 """
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+Map = Float[Tensor, "M h w"]
+Grid = Float[Tensor, "M a b"]
+Loss = tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]
 
-def pool(logp: Float[Tensor, "M h w"], grid: tuple[int, int]) -> Float[Tensor, "M a b"]:
+
+def pool(values: Map, grid: tuple[int, int]) -> Grid:
     """Mean over the cells of an `a x b` grid; `h, w` must be multiples of it, so that every position counts once."""
-    h, w = logp.shape[1:]
+    h, w = values.shape[1:]
     if h % grid[0] or w % grid[1]:
         raise ValueError(f"a credit grid of {grid[0]}x{grid[1]} does not divide the latent's {h}x{w}")
-    return F.avg_pool2d(logp[:, None], (h // grid[0], w // grid[1]))[:, 0]
+    return F.avg_pool2d(values[:, None], (h // grid[0], w // grid[1]))[:, 0]
 
 
-def clipped(
-    logp: Float[Tensor, "M h w"],
-    old: Float[Tensor, "M h w"],
-    advantage: Float[Tensor, "M a b"],
-    clip: float,
-) -> tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]:
-    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), one loss per row, with its statistics per row.
+def _pessimistic(ratio: Grid, advantage: Grid, bound: float) -> Loss:
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - bound, 1 + bound) * advantage).mean((1, 2))
+    low, high = (ratio < 1 - bound) & (advantage < 0), (ratio > 1 + bound) & (advantage > 0)
+    return loss, _statistics(ratio, low, high)
 
-    `clip` bounds the ratio to [1 - clip, 1 + clip]. `clipped_low` and `clipped_high` are the shares of cells whose
-    gradient the bound removed: ratio below it with a negative advantage, above it with a positive one.
+
+def _statistics(ratio: Grid, low: Tensor, high: Tensor) -> dict[str, Float[Tensor, "M"]]:
+    shares = {"ratio": ratio.detach(), "clipped_low": low.float(), "clipped_high": high.float()}
+    return {name: value.mean((1, 2)) for name, value in shares.items()}
+
+
+def clipped(log_ratio: Map, divergence: Map, advantage: Grid, std: Tensor, h: Tensor, bound: float) -> Loss:
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7); `bound` keeps the ratio within [1 - bound, 1 + bound]."""
+    return _pessimistic(pool(log_ratio, advantage.shape[1:]).exp(), advantage, bound)
+
+
+def guard(log_ratio: Map, divergence: Map, advantage: Grid, std: Tensor, h: Tensor, bound: float) -> Loss:
+    """GRPO-Guard (arXiv 2510.22319): clip `exp(mean d z)` instead, and weigh steps by 1 / h.
+
+    `q (log_ratio + divergence)` is exactly `mean d z`. It is centred on 0 at every step, where the plain log-ratio
+    leans to -divergence, so that the lower bound acts and the upper never does; and 1 / h evens out the gradient's
+    scale over steps for `flow_sde`, whose mean moves by a constant times h per unit of velocity.
     """
+    centred = std[:, None, None] * (log_ratio + divergence)
+    loss, statistics = _pessimistic(pool(centred, advantage.shape[1:]).exp(), advantage, bound)
+    return loss / h, statistics
+
+
+def masked(log_ratio: Map, divergence: Map, advantage: Grid, std: Tensor, h: Tensor, bound: float) -> Loss:
+    """Flow-DPPO (arXiv 2606.11025): no clipping; a cell whose divergence has passed `bound` and whose ratio already
+    leans the way its advantage pulls gives no gradient."""
     grid = advantage.shape[1:]
-    log_ratio = pool(logp, grid) - pool(old, grid)
-    ratio = log_ratio.exp()
-    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean((1, 2))
-    with torch.no_grad():
-        statistics = {
-            "ratio": ratio.mean((1, 2)),
-            "log_ratio": log_ratio.mean((1, 2)),
-            "clipped_low": ((ratio < 1 - clip) & (advantage < 0)).float().mean((1, 2)),
-            "clipped_high": ((ratio > 1 + clip) & (advantage > 0)).float().mean((1, 2)),
-        }
-    return loss, statistics
+    ratio, far = pool(log_ratio, grid).exp(), pool(divergence.detach(), grid) > bound
+    low, high = far & (advantage < 0) & (ratio < 1), far & (advantage > 0) & (ratio > 1)
+    loss = -((ratio * advantage) * ~(low | high)).mean((1, 2))
+    return loss, _statistics(ratio, low, high)
+
+
+LOSSES: dict[str, Callable[..., Loss]] = {"clipped": clipped, "guard": guard, "masked": masked}

@@ -1,14 +1,15 @@
 """From advantages to a changed adapter: collect transitions, replay them, step the optimiser."""
 
 from collections import defaultdict
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.flow.kernels import gaussian_kl, log_density, step
+from mmalign.flow.kernels import gaussian_kl, log_ratio, step
 from mmalign.flow.sample import chunks, distinct
-from mmalign.learn.loss import clipped
+from mmalign.learn.loss import LOSSES
 from mmalign.types import Policy, Trajectories, Transitions
 
 
@@ -25,14 +26,13 @@ def transitions(paths: Trajectories, advantage: Float[Tensor, "N T a b"], weight
     if weighting not in ("none", "noise"):
         raise ValueError(f"no weighting called {weighting!r}; known: none, noise")
     std = paths.std[rows, cols]
-    t = paths.plan.t.to(std.device)
     return Transitions(
         x=paths.x[rows, cols],
         y=paths.x[rows, cols + 1],
-        t=t[cols],
-        s=t[cols + 1],
+        mean=paths.mean[rows, cols],
+        t=paths.t[rows, cols],
+        s=paths.t[rows, cols + 1],
         noise=paths.noise[rows, cols],
-        logp=paths.logp[rows, cols],
         advantage=advantage[rows, cols],
         weight=std / std.mean() if weighting == "noise" else torch.ones_like(std),
         index=paths.prompt[rows],
@@ -48,6 +48,7 @@ def update(
     *,
     kernel: str,
     t_max: float,
+    loss: str,
     clip: float,
     beta: float,
     epochs: int,
@@ -58,9 +59,10 @@ def update(
 ) -> dict[str, float]:
     """Replay `batch` for `epochs` shuffled passes, each in `minibatches` optimiser steps, and return what happened.
 
-    The loss is the weighted mean over a minibatch of the clipped surrogate plus `beta` times the exact KL divergence to
-    the reference. `micro_batch` bounds the rows of one forward and backward; gradients add up, so it changes nothing
-    else. Rows with advantage 0 cost a forward only where `beta` needs it, but always count in the mean.
+    The loss is the weighted mean over a minibatch of the surrogate named `loss`, bounded by `clip`, plus `beta` times
+    the exact KL divergence to the reference. `micro_batch` bounds the rows of one forward and backward; gradients add
+    up, so it changes nothing else. Rows with advantage 0 cost a forward only where `beta` needs it, but always count in
+    the mean.
 
     Statistics are means over all rows replayed, and `name/k` over those of step k; `grad_norm` is before clipping.
     """
@@ -74,8 +76,10 @@ def update(
             alive = part if beta else part[batch.advantage[part].abs().amax((1, 2)) > 0]
             for rows in chunks(len(alive), micro_batch):
                 micro = batch[alive[rows]]
-                loss, statistics = _replay(policy, micro, cond, kernel, t_max, clip, beta)
-                (loss.sum() / len(part)).backward()
+                losses, statistics = _replay(
+                    policy, micro, cond, kernel, t_max, partial(LOSSES[loss], bound=clip), beta
+                )
+                (losses.sum() / len(part)).backward()
                 for name, values in statistics.items():
                     for value, k in zip(values.tolist(), micro.step.tolist(), strict=True):
                         for key in (name, f"{name}/{k}"):
@@ -89,13 +93,15 @@ def update(
 
 
 def _replay(
-    policy, micro: Transitions, cond, kernel, t_max, clip, beta
+    policy, micro: Transitions, cond, kernel, t_max, surrogate, beta
 ) -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
     """Loss per row and its statistics, from the network as it is now."""
     v = policy.velocity(micro.x, micro.t, cond, micro.index).float()
     mean, std = step(kernel, micro.x, v, micro.t, micro.s, micro.noise, t_max)
-    loss, statistics = clipped(log_density(micro.y, mean, std), micro.logp, micro.advantage, clip)
+    change, moved = log_ratio(micro.y, mean, micro.mean, std), gaussian_kl(mean, micro.mean, std)
+    loss, statistics = surrogate(change, moved, micro.advantage, std, micro.t - micro.s)
     loss = micro.weight * loss
+    statistics |= {"log_ratio": change.detach().mean((1, 2)), "divergence": moved.detach().mean((1, 2))}
     if beta:
         with torch.no_grad(), policy.reference():
             v = policy.velocity(micro.x, micro.t, cond, micro.index).float()

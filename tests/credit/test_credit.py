@@ -1,10 +1,12 @@
 """Group statistics and credits on hand-made trajectories."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mmalign.credit import CREDITS
-from mmalign.credit.groups import dead, group_mean, group_std, normalise
+from mmalign.credit.groups import Units, dead, group_mean, group_std, normalise
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.policy.gaussian import GaussianFlow
@@ -22,6 +24,13 @@ def paths_of(plan, starts, prompts=1, seed=0):
     return sample(flow.velocity, start, flow.encode(["0.0"] * prompts), index, plan, draw)
 
 
+def tree(t, noise, draw):
+    """A plan by hand: every route learnt from and shown at its end."""
+    shown = torch.full((len(noise), len(t)), -1)
+    shown[:, -1] = torch.arange(len(noise))
+    return plans.Plan("flow_sde", t.repeat(len(noise), 1), noise, draw, 0.9, shown)
+
+
 def judged_as(paths, reward):
     table = torch.full(paths.node.shape, NAN)
     table[:, -1] = reward
@@ -37,15 +46,15 @@ def test_means_and_spreads_are_the_groups_own():
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_constant_or_single_groups_give_zero(scale):
-    advantage = normalise(torch.tensor([0.3, 0.3, 0.3, NAN, NAN, 4.0]), GROUP, scale)
+    advantage = normalise(torch.tensor([0.3, 0.3, 0.3, NAN, NAN, 4.0]), GROUP, Units(scale))
     assert advantage.eq(0).all()
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_a_failed_score_touches_nobody_else(scale):
     values = torch.tensor([1.0, 2.0, NAN, 0.0, 1.0, 0.5])
-    advantage = normalise(values, GROUP, scale)
-    alone = normalise(values[[0, 1, 3, 4, 5]], GROUP[[0, 1, 3, 4, 5]], scale)
+    advantage = normalise(values, GROUP, Units(scale))
+    alone = normalise(values[[0, 1, 3, 4, 5]], GROUP[[0, 1, 3, 4, 5]], Units(scale))
     assert advantage[2] == 0
     assert torch.equal(advantage[[0, 1, 3, 4, 5]], alone)
 
@@ -60,7 +69,9 @@ def test_invariances():
     assert torch.allclose(normalise(values[order], GROUP[order]), advantage[order], atol=1e-6)
     assert torch.allclose(group_mean(advantage, GROUP), torch.zeros(6), atol=1e-6)
     assert torch.allclose(group_std(advantage, GROUP), torch.ones(6), atol=1e-5)
-    assert torch.allclose(normalise(values * 5, GROUP, "none"), 5 * normalise(values, GROUP, "none"), atol=1e-5)
+    assert torch.allclose(
+        normalise(values * 5, GROUP, Units("none")), 5 * normalise(values, GROUP, Units("none")), atol=1e-5
+    )
     assert normalise(torch.tensor([0.0] * 99 + [1.0]), torch.zeros(100, dtype=torch.long)).max() == 5  # clamped
 
 
@@ -90,12 +101,12 @@ def test_branch_compares_children_of_one_state():
     """Two seeds, branching at steps 0 and 2 with three children: each (seed, step) is a group of its own."""
     paths = paths_of(plans.branch(torch.linspace(1, 0, 6), "flow_sde", 0.7, [0, 2], 3), starts=2)
     reward = torch.tensor([1.0, 2, 3, 10, 20, 60, 5, 5, 5, 0, 0, 1])
-    advantage = CREDITS["branch"](paths, judged_as(paths, reward), scale="none")[:, :, 0, 0]
+    advantage = CREDITS["branch"](paths, judged_as(paths, reward), units=Units("none"))[:, :, 0, 0]
     assert advantage.count_nonzero(dim=0).tolist() == [2, 0, 6, 0, 0]
     assert advantage[:3, 0].tolist() == [-1, 0, 1]
     assert torch.allclose(advantage[3:6, 2], torch.tensor([-20.0, -10, 30]))
     assert advantage[6:9].eq(0).all()
-    prompt = CREDITS["branch"](paths, judged_as(paths, reward), scale="none", baseline="prompt")[:, :, 0, 0]
+    prompt = CREDITS["branch"](paths, judged_as(paths, reward), units=Units("none"), baseline="prompt")[:, :, 0, 0]
     at_zero = reward[[0, 1, 2, 6, 7, 8]]
     assert torch.allclose(prompt[[0, 1, 2, 6, 7, 8], 0], at_zero - at_zero.mean())
 
@@ -106,9 +117,11 @@ def test_value_of_a_shared_state_is_the_mean_below_it():
     noise = torch.zeros(4, 4)
     noise[:, :2] = 0.7
     draw = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]])
-    paths = paths_of(plans.Plan("flow_sde", t, noise, draw, 0.9), starts=1)
+    paths = paths_of(tree(t, noise, draw), starts=1)
     assert [len(paths.node[:, k].unique()) for k in range(5)] == [1, 2, 4, 4, 4]
-    advantage = CREDITS["branch"](paths, judged_as(paths, torch.tensor([0.0, 1.0, 2.0, 4.0])), scale="none")[..., 0, 0]
+    advantage = CREDITS["branch"](paths, judged_as(paths, torch.tensor([0.0, 1.0, 2.0, 4.0])), units=Units("none"))[
+        ..., 0, 0
+    ]
     assert advantage[:, 0].tolist() == [-1.25, -1.25, 1.25, 1.25]
     assert advantage[:, 1].tolist() == [-0.5, 0.5, -1.0, 1.0]
     assert advantage[:, 2:].eq(0).all()
@@ -119,9 +132,8 @@ def test_seeds_may_be_permuted():
     paths = paths_of(plan, starts=2)
     reward = torch.randn(12)
     swap = torch.cat([torch.arange(6, 12), torch.arange(6)])
-    moved = type(paths)(
-        plan, *(getattr(paths, n)[swap] for n in ("x", "logp", "node", "prompt", "member", "noise", "std"))
-    )
+    rows = ("x", "mean", "std", "t", "noise", "node", "prompt", "member", "shown")
+    moved = replace(paths, **{name: getattr(paths, name)[swap] for name in rows})
     for baseline in ("state", "prompt"):
         one = CREDITS["branch"](paths, judged_as(paths, reward), baseline=baseline)
         two = CREDITS["branch"](moved, judged_as(moved, reward[swap]), baseline=baseline)

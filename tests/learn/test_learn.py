@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from mmalign.credit import CREDITS
+from mmalign.credit.groups import Units
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
-from mmalign.learn.loss import clipped, pool
+from mmalign.learn.loss import LOSSES, pool
 from mmalign.learn.update import transitions, update
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.types import Judgement
 
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.5, "cps": 0.8, "ddim": 1.0, "scheduled": 0.8}
-SETTINGS = dict(clip=1e-4, beta=0.0, epochs=1, minibatches=1, micro_batch=64, max_grad_norm=1e9)
+SETTINGS = dict(loss="clipped", clip=1e-4, beta=0.0, epochs=1, minibatches=1, micro_batch=64, max_grad_norm=1e9)
 
 
 def rollout(flow, plan, starts, iteration=0):
@@ -21,38 +22,83 @@ def rollout(flow, plan, starts, iteration=0):
     return sample(flow.velocity, start, flow.encode(["0.0"]), torch.zeros(starts, dtype=torch.long), plan, draw)
 
 
+def tree(t, noise, draw):
+    """A plan by hand: every route learnt from and shown at its end."""
+    shown = torch.full((len(noise), len(t)), -1)
+    shown[:, -1] = torch.arange(len(noise))
+    return plans.Plan("flow_sde", t.repeat(len(noise), 1), noise, draw, 0.9, shown)
+
+
 def judged(paths, reward):
     table = torch.full(paths.node.shape, float("nan"))
-    table[:, -1] = reward(paths.x[:, -1])
+    values = reward(paths.ends)
+    table[paths.shown >= 0] = values[paths.shown[paths.shown >= 0]]
     return Judgement(table, {})
 
 
 def advance(flow, optimizer, paths, advantage, **changed):
     batch = transitions(paths, advantage)
     return update(
-        flow, optimizer, batch, flow.encode(["0.0"]), kernel=paths.plan.kernel, t_max=paths.plan.t_max,
+        flow, optimizer, batch, flow.encode(["0.0"]), kernel=paths.kernel, t_max=paths.t_max,
         generator=torch.Generator().manual_seed(0), **(SETTINGS | changed),
     )  # fmt: skip
 
 
+def surrogate(name, log_ratio, advantage, bound=1e-4, divergence=None, std=None, h=None):
+    """A loss on rows of unit standard deviation and unit step."""
+    rows = torch.ones(len(log_ratio))
+    divergence = torch.zeros_like(log_ratio) if divergence is None else divergence
+    return LOSSES[name](log_ratio, divergence, advantage, rows if std is None else std, rows if h is None else h, bound)
+
+
+@pytest.mark.parametrize("loss", ["clipped", "guard"])
 @pytest.mark.parametrize(
     ("advantage", "ratio", "moves"), [(1, 1.2, False), (-1, 0.8, False), (1, 0.8, True), (-1, 1.2, True)]
 )
-def test_pessimism(advantage, ratio, moves):
+def test_pessimism(loss, advantage, ratio, moves):
     """A ratio already past the bound in the direction the advantage pulls gets no gradient; the other two quadrants
     do."""
-    logp = torch.full((1, 2, 2), ratio).log().requires_grad_()
-    loss, statistics = clipped(logp, torch.zeros(1, 2, 2), torch.full((1, 1, 1), float(advantage)), clip=0.1)
-    loss.sum().backward()
-    assert bool(logp.grad.abs().sum() > 0) == moves
+    log_ratio = torch.full((1, 2, 2), ratio).log().requires_grad_()
+    value, statistics = surrogate(loss, log_ratio, torch.full((1, 1, 1), float(advantage)), 0.1)
+    value.sum().backward()
+    assert bool(log_ratio.grad.abs().sum() > 0) == moves
     assert float(statistics["clipped_low"] + statistics["clipped_high"]) == float(not moves)
 
 
-def test_gradient_at_ratio_one_is_minus_advantage_times_score():
-    logp = torch.randn(3, 4, 4).requires_grad_()
+@pytest.mark.parametrize(("advantage", "ratio"), [(1, 1.2), (-1, 0.8), (1, 0.8), (-1, 1.2)])
+@pytest.mark.parametrize("far", [True, False])
+def test_the_mask_takes_the_same_quadrants_but_only_far_from_the_old_policy(advantage, ratio, far):
+    log_ratio = torch.full((1, 2, 2), ratio).log().requires_grad_()
+    divergence = torch.full((1, 2, 2), 0.2 if far else 0.05)
+    value, _ = surrogate("masked", log_ratio, torch.full((1, 1, 1), float(advantage)), 0.1, divergence)
+    value.sum().backward()
+    assert bool(log_ratio.grad.abs().sum() > 0) == (not far or (ratio - 1) * advantage < 0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_at_ratio_one_is_minus_advantage_times_score(loss):
+    """For GRPO-Guard times q / h: its ratio is the q-th power, its weight 1 / h."""
+    log_ratio = torch.zeros(3, 4, 4).requires_grad_()
     advantage = torch.tensor([0.5, -2.0, 0.0])[:, None, None]
-    clipped(logp, logp.detach(), advantage, 1e-4)[0].sum().backward()
-    assert torch.allclose(logp.grad, (-advantage / 16).expand_as(logp))
+    std, h = torch.tensor([0.3, 0.5, 0.7]), torch.tensor([0.1, 0.2, 0.4])
+    surrogate(loss, log_ratio, advantage, std=std, h=h)[0].sum().backward()
+    factor = (std / h)[:, None, None] if loss == "guard" else 1
+    assert torch.allclose(log_ratio.grad, (-advantage * factor / 16).expand_as(log_ratio))
+
+
+def test_guard_clips_what_is_centred():
+    """Whatever the step, exp(mean d z) is as likely above as below 1; the plain ratio leans below."""
+    g = torch.Generator().manual_seed(0)
+    z, d, q = torch.randn(4000, 4, 2, 2, generator=g), 0.5, torch.full((4000,), 0.3)
+    old = torch.zeros_like(z)
+    y, new = q[:, None, None, None] * z, old + d
+    log_ratio, divergence = kernels.log_ratio(y, new, old, q), kernels.gaussian_kl(new, old, q)
+    ones = torch.ones(4000, 1, 1)
+    _, plain = surrogate("clipped", log_ratio, ones, 1e-2)
+    _, guarded = surrogate("guard", log_ratio, ones, 1e-2, divergence, q)
+    assert (plain["ratio"] > 1).float().mean() < 0.01
+    assert (guarded["ratio"] > 1).float().mean().item() == pytest.approx(0.5, abs=0.04)
+    assert torch.allclose(guarded["ratio"].log(), d * z.mean((1, 2, 3)), atol=1e-5)
 
 
 def test_log_ratio_is_the_noise_times_the_shift_less_the_divergence():
@@ -62,7 +108,9 @@ def test_log_ratio_is_the_noise_times_the_shift_less_the_divergence():
     old, d = torch.randn(4000, 2, 2, 2, generator=g), 0.1 * torch.randn(1, 2, 2, 2, generator=g)
     q, z = torch.full((4000,), 0.3), torch.randn(4000, 2, 2, 2, generator=g)
     y = old + 0.3 * z
-    log_ratio = (kernels.log_density(y, old + d, q) - kernels.log_density(y, old, q)).mean((1, 2))
+    difference = kernels.log_density(y, old + d, q) - kernels.log_density(y, old, q)
+    assert torch.allclose(kernels.log_ratio(y, old + d, old, q), difference, atol=1e-5)
+    log_ratio = kernels.log_ratio(y, old + d, old, q).mean((1, 2))
     kl = kernels.gaussian_kl(old + d, old, q).mean((1, 2))
     assert torch.allclose(0.3 * (log_ratio + kl), (d * z).mean((1, 2, 3)), atol=1e-5)
     spread = float(d.square().mean().sqrt()) / 0.3 / 8**0.5  # standard deviation of log r over draws of z
@@ -76,10 +124,10 @@ def test_the_rollout_graph_gives_the_gradient_of_the_replay():
     advantage = torch.randn(3, 5, 1, 1)
     advance(flow, torch.optim.SGD(flow.parameters(), 0.0), paths, advantage)
     replayed = flow.shift.grad.clone()
-    total, t = 0.0, paths.plan.t
+    total, t = 0.0, paths.t[0]
     for k in range(4):
         v = flow.velocity(paths.x[:, k], t[k].expand(3), flow.encode(["0.0"]), paths.prompt)
-        mean, std = kernels.step("flow_sde", paths.x[:, k], v, t[k], t[k + 1], 0.7, paths.plan.t_max)
+        mean, std = kernels.step("flow_sde", paths.x[:, k], v, t[k], t[k + 1], 0.7, paths.t_max)
         total = (
             total - (advantage[:, k, 0, 0] * kernels.log_density(paths.x[:, k + 1], mean, std).mean((1, 2))).sum() / 12
         )
@@ -92,12 +140,12 @@ def test_uniform_map_equals_the_scalar_and_zero_stays_zero():
     gradients = []
     for grid in (1, 2, 4):
         logp = torch.zeros(1, 4, 4).requires_grad_()
-        clipped(logp, torch.zeros(1, 4, 4), torch.full((1, grid, grid), 0.7), 1e-4)[0].sum().backward()
+        surrogate("clipped", logp, torch.full((1, grid, grid), 0.7))[0].sum().backward()
         gradients.append(logp.grad)
     assert torch.allclose(gradients[0], gradients[1], atol=1e-8)
     assert torch.allclose(gradients[0], gradients[2], atol=1e-8)
     logp = torch.zeros(1, 4, 4).requires_grad_()
-    clipped(logp, torch.zeros(1, 4, 4), torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), 1e-4)[0].sum().backward()
+    surrogate("clipped", logp, torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]))[0].sum().backward()
     assert logp.grad[0, :2, :2].abs().min() > 0
     assert logp.grad.count_nonzero() == 4
 
@@ -125,7 +173,7 @@ def test_shared_steps_are_learnt_once_and_deterministic_ones_never():
     noise = torch.zeros(4, 4)
     noise[:, :2] = 0.7
     draw = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]])
-    paths = rollout(flow, plans.Plan("flow_sde", t, noise, draw, 0.9), 2)
+    paths = rollout(flow, tree(t, noise, draw), 2)
     batch = transitions(paths, torch.ones(8, 4, 1, 1))
     assert len(batch) == 2 * (2 + 4)
     assert batch.step.bincount().tolist() == [4, 8]
@@ -204,7 +252,7 @@ def test_policy_gradient_points_along_reward_backpropagation(credit, children):
         plans.sde(t, "flow_sde", 0.7) if credit == "terminal" else plans.branch(t, "flow_sde", 0.7, range(5), children)
     )
     paths = rollout(flow, plan, 4096 // plan.routes)
-    advantage = CREDITS[credit](paths, judged(paths, quadratic), scale="none")
+    advantage = CREDITS[credit](paths, judged(paths, quadratic), units=Units("none"))
     optimizer = torch.optim.SGD(flow.parameters(), 1.0)
     advance(flow, optimizer, paths, advantage, micro_batch=4096)
     step = flow.shift.detach().clone()

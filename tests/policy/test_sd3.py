@@ -8,6 +8,7 @@ from diffusers import StableDiffusion3Pipeline
 from mmalign import policy as policies
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.learn.loss import LOSSES
 from mmalign.learn.update import transitions, update
 
 TEXTS = ["a red circle", "three green squares", "a blue triangle left of a yellow circle", 'the text "O H"']
@@ -109,7 +110,8 @@ def test_a_wrong_export_is_noticed(random_model, tmp_path):
 @pytest.mark.parametrize("name", kernels.STOCHASTIC)
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 @pytest.mark.parametrize("size", [1, 4])
-def test_on_policy_ratio_is_one(random_model, name, guidance, size):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_on_policy_ratio_is_one(random_model, name, guidance, size, loss):
     policy = moved(policies.load(random_model, guidance=guidance))
     cond, index = policy.encode(TEXTS[:size]), torch.arange(size)
     start = torch.stack([gaussian(policy.latent_shape, i) for i in range(size)])
@@ -118,12 +120,13 @@ def test_on_policy_ratio_is_one(random_model, name, guidance, size):
     batch = transitions(paths, torch.ones(size, STEPS, 1, 1))
     optimizer = torch.optim.SGD(policy.parameters(), 0.0)
     statistics = update(
-        policy, optimizer, batch, cond, kernel=name, t_max=plan.t_max, clip=1e-4, beta=0.1, epochs=1, minibatches=1,
-        micro_batch=size, max_grad_norm=1.0, generator=torch.Generator().manual_seed(0),
+        policy, optimizer, batch, cond, kernel=name, t_max=plan.t_max, loss=loss, clip=1e-4, beta=0.1, epochs=1,
+        minibatches=1, micro_batch=size, max_grad_norm=1.0, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     for k in range(STEPS - 1):
         assert statistics[f"ratio/{k}"] == pytest.approx(1, abs=1e-6)
     assert statistics["clipped_low"] == statistics["clipped_high"] == 0
+    assert statistics["divergence"] < 1e-9
     assert statistics["kl"] > 0
     named = dict(policy.pipe.transformer.named_parameters())
     untouched = {name for name, p in named.items() if p.requires_grad and not p.grad.abs().sum() > 0}

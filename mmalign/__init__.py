@@ -1,0 +1,1 @@
+"""Align text-to-image flow models with reward models: dense, branching and region credit for GRPO."""

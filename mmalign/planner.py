@@ -1,0 +1,156 @@
+"""From a config to plans: where the window stands this iteration, which states are shown, and what fits a budget."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.config import BadInput, Config
+from mmalign.flow import plan as plans
+from mmalign.flow.sample import seed_of
+from mmalign.types import Plan
+
+TOO_MUCH, NOTICEABLE = 2.0, 0.1  # standard deviation left after a step: in units of what belongs there; in latent units
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Upper bounds of one iteration: network forwards (rollout, completions, replay) and images scored, times reward
+    scorers. Replay takes fewer where advantages are 0."""
+
+    rollout: int
+    replay: int
+    rewards: int
+
+    @property
+    def forwards(self) -> int:
+        return self.rollout + self.replay
+
+
+def plan_for(c: Config, times: Float[Tensor, "states"], levels: plans.Noise, iteration: int, prompt_id: int) -> Plan:
+    """The plan of one prompt's group: all its seeds and children share it."""
+    if c.plan == "branch":
+        plan = plans.branch(times, c.kernel, levels, c.branch_steps, c.children)
+    elif c.plan == "window":
+        start = window_start(c, iteration, prompt_id)
+        stop = start + c.window[1] - c.window[0]
+        plan = plans.window(times, c.kernel, levels, start, stop, c.children or 1)
+    else:
+        plan = plans.sde(times, c.kernel, levels)
+    if not c.score_states:
+        return plan
+    return plans.complete(plan, needed(plan) if c.score_states == "all" else c.score_states, c.completion)
+
+
+def needed(plan: Plan) -> list[int]:
+    """The states before and after every stochastic step."""
+    steps = (plan.noise > 0).any(0).nonzero()[:, 0].tolist()
+    return sorted({*steps, *(k + 1 for k in steps)})
+
+
+def window_start(c: Config, iteration: int, prompt_id: int) -> int:
+    """Fixed; progressive (MixGRPO, arXiv 2507.21802); or drawn for each group in the first half of the steps
+    (Flow-GRPO-Fast). Never per image: siblings with unlike windows cannot be compared."""
+    size, first = c.window[1] - c.window[0], c.window[0]
+    last = c.steps - 1 - size
+    if c.window_moves == "progressive":
+        return first + (iteration // c.window_every) % (last - first + 1)
+    if c.window_moves == "random":
+        return random.Random(seed_of(c.seed, "window", iteration, prompt_id)).randint(
+            first, max(first, min(last, c.steps // 2 - 1))
+        )
+    return first
+
+
+def cost(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> Cost:
+    """What an iteration may cost at most, wherever its windows stand."""
+    starts = range(c.window[0], c.steps - (c.window[1] - c.window[0])) if c.window_moves else [None]
+    at = (c if w is None else _standing(c, w) for w in starts)
+    costs = [plan_for(each, times, levels, 0, 0).cost for each in at]
+    forwards, images, learnt = (max(column) for column in zip(*costs, strict=True))
+    walks = c.prompts_per_iteration * c.seeds
+    halves = 2 if c.guidance > 1 else 1
+    scorers = len({name.rpartition(".")[0] for name in c.rewards})
+    return Cost(
+        walks * forwards * halves,
+        walks * learnt * c.epochs * (2 if c.beta else 1) * halves,
+        walks * images * scorers,
+    )
+
+
+def _standing(c: Config, start: int) -> Config:
+    stop = start + c.window[1] - c.window[0]
+    return c.model_copy(update={"window": (start, stop), "window_moves": None, "window_every": None})
+
+
+def fit(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> tuple[Config, Cost]:
+    """The config, thinned until it keeps `max_forwards` and `max_rewards`, and its cost.
+
+    In this order: shorter completions, down to two steps (one is the jump to the predicted clean latent, which
+    DenseGRPO found worse than no step-wise reward); every second, third, ... state, always with the first; fewer branch
+    steps, the latest first, for the layout is decided early; fewer children, down to two. Raises BadInput where nothing
+    fits.
+    """
+    for candidate in _candidates(c, times, levels):
+        spent = cost(candidate, times, levels)
+        if spent.forwards <= (c.max_forwards or spent.forwards) and spent.rewards <= (c.max_rewards or spent.rewards):
+            return candidate, spent
+    raise BadInput(
+        f"the thinnest plan takes {spent.forwards} forwards and {spent.rewards} rewards an iteration, allowed are "
+        f"{c.max_forwards or 'any'} and {c.max_rewards or 'any'}; lower prompts_per_iteration or seeds"
+    )
+
+
+def check_noise(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> None:
+    """Raises BadInput for a stochastic step that leaves far more noise than belongs there: later steps cannot remove
+    it, and every training image carries it."""
+    for k in (plan_for(c, times, levels, 0, 0).noise > 0).any(0).nonzero()[:, 0].tolist():
+        left, s = plans.noise_after(c.kernel, times, levels, k), float(times[k + 1])
+        if left > TOO_MUCH * s and left > NOTICEABLE:
+            raise BadInput(
+                f"step {k}, from t = {float(times[k]):.3g} to {s:.3g}, would leave {left / s:.1f} times the noise that "
+                f"belongs there ({c.kernel}); keep it deterministic with a window or branch steps before it, or use "
+                "kernel ddim or cps, which leave the right amount"
+            )
+
+
+def _candidates(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> Iterator[Config]:
+    branches: list[dict] = [{}]
+    if c.plan == "branch":
+        kept = sorted(c.branch_steps)
+        branches = [{"branch_steps": kept[:n], "children": c.children} for n in range(len(kept), 0, -1)]
+        branches += [{"branch_steps": kept[:1], "children": n} for n in range(c.children - 1, 1, -1)]
+    for chosen in branches:
+        thinner = c.model_copy(update=chosen)
+        for states in _states(thinner, times, levels):
+            for n in _lengths(thinner):
+                yield thinner.model_copy(update={"score_states": states, "completion": n})
+
+
+def _states(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> Sequence[list[int] | str | None]:
+    if not c.score_states or (c.score_states == "all" and c.window_moves):  # what is needed moves with the window
+        return [c.score_states]
+    states = c.score_states if c.score_states != "all" else needed(plan_for(c, times, levels, 0, 0))
+    return [c.score_states, *(states[::stride] for stride in range(2, len(states) + 1))]
+
+
+def _lengths(c: Config) -> Sequence[int | list[int] | None]:
+    if not c.score_states or isinstance(c.completion, list):
+        return [c.completion]
+    longest = c.completion or c.steps
+    return [c.completion, *range(longest - 1, 1, -1)]
+
+
+def describe(c: Config, spent: Cost) -> str:
+    """One line: what a run does in an iteration and what it costs at most."""
+    what = {
+        "sde": f"{c.steps - 1} stochastic steps",
+        "window": f"stochastic window {list(c.window or ())}" + (f" ({c.window_moves})" if c.window_moves else ""),
+        "branch": f"{c.children} children at steps {c.branch_steps}",
+    }[c.plan]
+    if c.score_states:
+        length = "all steps that remain" if c.completion is None else f"steps {c.completion}"
+        what += f"; states {c.score_states} completed by ODE, {length}"
+    return f"{what}; an iteration takes at most {spent.rollout} + {spent.replay} forwards and {spent.rewards} rewards"
