@@ -109,7 +109,7 @@ def branch(t: Times, kernel: str, noise: Noise, steps: Sequence[int], children: 
     return _plan(kernel, t, noise, [{k: j} for k in steps for j in range(children)])
 
 
-def remaining(t: Times, n: int) -> Times:
+def remaining(t: Times, n: int) -> Float[Tensor, "fewer"]:
     """`n` steps from `t[0]` to 0 along a schedule of `len(t) - 1` remaining ones.
 
     For fewer, DenseGRPO's choice of its points: with m remaining, those where m j / n, rounded down, are left. For

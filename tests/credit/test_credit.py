@@ -4,37 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from walks import judged_as, tree, walk
 
 from mmalign.credit import CREDITS
 from mmalign.credit.groups import Units, dead, group_mean, group_std, normalise
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import gaussian, sample, seed_of
-from mmalign.policy.gaussian import GaussianFlow
-from mmalign.types import Judgement
 
 NAN = float("nan")
 GROUP = torch.tensor([7, 7, 7, 3, 3, 3])
-
-
-def paths_of(plan, starts, prompts=1, seed=0):
-    flow = GaussianFlow()
-    index = torch.arange(starts) * prompts // starts
-    start = torch.stack([gaussian(flow.latent_shape, seed_of(seed, i)) for i in range(starts)])
-    draw = lambda *key: gaussian(flow.latent_shape, seed_of(seed, *key))  # noqa: E731
-    return sample(flow.velocity, start, flow.encode(["0.0"] * prompts), index, plan, draw)
-
-
-def tree(t, noise, draw):
-    """A plan by hand: every route learnt from and shown at its end."""
-    shown = torch.full((len(noise), len(t)), -1)
-    shown[:, -1] = torch.arange(len(noise))
-    return plans.Plan("flow_sde", t.repeat(len(noise), 1), noise, draw, 0.9, shown)
-
-
-def judged_as(paths, reward):
-    table = torch.full(paths.node.shape, NAN)
-    table[:, -1] = reward
-    return Judgement(table, {})
 
 
 def test_means_and_spreads_are_the_groups_own():
@@ -82,7 +59,7 @@ def test_groups_never_mix():
 
 
 def test_terminal_repeats_one_advantage_over_steps():
-    paths = paths_of(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=6, prompts=2)
+    paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=6, prompts=2)
     reward = torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0])
     advantage = CREDITS["terminal"](paths, judged_as(paths, reward))
     assert advantage.shape == (6, 4, 1, 1)
@@ -90,7 +67,7 @@ def test_terminal_repeats_one_advantage_over_steps():
 
 
 def test_branch_with_prompt_baseline_on_a_plain_plan_is_terminal():
-    paths = paths_of(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=6, prompts=2)
+    paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=6, prompts=2)
     judged = judged_as(paths, torch.randn(6))
     terminal, branch = CREDITS["terminal"](paths, judged), CREDITS["branch"](paths, judged, baseline="prompt")
     assert torch.equal(branch[:, :3], terminal[:, :3])
@@ -99,7 +76,7 @@ def test_branch_with_prompt_baseline_on_a_plain_plan_is_terminal():
 
 def test_branch_compares_children_of_one_state():
     """Two seeds, branching at steps 0 and 2 with three children: each (seed, step) is a group of its own."""
-    paths = paths_of(plans.branch(torch.linspace(1, 0, 6), "flow_sde", 0.7, [0, 2], 3), starts=2)
+    paths = walk(plans.branch(torch.linspace(1, 0, 6), "flow_sde", 0.7, [0, 2], 3), starts=2)
     reward = torch.tensor([1.0, 2, 3, 10, 20, 60, 5, 5, 5, 0, 0, 1])
     advantage = CREDITS["branch"](paths, judged_as(paths, reward), units=Units("none"))[:, :, 0, 0]
     assert advantage.count_nonzero(dim=0).tolist() == [2, 0, 6, 0, 0]
@@ -117,7 +94,7 @@ def test_value_of_a_shared_state_is_the_mean_below_it():
     noise = torch.zeros(4, 4)
     noise[:, :2] = 0.7
     draw = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]])
-    paths = paths_of(tree(t, noise, draw), starts=1)
+    paths = walk(tree(t, noise, draw), starts=1)
     assert [len(paths.node[:, k].unique()) for k in range(5)] == [1, 2, 4, 4, 4]
     advantage = CREDITS["branch"](paths, judged_as(paths, torch.tensor([0.0, 1.0, 2.0, 4.0])), units=Units("none"))[
         ..., 0, 0
@@ -129,7 +106,7 @@ def test_value_of_a_shared_state_is_the_mean_below_it():
 
 def test_seeds_may_be_permuted():
     plan = plans.branch(torch.linspace(1, 0, 6), "flow_sde", 0.7, [0, 2], 3)
-    paths = paths_of(plan, starts=2)
+    paths = walk(plan, starts=2)
     reward = torch.randn(12)
     swap = torch.cat([torch.arange(6, 12), torch.arange(6)])
     rows = ("x", "mean", "std", "t", "noise", "node", "prompt", "member", "shown")
@@ -141,6 +118,6 @@ def test_seeds_may_be_permuted():
 
 
 def test_unknown_choices_are_named():
-    paths = paths_of(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=2)
+    paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=2)
     with pytest.raises(ValueError, match="no baseline called 'seed'"):
         CREDITS["branch"](paths, judged_as(paths, torch.zeros(2)), baseline="seed")

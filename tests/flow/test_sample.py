@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from walks import tree
 
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
@@ -90,13 +91,6 @@ def test_adding_routes_leaves_the_others_alone():
     assert torch.equal(few.x, many.x[[4, 5, 8, 9]])
 
 
-def plan_of(t, noise, draw):
-    """A plan by hand: one schedule for all routes, each shown at its end."""
-    shown = torch.full((len(noise), len(t)), -1)
-    shown[:, -1] = torch.arange(len(noise))
-    return plans.Plan("flow_sde", t.repeat(len(noise), 1), noise, draw, 0.9, shown)
-
-
 def test_times_and_fan_out_are_checked_when_the_plan_is_built():
     t = torch.tensor([1.0, 0.5, 0.0])
     with pytest.raises(ValueError, match="must fall"):
@@ -104,9 +98,9 @@ def test_times_and_fan_out_are_checked_when_the_plan_is_built():
     with pytest.raises(ValueError, match="last step must stay deterministic"):
         plans.window(t, "flow_sde", 0.7, 0, 2)
     with pytest.raises(ValueError, match="cannot fan out"):
-        plan_of(t, torch.zeros(2, 2), torch.tensor([[0, 0], [1, 0]]))
+        tree(t, torch.zeros(2, 2), torch.tensor([[0, 0], [1, 0]]))
     with pytest.raises(ValueError, match="two routes are the same"):
-        plan_of(t, torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.long))
+        tree(t, torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="no kernel called 'sde'"):
         plans.sde(torch.linspace(1, 0, 5), "sde", 0.7)
     with pytest.raises(ValueError, match="must be positive"):

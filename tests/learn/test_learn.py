@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from walks import judged, tree
 
 from mmalign.credit import CREDITS
 from mmalign.credit.groups import Units
@@ -10,7 +11,6 @@ from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.loss import LOSSES, pool
 from mmalign.learn.update import transitions, update
 from mmalign.policy.gaussian import GaussianFlow
-from mmalign.types import Judgement
 
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.5, "cps": 0.8, "ddim": 1.0, "scheduled": 0.8}
 SETTINGS = dict(loss="clipped", clip=1e-4, beta=0.0, epochs=1, minibatches=1, micro_batch=64, max_grad_norm=1e9)
@@ -20,20 +20,6 @@ def rollout(flow, plan, starts, iteration=0):
     start = torch.stack([gaussian(flow.latent_shape, seed_of("start", iteration, i)) for i in range(starts)])
     draw = lambda *key: gaussian(flow.latent_shape, seed_of("draw", iteration, *key))  # noqa: E731
     return sample(flow.velocity, start, flow.encode(["0.0"]), torch.zeros(starts, dtype=torch.long), plan, draw)
-
-
-def tree(t, noise, draw):
-    """A plan by hand: every route learnt from and shown at its end."""
-    shown = torch.full((len(noise), len(t)), -1)
-    shown[:, -1] = torch.arange(len(noise))
-    return plans.Plan("flow_sde", t.repeat(len(noise), 1), noise, draw, 0.9, shown)
-
-
-def judged(paths, reward):
-    table = torch.full(paths.node.shape, float("nan"))
-    values = reward(paths.ends)
-    table[paths.shown >= 0] = values[paths.shown[paths.shown >= 0]]
-    return Judgement(table, {})
 
 
 def advance(flow, optimizer, paths, advantage, **changed):
