@@ -1,0 +1,125 @@
+"""Credits against each other on the embedded model, at equal training time on one core.
+
+    for seed in 0 1 2; do for v in terminal guard window dense-1 dense-2 dense branch; do
+        OMP_NUM_THREADS=1 python scripts/compare_credits.py run $v $seed
+    done; done
+    python scripts/compare_credits.py table
+
+Every run has the quickstart's adapter, rate and kernel; what differs is below. The number of iterations is what fits
+the time, measured on the run's own iterations; evaluations do not count. `table` prints the final scores and the time
+at which each reached the final score of `terminal`, and draws the curves.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from mmalign import config as configs, policy as policies, run as runs, train as trainer
+
+SDE = "plan=sde branch_steps=null children=null baseline=null prompts_per_iteration=8 seeds=12"
+DENSE = f"{SDE} credit=gain score_states=all"
+VARIANTS = {
+    "terminal": f"{SDE} credit=terminal",
+    "guard": f"{SDE} credit=terminal loss=guard clip=2e-6 weighting=none",
+    "window": f"{SDE} credit=terminal plan=window window=[0,2]",
+    "dense-1": f"{DENSE} completion=1",
+    "dense-2": f"{DENSE} completion=2",
+    "dense": DENSE,
+    "dense-window": f"{DENSE} plan=window window=[0,3]",
+    "branch": "prompts_per_iteration=12",
+}
+EVALUATIONS = 6
+Out = Annotated[Path, typer.Option(help="folder of the runs")]
+app = typer.Typer(add_completion=False)
+
+
+def seconds_of(row: dict) -> float:
+    return sum(row[f"seconds/{part}"] for part in ("rollout", "decode", "reward", "learn"))
+
+
+@app.command()
+def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/compare")) -> None:
+    """Train one variant for about `seconds`."""
+    policies.quiet()
+    torch.set_flush_denormal(True)
+    folder = out / f"{variant}-{seed}"
+    base = [*VARIANTS[variant].split(), f"seed={seed}", f"out={folder}", "eval_every=0"]
+    trial = trainer.open_session(configs.load("configs/quickstart.yaml", base))
+    rows = [trainer.iterate(trial, i) for i in range(3)]
+    count = max(EVALUATIONS, round(seconds / statistics.mean(seconds_of(row) for row in rows[1:])))
+    schedule = [f"iterations={count}", f"cooldown={count - 5}", f"eval_every={-(-count // EVALUATIONS)}"]
+    runs.train(configs.load("configs/quickstart.yaml", [*base, *schedule, f"checkpoint_every={count}"]))
+
+
+def curve(folder: Path) -> dict[str, np.ndarray]:
+    """Training seconds, held-out strict, clip and diversity of siblings at each evaluation of one run."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    spent = np.cumsum([0.0, *(seconds_of(row) for row in metrics)])
+    out = {name: np.array([row[name] for row in found]) for name in ("shapes.strict", "clip.cosine")}
+    out |= {"seconds": spent[[row["iteration"] for row in found]], "iterations": np.array(len(metrics))}
+    out |= {name: np.array([row[name] for row in (found[0], found[-1])]) for name in ("diversity",)}
+    work = [row["forwards"] + row["replay_forwards"] for row in metrics]
+    return out | {"forwards": np.array(np.mean(work)), "images": np.array(np.mean([row["decodes"] for row in metrics]))}
+
+
+def reached(seconds: np.ndarray, score: np.ndarray, level: float) -> float:
+    """When a curve, linear between evaluations, first reaches a level; NaN if never."""
+    for i in range(1, len(score)):
+        if score[i] >= level:
+            share = (level - score[i - 1]) / (score[i] - score[i - 1])
+            return float(seconds[i - 1] + max(0.0, share) * (seconds[i] - seconds[i - 1]))
+    return float("nan")
+
+
+@app.command()
+def table(out: Out = Path("runs/compare"), figure: Path = Path("docs/figures/credits.png")) -> None:
+    """Print the table (Markdown) and draw the curves: mean over seeds, and their range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = {v: [curve(f) for f in sorted(out.glob(f"{v}-[0-9]"))] for v in VARIANTS}
+    found = {v: own for v, own in found.items() if own}
+    mean_curve = {v: np.mean([c["shapes.strict"] for c in own], 0) for v, own in found.items()}
+    mean_time = {v: np.mean([c["seconds"] for c in own], 0) for v, own in found.items()}
+    goal = mean_curve["terminal"][-1]
+    end = mean_time["terminal"][-1]
+    print(
+        "| credit | iterations | forwards, images each | strict (range) | clip | diversity | reaches terminal's end at |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for v, own in found.items():
+        last = [float(c["shapes.strict"][-1]) for c in own]
+        when = reached(mean_time[v], mean_curve[v], goal) / end
+        mean = {name: float(np.mean([c[name][-1] for c in own])) for name in ("clip.cosine", "diversity")}
+        iterations = np.mean([c["iterations"] for c in own])
+        print(
+            f"| {v} | {iterations:.0f} | {own[0]['forwards']:.0f}, {own[0]['images']:.0f} | "
+            f"{np.mean(last):.3f} ({min(last):.3f} to {max(last):.3f}) | {mean['clip.cosine']:.3f} | "
+            f"{mean['diversity']:.3f} | {'never' if np.isnan(when) else f'{when:.0%}'} |"
+        )
+    before = [c[name][0] for name in ("shapes.strict", "clip.cosine", "diversity") for c in found["terminal"][:1]]
+    print(f"\nbefore: strict {before[0]:.3f}, clip {before[1]:.3f}, diversity {before[2]:.3f}")
+    plot, axis = plt.subplots(figsize=(7, 4.2))
+    for v, own in found.items():
+        scores = np.array([c["shapes.strict"] for c in own])
+        (line,) = axis.plot(mean_time[v], mean_curve[v], "o-", ms=3, label=v)
+        axis.fill_between(mean_time[v], scores.min(0), scores.max(0), color=line.get_color(), alpha=0.12)
+    axis.axhline(goal, color="#bbb", lw=0.8, zorder=0)
+    axis.set_xlabel("training time of one core [s]")
+    axis.set_ylabel("held-out strict score")
+    axis.legend(frameon=False, ncols=2)
+    plot.tight_layout()
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    plot.savefig(figure, dpi=110)
+
+
+if __name__ == "__main__":
+    app()
