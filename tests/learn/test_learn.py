@@ -1,11 +1,11 @@
 """The surrogate, the replay and the update: known gradients, and a bandit that must improve."""
 
+import gradient_variance
 import pytest
 import torch
 from walks import judged, tree
 
 from mmalign.credit import CREDITS
-from mmalign.credit.groups import Units
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.loss import LOSSES, pool
@@ -213,51 +213,40 @@ def test_kl_pulls_back_to_the_reference_only_when_away_from_it():
     assert (flow.shift < 0.5).all()
 
 
-def exact_gradient(flow, steps):
-    """d E[reward] / d shift through the ODE sampler, by autograd, over many starts."""
-    start = torch.randn(4096, *flow.latent_shape, generator=torch.Generator().manual_seed(1))
-    t, x, index = flow.times(steps), start, torch.zeros(4096, dtype=torch.long)
-    for k in range(steps):
-        x = x - (t[k] - t[k + 1]) * flow.velocity(x, t[k].expand(4096), flow.encode(["0.0"]), index)
-    quadratic(x).mean().backward()
-    gradient, flow.shift.grad = flow.shift.grad.clone(), None
-    return gradient
+TIMES = GaussianFlow(gradient_variance.SHAPE).times(gradient_variance.STEPS)
 
 
-def quadratic(x):
-    target = torch.linspace(-1, 1, x[0].numel()).view(x.shape[1:])
-    return -((x - target) ** 2).mean((1, 2, 3))
+@pytest.mark.parametrize("name", gradient_variance.variants(TIMES))
+def test_the_estimated_policy_gradient_is_the_exact_one(name):
+    """Every credit estimates what it says it does, and its direction is that of reward backpropagation through the
+    ODE (Stein's identity)."""
+    plan, credit, starts, what = gradient_variance.variants(TIMES)[name]
+    mean, _, _ = gradient_variance.measure(plan, credit, starts, repeats=60)
+    for goal in (what, "ode"):
+        assert torch.cosine_similarity(mean, gradient_variance.exact(goal, TIMES, 4000), dim=0) > 0.95
 
 
-@pytest.mark.parametrize(("credit", "children"), [("terminal", 1), ("branch", 8)])
-def test_policy_gradient_points_along_reward_backpropagation(credit, children):
-    """Stein's identity: on a linear velocity and a quadratic reward the two gradients agree in direction."""
-    flow = GaussianFlow((2, 2, 2))
-    t = flow.times(6)
-    plan = (
-        plans.sde(t, "flow_sde", 0.7) if credit == "terminal" else plans.branch(t, "flow_sde", 0.7, range(5), children)
-    )
-    paths = rollout(flow, plan, 4096 // plan.routes)
-    advantage = CREDITS[credit](paths, judged(paths, quadratic), units=Units("none"))
-    optimizer = torch.optim.SGD(flow.parameters(), 1.0)
-    advance(flow, optimizer, paths, advantage, micro_batch=4096)
-    step = flow.shift.detach().clone()
-    with torch.no_grad():
-        flow.shift.zero_()
-    cosine = torch.cosine_similarity(step.flatten(), exact_gradient(flow, 6).flatten(), dim=0)
-    assert cosine > 0.9
+def test_step_wise_gains_take_the_luck_of_the_start_out():
+    """At equal walks the estimate of the gain is less noisy than terminal credit's."""
+    noise = {}
+    for name in ("terminal", "gain, n = remaining"):
+        plan, credit, starts, _ = gradient_variance.variants(TIMES)[name]
+        noise[name] = gradient_variance.measure(plan, credit, starts, repeats=100)[1]
+    assert noise["gain, n = remaining"] < 0.5 * noise["terminal"]
 
 
-@pytest.mark.parametrize("credit", ["terminal", "branch"])
+@pytest.mark.parametrize("credit", CREDITS)
 def test_bandit_improves(credit):
     """The mean reward of successive quarters of the run rises, each above the one before."""
     flow = GaussianFlow((2, 2, 2), spread=0.5)
     optimizer = torch.optim.AdamW(flow.parameters(), 0.025, weight_decay=0.0)
     t = flow.times(5)
-    plan = plans.sde(t, "flow_sde", 0.7) if credit == "terminal" else plans.branch(t, "flow_sde", 0.7, [0, 1, 2], 4)
+    plan = plans.branch(t, "flow_sde", 0.7, [0, 1, 2], 4) if credit == "branch" else plans.sde(t, "flow_sde", 0.7)
+    if credit == "gain":
+        plan = plans.complete(plan, range(5))
     rewards = []
     for iteration in range(40):
-        paths = rollout(flow, plan, 48 // plan.routes, iteration)
+        paths = rollout(flow, plan, 48 // plan.learnt, iteration)
         report = judged(paths, lambda x: -((x - 1) ** 2).mean((1, 2, 3)))
         rewards.append(float(report.reward[:, -1].mean()))
         advance(flow, optimizer, paths, CREDITS[credit](paths, report))

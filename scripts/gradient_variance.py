@@ -1,0 +1,125 @@
+"""How well each credit estimates the policy gradient, where the exact one is known.
+
+    python scripts/gradient_variance.py
+
+A linear-Gaussian flow (`mmalign.policy.gaussian`), a quadratic reward, T = 6, `flow_sde` at a = 0.7, raw advantages.
+Every estimate is the library's own: sample, credit, one replay. Exact gradients come from automatic differentiation
+through the sampler with fixed noise, over many starts: of the reward under the noisy walk (what terminal credit
+estimates), of the reward of one noisy step followed by the ODE, summed over steps (what step-wise and branch credit
+estimate), and of the reward of the plain ODE (what inference uses).
+
+Noise is the trace of the covariance of one estimate over the squared length of its mean, times the forwards it took
+(in thousands): the forwards, sampling and replay, after which the noise is as long as the gradient.
+"""
+
+from functools import partial
+
+import torch
+import typer
+from torch import Tensor
+
+from mmalign.credit import CREDITS
+from mmalign.credit.groups import Units
+from mmalign.flow import kernels, plan as plans
+from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.learn.update import transitions, update
+from mmalign.policy.gaussian import GaussianFlow
+from mmalign.types import Judgement
+
+SHAPE, STEPS, NOISE = (2, 2, 2), 6, 0.7
+RAW = Units("none")
+
+
+def reward(x: Tensor) -> Tensor:
+    """Less the mean square distance to a target."""
+    target = torch.linspace(-1, 1, x[0].numel()).view(x.shape[1:])
+    return -((x - target) ** 2).mean((1, 2, 3))
+
+
+def variants(times: Tensor) -> dict[str, tuple]:
+    """name -> (plan, credit, starts of one estimate, which exact gradient it estimates)."""
+    sde, first = plans.sde(times, "flow_sde", NOISE), range(STEPS)
+    branch = plans.branch(times, "flow_sde", NOISE, range(STEPS - 1), 8)
+    gain = CREDITS["gain"]
+    return {
+        "terminal": (sde, CREDITS["terminal"], 16, "walk"),
+        "terminal, window of 2": (plans.window(times, "flow_sde", NOISE, 0, 2), CREDITS["terminal"], 16, "window"),
+        "gain, n = remaining": (plans.complete(sde, first), gain, 16, "steps"),
+        "gain, n = 2": (plans.complete(sde, first, 2), gain, 16, "steps"),
+        "gain, n = 1": (plans.complete(sde, first, 1), gain, 16, "steps"),
+        "branch, 8 children": (branch, CREDITS["branch"], 2, "trunk"),
+    }
+
+
+def estimate(plan, credit, starts: int, seed: int) -> tuple[Tensor, int]:
+    """The gradient of the expected reward (up to a factor) from one batch, and the forwards it took."""
+    flow = GaussianFlow(SHAPE)
+    draw = lambda *key: gaussian(SHAPE, seed_of("draw", seed, *key))  # noqa: E731
+    start = torch.stack([gaussian(SHAPE, seed_of("start", seed, i)) for i in range(starts)])
+    cond, index = flow.encode(["0.0"]), torch.zeros(starts, dtype=torch.long)
+    paths = sample(flow.velocity, start, cond, index, plan, draw, batch=10**6)
+    values = reward(paths.ends)
+    judged = Judgement(torch.where(paths.shown < 0, torch.nan, values[paths.shown.clamp(min=0)]), {})
+    update(
+        flow, torch.optim.SGD(flow.parameters(), 0.0), transitions(paths, credit(paths, judged, RAW)), cond,
+        kernel=paths.kernel, t_max=paths.t_max, loss="clipped", clip=1.0, beta=0.0, epochs=1, minibatches=1,
+        micro_batch=10**6, max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    return -flow.shift.grad.flatten(), flow.spent["forwards"]
+
+
+def exact(what: str, times: Tensor, starts: int = 20_000) -> Tensor:
+    """The exact gradient with respect to the flow's shift: of the "ode", of the noisy "walk" or its "window" of two
+    steps, or of single noisy "steps" from states of the walk or of the ODE "trunk"."""
+    flow, g = GaussianFlow(SHAPE), torch.Generator().manual_seed(1)
+    cond, index = flow.encode(["0.0"]), torch.zeros(starts, dtype=torch.long)
+    x = torch.randn(starts, *SHAPE, generator=g)
+
+    def advance(x, k, noisy):
+        v = flow.velocity(x, times[k].expand(starts), cond, index)
+        if not noisy:
+            return kernels.ode(x, v, times[k], times[k + 1])[0]
+        mean, std = kernels.flow_sde(x, v, times[k], times[k + 1], NOISE, plans.t_max_of(times))
+        return mean + std[:, None, None, None] * torch.randn(x.shape, generator=g)
+
+    if what in ("ode", "walk", "window"):
+        noisy = {"ode": 0, "walk": STEPS - 1, "window": 2}[what]
+        for k in range(STEPS):
+            x = advance(x, k, k < noisy)
+        reward(x).mean().backward()
+        return flow.shift.grad.flatten()
+    for k in range(STEPS - 1):
+        y = advance(x, k, True)
+        with flow.reference():  # the same velocity, not differentiated
+            for j in range(k + 1, STEPS):
+                y = advance(y, j, False)
+            reward(y).mean().backward()
+            x = advance(x, k, what == "steps").detach()
+    return flow.shift.grad.flatten()
+
+
+def measure(plan, credit, starts: int, repeats: int) -> tuple[Tensor, float, int]:
+    """Mean of many estimates, the relative variance of one, and its forwards."""
+    found = [estimate(plan, credit, starts, seed) for seed in range(repeats)]
+    gradients = torch.stack([gradient for gradient, _ in found])
+    mean = gradients.mean(0)
+    noise = gradients.var(0).sum() / repeats
+    signal = mean.square().sum() - noise  # the mean's own noise is not signal
+    return mean, float(gradients.var(0).sum() / signal), found[0][1]
+
+
+def main(repeats: int = 400) -> None:
+    times, cosine = GaussianFlow(SHAPE).times(STEPS), partial(torch.cosine_similarity, dim=0)
+    goals = {what: exact(what, times) for what in ("ode", "walk", "window", "steps", "trunk")}
+    print("| credit | forwards of one estimate | cosine with its exact gradient | with the ODE's | noise |")
+    print("|---|---|---|---|---|")
+    for name, (plan, credit, starts, what) in variants(times).items():
+        mean, variance, forwards = measure(plan, credit, starts, repeats)
+        print(
+            f"| {name} | {forwards} | {cosine(mean, goals[what]):.3f} | {cosine(mean, goals['ode']):.3f} | "
+            f"{variance * forwards / 1000:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
