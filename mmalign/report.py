@@ -15,6 +15,9 @@ from matplotlib import pyplot as plt
 
 from mmalign.evaluate import paired
 
+BY_STEP = (
+    "std", "gain", "gain_std", "balance", "ratio", "clipped_low", "clipped_high", "divergence", "kl"
+)  # fmt: skip
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em} h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}
@@ -59,6 +62,7 @@ def write(run: Path) -> Path:
         _pairs(run),
         "<h2>Curves</h2>",
         _curves(metrics, evaluations) if metrics else "<p>No iteration yet.</p>",
+        "<h2>Step by step</h2>" + _by_step(metrics) if metrics else "",
         "<h2>Time and work</h2>",
         _work(metrics, evaluations) if metrics else "",
         "<h2>Config</h2>",
@@ -166,6 +170,22 @@ def _curves(metrics: list[dict], evaluations: list[dict]) -> str:
         axis.axis("off")
     figure.tight_layout()
     return _svg(figure)
+
+
+def _by_step(metrics: list[dict]) -> str:
+    """Means over the last quarter of the iterations, a row per stochastic step."""
+    last = metrics[-max(1, len(metrics) // 4) :]
+    keys = {key for row in last for key in row if key.rpartition("/")[2].isdigit()}
+    steps = sorted({int(key.rpartition("/")[2]) for key in keys})
+    names = [name for name in BY_STEP if any(f"{name}/{k}" in keys for k in steps)]
+
+    def mean(key: str) -> str:
+        values = [row[key] for row in last if key in row]
+        return f"{sum(values) / len(values):.3g}" if values else ""
+
+    rows = [[str(k), *(mean(f"{name}/{k}") for name in names)] for k in steps]
+    note = f"<p>Means over the last {len(last)} iterations; docs/metrics.md has the formulas.</p>"
+    return note + _table(["step", *(name.replace("_", " ") for name in names)], rows)
 
 
 def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
