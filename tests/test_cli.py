@@ -64,6 +64,21 @@ def config(random_model, prompt_files, tmp_path):
         (["plan=sde"], "branch_steps acts only with plan: branch"),
         (["plan=window"], "plan: window needs window"),
         (["credit=terminal", "baseline=state"], "baseline acts only with credit: branch"),
+        (["credit=gain"], "credit: gain needs score_states"),
+        (["score_states=all"], "score_states acts only with credit: gain"),
+        (["completion=2"], "completion acts only with score_states"),
+        (["credit=gain", "score_states=[3]"], "score_states [3] must lie within 0 to 2"),
+        (["credit=gain", "score_states=all", "completion=0"], "completion"),
+        (["credit=gain", "score_states=all", "completion=[1,2]"], "needs score_states with as many states"),
+        (["window_moves=random"], "window_moves acts only with plan: window"),
+        (["plan=window", "window=[0,1]", "branch_steps=null", "window_moves=progressive"], "needs window_every"),
+        (["loss=ppo"], "loss: Input should be 'clipped', 'guard' or 'masked', got 'ppo'"),
+        (["advantage_scale=none", "advantage_floor=0.1"], "advantage_floor acts only where advantages are divided"),
+        (["noise=[0.7]"], "noise has 1 levels for 3 steps"),
+        (["noise=-1"], "noise"),
+        (["noise=psi.json"], "a calibration is for kernel scheduled, not flow_sde"),
+        (["noise=psi.json", "kernel=scheduled"], "psi.json is no file written by `mmalign calibrate`"),
+        (["max_forwards=3"], "the thinnest plan takes 14 forwards and 4 rewards an iteration, allowed are 3 and any"),
         (["cooldown=3"], "exceed iterations 2"),
         (["prompts=nowhere.jsonl"], "prompts nowhere.jsonl: No such file or directory"),
         (["prompts=/dev/null"], "prompts /dev/null: no prompts in it"),
@@ -100,6 +115,26 @@ def test_files_that_are_no_config(tmp_path):
         assert result.returncode == 2
         assert says in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_calibrated_noise_is_trained_with_and_belongs_to_its_schedule(config, tmp_path):
+    noise = tmp_path / "noise.json"
+    result = mmalign("calibrate", config, "--rounds", "2", "--out", noise)
+    assert result.returncode == 0, result.stderr
+    assert "round 2: gains above 0" in result.stdout
+    assert noise.with_suffix(".png").exists()
+    with_it = ["kernel=scheduled", f"noise={noise}"]
+    assert mmalign("train", config, *with_it).returncode == 0
+    levels = json.loads(noise.read_text())["noise"]
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    times = json.loads(noise.read_text())["times"]
+    assert row["std/0"] == pytest.approx(levels[0] * (times[0] - times[1]) ** 0.5, rel=1e-5)
+    refused = mmalign("train", config, *with_it, "steps=4", f"out={tmp_path / 'other'}")
+    assert refused.returncode == 2
+    assert "was calibrated with times" in refused.stderr
+    nowhere = mmalign("calibrate", config, "--out", tmp_path / "absent" / "noise.json")
+    assert nowhere.returncode == 2
+    assert "a .json file in a folder that exists is needed" in nowhere.stderr
 
 
 def test_train_sample_evaluate_export_report(config, tmp_path):

@@ -133,6 +133,45 @@ def test_the_record_of_a_run(settings):
     assert rise["rise"] == pytest.approx(rise["after"] - rise["before"], abs=1e-5)
 
 
+DENSE = dict(plan="sde", branch_steps=None, children=None, credit="gain", score_states="all", seeds=3)
+
+
+def test_the_record_of_a_dense_run(settings, capsys):
+    """Counters equal the closed forms; everything is logged by step; the page shows it."""
+    out = run(settings, **DENSE, beta=0.01)
+    assert "3 stochastic steps; states all completed by ODE, all steps that remain" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    for row in rows(out / "metrics.jsonl"):
+        assert row["forwards"] == 2 * 3 * (4 + 6)
+        assert row["decodes"] == row["rewards"] == 2 * 3 * 4
+        assert row["replay_forwards"] == 2 * row["transitions"] == 2 * 2 * 3 * 3
+        for name in ("std", "gain", "gain_std", "balance", "ratio", "clipped_low", "clipped_high", "divergence", "kl"):
+            assert all(f"{name}/{k}" in row for k in range(3))
+            assert f"{name}/3" not in row
+    page = report.write(out).read_text()
+    assert "<h2>Step by step</h2>" in page
+    assert "<th>gain std</th>" in page
+
+
+def test_a_budget_is_kept_and_said(settings, capsys):
+    out = run(settings, **DENSE, max_forwards=75, max_rewards=24)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "completed by ODE, steps 3; an iteration takes at most 54 + 18 forwards and 24 rewards" in said
+    for row in rows(out / "metrics.jsonl"):
+        assert row["forwards"] == 54
+        assert row["forwards"] + row["replay_forwards"] <= 75
+        assert row["rewards"] == 24
+
+
+def test_groups_with_windows_of_their_own_learn_together(settings):
+    changed = dict(plan="window", window=(0, 1), window_moves="random", branch_steps=None, credit="terminal", steps=6)
+    metrics = rows(run(settings, **changed) / "metrics.jsonl")
+    seen = {key for row in metrics for key in row if key.startswith("std/")}
+    assert seen == {"std/0", "std/1", "std/2"}
+    assert any(sum(key.startswith("std/") for key in row) == 2 for row in metrics)
+
+
 BRIGHTNESS = """
 from reward_models import Scores
 

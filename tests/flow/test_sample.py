@@ -76,6 +76,22 @@ def test_branches_share_the_trunk_and_its_forwards():
     assert torch.equal(same, (paths.x[:, None, 3] == paths.x[None, :, 3]).flatten(2).all(2))
 
 
+def test_branches_of_a_state_differ_by_their_noise_alone():
+    flow, t = GaussianFlow(), GaussianFlow().times(6)
+    paths = rollout(flow, plans.branch(t, "flow_sde", 0.7, [1], 3), starts=1, prompts=1)
+    assert torch.equal(paths.mean[0, 1], paths.mean[1, 1])
+    z = [(paths.x[j, 2] - paths.mean[j, 1]) / paths.std[j, 1] for j in range(3)]
+    for j in range(3):
+        assert torch.allclose(z[j], gaussian(flow.latent_shape, seed_of(0, 0, 1, (-1, j))), atol=1e-5)
+    cond, index = flow.encode(["0.5"]), torch.zeros(1, dtype=torch.long)
+    quiet = sample(
+        flow.velocity, paths.x[:1, 0], cond, index, plans.branch(t, "flow_sde", 0.7, [1], 3),
+        lambda *_: torch.zeros(flow.latent_shape),
+    )  # fmt: skip
+    assert torch.equal(quiet.ends[0], quiet.ends[1])
+    assert torch.equal(quiet.ends[0], quiet.ends[2])
+
+
 def test_one_child_is_a_plain_window():
     flow, t = GaussianFlow(), GaussianFlow().times(6)
     one = rollout(flow, plans.branch(t, "flow_sde", 0.7, [2], 1))
