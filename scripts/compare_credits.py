@@ -1,7 +1,7 @@
 """Credits against each other on the embedded model, at equal training time on one core.
 
-    for seed in 0 1 2; do for v in terminal guard window dense-1 dense-2 dense branch; do
-        OMP_NUM_THREADS=1 python scripts/compare_credits.py run $v $seed
+    for seed in 0 1 2; do for v in terminal guard window dense-1 dense-2 dense "dense-2, window" branch; do
+        OMP_NUM_THREADS=1 python scripts/compare_credits.py run "$v" $seed
     done; done
     python scripts/compare_credits.py table
 
@@ -30,6 +30,7 @@ VARIANTS = {  # prompts per iteration: what makes an iteration take about as lon
     "dense-1": f"{DENSE} prompts_per_iteration=7 completion=1",
     "dense-2": f"{DENSE} prompts_per_iteration=6 completion=2",
     "dense": f"{DENSE} prompts_per_iteration=4",
+    "dense-2, window": f"{DENSE} prompts_per_iteration=7 completion=2 plan=window window=[0,3]",
     "branch": "prompts_per_iteration=12",
 }
 EVALUATIONS = 6
@@ -46,7 +47,7 @@ def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/c
     """Train one variant for about `seconds`."""
     policies.quiet()
     torch.set_flush_denormal(True)
-    folder = out / f"{variant}-{seed}"
+    folder = out / f"{variant.replace(', ', '-')}-{seed}"
     base = [*VARIANTS[variant].split(), f"seed={seed}", f"out={folder}", "eval_every=0"]
     trial = trainer.open_session(configs.load("configs/quickstart.yaml", base))
     rows = [trainer.iterate(trial, i) for i in range(3)]
@@ -84,7 +85,7 @@ def table(out: Out = Path("runs/compare"), figure: Path = Path("docs/figures/cre
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = {v: [curve(f) for f in sorted(out.glob(f"{v}-[0-9]"))] for v in VARIANTS}
+    found = {v: [curve(f) for f in sorted(out.glob(f"{v.replace(', ', '-')}-[0-9]"))] for v in VARIANTS}
     found = {v: own for v, own in found.items() if own}
     mean_curve = {v: np.mean([c["shapes.strict"] for c in own], 0) for v, own in found.items()}
     mean_time = {v: np.mean([c["seconds"] for c in own], 0) for v, own in found.items()}
