@@ -217,6 +217,90 @@ def evaluate(
 
 
 @app.command()
+def score(
+    source: Annotated[
+        Path, typer.Argument(help="folder of pictures, or a table (JSONL, CSV, Parquet) of image and prompt")
+    ],
+    rewards: Annotated[str, typer.Option(help="comma-separated scorers")] = "clip",
+    out: Annotated[Path, typer.Option(help="JSONL, CSV or Parquet; rows already there are not scored again")] = Path(
+        "scores.jsonl"
+    ),
+    prompt: Annotated[str | None, typer.Option(help="prompt of all images that have none")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="a scorer's setting, e.g. clip.model=ViT-B-32; may repeat")
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="write a gallery, best first")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="images scored at once")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Score images on disk. Exit code 1 if any image could not be scored; its row says why."""
+    from rich.progress import track
+
+    from mmalign import config as configs
+    from reward_models import batch as batches, gallery, load as load_scorer
+
+    with configs.refusing():
+        items, choices = batches.read(source, prompt)
+        own = _settings(settings or [], rewards.split(","))
+        scorers = {name: load_scorer(name, **own[name]) for name in own}
+        if any(item.prompt is None for item in items) and (blind := batches.needs_prompts(scorers)):
+            raise BadInput(f"{blind[0]} looks at the prompt, and {source} has none for some images; give --prompt TEXT")
+        names = [f"{name}.{component}" for name, scorer in scorers.items() for component in scorer.names]
+        if out.suffix not in batches.TABLES:
+            raise BadInput(f"--out {out}: a name that ends in {', '.join(batches.TABLES)} is needed")
+        record = out if out.suffix == ".jsonl" else out.with_suffix(".partial.jsonl")
+        if record != out and out.exists():
+            raise BadInput(f"--out {out} is there already; choose another name or remove it")
+        _writable(out.parent)
+        done = batches.resume(record, names) if record.exists() else {}
+    left = [item for item in items if (item.name, item.prompt.text if item.prompt else None) not in done]
+    with record.open("a") as file:
+        found = batches.score(left, scorers, batch)
+        for row in track(found, "scoring", len(left), console=Console(stderr=True), disable=not left):
+            file.write(json.dumps(row) + "\n")
+            done[row["image"], row["prompt"]] = row
+    rows = [done[item.name, item.prompt.text if item.prompt else None] for item in items]
+    if record != out:
+        batches.write(rows, out)
+        record.unlink()
+    summary = batches.summarise(rows, choices)
+    if page is not None:
+        gallery.write(rows, summary, source if source.is_dir() else source.parent, page)
+    if as_json:
+        print(json.dumps(summary | {"out": str(out)}))
+    else:
+        console.print(_scores(summary))
+        console.print(f"{len(left)} images scored now, {len(rows) - len(left)} before: {out}")
+    if summary["failed"]:
+        print(f"mmalign: {summary['failed']} of {len(rows)} images could not be scored; see {out}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _settings(given: list[str], names: list[str]) -> dict[str, dict]:
+    import yaml
+
+    own: dict[str, dict] = {name: {} for name in names}
+    for setting in given:
+        where, equals, value = setting.partition("=")
+        name, _, key = where.rpartition(".")
+        if not equals or name not in own:
+            raise BadInput(f"--set {setting!r} must look like scorer.key=value, with one of {', '.join(own)}")
+        own[name][key] = yaml.safe_load(value)
+    return own
+
+
+def _scores(summary: dict) -> Table:
+    columns = ("count", "missing", "mean", "std", "min", "max", "best", "agrees")
+    used = [column for column in columns if any(column in own for own in summary["scores"].values())]
+    table = Table(title=f"{summary['images']} images")
+    for heading in ("score", *used):
+        table.add_column(heading, justify="left" if heading == "score" else "right", overflow="fold")
+    for name, own in summary["scores"].items():
+        table.add_row(name, *(f"{own[column]:.4g}" if column in own else "" for column in used))
+    return table
+
+
+@app.command()
 def export(run: Run, out: Annotated[Path, typer.Option(help="folder for the LoRA file")] = Path("lora")) -> None:
     """Write a run's averaged adapter as the LoRA that stock diffusers opens, and open it once to be sure."""
     policy = _policy("", None, run)

@@ -105,7 +105,7 @@ def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path) -> None:
                 "image": name,
                 "prompt": prompts[p].text,
                 "id": prompts[p].id,
-                "tag": prompts[p].wants.get("tag"),
+                **prompts[p].wants,
                 "scores": scores,
             }
             file.write(json.dumps(row) + "\n")

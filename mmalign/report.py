@@ -102,7 +102,7 @@ def _by_tag(run: Path) -> str:
         for row in _rows(run / "images" / side / "scores.jsonl"):
             first = next(iter(row["scores"].values()))
             if first is not None:
-                sides[side][row["tag"] or "all"].append(first)
+                sides[side][row.get("tag", "all")].append(first)
     if not sides["after"]:
         return ""
     rows = [

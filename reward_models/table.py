@@ -11,6 +11,7 @@ SCORERS: dict[str, str] = {
     "shapes": "reward_models.scorers.shapes:Shapes",
     "jpeg_size": "reward_models.scorers.jpeg_size:JpegSize",
     "clip": "reward_models.scorers.clip:Clip",
+    "image_stats": "reward_models.scorers.image_stats:ImageStats",
 }
 
 

@@ -233,3 +233,63 @@ def test_the_installed_command():
     assert result.returncode == 0
     for command in ("train", "sample", "evaluate", "export", "report"):
         assert command in result.stdout
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_score_goes_on_where_it_stopped(pictures, tmp_path):
+    out = tmp_path / "scores.jsonl"
+    score = ["score", pictures, "--rewards", "clip,image_stats", "--prompt", "a red square", "--out", out]
+    assert mmalign(*score, "--html", tmp_path / "page.html").returncode == 0
+    whole = out.read_text()
+    assert (tmp_path / "page.html").read_text().count("<figure") == 4
+    out.write_text("".join(whole.splitlines(keepends=True)[:2]) + '{"image": "2.p')
+    result = mmalign(*score)
+    assert "2 images scored now, 2 before" in " ".join(result.stdout.split())
+    kept, scored = whole.splitlines(), out.read_text().splitlines()
+    assert scored[:2] == kept[:2]
+    for one, two in zip(scored[2:], kept[2:], strict=True):  # another batch size: equal but for the last bits
+        assert json.loads(one)["scores"] == pytest.approx(json.loads(two)["scores"], abs=1e-6)
+    again = mmalign(*score, "--json")
+    brightness = json.loads(again.stdout)["scores"]["image_stats.brightness"]
+    assert brightness["max"] == pytest.approx(180 / 255 * 0.299, abs=1e-6)
+    assert out.read_text().splitlines() == scored
+
+
+def test_score_writes_csv_and_says_what_failed(pictures, tmp_path):
+    (pictures / "1.png").write_text("broken")
+    out = tmp_path / "scores.csv"
+    result = mmalign("score", pictures, "--rewards", "image_stats", "--out", out)
+    assert result.returncode == 1
+    assert "1 of 4 images could not be scored" in result.stderr
+    assert len(out.read_text().splitlines()) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "scores.csv"]
+    assert "is there already" in mmalign("score", pictures, "--rewards", "image_stats", "--out", out).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rewards", "clip"], "clip looks at the prompt"),
+        (["--rewards", "clop"], "no scorer called 'clop'"),
+        (["--rewards", "image_stats", "--out", "scores.txt"], "a name that ends in .jsonl, .csv, .parquet is needed"),
+        (["--rewards", "image_stats", "--set", "clip.model=x"], "must look like scorer.key=value"),
+        (["--rewards", "jpeg_size", "--set", "jpeg_size.quality=500"], "quality is 1 to 95, not 500"),
+    ],
+)
+def test_score_refuses_in_one_line(pictures, arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = mmalign("score", pictures, *arguments)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("mmalign: ")]) == 1
+    assert not list(tmp_path.glob("scores*"))

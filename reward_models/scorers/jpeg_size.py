@@ -19,6 +19,7 @@ class JpegSize:
     ValueError for others."""
 
     names = ("kilobytes",)
+    sees_prompt = False
 
     def __init__(self, quality: int = 95, direction: str = "smaller"):
         if direction not in ("smaller", "larger"):

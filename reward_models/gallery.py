@@ -1,0 +1,69 @@
+"""A page of scored images, best first, that sorts by any score. It shows the files where they lie; it copies none."""
+
+import html
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+STYLE = """
+body{font:14px/1.45 system-ui,sans-serif;margin:1.5em;color:#222} h1{font-size:1.3em}
+table{border-collapse:collapse;margin:.6em 0 1.2em}
+td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #eee}
+td:first-child,th:first-child{text-align:left} select{font:inherit}
+#grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(170px,1fr));gap:12px}
+figure{margin:0;background:#f6f6f6;border-radius:6px;padding:8px;font-size:12px;overflow-wrap:anywhere}
+img{width:100%;aspect-ratio:1;object-fit:contain;image-rendering:auto;background:#fff}
+img.small{image-rendering:pixelated}
+figcaption p{margin:.3em 0} .why{color:#b3261e} code{font-size:11px;color:#666}
+"""
+SORT = """
+const grid = document.getElementById('grid'), by = document.getElementById('by');
+const value = (card) => { const v = JSON.parse(card.dataset.scores)[by.value]; return v === null ? -Infinity : v; };
+by.onchange = () => grid.append(...[...grid.children].sort((a, b) => value(b) - value(a)));
+for (const img of document.images) img.onload = () => { if (img.naturalWidth < 128) img.className = 'small'; };
+"""
+
+
+def _card(row: Mapping[str, Any], where: Path, page: Path) -> str:
+    source = quote(os.path.relpath(where / row["image"], page.parent))
+    scores = "".join(
+        f"<br>{html.escape(name)} {'none' if value is None else f'{value:.4g}'}"
+        for name, value in row["scores"].items()
+    )
+    why = "".join(f"<p class=why>{html.escape(f'{name}: {reason}')}</p>" for name, reason in row["failures"].items())
+    data = html.escape(json.dumps(row["scores"]), quote=True)
+    return (
+        f'<figure data-scores="{data}"><img loading=lazy src="{html.escape(source, quote=True)}" alt="">'
+        f"<figcaption><p>{html.escape(row['prompt'] or '')}</p><code>{html.escape(row['image'])}{scores}</code>{why}"
+        "</figcaption></figure>"
+    )
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+    columns = ("count", "missing", "mean", "std", "min", "max", "best", "agrees")
+    used = [c for c in columns if any(c in own for own in summary["scores"].values())]
+    head = "".join(f"<th>{name}</th>" for name in ("score", *used))
+    body = ""
+    for name, own in summary["scores"].items():
+        cells = "".join(f"<td>{own[c]:.4g}</td>" if c in own else "<td></td>" for c in used)
+        body += f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def write(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], where: Path, page: Path) -> None:
+    """Write `page`. `where` is the folder that the rows' image names start from."""
+    first = next(iter(summary["scores"]))
+
+    def rank(row) -> float:
+        return float("-inf") if row["scores"][first] is None else row["scores"][first]
+
+    options = "".join(f"<option>{html.escape(name)}</option>" for name in summary["scores"])
+    cards = "\n".join(_card(row, where, page) for row in sorted(rows, key=rank, reverse=True))
+    page.write_text(
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{len(rows)} images</title><style>{STYLE}</style>"
+        f"<h1>{len(rows)} images, {summary['failed']} with a failure</h1>{_table(summary)}"
+        f"<p>Best first by <select id=by>{options}</select></p><div id=grid>{cards}</div><script>{SORT}</script></html>"
+    )

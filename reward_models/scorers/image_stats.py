@@ -1,0 +1,50 @@
+"""`image_stats`: what a picture is made of before anyone looks at it. Alarms for reward hacking, not rewards.
+
+- `brightness`: mean luma (Rec. 601), in [0, 1].
+- `contrast`: standard deviation of luma, in [0, 0.5].
+- `saturation`: mean over pixels of (max - min) / max of the channels (HSV), in [0, 1].
+- `sharpness`: standard deviation of the 4-neighbour Laplacian of luma, in [0, 4]; rises with detail and with noise.
+
+Higher is more, not better. Comparable across prompts, which are not looked at; `sharpness` only between images of one
+size. Licence: this project's own.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from reward_models.types import Images, Prompt, Scores
+
+LUMA = (0.299, 0.587, 0.114)
+LAPLACE = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
+
+
+class ImageStats:
+    """The scorer; it takes no settings."""
+
+    names = ("brightness", "contrast", "saturation", "sharpness")
+    sees_prompt = False
+    about = (
+        "image_stats: brightness, contrast, saturation in [0, 1], sharpness in [0, 4]; alarms, no reward; Apache-2.0"
+    )
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        images = images.float().cpu()
+        luma = (images * torch.tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+        high, low = images.amax(1), images.amin(1)
+        edges = F.conv2d(F.pad(luma, (1, 1, 1, 1), "replicate"), torch.tensor(LAPLACE)[None, None])
+        values = torch.stack(
+            [
+                luma.mean((1, 2, 3)),
+                luma.std((1, 2, 3), correction=0),
+                ((high - low) / high.clamp(min=1e-6)).mean((1, 2)),
+                edges.std((1, 2, 3), correction=0),
+            ],
+            1,
+        )
+        failures = {int(i): "a pixel is not finite" for i in (~values.isfinite().all(1)).nonzero()[:, 0]}
+        values[list(failures)] = torch.nan
+        return Scores(self.names, values, failures=failures)
