@@ -30,7 +30,7 @@ VARIANTS = {  # prompts per iteration: what makes an iteration take about as lon
     "dense-1": f"{DENSE} prompts_per_iteration=7 completion=1",
     "dense-2": f"{DENSE} prompts_per_iteration=6 completion=2",
     "dense": f"{DENSE} prompts_per_iteration=4",
-    "dense-2, window": f"{DENSE} prompts_per_iteration=7 completion=2 plan=window window=[0,3]",
+    "dense-2, window": f"{DENSE} prompts_per_iteration=20 seeds=4 completion=2 plan=window window=[0,3]",
     "branch": "prompts_per_iteration=12",
 }
 EVALUATIONS = 6
@@ -68,15 +68,6 @@ def curve(folder: Path) -> dict[str, np.ndarray]:
     return out | {"forwards": np.array(np.mean(work)), "images": np.array(np.mean([row["decodes"] for row in metrics]))}
 
 
-def reached(seconds: np.ndarray, score: np.ndarray, level: float) -> float:
-    """When a curve, linear between evaluations, first reaches a level; NaN if never."""
-    for i in range(1, len(score)):
-        if score[i] >= level:
-            share = (level - score[i - 1]) / (score[i] - score[i - 1])
-            return float(seconds[i - 1] + max(0.0, share) * (seconds[i] - seconds[i - 1]))
-    return float("nan")
-
-
 @app.command()
 def table(out: Out = Path("runs/compare"), figure: Path = Path("docs/figures/credits.png")) -> None:
     """Print the table (Markdown) and draw the curves: mean over seeds, and their range."""
@@ -85,31 +76,32 @@ def table(out: Out = Path("runs/compare"), figure: Path = Path("docs/figures/cre
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = {v: [curve(f) for f in sorted(out.glob(f"{v.replace(', ', '-')}-[0-9]"))] for v in VARIANTS}
+    folders = {v: sorted(out.glob(f"{v.replace(', ', '-')}-[0-9]")) for v in VARIANTS}
+    found = {v: [curve(f) for f in own if (f / "images" / "after").is_dir()] for v, own in folders.items()}
     found = {v: own for v, own in found.items() if own}
-    mean_curve = {v: np.mean([c["shapes.strict"] for c in own], 0) for v, own in found.items()}
-    mean_time = {v: np.mean([c["seconds"] for c in own], 0) for v, own in found.items()}
-    goal = mean_curve["terminal"][-1]
-    end = mean_time["terminal"][-1]
+    end = min(c["seconds"][-1] for own in found.values() for c in own)
+    grid = np.linspace(0, end, 101)  # seeds are evaluated at unlike times: linear between evaluations
+    curves = {v: np.array([np.interp(grid, c["seconds"], c["shapes.strict"]) for c in own]) for v, own in found.items()}
+    goal = curves["terminal"].mean(0)[-1]
     print("| credit | iterations | forwards, images each | strict (range) | clip | diversity | terminal's end at |")
     print("|---|---|---|---|---|---|---|")
     for v, own in found.items():
         last = [float(c["shapes.strict"][-1]) for c in own]
-        when = reached(mean_time[v], mean_curve[v], goal) / end
+        past = grid[curves[v].mean(0) >= goal]
+        when = f"{past[0] / end:.0%}" if len(past) else "not"
         mean = {name: float(np.mean([c[name][-1] for c in own])) for name in ("clip.cosine", "diversity")}
         iterations = np.mean([c["iterations"] for c in own])
         print(
             f"| {v} | {iterations:.0f} | {own[0]['forwards']:.0f}, {own[0]['images']:.0f} | "
             f"{np.mean(last):.3f} ({min(last):.3f} to {max(last):.3f}) | {mean['clip.cosine']:.3f} | "
-            f"{mean['diversity']:.3f} | {'never' if np.isnan(when) else f'{when:.0%}'} |"
+            f"{mean['diversity']:.3f} | {when} |"
         )
     before = [c[name][0] for name in ("shapes.strict", "clip.cosine", "diversity") for c in found["terminal"][:1]]
     print(f"\nbefore: strict {before[0]:.3f}, clip {before[1]:.3f}, diversity {before[2]:.3f}")
     plot, axis = plt.subplots(figsize=(7, 4.2))
-    for v, own in found.items():
-        scores = np.array([c["shapes.strict"] for c in own])
-        (line,) = axis.plot(mean_time[v], mean_curve[v], "o-", ms=3, label=v)
-        axis.fill_between(mean_time[v], scores.min(0), scores.max(0), color=line.get_color(), alpha=0.12)
+    for v, scores in curves.items():
+        (line,) = axis.plot(grid, scores.mean(0), label=v)
+        axis.fill_between(grid, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.1)
     axis.axhline(goal, color="#bbb", lw=0.8, zorder=0)
     axis.set_xlabel("training time of one core [s]")
     axis.set_ylabel("held-out strict score")
