@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -291,13 +292,19 @@ def _settings(given: list[str], names: list[str]) -> dict[str, dict]:
 
 def _scores(summary: dict) -> Table:
     columns = ("count", "missing", "mean", "std", "min", "max", "best", "agrees")
-    used = [column for column in columns if any(column in own for own in summary["scores"].values())]
-    table = Table(title=f"{summary['images']} images")
+    used = [column for column in columns if any(own.get(column) not in (None, 0) for own in summary["scores"].values())]
+    table = Table(title=f"{summary['images']} images", box=box.SIMPLE, padding=(0, 1, 0, 0), collapse_padding=True)
     for heading in ("score", *used):
-        table.add_column(heading, justify="left" if heading == "score" else "right", overflow="fold")
+        table.add_column(heading, justify="left" if heading == "score" else "right", no_wrap=heading == "score")
     for name, own in summary["scores"].items():
-        table.add_row(name, *(f"{own[column]:.4g}" if column in own else "" for column in used))
+        table.add_row(name, *(_short(own.get(column)) for column in used))
     return table
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
 
 
 @app.command()

@@ -133,7 +133,9 @@ def _claim(out: Path, c: Config) -> None:
 def _save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
     tensors = {"adapter": adapter, "ema": run.ema, "optimizer": checkpoint.optimizer_tensors(run.optimizer)}
-    checkpoint.save(out / "checkpoints", iteration, tensors, {"adapter_hash": checkpoint.fingerprint(adapter)})
+    checkpoint.save(
+        out / "checkpoints", iteration, tensors, {"adapter_hash": checkpoint.fingerprint(adapter), "noise": run.levels}
+    )
 
 
 def _restore(run: Session, out: Path) -> int:
@@ -142,6 +144,8 @@ def _restore(run: Session, out: Path) -> int:
     if path is None:
         return 0
     tensors, state = checkpoint.read(path)
+    if state["noise"] != run.levels:
+        raise BadInput(f"--resume: noise was {state['noise']} and is {run.levels} now; a run keeps its noise")
     run.policy.load_adapter(tensors["adapter"])
     for name, value in tensors["ema"].items():
         run.ema[name].copy_(value)

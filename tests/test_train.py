@@ -6,7 +6,16 @@ import json
 import pytest
 import torch
 
-from mmalign import checkpoint, config as configs, evaluate, prompts, report, run as runs
+from mmalign import (
+    calibrate,
+    checkpoint,
+    config as configs,
+    evaluate,
+    prompts,
+    report,
+    run as runs,
+    train as trainer,
+)
 from mmalign.config import BadInput
 
 
@@ -212,6 +221,22 @@ def test_other_methods_run(settings, change):
     out = run(settings, **(change | dict(iterations=2, held_out=None)))
     assert all(row["ratio/1"] == pytest.approx(1, abs=1e-2) for row in rows(out / "metrics.jsonl"))
     assert not (out / "images").exists()
+
+
+def test_calibrated_noise_is_frozen_for_a_run(settings, tmp_path):
+    """A calibration that changes under a run's feet is refused on resumption."""
+    c = configs.build(settings, "test")
+    times = trainer.open_session(c).times
+    path = tmp_path / "noise.json"
+    rounds = [{"noise": [0.5, 0.4, 0.3, 0.0], "better": [1.0] * 4, "worse": [1.0] * 4}] * 2
+    calibrate.save(path, c, times, rounds, "z")
+    changed = dict(kernel="scheduled", noise=str(path), iterations=2, held_out=None)
+    out = run(settings, **changed)
+    assert rows(out / "metrics.jsonl")[0]["std/0"] == pytest.approx(0.5 * float(times[0] - times[1]) ** 0.5, rel=1e-5)
+    rounds[1] = rounds[0] | {"noise": [0.6, 0.4, 0.3, 0.0]}
+    calibrate.save(path, c, times, rounds, "z")
+    with pytest.raises(BadInput, match="a run keeps its noise"):
+        run(settings, resume=True, **changed)
 
 
 def test_failing_rewards_stop_the_run(settings):

@@ -89,7 +89,7 @@ def test_number_of_prompts_must_match(scorer, asked):
         scorer(asked[0], asked[1][:9])
 
 
-@pytest.mark.parametrize("name", ["jpeg_size", "clip"])
+@pytest.mark.parametrize("name", ["jpeg_size", "clip", "image_stats"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_broken_image_fails_alone(name, value, asked):
     images, prompts = asked[0].clone(), asked[1]
@@ -111,6 +111,17 @@ def test_jpeg_size_is_the_length_of_the_file(tmp_path):
     assert smaller[0] > smaller[1]
     rough = load("jpeg_size", quality=20)(images, [Prompt("")] * 2).values
     assert rough[1] > smaller[1]
+
+
+def test_image_stats_of_known_pictures():
+    grey, red = torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, 3, 8, 8)
+    red[:, 0] = 0.8
+    checks = ((torch.arange(8)[:, None] + torch.arange(8)) % 2).float().expand(1, 3, 8, 8)
+    found = load("image_stats")(torch.cat([grey, red, checks]), [Prompt("")] * 3)
+    torch.testing.assert_close(found.values[0], torch.tensor([0.5, 0.0, 0.0, 0.0]))
+    torch.testing.assert_close(found.values[1], torch.tensor([0.8 * 0.299, 0.0, 1.0, 0.0]))
+    torch.testing.assert_close(found.values[2, :3], torch.tensor([0.5, 0.5, 0.0]))
+    assert 3 < found.column("sharpness")[2] <= 4  # 4 inside, less at the border
 
 
 def test_quality_is_checked():
