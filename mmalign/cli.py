@@ -301,7 +301,7 @@ def _scores(summary: dict) -> Table:
     return table
 
 
-def _short(value: float | None) -> str:
+def _short(value: int | float | None) -> str:
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"

@@ -29,12 +29,11 @@ class Cost:
         return self.rollout + self.replay
 
 
-def plan_for(c: Config, times: Float[Tensor, "states"], levels: plans.Noise, iteration: int, prompt_id: int) -> Plan:
-    """The plan of one prompt's group: all its seeds and children share it."""
+def plan_for(c: Config, times: Float[Tensor, "states"], levels: plans.Noise, start: int = 0) -> Plan:
+    """The plan of a prompt's group, which all its seeds and children share; `start` is where its window stands."""
     if c.plan == "branch":
         plan = plans.branch(times, c.kernel, levels, c.branch_steps, c.children)
     elif c.plan == "window":
-        start = window_start(c, iteration, prompt_id)
         stop = start + c.window[1] - c.window[0]
         plan = plans.window(times, c.kernel, levels, start, stop, c.children or 1)
     else:
@@ -50,25 +49,27 @@ def needed(plan: Plan) -> list[int]:
     return sorted({*steps, *(k + 1 for k in steps)})
 
 
+def window_starts(c: Config) -> range:
+    """Where the window may stand: one place unless it moves. 0 for plans without one."""
+    if c.plan != "window":
+        return range(1)
+    first, size = c.window[0], c.window[1] - c.window[0]
+    last = {"progressive": c.steps - 1 - size, "random": min(c.steps - 1 - size, c.steps // 2 - 1)}
+    return range(first, max(first, last.get(c.window_moves, first)) + 1)
+
+
 def window_start(c: Config, iteration: int, prompt_id: int) -> int:
     """Fixed; progressive (MixGRPO, arXiv 2507.21802); or drawn for each group in the first half of the steps
     (Flow-GRPO-Fast). Never per image: siblings with unlike windows cannot be compared."""
-    size, first = c.window[1] - c.window[0], c.window[0]
-    last = c.steps - 1 - size
+    places = window_starts(c)
     if c.window_moves == "progressive":
-        return first + (iteration // c.window_every) % (last - first + 1)
-    if c.window_moves == "random":
-        return random.Random(seed_of(c.seed, "window", iteration, prompt_id)).randint(
-            first, max(first, min(last, c.steps // 2 - 1))
-        )
-    return first
+        return places[iteration // c.window_every % len(places)]
+    return random.Random(seed_of(c.seed, "window", iteration, prompt_id)).choice(places)
 
 
 def cost(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> Cost:
     """What an iteration may cost at most, wherever its windows stand."""
-    starts = range(c.window[0], c.steps - (c.window[1] - c.window[0])) if c.window_moves else [None]
-    at = (c if w is None else _standing(c, w) for w in starts)
-    costs = [plan_for(each, times, levels, 0, 0).cost for each in at]
+    costs = [plan_for(c, times, levels, start).cost for start in window_starts(c)]
     forwards, images, learnt = (max(column) for column in zip(*costs, strict=True))
     walks = c.prompts_per_iteration * c.seeds
     halves = 2 if c.guidance > 1 else 1
@@ -78,11 +79,6 @@ def cost(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> Cost
         walks * learnt * c.epochs * (2 if c.beta else 1) * halves,
         walks * images * scorers,
     )
-
-
-def _standing(c: Config, start: int) -> Config:
-    stop = start + c.window[1] - c.window[0]
-    return c.model_copy(update={"window": (start, stop), "window_moves": None, "window_every": None})
 
 
 def fit(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> tuple[Config, Cost]:
@@ -106,7 +102,8 @@ def fit(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> tuple
 def check_noise(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> None:
     """Raises BadInput for a stochastic step that leaves far more noise than belongs there: later steps cannot remove
     it, and every training image carries it."""
-    for k in (plan_for(c, times, levels, 0, 0).noise > 0).any(0).nonzero()[:, 0].tolist():
+    placed = [plan_for(c, times, levels, start) for start in window_starts(c)]
+    for k in sorted({k for plan in placed for k in (plan.noise > 0).any(0).nonzero()[:, 0].tolist()}):
         left, s = plans.noise_after(c.kernel, times, levels, k), float(times[k + 1])
         if left > TOO_MUCH * s and left > NOTICEABLE:
             raise BadInput(
@@ -132,7 +129,7 @@ def _candidates(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) 
 def _states(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> Sequence[list[int] | str | None]:
     if not c.score_states or (c.score_states == "all" and c.window_moves):  # what is needed moves with the window
         return [c.score_states]
-    states = c.score_states if c.score_states != "all" else needed(plan_for(c, times, levels, 0, 0))
+    states = c.score_states if c.score_states != "all" else needed(plan_for(c, times, levels, window_starts(c)[0]))
     return [c.score_states, *(states[::stride] for stride in range(2, len(states) + 1))]
 
 

@@ -176,7 +176,8 @@ def roll_out(run: Session, prompts: list[Prompt], levels: Noise, iteration: int)
     """The conditioning of the prompts, and the walks of all their seeds."""
     c, policy = run.config, run.policy
     starts = [(p, m) for p in range(len(prompts)) for m in range(c.seeds)]
-    plan = [planner.plan_for(c, run.times, levels, iteration, prompt.id) for prompt in prompts]
+    at = [planner.window_start(c, iteration, prompt.id) for prompt in prompts]
+    plan = {start: planner.plan_for(c, run.times, levels, start) for start in set(at)}
 
     def noise(start: int, *rest) -> Tensor:
         p, member = starts[start]
@@ -185,7 +186,7 @@ def roll_out(run: Session, prompts: list[Prompt], levels: Noise, iteration: int)
     cond = policy.encode([p.text for p in prompts])
     index = torch.tensor([p for p, _ in starts], device=policy.device)
     start = torch.stack([noise(i) for i in range(len(starts))]).to(policy.device)
-    paths = sample(policy.velocity, start, cond, index, [plan[p] for p, _ in starts], noise, c.batch)
+    paths = sample(policy.velocity, start, cond, index, [plan[at[p]] for p, _ in starts], noise, c.batch)
     return cond, paths
 
 

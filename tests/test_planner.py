@@ -84,13 +84,15 @@ def test_random_windows_belong_to_groups_and_stay_in_the_first_half():
 def test_the_cost_of_a_moving_window_is_its_dearest_place():
     shared = window(children=4, seeds=1, window_moves="random")
     assert planner.cost(shared, TIMES, 0.7).rollout == shared.prompts_per_iteration * (1 + 9 * 4)
+    moved = window(children=4, seeds=1, window=(5, 7), window_moves="progressive", window_every=1)
+    assert planner.cost(moved, TIMES, 0.7).rollout == moved.prompts_per_iteration * (6 + 4 * 4)
     late = window(children=4, seeds=1, window=(7, 9))
     assert planner.cost(late, TIMES, 0.7).rollout == late.prompts_per_iteration * (8 + 2 * 4)
 
 
 def test_needed_states_enclose_the_stochastic_steps():
     c = window(window=(2, 4), credit="gain", score_states="all")
-    plan = planner.plan_for(c, TIMES, 0.7, 0, 0)
+    plan = planner.plan_for(c, TIMES, 0.7, 2)
     assert (plan.shown[0] >= 0).nonzero()[:, 0].tolist() == [2, 3, 4, 10]
 
 
@@ -101,6 +103,8 @@ def test_a_step_that_spoils_images_is_refused():
         planner.check_noise(c, stock, 0.7)
     planner.check_noise(c, TIMES, 0.7)
     planner.check_noise(window(window=(0, 8)), stock, 0.7)
+    with pytest.raises(BadInput, match="step 8"):
+        planner.check_noise(window(window=(0, 2), window_moves="progressive", window_every=9), stock, 0.7)
     planner.check_noise(config(plan="sde", credit="terminal", seeds=2, kernel="ddim"), stock, 1.0)
 
 
