@@ -18,7 +18,7 @@ Rule = Literal["paper", "z"]
 CALIBRATION = [
     "plan=sde", "seeds=2", "kernel=scheduled", "credit=gain", "score_states=all", "noise=1", "window=null",
     "window_moves=null", "window_every=null", "branch_steps=null", "children=null", "baseline=null", "compare=null",
-    "completion=null", "max_forwards=null", "max_rewards=null",
+    "control=null", "completion=null", "max_forwards=null", "max_rewards=null",
 ]  # fmt: skip
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)

@@ -103,6 +103,9 @@ class Config(BaseModel):
     compare: Literal["step", "walk"] | None = Field(
         None, description="credit gain: with siblings' gains at the same step, or at all steps"
     )
+    control: Annotated[float, Field(ge=0, le=1)] | Literal["fit"] | None = Field(
+        None, description="credit gain: share of the value before a step that is subtracted; null: all of it"
+    )
     advantage_scale: Literal["group", "batch", "none"] = Field(
         "group",
         description="unit of advantages: standard deviation of the group, of all groups, or the reward's own unit",
@@ -152,6 +155,7 @@ class Config(BaseModel):
             "children": (self.plan in ("branch", "window"), "plan: branch or window"),
             "baseline": (self.credit == "branch", "credit: branch"),
             "compare": (self.credit == "gain", "credit: gain"),
+            "control": (self.credit == "gain", "credit: gain"),
             "score_states": (self.credit == "gain", "credit: gain"),
             "completion": (self.score_states is not None, "score_states"),
         }

@@ -85,7 +85,7 @@ class Session:
 
 
 def choose_credit(c: Config) -> Callable:
-    settings = {"baseline": c.baseline, "compare": c.compare}
+    settings = {"baseline": c.baseline, "compare": c.compare, "control": c.control}
     units = Units(c.advantage_scale, c.advantage_floor, c.advantage_clip)
     return partial(credit.CREDITS[c.credit], units=units, **{k: v for k, v in settings.items() if v is not None})
 

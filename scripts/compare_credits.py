@@ -1,6 +1,7 @@
 """Credits against each other on the embedded model, at equal training time on one core.
 
-    for seed in 0 1 2; do for v in terminal guard window dense-1 dense-2 dense "dense-2, window" branch; do
+    for seed in 0 1 2; do for v in terminal guard window dense-1 dense-2 dense "dense-2, window" "dense, fitted" \\
+            branch; do
         OMP_NUM_THREADS=1 python scripts/compare_credits.py run "$v" $seed
     done; done
     python scripts/compare_credits.py table
@@ -31,6 +32,7 @@ VARIANTS = {  # prompts per iteration: what makes an iteration take about as lon
     "dense-2": f"{DENSE} prompts_per_iteration=6 completion=2",
     "dense": f"{DENSE} prompts_per_iteration=4",
     "dense-2, window": f"{DENSE} prompts_per_iteration=20 seeds=4 completion=2 plan=window window=[0,3]",
+    "dense, fitted": f"{DENSE} prompts_per_iteration=5 plan=window window=[0,3] control=fit",
     "branch": "prompts_per_iteration=12",
 }
 EVALUATIONS = 6

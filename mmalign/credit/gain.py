@@ -6,18 +6,18 @@ of the credit. Gains of a walk add up to its reward less the value of its first 
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.credit.groups import GRPO, Units, normalise
+from mmalign.credit.groups import FLOOR, GRPO, Units, group_mean, normalise
 from mmalign.types import Judgement, Trajectories
 
 
-def gains(paths: Trajectories, judged: Judgement) -> Float[Tensor, "N T"]:
-    """Value after less value before, for each step.
+def values(paths: Trajectories, judged: Judgement) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
+    """The value before and after each step.
 
-    Steps between two shown states form one stretch and share its gain. Before the first shown state the value counts
-    as 0, so that with the finished image alone every step has the reward itself. NaN where a score failed.
+    Steps between two shown states form one stretch and share its values. Before the first shown state the value counts
+    as 0, so that with the finished image alone every step gains the reward itself. NaN where a score failed.
     """
     shown = paths.shown >= 0
     before, after = torch.zeros_like(paths.std), torch.zeros_like(paths.std)
@@ -28,24 +28,56 @@ def gains(paths: Trajectories, judged: Judgement) -> Float[Tensor, "N T"]:
     for k in reversed(range(paths.steps)):
         value = torch.where(shown[:, k + 1], judged.reward[:, k + 1], value if k + 1 < paths.steps else torch.nan)
         after[:, k] = value
+    return before, after
+
+
+def gains(paths: Trajectories, judged: Judgement) -> Float[Tensor, "N T"]:
+    """Value after less value before, for each step. NaN where a score failed."""
+    before, after = values(paths, judged)
     return after - before
 
 
+def fitted(before: Float[Tensor, "M"], after: Float[Tensor, "M"], group: Int[Tensor, "M"]) -> float:
+    """The share of the value before that is worth subtracting: the slope of after on before within groups, in [0, 1].
+
+    Subtracting all of it lowers the variance only while the two correlate by more than a half. A step with much noise
+    decides afresh, and then the difference of two independent values is noisier than the one.
+    """
+    valid = ~(before.isnan() | after.isnan())
+    before, after, group = before[valid], after[valid], group[valid]
+    if not len(group):
+        return 1.0
+    one, two = before - group_mean(before, group), after - group_mean(after, group)
+    spread = float((one**2).sum())
+    return min(1.0, max(0.0, float((one * two).sum()) / spread)) if spread > FLOOR else 1.0
+
+
 def gain(
-    paths: Trajectories, judged: Judgement, units: Units = GRPO, compare: str = "step"
+    paths: Trajectories,
+    judged: Judgement,
+    units: Units = GRPO,
+    compare: str = "step",
+    control: float | str = 1.0,
 ) -> Float[Tensor, "N T 1 1"]:
     """Advantages per step over the images of the same prompt, 0 where the step was deterministic.
 
     `compare`: "step" holds each gain against its siblings' at the same step (DenseGRPO); "walk" against those of all
     steps (Stepwise-Flow-GRPO's joint normalisation), which does not inflate late steps where gains hardly differ.
+    `control`: how much of the value before is subtracted, 1 (DenseGRPO) to 0, or "fit" for each step's `fitted` share;
+    none of it biases the gradient's direction, for the value before does not depend on the step's noise.
     """
     if compare not in ("step", "walk"):
         raise ValueError(f"no comparison called {compare!r}; known: step, walk")
-    rows, cols = (paths.std > 0).nonzero(as_tuple=True)
-    value = gains(paths, judged)[rows, cols]
-    group = paths.prompt[rows] * (paths.steps if compare == "step" else 1) + (cols if compare == "step" else 0)
-    advantage = torch.zeros_like(paths.std)
-    advantage[rows, cols] = normalise(value, group, units)
+    before, after = values(paths, judged)
+    value, group = torch.zeros_like(before), paths.prompt[:, None].repeat(1, paths.steps)
+    for k in range(paths.steps):
+        own = paths.std[:, k] > 0
+        share = fitted(before[own, k], after[own, k], paths.prompt[own]) if control == "fit" else control
+        value[:, k] = after[:, k] - share * before[:, k]
+    if compare == "step":
+        group = group * paths.steps + torch.arange(paths.steps, device=group.device)
+    stochastic, advantage = paths.std > 0, torch.zeros_like(paths.std)
+    advantage[stochastic] = normalise(value[stochastic], group[stochastic], units)
     return advantage[:, :, None, None]
 
 

@@ -5,7 +5,7 @@ import torch
 from walks import judged as judged_by, judged_as, walk
 
 from mmalign.credit import CREDITS
-from mmalign.credit.gain import balance, gains
+from mmalign.credit.gain import balance, fitted, gains, values
 from mmalign.credit.groups import Units
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
@@ -104,6 +104,29 @@ def test_advantages_are_normalised_at_each_step_or_over_the_walk():
     own = gains(paths, report)[:, : T - 1].reshape(2, 8 * (T - 1))
     assert torch.allclose(joint, (own - own.mean(1, True)) / own.std(1, correction=0, keepdim=True), atol=1e-4)
     assert CREDITS["gain"](paths, report)[:, -1].eq(0).all()  # the last step is deterministic
+
+
+def test_the_share_of_the_value_before_is_the_slope_within_groups():
+    g = torch.Generator().manual_seed(0)
+    group, luck = torch.arange(2000) % 4, 10 * torch.arange(4.0)[torch.arange(2000) % 4]
+    before = torch.randn(2000, generator=g) + luck  # groups differ in both: between them the slope would be 1
+    noise = torch.randn(2000, generator=g)
+    assert fitted(before, 0.3 * (before - luck) + noise + luck, group) == pytest.approx(0.3, abs=0.07)
+    assert fitted(before, before, group) == pytest.approx(1, abs=1e-5)
+    assert fitted(before, -(before - luck) + luck, group) == 0
+    assert fitted(luck, noise, group) == 1  # the start is shared: nothing to fit
+
+
+@pytest.mark.parametrize("control", [0.0, 0.4, 1.0])
+def test_control_subtracts_its_share(control):
+    paths = dense(starts=16, prompts=2)
+    report = judged(paths)
+    before, after = values(paths, report)
+    expected = (after - control * before)[:, : T - 1].view(2, 8, T - 1)
+    found = CREDITS["gain"](paths, report, Units("none"), control=control)[:, : T - 1, 0, 0].reshape(2, 8, T - 1)
+    assert torch.allclose(found, expected - expected.mean(1, keepdim=True), atol=1e-5)
+    fit = CREDITS["gain"](paths, report, Units("none"), control="fit")[:, : T - 1, 0, 0].reshape(2, 8, T - 1)
+    assert (fit.square().sum((0, 1)) <= found.square().sum((0, 1)) + 1e-5).all()  # no share does better at any step
 
 
 def test_a_floor_keeps_small_spreads_small():
