@@ -1,0 +1,47 @@
+"""How much of a batch's gradient is signal, for each credit, on the embedded model before any training.
+
+    OMP_NUM_THREADS=1 python scripts/gradient_agreement.py
+
+The cosine c between the gradients of independent batches is the share of a gradient's squared length that is signal.
+Averaging n batches raises signal over noise, c / (1 - c), by n: divided by a batch's seconds it says how fast a credit
+gathers signal, whatever its batch size. Variants and their batches are those of compare_credits.py.
+"""
+
+from itertools import combinations
+from typing import Annotated
+
+import torch
+import typer
+from compare_credits import VARIANTS, seconds_of
+
+from mmalign import config as configs, policy as policies, train as trainer
+
+
+def gradients(overrides: list[str], batches: int) -> tuple[list[torch.Tensor], float]:
+    """The adapter's gradient on each of `batches` disjoint batches, and the mean seconds of one."""
+    still = [*overrides, "learning_rate=1e-12", "warmup=0", "cooldown=0", "held_out=null", "watch=[]", "out=runs/none"]
+    run = trainer.open_session(configs.load("configs/quickstart.yaml", still))
+    found, seconds = [], 0.0
+    for i in range(batches):
+        seconds += seconds_of(trainer.iterate(run, i)) / batches
+        found.append(torch.cat([p.grad.flatten() for p in run.policy.parameters()]))
+    return found, seconds
+
+
+def main(batches: int = 8, only: Annotated[str, typer.Option(help="variants, separated by semicolons")] = "") -> None:
+    torch.set_flush_denormal(True)
+    policies.quiet()
+    print("| credit | seconds a batch | cosine of two batches (s.e.) | signal over noise per minute |")
+    print("|---|---|---|---|")
+    for name in only.split(";") if only else VARIANTS:
+        found, seconds = gradients(VARIANTS[name].split(), batches)
+        pairs = torch.tensor([float(torch.cosine_similarity(a, b, dim=0)) for a, b in combinations(found, 2)])
+        cosine, error = float(pairs.mean()), float(pairs.std() / len(pairs) ** 0.5)
+        print(
+            f"| {name} | {seconds:.2f} | {cosine:.3f} ({error:.3f}) | {60 * cosine / (1 - cosine) / seconds:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
