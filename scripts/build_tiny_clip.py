@@ -247,8 +247,8 @@ def main(
     work: Annotated[Path, typer.Option(help="intermediate results, kept so that the run can be resumed")] = Path(
         "runs/build_tiny_clip"
     ),
-    images: Annotated[int, typer.Option(help="pictures drawn")] = 40_000,
-    steps: Annotated[int, typer.Option(help="training steps")] = 1_400,
+    images: Annotated[int, typer.Option(help="pictures drawn")] = 160_000,
+    steps: Annotated[int, typer.Option(help="training steps")] = 300,
     batch: Annotated[int, typer.Option(help="pairs per step")] = 256,
     repeats: Annotated[int, typer.Option(help="fresh drawings of each held-out caption")] = 8,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
