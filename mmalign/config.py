@@ -95,7 +95,8 @@ class Config(BaseModel):
     max_rewards: int | None = Field(
         None, ge=1, description="images scored in one iteration, times reward scorers; same"
     )
-    batch: int = Field(128, ge=1, description="rows of one forward or decode at most; changes speed only")
+    batch: int = Field(128, ge=1, description="rows of one forward at most; changes speed only")
+    decode_batch: int = Field(32, ge=1, description="images decoded at once in training; changes speed only")
 
     # credit and learning
     credit: Literal["terminal", "branch", "gain"] = "branch"

@@ -35,9 +35,9 @@ def judge(
     decode: Callable[[Tensor], Tensor],
     scorers: Scorers,
     weights: Mapping[str, float],
-    batch: int = 128,
+    batch: int = 32,
 ) -> tuple[Judgement, Float[Tensor, "E 3 H W"]]:
-    """Decode and score each finished latent once, and give every shown state the reward of its end.
+    """Decode, `batch` at a time, and score each finished latent once, and give every shown state the reward of its end.
 
     Returns the judgement and the images `[E, ...]` of the ends, both on the CPU.
     """

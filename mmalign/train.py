@@ -194,7 +194,7 @@ def judge_all(run: Session, paths: Trajectories, prompts: list[Prompt]) -> tuple
     """The judgement by the trained rewards, the images, and how many images were scored, counted for each scorer."""
     c, clock = run.config, run.clock
     scorers = {name: clock.timed("reward", scorer) for name, scorer in run.scorers.items() if name in _trained(c)}
-    judged, images = judge(paths, prompts, clock.timed("decode", run.policy.decode), scorers, c.rewards, c.batch)
+    judged, images = judge(paths, prompts, clock.timed("decode", run.policy.decode), scorers, c.rewards, c.decode_batch)
     return judged, images, len(images) * len(scorers)
 
 
