@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmalign import config as configs, report, train
+from mmalign import config as configs, report, run, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_quickstart_raises_the_held_out_score(seed, tmp_path):
     config = configs.load(ROOT / "configs/quickstart.yaml", [f"seed={seed}", f"out={tmp_path / 'run'}"])
-    strict = report.summary(train.train(config))["rises"]["shapes.strict"]
+    strict = report.summary(run.train(config))["rises"]["shapes.strict"]
     assert strict["rise"] > 0.05
     assert strict["p"] < 0.01
 
