@@ -16,15 +16,12 @@ belongs to the schedule, guidance, model and rewards it was found with, and is r
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.config import BadInput, Config
-
-Rule = Literal["paper", "z"]
+from mmalign.config import BadInput, Config, Rule
 
 
 def next_levels(

@@ -4,16 +4,15 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mmalign.config import BadInput
+from mmalign.config import BadInput, Rule
 
-Rule = Literal["paper", "z"]
 # a calibration walks every step with noise and scores every state, whatever the config does with it
 CALIBRATION = [
     "plan=sde", "seeds=2", "kernel=scheduled", "credit=gain", "score_states=all", "noise=1", "window=null",

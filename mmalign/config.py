@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, whose assets/ a config may name from anywhere
+Rule = Literal["paper", "z"]  # of the noise calibration
 
 
 class BadInput(ValueError):

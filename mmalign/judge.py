@@ -43,7 +43,5 @@ def judge(
     """
     images = torch.cat([decode(latents).cpu() for latents in paths.ends.split(batch)])
     parts, failures = score(images, [prompts[i] for i in paths.owner.tolist()], scorers)
-    shown = paths.shown.cpu()
-    reward = torch.where(shown < 0, torch.nan, total(parts, weights)[shown.clamp(min=0)])
-    own = {name: values[shown[:, -1]] for name, values in parts.items()}
-    return Judgement(reward.to(paths.x.device), own, failures=failures), images
+    own = {name: values[paths.shown[:, -1].cpu()] for name, values in parts.items()}
+    return Judgement(paths.at_states(total(parts, weights)), own, failures=failures), images

@@ -126,6 +126,10 @@ class Trajectories:
     def steps(self) -> int:
         return self.std.shape[1]
 
+    def at_states(self, values: Float[Tensor, "E"]) -> Float[Tensor, "N states"]:
+        """A number of each end, at the states it stands for; NaN where none does."""
+        return torch.where(self.shown < 0, torch.nan, values.to(self.shown.device)[self.shown.clamp(min=0)])
+
 
 @dataclass(frozen=True)
 class Judgement:

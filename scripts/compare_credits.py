@@ -64,8 +64,8 @@ def curve(folder: Path) -> dict[str, np.ndarray]:
     found = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     spent = np.cumsum([0.0, *(seconds_of(row) for row in metrics)])
     out = {name: np.array([row[name] for row in found]) for name in ("shapes.strict", "clip.cosine")}
+    out["diversity"] = np.array([row["diversity"] for row in (found[0], found[-1])])
     out |= {"seconds": spent[[row["iteration"] for row in found]], "iterations": np.array(len(metrics))}
-    out |= {name: np.array([row[name] for row in (found[0], found[-1])]) for name in ("diversity",)}
     work = [row["forwards"] + row["replay_forwards"] for row in metrics]
     return out | {"forwards": np.array(np.mean(work)), "images": np.array(np.mean([row["decodes"] for row in metrics]))}
 

@@ -58,8 +58,7 @@ def estimate(plan, credit, starts: int, seed: int) -> tuple[Tensor, int]:
     start = torch.stack([gaussian(SHAPE, seed_of("start", seed, i)) for i in range(starts)])
     cond, index = flow.encode(["0.0"]), torch.zeros(starts, dtype=torch.long)
     paths = sample(flow.velocity, start, cond, index, plan, draw, batch=10**6)
-    values = reward(paths.ends)
-    judged = Judgement(torch.where(paths.shown < 0, torch.nan, values[paths.shown.clamp(min=0)]), {})
+    judged = Judgement(paths.at_states(reward(paths.ends)), {})
     update(
         flow, torch.optim.SGD(flow.parameters(), 0.0), transitions(paths, credit(paths, judged, RAW)), cond,
         kernel=paths.kernel, t_max=paths.t_max, loss="clipped", clip=1.0, beta=0.0, epochs=1, minibatches=1,

@@ -64,7 +64,8 @@ def gain(
     `compare`: "step" holds each gain against its siblings' at the same step (DenseGRPO); "walk" against those of all
     steps (Stepwise-Flow-GRPO's joint normalisation), which does not inflate late steps where gains hardly differ.
     `control`: how much of the value before is subtracted, 1 (DenseGRPO) to 0, or "fit" for each step's `fitted` share;
-    none of it biases the gradient's direction, for the value before does not depend on the step's noise.
+    a fixed share biases nothing, for the value before does not depend on the step's noise; a fitted one is estimated on
+    the same walks, and nearly so.
     """
     if compare not in ("step", "walk"):
         raise ValueError(f"no comparison called {compare!r}; known: step, walk")

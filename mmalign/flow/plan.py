@@ -90,10 +90,10 @@ def window(t: Times, kernel: str, noise: Noise, start: int, stop: int, children:
     return _plan(kernel, t, noise, [dict.fromkeys(range(start, stop), j) for j in range(children)])
 
 
-def sde(t: Times, kernel: str, noise: Noise, children: int = 1) -> Plan:
+def sde(t: Times, kernel: str, noise: Noise) -> Plan:
     """Every step stochastic but the last (Flow-GRPO, arXiv 2505.05470): noise added at t = 0 would stay in the image.
     The window over all steps."""
-    return window(t, kernel, noise, 0, len(t) - 2, children)
+    return window(t, kernel, noise, 0, len(t) - 2)
 
 
 def branch(t: Times, kernel: str, noise: Noise, steps: Sequence[int], children: int) -> Plan:

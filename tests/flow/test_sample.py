@@ -129,9 +129,7 @@ def final(name, noise, steps, spread):
     flow = GaussianFlow((12, 4, 4), spread)
     g = torch.Generator().manual_seed(7)
     start, index = torch.randn(512, *flow.latent_shape, generator=g), torch.zeros(512, dtype=torch.long)
-    times = flow.times(steps)
-    levels = (noise * times[:-1].sqrt()).tolist() if name == "scheduled" else noise  # constant g spoils late steps
-    plan = plans.sde(times, name, levels)
+    plan = plans.sde(flow.times(steps), name, noise)
     cond = flow.encode(["0.5"])
     x = sample(flow.velocity, start, cond, index, plan, lambda *_: torch.randn(flow.latent_shape, generator=g), 512).x
     return float(x[:, -1].std()) / spread, float(x[:, -1].mean()) - 0.5

@@ -26,8 +26,7 @@ def tree(t, noise, draw):
 
 def judged(paths, reward):
     """Every shown state by a function of latents."""
-    values = reward(paths.ends)
-    return Judgement(torch.where(paths.shown < 0, torch.nan, values[paths.shown.clamp(min=0)]), {})
+    return Judgement(paths.at_states(reward(paths.ends)), {})
 
 
 def judged_as(paths, values):
