@@ -145,8 +145,8 @@ def _parquet():
 
 
 def needs_prompts(scorers: Mapping[str, RewardModel]) -> list[str]:
-    """The scorers that look at the prompt; one that does not say so does."""
-    return [name for name, scorer in scorers.items() if getattr(scorer, "sees_prompt", True)]
+    """The scorers that look at the prompt."""
+    return [name for name, scorer in scorers.items() if scorer.card.sees_prompt]
 
 
 def score(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int) -> Iterator[dict[str, Any]]:

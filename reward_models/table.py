@@ -10,7 +10,7 @@ from reward_models.types import RewardModel
 SCORERS: dict[str, str] = {
     "shapes": "reward_models.scorers.shapes:Shapes",
     "jpeg_size": "reward_models.scorers.jpeg_size:JpegSize",
-    "clip": "reward_models.scorers.clip:Clip",
+    "clip": "reward_models.scorers.clip:clip",
     "image_stats": "reward_models.scorers.image_stats:ImageStats",
 }
 

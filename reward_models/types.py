@@ -5,8 +5,11 @@ Letters: `N` images, `K` reward components, `H W` pixels, `a b` a grid laid over
 Images are `[N, 3, H, W]` float32, RGB, in [0, 1]. No other form crosses a border of this package.
 """
 
+import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -28,6 +31,45 @@ class Prompt:
     text: str
     wants: Mapping[str, Any] = field(default_factory=dict)
     id: int = 0
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a score means and where it comes from.
+
+    `model`: hub id, or the name of a folder; "none" where there are no weights. `checkpoint`: SHA-256 of the weights
+    that were loaded, "" without any. `low`, `high`: the range of each component, infinite where it has no bound.
+    `higher`: what a higher score is, "better", or "more" for an alarm that is no reward. `compares`: whether scores of
+    different prompts may be compared. `sees_prompt`: whether the text is looked at. `size`: what becomes of the image's
+    size. `groupwise`: the images of one prompt must be shown together. `settings`: whatever else changes a score.
+    """
+
+    scorer: str
+    model: str = "none"
+    licence: str = "unknown"
+    low: int | float = -math.inf
+    high: int | float = math.inf
+    higher: str = "better"
+    compares: bool = False
+    sees_prompt: bool = True
+    size: str = "any size, as it is"
+    checkpoint: str = ""
+    groupwise: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def version(self) -> str:
+        """16 hexadecimal digits that change whenever a score might: with the weights, the settings, the meaning."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        bounds = [f"{bound:g}" if math.isfinite(bound) else None for bound in (self.low, self.high)]
+        spread = f"in [{bounds[0]}, {bounds[1]}]" if all(bounds) else "unbounded"
+        if any(bounds) and not all(bounds):
+            spread = f"at least {bounds[0]}" if bounds[0] else f"at most {bounds[1]}"
+        weights = f"{self.model} {self.checkpoint[:12]}".strip() if self.model != "none" else "no weights"
+        scope = "across prompts" if self.compares else "within a prompt"
+        return f"{self.scorer}: {spread}, higher is {self.higher}, compares {scope}; {weights}; {self.licence}"
 
 
 @dataclass(frozen=True)
@@ -59,10 +101,13 @@ class Scores:
 
 @runtime_checkable
 class RewardModel(Protocol):
-    """Anything that scores images. `names` are its components; `about` states model, licence, range and direction in
-    one line."""
+    """Anything that scores images, in this process or far away. `names` are its components, `card` says what they mean.
 
-    about: str
+    The images of one call need not belong to one prompt, but are of one size. A scorer whose card says `groupwise`
+    gets all images of a prompt (equal `Prompt.id` and text) in one call, whoever calls it.
+    """
+
     names: tuple[str, ...]
+    card: Card
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores: ...

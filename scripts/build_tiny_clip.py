@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from reward_models.scorers.clip import Clip
+from reward_models.scorers.clip import Clip, clip
 from reward_models.scorers.shapes import judge, look
 from reward_models.types import Prompt
 from reward_models.world import COLOURS, COUNTS, GLYPHS, OPPOSITE, SHAPES, SIDE, TAGS, caption, draw, meaning, split
@@ -262,7 +262,7 @@ def main(
     pictures, captions = build_pictures(work, images)
     model, seconds = build_clip(pictures, captions, tokenizer, work, steps, batch, device)
     write_model(out, model, tokenizer)
-    figures = measure(Clip(str(out)), held_out, repeats)
+    figures = measure(clip(str(out)), held_out, repeats)
     settings = f"--images {images} --steps {steps} --batch {batch} --repeats {repeats} --threads {threads}"
     card = CARD.format(
         parameters=sum(p.numel() for p in model.parameters()),

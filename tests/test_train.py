@@ -182,11 +182,11 @@ def test_groups_with_windows_of_their_own_learn_together(settings):
 
 
 BRIGHTNESS = """
-from reward_models import Scores
+from reward_models import Card, Scores
 
 
 class Brightness:
-    about = "mean of all pixels, in [0, 1], higher is better"
+    card = Card("brightness", low=0, high=1)
     names = ("mean",)
 
     def __call__(self, images, prompts):

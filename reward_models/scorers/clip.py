@@ -8,18 +8,20 @@ Images stay tensors: they are resized and normalised as the model's own preproce
 through 8-bit pixels, and without leaving the device. Licence: the model's own; the embedded one is Apache-2.0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 import open_clip
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import center_crop
 
-from reward_models.types import Images, Prompt, Scores
+from reward_models.scoring import each
+from reward_models.types import Card, Images, Prompt, Scores
+from reward_models.weights import fingerprint, loading
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny_clip"
 
@@ -63,27 +65,15 @@ def resized(
 
 
 class Clip:
-    """The scorer. `model` is a folder in open_clip's `local-dir` layout or the name of one of its models, which also
-    needs `pretrained`, a tag or a file of weights; without a model, the embedded tiny one. `batch` is how many images
-    or texts are encoded at once. ValueError if the model cannot be had."""
+    """A loaded open_clip model as a scorer: `scale` times the cosine of image and text. `batch` is how many images or
+    texts are encoded at once."""
 
-    names = ("cosine",)
+    def __init__(self, model: nn.Module, tokenizer: Callable, card: Card, name: str, device: str, batch: int):
+        self.model, self.tokenizer, self.device, self.batch = model.to(device).eval(), tokenizer, device, batch
+        self.names, self.card = (name,), card
 
-    def __init__(self, model: str | None = None, pretrained: str | None = None, device: str = "cpu", batch: int = 64):
-        if model is None and not TINY.is_dir():
-            raise ValueError(f"clip: the embedded model is not at {TINY}; build it with scripts/build_tiny_clip.py")
-        name = _named(str(model or TINY), pretrained)
-        try:
-            self.model = open_clip.create_model(name, pretrained, device=device, require_pretrained=True).eval()
-            self.tokenizer = open_clip.get_tokenizer(name)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"clip: {name} could not be loaded: {' '.join(str(error).split())}") from error
-        self.device, self.batch = device, batch
-        shown = Path(model).name if model and Path(model).is_dir() else " ".join(filter(None, (model, pretrained)))
-        licence = "the model's own licence" if model else "Apache-2.0"
-        self.about = f"clip: {shown or TINY.name}, cosine in [-1, 1], higher is better; {licence}"
-
-    def _prepared(self, images: Images) -> Float[Tensor, "N 3 h w"]:
+    def prepared(self, images: Images) -> Float[Tensor, "N 3 h w"]:
+        """Resized and normalised as the model's own evaluation transform does it."""
         config = open_clip.get_model_preprocess_cfg(self.model)
         size = config["size"] if isinstance(config["size"], (tuple, list)) else [config["size"]] * 2
         mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"  # "random" means bicubic here
@@ -92,20 +82,40 @@ class Clip:
         mean, std = (torch.tensor(config[key], device=self.device)[:, None, None] for key in ("mean", "std"))
         return (images - mean) / std
 
-    @torch.no_grad()
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        row = {text: i for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
-        said = self._texts(list(row))[[row[p.text] for p in prompts]]
-        cosines = [
-            (self.model.encode_image(self._prepared(part), normalize=True) * text).sum(-1)
-            for part, text in zip(images.split(self.batch), said.split(self.batch), strict=True)
-        ]
-        values = torch.cat(cosines).float().cpu()
-        failures = {int(i): "the image's embedding is not finite" for i in (~values.isfinite()).nonzero()[:, 0]}
-        return Scores(self.names, values.where(values.isfinite(), torch.nan)[:, None], failures=failures)
+        return each(images, prompts, self.names, self._look, self.batch)
 
-    def _texts(self, texts: list[str]) -> Float[Tensor, "M D"]:
-        parts = [texts[i : i + self.batch] for i in range(0, len(texts), self.batch)]
-        return torch.cat([self.model.encode_text(self.tokenizer(p).to(self.device), normalize=True) for p in parts])
+    @torch.no_grad()
+    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        row = {text: i for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
+        text = self.model.encode_text(self.tokenizer(list(row)).to(self.device), normalize=True)
+        image = self.model.encode_image(self.prepared(images), normalize=True)
+        return (image * text[[row[p.text] for p in prompts]]).sum(-1, keepdim=True)
+
+
+def clip(model: str | None = None, pretrained: str | None = None, device: str = "cpu", batch: int = 64) -> Clip:
+    """The scorer `clip`. `model` is a folder in open_clip's `local-dir` layout or the name of one of its models, which
+    also needs `pretrained`, a tag or a file of weights; without a model, the embedded tiny one. ValueError if the model
+    cannot be had."""
+    if model is None and not TINY.is_dir():
+        raise ValueError(f"clip: the embedded model is not at {TINY}; build it with scripts/build_tiny_clip.py")
+    name = _named(str(model or TINY), pretrained)
+    with loading("clip", name):
+        loaded = open_clip.create_model(name, pretrained, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(name)
+    shown = Path(model).name if model and Path(model).is_dir() else " ".join(filter(None, (model, pretrained)))
+    card = Card(
+        "clip",
+        model=shown or TINY.name,
+        licence="the model's own" if model else "Apache-2.0",
+        low=-1,
+        high=1,
+        size=described(loaded),
+        checkpoint=fingerprint(loaded),
+    )
+    return Clip(loaded, tokenizer, card, "cosine", device, batch)
+
+
+def described(model: nn.Module) -> str:
+    config = open_clip.get_model_preprocess_cfg(model)
+    return f"{config['size']} px, {config['resize_mode']}, {config['interpolation']}"

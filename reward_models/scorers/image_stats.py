@@ -12,9 +12,12 @@ size. Licence: this project's own.
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn import functional as F
 
-from reward_models.types import Images, Prompt, Scores
+from reward_models.scoring import each
+from reward_models.types import Card, Images, Prompt, Scores
 
 LUMA = (0.299, 0.587, 0.114)
 LAPLACE = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
@@ -24,19 +27,17 @@ class ImageStats:
     """The scorer; it takes no settings."""
 
     names = ("brightness", "contrast", "saturation", "sharpness")
-    sees_prompt = False
-    about = (
-        "image_stats: brightness, contrast, saturation in [0, 1], sharpness in [0, 4]; alarms, no reward; Apache-2.0"
-    )
+    card = Card("image_stats", licence="Apache-2.0", low=0, high=4, higher="more", compares=True, sees_prompt=False)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        images = images.float().cpu()
-        luma = (images * torch.tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+        return each(images, prompts, self.names, self._look)
+
+    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        luma = (images * torch.tensor(LUMA, device=images.device)[:, None, None]).sum(1, keepdim=True)
         high, low = images.amax(1), images.amin(1)
-        edges = F.conv2d(F.pad(luma, (1, 1, 1, 1), "replicate"), torch.tensor(LAPLACE)[None, None])
-        values = torch.stack(
+        laplace = torch.tensor(LAPLACE, device=images.device)
+        edges = F.conv2d(F.pad(luma, (1, 1, 1, 1), "replicate"), laplace[None, None])
+        return torch.stack(
             [
                 luma.mean((1, 2, 3)),
                 luma.std((1, 2, 3), correction=0),
@@ -45,6 +46,3 @@ class ImageStats:
             ],
             1,
         )
-        failures = {int(i): "a pixel is not finite" for i in (~values.isfinite().all(1)).nonzero()[:, 0]}
-        values[list(failures)] = torch.nan
-        return Scores(self.names, values, failures=failures)

@@ -7,11 +7,16 @@ Licence: this project's own.
 
 from collections.abc import Sequence
 from io import BytesIO
+from math import inf
 
 import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
 
 from reward_models.images import to_pil
-from reward_models.types import Images, Prompt, Scores
+from reward_models.scoring import each
+from reward_models.types import Card, Images, Prompt, Scores
 
 
 class JpegSize:
@@ -19,7 +24,6 @@ class JpegSize:
     ValueError for others."""
 
     names = ("kilobytes",)
-    sees_prompt = False
 
     def __init__(self, quality: int = 95, direction: str = "smaller"):
         if direction not in ("smaller", "larger"):
@@ -28,21 +32,23 @@ class JpegSize:
             raise ValueError(f"jpeg_size: quality is 1 to 95, not {quality!r}")
         self.quality = quality
         self.sign = {"smaller": -1, "larger": 1}[direction]
-        side = {"smaller": "at most 0", "larger": "at least 0"}[direction]
-        self.about = f"jpeg_size: JPEG file size at quality {quality} in kB, {side}, higher is better; Apache-2.0"
+        self.card = Card(
+            "jpeg_size",
+            licence="Apache-2.0",
+            low=0 if direction == "larger" else -inf,
+            high=0 if direction == "smaller" else inf,
+            compares=True,
+            sees_prompt=False,
+            settings={"quality": quality, "direction": direction},
+        )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        values = torch.full((len(images), 1), torch.nan)
-        failures = {}
-        for i in range(len(images)):
-            try:
-                (picture,) = to_pil(images[i : i + 1])
-            except ValueError as error:
-                failures[i] = str(error)
-                continue
-            file = BytesIO()
-            picture.save(file, "JPEG", quality=self.quality)
-            values[i] = self.sign * file.tell() / 1000
-        return Scores(self.names, values, failures=failures)
+        return each(images, prompts, self.names, self._look)
+
+    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        return torch.tensor([[self.sign * self._kilobytes(picture)] for picture in to_pil(images)])
+
+    def _kilobytes(self, picture: Image.Image) -> float:
+        file = BytesIO()
+        picture.save(file, "JPEG", quality=self.quality)
+        return file.tell() / 1000

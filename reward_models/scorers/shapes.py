@@ -23,7 +23,9 @@ from jaxtyping import Float
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from reward_models.types import Images, Prompt, Scores
+from reward_models.regions import Region, paint
+from reward_models.scoring import each
+from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.world import (
     BACKGROUND,
     COLOURS,
@@ -241,20 +243,20 @@ def judge(prompt: Prompt, seen: list[Seen]) -> Verdict:
 class Shapes:
     """The verifier as a scorer. `grid` is the side of the region map; a cell an object covers holds its credit."""
 
-    about = "shapes: exact verifier of the embedded world; strict and partial in [0, 1], higher is better; Apache-2.0"
     names = ("strict", "partial")
 
     def __init__(self, grid: int = 8):
         self.grid = grid
+        self.card = Card("shapes", licence="Apache-2.0", low=0, high=1, compares=True, settings={"grid": grid})
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        return each(images, prompts, self.names, self._look)
+
+    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         values = torch.full((len(images), 2), torch.nan)
         regions = torch.full((len(images), self.grid, self.grid), torch.nan)
         critiques, failures = [], {}
-        cell_y, cell_x = images.shape[2] / self.grid, images.shape[3] / self.grid
-        for i, (prompt, seen) in enumerate(zip(prompts, look(images.float().cpu().numpy()), strict=True)):
+        for i, (prompt, seen) in enumerate(zip(prompts, look(images.cpu().numpy()), strict=True)):
             try:
                 verdict = judge(prompt, seen)
             except KeyError as error:
@@ -263,9 +265,6 @@ class Shapes:
                 continue
             values[i] = torch.tensor([verdict.strict, verdict.partial])
             critiques.append(verdict.critique)
-            for thing, credit in verdict.marks:
-                left, top, right, bottom = thing.box
-                rows = slice(int(top / cell_y), int(np.ceil(bottom / cell_y)))
-                cols = slice(int(left / cell_x), int(np.ceil(right / cell_x)))
-                regions[i, rows, cols] = credit
+            marks = [Region(thing.box, credit) for thing, credit in verdict.marks]
+            regions[i] = paint(marks, images.shape[2:], (self.grid, self.grid))
         return Scores(self.names, values, tuple(critiques), regions, failures)

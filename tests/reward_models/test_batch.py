@@ -8,16 +8,15 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from reward_models import Prompt, Scores, batch, gallery
+from reward_models import Card, Prompt, Scores, batch, gallery
 from reward_models.images import to_pil
 
 
 class Brightness:
     """A fake that remembers what it was shown and fails where it is told to."""
 
-    about = "mean of all pixels"
+    card = Card("brightness", sees_prompt=False)
     names = ("mean", "red")
-    sees_prompt = False
 
     def __init__(self, fails=None):
         self.calls, self.fails = [], fails

@@ -7,8 +7,11 @@ from reward_models import load
 from reward_models.table import SCORERS
 
 OWN = """
+from reward_models import Card
+
+
 class Mine:
-    about = "mine"
+    card = Card("mine")
     names = ("mine",)
 
     def __init__(self, weight, power=1):
@@ -31,8 +34,10 @@ def own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_every_entry_loads_and_says_what_it_is(name):
-    assert load(name).about.startswith(f"{name}: ")
-    assert "\n" not in load(name).about
+    card = load(name).card
+    assert card.scorer == name
+    assert str(card).startswith(f"{name}: ")
+    assert "\n" not in str(card)
 
 
 def test_settings_are_passed_on(own):

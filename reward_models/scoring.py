@@ -1,0 +1,73 @@
+"""What every scorer does at its border: check, round, batch, isolate. Here once, so that no scorer can forget it."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reward_models.images import to_uint8
+from reward_models.types import Images, Prompt, Scores
+
+Look = Callable[[Images, Sequence[Prompt]], Float[Tensor, "M K"] | Scores]
+LEVEL = 1 / 255
+
+
+def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look: Look, batch: int = 64) -> Scores:
+    """Scores of images that do not depend on their neighbours: `look`, on at most `batch` of them at a time.
+
+    What is looked at are the 256 levels a PNG would hold, so that an image scores the same in memory and from disk. An
+    image with a pixel that is not finite or not in [0, 1], a score that is not finite, and an image `look` fails on
+    (ValueError or RuntimeError) become NaN with the reason; a batch that fails is tried again in halves, so that one
+    image, or too little memory for all of them, does not cost the others their score.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+    failures = dict(enumerate(map(_unfit, images)))
+    failures = {i: why for i, why in failures.items() if why}
+    fit = [i for i in range(len(images)) if i not in failures]
+    values = torch.full((len(images), len(names)), torch.nan)
+    critiques, regions = [""] * len(images), {}
+    waiting = [fit[i : i + batch] for i in reversed(range(0, len(fit), batch))]
+    while waiting:
+        rows = waiting.pop()
+        try:
+            found = look(to_uint8(images[rows]).float() / 255, [prompts[i] for i in rows])
+        except (ValueError, RuntimeError) as error:
+            if len(rows) > 1:
+                waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
+            else:
+                failures[rows[0]] = " ".join(str(error).split()) or type(error).__name__
+            continue
+        found = found if isinstance(found, Scores) else _checked(names, found)
+        values[rows] = found.values.detach().float().cpu()
+        failures |= {rows[k]: why for k, why in found.failures.items()}
+        for k, i in enumerate(rows):
+            critiques[i] = found.critiques[k] if found.critiques else ""
+            if found.regions is not None:
+                regions[i] = found.regions[k].cpu()
+    maps = None
+    if regions:
+        blank = torch.full_like(next(iter(regions.values())), torch.nan)
+        maps = torch.stack([regions.get(i, blank) for i in range(len(images))])
+    return Scores(names, values, tuple(critiques) if any(critiques) else (), maps, dict(sorted(failures.items())))
+
+
+def _unfit(image: Float[Tensor, "3 H W"]) -> str | None:
+    low, high = (float(bound) for bound in image.aminmax())
+    if not (abs(low) < torch.inf and abs(high) < torch.inf):
+        return "a pixel is not finite"
+    if low < -LEVEL or high > 1 + LEVEL:
+        return f"pixels from {low:.3g} to {high:.3g}; an image lies in [0, 1]"
+    return None
+
+
+def _checked(names: tuple[str, ...], values: Float[Tensor, "M K"]) -> Scores:
+    values = values.detach().float().cpu()
+    broken = ~values.isfinite()
+    failures = {
+        i: f"{', '.join(name for name, bad in zip(names, row, strict=True) if bad)}: the score is not finite"
+        for i, row in enumerate(broken.tolist())
+        if any(row)
+    }
+    return Scores(names, values.masked_fill(broken, torch.nan), failures=failures)

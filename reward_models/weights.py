@@ -1,0 +1,79 @@
+"""Find, read and name the weights of a scorer."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def loading(scorer: str, what: str) -> Iterator[None]:
+    """Whatever goes wrong while `what` is loaded is a ValueError of one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{scorer}: {what} could not be loaded: {' '.join(str(error).split())}") from error
+
+
+def located(place: str, file: str) -> Path:
+    """A file of weights: `place` itself if it is one, else `file` in the folder or hub repository `place`."""
+    from huggingface_hub import hf_hub_download
+
+    path = Path(place)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / file).is_file():
+            raise ValueError(f"no {file} in {place}")
+        return path / file
+    return Path(hf_hub_download(place, file))
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or PyTorch file, by name. A PyTorch file is read without executing anything in it;
+    a state dict under the key `state_dict` or `model` is taken out."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        found = found[key] if isinstance(found.get(key), Mapping) else found
+    return dict(found)
+
+
+def fingerprint(*models: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of all parameters and buffers, whatever file they came from."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def linear_chain(weights: Mapping[str, Tensor], prefix: str = "layers.") -> nn.Sequential:
+    """Linear layers one after another, as the heads of LAION's aesthetic predictor and of ImageReward are: no
+    activations, sizes as in the weights (`{prefix}{number}.weight`); the dropouts between them do nothing here.
+    RuntimeError if there are none or they do not fit each other."""
+    numbers = sorted(
+        int(name.removeprefix(prefix).removesuffix(".weight"))
+        for name in weights
+        if name.startswith(prefix) and name.endswith(".weight")
+    )
+    shapes = [weights[f"{prefix}{number}.weight"].shape for number in numbers]
+    if not shapes or any(one[0] != two[1] for one, two in pairwise(shapes)):
+        raise RuntimeError(f"no chain of linear layers called {prefix}N in the weights")
+    chain = nn.Sequential(*(nn.Linear(wide, high) for high, wide in shapes))
+    chain.load_state_dict(
+        {
+            f"{place}.{part}": weights[f"{prefix}{number}.{part}"]
+            for place, number in enumerate(numbers)
+            for part in ("weight", "bias")
+        }
+    )
+    return chain.eval()
