@@ -1,4 +1,4 @@
-"""The only place that converts between [0, 1] tensors, 8-bit pixels and PIL images.
+"""The only place that converts between [0, 1] tensors, 8-bit pixels and PIL images, and that resizes them.
 
 Rounding is to the nearest of 256 levels, so 8-bit images survive the way there and back exactly.
 """
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.functional import center_crop
 
 from reward_models.types import Images
 
@@ -33,3 +35,23 @@ def from_pil(images: Sequence[Image.Image]) -> Images:
         raise ValueError(f"images of one size (width, height) are needed, got {sizes or 'none'}")
     pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def resized(
+    images: Images, size: tuple[int, int], mode: str, interpolation: str, fill: float = 0.0
+) -> Float[Tensor, "N 3 h w"]:
+    """Images of `size` (height, width), as open_clip's evaluation transform makes them: `mode` is `squash`, `shortest`
+    (scale the shorter side, crop) or `longest` (scale the longer side, pad with `fill`). Sizes round as there."""
+    high, wide = images.shape[2:]
+    ratios = high / size[0], wide / size[1]
+    if mode == "squash":
+        scaled = size
+    elif mode == "shortest" and size[0] == size[1]:
+        scaled = (size[0], int(size[0] * wide / high)) if high <= wide else (int(size[0] * high / wide), size[0])
+    else:
+        ratio = max(ratios) if mode == "longest" else min(ratios)
+        scaled = round(high / ratio), round(wide / ratio)
+    if scaled != (high, wide):
+        # an antialiased bicubic kernel overshoots; 8-bit pixels would clip here too
+        images = F.interpolate(images, scaled, mode=interpolation, antialias=True).clamp(0, 1)
+    return center_crop(images - fill, list(size)) + fill

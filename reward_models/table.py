@@ -12,6 +12,10 @@ SCORERS: dict[str, str] = {
     "jpeg_size": "reward_models.scorers.jpeg_size:JpegSize",
     "clip": "reward_models.scorers.clip:clip",
     "image_stats": "reward_models.scorers.image_stats:ImageStats",
+    "pickscore": "reward_models.scorers.pickscore:PickScore",
+    "hpsv2": "reward_models.scorers.hpsv2:hpsv2",
+    "aesthetic": "reward_models.scorers.aesthetic:Aesthetic",
+    "image_reward": "reward_models.scorers.image_reward:ImageReward",
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,11 @@ def loading(scorer: str, what: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{scorer}: {what} could not be loaded: {' '.join(str(error).split())}") from error
+
+
+def named(place: str) -> str:
+    """How a card calls weights: a hub id as it is, a folder or file by its name, wherever it lies."""
+    return Path(place).name if Path(place).exists() else place
 
 
 def located(place: str, file: str) -> Path:
@@ -35,15 +41,28 @@ def located(place: str, file: str) -> Path:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or PyTorch file, by name. A PyTorch file is read without executing anything in it;
-    a state dict under the key `state_dict` or `model` is taken out."""
+    a state dict under the key `state_dict` or `model` is taken out. ValueError if there is more in it."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(f"{path.name} holds more than tensors, or none; it is not read") from error
     for key in ("state_dict", "model"):
         found = found[key] if isinstance(found.get(key), Mapping) else found
     return dict(found)
+
+
+def pretrained(kind: type, place: str, **settings) -> nn.Module:
+    """A transformers model of `kind` from a folder or hub id, ready to look at things. RuntimeError if the checkpoint
+    lacks weights: transformers would fill them with random numbers and only say so in a warning."""
+    model, info = kind.from_pretrained(place, output_loading_info=True, **settings)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise RuntimeError(f"the checkpoint lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]}")
+    return model.eval()
 
 
 def fingerprint(*models: nn.Module) -> str:

@@ -16,17 +16,16 @@ import open_clip
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchvision.transforms.functional import center_crop
 
+from reward_models.images import resized
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, loading
+from reward_models.weights import fingerprint, loading, named
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny_clip"
 
 
-def _named(model: str, pretrained: str | None) -> str:
+def _known(model: str, pretrained: str | None) -> str:
     """The model as open_clip wants it named. ValueError if there is none such, before anything is loaded."""
     if Path(model).is_dir():
         return f"local-dir:{model}"
@@ -42,26 +41,6 @@ def _named(model: str, pretrained: str | None) -> str:
         asked = f"{pretrained!r} is neither a tag nor a file of weights" if pretrained else "`pretrained` is missing"
         raise ValueError(f"clip: {asked}; tags of {name}: {', '.join(tags) or 'none'}")
     return name
-
-
-def resized(
-    images: Images, size: tuple[int, int], mode: str, interpolation: str, fill: float = 0.0
-) -> Float[Tensor, "N 3 h w"]:
-    """Images of `size` (height, width), as open_clip's evaluation transform makes them: `mode` is `squash`, `shortest`
-    (scale the shorter side, crop) or `longest` (scale the longer side, pad with `fill`). Sizes round as there."""
-    high, wide = images.shape[2:]
-    ratios = high / size[0], wide / size[1]
-    if mode == "squash":
-        scaled = size
-    elif mode == "shortest" and size[0] == size[1]:
-        scaled = (size[0], int(size[0] * wide / high)) if high <= wide else (int(size[0] * high / wide), size[0])
-    else:
-        ratio = max(ratios) if mode == "longest" else min(ratios)
-        scaled = round(high / ratio), round(wide / ratio)
-    if scaled != (high, wide):
-        # an antialiased bicubic kernel overshoots; 8-bit pixels would clip here too
-        images = F.interpolate(images, scaled, mode=interpolation, antialias=True).clamp(0, 1)
-    return center_crop(images - fill, list(size)) + fill
 
 
 class Clip:
@@ -99,14 +78,14 @@ def clip(model: str | None = None, pretrained: str | None = None, device: str = 
     cannot be had."""
     if model is None and not TINY.is_dir():
         raise ValueError(f"clip: the embedded model is not at {TINY}; build it with scripts/build_tiny_clip.py")
-    name = _named(str(model or TINY), pretrained)
+    name = _known(str(model or TINY), pretrained)
     with loading("clip", name):
         loaded = open_clip.create_model(name, pretrained, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(name)
-    shown = Path(model).name if model and Path(model).is_dir() else " ".join(filter(None, (model, pretrained)))
+    shown = " ".join(named(part) for part in (model or str(TINY), pretrained) if part)
     card = Card(
         "clip",
-        model=shown or TINY.name,
+        model=shown,
         licence="the model's own" if model else "Apache-2.0",
         low=-1,
         high=1,

@@ -4,39 +4,26 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip.model import CLIP
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from safetensors.torch import save_file
+from tiny_scorers import OPEN_CLIP, open_clip_folder, settings
 
 from reward_models import Prompt, Scores, load
-from reward_models.images import to_pil
-from reward_models.scorers.clip import TINY, clip, resized
+from reward_models.images import resized, to_pil
+from reward_models.scorers.clip import TINY, clip
 from reward_models.table import SCORERS
 from reward_models.world import caption, draw, requests
-
-MODEL = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 24, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1},
-    "text_cfg": {"width": 16, "heads": 2, "layers": 1},
-}
-PREPROCESS = {"size": 24, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "interpolation": "bilinear"}
 
 
 @pytest.fixture(scope="module")
 def random_clip(tmp_path_factory):
-    """A folder in open_clip's layout with a random model, whose text goes through open_clip's own tokenizer."""
-    folder = tmp_path_factory.mktemp("random_clip")
-    torch.manual_seed(0)
-    save_file(CLIP(**MODEL).state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}))
-    return folder
+    return open_clip_folder(tmp_path_factory.mktemp("random_clip"))
 
 
 @pytest.fixture(scope="module", params=[*SCORERS, "random clip"])
 def scorer(request):
     if request.param == "random clip":
         return clip(str(request.getfixturevalue("random_clip")), batch=3)
-    return load(request.param)
+    return load(request.param, **settings(request.param, request.getfixturevalue("tmp_path_factory").mktemp("tiny")))
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +171,6 @@ def test_a_model_that_is_not_there_is_explained_in_one_line(model, pretrained, s
 def test_a_folder_without_weights_or_configuration_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"could not be loaded.*config"):
         clip(str(tmp_path))
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP}))
     with pytest.raises(ValueError, match=r"could not be loaded.*weights"):
         clip(str(tmp_path))

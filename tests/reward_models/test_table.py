@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny_scorers import settings
 
 from reward_models import load
 from reward_models.table import SCORERS
@@ -33,8 +34,8 @@ def own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SCORERS)
-def test_every_entry_loads_and_says_what_it_is(name):
-    card = load(name).card
+def test_every_entry_loads_and_says_what_it_is(name, tmp_path):
+    card = load(name, **settings(name, tmp_path)).card
     assert card.scorer == name
     assert str(card).startswith(f"{name}: ")
     assert "\n" not in str(card)

@@ -1,0 +1,62 @@
+"""`aesthetic`: LAION's aesthetic predictor (version 2, "improved"): a chain of linear layers on a CLIP image embedding,
+fitted to people's ratings of pictures.
+
+One score per image on the raters' scale of 1 to 10, in use about 5 to 7, higher is better. The prompt is not looked at.
+It likes painterly light and single subjects, and a model trained on it alone drifts there.
+Weights: `sac+logos+ava1-l14-linearMSE.pth` of the predictor's repository on openai/clip-vit-large-patch14; Apache-2.0
+and MIT as stated there. Not checked against the released weights.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from reward_models.images import to_uint8
+from reward_models.scoring import each
+from reward_models.types import Card, Images, Prompt, Scores
+from reward_models.weights import fingerprint, linear_chain, loading, located, named, pretrained, read
+
+FILE = "sac+logos+ava1-l14-linearMSE.pth"
+
+
+class Aesthetic:
+    """The scorer. `head` is the file of the predictor's weights, or a folder or hub repository that holds it under its
+    name; `model` folder or hub id of the transformers CLIP model below it. ValueError if they cannot be had or do not
+    fit each other."""
+
+    names = ("rating",)
+
+    def __init__(self, head: str, model: str = "openai/clip-vit-large-patch14", device: str = "cpu", batch: int = 64):
+        from transformers import AutoImageProcessor, CLIPModel
+
+        with loading("aesthetic", f"{head} on {model}"):
+            self.model = pretrained(CLIPModel, model, dtype=torch.float32).to(device)
+            self.image_processor = AutoImageProcessor.from_pretrained(model)
+            self.head = linear_chain(read(located(head, FILE))).to(device)
+            if self.head[0].in_features != self.model.config.projection_dim:
+                raise ValueError(
+                    f"the head takes {self.head[0].in_features} numbers, the model gives"
+                    f" {self.model.config.projection_dim}"
+                )
+        self.device, self.batch = device, batch
+        self.card = Card(
+            "aesthetic",
+            model=f"{named(head)} on {named(model)}",
+            licence="Apache-2.0 (head), MIT (CLIP)",
+            compares=True,
+            sees_prompt=False,
+            size="224 px, shortest, bicubic, as its processor has it",
+            checkpoint=fingerprint(self.model, self.head),
+        )
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return each(images, prompts, self.names, self._look, self.batch)
+
+    @torch.no_grad()
+    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        pixels = self.image_processor(images=list(to_uint8(images)), return_tensors="pt").pixel_values
+        embedding = self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output
+        return self.head(F.normalize(embedding, dim=-1))

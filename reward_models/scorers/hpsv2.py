@@ -1,0 +1,33 @@
+"""`hpsv2`: HPS v2.1 (arXiv 2306.09341), a CLIP model trained on people's choices between generated images.
+
+One score per image, the cosine of its embedding and the text's (no logit scale), in [-1, 1], in use about 0.2 to 0.35,
+higher is better. The longer side is scaled to 224 px and the rest padded with black. Weights: xswu/HPSv2, Apache-2.0.
+Not checked against the released weights.
+"""
+
+import open_clip
+
+from reward_models.scorers.clip import Clip, described
+from reward_models.types import Card
+from reward_models.weights import fingerprint, loading, located, named
+
+FILE = "HPS_v2.1_compressed.pt"
+
+
+def hpsv2(weights: str = "xswu/HPSv2", model: str = "ViT-H-14", device: str = "cpu", batch: int = 64) -> Clip:
+    """The scorer. `weights` is a file, or a folder or hub repository that holds `HPS_v2.1_compressed.pt`; `model` the
+    open_clip architecture they are for. ValueError if they do not fit or cannot be had."""
+    with loading("hpsv2", f"{weights} on {model}"):
+        file = located(weights, FILE)
+        loaded = open_clip.create_model(model, str(file), force_preprocess_cfg={"resize_mode": "longest"})
+        tokenizer = open_clip.get_tokenizer(model)
+    card = Card(
+        "hpsv2",
+        model=named(weights),
+        licence="Apache-2.0",
+        low=-1,
+        high=1,
+        size=described(loaded),
+        checkpoint=fingerprint(loaded),
+    )
+    return Clip(loaded, tokenizer, card, "cosine", device, batch)

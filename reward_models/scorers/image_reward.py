@@ -1,0 +1,158 @@
+"""`image_reward`: ImageReward (arXiv 2304.05977): BLIP's text encoder reads the prompt while it looks at the image, and
+a chain of linear layers on its first token gives the score, trained on experts' rankings.
+
+One score per image, standardised on the authors' data, in use about -2 to 2, higher is better. Prompts are cut at 35
+tokens; of images that are not square the middle is seen. Weights: THUDM/ImageReward, Apache-2.0. Not checked against
+the released weights.
+
+The released file holds the original BLIP's names; they are put on the same modules of transformers. Two settings are
+the original's and not transformers' defaults: layer norms of the image encoder at 1e-6, twelve heads in the text
+encoder (as `med_config.json` says).
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reward_models.images import resized
+from reward_models.scoring import each
+from reward_models.types import Card, Images, Prompt, Scores
+from reward_models.weights import fingerprint, linear_chain, loading, located, named, read
+
+SHIFT, SPREAD = 0.16717362830052426, 1.0333394966054072  # mean and standard deviation of raw scores on their data
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TOKENS = 35
+VISION = {  # the original's name: transformers' name
+    r"^cls_token$": "embeddings.class_embedding",
+    r"^pos_embed$": "embeddings.position_embedding",
+    r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"^norm\.": "post_layernorm.",
+    r"^blocks\.": "encoder.layers.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
+    r"\.attn\.": ".self_attn.",
+    r"\.norm([12])\.": r".layer_norm\1.",
+}
+
+
+def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix`, without it, and without the stored numbering of positions."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in weights.items()
+        if name.startswith(prefix) and not name.endswith("position_ids")
+    }
+
+
+def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The image encoder's weights under transformers' names."""
+    out = {}
+    for name, value in weights.items():
+        for pattern, name_here in VISION.items():
+            name = re.sub(pattern, name_here, name)
+        out[name] = value
+    return out
+
+
+def image_encoder(weights: Mapping[str, Tensor], heads: int | None = None) -> nn.Module:
+    """BLIP's vision transformer, its sizes read from the weights; heads of 64 channels unless told otherwise."""
+    from transformers import BlipVisionConfig
+    from transformers.models.blip.modeling_blip import BlipVisionModel
+
+    patches, wide = weights["pos_embed"].shape[1] - 1, weights["pos_embed"].shape[2]
+    patch = weights["patch_embed.proj.weight"].shape[-1]
+    model = BlipVisionModel(
+        BlipVisionConfig(
+            hidden_size=wide,
+            intermediate_size=weights["blocks.0.mlp.fc1.weight"].shape[0],
+            num_hidden_layers=sum(name.endswith("norm1.weight") for name in weights),
+            num_attention_heads=heads or wide // 64,
+            image_size=round(patches**0.5) * patch,
+            patch_size=patch,
+            layer_norm_eps=1e-6,
+        )
+    )
+    model.load_state_dict(renamed(weights))
+    return model.eval()
+
+
+def text_encoder(weights: Mapping[str, Tensor], config: Mapping, wide: int) -> nn.Module:
+    """BLIP's text encoder with cross-attention to `wide` channels, as a `med_config.json` describes it."""
+    from transformers import BlipTextConfig
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    names = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+        "layer_norm_eps", "hidden_act",
+    )  # fmt: skip
+    model = BlipTextModel(
+        BlipTextConfig(
+            **{name: config[name] for name in names},
+            vocab_size=len(weights["embeddings.word_embeddings.weight"]),
+            encoder_hidden_size=wide,
+            is_decoder=True,  # that there is cross-attention; it is called without a causal mask
+            bos_token_id=None,
+            sep_token_id=None,
+        ),
+        add_pooling_layer=False,
+    )
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+class ImageReward:
+    """The scorer. `weights` is a folder or hub repository with `ImageReward.pt` and `med_config.json`, `tokenizer` that
+    of BERT, `heads` those of the image encoder, if they are not 64 channels wide. ValueError if they cannot be had or
+    do not fit."""
+
+    names = ("score",)
+
+    def __init__(
+        self,
+        weights: str = "THUDM/ImageReward",
+        tokenizer: str = "google-bert/bert-base-uncased",
+        heads: int | None = None,
+        device: str = "cpu",
+        batch: int = 32,
+    ):
+        from transformers import AutoTokenizer
+
+        with loading("image_reward", f"{weights} with {tokenizer}"):
+            config = json.loads(located(weights, "med_config.json").read_text())
+            found = read(located(weights, "ImageReward.pt"))
+            self.vision = image_encoder(below(found, "blip.visual_encoder."), heads).to(device)
+            wide = self.vision.config.hidden_size
+            self.text = text_encoder(below(found, "blip.text_encoder."), config, wide).to(device)
+            self.head = linear_chain(below(found, "mlp.")).to(device)
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        self.device, self.batch, self.side = device, batch, self.vision.config.image_size
+        self.card = Card(
+            "image_reward",
+            model=named(weights),
+            licence="Apache-2.0",
+            size=f"{self.side} px, shortest, bicubic",
+            checkpoint=fingerprint(self.vision, self.text, self.head),
+            settings={"tokenizer": named(tokenizer)},
+        )
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return each(images, prompts, self.names, self._look, self.batch)
+
+    @torch.no_grad()
+    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        pixels = resized(images.to(self.device), (self.side, self.side), "shortest", "bicubic")
+        mean, std = (torch.tensor(numbers, device=self.device)[:, None, None] for numbers in (MEAN, STD))
+        seen = self.vision(pixel_values=(pixels - mean) / std).last_hidden_state
+        said = self.tokenizer(
+            [p.text for p in prompts], padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        )
+        read_ = self.text(
+            input_ids=said.input_ids.to(self.device),
+            attention_mask=said.attention_mask.to(self.device),
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=self.device),
+        ).last_hidden_state
+        return (self.head(read_[:, 0].float()) - SHIFT) / SPREAD

@@ -1,0 +1,62 @@
+"""`pickscore`: PickScore (arXiv 2305.01569), a CLIP model trained on the choices of people who made the images.
+
+One score per image, logit scale times the cosine of its embedding and the text's; in use about 16 to 26, higher is
+better. Each image is scored with its own prompt, never against the batch's. Weights: yuvalkirstain/PickScore_v1, MIT as
+its repository states. Not checked against the released weights.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reward_models.images import to_uint8
+from reward_models.scoring import each
+from reward_models.types import Card, Images, Prompt, Scores
+from reward_models.weights import fingerprint, loading, named, pretrained
+
+
+class PickScore:
+    """The scorer. `model` and `processor` are folders or hub ids of a transformers CLIP model and of its tokenizer and
+    image processor. ValueError if they cannot be had."""
+
+    names = ("score",)
+
+    def __init__(
+        self,
+        model: str = "yuvalkirstain/PickScore_v1",
+        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        device: str = "cpu",
+        batch: int = 64,
+    ):
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        with loading("pickscore", f"{model} with {processor}"):
+            self.model = pretrained(CLIPModel, model, dtype=torch.float32).to(device)
+            self.image_processor = AutoImageProcessor.from_pretrained(processor)
+            self.tokenizer = AutoTokenizer.from_pretrained(processor)
+        self.device, self.batch = device, batch
+        self.card = Card(
+            "pickscore",
+            model=named(model),
+            licence="MIT",
+            size="224 px, shortest, bicubic, as its processor has it",
+            checkpoint=fingerprint(self.model),
+            settings={"processor": named(processor)},
+        )
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return each(images, prompts, self.names, self._look, self.batch)
+
+    @torch.no_grad()
+    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        row = {text: i for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(row), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        text = self.model.get_text_features(
+            input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device)
+        ).pooler_output[[row[p.text] for p in prompts]]
+        pixels = self.image_processor(images=list(to_uint8(images)), return_tensors="pt").pixel_values
+        image = self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output
+        return self.model.logit_scale.exp() * torch.cosine_similarity(image, text)[:, None]

@@ -1,0 +1,152 @@
+"""Random models of the classes the scorers load, small enough for a test, in the folders and files they load from."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.model import CLIP
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipVisionConfig,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+)
+from transformers.models.blip.modeling_blip import BlipVisionModel
+from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+OPEN_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 24, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1},
+    "text_cfg": {"width": 16, "heads": 2, "layers": 1},
+}
+PREPROCESS = {"size": 24, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "interpolation": "bilinear"}
+LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+
+
+def open_clip_folder(folder: Path) -> Path:
+    """open_clip's `local-dir` layout; the text goes through open_clip's own tokenizer."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    save_file(CLIP(**OPEN_CLIP).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": PREPROCESS}))
+    return folder
+
+
+def hpsv2(folder: Path) -> dict:
+    folder.mkdir(exist_ok=True)
+    (folder / "tiny-for-hpsv2.json").write_text(json.dumps(OPEN_CLIP))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(1)
+    torch.save({"epoch": 3, "state_dict": CLIP(**OPEN_CLIP).state_dict()}, folder / "HPS_v2.1_compressed.pt")
+    return {"weights": str(folder), "model": "tiny-for-hpsv2"}
+
+
+def transformers_clip(folder: Path) -> Path:
+    torch.manual_seed(0)
+    side = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    letters = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    end = len(letters) - 1
+    config = CLIPConfig(
+        text_config=side
+        | {"vocab_size": len(letters), "max_position_embeddings": 40, "eos_token_id": end, "bos_token_id": end - 1},
+        vision_config=side | {"image_size": 24, "patch_size": 8},
+        projection_dim=12,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    size = {"height": 24, "width": 24}
+    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=size).save_pretrained(folder)
+    CLIPTokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]).save_pretrained(folder)
+    return folder
+
+
+def pickscore(folder: Path) -> dict:
+    return {"model": str(transformers_clip(folder)), "processor": str(folder)}
+
+
+def head(sizes: tuple[int, ...], numbers: tuple[int, ...], prefix: str = "layers.") -> dict[str, torch.Tensor]:
+    """A chain of linear layers under the names the released heads have: dropouts take numbers too."""
+    torch.manual_seed(2)
+    chain = [nn.init.orthogonal_(nn.Linear(wide, high).weight) for wide, high in pairwise(sizes)]
+    weights = {f"{prefix}{number}.weight": weight.detach() for number, weight in zip(numbers, chain, strict=True)}
+    return weights | {name.replace("weight", "bias"): 0.1 * value[:, 0] for name, value in weights.items()}
+
+
+def aesthetic(folder: Path) -> dict:
+    model = transformers_clip(folder)
+    weights = head((12, 8, 7, 6, 5, 1), (0, 2, 4, 6, 7))
+    torch.save(weights, folder / "sac+logos+ava1-l14-linearMSE.pth")
+    return {"head": str(folder), "model": str(model)}
+
+
+def original_blip_names(vision: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' names of a BLIP image encoder, turned back to the original's."""
+    table = [
+        ("embeddings.class_embedding", "cls_token"),
+        ("embeddings.position_embedding", "pos_embed"),
+        ("embeddings.patch_embedding", "patch_embed.proj"),
+        ("post_layernorm", "norm"),
+        ("encoder.layers", "blocks"),
+        ("self_attn.projection", "attn.proj"),
+        ("self_attn", "attn"),
+        ("layer_norm", "norm"),
+    ]
+    out = {}
+    for name, value in vision.items():
+        for here, there in table:
+            name = name.replace(here, there)
+        out[name] = value
+    return out
+
+
+def blip() -> tuple[BlipVisionModel, BlipTextModel, dict]:
+    torch.manual_seed(0)
+    med = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 40, "layer_norm_eps": 1e-12, "hidden_act": "gelu",
+    }  # fmt: skip
+    vision = BlipVisionModel(
+        BlipVisionConfig(
+            hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3, image_size=24,
+            patch_size=8, layer_norm_eps=1e-6,
+        )
+    )  # fmt: skip
+    size = {"vocab_size": 5 + 2 * len(LETTERS), "encoder_hidden_size": 12, "is_decoder": True}
+    text = BlipTextModel(BlipTextConfig(**med, **size, bos_token_id=None, sep_token_id=None), add_pooling_layer=False)
+    for model in (vision, text):  # the library's initialisation is too small to tell one picture from another
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    return vision.eval(), text.eval(), med
+
+
+def image_reward(folder: Path) -> dict:
+    folder.mkdir(exist_ok=True)
+    vision, text, med = blip()
+    weights = {f"blip.visual_encoder.{name}": value for name, value in original_blip_names(vision.state_dict()).items()}
+    weights |= {f"blip.text_encoder.{name}": value for name, value in text.state_dict().items()}
+    weights |= {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
+    weights |= head((16, 8, 7, 6, 5, 1), (0, 2, 4, 6, 7), "mlp.layers.")
+    torch.save(weights, folder / "ImageReward.pt")
+    (folder / "med_config.json").write_text(json.dumps(med | {"vocab_size": 30524, "encoder_width": 768}))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + letter for letter in LETTERS)]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    return {"weights": str(folder), "tokenizer": str(folder), "heads": 3}
+
+
+BUILDERS = {
+    "hpsv2": hpsv2,
+    "pickscore": pickscore,
+    "aesthetic": aesthetic,
+    "image_reward": image_reward,
+}
+
+
+def settings(scorer: str, folder: Path) -> dict:
+    """The settings with which `reward_models.load` makes this scorer without any download."""
+    return BUILDERS[scorer](folder) if scorer in BUILDERS else {}
