@@ -76,7 +76,7 @@ def identity(c: Config, times: Float[Tensor, "states"]) -> dict:
         "times": [round(float(t), 6) for t in times],
         "guidance": max(1.0, c.guidance),
         "model": c.model,
-        "rewards": c.rewards,
+        "rewards": c.model_dump()["rewards"],
     }
 
 

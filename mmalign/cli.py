@@ -66,13 +66,13 @@ def calibrate(
     floor: Annotated[float, typer.Option(min=0, help="least noise of a step")] = 0.05,
 ) -> None:
     """Find the noise each step bears (DenseGRPO), for `kernel: scheduled, noise: FILE`, on a config's prompts."""
-    from mmalign import calibrate as calibration, config as configs, policy as policies, train as trainer
+    from mmalign import calibrate as calibration, config as configs, policy as policies, session, train as trainer
 
     policies.quiet()
     if out.suffix != ".json" or not out.parent.is_dir():
         raise BadInput(f"--out {out}: a .json file in a folder that exists is needed")
     c = configs.load(config, [*(overrides or []), *CALIBRATION])
-    run = trainer.open_session(c)
+    run = session.open_session(c)
     rows = []
     levels = calibration.start_levels(run.times)
     for row in calibration.run(partial(trainer.step_gains, run), levels, rounds, rule, step, floor):
@@ -184,12 +184,19 @@ def evaluate(
         float | None, typer.Option(help="classifier-free guidance; default: the run's, or none")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder for the images and scores")] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="file for mean and spread of each score, a config's `reference`"),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 256,
     as_json: Json = False,
 ) -> None:
     """Score a model on prompts with fixed seeds, overall and by kind of prompt."""
-    from mmalign import config as configs, evaluate as evaluation, prompts as prompt_files
+    from mmalign import config as configs, evaluate as evaluation, prompts as prompt_files, references
     from reward_models import load as load_scorer
+
+    if reference is not None and adapter is not None:
+        raise BadInput("--reference is of the base model; leave out --adapter")
 
     wanted = prompt_files.read(configs.locate(str(prompts)))
     with configs.refusing():
@@ -200,6 +207,14 @@ def evaluate(
     result = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
     if out is not None:
         evaluation.write(result, wanted, out)
+    if reference is not None:
+        _writable(reference.parent)
+        references.save(reference, policy.fingerprint(), result, scorers)
+        if len(result.images) < references.ENOUGH:
+            print(
+                f"mmalign: {reference} rests on {len(result.images)} images; {references.ENOUGH} are better",
+                file=sys.stderr,
+            )
     tags = [wanted[p].wants.get("tag", "") for p in result.prompt.tolist()]
     table = {"all": result.means()}
     for tag in dict.fromkeys(tags):

@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from reward_models.combine import Ramp
+
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, whose assets/ a config may name from anywhere
 Rule = Literal["paper", "z"]  # of the noise calibration
 
@@ -38,6 +40,15 @@ def refusing() -> Iterator[None]:
         raise BadInput(" ".join(str(error).split())) from error
 
 
+class AtLeast(BaseModel):
+    """A constraint: mean score at least `bound`, in raw units; `rate` of the multiplier per iteration and unit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    bound: float
+    rate: PositiveFloat = 0.1
+
+
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -45,10 +56,22 @@ class Config(BaseModel):
     model: str = Field("assets/tiny_sd3", description="folder or hub id of a diffusers pipeline")
     prompts: str = Field("assets/prompts/train.jsonl", description="training prompts: .txt (one a line) or .jsonl")
     held_out: str | None = Field("assets/prompts/held_out.jsonl", description="prompts for evaluation; null for none")
-    rewards: dict[str, float] = Field(
+    rewards: dict[str, float | Ramp] = Field(
         {"shapes.strict": 0.5, "shapes.partial": 0.5},
         min_length=1,
-        description="scorer.component: weight; their sum is learnt",
+        description="scorer.component: weight, or {start, end, over: linear or cosine} for one that moves over the run",
+    )
+    combine: Literal["sum", "product", "gate", "mrn", "gdpo"] = Field(
+        "sum",
+        description="how rewards become one: sum; product of powers; gate: one times (1 + the others); "
+        "mrn: normalise in groups, then add; gdpo: the same, then whiten over the batch",
+    )
+    gate: str | None = Field(None, description="combine gate: the scorer.component that opens it")
+    reference: str | None = Field(
+        None, description="file of `mmalign evaluate --reference`: rewards in its standard deviations above its means"
+    )
+    at_least: dict[str, AtLeast] = Field(
+        {}, description="scorer.component: {bound, rate}; its mean is held at the bound by a multiplier that moves"
     )
     watch: list[str] = Field([], description="scorers shown at evaluation beside the rewards, never trained on")
     scorers: dict[str, dict[str, Any]] = Field({}, description="settings of scorers by name")
@@ -113,6 +136,9 @@ class Config(BaseModel):
         description="unit of advantages: standard deviation of the group, of all groups, or the reward's own unit",
     )
     advantage_floor: float = Field(0.0, ge=0, description="least size of that unit, in units of the reward")
+    dead_spread: float = Field(
+        1e-6, ge=0, description="a group whose standard deviation is no more than this is dead: advantage 0, counted"
+    )
     advantage_clip: float = Field(5.0, gt=0, description="bound of advantages, in that unit")
     weighting: Literal["none", "noise"] = Field("none", description="noise: weigh steps by their standard deviation")
     lora_rank: int = Field(16, ge=1)
@@ -147,6 +173,11 @@ class Config(BaseModel):
     )
     compile: bool = Field(False, description="torch.compile the transformer")
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The scorers whose components are rewards or constraints."""
+        return tuple({name.rpartition(".")[0]: None for name in (*self.rewards, *self.at_least)})
+
     @model_validator(mode="after")
     def _options_act(self):
         acts = {
@@ -179,6 +210,17 @@ class Config(BaseModel):
             raise ValueError(
                 "advantage_floor acts only where advantages are divided; remove it or change advantage_scale"
             )
+        if (self.gate is not None) != (self.combine == "gate") or (self.gate or None) not in (None, *self.rewards):
+            raise ValueError(
+                f"gate: one of the rewards is needed with combine: gate, and none without; got {self.gate}"
+            )
+        unit = {"mrn": "none", "gdpo": "batch"}.get(self.combine, self.advantage_scale)
+        if self.advantage_scale != unit:
+            raise ValueError(
+                f"combine: {self.combine} needs advantage_scale: {unit}; it has normalised in groups already"
+            )
+        if self.at_least and self.combine in ("product", "gate"):
+            raise ValueError(f"at_least adds to a sum; with combine: {self.combine} it cannot act")
         siblings = self.seeds * (self.children or 1)
         if siblings < 2:
             raise ValueError(f"seeds x children = {siblings}: advantages compare siblings, at least 2 are needed")

@@ -1,13 +1,14 @@
 """Show images to reward models, once each, and bring the scores back to the trajectories."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.types import Judgement, Trajectories
-from reward_models import Prompt, Scores
+from reward_models import Prompt, Scores, combine
 
 Scorers = Mapping[str, Callable[..., Scores]]  # by name: (images, prompts) -> Scores
 
@@ -24,9 +25,35 @@ def score(
     return parts, failures
 
 
-def total(parts: Mapping[str, Float[Tensor, "N"]], weights: Mapping[str, float]) -> Float[Tensor, "N"]:
-    """Weighted sum; NaN where any component is, for a sum with a part missing would not compare with its siblings'."""
-    return torch.stack([weight * parts[name] for name, weight in weights.items()]).sum(0)
+@dataclass(frozen=True)
+class Combination:
+    """How the components named by `weights` become one reward; the rules are those of `reward_models.combine`.
+
+    `rule` is sum, product, gate, mrn or gdpo; `gate` the component that opens it. gdpo normalises like mrn here, and
+    whitens where advantages are scaled over the batch. `reference`, mean and standard deviation by component, puts
+    scores in its units first. A component that spreads by `floor` or less within a prompt counts as dead.
+    """
+
+    weights: Mapping[str, float]
+    rule: str = "sum"
+    gate: str | None = None
+    reference: Mapping[str, tuple[float, float]] | None = None
+    floor: float = combine.FLOOR
+
+    def __call__(self, parts: Mapping[str, Float[Tensor, "E"]], owner: Int[Tensor, "E"]) -> Float[Tensor, "E"]:
+        """The reward of each image; `owner` is the row of its prompt."""
+        names, weights = list(self.weights), torch.tensor(list(self.weights.values()))
+        values = torch.stack([parts[name] for name in names], 1)
+        if self.reference is not None:
+            mean, std = torch.tensor([self.reference[name] for name in names]).T
+            values = combine.referenced(values, mean, std)
+        if self.rule == "product":
+            return combine.product(values, weights)
+        if self.rule == "gate":
+            return combine.gated(values, weights, names.index(self.gate))
+        if self.rule in ("mrn", "gdpo"):
+            return combine.normalised(values, owner, weights, self.floor)
+        return combine.weighted(values, weights)
 
 
 def judge(
@@ -34,7 +61,7 @@ def judge(
     prompts: Sequence[Prompt],
     decode: Callable[[Tensor], Tensor],
     scorers: Scorers,
-    weights: Mapping[str, float],
+    combination: Combination,
     batch: int = 32,
 ) -> tuple[Judgement, Float[Tensor, "E 3 H W"]]:
     """Decode, `batch` at a time, and score each finished latent once, and give every shown state the reward of its end.
@@ -44,4 +71,5 @@ def judge(
     images = torch.cat([decode(latents).cpu() for latents in paths.ends.split(batch)])
     parts, failures = score(images, [prompts[i] for i in paths.owner.tolist()], scorers)
     own = {name: values[paths.shown[:, -1].cpu()] for name, values in parts.items()}
-    return Judgement(paths.at_states(total(parts, weights)), own, failures=failures), images
+    reward = combination(parts, paths.owner.cpu())
+    return Judgement(paths.at_states(reward), own, failures=failures), images

@@ -73,7 +73,7 @@ def cost(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> Cost
     forwards, images, learnt = (max(column) for column in zip(*costs, strict=True))
     walks = c.prompts_per_iteration * c.seeds
     halves = 2 if c.guidance > 1 else 1
-    scorers = len({name.rpartition(".")[0] for name in c.rewards})
+    scorers = len(c.trained)
     return Cost(
         walks * forwards * halves,
         walks * learnt * c.epochs * (2 if c.beta else 1) * halves,

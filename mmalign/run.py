@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmalign import checkpoint, config as configs, evaluate, planner
 from mmalign.config import BadInput, Config
-from mmalign.train import Session, averaged, iterate, open_session
+from mmalign.session import Session, open_session
+from mmalign.train import averaged, iterate
 from reward_models import Prompt
 
 
@@ -111,13 +112,11 @@ def _check_folder(out: Path, c: Config, resume: bool) -> None:
     if resume:
         if not saved.exists():
             raise BadInput(f"--resume: {out} holds no run")
-        before = configs.load(saved)
-        changed = [key for key, value in c.model_dump().items() if value != getattr(before, key)]
+        now, before = c.model_dump(), configs.load(saved).model_dump()
+        changed = [key for key in now if now[key] != before[key]]
         if changed:
             key = changed[0]
-            raise BadInput(
-                f"--resume: {key} is {getattr(c, key)!r} and was {getattr(before, key)!r}; a run keeps its config"
-            )
+            raise BadInput(f"--resume: {key} is {now[key]!r} and was {before[key]!r}; a run keeps its config")
     elif saved.exists():
         raise BadInput(f"{out} already holds a run; go on with --resume or choose another `out`")
 
@@ -133,9 +132,8 @@ def _claim(out: Path, c: Config) -> None:
 def _save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
     tensors = {"adapter": adapter, "ema": run.ema, "optimizer": checkpoint.optimizer_tensors(run.optimizer)}
-    checkpoint.save(
-        out / "checkpoints", iteration, tensors, {"adapter_hash": checkpoint.fingerprint(adapter), "noise": run.levels}
-    )
+    state = {"adapter_hash": checkpoint.fingerprint(adapter), "noise": run.levels, "multipliers": run.multipliers}
+    checkpoint.save(out / "checkpoints", iteration, tensors, state)
 
 
 def _restore(run: Session, out: Path) -> int:
@@ -149,5 +147,6 @@ def _restore(run: Session, out: Path) -> int:
     run.policy.load_adapter(tensors["adapter"])
     for name, value in tensors["ema"].items():
         run.ema[name].copy_(value)
+    run.multipliers.update(state["multipliers"])
     checkpoint.load_optimizer(run.optimizer, tensors["optimizer"])
     return state["iteration"]

@@ -7,126 +7,30 @@ Left out on purpose: a replay buffer (each iteration learns from its own images)
 along.
 """
 
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from mmalign import (
-    calibrate,
-    config as configs,
-    credit,
-    evaluate,
-    planner,
-    policy as policies,
-    prompts as prompt_files,
-)
-from mmalign.config import BadInput, Config
+from mmalign import credit, evaluate, planner, prompts as prompt_files
+from mmalign.config import Config
 from mmalign.credit.gain import balance, gains
 from mmalign.credit.groups import Units, dead, group_std
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.judge import judge
 from mmalign.learn.update import transitions, update
-from mmalign.types import Judgement, Policy, Trajectories
-from reward_models import Prompt, RewardModel, load as load_scorer
-
-
-@dataclass
-class Clock:
-    """Seconds by name, since the last reading."""
-
-    seconds: Counter = field(default_factory=Counter)
-
-    @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
-
-    def timed(self, name: str, function: Callable) -> Callable:
-        def run(*args):
-            with self.of(name):
-                return function(*args)
-
-        return run
-
-    def read(self) -> dict[str, float]:
-        out, self.seconds = dict(self.seconds), Counter()
-        return out
-
-
-@dataclass(frozen=True)
-class Session:
-    """Everything a run needs, built once by `open_session`.
-
-    `config` is as the budget left it, `levels` the noise of each step, `ema` the averaged adapter by name.
-    """
-
-    config: Config
-    policy: Policy
-    scorers: dict[str, RewardModel]
-    prompts: list[Prompt]
-    held_out: list[Prompt]
-    times: Tensor
-    levels: Noise
-    cost: planner.Cost
-    optimizer: torch.optim.Optimizer
-    ema: dict[str, Tensor]
-    clock: Clock
+from mmalign.session import Session
+from mmalign.types import Judgement, Trajectories
+from reward_models import Prompt, combine
 
 
 def choose_credit(c: Config) -> Callable:
     settings = {"baseline": c.baseline, "compare": c.compare, "control": c.control}
-    units = Units(c.advantage_scale, c.advantage_floor, c.advantage_clip)
+    units = Units(c.advantage_scale, c.advantage_floor, c.advantage_clip, c.dead_spread)
     return partial(credit.CREDITS[c.credit], units=units, **{k: v for k, v in settings.items() if v is not None})
-
-
-def load_scorers(c: Config, names) -> dict[str, RewardModel]:
-    unused = sorted(set(c.scorers) - {name.rpartition(".")[0] for name in c.rewards} - set(c.watch))
-    if unused:
-        raise BadInput(f"scorers: settings for {unused[0]!r}, which is neither in rewards nor in watch")
-    scorers = {name: load_scorer(name, **c.scorers.get(name, {})) for name in dict.fromkeys(names)}
-    for reward in c.rewards:
-        name, _, component = reward.rpartition(".")
-        if component not in scorers[name].names:
-            raise BadInput(f"rewards: no component {component!r}; {name} gives {', '.join(scorers[name].names)}")
-    return scorers
-
-
-def open_session(c: Config) -> Session:
-    """Load and check everything a config names, before anything is written."""
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise BadInput(f"started as {accelerator.num_processes} processes; this version trains in one")
-    prompts = prompt_files.read(configs.locate(c.prompts))
-    prompt_files.batch(prompts, c.prompts_per_iteration, 0, c.seed)
-    held_out = prompt_files.read(configs.locate(c.held_out)) if c.held_out else []
-    shared = {p.text for p in prompts} & {p.text for p in held_out}
-    if shared:
-        raise BadInput(f"held_out: {len(shared)} prompts are training prompts too, e.g. {min(shared)!r}")
-    with configs.refusing():
-        scorers = load_scorers(c, [*(name.rpartition(".")[0] for name in c.rewards), *c.watch])
-        policy = policies.load(
-            configs.locate(c.model), dtype=c.precision, device=str(accelerator.device), guidance=c.guidance
-        )
-        policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
-        times = policy.times(c.steps)
-        levels = calibrate.load(configs.locate(c.noise), c, times) if isinstance(c.noise, str) else c.noise
-        planner.check_noise(c, times, levels)
-        c, cost = planner.fit(c, times, levels)
-    if c.compile:
-        policy.compile()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
-    return Session(c, policy, scorers, prompts, held_out, times, levels, cost, optimizer, policy.adapter(), Clock())
 
 
 def iterate(run: Session, iteration: int) -> dict[str, int | float]:
@@ -136,7 +40,7 @@ def iterate(run: Session, iteration: int) -> dict[str, int | float]:
     prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
     with clock.of("rollout"):
         cond, paths = roll_out(run, prompts, run.levels, iteration)
-    judged, images, rewards = judge_all(run, paths, prompts)
+    judged, images, rewards = judge_all(run, paths, prompts, iteration)
     _stop_if_failing(judged, len(images), c.max_failed)
     with clock.of("learn"):
         advantage = choose_credit(c)(paths, judged)
@@ -153,9 +57,11 @@ def iterate(run: Session, iteration: int) -> dict[str, int | float]:
     reward = judged.reward[:, -1]
     row = {"iteration": iteration + 1, "reward": float(reward.nanmean())}
     row |= {f"part/{name}": float(values.nanmean()) for name, values in judged.parts.items()}
+    row |= combine.health(torch.stack([*judged.parts.values()], 1), [*judged.parts], paths.prompt.cpu(), c.dead_spread)
+    row |= run.move_multipliers(judged)
     row |= {
         "group_std": float(group_std(reward, paths.prompt).nanmean()),
-        "dead_groups": float(dead(reward, paths.prompt).mean()),
+        "dead_groups": float(dead(reward, paths.prompt, c.dead_spread).mean()),
         "diversity": evaluate.diversity(images[paths.shown[:, -1].cpu()], paths.prompt.cpu()),
         "failed": len(judged.failures),
         "forwards": forwards,
@@ -190,11 +96,14 @@ def roll_out(run: Session, prompts: list[Prompt], levels: Noise, iteration: int)
     return cond, paths
 
 
-def judge_all(run: Session, paths: Trajectories, prompts: list[Prompt]) -> tuple[Judgement, Tensor, int]:
+def judge_all(
+    run: Session, paths: Trajectories, prompts: list[Prompt], iteration: int
+) -> tuple[Judgement, Tensor, int]:
     """The judgement by the trained rewards, the images, and how many images were scored, counted for each scorer."""
     c, clock = run.config, run.clock
-    scorers = {name: clock.timed("reward", scorer) for name, scorer in run.scorers.items() if name in _trained(c)}
-    judged, images = judge(paths, prompts, clock.timed("decode", run.policy.decode), scorers, c.rewards, c.decode_batch)
+    scorers = {name: clock.timed("reward", scorer) for name, scorer in run.scorers.items() if name in c.trained}
+    decode, combination = clock.timed("decode", run.policy.decode), run.combination(iteration)
+    judged, images = judge(paths, prompts, decode, scorers, combination, c.decode_batch)
     return judged, images, len(images) * len(scorers)
 
 
@@ -203,12 +112,8 @@ def step_gains(run: Session, levels: Tensor, number: int) -> Tensor:
     c = run.config
     prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, number, c.seed)
     _, paths = roll_out(run, prompts, levels.tolist(), number)
-    judged, _, _ = judge_all(run, paths, prompts)
+    judged, _, _ = judge_all(run, paths, prompts, 0)
     return torch.where(paths.std > 0, gains(paths, judged), torch.nan)[:, : c.steps].cpu()
-
-
-def _trained(c: Config) -> set[str]:
-    return {name.rpartition(".")[0] for name in c.rewards}
 
 
 def _stop_if_failing(judged: Judgement, images: int, limit: float) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import typer
 
-from mmalign import config as configs, train as trainer
+from mmalign import config as configs, session, train as trainer
 
 
 def median_seconds(function, repeats: int) -> float:
@@ -53,7 +53,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value")] = None,
 ) -> None:
     torch.set_flush_denormal(True)
-    run = trainer.open_session(configs.load(config, overrides or []))
+    run = session.open_session(configs.load(config, overrides or []))
     trainer.iterate(run, 0)
     rows = []
     wall = median_seconds(lambda: rows.append(trainer.iterate(run, len(rows) + 1)), iterations)

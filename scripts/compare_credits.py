@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import typer
 
-from mmalign import config as configs, policy as policies, run as runs, train as trainer
+from mmalign import config as configs, policy as policies, run as runs, session, train as trainer
 
 SDE = "plan=sde branch_steps=null children=null baseline=null seeds=12"
 DENSE = f"{SDE} credit=gain score_states=all"
@@ -51,7 +51,7 @@ def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/c
     torch.set_flush_denormal(True)
     folder = out / f"{variant.replace(', ', '-')}-{seed}"
     base = [*VARIANTS[variant].split(), f"seed={seed}", f"out={folder}", "eval_every=0"]
-    trial = trainer.open_session(configs.load("configs/quickstart.yaml", base))
+    trial = session.open_session(configs.load("configs/quickstart.yaml", base))
     rows = [trainer.iterate(trial, i) for i in range(3)]
     count = max(EVALUATIONS, round(seconds / statistics.mean(seconds_of(row) for row in rows[1:])))
     schedule = [f"iterations={count}", f"cooldown={count - 5}", f"eval_every={-(-count // EVALUATIONS)}"]

@@ -56,3 +56,26 @@ def prompt_files(tmp_path_factory) -> dict[str, str]:
             "".join(json.dumps({"prompt": t, "id": i}) + "\n" for i, t in enumerate(own))
         )
     return {name: str(folder / f"{name}.jsonl") for name in ("train", "held_out")}
+
+
+@pytest.fixture
+def settings(random_model, prompt_files, tmp_path):
+    return dict(
+        model=random_model,
+        prompts=prompt_files["train"],
+        held_out=prompt_files["held_out"],
+        rewards={"jpeg_size.kilobytes": 1.0},
+        out=str(tmp_path / "run"),
+        iterations=4,
+        prompts_per_iteration=2,
+        seeds=2,
+        steps=4,
+        plan="branch",
+        branch_steps=[0, 1],
+        children=2,
+        lora_rank=2,
+        eval_seeds=2,
+        eval_steps=2,
+        eval_every=2,
+        checkpoint_every=2,
+    )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmalign import config as configs, report, run, train
+from mmalign import config as configs, report, run, session as sessions
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,6 +20,6 @@ def test_quickstart_raises_the_held_out_score(seed, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_opens(path):
-    session = train.open_session(configs.load(path))
+    session = sessions.open_session(configs.load(path))
     assert len(session.held_out) >= 300
     assert {name.rpartition(".")[0] for name in session.config.rewards} <= set(session.scorers)

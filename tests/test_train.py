@@ -1,10 +1,10 @@
 """Whole runs on a random pipeline: reproducible, resumable, and recorded."""
 
 import contextlib
-import json
 
 import pytest
 import torch
+from whole_runs import rows, run
 
 from mmalign import (
     calibrate,
@@ -14,40 +14,9 @@ from mmalign import (
     prompts,
     report,
     run as runs,
-    train as trainer,
+    session,
 )
 from mmalign.config import BadInput
-
-
-@pytest.fixture
-def settings(random_model, prompt_files, tmp_path):
-    return dict(
-        model=random_model,
-        prompts=prompt_files["train"],
-        held_out=prompt_files["held_out"],
-        rewards={"jpeg_size.kilobytes": 1.0},
-        out=str(tmp_path / "run"),
-        iterations=4,
-        prompts_per_iteration=2,
-        seeds=2,
-        steps=4,
-        plan="branch",
-        branch_steps=[0, 1],
-        children=2,
-        lora_rank=2,
-        eval_seeds=2,
-        eval_steps=2,
-        eval_every=2,
-        checkpoint_every=2,
-    )
-
-
-def run(settings, resume=False, **changed):
-    return runs.train(configs.build(settings | changed, "test"), resume)
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def adapter(out):
@@ -226,7 +195,7 @@ def test_other_methods_run(settings, change):
 def test_calibrated_noise_is_frozen_for_a_run(settings, tmp_path):
     """A calibration that changes under a run's feet is refused on resumption."""
     c = configs.build(settings, "test")
-    times = trainer.open_session(c).times
+    times = session.open_session(c).times
     path = tmp_path / "noise.json"
     rounds = [{"noise": [0.5, 0.4, 0.3, 0.0], "better": [1.0] * 4, "worse": [1.0] * 4}] * 2
     calibrate.save(path, c, times, rounds, "z")

@@ -1,7 +1,7 @@
 """Group statistics, in one place: who is compared with whom, and on what scale.
 
 Only valid (non-NaN) values enter a mean or a spread. A value without an opinion gets advantage 0, and so does every
-member of a group with fewer than two valid values or no spread: such a group is *dead*, it cannot teach anything.
+member of a group with fewer than two valid values or too little spread: such a group is *dead*, it teaches nothing.
 """
 
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ def group_std(values: Float[Tensor, "N"], group: Int[Tensor, "N"]) -> Float[Tens
     return group_mean((values - group_mean(values, group)) ** 2, group).sqrt()
 
 
-def dead(values: Float[Tensor, "N"], group: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
-    """1 for members of a group that has no spread, else 0."""
-    return (~(group_std(values, group) > FLOOR)).float()
+def dead(values: Float[Tensor, "N"], group: Int[Tensor, "N"], spread: float = FLOOR) -> Float[Tensor, "N"]:
+    """1 for members of a group whose standard deviation is at most `spread`, else 0."""
+    return (~(group_std(values, group) > spread)).float()
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,13 @@ class Units:
     `scale` "group" is the standard deviation of the value's own group (GRPO); "batch" the root mean variance within all
     groups, which does not blow up groups that hardly differ; "none" the reward's own unit (GARDO, arXiv 2512.24138,
     reports less reward hacking), which the limit does not touch. The noise of the reward model is a good `floor`.
+    A group whose standard deviation is at most `dead` is.
     """
 
     scale: Scale = "group"
     floor: float = 0.0
     limit: float = 5.0
+    dead: float = FLOOR
 
 
 GRPO = Units()
@@ -61,4 +63,4 @@ def normalise(values: Float[Tensor, "N"], group: Int[Tensor, "N"], units: Units 
     if units.scale != "none":
         unit = spread if units.scale == "group" else (spread[valid] ** 2).mean().sqrt()
         centred = (centred / unit.clamp(min=units.floor)).clamp(-units.limit, units.limit)
-    return torch.where(valid & (spread > FLOOR), centred, 0.0)
+    return torch.where(valid & (spread > units.dead), centred, 0.0)

@@ -17,6 +17,7 @@ from diffusers import StableDiffusion3Pipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmalign.checkpoint import fingerprint
 from mmalign.policy import lora
 from mmalign.types import Latents
 
@@ -108,6 +109,11 @@ class SD3Policy:
         vae = self.pipe.vae
         image = vae.decode(x.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
         return (image.float() / 2 + 0.5).clamp(0, 1)
+
+    def fingerprint(self) -> str:
+        """Names the weights that make images of embeddings, as they are without an adapter."""
+        parts = (("transformer", self.pipe.transformer), ("vae", self.pipe.vae))
+        return fingerprint({f"{part}.{name}": w for part, module in parts for name, w in module.state_dict().items()})
 
     def attach_lora(self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> None:
         lora.attach(self.pipe.transformer, rank, alpha, targets or TARGETS, seed)

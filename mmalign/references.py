@@ -1,0 +1,52 @@
+"""A frozen reference: mean and standard deviation of each reward on images of the base model, measured once.
+
+It belongs to the weights of the model and to the versions of the scorers it was measured with, and is refused with
+others: a drift of either would look like progress.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmalign.config import BadInput, Config, locate
+from mmalign.evaluate import Evaluation
+from reward_models import RewardModel
+
+ENOUGH = 500  # images; the standard deviation is then known to about 3 %
+
+
+def save(path: Path, model: str, result: Evaluation, scorers: Mapping[str, RewardModel]) -> None:
+    """Write the reference of an evaluation of the model whose weights have the fingerprint `model`. BadInput where a
+    component has fewer than two scores."""
+    components = {}
+    for name, values in result.parts.items():
+        valid = values[~values.isnan()]
+        if len(valid) < 2:
+            raise BadInput(f"--reference: {name} has {len(valid)} scores, at least 2 are needed")
+        components[name] = {"mean": float(valid.mean()), "std": float(valid.std()), "images": len(valid)}
+    versions = {name: scorer.card.version for name, scorer in scorers.items()}
+    record = {"model": model, "scorers": versions, "components": components}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def load(c: Config, model: str, scorers: Mapping[str, RewardModel]) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation by component. BadInput where the reference is of other weights or scorers, or a
+    component of the rewards does not vary in it."""
+    try:
+        record = json.loads(Path(locate(c.reference)).read_text())
+        known = {name: (own["mean"], own["std"]) for name, own in record["components"].items()}
+        belongs = {"model": record["model"], **record["scorers"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BadInput(f"reference: {c.reference} is no file written by `mmalign evaluate --reference`") from None
+    names = [*c.rewards, *c.at_least]
+    needed = {"model": model} | {n: scorers[n].card.version for n in {name.rpartition(".")[0] for name in names}}
+    for what, version in needed.items():
+        if belongs.get(what) != version:
+            raise BadInput(
+                f"reference: {c.reference} was measured with {what} {belongs.get(what)}, this run has {version}; "
+                "measure it again"
+            )
+    for name in names:
+        if not known[name][1] > 0:
+            raise BadInput(f"reference: {name} does not vary in {c.reference}; it cannot be a unit")
+    return known

@@ -1,0 +1,137 @@
+"""Everything a run needs, loaded and checked before anything is written."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from mmalign import calibrate, config as configs, planner, policy as policies, prompts as prompt_files, references
+from mmalign.config import BadInput, Config
+from mmalign.flow.plan import Noise
+from mmalign.flow.sample import seed_of
+from mmalign.judge import Combination
+from mmalign.types import Judgement, Policy
+from reward_models import Prompt, RewardModel, combine, load as load_scorer
+
+
+@dataclass
+class Clock:
+    """Seconds by name, since the last reading."""
+
+    seconds: Counter = field(default_factory=Counter)
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def timed(self, name: str, function: Callable) -> Callable:
+        def run(*args):
+            with self.of(name):
+                return function(*args)
+
+        return run
+
+    def read(self) -> dict[str, float]:
+        out, self.seconds = dict(self.seconds), Counter()
+        return out
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a run needs, built once by `open_session`.
+
+    `config` is as the budget left it, `levels` the noise of each step, `ema` the averaged adapter by name,
+    `multipliers` the constraints' by component, `reference` the frozen one's mean and standard deviation by component.
+    """
+
+    config: Config
+    policy: Policy
+    scorers: dict[str, RewardModel]
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    times: Tensor
+    levels: Noise
+    cost: planner.Cost
+    optimizer: torch.optim.Optimizer
+    ema: dict[str, Tensor]
+    multipliers: dict[str, float]
+    reference: dict[str, tuple[float, float]] | None
+    clock: Clock
+
+    def combination(self, iteration: int) -> Combination:
+        """The weights as they stand: ramps by how much of the run is done, constraints by their multipliers."""
+        c, progress = self.config, iteration / max(1, self.config.iterations - 1)
+        weights = {name: w.at(progress) if isinstance(w, combine.Ramp) else w for name, w in c.rewards.items()}
+        weights |= {name: weights.get(name, 0.0) + u for name, u in self.multipliers.items()}
+        return Combination(weights, c.combine, c.gate, self.reference, c.dead_spread)
+
+    def move_multipliers(self, judged: Judgement) -> dict[str, float]:
+        """Move each constraint's multiplier by how far its mean score is from the bound; as a row for the metrics."""
+        for name, limit in self.config.at_least.items():
+            mean = float(judged.parts[name].nanmean())
+            self.multipliers[name] = combine.multiplier(self.multipliers[name], limit.bound, mean, limit.rate)
+        return {f"multiplier/{name}": u for name, u in self.multipliers.items()}
+
+
+def load_scorers(c: Config, names) -> dict[str, RewardModel]:
+    unused = sorted(set(c.scorers) - {*c.trained, *c.watch})
+    if unused:
+        raise BadInput(f"scorers: settings for {unused[0]!r}, which is neither in rewards nor in watch")
+    scorers = {name: load_scorer(name, **c.scorers.get(name, {})) for name in dict.fromkeys(names)}
+    for reward in (*c.rewards, *c.at_least):
+        name, _, component = reward.rpartition(".")
+        if component not in scorers[name].names:
+            raise BadInput(f"rewards: no component {component!r}; {name} gives {', '.join(scorers[name].names)}")
+    return scorers
+
+
+def open_session(c: Config) -> Session:
+    """Load and check everything a config names, before anything is written."""
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise BadInput(f"started as {accelerator.num_processes} processes; this version trains in one")
+    prompts = prompt_files.read(configs.locate(c.prompts))
+    prompt_files.batch(prompts, c.prompts_per_iteration, 0, c.seed)
+    held_out = prompt_files.read(configs.locate(c.held_out)) if c.held_out else []
+    shared = {p.text for p in prompts} & {p.text for p in held_out}
+    if shared:
+        raise BadInput(f"held_out: {len(shared)} prompts are training prompts too, e.g. {min(shared)!r}")
+    with configs.refusing():
+        scorers = load_scorers(c, [*c.trained, *c.watch])
+        policy = policies.load(
+            configs.locate(c.model), dtype=c.precision, device=str(accelerator.device), guidance=c.guidance
+        )
+        known = references.load(c, policy.fingerprint(), scorers) if c.reference else None
+        policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
+        times = policy.times(c.steps)
+        levels = calibrate.load(configs.locate(c.noise), c, times) if isinstance(c.noise, str) else c.noise
+        planner.check_noise(c, times, levels)
+        c, cost = planner.fit(c, times, levels)
+    if c.compile:
+        policy.compile()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
+    multipliers = dict.fromkeys(c.at_least, 0.0)
+    return Session(
+        c,
+        policy,
+        scorers,
+        prompts,
+        held_out,
+        times,
+        levels,
+        cost,
+        optimizer,
+        policy.adapter(),
+        multipliers,
+        known,
+        Clock(),
+    )

@@ -1,0 +1,128 @@
+"""From several scores to one reward: what a component weighs, and what a missing one does.
+
+`values [N, K]` are raw scores of N images by K components, NaN where there is none; `group [N]` numbers the prompt of
+each; `weights [K]`. Rules that add or multiply raw scores give NaN where any component with a weight is missing: a sum
+with a part left out would not compare with its siblings'. Rules that compare within groups first count a missing
+component as the group's mean, which is no opinion, and give NaN where all are missing.
+
+A component whose spread within a group is at most `floor` is dead there: it tells nothing, and its rounding errors are
+not made into preferences.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import cos, pi
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Values = Float[Tensor, "N K"]
+Groups = Int[Tensor, "N"]
+Weights = Float[Tensor, "K"]
+FLOOR = 1e-6
+
+
+def within(values: Values, group: Groups) -> tuple[Values, Values]:
+    """Mean and (population) standard deviation of the valid values of each one's group, by component; NaN without."""
+    _, number = group.unique(return_inverse=True)
+    valid = (~values.isnan()).to(values.dtype)
+    count = torch.zeros(int(number.max()) + 1, values.shape[1]).index_add_(0, number, valid)[number]
+
+    def mean(x: Values) -> Values:
+        return torch.zeros(int(number.max()) + 1, x.shape[1]).index_add_(0, number, x.nan_to_num(0.0))[number] / count
+
+    centre = mean(values)
+    return centre, mean((values - centre) ** 2).sqrt()
+
+
+def weighted(values: Values, weights: Weights) -> Float[Tensor, "N"]:
+    """Sum of weight x score (Flow-GRPO). The widest range decides, whatever the weights look like."""
+    used = weights != 0
+    return (values[:, used] * weights[used]).sum(1)
+
+
+def product(values: Values, weights: Weights) -> Float[Tensor, "N"]:
+    """Product of score ^ weight: weights 0.5 and 0.5 give the geometric mean (VIEScore, arXiv 2312.14867). All must be
+    good; one at 0 takes everything. ValueError for a negative score, which has no root."""
+    used = weights != 0
+    if bool((values[:, used] < 0).any()):
+        raise ValueError(
+            f"a product of rewards needs scores of at least 0, got {float(values[:, used].nan_to_num().min()):.3g}"
+        )
+    return (values[:, used] ** weights[used]).prod(1)
+
+
+def gated(values: Values, weights: Weights, gate: int) -> Float[Tensor, "N"]:
+    """Score of component `gate` x (1 + sum of weight x the others): the others count only as far as it is met
+    (Search-R2's rule for process rewards). The gate's own weight is not looked at."""
+    others = weights.clone()
+    others[gate] = 0
+    return values[:, gate] * (1 + weighted(values, others))
+
+
+def normalised(values: Values, group: Groups, weights: Weights, floor: float = FLOOR) -> Float[Tensor, "N"]:
+    """Sum of weight x (score - group mean) / group standard deviation: normalise, then add (MRN; ReFine-RFT). Every
+    component speaks with its weight, whatever its range; a dead one is silent."""
+    centre, spread = within(values, group)
+    z = torch.where(spread > floor, (values - centre) / spread, 0.0)
+    opinion = ~values[:, weights != 0].isnan().all(1)
+    return torch.where(opinion, (z.nan_to_num(0.0) * weights).sum(1), torch.nan)
+
+
+def whitened(values: Values, group: Groups, weights: Weights, floor: float = FLOOR) -> Float[Tensor, "N"]:
+    """`normalised`, then divided by its standard deviation over the whole batch (GDPO, arXiv 2601.05242): the scale
+    stays the same when a component is added. Its mean is 0 already, group by group."""
+    z = normalised(values, group, weights, floor)
+    spread = z[~z.isnan()].std(correction=0) if bool((~z.isnan()).any()) else torch.tensor(0.0)
+    return z / spread if float(spread) > floor else torch.where(z.isnan(), z, 0.0)
+
+
+def referenced(values: Values, mean: Weights, std: Weights) -> Values:
+    """Scores in standard deviations above a frozen reference, measured once on images of the base model: their mean
+    is the progress since, in one unit for all (Quark). ValueError unless each `std` is above 0."""
+    if not bool((std > 0).all()):
+        raise ValueError(f"reference standard deviations must be above 0, got {std.tolist()}")
+    return (values - mean) / std
+
+
+def multiplier(now: float, bound: int | float, mean: float, rate: float) -> float:
+    """Next multiplier of the constraint `mean score >= bound`: max(0, now + rate x (bound - mean)), the dual ascent of
+    the Lagrangian. A round without any score (NaN) leaves it."""
+    return now if mean != mean else max(0.0, now + rate * (bound - mean))
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A weight that moves from `start` to `end` over the run, linearly or along half a cosine."""
+
+    start: int | float
+    end: int | float
+    over: Literal["linear", "cosine"] = "linear"
+
+    def at(self, progress: int | float) -> float:
+        """The weight at `progress`, 0 at the beginning and 1 at the end; clipped to that."""
+        share = min(1.0, max(0.0, progress))
+        share = share if self.over == "linear" else (1 - cos(pi * share)) / 2
+        return float(self.start + (self.end - self.start) * share)
+
+
+def health(values: Values, names: Sequence[str], group: Groups, floor: float = FLOOR) -> dict[str, float]:
+    """By component: `spread/` the mean standard deviation within groups, `missing/` the share of images without a
+    score, `dead/` the share of images in groups where it tells nothing; `correlation/one~two` (Pearson, over the images
+    that have both) where there is something to correlate."""
+    _, spread = within(values, group)
+    found = {}
+    for k, name in enumerate(names):
+        found |= {
+            f"spread/{name}": float(spread[:, k].nanmean()),
+            f"missing/{name}": float(values[:, k].isnan().float().mean()),
+            f"dead/{name}": float((~(spread[:, k] > floor)).float().mean()),
+        }
+    for one, two in combinations(range(len(names)), 2):
+        both = values[~values[:, [one, two]].isnan().any(1)][:, [one, two]]
+        if len(both) > 1 and bool((both.std(0, correction=0) > floor).all()):
+            found[f"correlation/{names[one]}~{names[two]}"] = float(torch.corrcoef(both.T)[0, 1])
+    return found

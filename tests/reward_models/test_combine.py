@@ -1,0 +1,163 @@
+import math
+
+import pytest
+import torch
+
+from reward_models.combine import (
+    Ramp,
+    gated,
+    health,
+    multiplier,
+    normalised,
+    product,
+    referenced,
+    weighted,
+    whitened,
+    within,
+)
+
+nan = math.nan
+GROUP = torch.tensor([7, 3, 7, 3, 7, 3])  # groups need be neither sorted nor dense
+VALUES = torch.tensor([[1.0, 100], [2, 40], [3, 300], [4, 40], [5, 200], [9, 40]])
+
+
+def draw(n=60, k=3, groups=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.randint(groups, (n,), generator=generator)
+    return torch.randn(n, k, generator=generator) * torch.tensor([0.01, 1, 100.0])[:k], group
+
+
+def test_moments_are_those_of_each_group():
+    mean, std = within(VALUES, GROUP)
+    for group in (3, 7):
+        own = group == GROUP
+        torch.testing.assert_close(mean[own], VALUES[own].mean(0).expand(3, 2))
+        torch.testing.assert_close(std[own], VALUES[own].std(0, correction=0).expand(3, 2))
+
+
+def test_moments_leave_out_what_is_missing():
+    values = VALUES.clone()
+    values[0, 0] = nan
+    mean, std = within(values, GROUP)
+    assert mean[2, 0] == 4
+    assert std[2, 0] == 1
+    values[:, 1] = nan
+    assert within(values, GROUP)[0][:, 1].isnan().all()
+
+
+def test_weighted_sum():
+    found = weighted(VALUES, torch.tensor([2.0, 0.5]))
+    assert found.tolist() == [52, 24, 156, 28, 110, 38]
+
+
+@pytest.mark.parametrize("rule", [weighted, product])
+def test_a_missing_part_leaves_no_sum_but_only_if_it_has_a_weight(rule):
+    values = VALUES.clone()
+    values[1, 1] = nan
+    found = rule(values, torch.tensor([1.0, 1.0]))
+    assert found.isnan().tolist() == [False, True, False, False, False, False]
+    assert not rule(values, torch.tensor([1.0, 0.0])).isnan().any()
+
+
+def test_product_with_halves_is_the_geometric_mean():
+    found = product(VALUES, torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(found, (VALUES[:, 0] * VALUES[:, 1]).sqrt())
+    assert product(torch.tensor([[0.0, 9.0]]), torch.tensor([0.5, 0.5])).item() == 0
+    with pytest.raises(ValueError, match=r"at least 0, got -2"):
+        product(-VALUES[1:2], torch.tensor([1.0, 0.0]))
+
+
+def test_the_gate_closes_for_all():
+    values = torch.tensor([[0.0, 5.0, 1.0], [1.0, 5.0, 1.0], [0.5, 0.0, 0.0]])
+    assert gated(values, torch.tensor([9.0, 0.1, 0.5]), 0).tolist() == pytest.approx([0, 2, 0.5])
+    assert gated(torch.tensor([[1.0, nan]]), torch.tensor([1.0, 1.0]), 0).isnan().all()
+
+
+def test_normalised_rewards_do_not_depend_on_ranges():
+    values, group = draw()
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    found = normalised(values, group, weights)
+    torch.testing.assert_close(
+        found, normalised(values * torch.tensor([1e3, 1, 1e-2]) + 5, group, weights), atol=1e-3, rtol=1e-3
+    )
+    torch.testing.assert_close(within(found[:, None], group)[0], torch.zeros(60, 1), atol=1e-5, rtol=0)
+    one = normalised(values, group, torch.tensor([0.0, 2.0, 0.0]))
+    torch.testing.assert_close(within(one[:, None], group)[1], torch.full((60, 1), 2.0))
+
+
+def test_a_dead_component_is_silent_in_its_group_alone():
+    found = normalised(VALUES, GROUP, torch.tensor([0.0, 1.0]))
+    assert (found[GROUP == 3] == 0).all()
+    assert (found[GROUP == 7] != 0).any()
+    rounding = torch.tensor([[0.3], [0.3 + 3e-8], [0.3]])
+    assert normalised(rounding, torch.zeros(3, dtype=torch.long), torch.tensor([1.0])).tolist() == [0, 0, 0]
+
+
+def test_no_opinion_is_the_groups_mean_and_none_at_all_is_missing():
+    values = VALUES.clone()
+    values[0, 0] = nan
+    values[2] = nan
+    found = normalised(values, GROUP, torch.tensor([1.0, 1.0]))
+    assert found.isnan().tolist() == [False, False, True, False, False, False]
+    alone = normalised(values, GROUP, torch.tensor([0.0, 1.0]))
+    assert found[0] == alone[0]
+    others = GROUP == 3
+    assert torch.equal(found[others], normalised(VALUES, GROUP, torch.tensor([1.0, 1.0]))[others])
+
+
+def test_whitened_rewards_have_unit_scale_whatever_the_number_of_components():
+    for k in (1, 2, 3):
+        values, group = draw(k=k)
+        found = whitened(values, group, torch.ones(k))
+        assert found.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+        assert found.mean().item() == pytest.approx(0, abs=1e-5)
+    assert whitened(torch.ones(4, 1), torch.tensor([0, 0, 1, 1]), torch.ones(1)).tolist() == [0, 0, 0, 0]
+    assert whitened(torch.full((2, 1), nan), torch.tensor([0, 0]), torch.ones(1)).isnan().all()
+
+
+def test_order_does_not_matter():
+    values, group = draw()
+    values[5, 1] = nan
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(2))
+    for rule in (normalised, whitened):
+        torch.testing.assert_close(rule(values, group, weights)[order], rule(values[order], group[order], weights))
+
+
+def test_a_reference_is_the_unit_of_progress():
+    base = draw()[0]
+    mean, std = base.mean(0), base.std(0)
+    torch.testing.assert_close(referenced(base, mean, std).mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(referenced(base + 2 * std, mean, std).mean(0), torch.full((3,), 2.0), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="above 0"):
+        referenced(base, mean, torch.zeros(3))
+
+
+def test_the_multiplier_rises_until_the_bound_is_kept_and_never_below_zero():
+    """On a problem with a known answer: maximise -(x - 2)^2 with x <= 1 (as -x >= -1): x = 1, multiplier 2."""
+    u = 0.0
+    for _ in range(400):
+        x = 2 - u / 2
+        u = multiplier(u, -1.0, -x, 0.1)
+    assert (x, u) == (pytest.approx(1), pytest.approx(2))
+    assert multiplier(0.1, 1.0, 5.0, 0.1) == 0
+    assert multiplier(0.3, 1.0, nan, 0.1) == 0.3
+
+
+def test_ramps():
+    line, curve = Ramp(1.0, 3.0), Ramp(1.0, 3.0, "cosine")
+    assert [line.at(p) for p in (-1, 0, 0.25, 1, 2)] == [1, 1, 1.5, 3, 3]
+    assert [curve.at(p) for p in (0, 0.5, 1)] == [1, pytest.approx(2), 3]
+    assert curve.at(0.25) == pytest.approx(2 - math.cos(math.pi / 4))
+
+
+def test_health_tells_what_is_missing_dead_and_doubled():
+    values = torch.tensor([[1.0, 2, 5], [2, 4, 5], [3, 6, 5], [nan, 8, 5]])
+    found = health(values, ["a", "b", "c"], torch.tensor([0, 0, 1, 1]))
+    assert found["missing/a"] == 0.25
+    assert found["missing/b"] == 0
+    assert found["correlation/a~b"] == pytest.approx(1)
+    assert "correlation/a~c" not in found
+    assert found["dead/c"] == 1
+    assert found["dead/a"] == 0.5  # one valid score is no comparison
+    assert found["spread/b"] == pytest.approx(1)

@@ -1,0 +1,174 @@
+"""Several rewards in one run: the rules of combination meet credits, metrics, checkpoints and the frozen reference."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from typer.testing import CliRunner
+from walks import walk
+from whole_runs import rows, run
+
+from mmalign import config as configs, references, session
+from mmalign.cli import app
+from mmalign.config import BadInput
+from mmalign.credit.groups import Units
+from mmalign.credit.terminal import terminal
+from mmalign.flow import plan as plans
+from mmalign.judge import Combination, judge
+from reward_models import Prompt, Scores, combine
+from reward_models.types import Card
+
+
+class Twice:
+    """The mean of the latent, and its first cell in other units."""
+
+    names, card = ("mean", "first"), Card("twice")
+
+    def __call__(self, images, prompts):
+        return Scores(self.names, torch.stack([images.mean((1, 2, 3)), 100 * images[:, 0, 0, 0]], 1))
+
+
+def shown(combination, starts=12, prompts=3):
+    paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts, prompts)
+    judged, _ = judge(paths, [Prompt("")] * prompts, lambda x: x, {"twice": Twice()}, combination)
+    return paths, judged
+
+
+WEIGHTS = {"twice.mean": 1.0, "twice.first": 0.5}
+
+
+@pytest.mark.parametrize(("rule", "scale", "whole"), [("mrn", "none", "normalised"), ("gdpo", "batch", "whitened")])
+def test_terminal_credit_of_normalised_rewards_is_the_papers_advantage(rule, scale, whole):
+    paths, judged = shown(Combination(WEIGHTS, rule))
+    advantage = terminal(paths, judged, Units(scale, limit=100.0))[:, 0, 0, 0]
+    values = torch.stack([*judged.parts.values()], 1)
+    expected = getattr(combine, whole)(values, paths.prompt, torch.tensor([1.0, 0.5]))
+    torch.testing.assert_close(advantage, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_reference_changes_units_and_nothing_that_compares_siblings():
+    """With one reward, group-scaled advantages are the same with and without a reference."""
+    known = {"twice.mean": (0.3, 0.2)}
+    paths, plain = shown(Combination({"twice.mean": 1.0}))
+    _, moved = shown(Combination({"twice.mean": 1.0}, reference=known))
+    torch.testing.assert_close(moved.reward[:, -1], (plain.reward[:, -1] - 0.3) / 0.2)
+    torch.testing.assert_close(terminal(paths, moved), terminal(paths, plain), atol=1e-4, rtol=1e-4)
+
+
+def test_product_and_gate_read_the_raw_parts():
+    paths = walk(plans.ode(torch.linspace(1, 0, 3)), 4, 2)
+    parts = dict(zip(WEIGHTS, torch.rand(2, 4).unbind(), strict=True))
+    product = Combination(WEIGHTS, "product")(parts, paths.owner)
+    torch.testing.assert_close(product, parts["twice.mean"] * parts["twice.first"].sqrt())
+    gated = Combination(WEIGHTS, "gate", "twice.first")(parts, paths.owner)
+    torch.testing.assert_close(gated, parts["twice.first"] * (1 + parts["twice.mean"]))
+
+
+TWO = {"jpeg_size.kilobytes": 1.0, "image_stats.brightness": 2.0}
+
+
+def test_every_part_is_in_the_metrics(settings):
+    (row, *_) = rows(run(settings, rewards=TWO, iterations=1, held_out=None) / "metrics.jsonl")
+    for name in TWO:
+        assert row[f"spread/{name}"] > 0
+        assert row[f"missing/{name}"] == 0
+        assert row[f"dead/{name}"] == 0
+    assert abs(row["correlation/jpeg_size.kilobytes~image_stats.brightness"]) <= 1
+
+
+def test_groups_under_the_floor_are_dead_and_teach_nothing(settings):
+    out = run(settings, dead_spread=1e6, iterations=1, held_out=None)
+    (row,) = rows(out / "metrics.jsonl")
+    assert row["dead_groups"] == row["dead/jpeg_size.kilobytes"] == 1
+    assert row["replay_forwards"] == 0
+
+
+def test_a_ramp_moves_a_weight_over_the_run(settings):
+    """Brightness counts at first, file size at the end; the reward is the sum with the weights of its iteration."""
+    rewards = {"jpeg_size.kilobytes": {"start": 0, "end": 1}, "image_stats.brightness": {"start": 1, "end": 0}}
+    found = rows(run(settings, rewards=rewards, iterations=3, held_out=None) / "metrics.jsonl")
+    for share, row in zip((0, 0.5, 1), found, strict=True):
+        parts = row["part/jpeg_size.kilobytes"], row["part/image_stats.brightness"]
+        assert row["reward"] == pytest.approx(share * parts[0] + (1 - share) * parts[1], rel=1e-4)
+
+
+def test_a_constraint_holds_by_a_multiplier_that_survives_an_interruption(settings, tmp_path):
+    limit = {"image_stats.brightness": {"bound": 2.0, "rate": 0.5}}  # brightness is at most 1: it can only rise
+    changed = dict(at_least=limit, held_out=None, checkpoint_every=1)
+    out = run(settings, iterations=3, **changed)
+    found = rows(out / "metrics.jsonl")
+    key = "image_stats.brightness"
+    assert found[0][f"multiplier/{key}"] == pytest.approx(0.5 * (2 - found[0][f"part/{key}"]))
+    for before, row in pairwise(found):
+        assert row[f"multiplier/{key}"] == pytest.approx(before[f"multiplier/{key}"] + 0.5 * (2 - row[f"part/{key}"]))
+        expected = row["part/jpeg_size.kilobytes"] + before[f"multiplier/{key}"] * row[f"part/{key}"]
+        assert row["reward"] == pytest.approx(expected, rel=1e-4)
+    state = json.loads((out / "checkpoints/000003/state.json").read_text())
+    assert state["multipliers"] == {key: found[-1][f"multiplier/{key}"]}
+    for later in ("000002", "000003"):
+        for file in (out / "checkpoints" / later).iterdir():
+            file.unlink()
+    run(settings, resume=True, iterations=3, **changed)
+    assert rows(out / "metrics.jsonl")[-1][f"multiplier/{key}"] == found[-1][f"multiplier/{key}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(combine="mrn"), "combine: mrn needs advantage_scale: none"),
+        (dict(combine="gdpo"), "combine: gdpo needs advantage_scale: batch"),
+        (dict(combine="gate"), "gate: one of the rewards is needed"),
+        (dict(gate="jpeg_size.kilobytes"), "gate: one of the rewards is needed"),
+        (dict(combine="gate", gate="clip.cosine"), "gate: one of the rewards is needed"),
+        (dict(combine="product", at_least={"image_stats.brightness": {"bound": 1}}), "with combine: product it cannot"),
+        (dict(at_least={"image_stats.brightness": {"bound": 1, "rate": 0}}), "at_least.image_stats.brightness.rate"),
+        (dict(at_least={"image_stats.beauty": {"bound": 1}}), "no component 'beauty'"),
+        (dict(rewards={"jpeg_size.kilobytes": {"start": 1}}), "rewards.jpeg_size.kilobytes"),
+        (dict(rewards={"jpeg_size.kilobytes": {"start": 1, "end": 2, "over": "steps"}}), "linear.*cosine"),
+    ],
+)
+def test_bad_combinations_are_refused_in_one_line(settings, change, says):
+    with pytest.raises(BadInput, match=says) as error:
+        run(settings, **change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def measured(settings, random_model, prompt_files, tmp_path):
+    path = tmp_path / "reference.json"
+    arguments = ["--model", random_model, "--prompts", prompt_files["held_out"], "--rewards", "jpeg_size"]
+    result = CliRunner().invoke(app, ["evaluate", *arguments, "--steps", "2", "--reference", str(path)])
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_a_reference_is_measured_trained_with_and_bound_to_its_weights(settings, measured):
+    record = json.loads(measured.read_text())
+    own = record["components"]["jpeg_size.kilobytes"]
+    out = run(settings, reference=str(measured), iterations=1, held_out=None)
+    (row,) = rows(out / "metrics.jsonl")
+    assert row["reward"] == pytest.approx((row["part/jpeg_size.kilobytes"] - own["mean"]) / own["std"], rel=1e-4)
+    for what, changed in (
+        ("jpeg_size", dict(scorers={"jpeg_size": {"quality": 50}})),
+        ("image_stats", dict(rewards={"image_stats.brightness": 1.0})),
+    ):
+        with pytest.raises(BadInput, match=f"was measured with {what} .*measure it again"):
+            session.open_session(configs.build(settings | {"reference": str(measured)} | changed, "test"))
+    measured.write_text(json.dumps(record | {"model": "another"}))
+    with pytest.raises(BadInput, match="was measured with model another, this run has"):
+        session.open_session(configs.build(settings | {"reference": str(measured)}, "test"))
+    own["std"] = 0.0
+    measured.write_text(json.dumps(record))
+    with pytest.raises(BadInput, match="does not vary"):
+        session.open_session(configs.build(settings | {"reference": str(measured)}, "test"))
+    measured.write_text("{}")
+    with pytest.raises(BadInput, match="no file written by"):
+        session.open_session(configs.build(settings | {"reference": str(measured)}, "test"))
+
+
+def test_the_reference_is_of_the_base_model(tmp_path):
+    result = CliRunner().invoke(app, ["evaluate", "--adapter", "runs/x", "--reference", str(tmp_path / "r.json")])
+    assert isinstance(result.exception, BadInput)
+    assert "of the base model" in str(result.exception)
+    assert references.ENOUGH == 500
