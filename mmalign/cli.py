@@ -245,6 +245,7 @@ def score(
         list[str] | None, typer.Option("--set", help="a scorer's setting, e.g. clip.model=ViT-B-32; may repeat")
     ] = None,
     page: Annotated[Path | None, typer.Option("--html", help="write a gallery, best first")] = None,
+    cache: Annotated[Path | None, typer.Option(help="file of scores had before; made if it is not there")] = None,
     batch: Annotated[int, typer.Option(min=1, help="images scored at once")] = 64,
     as_json: Json = False,
 ) -> None:
@@ -253,32 +254,35 @@ def score(
 
     from mmalign import config as configs
     from reward_models import batch as batches, gallery, load as load_scorer
+    from reward_models.cache import Cached
 
     with configs.refusing():
         items, choices = batches.read(source, prompt)
         own = _settings(settings or [], rewards.split(","))
         scorers = {name: load_scorer(name, **own[name]) for name in own}
+        if cache is not None:
+            scorers = {name: Cached(scorer, cache) for name, scorer in scorers.items()}
         if any(item.prompt is None for item in items) and (blind := batches.needs_prompts(scorers)):
             raise BadInput(f"{blind[0]} looks at the prompt, and {source} has none for some images; give --prompt TEXT")
-        names = [f"{name}.{component}" for name, scorer in scorers.items() for component in scorer.names]
         if out.suffix not in batches.TABLES:
             raise BadInput(f"--out {out}: a name that ends in {', '.join(batches.TABLES)} is needed")
         record = out if out.suffix == ".jsonl" else out.with_suffix(".partial.jsonl")
         if record != out and out.exists():
             raise BadInput(f"--out {out} is there already; choose another name or remove it")
         _writable(out.parent)
-        done = batches.resume(record, names) if record.exists() else {}
-    left = [item for item in items if (item.name, item.prompt.text if item.prompt else None) not in done]
+        done, left = batches.resume(record, items, scorers)
     with record.open("a") as file:
         found = batches.score(left, scorers, batch)
         for row in track(found, "scoring", len(left), console=Console(stderr=True), disable=not left):
             file.write(json.dumps(row) + "\n")
             done[row["image"], row["prompt"]] = row
-    rows = [done[item.name, item.prompt.text if item.prompt else None] for item in items]
+    rows = [done[item.key] for item in items]
     if record != out:
         batches.write(rows, out)
         record.unlink()
     summary = batches.summarise(rows, choices)
+    if cache is not None:
+        summary["cache"] = {name: {"asked": own.asked, "hits": own.hits} for name, own in scorers.items()}
     if page is not None:
         gallery.write(rows, summary, source if source.is_dir() else source.parent, page)
     if as_json:
@@ -286,6 +290,8 @@ def score(
     else:
         console.print(_scores(summary))
         console.print(f"{len(left)} images scored now, {len(rows) - len(left)} before: {out}")
+        for name, own in summary.get("cache", {}).items():
+            console.print(f"cache: {own['hits']} of {own['asked']} scores of {name} were there")
     if summary["failed"]:
         print(f"mmalign: {summary['failed']} of {len(rows)} images could not be scored; see {out}", file=sys.stderr)
         raise typer.Exit(1)

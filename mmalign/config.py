@@ -74,7 +74,10 @@ class Config(BaseModel):
         {}, description="scorer.component: {bound, rate}; its mean is held at the bound by a multiplier that moves"
     )
     watch: list[str] = Field([], description="scorers shown at evaluation beside the rewards, never trained on")
-    scorers: dict[str, dict[str, Any]] = Field({}, description="settings of scorers by name")
+    scorers: dict[str, dict[str, Any]] = Field(
+        {}, description="settings of scorers by name; with `scorer: NAME` among them the name is your own"
+    )
+    cache: str | None = Field(None, description="file of scores had before, shared between runs; made if not there")
     out: str = Field("runs/quickstart", description="the run's folder; must be new, or the same run resumed")
     seed: int = Field(0, ge=0)
 

@@ -17,6 +17,7 @@ from mmalign.flow.sample import seed_of
 from mmalign.judge import Combination
 from mmalign.types import Judgement, Policy
 from reward_models import Prompt, RewardModel, combine, load as load_scorer
+from reward_models.cache import Cached
 
 
 @dataclass
@@ -91,7 +92,7 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
         name, _, component = reward.rpartition(".")
         if component not in scorers[name].names:
             raise BadInput(f"rewards: no component {component!r}; {name} gives {', '.join(scorers[name].names)}")
-    return scorers
+    return {name: Cached(scorer, c.cache) for name, scorer in scorers.items()} if c.cache else scorers
 
 
 def open_session(c: Config) -> Session:

@@ -25,6 +25,7 @@ from mmalign.learn.update import transitions, update
 from mmalign.session import Session
 from mmalign.types import Judgement, Trajectories
 from reward_models import Prompt, combine
+from reward_models.cache import Cached
 
 
 def choose_credit(c: Config) -> Callable:
@@ -68,6 +69,7 @@ def iterate(run: Session, iteration: int) -> dict[str, int | float]:
         "replay_forwards": policy.spent["forwards"] - forwards,
         "decodes": policy.spent["decodes"],
         "rewards": rewards,
+        **cache_hits(run),
         "transitions": len(batch),
         "lr": run.optimizer.param_groups[0]["lr"],
     }
@@ -114,6 +116,12 @@ def step_gains(run: Session, levels: Tensor, number: int) -> Tensor:
     _, paths = roll_out(run, prompts, levels.tolist(), number)
     judged, _, _ = judge_all(run, paths, prompts, 0)
     return torch.where(paths.std > 0, gains(paths, judged), torch.nan)[:, : c.steps].cpu()
+
+
+def cache_hits(run: Session) -> dict[str, float]:
+    """The share of all scores so far that were had before, evaluations included."""
+    cached = [scorer for scorer in run.scorers.values() if isinstance(scorer, Cached)]
+    return {"cache_hits": sum(s.hits for s in cached) / max(1, sum(s.asked for s in cached))} if cached else {}
 
 
 def _stop_if_failing(judged: Judgement, images: int, limit: float) -> None:

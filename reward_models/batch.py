@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
 from reward_models.images import from_pil
+from reward_models.scoring import Picture, score_pictures
 from reward_models.types import Prompt, RewardModel
 
-Picture = Float[Tensor, "1 3 _ _"]  # one image, of any size
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TABLES = (".jsonl", ".csv", ".parquet")
 OWN = {"image", "prompt", "id", "scores", "failures", "critiques", "image_a", "image_b", "chosen"}
@@ -35,6 +32,10 @@ class Item:
     name: str
     path: Path
     prompt: Prompt | None
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        return self.name, self.prompt.text if self.prompt else None
 
 
 @dataclass(frozen=True)
@@ -150,15 +151,39 @@ def needs_prompts(scorers: Mapping[str, RewardModel]) -> list[str]:
 
 
 def score(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int) -> Iterator[dict[str, Any]]:
-    """One row per item, in order: `image`, `prompt`, `id`, `scores` by "scorer.component" (None where there is none),
-    `failures` with reasons by scorer, or by "image" where it could not be read."""
-    parts = [items[i : i + batch] for i in range(0, len(items), batch)]
+    """One row per item: `image`, `prompt`, `id`, and what `score_pictures` says of it. In order, but for groupwise
+    scorers, which see the images of a prompt together, however many they are."""
+    parts = _parts(items, scorers, batch)
     with ThreadPoolExecutor(max_workers=1) as reader:  # reads the next batch while this one is scored
         waiting = reader.submit(_load, parts[0]) if parts else None
         for k, part in enumerate(parts):
             pictures = waiting.result()
             waiting = reader.submit(_load, parts[k + 1]) if k + 1 < len(parts) else None
-            yield from _score(part, pictures, scorers)
+            found = score_pictures(pictures, [item.prompt or Prompt("") for item in part], scorers)
+            for item, own in zip(part, found, strict=True):
+                prompt = item.prompt
+                yield {
+                    "image": item.name, "prompt": prompt and prompt.text, "id": prompt.id if prompt else 0,
+                } | own  # fmt: skip
+
+
+def _group(item: Item) -> tuple:
+    return (item.prompt.id, item.prompt.text) if item.prompt else (0, None)
+
+
+def _parts(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int) -> list[Sequence[Item]]:
+    if not any(scorer.card.groupwise for scorer in scorers.values()):
+        return [items[i : i + batch] for i in range(0, len(items), batch)]
+    groups = defaultdict(list)
+    for item in items:
+        groups[_group(item)].append(item)
+    parts: list[list[Item]] = []
+    for group in groups.values():
+        if parts and len(parts[-1]) + len(group) <= batch:
+            parts[-1] += group
+        else:
+            parts.append(group)
+    return parts
 
 
 def _load(items: Sequence[Item]) -> list[Picture | str]:
@@ -173,64 +198,39 @@ def _load(items: Sequence[Item]) -> list[Picture | str]:
     return out
 
 
-def _score(items: Sequence[Item], pictures: Sequence[Picture | str], scorers) -> list[dict[str, Any]]:
-    names = [f"{name}.{component}" for name, scorer in scorers.items() for component in scorer.names]
-    rows = [
-        {
-            "image": item.name,
-            "prompt": item.prompt.text if item.prompt else None,
-            "id": item.prompt.id if item.prompt else 0,
-            "scores": dict.fromkeys(names),
-            "failures": {"image": picture} if isinstance(picture, str) else {},
-        }
-        for item, picture in zip(items, pictures, strict=True)
-    ]
-    sizes = defaultdict(list)  # images of one size go through a scorer together
-    for i, picture in enumerate(pictures):
-        if not isinstance(picture, str):
-            sizes[picture.shape].append(i)
-    for same in sizes.values():
-        images = torch.cat([pictures[i] for i in same])
-        prompts = [items[i].prompt or Prompt("") for i in same]
-        for name, scorer in scorers.items():
-            try:
-                found = scorer(images, prompts)
-            except (ValueError, RuntimeError) as error:  # a scorer's own failure is its images' failure
-                for i in same:
-                    rows[i]["failures"][name] = " ".join(str(error).split())
-                continue
-            for place, i in enumerate(same):
-                values = found.values[place].tolist()
-                for component, value in zip(found.names, values, strict=True):
-                    rows[i]["scores"][f"{name}.{component}"] = None if value != value else value
-                if place in found.failures:
-                    rows[i]["failures"][name] = found.failures[place]
-    return rows
-
-
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def resume(out: Path, names: Sequence[str]) -> dict[tuple[str, str | None], dict]:
-    """The whole rows of an earlier run by (image, prompt); a line cut off in the middle is removed from the file.
+def resume(
+    out: Path, items: Sequence[Item], scorers: Mapping[str, RewardModel]
+) -> tuple[dict[tuple[str, str | None], dict], list[Item]]:
+    """The rows of an earlier run by (image, prompt), and the items left. What must be scored again is taken out of the
+    file: a line cut off in the middle, rows with a failure, and, with a groupwise scorer, prompts with items left.
 
-    ValueError if they hold other scores than `names`.
+    ValueError if the rows hold other scores.
     """
     done: dict[tuple[str, str | None], dict] = {}
-    whole = 0
-    with out.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-                key = (row["image"], row["prompt"])
-            except (ValueError, TypeError, KeyError):
-                break
-            if list(row["scores"]) != list(names):
-                raise ValueError(f"{out} holds {', '.join(row['scores'])}; score into another file or remove it")
+    names = [f"{name}.{component}" for name, scorer in scorers.items() for component in scorer.names]
+    for line in out.read_text().splitlines() if out.exists() else ():
+        try:
+            row = json.loads(line)
+            key = (row["image"], row["prompt"])
+        except (ValueError, TypeError, KeyError):
+            break
+        if list(row["scores"]) != names:
+            raise ValueError(f"{out} holds {', '.join(row['scores'])}; score into another file or remove it")
+        if not row["failures"]:
             done[key] = row
-            whole += len(line)
-    os.truncate(out, whole)
-    return done
+    left = [item for item in items if item.key not in done]
+    if any(scorer.card.groupwise for scorer in scorers.values()):
+        open_ = {_group(item) for item in left}
+        left = [item for item in items if _group(item) in open_]
+    for item in left:
+        done.pop(item.key, None)
+    kept = out.with_name(out.name + ".kept")
+    kept.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
+    os.replace(kept, out)
+    return done, left
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:

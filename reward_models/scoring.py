@@ -1,15 +1,19 @@
-"""What every scorer does at its border: check, round, batch, isolate. Here once, so that no scorer can forget it."""
+"""What every scorer does at its border: check, round, batch, isolate. Here once, so that no scorer can forget it; and
+how several scorers look at pictures of any sizes."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from reward_models.images import to_uint8
-from reward_models.types import Images, Prompt, Scores
+from reward_models.types import Images, Prompt, RewardModel, Scores
 
 Look = Callable[[Images, Sequence[Prompt]], Float[Tensor, "M K"] | Scores]
+Picture = Float[Tensor, "1 3 _ _"]  # one image, of any size
 LEVEL = 1 / 255
 
 
@@ -23,7 +27,7 @@ def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-    failures = dict(enumerate(map(_unfit, images)))
+    failures = dict(enumerate(map(unfit, images)))
     failures = {i: why for i, why in failures.items() if why}
     fit = [i for i in range(len(images)) if i not in failures]
     values = torch.full((len(images), len(names)), torch.nan)
@@ -53,7 +57,8 @@ def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look
     return Scores(names, values, tuple(critiques) if any(critiques) else (), maps, dict(sorted(failures.items())))
 
 
-def _unfit(image: Float[Tensor, "3 H W"]) -> str | None:
+def unfit(image: Float[Tensor, "3 H W"]) -> str | None:
+    """Why an image cannot be scored by anyone, or None."""
     low, high = (float(bound) for bound in image.aminmax())
     if not (abs(low) < torch.inf and abs(high) < torch.inf):
         return "a pixel is not finite"
@@ -71,3 +76,54 @@ def _checked(names: tuple[str, ...], values: Float[Tensor, "M K"]) -> Scores:
         if any(row)
     }
     return Scores(names, values.masked_fill(broken, torch.nan), failures=failures)
+
+
+def score_pictures(
+    pictures: Sequence[Picture | str], prompts: Sequence[Prompt], scorers: Mapping[str, RewardModel]
+) -> list[dict[str, Any]]:
+    """What each scorer thinks of pictures of unlike sizes; a picture that could not be had is the reason why.
+
+    One row per picture: `scores` by "scorer.component" (None where there is none), `failures` with reasons by scorer,
+    or by "image", and `critiques` by scorer. A scorer that raises fails its own pictures alone. A groupwise scorer gets
+    all pictures of a prompt at once, and fails those of a prompt whose sizes differ.
+    """
+    names = [f"{name}.{component}" for name, scorer in scorers.items() for component in scorer.names]
+    out = [
+        {
+            "scores": dict.fromkeys(names),
+            "failures": {"image": picture} if isinstance(picture, str) else {},
+            "critiques": {},
+        }
+        for picture in pictures
+    ]
+    had = [i for i, picture in enumerate(pictures) if not isinstance(picture, str)]
+    sizes = {i: tuple(pictures[i].shape[2:]) for i in had}
+    mixed = defaultdict(set)
+    for i in had:
+        mixed[prompts[i].id, prompts[i].text].add(sizes[i])
+    for name, scorer in scorers.items():
+        together = defaultdict(list)
+        for i in had:
+            if scorer.card.groupwise and len(mixed[prompts[i].id, prompts[i].text]) > 1:
+                out[i]["failures"][name] = "the images of its prompt differ in size and cannot be compared"
+            else:
+                together[sizes[i]].append(i)
+        for same in together.values():
+            _enter(out, same, name, scorer, torch.cat([pictures[i] for i in same]), [prompts[i] for i in same])
+    return out
+
+
+def _enter(out: list[dict[str, Any]], same: Sequence[int], name: str, scorer, images: Images, prompts) -> None:
+    try:
+        found = scorer(images, prompts)
+    except Exception as error:  # whatever a scorer trips over is its images' failure, not the run's
+        for i in same:
+            out[i]["failures"][name] = " ".join(str(error).split()) or type(error).__name__
+        return
+    for place, i in enumerate(same):
+        for component, value in zip(found.names, found.values[place].tolist(), strict=True):
+            out[i]["scores"][f"{name}.{component}"] = None if value != value else value
+        if place in found.failures:
+            out[i]["failures"][name] = found.failures[place]
+        if found.critiques and found.critiques[place]:
+            out[i]["critiques"][name] = found.critiques[place]

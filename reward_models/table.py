@@ -19,12 +19,14 @@ SCORERS: dict[str, str] = {
 }
 
 
-def load(name: str, **settings: Any) -> RewardModel:
-    """A `RewardModel` of `SCORERS`, or the user's own as `my_module:MyScorer`, made with `settings`.
+def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardModel:
+    """A `RewardModel` of `SCORERS`, or the user's own as `my_module:MyScorer`, made with `settings`. With `scorer`,
+    `name` is only what the user calls it: one scorer may be had twice, with other settings.
 
     ValueError, in one line: no such name (near names are listed), no such module or attribute, settings it does not
     take, or settings it refuses. A scorer's module is imported when it is asked for, never before.
     """
+    name = scorer or name
     if name not in SCORERS and ":" not in name:
         near = get_close_matches(name, SCORERS, cutoff=0.4) or SCORERS
         raise ValueError(f"no scorer called {name!r}; near names: {', '.join(near)}; your own is 'my_module:MyScorer'")

@@ -265,6 +265,32 @@ def test_score_goes_on_where_it_stopped(pictures, tmp_path):
     assert out.read_text().splitlines() == scored
 
 
+def test_score_tries_again_what_failed(pictures, tmp_path):
+    good = (pictures / "1.png").read_bytes()
+    (pictures / "1.png").write_text("broken")
+    out = tmp_path / "scores.jsonl"
+    score = ["score", pictures, "--rewards", "image_stats", "--out", out]
+    assert mmalign(*score).returncode == 1
+    (pictures / "1.png").write_bytes(good)
+    result = mmalign(*score)
+    assert result.returncode == 0
+    assert "1 images scored now, 3 before" in " ".join(result.stdout.split())
+    assert sorted(json.loads(line)["image"] for line in out.read_text().splitlines()) == [f"{i}.png" for i in range(4)]
+
+
+def test_score_remembers_in_a_cache(pictures, tmp_path):
+    cache = ["--rewards", "clip,image_stats", "--prompt", "a red square", "--cache", tmp_path / "scores.sqlite"]
+    first = json.loads(mmalign("score", pictures, *cache, "--out", tmp_path / "a.jsonl", "--json").stdout)
+    again = json.loads(mmalign("score", pictures, *cache, "--out", tmp_path / "b.jsonl", "--json").stdout)
+    assert first["cache"] == {name: {"asked": 4, "hits": 0} for name in ("clip", "image_stats")}
+    assert again["cache"] == {name: {"asked": 4, "hits": 4} for name in ("clip", "image_stats")}
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+    (pictures / "no.sqlite").write_text("no database, but long enough to be read as the head of one" * 9)
+    refused = mmalign("score", pictures, *cache[:-1], pictures / "no.sqlite", "--out", tmp_path / "c.jsonl")
+    assert refused.returncode == 2
+    assert "file is not a database" in refused.stderr
+
+
 def test_score_writes_csv_and_says_what_failed(pictures, tmp_path):
     (pictures / "1.png").write_text("broken")
     out = tmp_path / "scores.csv"

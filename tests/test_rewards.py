@@ -77,6 +77,22 @@ def test_every_part_is_in_the_metrics(settings):
     assert abs(row["correlation/jpeg_size.kilobytes~image_stats.brightness"]) <= 1
 
 
+def test_a_second_run_with_the_same_cache_scores_nothing_twice(settings, tmp_path):
+    changed = dict(cache=str(tmp_path / "scores.sqlite"), iterations=2)
+    one = rows(run(settings, **changed) / "metrics.jsonl")
+    two = rows(run(settings, **changed, out=str(tmp_path / "again")) / "metrics.jsonl")
+    assert [row["cache_hits"] for row in two] == [1.0, 1.0]
+    assert one[-1]["cache_hits"] < 1
+    assert [row["reward"] for row in one] == [row["reward"] for row in two]
+
+
+def test_two_settings_of_one_scorer_watch_each_other(settings):
+    scorers = {"rough": {"scorer": "jpeg_size", "quality": 10}}
+    out = run(settings, scorers=scorers, watch=["rough"], iterations=1)
+    (before, *_) = rows(out / "evaluations.jsonl")
+    assert before["rough.kilobytes"] > before["jpeg_size.kilobytes"]  # both below 0: fewer bytes at low quality
+
+
 def test_groups_under_the_floor_are_dead_and_teach_nothing(settings):
     out = run(settings, dead_spread=1e6, iterations=1, held_out=None)
     (row,) = rows(out / "metrics.jsonl")

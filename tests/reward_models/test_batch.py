@@ -148,15 +148,69 @@ def test_sources_that_are_none(tmp_path):
         batch.read(tmp_path / "a.jsonl")
 
 
-def test_a_cut_off_line_is_scored_again_and_no_other(folder):
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_what_was_cut_off_or_failed_is_scored_again_and_nothing_else(folder):
     rows, out = scored(folder), folder / "out.jsonl"
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    out.write_text(text[:-40])
-    done = batch.resume(out, ["own.mean", "own.red"])
-    assert list(done) == [(f"{i}.png", f"picture {i % 2}") for i in range(4)]
-    assert out.read_text() == "".join(json.dumps(row) + "\n" for row in rows[:4])
+    items, _ = batch.read(folder)
+    out.write_text(lines(rows)[:-40])
+    done, left = batch.resume(out, items, {"own": Brightness()})
+    assert list(done) == [item.key for item in items[:3]]
+    assert left == items[3:]
+    assert out.read_text() == lines(rows[:3])
     with pytest.raises(ValueError, match=r"holds own\.mean, own\.red; score into another file"):
-        batch.resume(out, ["clip.cosine"])
+        batch.resume(out, items, {"other": Brightness()})
+    out.unlink()
+    assert batch.resume(out, items, {"own": Brightness()}) == ({}, items)
+
+
+class Rank(Brightness):
+    """The share of its siblings an image is brighter than: it needs them all, and counts how it was called."""
+
+    card = Card("rank", groupwise=True)
+    names = ("rank",)
+
+    def __call__(self, images, prompts):
+        self.calls.append(sorted({p.text for p in prompts}))
+        level = images.mean((1, 2, 3))
+        same = torch.tensor([[a.text == b.text for a in prompts] for b in prompts])
+        below = ((level[None] < level[:, None]) & same).sum(1) / (same.sum(1) - 1)
+        return Scores(self.names, below[:, None])
+
+
+@pytest.fixture
+def groups(tmp_path):
+    """Nine pictures of three prompts, dealt in turn, brighter and brighter."""
+    for i in range(9):
+        Image.new("RGB", (8, 8), (20 * i,) * 3).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("abc"[i % 3])
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", [1, 4, 6, 64])
+def test_images_of_a_prompt_stay_together_for_those_who_compare_them(groups, size):
+    scorer = Rank()
+    found = {row["image"]: row["scores"]["own.rank"] for row in scored(groups, scorer, size)}
+    assert found == {f"{i}.png": (i // 3) / 2 for i in range(9)}
+    assert [text for call in scorer.calls for text in call] == ["a", "b", "c"]
+
+
+def test_a_prompt_with_an_image_left_is_compared_again_whole(groups):
+    items, _ = batch.read(groups)
+    rows, out = scored(groups, Rank()), groups / "out.jsonl"
+    out.write_text(lines(row for row in rows if row["image"] != "4.png"))
+    done, left = batch.resume(out, items, {"own": Rank()})
+    assert [item.name for item in left] == ["1.png", "4.png", "7.png"]
+    assert {name for name, _ in done} == {f"{i}.png" for i in (0, 2, 3, 5, 6, 8)}
+    assert out.read_text() == lines(row for row in rows if row["prompt"] != "b")
+
+
+def test_images_of_unlike_sizes_cannot_be_compared(groups):
+    Image.new("RGB", (9, 8)).save(groups / "4.png")
+    for row in scored(groups, Rank(), 64):
+        assert (row["scores"]["own.rank"] is None) == (row["prompt"] == "b") == ("own" in row["failures"])
 
 
 def test_what_is_written_reads_back(folder):

@@ -46,6 +46,11 @@ def test_settings_are_passed_on(own):
     assert load("own_scorers:Mine", weight=3).weight == 3
 
 
+def test_a_scorer_may_be_had_twice_under_other_names():
+    rough = load("rough", scorer="jpeg_size", quality=20)
+    assert (rough.quality, rough.card.scorer) == (20, "jpeg_size")
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "says"),
     [

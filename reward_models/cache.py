@@ -1,0 +1,113 @@
+"""Scores that were had before: a scorer that remembers, in one SQLite file that several processes may share.
+
+A score is found again by the image's 256 levels, the prompt (text and ground truth; neither where the scorer does not
+look at it) and the version on the scorer's card, which changes with its weights and settings. Failures are not kept:
+they are tried again. A scorer that compares the images of a prompt is asked every time, for its scores belong to the
+group.
+"""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reward_models.images import to_uint8
+from reward_models.scoring import unfit
+from reward_models.types import Images, Prompt, RewardModel, Scores
+
+WAIT = 60  # seconds for another process to finish writing
+
+
+class Cached:
+    """`scorer` with a memory at `path`. `asked` and `hits` count images. ValueError if the file cannot be used."""
+
+    def __init__(self, scorer: RewardModel, path: str | Path):
+        self.scorer, self.names, self.card, self.path = scorer, scorer.names, scorer.card, Path(path)
+        self.asked = self.hits = 0
+        try:
+            with self._open() as store:
+                store.execute("PRAGMA journal_mode=WAL")
+                store.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, record TEXT) WITHOUT ROWID")
+        except sqlite3.Error as error:
+            raise ValueError(f"cache {path}: {error}") from None
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        if self.card.groupwise:
+            return self.scorer(images, prompts)
+        keys = [self._key(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        known = self._recall(set(keys))
+        first: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            first.setdefault(key, i)
+        new = [i for key, i in first.items() if key not in known]
+        self.asked += len(keys)
+        self.hits += len(keys) - len(new)
+        failures = {}
+        if new:
+            found = self.scorer(images[new], [prompts[i] for i in new])
+            records = {keys[i]: _record(found, place) for place, i in enumerate(new)}
+            failures = {keys[new[place]]: why for place, why in found.failures.items()}
+            self._keep({key: record for key, record in records.items() if key not in failures})
+            known |= records
+        reasons = {i: failures[key] for i, key in enumerate(keys) if key in failures}
+        return replace(_scores(self.names, [known[key] for key in keys]), failures=reasons)
+
+    def _key(self, image: torch.Tensor, prompt: Prompt) -> str:
+        digest = hashlib.sha256(f"{self.card.version} {list(image.shape)}".encode())
+        if unfit(image):  # has no 8-bit form, is not scored, is not kept
+            digest.update(image.cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(to_uint8(image[None]).cpu().contiguous().numpy().tobytes())
+        if self.card.sees_prompt:
+            digest.update(json.dumps([prompt.text, prompt.wants], sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(self.path, timeout=WAIT)) as store, store:
+            yield store
+
+    def _recall(self, keys: set[str]) -> dict[str, dict[str, Any]]:
+        with self._open() as store:
+            rows = (store.execute("SELECT key, record FROM scores WHERE key = ?", (key,)).fetchone() for key in keys)
+            return {row[0]: json.loads(row[1]) for row in rows if row}
+
+    def _keep(self, records: Mapping[str, dict[str, Any]]) -> None:
+        rows = [(key, json.dumps(record)) for key, record in records.items()]
+        with self._open() as store:
+            store.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
+
+
+def _record(scores: Scores, place: int) -> dict[str, Any]:
+    return {
+        "values": _listed(scores.values[place]),
+        "critique": scores.critiques[place] if scores.critiques else "",
+        "regions": None if scores.regions is None else [_listed(row) for row in scores.regions[place]],
+    }
+
+
+def _listed(values: torch.Tensor) -> list[float | None]:
+    return [None if value != value else value for value in values.tolist()]
+
+
+def _tensor(values: list) -> torch.Tensor:
+    return torch.tensor([torch.nan if value is None else value for value in values], dtype=torch.float32)
+
+
+def _scores(names: tuple[str, ...], records: Sequence[dict[str, Any]]) -> Scores:
+    critiques = tuple(record["critique"] for record in records)
+    grids = [None if own["regions"] is None else torch.stack([*map(_tensor, own["regions"])]) for own in records]
+    some = next((grid for grid in grids if grid is not None), None)
+    regions = None
+    if some is not None:
+        regions = torch.stack([torch.full_like(some, torch.nan) if grid is None else grid for grid in grids])
+    values = torch.stack([_tensor(record["values"]) for record in records]) if records else torch.zeros(0, len(names))
+    return Scores(names, values, critiques if any(critiques) else (), regions)
