@@ -22,6 +22,7 @@ from reward_models.types import Prompt, RewardModel
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TABLES = (".jsonl", ".csv", ".parquet")
+READERS = min(8, os.cpu_count() or 1)
 OWN = {"image", "prompt", "id", "scores", "failures", "critiques", "image_a", "image_b", "chosen"}
 
 
@@ -154,11 +155,11 @@ def score(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int)
     """One row per item: `image`, `prompt`, `id`, and what `score_pictures` says of it. In order, but for groupwise
     scorers, which see the images of a prompt together, however many they are."""
     parts = _parts(items, scorers, batch)
-    with ThreadPoolExecutor(max_workers=1) as reader:  # reads the next batch while this one is scored
-        waiting = reader.submit(_load, parts[0]) if parts else None
-        for k, part in enumerate(parts):
-            pictures = waiting.result()
-            waiting = reader.submit(_load, parts[k + 1]) if k + 1 < len(parts) else None
+    with ThreadPoolExecutor(READERS) as readers:  # they read the next batch while this one is scored
+        ahead = [readers.submit(_load, item) for item in parts[0]] if parts else []
+        for part, following in zip(parts, [*parts[1:], []], strict=True):
+            pictures = [reading.result() for reading in ahead]
+            ahead = [readers.submit(_load, item) for item in following]
             found = score_pictures(pictures, [item.prompt or Prompt("") for item in part], scorers)
             for item, own in zip(part, found, strict=True):
                 prompt = item.prompt
@@ -186,16 +187,13 @@ def _parts(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int
     return parts
 
 
-def _load(items: Sequence[Item]) -> list[Picture | str]:
-    """Each picture, or why there is none."""
-    out: list[Picture | str] = []
-    for item in items:
-        try:
-            with Image.open(item.path) as picture:
-                out.append(from_pil([picture]))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            out.append(f"cannot be read: {' '.join(str(error).split())}")
-    return out
+def _load(item: Item) -> Picture | str:
+    """The picture, or why there is none."""
+    try:
+        with Image.open(item.path) as picture:
+            return from_pil([picture])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return f"cannot be read: {' '.join(str(error).split())}"
 
 
 # ------------------------------------------------------------------------------------------------------------- results

@@ -23,6 +23,14 @@ def to_uint8(images: Images) -> UInt8[Tensor, "N 3 H W"]:
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def rounded(images: Images) -> Images:
+    """The nearest images a PNG can hold; values outside [0, 1] are clipped."""
+    images = images.float()
+    low, high = images.aminmax() if images.numel() else (0, 1)
+    images = images if 0 <= low and high <= 1 else images.clamp(0, 1)
+    return images.mul(255).round_().div_(255)
+
+
 def to_pil(images: Images) -> list[Image.Image]:
     """One RGB image each, of the same size in pixels."""
     return [Image.fromarray(pixels) for pixels in to_uint8(images).cpu().permute(0, 2, 3, 1).contiguous().numpy()]
@@ -33,8 +41,9 @@ def from_pil(images: Sequence[Image.Image]) -> Images:
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
         raise ValueError(f"images of one size (width, height) are needed, got {sizes or 'none'}")
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
+    # numpy, for torch would start its own threads in each thread that reads files
+    pixels = np.stack([np.asarray(image.convert("RGB")).transpose(2, 0, 1) for image in images])
+    return torch.from_numpy(pixels.astype(np.float32) / np.float32(255))
 
 
 def resized(

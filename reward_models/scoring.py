@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_models.images import to_uint8
+from reward_models.images import rounded
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
 Look = Callable[[Images, Sequence[Prompt]], Float[Tensor, "M K"] | Scores]
@@ -36,7 +36,9 @@ def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look
     while waiting:
         rows = waiting.pop()
         try:
-            found = look(to_uint8(images[rows]).float() / 255, [prompts[i] for i in rows])
+            whole = rows[-1] - rows[0] == len(rows) - 1  # a view, where nothing lies between
+            part = images[rows[0] : rows[-1] + 1] if whole else images[rows]
+            found = look(rounded(part), [prompts[i] for i in rows])
         except (ValueError, RuntimeError) as error:
             if len(rows) > 1:
                 waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]

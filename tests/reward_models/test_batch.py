@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -268,3 +270,27 @@ def test_the_gallery_shows_every_image_best_first_and_escapes(folder):
     best = max((row for row in rows if row["scores"]["own.mean"]), key=lambda row: row["scores"]["own.mean"])
     assert text.index(f"../{best['image']}") == min(text.index(f"../{i}.png") for i in range(5))
     assert text.index("cannot be read") > max(text.index(f"../{i}.png") for i in range(5))
+
+
+MEMORY = """
+import sys, psutil
+from pathlib import Path
+from reward_models import batch, load
+
+items, _ = batch.read(Path(sys.argv[1]), "a red square")
+scorers = {name: load(name) for name in ("clip", "shapes", "jpeg_size", "image_stats")}
+own, seen = psutil.Process(), {}
+for number, row in enumerate(batch.score(items, scorers, 25), 1):
+    assert row["scores"]["clip.cosine"] is not None
+    seen[number] = own.memory_info().rss
+print(len(seen), seen[1000] / seen[200])
+"""
+
+
+def test_memory_is_flat_from_200_to_1000_images(tmp_path):
+    for i in range(1000):
+        Image.new("RGB", (64, 64), (i % 256, i // 4, 90)).save(tmp_path / f"{i:04d}.png")
+    result = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
+    count, growth = result.stdout.split()
+    assert int(count) == 1000
+    assert float(growth) <= 1.05
