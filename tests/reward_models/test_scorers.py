@@ -1,14 +1,16 @@
 import json
+import re
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from tiny_scorers import OPEN_CLIP, open_clip_folder, settings
 
 from reward_models import Prompt, Scores, load
-from reward_models.images import resized, to_pil
+from reward_models.images import from_pil, resized, to_pil
 from reward_models.scorers.clip import TINY, clip
 from reward_models.table import SCORERS
 from reward_models.world import caption, draw, requests
@@ -76,17 +78,56 @@ def test_number_of_prompts_must_match(scorer, asked):
         scorer(asked[0], asked[1][:9])
 
 
-@pytest.mark.parametrize("name", ["jpeg_size", "clip", "image_stats"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_broken_image_fails_alone(name, value, asked):
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (torch.nan, "a pixel is not finite"),
+        (-torch.inf, "a pixel is not finite"),
+        (-1.0, "pixels from -1 to .*; an image lies in"),
+        (255.0, "pixels from .* to 255; an image lies in"),
+    ],
+)
+def test_a_broken_image_fails_alone(scorer, value, why, asked):
     images, prompts = asked[0].clone(), asked[1]
-    whole = load(name)(images, prompts).values
+    whole = scorer(images, prompts).values
     images[2, 0, 5, 5] = value
-    scores = load(name)(images, prompts)
+    scores = scorer(images, prompts)
     assert list(scores.failures) == [2]
+    assert re.match(why, scores.failures[2])
     assert scores.values[2].isnan().all()
     rest = [i for i in range(len(images)) if i != 2]
     torch.testing.assert_close(scores.values[rest], whole[rest], rtol=0, atol=1e-5)
+
+
+def test_an_image_scores_as_the_png_written_from_it(scorer, asked, tmp_path):
+    """Also where it lies between two of a PNG's levels."""
+    images = (asked[0] + 0.004 * torch.randn(asked[0].shape, generator=torch.Generator().manual_seed(5))).clamp(0, 1)
+    for i, picture in enumerate(to_pil(images)):
+        picture.save(tmp_path / f"{i}.png")
+    from_disk = from_pil([Image.open(tmp_path / f"{i}.png") for i in range(len(images))])
+    assert not torch.equal(images, from_disk)
+    one, two = scorer(images, asked[1]), scorer(from_disk, asked[1])
+    assert torch.equal(one.values, two.values)
+    assert one.critiques == two.critiques
+
+
+def test_no_images_have_no_scores(scorer):
+    assert scorer(torch.zeros(0, 3, 32, 32), []).values.shape == (0, len(scorer.names))
+
+
+def test_the_card_says_what_the_scores_do(scorer, asked):
+    images, prompts = asked
+    card, values = scorer.card, scorer(*asked).values
+    assert card.licence
+    assert card.licence != "unknown"
+    assert card.low <= values.min()
+    assert values.max() <= card.high
+    assert len(card.version) == 16
+    other = scorer(images, [Prompt("something else", p.wants, p.id) for p in prompts]).values
+    if not card.sees_prompt:
+        assert torch.equal(other, values)
+    if card.model != "none":
+        assert re.fullmatch("[0-9a-f]{64}", card.checkpoint)
 
 
 def test_jpeg_size_is_the_length_of_the_file(tmp_path):
