@@ -42,7 +42,8 @@ class Cached:
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         if self.card.groupwise:
             return self.scorer(images, prompts)
-        keys = [self._key(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        broken = unfit(images)
+        keys = [self._key(images[i], prompts[i], i in broken) for i in range(len(images))]
         known = self._recall(set(keys))
         first: dict[str, int] = {}
         for i, key in enumerate(keys):
@@ -60,9 +61,9 @@ class Cached:
         reasons = {i: failures[key] for i, key in enumerate(keys) if key in failures}
         return replace(_scores(self.names, [known[key] for key in keys]), failures=reasons)
 
-    def _key(self, image: torch.Tensor, prompt: Prompt) -> str:
+    def _key(self, image: torch.Tensor, prompt: Prompt, broken: bool) -> str:
         digest = hashlib.sha256(f"{self.card.version} {list(image.shape)}".encode())
-        if unfit(image):  # has no 8-bit form, is not scored, is not kept
+        if broken:  # has no 8-bit form, is not scored, is not kept
             digest.update(image.cpu().contiguous().numpy().tobytes())
         else:
             digest.update(to_uint8(image[None]).cpu().contiguous().numpy().tobytes())

@@ -27,7 +27,7 @@ def rounded(images: Images) -> Images:
     """The nearest images a PNG can hold; values outside [0, 1] are clipped."""
     images = images.float()
     low, high = images.aminmax() if images.numel() else (0, 1)
-    images = images if 0 <= low and high <= 1 else images.clamp(0, 1)
+    images = images if low >= 0 and high <= 1 else images.clamp(0, 1)
     return images.mul(255).round_().div_(255)
 
 

@@ -27,8 +27,7 @@ def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-    failures = dict(enumerate(map(unfit, images)))
-    failures = {i: why for i, why in failures.items() if why}
+    failures = unfit(images)
     fit = [i for i in range(len(images)) if i not in failures]
     values = torch.full((len(images), len(names)), torch.nan)
     critiques, regions = [""] * len(images), {}
@@ -59,14 +58,17 @@ def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look
     return Scores(names, values, tuple(critiques) if any(critiques) else (), maps, dict(sorted(failures.items())))
 
 
-def unfit(image: Float[Tensor, "3 H W"]) -> str | None:
-    """Why an image cannot be scored by anyone, or None."""
-    low, high = (float(bound) for bound in image.aminmax())
-    if not (abs(low) < torch.inf and abs(high) < torch.inf):
-        return "a pixel is not finite"
-    if low < -LEVEL or high > 1 + LEVEL:
-        return f"pixels from {low:.3g} to {high:.3g}; an image lies in [0, 1]"
-    return None
+def unfit(images: Images) -> dict[int, str]:
+    """Why an image cannot be scored by anyone, by its number; those that can are left out."""
+    failures = {}
+    if len(images):
+        low, high = (bound.tolist() for bound in images.flatten(1).aminmax(dim=1))
+        for i, (least, most) in enumerate(zip(low, high, strict=True)):
+            if not (abs(least) < torch.inf and abs(most) < torch.inf):
+                failures[i] = "a pixel is not finite"
+            elif least < -LEVEL or most > 1 + LEVEL:
+                failures[i] = f"pixels from {least:.3g} to {most:.3g}; an image lies in [0, 1]"
+    return failures
 
 
 def _checked(names: tuple[str, ...], values: Float[Tensor, "M K"]) -> Scores:
