@@ -16,6 +16,8 @@ SCORERS: dict[str, str] = {
     "hpsv2": "reward_models.scorers.hpsv2:hpsv2",
     "aesthetic": "reward_models.scorers.aesthetic:Aesthetic",
     "image_reward": "reward_models.scorers.image_reward:ImageReward",
+    "vqa": "reward_models.scorers.vqa:Vqa",
+    "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
 }
 
 

@@ -75,10 +75,12 @@ def fingerprint(*models: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def linear_chain(weights: Mapping[str, Tensor], prefix: str = "layers.") -> nn.Sequential:
-    """Linear layers one after another, as the heads of LAION's aesthetic predictor and of ImageReward are: no
-    activations, sizes as in the weights (`{prefix}{number}.weight`); the dropouts between them do nothing here.
-    RuntimeError if there are none or they do not fit each other."""
+def linear_chain(
+    weights: Mapping[str, Tensor], prefix: str = "layers.", between: type[nn.Module] = nn.Identity
+) -> nn.Sequential:
+    """Linear layers one after another, as the heads of many reward models are; sizes as in the weights
+    (`{prefix}{number}.weight`). `between` is the activation, if there is any; dropouts do nothing here and are left
+    out. RuntimeError if there are no layers or they do not fit each other."""
     numbers = sorted(
         int(name.removeprefix(prefix).removesuffix(".weight"))
         for name in weights
@@ -87,12 +89,11 @@ def linear_chain(weights: Mapping[str, Tensor], prefix: str = "layers.") -> nn.S
     shapes = [weights[f"{prefix}{number}.weight"].shape for number in numbers]
     if not shapes or any(one[0] != two[1] for one, two in pairwise(shapes)):
         raise RuntimeError(f"no chain of linear layers called {prefix}N in the weights")
-    chain = nn.Sequential(*(nn.Linear(wide, high) for high, wide in shapes))
-    chain.load_state_dict(
-        {
-            f"{place}.{part}": weights[f"{prefix}{number}.{part}"]
-            for place, number in enumerate(numbers)
-            for part in ("weight", "bias")
-        }
-    )
+    chain = nn.Sequential()
+    for number, (high, wide) in zip(numbers, shapes, strict=True):
+        if number != numbers[0]:
+            chain.append(between())
+        layer = nn.Linear(wide, high, bias=f"{prefix}{number}.bias" in weights)
+        layer.load_state_dict({name: weights[f"{prefix}{number}.{name}"] for name, _ in layer.named_parameters()})
+        chain.append(layer)
     return chain.eval()

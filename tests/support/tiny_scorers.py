@@ -5,11 +5,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import open_clip
+import tiny_vlm
 import torch
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     BertTokenizer,
     BlipTextConfig,
     BlipVisionConfig,
@@ -20,6 +22,8 @@ from transformers import (
 )
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+from reward_models.weights import read
 
 OPEN_CLIP = {
     "embed_dim": 16,
@@ -139,7 +143,36 @@ def image_reward(folder: Path) -> dict:
     return {"weights": str(folder), "tokenizer": str(folder), "heads": 3}
 
 
+def vqa(folder: Path) -> dict:
+    return {"model": str(tiny_vlm.folder_of(folder))}
+
+
+def hpsv3(folder: Path) -> dict:
+    """The released layout: one file, with the names of transformers before version 5 and the head's own."""
+    base = tiny_vlm.folder_of(folder / "base", seed=1)
+    weights = {before_version_5(name): value for name, value in read(base / "model.safetensors").items()}
+    token = "<|Reward|>"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], torch.randn(9, 16)])[: len(tokenizer)].clone()
+    weights |= head((16, 12, 5, 2), (0, 3, 5), "rm_head.")
+    save_file(weights, folder / "HPSv3.safetensors")
+    (folder / "instruction.txt").write_text(f"How good is this picture of {{prompt}}? {token}")
+    return {
+        "weights": str(folder), "base": str(base), "instruction": str(folder / "instruction.txt"), "dtype": "float32",
+        "pixels": 4 * 28 * 28,
+    }  # fmt: skip
+
+
+def before_version_5(name: str) -> str:
+    """How transformers called a weight of Qwen2-VL before its version 5."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
 BUILDERS = {
+    "hpsv3": hpsv3,
+    "vqa": vqa,
     "hpsv2": hpsv2,
     "pickscore": pickscore,
     "aesthetic": aesthetic,

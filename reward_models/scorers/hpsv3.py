@@ -1,0 +1,99 @@
+"""`hpsv3`: HPSv3 (arXiv 2508.03789): Qwen2-VL with a small network on the hidden state of a reward token, trained on
+people's choices between images.
+
+One score per image, the mean of a Gaussian the network gives (its spread is not used), unbounded, higher is better.
+Images are scaled to about 256 x 28 x 28 pixels. Weights: MizzenAI/HPSv3 on the architecture and processor of
+Qwen/Qwen2-VL-7B-Instruct; licences: the models' own. Not checked against the released weights.
+
+The scores depend on the very words the model was trained with, which belong to its authors and are not shipped here:
+give them as `instruction`, a text file with `{prompt}` where the prompt goes and `<|Reward|>` where the score is read.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reward_models import vlm
+from reward_models.scoring import each
+from reward_models.types import Card, Images, Prompt, Scores
+from reward_models.weights import fingerprint, linear_chain, loading, located, named, read
+
+FILE, TOKEN, HEAD = "HPSv3.safetensors", "<|Reward|>", "rm_head."
+
+
+def reward_model(weights: dict[str, Tensor], base: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """Qwen2-VL and the head on it, from one state dict. The names transformers gave its weights before version 5 are
+    known to it. RuntimeError if any are missing or too many."""
+    from transformers import AutoConfig, Qwen2VLForConditionalGeneration
+
+    head = linear_chain(weights, HEAD, nn.ReLU)
+    rest = {name: value for name, value in weights.items() if not name.startswith(HEAD)}
+    config = AutoConfig.from_pretrained(base)
+    rows = [len(value) for name, value in rest.items() if name.endswith("embed_tokens.weight")]
+    if not rows:
+        raise RuntimeError("no token embeddings in the weights")
+    config.text_config.vocab_size = rows[0]  # one token was added to the base's
+    model, info = Qwen2VLForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=rest, dtype=dtype, output_loading_info=True
+    )
+    for what in ("missing_keys", "unexpected_keys"):
+        if info[what]:
+            raise RuntimeError(f"{what.replace('_', ' ')}: {len(info[what])}, e.g. {sorted(info[what])[0]}")
+    return model.eval(), head
+
+
+class Hpsv3:
+    """The scorer. `instruction`: a text file, see above. `weights`: a file, or a folder or hub repository with
+    `HPSv3.safetensors`; `base`: folder or hub id of the configuration and processor. `pixels` an image is scaled to.
+    ValueError if any of it cannot be had or does not fit."""
+
+    names = ("mu",)
+
+    def __init__(
+        self,
+        instruction: str = "",
+        weights: str = "MizzenAI/HPSv3",
+        base: str = "Qwen/Qwen2-VL-7B-Instruct",
+        pixels: int = 256 * 28 * 28,
+        device: str = "cpu",
+        dtype: str = "bfloat16",
+        batch: int = 8,
+    ):
+        if not Path(instruction).is_file():
+            raise ValueError(
+                f"hpsv3: instruction={instruction!r} is no file; one with the authors' words is needed, with "
+                f"{{prompt}} and {TOKEN} in them"
+            )
+        self.instruction = Path(instruction).read_text()
+        if "{prompt}" not in self.instruction or self.instruction.count(TOKEN) != 1:
+            raise ValueError(f"hpsv3: {instruction} must hold {{prompt}}, and {TOKEN} once")
+        kind = vlm.type_of("hpsv3", dtype)
+        with loading("hpsv3", f"{weights} on {base}"):
+            model, head = reward_model(read(located(weights, FILE)), base, kind)
+            self.model, self.head = model.to(device), head.to(device)
+            self.processor = vlm.processor_of(base)
+            self.processor.tokenizer.add_special_tokens({"additional_special_tokens": [TOKEN]})
+            self.processor.image_processor.size = {"shortest_edge": pixels, "longest_edge": pixels}
+        self.token = self.processor.tokenizer.convert_tokens_to_ids(TOKEN)
+        self.device, self.batch = device, batch
+        self.card = Card(
+            "hpsv3",
+            model=named(weights),
+            licence="the model's own",
+            size=f"scaled to about {pixels} pixels",
+            checkpoint=fingerprint(self.model, self.head),
+            settings={"instruction": self.instruction, "base": named(base), "dtype": dtype},
+        )
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return each(images, prompts, self.names, self._look, self.batch)
+
+    @torch.no_grad()
+    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        texts = [self.instruction.replace("{prompt}", p.text.replace(TOKEN, "")) for p in prompts]
+        inputs = vlm.asked(self.processor, images, texts, self.device, answering=False)
+        hidden = self.model.model(**inputs).last_hidden_state
+        return self.head(hidden[inputs.input_ids == self.token].float())[:, :1]

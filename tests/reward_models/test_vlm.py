@@ -1,0 +1,190 @@
+"""The scorers that ask a model with eyes and words, held to answers known in closed form."""
+
+import pytest
+import tiny_vlm
+import torch
+from safetensors.torch import save_file
+from tiny_scorers import before_version_5, settings
+
+from reward_models import Prompt, load
+from reward_models.weights import read
+
+PROMPTS = [
+    Prompt("a red fox"),
+    Prompt("two {odd} braces, and a prompt that is long enough to need padding"),
+    Prompt("x"),
+]
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(3, 3, 40, 60, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return {name: settings(name, tmp_path_factory.mktemp(name)) for name in ("vqa", "hpsv3")}
+
+
+def with_head(scorer, bias):
+    """The same logits whatever is seen: the hidden state is made constant and the head reads it."""
+    norm, head = scorer.model.model.language_model.norm, scorer.model.lm_head
+    with torch.no_grad():
+        norm.weight.zero_()
+        head.weight.zero_()
+    head.register_forward_hook(lambda *args: args[2] + bias)
+    return scorer
+
+
+def test_vqa_is_the_share_of_yes_among_the_answers(images, made):
+    scorer = load("vqa", **made["vqa"])
+    yes = len(scorer.yes) / (len(scorer.yes) + len(scorer.no))
+    bias = torch.zeros(scorer.model.lm_head.out_features)
+    found = with_head(scorer, bias)(images, PROMPTS).values
+    torch.testing.assert_close(found, torch.full((3, 1), yes))
+    bias[scorer.yes[0]] = 2.0  # one of its spellings gets e^2
+    expected = (len(scorer.yes) - 1 + torch.e**2) / (len(scorer.yes) - 1 + torch.e**2 + len(scorer.no))
+    torch.testing.assert_close(scorer(images, PROMPTS).values, torch.full((3, 1), expected))
+    bias[:] = 0
+    bias[0] = 50.0  # the model wants to say something else entirely: what matters is which answer it likes better
+    torch.testing.assert_close(scorer(images, PROMPTS).values, torch.full((3, 1), yes))
+
+
+def test_the_question_and_the_image_reach_the_model(images, made):
+    ask = lambda scorer, prompt, i=0: scorer(images[i : i + 1], [Prompt(prompt)]).values.item()  # noqa: E731
+    scorer, other = load("vqa", **made["vqa"]), load("vqa", **made["vqa"], question="Is it {prompt}?")
+    assert len({ask(scorer, "a fox"), ask(scorer, "an owl"), ask(scorer, "a fox", 1), ask(other, "a fox")}) == 4
+    assert ask(scorer, "{prompt}") != ask(scorer, "{}")
+    quality = load("vqa", **made["vqa"], question="Is it beautiful?")
+    assert ask(quality, "a fox") == ask(quality, "an owl")
+    assert (scorer.card.sees_prompt, quality.card.sees_prompt) == (True, False)
+    assert scorer.card.version != other.card.version
+
+
+def test_vqa_agrees_with_one_plain_forward(images, made):
+    from PIL import Image  # noqa: F401
+    from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+    from reward_models.images import to_pil
+
+    scorer = load("vqa", **made["vqa"])
+    model = Qwen2VLForConditionalGeneration.from_pretrained(made["vqa"]["model"]).eval()
+    processor = AutoProcessor.from_pretrained(made["vqa"]["model"])
+    text = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{scorer.question}<|im_end|>\n"
+    text = text.replace("{prompt}", "a red fox") + "<|im_start|>assistant\n"
+    with torch.no_grad():
+        inputs = processor(text=[text], images=to_pil(images[:1]), return_tensors="pt")
+        share = model(**inputs).logits[0, -1].softmax(-1)
+    expected = share[scorer.yes].sum() / (share[scorer.yes].sum() + share[scorer.no].sum())
+    torch.testing.assert_close(scorer(images[:1], PROMPTS[:1]).values[0, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"answers": ["Yes", "Yes"]}, "do not tell 'Yes' from 'Yes'"),
+        ({"answers": ["Yes"]}, "answers are two words"),
+        ({"dtype": "int8"}, "dtype is one of float32, bfloat16, float16, not 'int8'"),
+        ({"model": "nobody/nothing"}, "vqa: nobody/nothing could not be loaded"),
+    ],
+)
+def test_vqa_refuses_in_one_line(made, change, says):
+    with pytest.raises(ValueError, match=says) as error:
+        load("vqa", **made["vqa"] | change)
+    assert "\n" not in str(error.value)
+
+
+def test_answers_that_share_a_beginning_are_told_apart_by_what_they_do_not_share(tmp_path, made):
+    from reward_models.scorers.vqa import openings
+
+    words = tiny_vlm.new_tokenizer([])  # bytes alone: " yes" and " no" both begin with a space
+    space = words.encode(" ", add_special_tokens=False)[0]
+    yes, no = openings(words, "Yes", "No")
+    assert space not in yes + no
+    assert set(yes) == set(words.encode("Yy", add_special_tokens=False))
+    with pytest.raises(ValueError, match="do not tell 'yes' from 'yeah'"):
+        openings(words, "yes", "yeah")
+
+
+def test_half_precision_is_near(images, made):
+    exact = load("vqa", **made["vqa"])(images, PROMPTS).values
+    near = load("vqa", **made["vqa"], dtype="bfloat16")(images, PROMPTS).values
+    assert near.dtype == torch.float32
+    torch.testing.assert_close(near, exact, rtol=0, atol=0.1)
+
+
+def test_hpsv3_is_its_head_at_the_reward_token(images, made):
+    scorer = load("hpsv3", **made["hpsv3"])
+    found = scorer(images, PROMPTS).values
+    assert found.std() > 1e-3
+    with torch.no_grad():
+        scorer.head[-1].weight.zero_()
+        scorer.head[-1].bias.copy_(torch.tensor([3.25, -7.0]))  # mu, log sigma
+    torch.testing.assert_close(scorer(images, PROMPTS).values, torch.full((3, 1), 3.25))
+
+
+def test_hpsv3_sees_nothing_after_its_token_and_all_before(images, made, tmp_path):
+    def score(text):
+        (tmp_path / "words.txt").write_text(text)
+        return load("hpsv3", **made["hpsv3"] | {"instruction": str(tmp_path / "words.txt")})(images, PROMPTS).values
+
+    one = score("Rate {prompt}: <|Reward|> end")
+    torch.testing.assert_close(score("Rate {prompt}: <|Reward|> and more"), one)
+    assert not torch.allclose(score("Rank {prompt}: <|Reward|> end"), one, atol=1e-4)
+
+
+def test_hpsv3_reads_a_prompt_that_holds_its_token(images, made):
+    scorer = load("hpsv3", **made["hpsv3"])
+    found = scorer(images[:2], [Prompt("a <|Reward|>fox"), Prompt("a fox")])
+    assert not found.failures
+    torch.testing.assert_close(found.values[0], scorer(images[:1], [Prompt("a fox")]).values[0])
+
+
+def test_hpsv3_loads_old_and_new_names_alike(images, made, tmp_path):
+    old = read_file(made)
+    new = {}
+    for name, value in old.items():
+        plain = name.startswith(("lm_head", "rm_head"))
+        new[
+            name
+            if plain
+            else "model." + name
+            if name.startswith("visual.")
+            else name.replace("model.", "model.language_model.")
+        ] = value
+    assert {before_version_5(name) for name in new} == set(old) != set(new)
+    save_file(new, tmp_path / "HPSv3.safetensors")
+    again = load("hpsv3", **made["hpsv3"] | {"weights": str(tmp_path)})
+    assert again.card.checkpoint == load("hpsv3", **made["hpsv3"]).card.checkpoint
+    assert torch.equal(again(images, PROMPTS).values, load("hpsv3", **made["hpsv3"])(images, PROMPTS).values)
+
+
+def read_file(made):
+    from pathlib import Path
+
+    return read(Path(made["hpsv3"]["weights"]) / "HPSv3.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("drop", "add", "says"),
+    [
+        ("model.norm.weight", None, "missing keys: 1, e.g. model.language_model.norm.weight"),
+        (None, "model.layers.9.mlp.up_proj.weight", "unexpected keys: 1"),
+        ("rm_head.3.weight", None, "no chain of linear layers called rm_head"),
+        ("model.embed_tokens.weight", None, "no token embeddings"),
+    ],
+)
+def test_hpsv3_refuses_weights_that_do_not_fit(made, tmp_path, drop, add, says):
+    weights = {name: value for name, value in read_file(made).items() if name != drop}
+    save_file(weights | ({add: torch.zeros(2, 2)} if add else {}), tmp_path / "HPSv3.safetensors")
+    with pytest.raises(ValueError, match=f"hpsv3: .*could not be loaded: .*{says}") as error:
+        load("hpsv3", **made["hpsv3"] | {"weights": str(tmp_path)})
+    assert "\n" not in str(error.value)
+
+
+def test_hpsv3_says_that_it_needs_the_authors_words(made, tmp_path):
+    with pytest.raises(ValueError, match="hpsv3: instruction='' is no file; one with the authors' words is needed"):
+        load("hpsv3")
+    (tmp_path / "words.txt").write_text("Rate {prompt}.")
+    with pytest.raises(ValueError, match=r"must hold \{prompt\}, and <\|Reward\|> once"):
+        load("hpsv3", **made["hpsv3"] | {"instruction": str(tmp_path / "words.txt")})
