@@ -253,15 +253,11 @@ def score(
     from rich.progress import track
 
     from mmalign import config as configs
-    from reward_models import batch as batches, gallery, load as load_scorer
-    from reward_models.cache import Cached
+    from reward_models import batch as batches, gallery
 
     with configs.refusing():
         items, choices = batches.read(source, prompt)
-        own = _settings(settings or [], rewards.split(","))
-        scorers = {name: load_scorer(name, **own[name]) for name in own}
-        if cache is not None:
-            scorers = {name: Cached(scorer, cache) for name, scorer in scorers.items()}
+        scorers = _scorers(rewards, settings or [], cache)
         if any(item.prompt is None for item in items) and (blind := batches.needs_prompts(scorers)):
             raise BadInput(f"{blind[0]} looks at the prompt, and {source} has none for some images; give --prompt TEXT")
         if out.suffix not in batches.TABLES:
@@ -295,6 +291,41 @@ def score(
     if summary["failed"]:
         print(f"mmalign: {summary['failed']} of {len(rows)} images could not be scored; see {out}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    rewards: Annotated[str, typer.Option(help="comma-separated scorers")] = "clip",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="a scorer's setting, e.g. clip.model=ViT-B-32; may repeat")
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; one that others reach needs a token")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000,
+    token: Annotated[str | None, typer.Option(envvar="MMALIGN_TOKEN", help="what callers must show")] = None,
+    cache: Annotated[Path | None, typer.Option(help="file of scores had before; made if it is not there")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="images scored together at most, whoever sent them")] = 64,
+    queue: Annotated[int, typer.Option(min=1, help="images that may wait; more are refused with 503")] = 512,
+    body: Annotated[int, typer.Option(min=1, help="largest request in bytes; more is refused with 413")] = 128 * 2**20,
+) -> None:
+    """Serve scorers over HTTP until SIGTERM or Ctrl-C; the client is the scorer `remote`. /docs describes it."""
+    from mmalign import config as configs
+
+    with configs.refusing():
+        from reward_models import serve as service
+
+        scorers = _scorers(rewards, settings or [], cache)
+        for scorer in scorers.values():
+            console.print(scorer.card, highlight=False)
+        service.serve(scorers, host, port, token=token, batch=batch, queue=queue, body=body)
+
+
+def _scorers(rewards: str, settings: list[str], cache: Path | None) -> dict:
+    from reward_models import load as load_scorer
+    from reward_models.cache import Cached
+
+    own = _settings(settings, rewards.split(","))
+    scorers = {name: load_scorer(name, **own[name]) for name in own}
+    return {name: Cached(scorer, cache) for name, scorer in scorers.items()} if cache else scorers
 
 
 def _settings(given: list[str], names: list[str]) -> dict[str, dict]:

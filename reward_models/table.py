@@ -16,6 +16,9 @@ SCORERS: dict[str, str] = {
     "hpsv2": "reward_models.scorers.hpsv2:hpsv2",
     "aesthetic": "reward_models.scorers.aesthetic:Aesthetic",
     "image_reward": "reward_models.scorers.image_reward:ImageReward",
+    "ocr": "reward_models.scorers.ocr:Ocr",
+    "geneval": "reward_models.scorers.geneval:geneval",
+    "remote": "reward_models.remote:Remote",
     "vqa": "reward_models.scorers.vqa:Vqa",
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
 }

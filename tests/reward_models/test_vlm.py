@@ -142,16 +142,11 @@ def test_hpsv3_reads_a_prompt_that_holds_its_token(images, made):
 
 def test_hpsv3_loads_old_and_new_names_alike(images, made, tmp_path):
     old = read_file(made)
+    begins = {"visual.": "model.visual.", "model.": "model.language_model."}
     new = {}
     for name, value in old.items():
-        plain = name.startswith(("lm_head", "rm_head"))
-        new[
-            name
-            if plain
-            else "model." + name
-            if name.startswith("visual.")
-            else name.replace("model.", "model.language_model.")
-        ] = value
+        before = next((start for start in begins if name.startswith(start)), "")
+        new[begins.get(before, "") + name.removeprefix(before)] = value
     assert {before_version_5(name) for name in new} == set(old) != set(new)
     save_file(new, tmp_path / "HPSv3.safetensors")
     again = load("hpsv3", **made["hpsv3"] | {"weights": str(tmp_path)})

@@ -1,0 +1,290 @@
+"""The client of a reward service, against services that work and servers that do not: a fault is a reason, never 0."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+
+import pytest
+import torch
+from services import INFO, Crowd, Faulty, Mean, asked, plain, running, start
+
+from reward_models import Prompt, link, load
+from reward_models.remote import Remote, packed
+
+FINE = [Prompt("", {}, i) for i in range(8)]
+QUICK = dict(timeout=0.4, retries=1, rest=0.2)
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(link, "PAUSE", 0.01)
+    monkeypatch.delenv("MMALIGN_TOKEN", raising=False)
+
+
+@pytest.fixture
+def faulty():
+    server = Faulty()
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("name", ["jpeg_size", "shapes", "clip", "image_stats"])
+def test_remote_scores_are_the_local_ones(name):
+    images, prompts = asked(9)
+    local = load(name)
+    with running({name: local}) as url:
+        remote = Remote(url, batch=4)
+        found = remote(images, [*prompts[:8], Prompt("without truth", {}, 8)])
+        expected = local(images, [*prompts[:8], Prompt("without truth", {}, 8)])
+    assert remote.names == tuple(f"{name}.{component}" for component in local.names)
+    torch.testing.assert_close(found.values, expected.values, rtol=0, atol=1e-6, equal_nan=True)
+    assert found.failures == expected.failures
+    assert found.critiques == expected.critiques
+
+
+def test_the_contract_holds_from_afar():
+    """Order, no neighbours, broken images, no images: as any other scorer."""
+    images, prompts = asked(7)
+    with running({"shapes": load("shapes"), "mean": Mean()}) as url:
+        remote = Remote(url, batch=3)
+        whole = remote(images, prompts).values
+        order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(remote(images[order], [prompts[i] for i in order]).values, whole[order])
+        images[2, 0, 0, 0], images[4] = torch.nan, -1
+        found = remote(images, prompts)
+        assert found.failures == {2: "a pixel is not finite", 4: "pixels from -1 to -1; an image lies in [0, 1]"}
+        rest = [0, 1, 3, 5, 6]
+        assert torch.equal(found.values[rest], whole[rest])
+        assert remote(images[:0], []).values.shape == (0, 3)
+        with pytest.raises(ValueError, match="7 images but 6 prompts"):
+            remote(images, prompts[:6])
+
+
+def test_the_card_changes_with_the_service():
+    with running({"jpeg_size": load("jpeg_size"), "mean": Mean()}) as url:
+        both, one = Remote(url), Remote(url, scorers=["mean"])
+    with running({"jpeg_size": load("jpeg_size", quality=50), "mean": Mean()}) as url:
+        rough = Remote(url)
+    assert both.card.settings["jpeg_size"] == load("jpeg_size").card.version
+    assert len({both.card.version, one.card.version, rough.card.version}) == 3
+    assert one.names == ("mean.mean",)
+    assert (one.card.low, both.card.high) == (0, torch.inf)
+
+
+def test_the_images_of_a_prompt_stay_in_one_request():
+    prompts = [Prompt("ab"[i % 2], {}, i % 2) for i in range(8)]
+    with running({"crowd": Crowd()}, wait=0) as url:
+        found = Remote(url, batch=3, workers=2)(plain([0.1] * 8), prompts)
+    assert found.column("crowd.siblings").tolist() == [4] * 8
+    assert packed([[0, 1], [2, 3, 4, 5], [6]], 3) == [[0, 1], [2, 3, 4, 5], [6]]
+    assert packed([[0], [1], [2]], 2) == [[0, 1], [2]]
+
+
+# ------------------------------------------------------------------------------------------------------- faults
+
+
+def lies(**changed):
+    return lambda faulty, sent: json.dumps(faulty.answer(sent) | changed).encode()
+
+
+def edited(old, new):
+    return lambda faulty, sent: json.dumps(faulty.answer(sent)).encode().replace(old, new, 1)
+
+
+BODIES = {
+    "garbage": lambda faulty, sent: b"\x00\xffgarbage",
+    "nothing": lambda faulty, sent: b"",
+    "another shape": lambda faulty, sent: b"[]",
+    "a wrong count": lies(scores=[{"clip.cosine": 0.5}]),
+    "no failures": lies(failures=[]),
+    "other names": lies(names={"clip": ["logit"]}),
+    "another scorer": edited(b'"clip.cosine"', b'"clip.other"'),
+    "NaN": edited(b"0.5", b"NaN"),
+    "infinity": edited(b"0.5", b"Infinity"),
+    "too large for a float": edited(b"0.5", b"1e999"),
+    "large": edited(b"0.5", b"1e300"),
+    "a string": edited(b"0.5", b'"0.5"'),
+    "true": edited(b"0.5", b"true"),
+    "a missing key": edited(b'"critiques"', b'"comments"'),
+    "cut off": lambda faulty, sent: json.dumps(faulty.answer(sent)).encode()[:-9],
+}
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_an_answer_that_makes_no_sense_is_no_score(faulty, kind):
+    faulty.reply = lambda sent: (200, {}, BODIES[kind](faulty, sent))
+    found = Remote(faulty.url, **QUICK)(plain([0.1, 0.2, 0.3]), FINE[:3])
+    assert found.values.isnan().all()
+    assert len(found.failures) == 3
+    assert all(why.startswith("the answer makes no sense: ") for why in found.failures.values())
+    assert len(faulty.asks) == 1  # asking again would bring the same
+
+
+@pytest.mark.parametrize(
+    ("status", "asks", "says"),
+    [
+        (500, 1, "the service answered 500: oops"),
+        (404, 1, "the service answered 404: oops"),
+        (413, 1, "the service answered 413: oops"),
+        (401, 1, "the service answered 401: oops"),
+        (503, 3, "the service answered 503: oops"),
+        (429, 3, "the service answered 429: oops"),
+    ],
+)
+def test_a_refusal_is_no_score_and_only_a_busy_service_is_asked_again(faulty, status, asks, says):
+    faulty.reply = lambda sent: (status, {}, b"oops")
+    found = Remote(faulty.url, timeout=5, retries=2)(plain([0.1]), FINE[:1])
+    assert found.values.isnan().all()
+    assert found.failures == {0: says}
+    assert len(faulty.asks) == asks
+
+
+def test_a_busy_service_is_waited_for(faulty):
+    numbers = count()
+    faulty.reply = lambda sent: (503, {"Retry-After": "0"}, b"") if next(numbers) < 2 else faulty.well(sent)
+    found = Remote(faulty.url, timeout=5, retries=2)(plain([0.1]), FINE[:1])
+    assert found.values.tolist() == [[0.5]]
+    assert not found.failures
+
+
+def test_a_service_that_hangs_or_hangs_up_is_a_reason(faulty):
+    release = threading.Event()
+    faulty.reply = lambda sent: release.wait(5) and None
+    start_ = time.monotonic()
+    found = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
+    assert time.monotonic() - start_ < 4
+    assert found.failures == {0: "no answer within 0.4 s"}
+    release.set()
+    faulty.reply = lambda sent: None
+    found = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
+    assert found.failures[0].startswith("cannot be reached: ")
+    assert found.values.isnan().all()
+
+
+def test_one_request_that_fails_costs_the_others_nothing(faulty):
+    faulty.reply = lambda sent: (500, {}, b"") if sent["prompts"][0]["id"] == 2 else faulty.well(sent)
+    found = Remote(faulty.url, batch=2, workers=1)(plain([0.1] * 6), FINE[:6])
+    assert found.values[:, 0].isnan().tolist() == [False, False, True, True, False, False]
+    assert list(found.failures) == [2, 3]
+
+
+def test_what_failed_over_there_keeps_its_reason_and_has_no_number(faulty):
+    """Even if a number is sent with it: a 0 that stands for a fault is not believed."""
+
+    def reply(sent):
+        failures = [{"clip": "out of memory"}, {}, {"image": "cannot be read"}]
+        return 200, {}, json.dumps(faulty.answer(sent) | {"failures": failures}).encode()
+
+    faulty.reply = reply
+    found = Remote(faulty.url)(plain([0.1] * 3), FINE[:3])
+    assert found.values[:, 0].isnan().tolist() == [True, False, True]
+    assert found.failures == {0: "out of memory", 2: "cannot be read"}
+
+
+def test_the_breaker_spares_a_service_that_is_down_and_tries_again_later(faulty):
+    faulty.reply = lambda sent: (500, {}, b"")
+    remote = Remote(faulty.url, batch=1, workers=1, retries=0, faults=3, rest=0.3)
+    found = remote(plain([0.1] * 8), FINE)
+    assert len(faulty.asks) == 3
+    assert found.values.isnan().all()
+    assert found.failures[7] == "not asked, since 3 requests in a row failed; the last: the service answered 500"
+    time.sleep(0.35)
+    remote(plain([0.1] * 4), FINE[:4])
+    assert len(faulty.asks) == 4  # one trial
+    time.sleep(0.35)
+    faulty.reply = faulty.well
+    assert remote(plain([0.1] * 8), FINE).values.tolist() == [[0.5]] * 8
+
+
+def test_a_refusal_does_not_break_the_circuit(faulty):
+    faulty.reply = lambda sent: (422, {}, b"")
+    remote = Remote(faulty.url, batch=1, workers=1, faults=2)
+    remote(plain([0.1] * 6), FINE[:6])
+    assert len(faulty.asks) == 6
+
+
+def test_a_service_killed_in_the_middle_is_a_reason():
+    process, url = start(seconds=0.3, batch=1)
+    try:
+        remote = Remote(url, batch=1, workers=1, timeout=5, retries=1, faults=2)
+        killer = threading.Timer(0.5, process.kill)
+        killer.start()
+        found = remote(plain([i / 10 for i in range(8)]), FINE)
+        killer.join()
+    finally:
+        process.kill()
+        process.wait()
+    scored = ~found.values[:, 0].isnan()
+    assert scored[0]
+    assert not scored[-1]
+    torch.testing.assert_close(found.values[scored, 0], torch.arange(8)[scored] / 10, atol=3e-3, rtol=0)
+    assert list(found.failures) == (~scored).nonzero()[:, 0].tolist()
+
+
+def test_sixty_four_callers_get_their_own_scores():
+    mean = Mean(0.02)
+    with running({"mean": mean}, wait=0.02, queue=512) as url, ThreadPoolExecutor(64) as pool:
+        remote = Remote(url)
+        levels = torch.arange(64) / 255
+        found = list(pool.map(lambda level: remote(plain([level, 1 - level]), FINE[:2]), levels.tolist()))
+    values = torch.stack([own.values[:, 0] for own in found])
+    torch.testing.assert_close(values, torch.stack([levels, 1 - levels], 1), atol=1e-6, rtol=0)
+    assert len(mean.calls) < 64
+
+
+def test_a_full_queue_is_waited_for():
+    mean = Mean(0.05)
+    with running({"mean": mean}, batch=2, queue=4, wait=0) as url:
+        remote = Remote(url, batch=2, workers=6, retries=9)
+        found = remote(plain([i / 20 for i in range(16)]), [Prompt("", {}, i) for i in range(16)])
+    assert not found.failures
+    torch.testing.assert_close(found.values[:, 0], torch.arange(16) / 20, atol=3e-3, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------- who may and where
+
+
+def test_the_token_comes_from_the_environment_and_is_told_to_nobody(monkeypatch, faulty):
+    with running({"mean": Mean()}, token="secret") as url:
+        for token in (None, "wrong"):
+            with pytest.raises(ValueError, match="answered 401") as error:
+                Remote(url, token=token)
+            assert "wrong" not in str(error.value)
+        monkeypatch.setenv("MMALIGN_TOKEN", "secret")
+        remote = Remote(url)
+        assert not remote(plain([0.5]), FINE[:1]).failures
+        assert "secret" not in f"{remote.card} {remote.card.settings} {remote!r} {vars(remote)}"
+    faulty.reply = lambda sent: (400, {}, f"you sent {sent['authorization']}".encode())
+    found = Remote(faulty.url, token="hush")(plain([0.5]), FINE[:1])
+    assert found.failures == {0: "the service answered 400: you sent Bearer ..."}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(url="http://127.0.0.1:9"), "http://127.0.0.1:9: cannot be reached"),
+        (dict(url="nonsense"), "remote: nonsense"),
+        (dict(url="http://user:password@127.0.0.1"), "a URL with a password in it"),
+        (dict(batch=0), "batch, workers, faults and timeout are above 0"),
+        (dict(scorers=["clap"]), "it has clip; asked for clap"),
+    ],
+)
+def test_a_service_that_is_not_there_is_told_in_one_line(faulty, settings, says):
+    with pytest.raises(ValueError, match=says) as error:
+        Remote(**{"url": faulty.url} | settings)
+    assert "\n" not in str(error.value)
+
+
+def test_something_else_that_answers_is_no_service(faulty, monkeypatch):
+    monkeypatch.setitem(INFO, "limits", "none")
+    with pytest.raises(ValueError, match="what answers there is no reward service"):
+        Remote(faulty.url)
+
+
+def test_prompts_that_are_no_json_fail_alone(faulty):
+    prompts = [FINE[0], Prompt("half \ud800"), Prompt("x", {"a": object()}), FINE[3]]
+    found = Remote(faulty.url)(plain([0.1] * 4), prompts)
+    assert found.values[:, 0].isnan().tolist() == [False, True, True, False]
+    assert all(why.startswith("the prompt has no JSON form") for why in found.failures.values())

@@ -1,0 +1,410 @@
+"""The reward service: what it answers, whom it refuses, and that no caller costs another a score."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import zlib
+from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+
+import httpx
+import hypothesis
+import pytest
+import schemathesis
+from services import Crowd, Mean, ask, asked, encoded, plain, running, start
+from starlette.testclient import TestClient
+
+from reward_models import Prompt, load, scoring, serve
+
+LIMITS = {"queue": 8, "body": 200_000, "pixels": 1500}
+
+
+@pytest.fixture(scope="module")
+def url():
+    with running({"mean": Mean(), "shapes": load("shapes")}, token="secret", wait=0.001, **LIMITS) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=20) as client:
+        yield client
+
+
+def metric(client, name: str) -> float:
+    return float(next(line for line in client.get("/metrics").text.splitlines() if line.startswith(name)).split()[-1])
+
+
+def until(condition) -> None:
+    """Wait for what another thread does; 10 s at most."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def png(width: int, height: int, data: bytes = b"") -> str:
+    """A PNG file by its parts, whatever they hold."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts]
+    return b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).decode()
+
+
+# -------------------------------------------------------------------------------------------------------------- answers
+
+
+def test_every_image_has_its_scores_reasons_and_critiques(client):
+    images, prompts = asked(4)
+    answer = client.post("/score", json=ask(images, [*prompts[:3], Prompt("no truth")])).json()
+    local = load("shapes")(images, prompts)
+    assert answer["names"] == {"mean": ["mean"], "shapes": ["strict", "partial"]}
+    for i in range(3):
+        own = dict(zip(("shapes.strict", "shapes.partial"), local.values[i].tolist(), strict=True))
+        assert answer["scores"][i] == {"mean.mean": answer["scores"][i]["mean.mean"]} | own
+        assert answer["critiques"][i] == {"shapes": local.critiques[i]}
+    assert answer["scores"][3]["shapes.strict"] is None
+    assert answer["scores"][3]["mean.mean"] > 0
+    assert answer["failures"][:3] == [{}] * 3
+    assert answer["failures"][3] == {
+        "shapes": "prompt has no ground truth: `shapes` needs captions of the embedded world"
+    }
+
+
+BOMB = png(20_000, 20_000, zlib.compress(bytes(10_000_000)))
+UNREADABLE = {
+    "no base64": ("%%%", "Only base64 data is allowed"),
+    "not ascii": ("é", "only ASCII"),
+    "nothing": ("", "cannot identify image file"),
+    "garbage": (b64encode(b"garbage" * 9).decode(), "cannot identify image file"),
+    "cut off": (encoded(plain([0.5])[0])[:64], "truncated|broken|not enough"),
+    "no pixels": (png(8, 8), "truncated|broken|not enough"),
+    "a JPEG": (encoded(plain([0.5])[0], "JPEG"), "cannot identify image file"),
+    "a bomb": (BOMB, "20000 x 20000 pixels|decompression bomb"),
+    "too many pixels": (encoded(plain([0.5], size=40)[0]), "40 x 40 pixels, more than the 1500 allowed"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_image_that_cannot_be_read_fails_alone(client, kind):
+    image, says = UNREADABLE[kind]
+    body = ask([plain([0.2])[0], image, plain([0.6], size=9)[0]], scorers=["mean"])
+    answer = client.post("/score", json=body).json()
+    assert [row["mean.mean"] for row in answer["scores"]] == [pytest.approx(0.2), None, pytest.approx(0.6)]
+    assert [list(why) for why in answer["failures"]] == [[], ["image"], []]
+    assert answer["failures"][1]["image"].startswith("cannot be read: ")
+    assert re.search(says, answer["failures"][1]["image"])
+
+
+def test_no_images_have_no_scores(client):
+    answer = client.post("/score", json=ask([])).json()
+    assert answer == {"names": answer["names"], "scores": [], "failures": [], "critiques": []}
+
+
+def test_what_scores_mean_is_told(client):
+    info = client.get("/info").json()
+    assert info["limits"] == {"images": 8, "body": 200_000, "pixels": 1500}
+    assert info["scorers"]["mean"]["card"]["low"] == 0
+    assert info["scorers"]["mean"]["card"]["high"] is None
+    assert info["scorers"]["shapes"]["names"] == ["strict", "partial"]
+    assert info["scorers"]["shapes"]["version"] == load("shapes").card.version
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+GOOD = json.dumps(ask([plain([0.5])[0]]))
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ("", 422, "Field required"),
+        ("no JSON", 422, "JSON decode error"),
+        (b"\xff\xfe\x00", (400, 422), "body"),
+        ("[]", 422, "body: Input should be a valid dictionary"),
+        (GOOD.replace('"images"', '"image"'), 422, "body.images: Field required"),
+        (json.dumps(ask([plain([0.5])[0]], [Prompt("a")] * 2)), 422, "1 images but 2 prompts"),
+        (json.dumps(ask(["x"] * 9)), 422, "9 images in one request; at most 8 are taken"),
+        (GOOD[:-1] + ', "more": 1}', 422, "body.more: Extra inputs are not permitted"),
+        (GOOD[:-1] + ', "\\ud800": 1}', 422, "body: "),
+        (GOOD[:-1] + ', "scorers": ["clap"]}', 422, "no scorer called 'clap'; there are mean, shapes"),
+        (GOOD.replace('"id": 0', '"id": "0"'), 422, "body.prompts.0.id: Input should be a valid integer"),
+        (GOOD.replace('"id": 0', '"id": NaN'), 422, "body.prompts.0.id: Input should be a valid integer"),
+        (GOOD.replace('"id": 0', f'"id": {2**63}'), 422, "body.prompts.0.id: Input should be less than"),
+        (GOOD.replace('"id": 0', '"id": ' + "1" * 5000), (400, 422), "body"),
+        (GOOD.replace('"wants": {}', '"wants": {"a": [NaN]}'), 422, "Input should be a finite number"),
+        (GOOD.replace('"wants": {}', '"wants": {"a": "\\ud800"}'), 422, "surrogates not allowed"),
+        (GOOD.replace('"wants": {}', '"wants": {"a": ' + DEEP[99_700:100_300] + "}"), 422, "Recursion error"),
+        (DEEP[1000:-1000][:190_000], (400, 422), "body"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(client, body, status, says):
+    answer = client.post("/score", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (status if isinstance(status, tuple) else (status,))
+    assert list(answer.json()) == ["detail"]
+    assert says in answer.json()["detail"]
+    assert len(answer.json()["detail"]) <= 300
+    assert client.post("/score", content=GOOD, headers={"Content-Type": "application/json"}).status_code == 200
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer secre", "Bearer secrets", "Basic secret", "ü"])
+def test_without_the_token_only_health_and_the_manual_are_open(url, header):
+    headers = {} if header is None else {"Authorization": header.encode()}
+    for method, path in (("POST", "/score"), ("GET", "/info"), ("GET", "/metrics"), ("GET", "/nowhere")):
+        answer = httpx.request(method, url + path, headers=headers)
+        assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+    for path in ("/health", "/docs", "/openapi.json"):
+        assert httpx.get(url + path, headers=headers).status_code == 200
+    assert httpx.get(url + "/info", headers={"Authorization": "bearer secret"}).status_code == 200
+    assert "secret" not in httpx.get(url + "/openapi.json").text
+
+
+def test_a_body_past_the_limit_is_refused_whether_its_length_is_told_or_not(client):
+    body = json.dumps(ask([plain([0.5])[0]])).encode() + b" " * 200_000
+    for content in (body, (body[i : i + 5000] for i in range(0, len(body), 5000))):
+        answer = client.post("/score", content=content, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.json()["detail"]) == (
+            413,
+            "a request has at most 200000 bytes; send fewer images",
+        )
+
+
+def test_no_more_of_a_body_is_read_than_the_limit():
+    service = serve.app({"mean": Mean()}, body=10_000)
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "POST", "path": "/score", "raw_path": b"/score",
+        "query_string": b"", "root_path": "", "scheme": "http", "client": ("a", 1), "server": ("b", 2),
+        "headers": [(b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")],
+    }  # fmt: skip
+    read, sent = [], []
+
+    async def receive():
+        read.append(1000)
+        return {"type": "http.request", "body": b" " * 1000, "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(service(scope, receive, send))
+    assert sent[0]["status"] == 413
+    assert sum(read) == 11_000
+
+
+def test_a_full_queue_says_when_to_come_again():
+    gate = threading.Event()
+    mean = Mean(gate=gate)
+    with running({"mean": mean}, batch=1, queue=2, wait=0) as url, ThreadPoolExecutor(3) as pool:
+        send = lambda level: httpx.post(f"{url}/score", json=ask(plain([level])), timeout=20)  # noqa: E731
+        first = pool.submit(send, 0.2)
+        assert mean.started.wait(10)
+        others = [pool.submit(send, level) for level in (0.4, 0.6)]
+        until(lambda: httpx.get(f"{url}/health").json()["waiting"] == 2)
+        refused = send(0.8)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        gate.set()
+        found = [answer.result().json()["scores"][0]["mean.mean"] for answer in (first, *others)]
+        assert found == pytest.approx([0.2, 0.4, 0.6], abs=0.01)
+        assert send(0.8).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org"])
+def test_a_host_that_others_reach_needs_a_token(host):
+    with pytest.raises(ValueError, match=f"others can reach host {host}: set a token"):
+        serve.serve({"mean": Mean()}, host=host)
+
+
+def test_limits_that_make_no_sense_are_refused():
+    for settings in ({"batch": 0}, {"queue": 0}, {"body": 0}, {"pixels": 0}, {"wait": -1}):
+        with pytest.raises(ValueError, match="limits above 0"):
+            serve.app({"mean": Mean()}, **settings)
+    with pytest.raises(ValueError, match="needs a scorer"):
+        serve.app({})
+
+
+@pytest.mark.parametrize(
+    ("module", "missing"), [("serve", "uvicorn"), ("serve", "prometheus_client"), ("link", "httpx")]
+)
+def test_a_missing_package_is_named(monkeypatch, module, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, f"reward_models.{module}", raising=False)
+    with pytest.raises(ValueError, match=rf"needs {missing}: pip install 'mmalign\[serve\]'"):
+        import_module(f"reward_models.{module}")
+
+
+# -------------------------------------------------------------------------------------------------------- many at once
+
+
+def test_sixty_four_callers_share_batches_and_each_gets_its_own_scores():
+    levels = [i / 255 for i in range(64)]
+    mean = Mean(0.02)
+    with running({"mean": mean}, wait=0.02) as url, httpx.Client(timeout=20) as client, ThreadPoolExecutor(64) as pool:
+        bodies = [ask(plain([level, 1 - level])) for level in levels]
+        answers = list(pool.map(lambda body: client.post(f"{url}/score", json=body).json(), bodies))
+        client.base_url = url
+        batches, images = metric(client, "reward_batch_images_count"), metric(client, "reward_batch_images_sum")
+    for level, answer in zip(levels, answers, strict=True):
+        assert [row["mean.mean"] for row in answer["scores"]] == pytest.approx([level, 1 - level], abs=1e-6)
+    assert images == sum(mean.calls) == 128
+    assert batches == len(mean.calls) < 64
+    assert max(mean.calls) > 2
+
+
+def test_a_groupwise_scorer_sees_the_prompts_of_one_caller_only():
+    with running({"crowd": Crowd(), "mean": Mean(0.02)}, wait=0.05) as url, ThreadPoolExecutor(8) as pool:
+        prompts = [Prompt("a", {}, 1)] * 3 + [Prompt("b", {}, 2)] * 2
+        images = plain([0.1, 0.2, 0.3, 0.4, 0.5])
+        answers = list(pool.map(lambda _: httpx.post(f"{url}/score", json=ask(images, prompts)).json(), range(8)))
+        with httpx.Client(base_url=url) as client:
+            assert metric(client, "reward_batch_images_count") < 8
+    for answer in answers:
+        assert [row["crowd.siblings"] for row in answer["scores"]] == [3, 3, 3, 2, 2]
+        assert [row["crowd.prompts"] for row in answer["scores"]] == [2] * 5
+
+
+@pytest.mark.parametrize("error", ["ValueError", "KeyError", "MemoryError", "SystemExit", "KeyboardInterrupt"])
+def test_one_callers_prompt_that_breaks_a_scorer_costs_no_other_caller_a_score(error):
+    mean = Mean()
+    with running({"mean": mean, "crowd": Crowd()}, wait=0.2, batch=7) as url, ThreadPoolExecutor(3) as pool:
+        texts = ["fine", error, "fine"]
+        bodies = [ask(plain([0.2, 0.4]), [Prompt("fine", {}, 0), Prompt(text, {}, 1)]) for text in texts]
+        answers = list(pool.map(lambda body: httpx.post(f"{url}/score", json=body).json(), bodies))
+        assert max(mean.calls) == 6
+        for text, answer in zip(texts, answers, strict=True):
+            assert answer["scores"][0] == {"mean.mean": pytest.approx(0.2), "crowd.siblings": 1, "crowd.prompts": 2}
+            assert answer["scores"][1]["crowd.siblings"] == 1
+            if text == "fine":
+                assert answer["scores"][1]["mean.mean"] == pytest.approx(0.4)
+                assert answer["failures"] == [{}, {}]
+            else:
+                assert answer["scores"][1]["mean.mean"] is None
+                assert "as told" in answer["failures"][1]["mean"]
+        assert httpx.get(f"{url}/health").json()["ok"]
+        with httpx.Client(base_url=url) as client:
+            assert metric(client, 'reward_failures_total{scorer="mean"}') == 1
+            assert metric(client, 'reward_requests_total{status="200"}') == 3
+            assert metric(client, "reward_request_seconds_count") == 3
+
+
+class Short:
+    """Returns too few scores: what broadcasting would silently spread over all images."""
+
+    names, card = ("one",), Mean().card
+
+    def __call__(self, images, prompts):
+        return scoring.each(images[:1], prompts[:1], self.names, lambda images, _: images.mean((1, 2, 3))[:, None])
+
+
+def test_a_scorer_that_returns_too_few_scores_has_none():
+    with running({"short": Short(), "mean": Mean()}) as url:
+        answer = httpx.post(f"{url}/score", json=ask(plain([0.2, 0.4]))).json()
+    assert [row["mean.mean"] for row in answer["scores"]] == pytest.approx([0.2, 0.4])
+    # shown alone, by halving, each image has its score after all
+    assert [row["short.one"] for row in answer["scores"]] == pytest.approx([0.2, 0.4])
+
+
+def test_a_caller_that_leaves_does_not_break_the_batch():
+    gate = threading.Event()
+    mean = Mean(gate=gate)
+    with running({"mean": mean}, batch=4, wait=0) as url, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(httpx.post, f"{url}/score", json=ask(plain([0.2])), timeout=20)
+        assert mean.started.wait(10)
+        body = json.dumps(ask(plain([0.9]))).encode()
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as leaver:
+            leaver.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            leaver.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            until(lambda: httpx.get(f"{url}/health").json()["waiting"] == 1)
+        stayer = pool.submit(httpx.post, f"{url}/score", json=ask(plain([0.4])), timeout=20)
+        until(lambda: httpx.get(f"{url}/health").json()["waiting"] == 2)
+        gate.set()
+        found = [answer.result().json()["scores"][0]["mean.mean"] for answer in (first, stayer)]
+        assert found == pytest.approx([0.2, 0.4])
+        assert httpx.get(f"{url}/health").json() == {"ok": True, "waiting": 0}
+
+
+# --------------------------------------------------------------------------------------------------------------- ending
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Three services, started together: one to finish its work, one that is too slow to, one that idles."""
+    settings = ({"seconds": 0.3, "batch": 1}, {"seconds": 60, "batch": 1, "grace": 1}, {"scorers": ["jpeg_size"]})
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda own: start(**own), settings))
+    yield found
+    for process, _ in found:
+        process.kill()
+        process.wait()
+
+
+def send_and_stop(process, url, count, number):
+    """The answers, or why there are none, of requests under way when the process is told to stop; seconds it took."""
+    with ThreadPoolExecutor(count) as pool:
+        waiting = [pool.submit(httpx.post, f"{url}/score", json=ask(plain([0.5])), timeout=20) for _ in range(count)]
+        until(lambda: httpx.get(f"{url}/health").json()["waiting"] == count - 1)
+        start = time.monotonic()
+        process.send_signal(number)
+        code = process.wait(20)
+        return [future.exception() or future.result() for future in waiting], code, time.monotonic() - start
+
+
+def test_sigterm_finishes_what_waits_and_exits_with_0(processes):
+    answers, code, _ = send_and_stop(*processes[0], 4, signal.SIGTERM)
+    assert [answer.json()["scores"] for answer in answers] == [[{"mean.mean": pytest.approx(0.5, abs=0.01)}]] * 4
+    assert code == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{processes[0][1]}/health")
+
+
+def test_a_scorer_that_hangs_holds_the_end_up_no_longer_than_the_grace(processes):
+    answers, code, seconds = send_and_stop(*processes[1], 2, signal.SIGTERM)
+    assert not any(isinstance(answer, httpx.Response) and answer.status_code == 200 for answer in answers)
+    assert 1 <= seconds < 6
+    assert code == 0
+
+
+def test_sigint_ends_an_idle_service_with_0(processes):
+    processes[2][0].send_signal(signal.SIGINT)
+    assert processes[2][0].wait(10) == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- OpenAPI
+
+
+@pytest.fixture(scope="module")
+def fuzzed():
+    with running(CRITICS, wait=0, **LIMITS) as url:
+        yield url
+        assert httpx.get(f"{url}/health").json() == {"ok": True, "waiting": 0}
+
+
+CRITICS = {"mean": Mean(), "crowd": Crowd()}
+schema = schemathesis.openapi.from_dict(serve.app(CRITICS).openapi())
+
+
+@schema.parametrize()
+@hypothesis.settings(max_examples=40, derandomize=True, deadline=None, database=None)
+def test_the_service_does_what_its_openapi_says(fuzzed, case):
+    case.call_and_validate(
+        base_url=fuzzed,
+        checks=[
+            schemathesis.checks.not_a_server_error,
+            schemathesis.checks.response_schema_conformance,
+            schemathesis.checks.status_code_conformance,
+            schemathesis.checks.content_type_conformance,
+        ],
+    )
+
+
+def test_a_service_that_ends_takes_no_more_and_says_so():
+    service = serve.app({"mean": Mean()})
+    with TestClient(service) as client:
+        assert client.post("/score", json=ask(plain([0.5]))).status_code == 200
+    answer = TestClient(service).post("/score", json=ask(plain([0.5])))
+    assert (answer.status_code, answer.json()["detail"]) == (503, "the service is ending")
