@@ -30,11 +30,13 @@ def scorer(request):
 
 @pytest.fixture(scope="module")
 def asked():
+    """What every scorer can check: objects in colours GenEval knows, and letters."""
     rng = np.random.default_rng(0)
-    wants = [requests()[i] for i in rng.integers(len(requests()), size=10)]
+    some = [w for w in requests() if w["include"] and not any(item.get("color") == "cyan" for item in w["include"])]
+    wants = [some[i] for i in rng.integers(len(some), size=10)]
     wants[4] = wants[3]
     images = torch.from_numpy(np.stack([draw(w, rng) for w in wants]))
-    return images, [Prompt(caption(w), w, i) for i, w in enumerate(wants)]
+    return images, [Prompt(caption(w), w | {"text": "H O"}, i) for i, w in enumerate(wants)]
 
 
 def noise(n: int, high: int, wide: int) -> torch.Tensor:
@@ -126,7 +128,7 @@ def test_the_card_says_what_the_scores_do(scorer, asked):
     other = scorer(images, [Prompt("something else", p.wants, p.id) for p in prompts]).values
     if not card.sees_prompt:
         assert torch.equal(other, values)
-    if card.model != "none":
+    if card.model != "none" and card.scorer != "remote":  # its versions stand in the settings
         assert re.fullmatch("[0-9a-f]{64}", card.checkpoint)
 
 

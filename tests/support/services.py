@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,12 +203,6 @@ class Faulty:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
-
-
-def remote(folder: Path) -> dict[str, str]:
-    """Settings of the scorer `remote`: a service in this process for as long as it lives."""
-    server = running({"shapes": load("shapes"), "jpeg_size": load("jpeg_size")})
-    return {"url": server.__enter__()}
 
 
 if __name__ == "__main__":

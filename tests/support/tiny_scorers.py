@@ -19,11 +19,17 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPTokenizer,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
+    ResNetConfig,
 )
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
+from reward_models import load
 from reward_models.weights import read
+from reward_models.world import SHAPES
 
 OPEN_CLIP = {
     "embed_dim": 16,
@@ -143,6 +149,40 @@ def image_reward(folder: Path) -> dict:
     return {"weights": str(folder), "tokenizer": str(folder), "heads": 3}
 
 
+LAYERS = {
+    "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 16, "num_queries": 6,
+}  # fmt: skip
+
+
+def detr_config(**settings) -> DetrConfig:
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    backbone = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+    return DetrConfig(**LAYERS, **backbone, backbone_config=resnet, d_model=16, decoder_layers=1, **settings)
+
+
+def geneval(folder: Path) -> dict:
+    """A detector that knows the embedded world's shapes by name."""
+    torch.manual_seed(0)
+    names = dict(enumerate(SHAPES))
+    labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    DetrForObjectDetection(detr_config(**labels)).save_pretrained(folder)
+    DetrImageProcessor(size={"shortest_edge": 40, "longest_edge": 64}).save_pretrained(folder)
+    colours = open_clip_folder(folder / "colours")
+    return {"model": str(folder), "colour_model": str(colours), "confidence": 0.1, "counting": 0.1}
+
+
+SERVING = []  # a service that nobody holds ends
+
+
+def remote(folder: Path) -> dict:
+    """A service in this process, until the process ends."""
+    from services import running
+
+    SERVING.append(running({"shapes": load("shapes"), "jpeg_size": load("jpeg_size")}))
+    return {"url": SERVING[-1].__enter__()}
+
+
 def vqa(folder: Path) -> dict:
     return {"model": str(tiny_vlm.folder_of(folder))}
 
@@ -171,7 +211,9 @@ def before_version_5(name: str) -> str:
 
 
 BUILDERS = {
+    "geneval": geneval,
     "hpsv3": hpsv3,
+    "remote": remote,
     "vqa": vqa,
     "hpsv2": hpsv2,
     "pickscore": pickscore,

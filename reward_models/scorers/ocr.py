@@ -1,0 +1,181 @@
+"""`ocr`: is the text that was asked for written in the image? The text reward of Flow-GRPO (arXiv 2505.05470), read by
+PP-OCR (arXiv 2009.09941) through rapidocr, whose wheel carries the models: nothing is downloaded.
+
+What should be written is `Prompt.wants["text"]`, else what stands between the prompt's first pair of double quotes,
+straight or typographic. Letters are compared after NFKC, in lower case and without white space. Two scores per image,
+in [0, 1], higher is better, comparable across prompts:
+
+- `match`: 1 if the text occurs in what was read, else 1 - edit distance / length of the text, at least 0.
+- `exact`: 1 if what was read is the text and nothing else, else 0; it sees surplus text, which `match` does not.
+
+An image in which nothing is read scores 0. Not seen: upper and lower case, spaces, the look of the letters, malformed
+ones that can still be read, text that is upside down, letters of a few pixels. Licence of the models and of rapidocr:
+Apache-2.0. Not checked against scores made with PaddleOCR.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from importlib.metadata import version
+from pathlib import Path
+from unicodedata import normalize
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from reward_models.images import to_uint8
+from reward_models.regions import Region, paint
+from reward_models.scorers.shapes import edit_distance
+from reward_models.scoring import each
+from reward_models.types import Card, Images, Prompt, Scores
+from reward_models.weights import loading
+
+DETECTOR, READER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"  # in rapidocr's wheel
+QUOTED = re.compile('["“”„‟]([^"“”„‟]*)["“”‟]')
+Box = tuple[int | float, int | float, int | float, int | float]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A piece of text and where it stands: (left, top, right, bottom) in pixels."""
+
+    text: str
+    box: Box
+
+
+def plain(text: str) -> str:
+    """The text as it is compared: NFKC, lower case, no white space."""
+    return "".join(normalize("NFKC", text).lower().split())
+
+
+def wanted(prompt: Prompt) -> str:
+    """What should be written, plain. ValueError if the prompt does not say."""
+    quoted = QUOTED.search(prompt.text)
+    text = prompt.wants.get("text", quoted and quoted[1])
+    if text is None:
+        raise ValueError("nothing says what should be written: no `text` in wants, no double quotes in the prompt")
+    if not isinstance(text, str) or not plain(text):
+        raise ValueError(f"the text to be written is {text!r}; at least one letter is needed")
+    return plain(text)
+
+
+def matched(target: str, read: str) -> float:
+    """`match` of plain texts: 1 - distance / length of the target, the distance 0 if it occurs in what was read."""
+    distance = 0 if target in read else min(edit_distance(read, target), len(target))
+    return 1 - distance / len(target)
+
+
+def in_order(lines: Sequence[Line]) -> list[Line]:
+    """Top to bottom, and left to right within a row; in a row are those whose middle is as high as its first box."""
+    rows: list[list[Line]] = []
+    for line in sorted(lines, key=lambda line: line.box[1] + line.box[3]):
+        _, top, _, bottom = rows[-1][0].box if rows else line.box
+        if rows and top < (line.box[1] + line.box[3]) / 2 < bottom:
+            rows[-1].append(line)
+        else:
+            rows.append([line])
+    return [line for row in rows for line in sorted(row, key=lambda line: line.box[0])]
+
+
+def words(line: Line) -> list[Line]:
+    """The words of a line, each with the part of the box its letters take up if all are of one width; in a box that is
+    higher than wide each has all of it."""
+    left, top, right, bottom = line.box
+    if bottom - top > right - left:
+        return [Line(word, line.box) for word in line.text.split()]
+    width = (right - left) / len(line.text)
+    return [
+        Line(piece[0], (left + width * piece.start(), top, left + width * piece.end(), bottom))
+        for piece in re.finditer(r"\S+", line.text)
+    ]
+
+
+def credited(target: str, lines: Sequence[Line]) -> list[Region]:
+    """The words read, each with 2 · share - 1 for the share of its letters that stand for letters of the target, in the
+    target's order: 1 for a word of the target, -1 for one that does not belong."""
+    found = [(word, plain(word.text)) for line in lines for word in words(line)]
+    read = "".join(letters for _, letters in found)
+    used = np.zeros(len(read))
+    for block in SequenceMatcher(None, target, read, autojunk=False).get_matching_blocks():
+        used[block.b : block.b + block.size] = 1
+    ends = np.cumsum([len(letters) for _, letters in found])
+    return [
+        Region(word.box, float(2 * used[end - len(letters) : end].mean() - 1), label=word.text)
+        for (word, letters), end in zip(found, ends, strict=True)
+        if letters
+    ]
+
+
+class Ocr:
+    """The scorer. Text read with less than `confidence`, in [0, 1], is left out. `detector` and `reader` are ONNX files
+    of PP-OCR's two stages, by default those of rapidocr's wheel; another script needs another reader. `grid` is the
+    side of the region map, in which words are credited. ValueError if rapidocr or a file cannot be loaded."""
+
+    names = ("match", "exact")
+
+    def __init__(
+        self, confidence: int | float = 0.5, detector: str | None = None, reader: str | None = None, grid: int = 8
+    ):
+        try:
+            import onnxruntime  # noqa: F401  (rapidocr can be installed without an engine)
+            import rapidocr
+        except ImportError as error:
+            raise ValueError(f"ocr: {error}; pip install 'mmalign[ocr]'") from error
+        if not 0 <= confidence <= 1:
+            raise ValueError(f"ocr: confidence is 0 to 1, not {confidence!r}")
+        folder = Path(rapidocr.__file__).parent / "models"
+        files = [Path(detector or folder / DETECTOR), Path(reader or folder / READER)]
+        chosen = {"Det.model_path": str(files[0]), "Rec.model_path": str(files[1]), "Global.text_score": confidence}
+        with loading("ocr", " and ".join(file.name for file in files)):
+            checkpoint = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+            # an empty image is a warning to rapidocr; a failure reaches us as an exception
+            self.engine = rapidocr.RapidOCR(params=chosen | {"Global.use_cls": False, "Global.log_level": "critical"})
+            for stage in (False, True):  # each model is loaded when it is first used
+                self._run(np.zeros((32, 32, 3), np.uint8), use_det=stage)
+        self.grid = grid
+        self.card = Card(
+            "ocr",
+            model=" ".join(file.stem for file in files),
+            licence="the models' own" if detector or reader else "Apache-2.0",
+            low=0,
+            high=1,
+            compares=True,
+            size="any size; the shorter side is scaled up to 736 px",
+            checkpoint=checkpoint,
+            settings={"confidence": confidence, "grid": grid, "rapidocr": version("rapidocr")},
+        )
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return each(images, prompts, self.names, self._look, batch=1)
+
+    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        (image,), (prompt,) = to_uint8(images).cpu().permute(0, 2, 3, 1).numpy(), prompts
+        target = wanted(prompt)
+        lines = self.read(image)
+        seen = " ".join(line.text for line in lines)
+        exact = plain(seen) == target
+        return Scores(
+            self.names,
+            torch.tensor([[matched(target, plain(seen)), float(exact)]]),
+            ("right" if exact else f"reads {seen!r}" if seen else "nothing to read",),
+            paint(credited(target, lines), images.shape[2:], (self.grid, self.grid))[None],
+        )
+
+    def read(self, image: UInt8[np.ndarray, "H W 3"]) -> list[Line]:
+        """The lines of text in an RGB image, in reading order. RuntimeError if the engine fails."""
+        found = self._run(image)
+        if found.txts is None:
+            return []
+        low, high = found.boxes.min(1), found.boxes.max(1)  # [M, 2] of four corners each
+        boxes = np.concatenate([low, np.maximum(high, low + 1)], 1).tolist()
+        return in_order([Line(text, tuple(box)) for text, box in zip(found.txts, boxes, strict=True)])
+
+    def _run(self, image: UInt8[np.ndarray, "H W 3"], **stages: bool):
+        try:
+            return self.engine(np.ascontiguousarray(image[..., ::-1]), **stages)  # as OpenCV has it: BGR
+        except Exception as error:  # its exceptions have no base but this, and a traceback for a message
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise RuntimeError(f"the engine failed: {reason[-1]}") from error
