@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def score(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int)
     parts = _parts(items, scorers, batch)
     with ThreadPoolExecutor(READERS) as readers:  # they read the next batch while this one is scored
         ahead = [readers.submit(_load, item) for item in parts[0]] if parts else []
-        for part, following in zip(parts, [*parts[1:], []], strict=True):
+        for part, following in zip_longest(parts, parts[1:], fillvalue=[]):
             pictures = [reading.result() for reading in ahead]
             ahead = [readers.submit(_load, item) for item in following]
             found = score_pictures(pictures, [item.prompt or Prompt("") for item in part], scorers)

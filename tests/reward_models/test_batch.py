@@ -168,6 +168,10 @@ def test_what_was_cut_off_or_failed_is_scored_again_and_nothing_else(folder):
     assert batch.resume(out, items, {"own": Brightness()}) == ({}, items)
 
 
+def test_nothing_to_score_is_no_rows():
+    assert list(batch.score([], {"own": Brightness()}, 4)) == []
+
+
 class Rank(Brightness):
     """The share of its siblings an image is brighter than: it needs them all, and counts how it was called."""
 
