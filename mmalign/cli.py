@@ -315,7 +315,7 @@ def serve(
 
         scorers = _scorers(rewards, settings or [], cache)
         for scorer in scorers.values():
-            console.print(scorer.card, highlight=False)
+            console.print(str(scorer.card), highlight=False, soft_wrap=True)
         service.serve(scorers, host, port, token=token, batch=batch, queue=queue, body=body)
 
 
