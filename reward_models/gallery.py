@@ -17,7 +17,7 @@ td:first-child,th:first-child{text-align:left} select{font:inherit}
 figure{margin:0;background:#f6f6f6;border-radius:6px;padding:8px;font-size:12px;overflow-wrap:anywhere}
 img{width:100%;aspect-ratio:1;object-fit:contain;image-rendering:auto;background:#fff}
 img.small{image-rendering:pixelated}
-figcaption p{margin:.3em 0} .why{color:#b3261e} code{font-size:11px;color:#666}
+figcaption p{margin:.3em 0} .why{color:#b3261e} .said{color:#666;font-style:italic} code{font-size:11px;color:#666}
 """
 SORT = """
 const grid = document.getElementById('grid'), by = document.getElementById('by');
@@ -34,11 +34,12 @@ def _card(row: Mapping[str, Any], where: Path, page: Path) -> str:
         for name, value in row["scores"].items()
     )
     why = "".join(f"<p class=why>{html.escape(f'{name}: {reason}')}</p>" for name, reason in row["failures"].items())
+    said = "".join(f"<p class=said>{html.escape(f'{name}: {text}')}</p>" for name, text in row["critiques"].items())
     data = html.escape(json.dumps(row["scores"]), quote=True)
     return (
         f'<figure data-scores="{data}"><img loading=lazy src="{html.escape(source, quote=True)}" alt="">'
-        f"<figcaption><p>{html.escape(row['prompt'] or '')}</p><code>{html.escape(row['image'])}{scores}</code>{why}"
-        "</figcaption></figure>"
+        f"<figcaption><p>{html.escape(row['prompt'] or '')}</p><code>{html.escape(row['image'])}{scores}</code>"
+        f"{said}{why}</figcaption></figure>"
     )
 
 

@@ -265,12 +265,15 @@ def test_pairs_are_read_once_each(folder):
 def test_the_gallery_shows_every_image_best_first_and_escapes(folder):
     (folder / "4.txt").write_text("<script>alert(1)</script>")
     rows = scored(folder)
+    rows[0]["critiques"] = {"own": "<b>dark"}
     page = folder / "pages" / "gallery.html"
     page.parent.mkdir()
     gallery.write(rows, batch.summarise(rows), folder, page)
     text = page.read_text()
     assert text.count("<figure") == 5
     assert "<script>alert" not in text
+    assert text.count("class=said") == 1
+    assert "own: &lt;b&gt;dark" in text
     best = max((row for row in rows if row["scores"]["own.mean"]), key=lambda row: row["scores"]["own.mean"])
     assert text.index(f"../{best['image']}") == min(text.index(f"../{i}.png") for i in range(5))
     assert text.index("cannot be read") > max(text.index(f"../{i}.png") for i in range(5))
