@@ -145,10 +145,11 @@ INFO = {
 
 class Faulty:
     """A server that tells it is a reward service with the scorer `clip`, and answers /score as `reply` says: a status,
-    headers and a body from the request, or None to close the connection without a word. `asks` holds the requests."""
+    headers and a body, whole or in parts, from the request, or None to close the connection without a word. `asks`
+    holds the requests."""
 
     def __init__(self):
-        self.reply: Callable[[dict], tuple[int, dict[str, str], bytes] | None] = self.well
+        self.reply: Callable[[dict], tuple[int, dict[str, str], bytes | Iterator[bytes]] | None] = self.well
         self.asks: list[dict[str, Any]] = []
         faulty = self
 
@@ -169,10 +170,12 @@ class Faulty:
 
             def _send(self, status, headers, body):
                 self.send_response(status)
-                for name, value in ({"Content-Length": str(len(body))} | headers).items():
+                whole = {"Content-Length": str(len(body))} if isinstance(body, bytes) else {}
+                for name, value in (whole | headers).items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body)
+                for part in [body] if isinstance(body, bytes) else body:
+                    self.wfile.write(part)
 
             def log_message(self, *_):
                 pass
