@@ -45,10 +45,10 @@ def pictures(folder: Path, count: int, side: int) -> Path:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="folder, or open_clip architecture for random weights")] = "ViT-B-32",
-    count: Annotated[int, typer.Option(help="images")] = 256,
+    model: Annotated[str, typer.Option(help="folder, or open_clip architecture for random weights")] = "ViT-B-16",
+    count: Annotated[int, typer.Option(help="images")] = 80,
     side: Annotated[int, typer.Option(help="pixels a side")] = 512,
-    batch: Annotated[int, typer.Option(help="images scored at once")] = 32,
+    batch: Annotated[int, typer.Option(help="images scored at once")] = 16,
     repeats: Annotated[int, typer.Option(help="runs of each")] = 3,
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
