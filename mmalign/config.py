@@ -143,6 +143,14 @@ class Config(BaseModel):
         1e-6, ge=0, description="a group whose standard deviation is no more than this is dead: advantage 0, counted"
     )
     advantage_clip: float = Field(5.0, gt=0, description="bound of advantages, in that unit")
+    region: str | None = Field(
+        None, description="scorer whose map credits places of the image beside the whole; null: none"
+    )
+    region_weight: float | None = Field(None, gt=0, description="region: weight of a place's own advantage")
+    whole_weight: float | None = Field(None, ge=0, description="region: weight of the whole image's advantage")
+    region_grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="region: cells of the grid that credit and ratio are taken on; null: latent positions"
+    )
     weighting: Literal["none", "noise"] = Field("none", description="noise: weigh steps by their standard deviation")
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float = Field(32.0, gt=0)
@@ -194,6 +202,9 @@ class Config(BaseModel):
             "control": (self.credit == "gain", "credit: gain"),
             "score_states": (self.credit == "gain", "credit: gain"),
             "completion": (self.score_states is not None, "score_states"),
+            "region_weight": (self.region is not None, "region"),
+            "whole_weight": (self.region is not None, "region"),
+            "region_grid": (self.region is not None, "region"),
         }
         needed = {
             "plan: window": ["window"],
@@ -224,6 +235,8 @@ class Config(BaseModel):
             )
         if self.at_least and self.combine in ("product", "gate"):
             raise ValueError(f"at_least adds to a sum; with combine: {self.combine} it cannot act")
+        if self.region is not None and self.region not in self.trained:
+            raise ValueError(f"region: {self.region!r} is not among the scorers of rewards: {', '.join(self.trained)}")
         siblings = self.seeds * (self.children or 1)
         if siblings < 2:
             raise ValueError(f"seeds x children = {siblings}: advantages compare siblings, at least 2 are needed")

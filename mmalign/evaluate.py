@@ -67,8 +67,8 @@ def evaluate(policy, prompts: Sequence[Prompt], members: int, steps: int, scorer
     """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same."""
     seeds = [[seed_of("evaluation", p.id, m) for m in range(members)] for p in prompts]
     images, prompt = generate(policy, prompts, seeds, steps, batch)
-    parts, _ = score(images, [prompts[i] for i in prompt], scorers)
-    return Evaluation(images, parts, prompt, torch.arange(members).repeat(len(prompts)))
+    seen = score(images, [prompts[i] for i in prompt], scorers)
+    return Evaluation(images, seen.parts, prompt, torch.arange(members).repeat(len(prompts)))
 
 
 def paired(before: Float[Tensor, "N"], after: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> tuple[float, float]:

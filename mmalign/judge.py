@@ -9,20 +9,30 @@ from torch import Tensor
 
 from mmalign.types import Judgement, Trajectories
 from reward_models import Prompt, Scores, combine
+from reward_models.regions import resampled
 
 Scorers = Mapping[str, Callable[..., Scores]]  # by name: (images, prompts) -> Scores
 
 
-def score(
-    images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: Scorers
-) -> tuple[dict[str, Float[Tensor, "N"]], dict[int, str]]:
-    """Every component as "scorer.component" -> `[N]`, NaN where it failed, and the reasons by image."""
-    parts, failures = {}, {}
+@dataclass(frozen=True)
+class Seen:
+    """Every component as "scorer.component" -> `[N]`, NaN where it failed; the scorers' maps by name; reasons by
+    image."""
+
+    parts: dict[str, Float[Tensor, "N"]]
+    maps: dict[str, Float[Tensor, "N a b"]]
+    failures: dict[int, str]
+
+
+def score(images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: Scorers) -> Seen:
+    parts, found, failures = {}, {}, {}
     for name, scorer in scorers.items():
         scores = scorer(images, prompts)
         failures |= {i: f"{name}: {why}" for i, why in scores.failures.items()}
         parts |= {f"{name}.{component}": scores.column(component).float() for component in scores.names}
-    return parts, failures
+        if scores.regions is not None:
+            found[name] = scores.regions.float()
+    return Seen(parts, found, failures)
 
 
 @dataclass(frozen=True)
@@ -63,13 +73,20 @@ def judge(
     scorers: Scorers,
     combination: Combination,
     batch: int = 32,
+    region: str | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> tuple[Judgement, Float[Tensor, "E 3 H W"]]:
     """Decode, `batch` at a time, and score each finished latent once, and give every shown state the reward of its end.
+    The map of the scorer `region` is laid on `grid` cells, by default those of the latent.
 
     Returns the judgement and the images `[E, ...]` of the ends, both on the CPU.
     """
     images = torch.cat([decode(latents).cpu() for latents in paths.ends.split(batch)])
-    parts, failures = score(images, [prompts[i] for i in paths.owner.tolist()], scorers)
-    own = {name: values[paths.shown[:, -1].cpu()] for name, values in parts.items()}
-    reward = combination(parts, paths.owner.cpu())
-    return Judgement(paths.at_states(reward), own, failures=failures), images
+    seen = score(images, [prompts[i] for i in paths.owner.tolist()], scorers)
+    own = {name: values[paths.shown[:, -1].cpu()] for name, values in seen.parts.items()}
+    reward = combination(seen.parts, paths.owner.cpu())
+    places = None
+    if region is not None:
+        nowhere = torch.full((len(images), 1, 1), torch.nan)  # where every image failed
+        places = resampled(seen.maps.get(region, nowhere), grid or tuple(paths.ends.shape[2:]))
+    return Judgement(paths.at_states(reward), own, places, failures=seen.failures), images

@@ -92,6 +92,8 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
         name, _, component = reward.rpartition(".")
         if component not in scorers[name].names:
             raise BadInput(f"rewards: no component {component!r}; {name} gives {', '.join(scorers[name].names)}")
+    if c.region and not scorers[c.region].card.places:
+        raise BadInput(f"region: {c.region} says nothing about where; credit by place needs a scorer with a map")
     return {name: Cached(scorer, c.cache) for name, scorer in scorers.items()} if c.cache else scorers
 
 

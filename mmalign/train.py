@@ -18,6 +18,7 @@ from mmalign import credit, evaluate, planner, prompts as prompt_files
 from mmalign.config import Config
 from mmalign.credit.gain import balance, gains
 from mmalign.credit.groups import Units, dead, group_std
+from mmalign.credit.region import by_place
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.judge import judge
@@ -34,6 +35,12 @@ def choose_credit(c: Config) -> Callable:
     return partial(credit.CREDITS[c.credit], units=units, **{k: v for k, v in settings.items() if v is not None})
 
 
+def weights(c: Config) -> tuple[float, float]:
+    """Of the whole image's advantage and of a place's own."""
+    given = (c.whole_weight, c.region_weight) if c.region else (1.0, 0.0)
+    return tuple(1.0 if weight is None else weight for weight in given)
+
+
 def iterate(run: Session, iteration: int) -> dict[str, int | float]:
     """Roll out, judge, credit, learn. Returns the row for metrics.jsonl."""
     c, policy, clock = run.config, run.policy, run.clock
@@ -44,7 +51,7 @@ def iterate(run: Session, iteration: int) -> dict[str, int | float]:
     judged, images, rewards = judge_all(run, paths, prompts, iteration)
     _stop_if_failing(judged, len(images), c.max_failed)
     with clock.of("learn"):
-        advantage = choose_credit(c)(paths, judged)
+        advantage = by_place(paths, judged, choose_credit(c), *weights(c))
         batch = transitions(paths, advantage, c.weighting)
         _set_rate(run.optimizer, c, iteration)
         forwards = policy.spent["forwards"]
@@ -105,7 +112,7 @@ def judge_all(
     c, clock = run.config, run.clock
     scorers = {name: clock.timed("reward", scorer) for name, scorer in run.scorers.items() if name in c.trained}
     decode, combination = clock.timed("decode", run.policy.decode), run.combination(iteration)
-    judged, images = judge(paths, prompts, decode, scorers, combination, c.decode_batch)
+    judged, images = judge(paths, prompts, decode, scorers, combination, c.decode_batch, c.region, c.region_grid)
     return judged, images, len(images) * len(scorers)
 
 

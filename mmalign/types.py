@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -126,21 +126,27 @@ class Trajectories:
     def steps(self) -> int:
         return self.std.shape[1]
 
-    def at_states(self, values: Float[Tensor, "E"]) -> Float[Tensor, "N states"]:
-        """A number of each end, at the states it stands for; NaN where none does."""
-        return torch.where(self.shown < 0, torch.nan, values.to(self.shown.device)[self.shown.clamp(min=0)])
+    def at_states(self, values: Float[Tensor, "E *cells"]) -> Float[Tensor, "N states *cells"]:
+        """A number or map of each end, at the states it stands for; NaN where none does."""
+        found = values.to(self.shown.device)[self.shown.clamp(min=0)]
+        return torch.where(over(self.shown < 0, found), torch.nan, found)
+
+
+def over(mask: Shaped[Tensor, "*rows"], values: Shaped[Tensor, "*rows_and_cells"]) -> Shaped[Tensor, "*rows_and_ones"]:
+    """The mask with as many dimensions as `values`, which it then masks whole cells of."""
+    return mask.view(*mask.shape, *(1 for _ in range(values.ndim - mask.ndim)))
 
 
 @dataclass(frozen=True)
 class Judgement:
     """What the reward models saw. `reward [N, T+1]`: the reward of the image that stands for each state, NaN where none
-    does or scoring failed; the last column is the finished image. `parts` holds each component's raw score of the
-    finished images. `failures`: reasons by end."""
+    does or scoring failed; the last column is the finished image. It may be a map, `[N, T+1, a, b]`: a reward at each
+    place, NaN where there is no opinion. `parts` holds each component's raw score of the finished images; `regions`
+    the credit in [-1, 1] at places of the image of each end. `failures`: reasons by end."""
 
-    reward: Float[Tensor, "N states"]
+    reward: Float[Tensor, "N states *cells"]
     parts: dict[str, Float[Tensor, "N"]]
-    regions: Float[Tensor, "N a b"] | None = None
-    critiques: tuple[str, ...] = ()
+    regions: Float[Tensor, "E a b"] | None = None
     failures: Mapping[int, str] = field(default_factory=dict)
 
 

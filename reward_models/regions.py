@@ -22,7 +22,7 @@ class Region:
         left, top, right, bottom = self.box
         if not (left < right and top < bottom):
             raise ValueError(f"box {self.box} is empty; (left, top, right, bottom) in pixels is needed")
-        if not -1 <= self.credit <= 1:
+        if not -1 <= self.credit <= 1:  # also for NaN
             raise ValueError(f"credit {self.credit} is outside [-1, 1]")
 
 
@@ -44,3 +44,19 @@ def paint(regions: Sequence[Region], size: tuple[int, int], grid: tuple[int, int
         sum_ += share * region.credit
     with np.errstate(invalid="ignore"):
         return torch.from_numpy(np.where(area > 0, sum_ / area, np.nan)).float()
+
+
+def resampled(maps: Float[Tensor, "N a b"], grid: tuple[int, int]) -> Float[Tensor, "N c d"]:
+    """The maps on another grid over the same images: in each new cell the mean of the old ones it covers, weighted by
+    area, those without an opinion (NaN) left out; NaN where there is none. Sums over area are kept where all cells have
+    an opinion."""
+    rows, columns = (_overlaps(new, old) for new, old in zip(grid, maps.shape[1:], strict=True))
+    valid = (~maps.isnan()).to(maps.dtype)
+    area = torch.einsum("ya,nab,xb->nyx", rows, valid, columns)
+    sums = torch.einsum("ya,nab,xb->nyx", rows, maps.nan_to_num(0.0), columns)
+    return torch.where(area > 1e-6, sums / area, torch.nan)
+
+
+def _overlaps(new: int, old: int) -> Float[Tensor, "new old"]:
+    """The share of each of `new` equal parts of a side that each of `old` equal parts covers."""
+    return torch.from_numpy(np.stack([covered(k / old, (k + 1) / old, new, 1) for k in range(old)], 1)).float()

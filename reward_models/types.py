@@ -41,7 +41,8 @@ class Card:
     that were loaded, "" without any. `low`, `high`: the range of each component, infinite where it has no bound.
     `higher`: what a higher score is, "better", or "more" for an alarm that is no reward. `compares`: whether scores of
     different prompts may be compared. `sees_prompt`: whether the text is looked at. `size`: what becomes of the image's
-    size. `groupwise`: the images of one prompt must be shown together. `settings`: whatever else changes a score.
+    size. `groupwise`: the images of one prompt must be shown together. `places`: whether it says where in the image.
+    `settings`: whatever else changes a score.
     """
 
     scorer: str
@@ -55,6 +56,7 @@ class Card:
     size: str = "any size, as it is"
     checkpoint: str = ""
     groupwise: bool = False
+    places: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -58,6 +58,7 @@ class Card(Wire):
     size: str = Field(description="what becomes of an image's size")
     checkpoint: str = Field(description="SHA-256 of the weights")
     groupwise: bool = Field(description="whether the images of one prompt are shown together")
+    places: bool = Field(description="whether it says where; maps are not sent")
     settings: dict[str, JsonValue]
 
 

@@ -188,3 +188,42 @@ def test_the_reference_is_of_the_base_model(tmp_path):
     assert isinstance(result.exception, BadInput)
     assert "of the base model" in str(result.exception)
     assert references.ENOUGH == 500
+
+
+PLACES = """
+from torch.nn import functional as F
+
+from reward_models import Card, Scores
+
+
+class Places:
+    names, card = ("mean",), Card("places", places=True)
+
+    def __call__(self, images, prompts):
+        light = 2 * images.mean(1) - 1
+        return Scores(self.names, light.mean((1, 2))[:, None], regions=F.adaptive_avg_pool2d(light, (6, 5)))
+"""
+
+
+def test_a_run_with_credit_by_place(settings, tmp_path, monkeypatch):
+    (tmp_path / "own_places.py").write_text(PLACES)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "own_places:Places"
+    changed = dict(rewards={f"{name}.mean": 1.0}, region=name, region_weight=0.5, iterations=2, held_out=None)
+    for more in ({}, {"region_grid": [2, 4]}, {"whole_weight": 0.0, "region_grid": [1, 1]}):
+        out = run(settings, **changed, **more, out=f"{settings['out']}{len(more)}")
+        assert rows(out / "metrics.jsonl")[0]["ratio/1"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(region="jpeg_size"), "jpeg_size says nothing about where"),
+        (dict(region="shapes"), "region: 'shapes' is not among the scorers of rewards: jpeg_size"),
+        (dict(region_weight=1.0), "region_weight acts only with region"),
+        (dict(region="jpeg_size", region_grid=[0, 1]), "region_grid"),
+    ],
+)
+def test_credit_by_place_needs_a_scorer_that_says_where(settings, change, says):
+    with pytest.raises(BadInput, match=says):
+        run(settings, **change)

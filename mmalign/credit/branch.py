@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.credit.groups import GRPO, Units, group_mean, normalise
+from mmalign.credit.groups import GRPO, Units, as_grid, cell_mean, normalise
 from mmalign.types import Judgement, Trajectories
 
 
 def branch(
     paths: Trajectories, judged: Judgement, units: Units = GRPO, baseline: str = "state"
-) -> Float[Tensor, "N T 1 1"]:
+) -> Float[Tensor, "N T a b"]:
     """Advantages per step, 0 where the step was deterministic.
 
     `baseline`: "state" compares children of one state (its mean is the value before the step; TempFlow's seed groups),
@@ -25,11 +25,11 @@ def branch(
     if baseline not in ("state", "prompt"):
         raise ValueError(f"no baseline called {baseline!r}; known: state, prompt")
     reward = judged.reward[:, -1]
-    advantage = torch.zeros_like(paths.std)
+    advantage = torch.zeros(*paths.std.shape, *reward.shape[1:], device=reward.device)
     for k in range(paths.steps):
         rows = (paths.std[:, k] > 0).nonzero()[:, 0]
         if len(rows):
-            value = group_mean(reward[rows], paths.node[rows, k + 1])
+            value = cell_mean(reward[rows], paths.node[rows, k + 1])
             group = paths.node[rows, k] if baseline == "state" else paths.prompt[rows]
             advantage[rows, k] = normalise(value, group, units)
-    return advantage[:, :, None, None]
+    return as_grid(advantage)

@@ -9,29 +9,30 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.credit.groups import FLOOR, GRPO, Units, group_mean, normalise
-from mmalign.types import Judgement, Trajectories
+from mmalign.credit.groups import FLOOR, GRPO, Units, as_grid, group_mean, normalise
+from mmalign.types import Judgement, Trajectories, over
 
 
-def values(paths: Trajectories, judged: Judgement) -> tuple[Float[Tensor, "N T"], Float[Tensor, "N T"]]:
+def values(paths: Trajectories, judged: Judgement) -> tuple[Float[Tensor, "N T *cells"], Float[Tensor, "N T *cells"]]:
     """The value before and after each step.
 
     Steps between two shown states form one stretch and share its values. Before the first shown state the value counts
     as 0, so that with the finished image alone every step gains the reward itself. NaN where a score failed.
     """
-    shown = paths.shown >= 0
-    before, after = torch.zeros_like(paths.std), torch.zeros_like(paths.std)
-    value = torch.zeros_like(judged.reward[:, 0])
+    shown, reward = over(paths.shown >= 0, judged.reward), judged.reward
+    before, after = [], []
+    value = torch.zeros_like(reward[:, 0])
     for k in range(paths.steps):
-        value = torch.where(shown[:, k], judged.reward[:, k], value)
-        before[:, k] = value
+        value = torch.where(shown[:, k], reward[:, k], value)
+        before.append(value)
+    value = torch.full_like(reward[:, 0], torch.nan)
     for k in reversed(range(paths.steps)):
-        value = torch.where(shown[:, k + 1], judged.reward[:, k + 1], value if k + 1 < paths.steps else torch.nan)
-        after[:, k] = value
-    return before, after
+        value = torch.where(shown[:, k + 1], reward[:, k + 1], value)
+        after.append(value)
+    return torch.stack(before, 1), torch.stack(after[::-1], 1)
 
 
-def gains(paths: Trajectories, judged: Judgement) -> Float[Tensor, "N T"]:
+def gains(paths: Trajectories, judged: Judgement) -> Float[Tensor, "N T *cells"]:
     """Value after less value before, for each step. NaN where a score failed."""
     before, after = values(paths, judged)
     return after - before
@@ -58,7 +59,7 @@ def gain(
     units: Units = GRPO,
     compare: str = "step",
     control: float | str = 1.0,
-) -> Float[Tensor, "N T 1 1"]:
+) -> Float[Tensor, "N T a b"]:
     """Advantages per step over the images of the same prompt, 0 where the step was deterministic.
 
     `compare`: "step" holds each gain against its siblings' at the same step (DenseGRPO); "walk" against those of all
@@ -72,14 +73,16 @@ def gain(
     before, after = values(paths, judged)
     value, group = torch.zeros_like(before), paths.prompt[:, None].repeat(1, paths.steps)
     for k in range(paths.steps):
-        own = paths.std[:, k] > 0
-        share = fitted(before[own, k], after[own, k], paths.prompt[own]) if control == "fit" else control
+        own, share = paths.std[:, k] > 0, control
+        if control == "fit":
+            places = paths.prompt[own].repeat_interleave(before[0, 0].numel())
+            share = fitted(before[own, k].flatten(), after[own, k].flatten(), places)
         value[:, k] = after[:, k] - share * before[:, k]
     if compare == "step":
         group = group * paths.steps + torch.arange(paths.steps, device=group.device)
-    stochastic, advantage = paths.std > 0, torch.zeros_like(paths.std)
+    stochastic, advantage = paths.std > 0, torch.zeros_like(value)
     advantage[stochastic] = normalise(value[stochastic], group[stochastic], units)
-    return advantage[:, :, None, None]
+    return as_grid(advantage)
 
 
 def balance(paths: Trajectories, judged: Judgement) -> dict[str, float]:

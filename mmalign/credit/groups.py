@@ -54,8 +54,29 @@ class Units:
 GRPO = Units()
 
 
-def normalise(values: Float[Tensor, "N"], group: Int[Tensor, "N"], units: Units = GRPO) -> Float[Tensor, "N"]:
-    """Advantages: each value less its group's mean, in `units`."""
+def cell_mean(values: Float[Tensor, "N *cells"], group: Int[Tensor, "N"]) -> Float[Tensor, "N *cells"]:
+    """The `group_mean` at each cell of maps, cell by cell."""
+    if values.ndim == 1:
+        return group_mean(values, group)
+    flat = values.flatten(1)
+    place = torch.arange(flat.shape[1], device=group.device)
+    return group_mean(flat.flatten(), (group[:, None] * flat.shape[1] + place).flatten()).view_as(values)
+
+
+def as_grid(advantage: Float[Tensor, "N T *cells"]) -> Float[Tensor, "N T a b"]:
+    """1x1 for a reward that is one number."""
+    return advantage if advantage.ndim == 4 else advantage[:, :, None, None]
+
+
+def normalise(
+    values: Float[Tensor, "N *cells"], group: Int[Tensor, "N"], units: Units = GRPO
+) -> Float[Tensor, "N *cells"]:
+    """Advantages: each value less its group's mean, in `units`. Of maps, all valid cells of a group's members are
+    compared with one another, wherever they lie: a map that was only centred within its own image would push every
+    sibling the same way."""
+    if values.ndim > 1:
+        cells = values[0].numel()
+        return normalise(values.flatten(), group.repeat_interleave(cells), units).view_as(values)
     valid = ~values.isnan()
     centred, spread = values - group_mean(values, group), group_std(values, group)
     if units.scale not in ("group", "batch", "none"):

@@ -304,6 +304,7 @@ def geneval(
         low=0,
         high=1,
         compares=True,
+        places=True,
         size=size,
         checkpoint=fingerprint(*models),
         settings=dict(colour_model=shown, confidence=confidence, counting=counting, surplus=surplus, grid=grid),

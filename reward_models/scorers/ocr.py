@@ -143,6 +143,7 @@ class Ocr:
             low=0,
             high=1,
             compares=True,
+            places=True,
             size="any size; the shorter side is scaled up to 736 px",
             checkpoint=checkpoint,
             settings={"confidence": confidence, "grid": grid, "rapidocr": version("rapidocr")},

@@ -247,7 +247,9 @@ class Shapes:
 
     def __init__(self, grid: int = 8):
         self.grid = grid
-        self.card = Card("shapes", licence="Apache-2.0", low=0, high=1, compares=True, settings={"grid": grid})
+        self.card = Card(
+            "shapes", licence="Apache-2.0", low=0, high=1, compares=True, places=True, settings={"grid": grid}
+        )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look)

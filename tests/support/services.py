@@ -135,7 +135,7 @@ INFO = {
             "card": {
                 "scorer": "clip", "model": "m", "licence": "l", "low": -1, "high": 1, "higher": "better",
                 "compares": False, "sees_prompt": True, "size": "", "checkpoint": "", "groupwise": False,
-                "settings": {},
+                "places": False, "settings": {},
             },
         }
     },
