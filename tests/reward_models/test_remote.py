@@ -237,6 +237,19 @@ def test_the_breaker_spares_a_service_that_is_down_and_tries_again_later(faulty)
     assert remote(plain([0.1] * 8), FINE).values.tolist() == [[0.5]] * 8
 
 
+def test_one_request_tries_a_broken_service_however_long_it_takes():
+    breaker = link.Breaker(1, rest=0.05)
+    with pytest.raises(link.Fault, match="down"), breaker:
+        raise link.Fault("down")
+    time.sleep(0.06)
+    with breaker:
+        time.sleep(0.06)
+        with pytest.raises(link.Fault, match="the last: down"), breaker:
+            pass
+    with breaker:  # it went well
+        pass
+
+
 def test_a_refusal_does_not_break_the_circuit(faulty):
     faulty.reply = lambda sent: (422, {}, b"")
     remote = Remote(faulty.url, batch=1, workers=1, faults=2)

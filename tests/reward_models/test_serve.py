@@ -176,12 +176,15 @@ def test_a_body_past_the_limit_is_refused_whether_its_length_is_told_or_not(clie
         )
 
 
-def test_no_more_of_a_body_is_read_than_the_limit():
+@pytest.mark.parametrize(
+    ("header", "bytes_read"), [((b"transfer-encoding", b"chunked"), 11_000), ((b"content-length", b"99999"), 0)]
+)
+def test_no_more_of_a_body_is_read_than_the_limit(header, bytes_read):
     service = serve.app({"mean": Mean()}, body=10_000)
     scope = {
         "type": "http", "http_version": "1.1", "method": "POST", "path": "/score", "raw_path": b"/score",
         "query_string": b"", "root_path": "", "scheme": "http", "client": ("a", 1), "server": ("b", 2),
-        "headers": [(b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")],
+        "headers": [(b"content-type", b"application/json"), header],
     }  # fmt: skip
     read, sent = [], []
 
@@ -194,7 +197,7 @@ def test_no_more_of_a_body_is_read_than_the_limit():
 
     asyncio.run(service(scope, receive, send))
     assert sent[0]["status"] == 413
-    assert sum(read) == 11_000
+    assert sum(read) == bytes_read
 
 
 def test_a_full_queue_says_when_to_come_again():
