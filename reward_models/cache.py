@@ -11,16 +11,18 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from reward_models.images import to_uint8
+from reward_models.regions import Region
 from reward_models.scoring import unfit
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
+FORM = 2  # of a record; older ones are not found again
 WAIT = 60  # seconds for another process to finish writing
 
 
@@ -62,7 +64,7 @@ class Cached:
         return replace(_scores(self.names, [known[key] for key in keys]), failures=reasons)
 
     def _key(self, image: torch.Tensor, prompt: Prompt, broken: bool) -> str:
-        digest = hashlib.sha256(f"{self.card.version} {list(image.shape)}".encode())
+        digest = hashlib.sha256(f"{FORM} {self.card.version} {list(image.shape)}".encode())
         if broken:  # has no 8-bit form, is not scored, is not kept
             digest.update(image.cpu().contiguous().numpy().tobytes())
         else:
@@ -92,6 +94,7 @@ def _record(scores: Scores, place: int) -> dict[str, Any]:
         "values": _listed(scores.values[place]),
         "critique": scores.critiques[place] if scores.critiques else "",
         "regions": None if scores.regions is None else [_listed(row) for row in scores.regions[place]],
+        "boxes": [asdict(region) for region in scores.boxes[place]] if scores.boxes else [],
     }
 
 
@@ -111,4 +114,5 @@ def _scores(names: tuple[str, ...], records: Sequence[dict[str, Any]]) -> Scores
     if some is not None:
         regions = torch.stack([torch.full_like(some, torch.nan) if grid is None else grid for grid in grids])
     values = torch.stack([_tensor(record["values"]) for record in records]) if records else torch.zeros(0, len(names))
-    return Scores(names, values, critiques if any(critiques) else (), regions)
+    boxes = tuple(tuple(Region(**own | {"box": tuple(own["box"])}) for own in record["boxes"]) for record in records)
+    return Scores(names, values, critiques if any(critiques) else (), regions, boxes=boxes if any(boxes) else ())

@@ -1,17 +1,24 @@
-"""Where in an image a score holds: boxes to a grid laid over it. Row 0 is at the top."""
+"""Where in an image a score holds: boxes and masks to a grid laid over it. Row 0 is at the top."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+Overlap = Literal["mean", "max", "min", "last"]
 
 
 @dataclass(frozen=True)
 class Region:
-    """A box (left, top, right, bottom) in pixels of the scored image, and its credit in [-1, 1]."""
+    """A box (left, top, right, bottom) in pixels of the scored image, and its credit in [-1, 1].
+
+    `label` names what was asked for and is judged there, the same in all images of a prompt ("" for what nobody asked
+    for): regions of equal label can be compared. `reason` is for people.
+    """
 
     box: tuple[int | float, int | float, int | float, int | float]
     credit: int | float
@@ -26,6 +33,14 @@ class Region:
             raise ValueError(f"credit {self.credit} is outside [-1, 1]")
 
 
+def inside(regions: Sequence[Region], size: tuple[int, int]) -> None:
+    """ValueError that names the first box that is not inside an image of `size` (height, width)."""
+    for region in regions:
+        left, top, right, bottom = region.box
+        if left < 0 or top < 0 or right > size[1] or bottom > size[0]:
+            raise ValueError(f"box {region.box} lies outside the image of {size[1]} x {size[0]} pixels")
+
+
 def covered(start: int | float, stop: int | float, cells: int, size: int) -> Float[np.ndarray, "cells"]:
     """The share of each of `cells` equal cells of [0, size] that [start, stop] covers."""
     edges = np.arange(cells + 1) * size / cells
@@ -33,17 +48,48 @@ def covered(start: int | float, stop: int | float, cells: int, size: int) -> Flo
     return overlap.clip(0) * cells / size
 
 
-def paint(regions: Sequence[Region], size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "a b"]:
-    """The grid `[a, b]` over an image of `size` (height, width): in each cell the mean credit of the regions there,
-    weighted by the area each covers of it; NaN where there is none. Credit is not thinned by what is left bare."""
-    area, sum_ = np.zeros(grid), np.zeros(grid)
-    for region in regions:
+def box_shares(regions: Sequence[Region], size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "R a b"]:
+    """The share of each cell of a grid over an image of `size` (height, width) that each region's box covers."""
+    shares = np.zeros((len(regions), *grid))
+    for share, region in zip(shares, regions, strict=True):
         left, top, right, bottom = region.box
-        share = np.outer(covered(top, bottom, grid[0], size[0]), covered(left, right, grid[1], size[1]))
-        area += share
-        sum_ += share * region.credit
-    with np.errstate(invalid="ignore"):
-        return torch.from_numpy(np.where(area > 0, sum_ / area, np.nan)).float()
+        share[:] = np.outer(covered(top, bottom, grid[0], size[0]), covered(left, right, grid[1], size[1]))
+    return torch.from_numpy(shares).float()
+
+
+def mask_shares(masks: Bool[Tensor, "R H W"], grid: tuple[int, int]) -> Float[Tensor, "R a b"]:
+    """The share of each cell of a grid over the image that each mask covers."""
+    return resampled(masks.float(), grid)
+
+
+def blend(
+    shares: Float[Tensor, "R a b"], credits: Float[Tensor, "R"], overlap: Overlap = "mean"
+) -> Float[Tensor, "a b"]:
+    """The credit of each cell: of the regions that cover some of it the mean, weighted by the area each covers, the
+    greatest, the least, or the last in order; NaN where there is none. Credit is not thinned by what is left bare."""
+    there, credit = shares > 0, credits[:, None, None].expand_as(shares)
+    bare = ~there.any(0)
+    if overlap == "mean":
+        found = (shares * credit).sum(0) / shares.sum(0)
+    elif overlap == "max":
+        found = torch.where(there, credit, -torch.inf).amax(0) if len(shares) else torch.zeros(shares.shape[1:])
+    elif overlap == "min":
+        found = torch.where(there, credit, torch.inf).amin(0) if len(shares) else torch.zeros(shares.shape[1:])
+    elif overlap == "last":
+        found = torch.zeros(shares.shape[1:])
+        for own, value in zip(there, credit, strict=True):
+            found = torch.where(own, value, found)
+    else:
+        raise ValueError(f"no overlap rule called {overlap!r}; known: mean, max, min, last")
+    return torch.where(bare, torch.nan, found)
+
+
+def paint(
+    regions: Sequence[Region], size: tuple[int, int], grid: tuple[int, int], overlap: Overlap = "mean"
+) -> Float[Tensor, "a b"]:
+    """`blend` of the regions' boxes on a grid over an image of `size` (height, width)."""
+    credits = torch.tensor([float(region.credit) for region in regions])
+    return blend(box_shares(regions, size, grid), credits, overlap)
 
 
 def resampled(maps: Float[Tensor, "N a b"], grid: tuple[int, int]) -> Float[Tensor, "N c d"]:

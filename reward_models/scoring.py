@@ -30,7 +30,7 @@ def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look
     failures = unfit(images)
     fit = [i for i in range(len(images)) if i not in failures]
     values = torch.full((len(images), len(names)), torch.nan)
-    critiques, regions = [""] * len(images), {}
+    critiques, regions, boxes = [""] * len(images), {}, [()] * len(images)
     waiting = [fit[i : i + batch] for i in reversed(range(0, len(fit), batch))]
     while waiting:
         rows = waiting.pop()
@@ -49,13 +49,15 @@ def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look
         failures |= {rows[k]: why for k, why in found.failures.items()}
         for k, i in enumerate(rows):
             critiques[i] = found.critiques[k] if found.critiques else ""
+            boxes[i] = found.boxes[k] if found.boxes else ()
             if found.regions is not None:
                 regions[i] = found.regions[k].cpu()
     maps = None
     if regions:
         blank = torch.full_like(next(iter(regions.values())), torch.nan)
         maps = torch.stack([regions.get(i, blank) for i in range(len(images))])
-    return Scores(names, values, tuple(critiques) if any(critiques) else (), maps, dict(sorted(failures.items())))
+    said, seen = (tuple(own) if any(own) else () for own in (critiques, boxes))
+    return Scores(names, values, said, maps, dict(sorted(failures.items())), seen)
 
 
 def unfit(images: Images) -> dict[int, str]:

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reward_models.regions import Region
+
 Images = Float[Tensor, "N 3 H W"]
 
 
@@ -80,7 +82,8 @@ class Scores:
 
     A score that could not be had is NaN, never 0, and `failures` says why (image index -> reason).
     NaN without a reason is "no opinion". `critiques` holds a sentence per image, or is empty;
-    `regions` says where, in [-1, 1] with NaN for "no opinion here", or is None.
+    `regions` says where, in [-1, 1] with NaN for "no opinion here", or is None; `boxes` holds the regions of each image
+    that the map was painted from, or is empty.
     """
 
     names: tuple[str, ...]
@@ -88,6 +91,7 @@ class Scores:
     critiques: tuple[str, ...] = ()
     regions: Float[Tensor, "N a b"] | None = None
     failures: Mapping[int, str] = field(default_factory=dict)
+    boxes: tuple[tuple[Region, ...], ...] = ()
 
     def __post_init__(self):
         if self.values.ndim != 2 or self.values.shape[1] != len(self.names):

@@ -93,8 +93,8 @@ def judge(
     include, exclude = wants["include"], wants.get("exclude") or ()
     groups = [_of_class(found, item["class"]) for item in include]
     chosen = [group[: item.get("count", 1)] for group, item in zip(groups, include, strict=True)]
-    strict, terms, wrong, credit = True, [], [], {}
-    for item, group, mine in zip(include, groups, chosen, strict=True):
+    strict, terms, wrong, credit, labels = True, [], [], {}, {}
+    for number, (item, group, mine) in enumerate(zip(include, groups, chosen, strict=True)):
         asked, name = item.get("count", 1), item["class"]
         terms.append(counted(asked, len(group), surplus))
         strict &= len(mine) == asked
@@ -113,6 +113,7 @@ def judge(
             wrong += [] if terms[-1] else [f"{name} is not {relation} {include[other]['class']}"]
         strict &= all(all(check) for check in checks)
         credit |= {k: 2 * sum(right) / len(right) - 1 for k, *right in zip(mine, *checks, strict=True)}
+        labels |= {k: f"{number + 1}.{place + 1} {name}" for place, k in enumerate(mine)}
         credit |= dict.fromkeys(group[asked:] if surplus else (), -1)
     included = {known_as(item["class"]) for item in include}
     for item in exclude:
@@ -123,7 +124,7 @@ def judge(
         if len(group) >= limit:
             wrong.append(f"{len(group)} {item['class']} where fewer than {limit} are wanted")
             credit |= dict.fromkeys(group[limit - 1 :], -1)
-    regions = tuple(Region(found[k].box, worth, found[k].label) for k, worth in credit.items())
+    regions = tuple(Region(found[k].box, worth, labels.get(k, ""), found[k].label) for k, worth in credit.items())
     return Verdict(float(strict), sum(terms) / len(terms), "; ".join(wrong) or "right", regions)
 
 
@@ -242,7 +243,7 @@ class GenEval:
     def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         values = torch.full((len(images), 2), torch.nan)
         regions = torch.full((len(images), self.grid, self.grid), torch.nan)
-        critiques, failures, asked = [""] * len(images), {}, {}
+        critiques, boxes, failures, asked = [""] * len(images), [()] * len(images), {}, {}
         for i, prompt in enumerate(prompts):
             try:
                 asked[i] = checked(prompt.wants, self.detector.classes, self.eye.palette if self.eye else ())
@@ -253,8 +254,9 @@ class GenEval:
             verdict = self._judged(images[i], prompts[i].wants, things)
             values[i] = torch.tensor([verdict.strict, verdict.soft])
             critiques[i] = verdict.critique
+            boxes[i] = verdict.regions
             regions[i] = paint(verdict.regions, tuple(images.shape[2:]), (self.grid, self.grid))
-        return Scores(self.names, values, tuple(critiques), regions, failures)
+        return Scores(self.names, values, tuple(critiques), regions, failures, tuple(boxes))
 
     def _judged(self, image: Float[Tensor, "3 H W"], wants: Mapping[str, Any], found: Sequence[Found]) -> Verdict:
         found = strongest(found, self.counting if wants.get("tag") == "counting" else self.confidence)

@@ -51,15 +51,15 @@ def plain(text: str) -> str:
     return "".join(normalize("NFKC", text).lower().split())
 
 
-def wanted(prompt: Prompt) -> str:
-    """What should be written, plain. ValueError if the prompt does not say."""
+def wanted(prompt: Prompt) -> list[str]:
+    """The words that should be written, plain. ValueError if the prompt does not say."""
     quoted = QUOTED.search(prompt.text)
     text = prompt.wants.get("text", quoted and quoted[1])
     if text is None:
         raise ValueError("nothing says what should be written: no `text` in wants, no double quotes in the prompt")
     if not isinstance(text, str) or not plain(text):
         raise ValueError(f"the text to be written is {text!r}; at least one letter is needed")
-    return plain(text)
+    return [word for word in map(plain, text.split()) if word]
 
 
 def matched(target: str, read: str) -> float:
@@ -93,20 +93,24 @@ def words(line: Line) -> list[Line]:
     ]
 
 
-def credited(target: str, lines: Sequence[Line]) -> list[Region]:
+def credited(target: Sequence[str], lines: Sequence[Line]) -> list[Region]:
     """The words read, each with 2 · share - 1 for the share of its letters that stand for letters of the target, in the
-    target's order: 1 for a word of the target, -1 for one that does not belong."""
+    target's order: 1 for a word of the target, -1 for one that does not belong. The label is the word of the target
+    that most of these letters belong to, the reason what was read."""
     found = [(word, plain(word.text)) for line in lines for word in words(line)]
     read = "".join(letters for _, letters in found)
-    used = np.zeros(len(read))
-    for block in SequenceMatcher(None, target, read, autojunk=False).get_matching_blocks():
-        used[block.b : block.b + block.size] = 1
-    ends = np.cumsum([len(letters) for _, letters in found])
-    return [
-        Region(word.box, float(2 * used[end - len(letters) : end].mean() - 1), label=word.text)
-        for (word, letters), end in zip(found, ends, strict=True)
-        if letters
-    ]
+    of_letter = np.repeat(np.arange(len(target)), [len(word) for word in target])
+    meant = np.full(len(read), -1)
+    for block in SequenceMatcher(None, "".join(target), read, autojunk=False).get_matching_blocks():
+        meant[block.b : block.b + block.size] = of_letter[block.a : block.a + block.size]
+    regions, end = [], 0
+    for word, letters in found:
+        start, end = end, end + len(letters)
+        votes = np.bincount(meant[start:end][meant[start:end] >= 0])
+        label = f"{votes.argmax() + 1} {target[votes.argmax()]}" if votes.size else ""
+        if letters:
+            regions.append(Region(word.box, float(2 * votes.sum() / len(letters) - 1), label, word.text))
+    return regions
 
 
 class Ocr:
@@ -155,14 +159,17 @@ class Ocr:
     def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         (image,), (prompt,) = to_uint8(images).cpu().permute(0, 2, 3, 1).numpy(), prompts
         target = wanted(prompt)
+        whole = "".join(target)
         lines = self.read(image)
         seen = " ".join(line.text for line in lines)
-        exact = plain(seen) == target
+        exact = plain(seen) == whole
+        found = credited(target, lines)
         return Scores(
             self.names,
-            torch.tensor([[matched(target, plain(seen)), float(exact)]]),
+            torch.tensor([[matched(whole, plain(seen)), float(exact)]]),
             ("right" if exact else f"reads {seen!r}" if seen else "nothing to read",),
-            paint(credited(target, lines), images.shape[2:], (self.grid, self.grid))[None],
+            paint(found, tuple(images.shape[2:]), (self.grid, self.grid))[None],
+            boxes=(tuple(found),),
         )
 
     def read(self, image: UInt8[np.ndarray, "H W 3"]) -> list[Line]:

@@ -190,20 +190,27 @@ def edit_distance(a: str, b: str) -> int:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`strict` and `partial` as in the module's head; `marks` pairs each seen thing with its credit in [-1, 1]."""
+    """`strict` and `partial` as in the module's head; `marks` are the things seen, by credit."""
 
     strict: float
     partial: float
     critique: str
-    marks: list[tuple[Seen, float]]
+    marks: tuple[Region, ...]
 
 
 def judge_text(wanted: str, seen: list[Seen]) -> Verdict:
     read = sorted(seen, key=lambda s: s.centre[0])
     text = "".join(s.name if s.name in GLYPHS else "?" for s in read)
     partial = max(0.0, 1 - edit_distance(text, wanted) / len(wanted))
-    marks = [(s, 1.0 if i < len(wanted) and s.name == wanted[i] else -1.0) for i, s in enumerate(read)]
+    marks = tuple(
+        Region(s.box, 1.0 if i < len(wanted) and s.name == wanted[i] else -1.0, _label(i, wanted[i : i + 1]), s.name)
+        for i, s in enumerate(read)
+    )
     return Verdict(float(text == wanted), partial, "right" if text == wanted else f"reads {text!r}", marks)
+
+
+def _label(place: int, name: str) -> str:
+    return f"{place + 1} {name}" if name else ""
 
 
 def judge_objects(wants: dict, seen: list[Seen]) -> Verdict:
@@ -213,6 +220,7 @@ def judge_objects(wants: dict, seen: list[Seen]) -> Verdict:
     rows, cols = linear_sum_assignment(credit, maximize=True)
     match = {int(r): int(c) for r, c in zip(rows, cols, strict=True) if credit[r, c] > 0}
     earned = [float(credit[r, match[r]]) if r in match else 0.0 for r in range(len(entities))]
+    worth = {r: 2 * earned[r] - 1 for r in match}
     wrong = [f"no {item['class']}" for r, item in enumerate(entities) if r not in match]
     wrong += [
         f"the {entities[r]['class']} is {seen[c].colour}, {seen[c].extent} px"
@@ -222,14 +230,20 @@ def judge_objects(wants: dict, seen: list[Seen]) -> Verdict:
     if wants["tag"] == "position":
         relation = wants["include"][0]["position"][0]
         holds = 0 in match and 1 in match and _related(seen[match[0]], relation, seen[match[1]])
+        for r, c in match.items():
+            checks_right = [*checks[r][c], holds]
+            worth[r] = 2 * sum(checks_right) / len(checks_right) - 1
         earned.append(float(holds))
         wrong += [] if holds else [f"not {relation}"]
     surplus = len(seen) - len(match)
     wrong += [f"{surplus} surplus"] if surplus else []
     partial = float(np.mean(earned)) * min(1.0, len(entities) / max(len(seen), 1))
-    marks = [(seen[c], 2 * earned[r] - 1) for r, c in match.items()]
-    marks += [(s, -1.0) for i, s in enumerate(seen) if i not in match.values()]
-    return Verdict(float(not wrong), partial, "; ".join(wrong) or "right", marks)
+    marks = [
+        Region(seen[c].box, worth[r], _label(r, entities[r]["class"]), f"{seen[c].colour} {seen[c].name}")
+        for r, c in match.items()
+    ]
+    marks += [Region(s.box, -1.0, "", f"{s.colour} {s.name}") for i, s in enumerate(seen) if i not in match.values()]
+    return Verdict(float(not wrong), partial, "; ".join(wrong) or "right", tuple(marks))
 
 
 def judge(prompt: Prompt, seen: list[Seen]) -> Verdict:
@@ -257,7 +271,7 @@ class Shapes:
     def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         values = torch.full((len(images), 2), torch.nan)
         regions = torch.full((len(images), self.grid, self.grid), torch.nan)
-        critiques, failures = [], {}
+        critiques, failures, boxes = [], {}, [()] * len(images)
         for i, (prompt, seen) in enumerate(zip(prompts, look(images.cpu().numpy()), strict=True)):
             try:
                 verdict = judge(prompt, seen)
@@ -267,6 +281,6 @@ class Shapes:
                 continue
             values[i] = torch.tensor([verdict.strict, verdict.partial])
             critiques.append(verdict.critique)
-            marks = [Region(thing.box, credit) for thing, credit in verdict.marks]
-            regions[i] = paint(marks, images.shape[2:], (self.grid, self.grid))
-        return Scores(self.names, values, tuple(critiques), regions, failures)
+            boxes[i] = verdict.marks
+            regions[i] = paint(verdict.marks, tuple(images.shape[2:]), (self.grid, self.grid))
+        return Scores(self.names, values, tuple(critiques), regions, failures, tuple(boxes))

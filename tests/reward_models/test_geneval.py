@@ -149,7 +149,7 @@ def test_an_exclusion_of_something_else_is_a_term():
     assert verdict(asked, dogs(1)).soft == 1
     judged = verdict(asked, [*dogs(1), found("Cat", 50)])
     assert (judged.strict, judged.soft) == (0, 0.5)
-    assert [(region.label, region.credit) for region in judged.regions] == [("dog", 1), ("Cat", -1)]
+    assert [(region.reason, region.credit) for region in judged.regions] == [("dog", 1), ("Cat", -1)]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_wrong_relation_is_one_term_of_three():
     wrong = verdict(CAT_AND_DOG, [found("dog", 50), found("cat", 0)])
     assert (wrong.strict, wrong.soft) == (0, pytest.approx(2 / 3))
     assert wrong.critique == "dog is not left of cat"
-    assert {region.label: region.credit for region in wrong.regions} == {"cat": 1, "dog": 0}
+    assert {region.reason: region.credit for region in wrong.regions} == {"cat": 1, "dog": 0}
 
 
 def test_a_relation_to_something_missing_is_wrong():

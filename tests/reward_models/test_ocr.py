@@ -42,7 +42,7 @@ def asks(text: str) -> Prompt:
     ],
 )
 def test_what_should_be_written(text, wants, expected):
-    assert wanted(Prompt(text, wants)) == expected
+    assert "".join(wanted(Prompt(text, wants))) == expected
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,12 @@ def test_words_share_a_box_by_their_letters():
 
 def test_words_are_credited_by_their_letters_of_the_target():
     lines = [Line("BIG SALE", (0, 0, 80, 10)), Line("tooday xyz", (0, 20, 100, 30))]
-    credits = {region.label: region.credit for region in credited(plain("sale today"), lines)}
-    assert credits == pytest.approx({"BIG": -1, "SALE": 1, "tooday": 2 * 5 / 6 - 1, "xyz": -1})
-    assert credited("sale", []) == []
+    found = credited(["sale", "today"], lines)
+    assert {region.reason: region.credit for region in found} == pytest.approx(
+        {"BIG": -1, "SALE": 1, "tooday": 2 * 5 / 6 - 1, "xyz": -1}
+    )
+    assert [region.label for region in found] == ["", "1 sale", "2 today", ""]
+    assert credited(["sale"], []) == []
 
 
 def test_rendered_words_are_read(ocr):
