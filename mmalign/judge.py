@@ -1,7 +1,7 @@
 """Show images to reward models, once each, and bring the scores back to the trajectories."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -9,30 +9,54 @@ from torch import Tensor
 
 from mmalign.types import Judgement, Trajectories
 from reward_models import Prompt, Scores, combine
-from reward_models.regions import resampled
+from reward_models.regions import Region, inside, resampled
 
 Scorers = Mapping[str, Callable[..., Scores]]  # by name: (images, prompts) -> Scores
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Every component as "scorer.component" -> `[N]`, NaN where it failed; the scorers' maps by name; reasons by
-    image."""
+    """Every component as "scorer.component" -> `[N]`, NaN where it failed; the scorers' maps and the regions of each
+    image by name; reasons by image."""
 
     parts: dict[str, Float[Tensor, "N"]]
     maps: dict[str, Float[Tensor, "N a b"]]
+    boxes: dict[str, tuple[tuple[Region, ...], ...]]
     failures: dict[int, str]
 
 
 def score(images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: Scorers) -> Seen:
-    parts, found, failures = {}, {}, {}
+    """Each scorer's view of all images. A region that is not inside its image fails that image."""
+    seen = Seen({}, {}, {}, {})
     for name, scorer in scorers.items():
-        scores = scorer(images, prompts)
-        failures |= {i: f"{name}: {why}" for i, why in scores.failures.items()}
-        parts |= {f"{name}.{component}": scores.column(component).float() for component in scores.names}
+        scores = _placed(scorer(images, prompts), tuple(images.shape[2:]))
+        seen.failures.update({i: f"{name}: {why}" for i, why in scores.failures.items()})
+        seen.parts.update({f"{name}.{component}": scores.column(component).float() for component in scores.names})
         if scores.regions is not None:
-            found[name] = scores.regions.float()
-    return Seen(parts, found, failures)
+            seen.maps[name] = scores.regions.float()
+        if scores.boxes:
+            seen.boxes[name] = scores.boxes
+    return seen
+
+
+def _placed(scores: Scores, size: tuple[int, int]) -> Scores:
+    """The scores, with those of images whose regions lie elsewhere turned into failures."""
+    astray = {}
+    for i, regions in enumerate(scores.boxes):
+        try:
+            inside(regions, size)
+        except ValueError as error:
+            astray[i] = str(error)
+    if not astray:
+        return scores
+    rows = [*astray]
+    values, maps = scores.values.clone(), scores.regions
+    values[rows] = torch.nan
+    if maps is not None:
+        maps = maps.clone()
+        maps[rows] = torch.nan
+    boxes = tuple(() if i in astray else own for i, own in enumerate(scores.boxes))
+    return replace(scores, values=values, regions=maps, boxes=boxes, failures={**scores.failures, **astray})
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from reward_models import Prompt
 from reward_models.images import from_pil
-from reward_models.scorers.ocr import Line, Ocr, credited, in_order, matched, plain, wanted, words
+from reward_models.scorers.ocr import Line, Ocr, credited, in_order, matched, wanted, words
 
 WORDS = ["OPEN", "coffee", "Quartz", "river bank"]
 GRID = 8
