@@ -25,6 +25,11 @@ from reward_models.combine import Ramp
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, whose assets/ a config may name from anywhere
 Rule = Literal["paper", "z"]  # of the noise calibration
+POLICY_GRADIENT = (  # what acts on steps of walks alone
+    "credit", "baseline", "compare", "control", "score_states", "advantage_scale", "advantage_floor", "advantage_clip",
+    "region_weight", "whole_weight", "ratio_over", "focus", "weighting", "loss", "clip", "beta",
+)  # fmt: skip
+SAMPLING = ("kernel", "noise", "window", "branch_steps", "children", "max_forwards", "max_rewards", "cache")
 
 
 class BadInput(ValueError):
@@ -58,8 +63,8 @@ class Config(BaseModel):
     held_out: str | None = Field("assets/prompts/held_out.jsonl", description="prompts for evaluation; null for none")
     rewards: dict[str, float | Ramp] = Field(
         {"shapes.strict": 0.5, "shapes.partial": 0.5},
-        min_length=1,
-        description="scorer.component: weight, or {start, end, over: linear or cosine} for one that moves over the run",
+        description="scorer.component: weight, or {start, end, over: linear or cosine} to move it over the run; "
+        "with records just shown at evaluation",
     )
     combine: Literal["sum", "product", "gate", "mrn", "gdpo"] = Field(
         "sum",
@@ -78,6 +83,9 @@ class Config(BaseModel):
         {}, description="settings of scorers by name; with `scorer: NAME` among them the name is your own"
     )
     cache: str | None = Field(None, description="file of scores had before, shared between runs; made if not there")
+    records: str | None = Field(
+        None, description="objective srum, rgdpo: JSONL of judged images to learn from instead of sampling"
+    )
     out: str = Field("runs/quickstart", description="the run's folder; must be new, or the same run resumed")
     seed: int = Field(0, ge=0)
 
@@ -89,7 +97,7 @@ class Config(BaseModel):
         1.0, ge=0, description="classifier-free guidance in rollout, replay and evaluation; 1 = none"
     )
     steps: int = Field(8, ge=2, description="T, denoising steps of the rollout")
-    plan: Literal["sde", "window", "branch"] = "branch"
+    plan: Literal["ode", "sde", "window", "branch"] = "branch"
     kernel: Literal["flow_sde", "dance_sde", "cps", "ddim", "scheduled"] = "flow_sde"
     noise: PositiveFloat | list[NonNegativeFloat] | str = Field(
         0.7, description="the kernel's parameter a, eta or g: one, one for each step, or a file of `mmalign calibrate`"
@@ -126,6 +134,22 @@ class Config(BaseModel):
     decode_batch: int = Field(32, ge=1, description="images decoded at once in training; changes speed only")
 
     # credit and learning
+    objective: Literal["grpo", "srum", "rgdpo"] = Field(
+        "grpo", description="policy gradient; SRUM's weighted flow matching; preference of regions (R-GDPO)"
+    )
+    draws: int | None = Field(None, ge=1, description="srum, rgdpo: noises and times an image is learnt at")
+    alpha_range: tuple[float, float] | None = Field(
+        None, description="srum: rewards of the whole image that make its weight 0 and 1"
+    )
+    background: float | None = Field(None, ge=-1, le=1, description="srum: credit of places without an opinion")
+    anchor: float | None = Field(None, ge=0, description="srum: weight of the plain flow-matching error")
+    margin: float | None = Field(
+        None, ge=0, description="srum: error up to which bad places are pushed away; 0 leaves them out"
+    )
+    preference_scale: PositiveFloat | None = Field(None, description="rgdpo: scale of the error's change (DPO's beta)")
+    intra_weight: float | None = Field(
+        None, ge=0, description="rgdpo: weight of right against wrong regions of one image"
+    )
     credit: Literal["terminal", "branch", "gain"] = "branch"
     baseline: Literal["state", "prompt"] | None = Field(None, description="credit branch: whom a step is compared with")
     compare: Literal["step", "walk"] | None = Field(
@@ -151,6 +175,14 @@ class Config(BaseModel):
     region_grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
         None, description="region: cells of the grid that credit and ratio are taken on; null: latent positions"
     )
+    ratio_over: Literal["cell", "credit"] = Field(
+        "cell", description="the ratio of each cell, or one for all cells of an image with the same advantage"
+    )
+    focus: Literal["map", "prompt"] | None = Field(
+        None,
+        description="learn only where the region's map has an opinion, or where the prompt moves the velocity most",
+    )
+    focus_share: float | None = Field(None, gt=0, le=1, description="focus prompt: share of positions learnt")
     weighting: Literal["none", "noise"] = Field("none", description="noise: weigh steps by their standard deviation")
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float = Field(32.0, gt=0)
@@ -189,8 +221,33 @@ class Config(BaseModel):
         """The scorers whose components are rewards or constraints."""
         return tuple({name.rpartition(".")[0]: None for name in (*self.rewards, *self.at_least)})
 
+    def _objective_acts(self) -> None:
+        """Refuse what the objective, the plan or the records leave without effect."""
+        idle: dict[str, tuple[str, ...]] = {}
+        if self.objective != "grpo":
+            idle[f"objective: {self.objective}"] = POLICY_GRADIENT
+            if not self.records and self.region is None:
+                raise ValueError(f"objective: {self.objective} needs region, a scorer that says where, or records")
+        elif self.plan == "ode":
+            raise ValueError("plan: ode has no stochastic step to learn from; objective: srum or rgdpo do without")
+        if self.plan == "ode":
+            idle["plan: ode"] = ("kernel", "noise")
+        if self.records:
+            idle["records"] = ("region", "combine", "at_least", "reference", "steps", "seeds", "plan", *SAMPLING)
+        elif not self.rewards:
+            raise ValueError("rewards: at least one is needed; only training on records does without")
+        for owner, names in idle.items():
+            for name in names:
+                if getattr(self, name) != type(self).model_fields[name].get_default():
+                    raise ValueError(f"{name} does not act with {owner}; remove it")
+        if self.alpha_range is not None and not self.alpha_range[0] < self.alpha_range[1]:
+            raise ValueError(f"alpha_range {list(self.alpha_range)} must rise")
+        if self.focus == "map" and self.region is None:
+            raise ValueError("focus: map needs region, a scorer that says where")
+
     @model_validator(mode="after")
     def _options_act(self):
+        self._objective_acts()
         acts = {
             "window": (self.plan == "window", "plan: window"),
             "window_moves": (self.plan == "window", "plan: window"),
@@ -204,17 +261,31 @@ class Config(BaseModel):
             "completion": (self.score_states is not None, "score_states"),
             "region_weight": (self.region is not None, "region"),
             "whole_weight": (self.region is not None, "region"),
-            "region_grid": (self.region is not None, "region"),
+            "region_grid": (self.region is not None or self.records is not None, "region or records"),
+            "focus_share": (self.focus == "prompt", "focus: prompt"),
+            "alpha_range": (self.objective == "srum", "objective: srum"),
+            "background": (self.objective == "srum", "objective: srum"),
+            "anchor": (self.objective == "srum", "objective: srum"),
+            "margin": (self.objective == "srum", "objective: srum"),
+            "preference_scale": (self.objective == "rgdpo", "objective: rgdpo"),
+            "intra_weight": (self.objective == "rgdpo", "objective: rgdpo"),
+            "draws": (self.objective != "grpo", "objective: srum or rgdpo"),
+            "records": (self.objective != "grpo", "objective: srum or rgdpo"),
         }
         needed = {
             "plan: window": ["window"],
             "plan: branch": ["branch_steps", "children"],
             "credit: gain": ["score_states"],
             "window_moves: progressive": ["window_every"],
+            "focus: prompt": ["focus_share"],
+            "objective: srum": ["draws", "alpha_range", "background", "anchor", "margin"],
+            "objective: rgdpo": ["draws", "preference_scale", "intra_weight"],
         }
         for owner, names in needed.items():
             key, _, value = owner.partition(": ")
             for name in names:
+                if key == "plan" and self.records:
+                    continue
                 if getattr(self, key) == value and getattr(self, name) is None:
                     raise ValueError(f"{owner} needs {name}")
         for name, (does, owner) in acts.items():
@@ -238,9 +309,14 @@ class Config(BaseModel):
         if self.region is not None and self.region not in self.trained:
             raise ValueError(f"region: {self.region!r} is not among the scorers of rewards: {', '.join(self.trained)}")
         siblings = self.seeds * (self.children or 1)
-        if siblings < 2:
+        if siblings < 2 and self.objective != "srum" and not self.records:
             raise ValueError(f"seeds x children = {siblings}: advantages compare siblings, at least 2 are needed")
-        if self.credit == "branch" and self.baseline != "prompt" and (self.children or 1) < 2:
+        if (
+            self.objective == "grpo"
+            and self.credit == "branch"
+            and self.baseline != "prompt"
+            and (self.children or 1) < 2
+        ):
             raise ValueError("credit branch compares the children of one state and there is one; set baseline: prompt")
         if self.warmup + self.cooldown > self.iterations:
             raise ValueError(f"warmup {self.warmup} + cooldown {self.cooldown} exceed iterations {self.iterations}")
@@ -248,7 +324,7 @@ class Config(BaseModel):
             raise ValueError(
                 f"window {list(self.window)} must lie within steps 0 to {self.steps - 1}; the last step stays ODE"
             )
-        if self.plan == "branch" and not all(0 <= k < self.steps - 1 for k in self.branch_steps):
+        if self.plan == "branch" and not all(0 <= k < self.steps - 1 for k in self.branch_steps or ()):
             raise ValueError(
                 f"branch_steps {self.branch_steps} must lie within 0 to {self.steps - 2}; the last step stays ODE"
             )

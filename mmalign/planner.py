@@ -31,7 +31,9 @@ class Cost:
 
 def plan_for(c: Config, times: Float[Tensor, "states"], levels: plans.Noise, start: int = 0) -> Plan:
     """The plan of a prompt's group, which all its seeds and children share; `start` is where its window stands."""
-    if c.plan == "branch":
+    if c.plan == "ode":
+        plan = plans.ode(times, c.kernel)
+    elif c.plan == "branch":
         plan = plans.branch(times, c.kernel, levels, c.branch_steps, c.children)
     elif c.plan == "window":
         stop = start + c.window[1] - c.window[0]
@@ -69,16 +71,18 @@ def window_start(c: Config, iteration: int, prompt_id: int) -> int:
 
 def cost(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> Cost:
     """What an iteration may cost at most, wherever its windows stand."""
-    costs = [plan_for(c, times, levels, start).cost for start in window_starts(c)]
-    forwards, images, learnt = (max(column) for column in zip(*costs, strict=True))
+    if c.records:
+        return Cost(0, 0, 0)  # as many images as the prompts have records
+    placed = [plan_for(c, times, levels, start) for start in window_starts(c)]
+    forwards, images, learnt = (max(column) for column in zip(*(plan.cost for plan in placed), strict=True))
+    routes = max(plan.learnt for plan in placed)
     walks = c.prompts_per_iteration * c.seeds
     halves = 2 if c.guidance > 1 else 1
     scorers = len(c.trained)
-    return Cost(
-        walks * forwards * halves,
-        walks * learnt * c.epochs * (2 if c.beta else 1) * halves,
-        walks * images * scorers,
-    )
+    replay = walks * learnt * (2 if c.beta else 1)
+    if c.objective != "grpo":
+        replay = walks * routes * c.draws * (2 if c.objective == "rgdpo" else 1)
+    return Cost(walks * forwards * halves, replay * c.epochs * halves, walks * images * scorers)
 
 
 def fit(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> tuple[Config, Cost]:
@@ -142,7 +146,10 @@ def _lengths(c: Config) -> Sequence[int | list[int] | None]:
 
 def describe(c: Config, spent: Cost) -> str:
     """One line: what a run does in an iteration and what it costs at most."""
+    if c.records:
+        return f"{c.objective} on the images of {c.prompts_per_iteration} prompts of {c.records} an iteration"
     what = {
+        "ode": "no stochastic step",
         "sde": f"{c.steps - 1} stochastic steps",
         "window": f"stochastic window {list(c.window or ())}" + (f" ({c.window_moves})" if c.window_moves else ""),
         "branch": f"{c.children} children at steps {c.branch_steps}",
@@ -150,4 +157,6 @@ def describe(c: Config, spent: Cost) -> str:
     if c.score_states:
         length = "all steps that remain" if c.completion is None else f"steps {c.completion}"
         what += f"; states {c.score_states} completed by ODE, {length}"
+    if c.objective != "grpo":
+        what += f"; {c.objective} on the finished images, {c.draws} draws each"
     return f"{what}; an iteration takes at most {spent.rollout} + {spent.replay} forwards and {spent.rewards} rewards"

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmalign import checkpoint, config as configs, evaluate, planner
 from mmalign.config import BadInput, Config
 from mmalign.session import Session, open_session
-from mmalign.train import averaged, iterate
+from mmalign.train import iterate
 from reward_models import Prompt
 
 
@@ -46,13 +46,13 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
             rate = (row["forwards"] + row["replay_forwards"]) / sum(row[f"seconds/{k}"] for k in ("rollout", "learn"))
             bar.update(task, completed=done, note=f"reward {row['reward']:.3f}  {rate:.0f} NFE/s")
             if c.eval_every and done % c.eval_every == 0 and done < c.iterations and run.held_out:
-                with averaged(run):
+                with run.averaged():
                     means = _evaluate(run, out, None, done, run.held_out[:: _stride(run, c)], 1)
                 console.print(f"iteration {done}: reward {row['reward']:.3f}, held-out {_say(means)}")
             if done % c.checkpoint_every == 0 or done == c.iterations:
                 _save(run, out, done)
     if run.held_out:
-        with averaged(run):
+        with run.averaged():
             _evaluate(run, out, "after", done, run.held_out, c.eval_seeds)
     return out
 

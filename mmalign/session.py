@@ -15,6 +15,7 @@ from mmalign.config import BadInput, Config
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import seed_of
 from mmalign.judge import Combination
+from mmalign.records import Records, read as read_records
 from mmalign.types import Judgement, Policy
 from reward_models import Prompt, RewardModel, combine, load as load_scorer
 from reward_models.cache import Cached
@@ -52,6 +53,7 @@ class Session:
 
     `config` is as the budget left it, `levels` the noise of each step, `ema` the averaged adapter by name,
     `multipliers` the constraints' by component, `reference` the frozen one's mean and standard deviation by component.
+    `records` are the judged images that are learnt from instead of rollouts, if any.
     """
 
     config: Config
@@ -66,6 +68,7 @@ class Session:
     ema: dict[str, Tensor]
     multipliers: dict[str, float]
     reference: dict[str, tuple[float, float]] | None
+    records: Records | None
     clock: Clock
 
     def combination(self, iteration: int) -> Combination:
@@ -81,6 +84,34 @@ class Session:
             mean = float(judged.parts[name].nanmean())
             self.multipliers[name] = combine.multiplier(self.multipliers[name], limit.bound, mean, limit.rate)
         return {f"multiplier/{name}": u for name, u in self.multipliers.items()}
+
+    def cache_hits(self) -> dict[str, float]:
+        """The share of all scores so far that were had before, evaluations included."""
+        cached = [scorer for scorer in self.scorers.values() if isinstance(scorer, Cached)]
+        return {"cache_hits": sum(s.hits for s in cached) / max(1, sum(s.asked for s in cached))} if cached else {}
+
+    def set_rate(self, iteration: int) -> None:
+        """The learning rate of an iteration: linear warm-up and cool-down."""
+        c = self.config
+        up = (iteration + 1) / c.warmup if c.warmup else 1.0
+        down = (c.iterations - iteration) / c.cooldown if c.cooldown else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.learning_rate * min(1.0, up, down)
+
+    def average(self) -> None:
+        """Move the averaged adapter towards the one in training."""
+        for name, value in self.policy.adapter().items():
+            self.ema[name].lerp_(value, 1 - self.config.ema)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The policy with its averaged adapter."""
+        kept = self.policy.adapter()
+        self.policy.load_adapter(self.ema)
+        try:
+            yield
+        finally:
+            self.policy.load_adapter(kept)
 
 
 def load_scorers(c: Config, names) -> dict[str, RewardModel]:
@@ -102,23 +133,25 @@ def open_session(c: Config) -> Session:
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise BadInput(f"started as {accelerator.num_processes} processes; this version trains in one")
-    prompts = prompt_files.read(configs.locate(c.prompts))
-    prompt_files.batch(prompts, c.prompts_per_iteration, 0, c.seed)
+    prompts = [] if c.records else prompt_files.read(configs.locate(c.prompts))
     held_out = prompt_files.read(configs.locate(c.held_out)) if c.held_out else []
-    shared = {p.text for p in prompts} & {p.text for p in held_out}
-    if shared:
-        raise BadInput(f"held_out: {len(shared)} prompts are training prompts too, e.g. {min(shared)!r}")
     with configs.refusing():
         scorers = load_scorers(c, [*c.trained, *c.watch])
         policy = policies.load(
             configs.locate(c.model), dtype=c.precision, device=str(accelerator.device), guidance=c.guidance
         )
         known = references.load(c, policy.fingerprint(), scorers) if c.reference else None
+        records = read_records(configs.locate(c.records), policy.image_size) if c.records else None
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
         times = policy.times(c.steps)
         levels = calibrate.load(configs.locate(c.noise), c, times) if isinstance(c.noise, str) else c.noise
         planner.check_noise(c, times, levels)
         c, cost = planner.fit(c, times, levels)
+    prompts = records.prompts if records else prompts
+    prompt_files.batch(prompts, c.prompts_per_iteration, 0, c.seed)
+    shared = {p.text for p in prompts} & {p.text for p in held_out}
+    if shared:
+        raise BadInput(f"held_out: {len(shared)} prompts are training prompts too, e.g. {min(shared)!r}")
     if c.compile:
         policy.compile()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
@@ -136,5 +169,6 @@ def open_session(c: Config) -> Session:
         policy.adapter(),
         multipliers,
         known,
+        records,
         Clock(),
     )

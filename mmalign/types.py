@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -142,16 +142,39 @@ class Judgement:
     """What the reward models saw. `reward [N, T+1]`: the reward of the image that stands for each state, NaN where none
     does or scoring failed; the last column is the finished image. It may be a map, `[N, T+1, a, b]`: a reward at each
     place, NaN where there is no opinion. `parts` holds each component's raw score of the finished images; `regions`
-    the credit in [-1, 1] at places of the image of each end. `failures`: reasons by end."""
+    the credit in [-1, 1] at places of the image of each end, `marks` the regions behind it. `failures`: reasons by
+    end."""
 
     reward: Float[Tensor, "N states *cells"]
     parts: dict[str, Float[Tensor, "N"]]
     regions: Float[Tensor, "E a b"] | None = None
+    marks: "Marks | None" = None
     failures: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Transitions:
+class Rows:
+    """A record whose fields have a row each for the same things, which are picked by number."""
+
+    def __len__(self) -> int:
+        return len(next(iter(vars(self).values())))
+
+    def __getitem__(self, rows) -> "Rows":
+        return type(self)(**{name: value[rows] for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Marks(Rows):
+    """Up to `R` regions in each of `N` images: the share of each cell they cover, their credit in [-1, 1] (NaN: there
+    is no such region), and whether the column means the same thing in all images of a prompt."""
+
+    share: Float[Tensor, "N R a b"]
+    credit: Float[Tensor, "N R"]
+    named: Bool[Tensor, "N R"]
+
+
+@dataclass(frozen=True)
+class Transitions(Rows):
     """Steps to learn from, one a row: state, next state, the old mean it was drawn around, times, advantage, weight.
 
     `index [M]` is the row of the prompt in the conditioning; `step [M]` the column in the plan.
@@ -168,23 +191,18 @@ class Transitions:
     index: Int[Tensor, "M"]
     step: Int[Tensor, "M"]
 
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, rows) -> "Transitions":
-        return Transitions(**{name: value[rows] for name, value in vars(self).items()})
-
 
 @runtime_checkable
 class Policy(Protocol):
     """A text-to-image flow model with a trainable adapter; one file per model family under `mmalign/policy/`.
 
     `encode` gives the conditioning of P texts, of which `velocity` takes one row per latent (`index [M]`).
-    `times(steps)` are the model's own. `reference()` switches the adapter off for a while. `spent` counts forwards
-    and decodes.
+    `times(steps)` are the model's own. `prompt_effect` is the distance of the velocity from that of the empty prompt.
+    `reference()` switches the adapter off for a while. `spent` counts forwards and decodes. `image_size` is (H, W).
     """
 
     latent_shape: tuple[int, int, int]
+    image_size: tuple[int, int]
     spent: Counter[str]
 
     def encode(self, texts: Sequence[str]) -> Any: ...
@@ -193,7 +211,13 @@ class Policy(Protocol):
 
     def velocity(self, x: Latents, t: Float[Tensor, "M"], cond: Any, index: Int[Tensor, "M"]) -> Latents: ...
 
+    def prompt_effect(
+        self, x: Latents, t: Float[Tensor, "M"], cond: Any, index: Int[Tensor, "M"]
+    ) -> Float[Tensor, "M h w"]: ...
+
     def decode(self, x: Latents) -> Float[Tensor, "M 3 H W"]: ...
+
+    def encode_images(self, images: Float[Tensor, "M 3 H W"]) -> Latents: ...
 
     def parameters(self) -> list[Parameter]: ...
 

@@ -22,7 +22,7 @@ from mmalign.credit import CREDITS
 from mmalign.credit.groups import Units
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
-from mmalign.learn.update import transitions, update
+from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.types import Judgement
 
@@ -59,10 +59,11 @@ def estimate(plan, credit, starts: int, seed: int) -> tuple[Tensor, int]:
     cond, index = flow.encode(["0.0"]), torch.zeros(starts, dtype=torch.long)
     paths = sample(flow.velocity, start, cond, index, plan, draw, batch=10**6)
     judged = Judgement(paths.at_states(reward(paths.ends)), {})
+    replay = surrogate(flow, cond, kernel=paths.kernel, t_max=paths.t_max, loss="clipped", clip=1.0, beta=0.0)
     update(
-        flow, torch.optim.SGD(flow.parameters(), 0.0), transitions(paths, credit(paths, judged, RAW)), cond,
-        kernel=paths.kernel, t_max=paths.t_max, loss="clipped", clip=1.0, beta=0.0, epochs=1, minibatches=1,
-        micro_batch=10**6, max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
+        flow.parameters(), torch.optim.SGD(flow.parameters(), 0.0), transitions(paths, credit(paths, judged, RAW)),
+        replay, epochs=1, minibatches=1, micro_batch=10**6, max_grad_norm=1e9,
+        generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     return -flow.shift.grad.flatten(), flow.spent["forwards"]
 

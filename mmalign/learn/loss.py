@@ -34,6 +34,22 @@ def pool(values: Map, grid: tuple[int, int]) -> Grid:
     return F.avg_pool2d(values[:, None], (h // grid[0], w // grid[1]))[:, 0]
 
 
+def alike(values: Map, advantage: Grid) -> Map:
+    """Each position's value replaced by the mean over all positions of its row with the same advantage (to 1e-5).
+
+    Ratios of maps treated so are geometric means over regions that were judged alike, as those of Rank-GRPO
+    (arXiv 2510.20150) are over a rank. How far off policy a cell is then depends neither on a region's size nor on the
+    grid, and a map of one value is the whole image at any ratio.
+    """
+    (rows, h, w), (_, a, b) = values.shape, advantage.shape
+    credit = (advantage * 1e5).round().repeat_interleave(h // a, 1).repeat_interleave(w // b, 2).flatten(1)
+    row = torch.arange(rows, device=values.device)[:, None].expand_as(credit)
+    keys = torch.stack([row.to(credit), credit], -1).flatten(0, 1)
+    _, unit, count = keys.unique(dim=0, return_inverse=True, return_counts=True)
+    total = torch.zeros(len(count), device=values.device).index_add(0, unit, values.flatten())
+    return (total / count)[unit].view_as(values)
+
+
 def _pessimistic(ratio: Grid, advantage: Grid, bound: float) -> Loss:
     loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - bound, 1 + bound) * advantage).mean((1, 2))
     low, high = (ratio < 1 - bound) & (advantage < 0), (ratio > 1 + bound) & (advantage > 0)

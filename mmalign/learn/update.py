@@ -1,16 +1,20 @@
 """From advantages to a changed adapter: collect transitions, replay them, step the optimiser."""
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmalign.flow.kernels import gaussian_kl, log_ratio, step
 from mmalign.flow.sample import chunks, distinct
-from mmalign.learn.loss import LOSSES
-from mmalign.types import Policy, Trajectories, Transitions
+from mmalign.learn.loss import LOSSES, alike
+from mmalign.types import Policy, Rows, Trajectories, Transitions
+
+Replay = Callable[[Any], tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]]  # loss and statistics per row
 
 
 def transitions(paths: Trajectories, advantage: Float[Tensor, "N T a b"], weighting: str = "none") -> Transitions:
@@ -40,17 +44,21 @@ def transitions(paths: Trajectories, advantage: Float[Tensor, "N T a b"], weight
     )
 
 
+def surrogate(
+    policy: Policy, cond, *, kernel: str, t_max: float, loss: str, clip: float, beta: float, over: str = "cell"
+) -> Replay:
+    """The replay of GRPO: the surrogate named `loss`, bounded by `clip`, plus `beta` times the exact KL divergence to
+    the reference. Ratios are `over` each "cell" of the advantage's grid, or "credit": all that are credited alike."""
+    return partial(_replay, policy, cond, kernel, t_max, partial(LOSSES[loss], bound=clip), beta, over)
+
+
 def update(
-    policy: Policy,
+    parameters: Sequence[torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    batch: Transitions,
-    cond,
+    batch: Rows,
+    replay: Replay,
     *,
-    kernel: str,
-    t_max: float,
-    loss: str,
-    clip: float,
-    beta: float,
+    needed: Bool[Tensor, "M"] | None = None,
     epochs: int,
     minibatches: int,
     micro_batch: int,
@@ -59,32 +67,29 @@ def update(
 ) -> dict[str, float]:
     """Replay `batch` for `epochs` shuffled passes, each in `minibatches` optimiser steps, and return what happened.
 
-    The loss is the weighted mean over a minibatch of the surrogate named `loss`, bounded by `clip`, plus `beta` times
-    the exact KL divergence to the reference. `micro_batch` bounds the rows of one forward and backward; gradients add
-    up, so it changes nothing else. Rows with advantage 0 cost a forward only where `beta` needs it, but always count in
-    the mean.
+    The loss is the mean of `replay`'s over a minibatch. `micro_batch` bounds the rows of one forward and backward;
+    gradients add up, so it changes nothing else. Rows that are not `needed`, for nothing would come of them, cost no
+    forward but count in the mean.
 
-    Statistics are means over all rows replayed, and `name/k` over those of step k; `grad_norm` is before clipping.
+    Statistics are means over all rows replayed, `name/k` over those whose `step` is k; `grad_norm` is before clipping.
     """
-    parameters = policy.parameters()
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
     for _ in range(epochs):
-        order = torch.randperm(len(batch), generator=generator).to(batch.index.device)
-        for part in order.tensor_split(min(minibatches, len(batch))):
+        order = torch.randperm(len(batch), generator=generator).to(batch.step.device)
+        for part in order.tensor_split(min(minibatches, len(batch))) if len(batch) else ():
             optimizer.zero_grad()
-            alive = part if beta else part[batch.advantage[part].abs().amax((1, 2)) > 0]
+            alive = part if needed is None else part[needed[part]]
             for rows in chunks(len(alive), micro_batch):
                 micro = batch[alive[rows]]
-                losses, statistics = _replay(
-                    policy, micro, cond, kernel, t_max, partial(LOSSES[loss], bound=clip), beta
-                )
+                losses, statistics = replay(micro)
                 (losses.sum() / len(part)).backward()
                 for name, values in statistics.items():
                     for value, k in zip(values.tolist(), micro.step.tolist(), strict=True):
-                        for key in (name, f"{name}/{k}"):
-                            sums[key] += value
-                            counts[key] += 1
+                        if value == value:
+                            for key in (name, f"{name}/{k}"):
+                                sums[key] += value
+                                counts[key] += 1
             if len(alive):
                 sums["grad_norm"] += float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
                 counts["grad_norm"] += 1
@@ -93,13 +98,15 @@ def update(
 
 
 def _replay(
-    policy, micro: Transitions, cond, kernel, t_max, surrogate, beta
+    policy, cond, kernel, t_max, loss_of, beta, over, micro: Transitions
 ) -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
     """Loss per row and its statistics, from the network as it is now."""
     v = policy.velocity(micro.x, micro.t, cond, micro.index).float()
     mean, std = step(kernel, micro.x, v, micro.t, micro.s, micro.noise, t_max)
     change, moved = log_ratio(micro.y, mean, micro.mean, std), gaussian_kl(mean, micro.mean, std)
-    loss, statistics = surrogate(change, moved, micro.advantage, std, micro.t - micro.s)
+    if over == "credit":
+        change, moved = alike(change, micro.advantage), alike(moved, micro.advantage)
+    loss, statistics = loss_of(change, moved, micro.advantage, std, micro.t - micro.s)
     loss = micro.weight * loss
     statistics |= {"log_ratio": change.detach().mean((1, 2)), "divergence": moved.detach().mean((1, 2))}
     if beta:

@@ -20,7 +20,8 @@ class GaussianFlow:
     """`mean` is one number per prompt text, parsed from it ("0.5"); the adapter is `shift [C, h, w]`, 0 at first."""
 
     def __init__(self, shape: tuple[int, int, int] = (3, 4, 4), spread: float = 1.0):
-        self.latent_shape, self.spread = shape, spread
+        self.latent_shape, self.image_size, self.spread = shape, shape[1:], spread
+        self.device = torch.device("cpu")
         self.shift = torch.nn.Parameter(torch.zeros(shape))
         self.enabled = True
         self.spent: Counter[str] = Counter()
@@ -42,6 +43,16 @@ class GaussianFlow:
         """The latent as it is: rewards of this flow look at latents."""
         self.spent["decodes"] += len(x)
         return x
+
+    def encode_images(self, images: Latents) -> Latents:
+        return images
+
+    def prompt_effect(
+        self, x: Latents, t: Float[Tensor, "M"], cond: Float[Tensor, "P"], index: Int[Tensor, "M"]
+    ) -> Float[Tensor, "M h w"]:
+        """The empty prompt asks for a mean of 0; a prompt moves all positions alike."""
+        nothing = self.velocity(x, t, torch.zeros_like(cond), index)
+        return (self.velocity(x, t, cond, index) - nothing).norm(dim=1)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [self.shift]

@@ -38,7 +38,8 @@ class SD3Policy:
     """`guidance` is the classifier-free guidance scale in rollout and replay; 1 or less means none, at half the
     forwards.
 
-    `size` is (height, width) in pixels. `spent` counts network forwards (one row of one batch each) and decoded images.
+    `size`, then `image_size`, is (height, width) in pixels. `spent` counts network forwards (one row of one batch
+    each) and decoded images.
     """
 
     def __init__(self, pipe: StableDiffusion3Pipeline, guidance: float = 1.0, size: tuple[int, int] | None = None):
@@ -50,6 +51,7 @@ class SD3Policy:
         height, width = size or (pipe.default_sample_size * factor,) * 2
         if height % (factor * pipe.patch_size) or width % (factor * pipe.patch_size):
             raise ValueError(f"size {height}x{width} must be a multiple of {factor * pipe.patch_size} pixels")
+        self.image_size = (height, width)
         self.latent_shape = (pipe.transformer.config.in_channels, height // factor, width // factor)
         self.spent: Counter[str] = Counter()
 
@@ -83,15 +85,27 @@ class SD3Policy:
         return self.pipe.scheduler.sigmas.float().cpu()
 
     def velocity(self, x: Latents, t: Float[Tensor, "M"], cond: Conditioning, index: Int[Tensor, "M"]) -> Latents:
-        tokens, pooled = cond.tokens[index], cond.pooled[index]
         if self.guidance <= 1:
             self.spent["forwards"] += len(x)
-            return self._forward(x, t, tokens, pooled)
+            return self._forward(x, t, cond.tokens[index], cond.pooled[index])
+        empty, wanted = self._both(x, t, cond, index)
+        return empty + self.guidance * (wanted - empty)
+
+    @torch.no_grad()
+    def prompt_effect(
+        self, x: Latents, t: Float[Tensor, "M"], cond: Conditioning, index: Int[Tensor, "M"]
+    ) -> Float[Tensor, "M h w"]:
+        """How far the prompt moves the velocity at each position: its distance from that of the empty prompt."""
+        empty, wanted = self._both(x, t, cond, index)
+        return (wanted - empty).float().norm(dim=1)
+
+    def _both(self, x: Latents, t: Tensor, cond: Conditioning, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocities of the empty prompt and of the prompt, at two forwards a row."""
         self.spent["forwards"] += 2 * len(x)
+        tokens, pooled = cond.tokens[index], cond.pooled[index]
         tokens = torch.cat([cond.empty_tokens.expand_as(tokens), tokens])
         pooled = torch.cat([cond.empty_pooled.expand_as(pooled), pooled])
-        empty, wanted = self._forward(torch.cat([x, x]), torch.cat([t, t]), tokens, pooled).chunk(2)
-        return empty + self.guidance * (wanted - empty)
+        return self._forward(torch.cat([x, x]), torch.cat([t, t]), tokens, pooled).chunk(2)
 
     def _forward(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
         return self.pipe.transformer(
@@ -109,6 +123,13 @@ class SD3Policy:
         vae = self.pipe.vae
         image = vae.decode(x.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
         return (image.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Float[Tensor, "M 3 H W"]) -> Latents:
+        """The latents of images in [0, 1], float32: the mode of the encoder's distribution."""
+        vae = self.pipe.vae
+        latents = vae.encode((2 * images - 1).to(vae.dtype)).latent_dist.mode().float()
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
     def fingerprint(self) -> str:
         """Names the weights that make images of embeddings, as they are without an adapter."""

@@ -12,7 +12,7 @@ from mmalign.credit.groups import Units, normalise
 from mmalign.credit.region import by_place, maps
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
-from mmalign.learn.update import transitions, update
+from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.types import Judgement
 
@@ -110,10 +110,12 @@ def test_a_scorer_without_a_map_is_refused():
 
 
 def learn(flow, optimizer, paths, advantage):
+    replay = surrogate(
+        flow, flow.encode(["0.0"]), kernel=paths.kernel, t_max=paths.t_max, loss="clipped", clip=1e-3, beta=0.0
+    )
     update(
-        flow, optimizer, transitions(paths, advantage), flow.encode(["0.0"]), kernel=paths.kernel, t_max=paths.t_max,
-        generator=torch.Generator().manual_seed(0), loss="clipped", clip=1e-3, beta=0.0, epochs=1, minibatches=1,
-        micro_batch=256, max_grad_norm=1e9,
+        flow.parameters(), optimizer, transitions(paths, advantage), replay, epochs=1, minibatches=1, micro_batch=256,
+        max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
 
 

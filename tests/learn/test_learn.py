@@ -9,7 +9,7 @@ from mmalign.credit import CREDITS
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.loss import LOSSES, pool
-from mmalign.learn.update import transitions, update
+from mmalign.learn.update import surrogate as surrogate_of, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
 
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.5, "cps": 0.8, "ddim": 1.0, "scheduled": 0.8}
@@ -23,11 +23,12 @@ def rollout(flow, plan, starts, iteration=0):
 
 
 def advance(flow, optimizer, paths, advantage, **changed):
-    batch = transitions(paths, advantage)
-    return update(
-        flow, optimizer, batch, flow.encode(["0.0"]), kernel=paths.kernel, t_max=paths.t_max,
-        generator=torch.Generator().manual_seed(0), **(SETTINGS | changed),
-    )  # fmt: skip
+    given = SETTINGS | changed
+    batch, of_replay = transitions(paths, advantage), {key: given.pop(key) for key in ("loss", "clip", "beta")}
+    over = given.pop("over", "cell")
+    replay = surrogate_of(flow, flow.encode(["0.0"]), kernel=paths.kernel, t_max=paths.t_max, over=over, **of_replay)
+    generator = torch.Generator().manual_seed(0)
+    return update(flow.parameters(), optimizer, batch, replay, generator=generator, **given)
 
 
 def surrogate(name, log_ratio, advantage, bound=1e-4, divergence=None, std=None, h=None):

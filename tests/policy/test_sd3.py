@@ -9,7 +9,7 @@ from mmalign import policy as policies
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.loss import LOSSES
-from mmalign.learn.update import transitions, update
+from mmalign.learn.update import surrogate, transitions, update
 
 TEXTS = ["a red circle", "three green squares", "a blue triangle left of a yellow circle", 'the text "O H"']
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ddim": 1.0, "scheduled": 0.5}
@@ -119,9 +119,10 @@ def test_on_policy_ratio_is_one(random_model, name, guidance, size, loss):
     paths = sample(policy.velocity, start, cond, index, plan, lambda *key: gaussian(policy.latent_shape, seed_of(*key)))
     batch = transitions(paths, torch.ones(size, STEPS, 1, 1))
     optimizer = torch.optim.SGD(policy.parameters(), 0.0)
+    replay = surrogate(policy, cond, kernel=name, t_max=plan.t_max, loss=loss, clip=1e-4, beta=0.1)
     statistics = update(
-        policy, optimizer, batch, cond, kernel=name, t_max=plan.t_max, loss=loss, clip=1e-4, beta=0.1, epochs=1,
-        minibatches=1, micro_batch=size, max_grad_norm=1.0, generator=torch.Generator().manual_seed(0),
+        policy.parameters(), optimizer, batch, replay, epochs=1, minibatches=1, micro_batch=size, max_grad_norm=1.0,
+        generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     for k in range(STEPS - 1):
         assert statistics[f"ratio/{k}"] == pytest.approx(1, abs=1e-6)

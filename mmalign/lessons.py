@@ -1,0 +1,91 @@
+"""What an iteration learns from: rows, and what to replay them with, by the config's `objective`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mmalign import credit, prompts as prompt_files
+from mmalign.config import Config
+from mmalign.credit.groups import Units
+from mmalign.credit.region import by_place, maps
+from mmalign.flow.sample import seed_of
+from mmalign.focus import attended, within
+from mmalign.learn.update import Replay, surrogate, transitions
+from mmalign.objectives import rgdpo, srum
+from mmalign.objectives.matching import Finished
+from mmalign.session import Session
+from mmalign.types import Judgement, Marks, Rows, Trajectories
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Rows, their replay, and which of them are worth a forward (None: all)."""
+
+    batch: Rows
+    replay: Replay
+    needed: Bool[Tensor, "M"] | None = None
+
+
+def choose_credit(c: Config) -> Callable:
+    settings = {"baseline": c.baseline, "compare": c.compare, "control": c.control}
+    units = Units(c.advantage_scale, c.advantage_floor, c.advantage_clip, c.dead_spread)
+    return partial(credit.CREDITS[c.credit], units=units, **{k: v for k, v in settings.items() if v is not None})
+
+
+def weights(c: Config) -> tuple[float, float]:
+    """Of the whole image's advantage and of a place's own."""
+    given = (c.whole_weight, c.region_weight) if c.region else (1.0, 0.0)
+    return tuple(1.0 if weight is None else weight for weight in given)
+
+
+def advantages(c: Config, paths: Trajectories, judged: Judgement) -> Float[Tensor, "N T a b"]:
+    advantage = by_place(paths, judged, choose_credit(c), *weights(c))
+    if c.focus == "map":
+        advantage = within(advantage, ~maps(paths, judged)[:, -1, None].isnan())
+    return advantage
+
+
+def of_walks(run: Session, cond, paths: Trajectories, judged: Judgement) -> Lesson:
+    """GRPO: every stochastic step of the walks."""
+    c, policy = run.config, run.policy
+    batch = transitions(paths, advantages(c, paths, judged), c.weighting)
+    if c.focus == "prompt":
+        batch = attended(policy, cond, batch, c.focus_share, c.micro_batch)
+    replay = surrogate(
+        policy, cond, kernel=c.kernel, t_max=paths.t_max, loss=c.loss, clip=c.clip, beta=c.beta, over=c.ratio_over
+    )
+    return Lesson(batch, replay, None if c.beta else batch.advantage.abs().amax((1, 2)) > 0)
+
+
+def finished(paths: Trajectories, judged: Judgement) -> Finished:
+    """The finished images of the walks that have a reward."""
+    had = (~judged.reward[:, -1].isnan()).nonzero()[:, 0]
+    ends = paths.shown[had, -1]
+    place, x = ends.to(judged.regions.device), paths.ends[ends]
+    marks = Marks(*(column.to(x.device) for column in vars(judged.marks[place]).values()))
+    return Finished(x, paths.prompt[had], judged.reward[had, -1], judged.regions[place].to(x.device), marks)
+
+
+def of_images(run: Session, cond, seen: Finished, iteration: int) -> Lesson:
+    """SRUM, or R-GDPO: finished images, and what was found at places of them."""
+    c, policy = run.config, run.policy
+    generator = torch.Generator().manual_seed(seed_of(c.seed, c.objective, iteration))
+    if c.objective == "srum":
+        weight = srum.weights(seen, *c.alpha_range, c.background)
+        batch = srum.examples(policy, seen, weight, c.draws, generator)
+        return Lesson(batch, srum.replay(policy, cond, c.anchor, c.margin))
+    batch = rgdpo.pairs(policy, seen, c.draws, generator)
+    return Lesson(batch, rgdpo.replay(policy, cond, c.preference_scale, c.intra_weight))
+
+
+def from_records(run: Session, iteration: int) -> tuple[Lesson, dict[str, int | float]]:
+    c, policy = run.config, run.policy
+    prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
+    with run.clock.of("learn"):
+        seen = run.records.finished(policy, prompts, c.region_grid or policy.latent_shape[1:])
+        lesson = of_images(run, policy.encode([p.text for p in prompts]), seen, iteration)
+    return lesson, {"reward": float(seen.reward.mean()), "images": len(seen.reward), "rewards": 0}

@@ -1,0 +1,132 @@
+"""Region-grouped preference optimisation (R-GDPO of GlyphPrinter, arXiv 2603.15616), for flow models.
+
+For an image x, a region m of it, and the flow-matching error e of the policy and of the model without adapter,
+
+    D(x, m) = mean over m of (e_policy - e_reference)        (lower: the policy has moved towards the image there)
+    inter   = -log sigmoid( -scale (D(x_w, m_w) - D(x_l, m_l)) )    one region, better in image w than in image l
+    intra   = -log sigmoid( -scale (D(x, m_right) - D(x, m_wrong)) )    right and wrong regions of one image
+
+and the loss of a pair of images is the mean of its inter terms plus `intra` times the mean of its intra terms. The
+errors of a pair share noise and time. A region counts the same whatever its size. With one region, the whole image,
+inter is Diffusion-DPO (arXiv 2311.12908). The equations are our reading: the paper was not at hand.
+
+Pairs are made of the images of a prompt: best with worst, second with second to last, and so on.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmalign.learn.loss import pool
+from mmalign.objectives.matching import Finished, error, noise_like, times
+from mmalign.types import Marks, Policy, Rows
+
+GAP = 0.5  # least difference in credit at which one of two regions is the better
+
+
+@dataclass(frozen=True)
+class Pairs(Rows):
+    """Two images of one prompt a row, with their regions, one noise and one time for both."""
+
+    x: Float[Tensor, "M 2 C h w"]
+    noise: Float[Tensor, "M C h w"]
+    t: Float[Tensor, "M"]
+    share: Float[Tensor, "M 2 R a b"]
+    credit: Float[Tensor, "M 2 R"]
+    named: Bool[Tensor, "M 2 R"]
+    index: Int[Tensor, "M"]
+    step: Int[Tensor, "M"]
+
+
+def better(credit: Float[Tensor, "M 2 R"], named: Bool[Tensor, "M 2 R"], gap: float = GAP) -> Float[Tensor, "M R"]:
+    """1 where the region of the left image is the better of the two, -1 where that of the right is, 0 where there are
+    not two, or they differ by less than `gap`."""
+    difference = torch.where(named.all(1), credit[:, 0] - credit[:, 1], torch.nan)
+    return torch.where(difference.abs() >= gap, difference.sign(), 0.0).nan_to_num(0.0)
+
+
+def matched(prompt: Int[Tensor, "N"], reward: Float[Tensor, "N"], marks: Marks) -> Int[Tensor, "Q 2"]:
+    """Rows of images to compare, best with worst; pairs that would give no term are left out."""
+    pairs = []
+    for p in prompt.unique().tolist():
+        rows = (prompt == p).nonzero()[:, 0]
+        rows = rows[reward[rows].argsort(descending=True, stable=True)]
+        half = len(rows) // 2
+        pairs.append(torch.stack([rows[:half], rows.flip(0)[:half]], 1))
+    found = torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
+    credit = marks.credit[found]
+    inter = better(credit, marks.named[found]).ne(0).any(1)
+    intra = ((credit > 0).any(2) & (credit < 0).any(2)).any(1)
+    return found[inter | intra]
+
+
+def pairs(policy: Policy, seen: Finished, draws: int, generator: torch.Generator) -> Pairs:
+    """The matched images, each pair at `draws` times. There may be none."""
+    found = matched(seen.prompt, seen.reward, seen.marks)
+    left, marks = found[:, 0], seen.marks[found]
+    noise = noise_like(seen.x[left].repeat_interleave(draws, 0), generator)
+    columns = {"x": seen.x[found], "share": marks.share, "credit": marks.credit, "named": marks.named}
+    return Pairs(
+        **{name: values.repeat_interleave(draws, 0) for name, values in columns.items()},
+        noise=noise,
+        t=times(policy, draws, len(found), generator).flatten().to(noise),
+        index=seen.prompt[left].repeat_interleave(draws),
+        step=torch.arange(draws, device=noise.device).repeat(len(found)),
+    )
+
+
+def regional(err: Float[Tensor, "M 2 h w"], share: Float[Tensor, "M 2 R a b"]) -> Float[Tensor, "M 2 R"]:
+    """The mean error in each region, weighted by how much of each cell it covers."""
+    cells = pool(err.flatten(0, 1), share.shape[-2:]).unflatten(0, (-1, 2))
+    return torch.einsum("miab,mirab->mir", cells, share) / share.sum((-2, -1)).clamp(min=1e-6)
+
+
+def loss(
+    moved: Float[Tensor, "M 2 R"],
+    credit: Float[Tensor, "M 2 R"],
+    named: Bool[Tensor, "M 2 R"],
+    scale: float,
+    intra: float = 1.0,
+) -> tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]:
+    """The loss of each pair from `D`, and statistics: `agrees` is the share of regions of which the better one has the
+    smaller D, NaN where there are no two."""
+    sign = better(credit, named)
+    ahead = -sign * (moved[:, 0] - moved[:, 1])
+    compared = sign.ne(0).float()
+    between = _mean(-F.logsigmoid(scale * ahead), compared)
+    right, wrong = (credit > 0).float(), (credit < 0).float()
+    both = right.any(2) & wrong.any(2)
+    within = _mean(-F.logsigmoid(-scale * (_mean(moved, right) - _mean(moved, wrong))), both.float())
+    found = between + intra * within
+    return found, {
+        "loss": found.detach(),
+        "agrees": ((ahead.detach() > 0).float() * compared).sum(1) / compared.sum(1),
+        "regions_compared": compared.sum(1),
+    }
+
+
+def _mean(values: Float[Tensor, "*rows R"], counts: Float[Tensor, "*rows R"]) -> Float[Tensor, "*rows"]:
+    """The mean of the values that count, 0 where none does."""
+    return (values * counts).sum(-1) / counts.sum(-1).clamp(min=1)
+
+
+def replay(policy: Policy, cond, scale: float, intra: float):
+    """What `mmalign.learn.update.update` replays pairs with."""
+    return partial(_replay, policy, cond, scale, intra)
+
+
+def _replay(policy, cond, scale, intra, rows: Pairs) -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
+    x, noise, t, index = (
+        rows.x.flatten(0, 1),
+        *(column.repeat_interleave(2, 0) for column in (rows.noise, rows.t, rows.index)),
+    )
+    own = error(policy, x, noise, t, cond, index)
+    with torch.no_grad(), policy.reference():
+        anchor = error(policy, x, noise, t, cond, index)
+    moved = regional((own - anchor).unflatten(0, (-1, 2)), rows.share)
+    found, statistics = loss(moved, rows.credit, rows.named, scale, intra)
+    return found, statistics | {"error": own.detach().mean((1, 2)).view(-1, 2).mean(1)}
