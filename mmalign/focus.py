@@ -8,7 +8,7 @@ from mmalign.learn.loss import pool
 from mmalign.types import Policy, Transitions
 
 
-def within(advantage: Float[Tensor, "*N a b"], mask: Bool[Tensor, "*N c d"]) -> Float[Tensor, "*N a b"]:
+def within(advantage: Float[Tensor, "*N _ _"], mask: Bool[Tensor, "*#N a b"]) -> Float[Tensor, "*N a b"]:
     """The advantage where the mask is, 0 elsewhere, over the mask's share of the cells: the mean over cells, which the
     loss takes, stays of one size. All cells masked in changes nothing. A 1x1 advantage takes the mask's grid."""
     share = mask.float().mean((-2, -1), keepdim=True)

@@ -71,8 +71,6 @@ def window_start(c: Config, iteration: int, prompt_id: int) -> int:
 
 def cost(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> Cost:
     """What an iteration may cost at most, wherever its windows stand."""
-    if c.records:
-        return Cost(0, 0, 0)  # as many images as the prompts have records
     placed = [plan_for(c, times, levels, start) for start in window_starts(c)]
     forwards, images, learnt = (max(column) for column in zip(*(plan.cost for plan in placed), strict=True))
     routes = max(plan.learnt for plan in placed)
@@ -93,6 +91,8 @@ def fit(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> tuple
     steps, the latest first, for the layout is decided early; fewer children, down to two. Raises BadInput where nothing
     fits.
     """
+    if c.records:
+        return c, Cost(0, 0, 0)  # nothing is sampled; replay takes as many images as the prompts have records
     for candidate in _candidates(c, times, levels):
         spent = cost(candidate, times, levels)
         if spent.forwards <= (c.max_forwards or spent.forwards) and spent.rewards <= (c.max_rewards or spent.rewards):
@@ -106,7 +106,7 @@ def fit(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> tuple
 def check_noise(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> None:
     """Raises BadInput for a stochastic step that leaves far more noise than belongs there: later steps cannot remove
     it, and every training image carries it."""
-    placed = [plan_for(c, times, levels, start) for start in window_starts(c)]
+    placed = [] if c.records else [plan_for(c, times, levels, start) for start in window_starts(c)]
     for k in sorted({k for plan in placed for k in (plan.noise > 0).any(0).nonzero()[:, 0].tolist()}):
         left, s = plans.noise_after(c.kernel, times, levels, k), float(times[k + 1])
         if left > TOO_MUCH * s and left > NOTICEABLE:

@@ -92,7 +92,9 @@ def read(path: str | Path, size: tuple[int, int]) -> Records:
     return Records([p for p in prompts.values() if p.id in kept], records, refused, size, {})
 
 
-def _record(row: Mapping[str, Any], folder: Path, size: tuple[int, int], prompts: dict[str, Prompt]) -> Record:
+def _record(row: Any, folder: Path, size: tuple[int, int], prompts: dict[str, Prompt]) -> Record:
+    if not isinstance(row, dict):
+        raise ValueError("an object with image, prompt, score and regions is needed")
     image = folder / row.get("image", row.get("image_file", ""))
     whole = row["score"] if "score" in row else row["global"]["score"]
     if not isinstance(whole, int | float) or whole != whole or abs(whole) == float("inf"):

@@ -43,7 +43,9 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
             spent = time.monotonic() - began
             row["seconds/total"] = spent / (done - first)
             _append(out / "metrics.jsonl", row)
-            rate = (row["forwards"] + row["replay_forwards"]) / sum(row[f"seconds/{k}"] for k in ("rollout", "learn"))
+            rate = (row["forwards"] + row["replay_forwards"]) / sum(
+                row.get(f"seconds/{k}", 0.0) for k in ("rollout", "learn")
+            )
             bar.update(task, completed=done, note=f"reward {row['reward']:.3f}  {rate:.0f} NFE/s")
             if c.eval_every and done % c.eval_every == 0 and done < c.iterations and run.held_out:
                 with run.averaged():

@@ -67,9 +67,9 @@ def matched(prompt: Int[Tensor, "N"], reward: Float[Tensor, "N"], marks: Marks) 
 def pairs(policy: Policy, seen: Finished, draws: int, generator: torch.Generator) -> Pairs:
     """The matched images, each pair at `draws` times. There may be none."""
     found = matched(seen.prompt, seen.reward, seen.marks)
-    left, marks = found[:, 0], seen.marks[found]
+    left, marks = found[:, 0], vars(seen.marks)
     noise = noise_like(seen.x[left].repeat_interleave(draws, 0), generator)
-    columns = {"x": seen.x[found], "share": marks.share, "credit": marks.credit, "named": marks.named}
+    columns = {"x": seen.x[found]} | {name: values[found] for name, values in marks.items()}
     return Pairs(
         **{name: values.repeat_interleave(draws, 0) for name, values in columns.items()},
         noise=noise,

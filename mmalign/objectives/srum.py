@@ -35,13 +35,15 @@ class Examples(Rows):
     step: Int[Tensor, "M"]
 
 
-def gate(reward: Float[Tensor, "N"], low: float, high: float) -> Float[Tensor, "N"]:
+def gate(reward: Float[Tensor, "N"], low: int | float, high: int | float) -> Float[Tensor, "N"]:
     """`alpha`: the reward's place between `low` and `high`, in [0, 1]. Never negative, so that a bad image does not
     turn a bad place of it into a good one."""
     return ((reward - low) / (high - low)).clamp(0, 1)
 
 
-def weights(seen: Finished, low: float = 0.0, high: float = 1.0, background: float = 0.0) -> Float[Tensor, "N a b"]:
+def weights(
+    seen: Finished, low: int | float = 0.0, high: int | float = 1.0, background: int | float = 0.0
+) -> Float[Tensor, "N a b"]:
     """`alpha R`; a place without an opinion counts as `background`."""
     return gate(seen.reward, low, high)[:, None, None] * seen.places.nan_to_num(background)
 

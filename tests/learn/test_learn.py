@@ -8,7 +8,7 @@ from walks import judged, tree
 from mmalign.credit import CREDITS
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
-from mmalign.learn.loss import LOSSES, pool
+from mmalign.learn.loss import LOSSES, alike, pool
 from mmalign.learn.update import surrogate as surrogate_of, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
 
@@ -135,6 +135,49 @@ def test_uniform_map_equals_the_scalar_and_zero_stays_zero():
     surrogate("clipped", logp, torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]))[0].sum().backward()
     assert logp.grad[0, :2, :2].abs().min() > 0
     assert logp.grad.count_nonzero() == 4
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_over_equal_credit_a_map_of_one_value_is_the_whole_image_at_any_ratio(loss):
+    """Away from ratio 1 the clip of each cell is not that of the image; with a ratio over all that is credited alike
+    it is."""
+    torch.manual_seed(0)
+    values = 0.2 * torch.randn(6, 4, 4)
+    advantage = torch.linspace(-1, 1, 6)[:, None, None]
+    expected = surrogate(loss, values, advantage, 0.05, values.abs())
+    for grid in ((2, 2), (4, 4)):
+        place = advantage.expand(6, *grid)
+        found = surrogate(loss, alike(values, place), place, 0.05, alike(values.abs(), place))
+        torch.testing.assert_close(found, expected)
+        assert not torch.allclose(surrogate(loss, values, place, 0.05, values.abs())[0], expected[0], atol=1e-4)
+
+
+def test_the_ratio_of_a_region_is_the_geometric_mean_of_its_cells():
+    values = torch.arange(16.0).view(1, 4, 4)
+    advantage = torch.tensor([[[1.0, 0.3], [1.0, 0.0]]])
+    found = alike(values, advantage)
+    for rows, columns, place in (
+        (slice(4), slice(2), 1.0),
+        (slice(2), slice(2, 4), 0.3),
+        (slice(2, 4), slice(2, 4), 0),
+    ):
+        assert (found[0, rows, columns] == values[0, rows, columns].mean()).all(), place
+    two = alike(torch.cat([values, values + 7]), advantage.expand(2, -1, -1))  # rows keep to themselves
+    torch.testing.assert_close(two, torch.cat([found, found + 7]))
+
+
+def test_a_whole_update_over_equal_credit():
+    """The option reaches the loss: off policy the first cell's clip differs from its region's."""
+    shifts = []
+    for over in ("cell", "credit"):
+        flow = GaussianFlow()
+        paths = rollout(flow, plans.sde(flow.times(5), "flow_sde", 0.7), 4)
+        advantage = torch.ones(4, 5, 4, 4)
+        advantage[..., :2] = -1
+        optimizer = torch.optim.SGD(flow.parameters(), 5.0)
+        advance(flow, optimizer, paths, advantage, over=over, epochs=3, clip=1e-2)
+        shifts.append(flow.shift.detach().clone())
+    assert not torch.allclose(*shifts, atol=1e-3)
 
 
 def test_pool_needs_a_grid_that_divides():

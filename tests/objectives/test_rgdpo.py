@@ -1,0 +1,164 @@
+"""Region-grouped preferences: known losses, equalities with plain DPO, and learning in one place."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmalign.learn.update import update
+from mmalign.objectives import rgdpo
+from mmalign.objectives.matching import Finished, error
+from mmalign.policy.gaussian import GaussianFlow
+from mmalign.types import Marks
+
+nan = torch.nan
+LOG2 = 0.6931472
+
+
+def named(credit):
+    return torch.ones_like(credit, dtype=torch.bool)
+
+
+def whole(credit, size=(4, 4)):
+    """One region, the whole image, for each of N images."""
+    credit = torch.tensor(credit)[:, None]
+    return Marks(torch.ones(*credit.shape, *size), credit, named(credit))
+
+
+def finished(x, marks, reward=None, prompt=None):
+    rows = torch.zeros(len(x), dtype=torch.long) if prompt is None else torch.tensor(prompt)
+    reward = torch.arange(len(x)).float().flip(0) if reward is None else torch.tensor(reward)
+    return Finished(x, rows, reward, torch.zeros(len(x), 1, 1), marks)
+
+
+def test_a_region_compares_where_both_images_have_it_and_differ():
+    credit = torch.tensor([[[1.0, -1.0, 1.0, nan, 0.2, 1.0], [-1.0, 1.0, 1.0, 1.0, 0.0, -1.0]]])
+    same = named(credit)
+    same[:, 1, 5] = False
+    assert rgdpo.better(credit, same).tolist() == [[1, -1, 0, 0, 0, 0]]
+
+
+def test_best_goes_with_worst_and_pairs_without_a_term_are_left_out():
+    marks = whole([1.0, -1.0, 1.0, 1.0, 1.0])
+    found = rgdpo.matched(torch.tensor([0, 0, 0, 0, 7]), torch.tensor([3.0, 0.0, 1.0, 2.0, 9.0]), marks)
+    assert found.tolist() == [[0, 1]]  # 3 and 2 are right both; 4 is alone with its prompt
+
+
+def test_an_image_with_right_and_wrong_regions_is_enough():
+    credit = torch.tensor([[1.0, -1.0], [1.0, nan]])
+    marks = Marks(torch.ones(2, 2, 1, 1), credit, torch.zeros(2, 2, dtype=torch.bool))
+    assert rgdpo.matched(torch.zeros(2, dtype=torch.long), torch.tensor([1.0, 0.0]), marks).tolist() == [[0, 1]]
+
+
+def test_at_the_reference_every_term_is_log_two():
+    flow = GaussianFlow()
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    share = torch.zeros(2, 2, 4, 4)
+    share[:, 0, :2], share[:, 1, 2:] = 1, 1
+    for credit, expected in [
+        ([[1.0, nan], [-1.0, nan]], LOG2),  # one region compared
+        ([[1.0, 1.0], [-1.0, -1.0]], LOG2),  # two: their mean
+        ([[1.0, -1.0], [1.0, nan]], 0.5 * LOG2),  # one image with right and wrong
+        ([[1.0, -1.0], [-1.0, 1.0]], 1.5 * LOG2),  # all of it
+    ]:
+        marks = Marks(share, torch.tensor(credit), named(torch.tensor(credit)))
+        batch = rgdpo.pairs(flow, finished(x, marks), 3, torch.Generator().manual_seed(0))
+        assert len(batch) == 3
+        found, _ = rgdpo.replay(flow, flow.encode(["0.0"]), 50.0, 0.5)(batch)
+        torch.testing.assert_close(found, torch.full((3,), expected))
+
+
+def test_one_region_that_is_the_whole_image_is_dpo_of_flow_errors():
+    flow = moved(GaussianFlow())
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    batch = rgdpo.pairs(flow, finished(x, whole([1.0, -1.0])), 5, torch.Generator().manual_seed(1))
+    found, statistics = rgdpo.replay(flow, flow.encode(["0.0"]), 7.0, 1.0)(batch)
+    drop = []
+    for side in (0, 1):
+        shown = (batch.x[:, side], batch.noise, batch.t, flow.encode(["0.0"]), batch.index)
+        with flow.reference():
+            before = error(flow, *shown)
+        drop.append((error(flow, *shown) - before).mean((1, 2)))
+    torch.testing.assert_close(found, -F.logsigmoid(-7.0 * (drop[0] - drop[1])))
+    assert torch.equal(statistics["agrees"], (drop[0] < drop[1]).float())
+
+
+def moved(flow):
+    with torch.no_grad():
+        flow.shift += 0.3 * torch.randn(flow.shift.shape, generator=torch.Generator().manual_seed(5))
+    return flow
+
+
+def test_changing_sides_changes_nothing():
+    flow = moved(GaussianFlow())
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    share = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    credit = torch.tensor([[1.0, -1.0, nan], [-1.0, 0.6, 1.0]])
+    batch = rgdpo.pairs(flow, finished(x, Marks(share, credit, named(credit))), 4, torch.Generator().manual_seed(2))
+    turned = replace(
+        batch, x=batch.x.flip(1), share=batch.share.flip(1), credit=batch.credit.flip(1), named=batch.named.flip(1)
+    )
+    replay = rgdpo.replay(flow, flow.encode(["0.0"]), 7.0, 1.0)
+    torch.testing.assert_close(replay(batch)[0], replay(turned)[0])
+
+
+def test_a_region_counts_the_same_whatever_its_size():
+    err = torch.zeros(1, 2, 4, 4)
+    err[:, :, 0, 0], err[:, :, 1:, :] = 2.0, 5.0
+    share = torch.zeros(1, 2, 2, 4, 4)
+    share[:, :, 0, 0, 0], share[:, :, 1, 1:, :] = 0.25, 1.0
+    assert rgdpo.regional(err, share).tolist() == [[[2.0, 5.0], [2.0, 5.0]]]
+
+
+def test_a_region_that_only_one_image_has_gives_no_gradient_outside_what_compares():
+    moved_by = torch.zeros(1, 2, 2, requires_grad=True)
+    credit = torch.tensor([[[1.0, nan], [-1.0, 1.0]]])
+    value, _ = rgdpo.loss(moved_by, credit, named(credit), scale=1.0, intra=0.0)
+    value.sum().backward()
+    assert moved_by.grad.tolist() == [[[0.5, 0.0], [-0.5, 0.0]]]
+
+
+def test_no_pairs_no_step():
+    flow = GaussianFlow()
+    batch = rgdpo.pairs(flow, finished(torch.randn(4, 3, 4, 4), whole([1.0] * 4)), 2, torch.Generator())
+    assert len(batch) == 0
+    assert learn(flow, torch.optim.SGD(flow.parameters(), 1.0), batch, 1.0) == {}
+
+
+def learn(flow, optimizer, batch, scale):
+    return update(
+        flow.parameters(), optimizer, batch, rgdpo.replay(flow, flow.encode(["0.0"]), scale, 1.0), epochs=1,
+        minibatches=1, micro_batch=64, max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+
+
+def test_a_painted_square_grows_red_inside_and_nothing_changes_outside():
+    """The redder of two squares is right, the other wrong: the square alone moves, and towards red."""
+    flow, inside = GaussianFlow((3, 8, 8)), torch.zeros(8, 8)
+    inside[2:5, 3:7] = 1
+    optimizer, agrees = torch.optim.SGD(flow.parameters(), 1.0), []
+    for i in range(40):
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(16, 3, 8, 8, generator=generator) + flow.shift.detach()
+        red = (x[:, 0] * inside).sum((1, 2)) / inside.sum()
+        credit = torch.where(red > red.median(), 1.0, -1.0)[:, None]
+        marks = Marks(inside.expand(16, 1, 8, 8), credit, named(credit))
+        batch = rgdpo.pairs(flow, finished(x, marks, red.tolist()), 2, generator)
+        assert len(batch) == 16
+        agrees.append(learn(flow, optimizer, batch, 5.0)["agrees"])
+    shift = flow.shift.detach()
+    assert shift[0, inside.bool()].mean() > 0.2
+    assert shift[:, ~inside.bool()].abs().max() == 0
+    assert torch.tensor(agrees[-10:]).mean() > 0.8
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_the_push_fades_once_the_policy_agrees(scale):
+    ahead = torch.tensor([[[-1.0], [1.0]]], requires_grad=True)
+    credit = torch.tensor([[[1.0], [-1.0]]])
+    value, statistics = rgdpo.loss(ahead, credit, named(credit), scale)
+    value.sum().backward()
+    assert statistics["agrees"] == 1
+    expected = scale * torch.sigmoid(torch.tensor(-2 * scale))
+    torch.testing.assert_close(ahead.grad[0, :, 0], torch.stack([expected, -expected]))

@@ -1,0 +1,82 @@
+"""Regional guidance: exact at its ends, nothing outside the mask."""
+
+import pytest
+import torch
+
+from mmalign import policy as policies
+from mmalign.flow.plan import ode
+from mmalign.flow.sample import gaussian, sample
+from mmalign.guide import guided, soft, towards
+from mmalign.policy.gaussian import GaussianFlow
+
+
+def walked(flow, velocity, starts=3):
+    start = torch.stack([gaussian(flow.latent_shape, i) for i in range(starts)])
+    index = torch.zeros(starts, dtype=torch.long)
+    return sample(velocity, start, flow.encode(["0.5"]), index, ode(flow.times(6))).ends
+
+
+def moved(flow):
+    with torch.no_grad():
+        flow.shift += torch.randn(flow.shift.shape, generator=torch.Generator().manual_seed(3))
+    return flow
+
+
+def test_ends_and_outside_are_exact():
+    flow = moved(GaussianFlow())
+    mask = torch.zeros(4, 4)
+    mask[1:3, 1:] = 1
+    with flow.reference():
+        base = walked(flow, flow.velocity)
+    own = walked(flow, flow.velocity)
+    assert torch.equal(walked(flow, guided(flow, mask, 0.0)), base)
+    assert torch.equal(walked(flow, guided(flow, torch.ones(4, 4), 1.0)), own)
+    assert torch.equal(walked(flow, guided(flow, 0 * mask, 3.0)), base)
+    far = walked(flow, guided(flow, mask, 2.0))
+    inside = mask.bool()
+    assert torch.equal(far[..., ~inside], base[..., ~inside])
+    torch.testing.assert_close(
+        far[..., inside] - base[..., inside], 2 * (own - base)[..., inside], atol=1e-4, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+def test_of_a_real_model_the_velocity_outside_is_the_bases_to_the_bit(random_model, guidance):
+    policy = policies.load(random_model, guidance=guidance)
+    policy.attach_lora(4, 8.0, None, 0)
+    for p in policy.parameters():
+        p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    c, h, w = policy.latent_shape
+    mask = torch.zeros(h, w)
+    mask[: h // 2] = 1
+    cond, index = policy.encode(["a red circle", "a blue square"]), torch.arange(2)
+    x, t = torch.randn(2, c, h, w, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.4])
+    with torch.no_grad():
+        own = policy.velocity(x, t, cond, index)
+        with policy.reference():
+            base = policy.velocity(x, t, cond, index)
+        policy.spent.clear()
+        found = guided(policy, mask, 1.5)(x, t, cond, index)
+        assert policy.spent["forwards"] == (4 if guidance == 1 else 8)
+        assert torch.equal(guided(policy, torch.ones(h, w), 0.0)(x, t, cond, index), base)
+        assert torch.equal(guided(policy, torch.ones(h, w), 1.0)(x, t, cond, index), own)
+    assert not torch.allclose(own, base, atol=1e-3)
+    assert torch.equal(found[:, :, h // 2 :], base[:, :, h // 2 :])
+    torch.testing.assert_close(found[:, :, : h // 2], (base + 1.5 * (own - base))[:, :, : h // 2], atol=1e-5, rtol=1e-4)
+
+
+def test_a_mask_for_each_image():
+    base, own = torch.zeros(2, 3, 2, 2), torch.ones(2, 3, 2, 2)
+    weight = torch.stack([torch.zeros(2, 2), torch.full((2, 2), 1.5)])
+    assert towards(base, own, weight).flatten(1).tolist() == [[0] * 12, [1.5] * 12]
+
+
+def test_a_soft_edge_keeps_the_inside_and_falls_off():
+    mask = torch.zeros(16, 16)
+    mask[4:12, 4:12] = 1
+    assert torch.equal(soft(mask, 0.0), mask)
+    found = soft(mask, 1.0)
+    assert found[7, 7] > 0.99
+    assert found[7, 15] < 0.01
+    assert 0.2 < found[7, 12] < found[7, 11] < 0.9
+    assert found.sum().item() == pytest.approx(64, rel=1e-3)

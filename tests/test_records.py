@@ -1,0 +1,123 @@
+"""Judged images from disk: what is read, what is refused by its line, and what becomes of the rest."""
+
+import json
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+from mmalign import policy as policies, records
+from mmalign.config import BadInput, locate
+from mmalign.evaluate import generate
+from mmalign.policy.gaussian import GaussianFlow
+from reward_models import Prompt
+
+SIZE = (8, 12)  # height, width
+GOOD = {"box": [0, 0, 6, 4], "score": 1.0, "label": "circle"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def of(*rows, name="records.jsonl"):
+        for k in range(3):
+            save_image(torch.full((3, *SIZE), k / 4), tmp_path / f"{k}.png")
+        save_image(torch.zeros(3, 8, 8), tmp_path / "square.png")
+        path = tmp_path / name
+        path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+        return path
+
+    return of
+
+
+def row(image="0.png", prompt="a circle", score=0.5, regions=(GOOD,), **more):
+    return {"image": image, "prompt": prompt, "score": score, "regions": [*regions]} | more
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (row(regions=[GOOD | {"box": [6, 0, 0, 4]}]), "box (6, 0, 0, 4) is empty"),
+        (row(regions=[GOOD | {"box": [0, 4, 6, 4]}]), "box (0, 4, 6, 4) is empty"),
+        (row(regions=[GOOD | {"box": [0, 0, 13, 4]}]), "box (0, 0, 13, 4) lies outside the image of 12 x 8 pixels"),
+        (row(regions=[GOOD | {"box": [-1, 0, 3, 4]}]), "lies outside"),
+        (row(regions=[GOOD | {"box": [float("nan"), 0, 3, 4]}]), "box (nan, 0, 3, 4) is empty"),
+        (row(regions=[GOOD | {"box": [0, 0, 3]}]), "box [0, 0, 3] is not four numbers"),
+        (row(regions=[GOOD | {"box": [0, 0, "3", 4]}]), "is not four numbers"),
+        (row(regions=[GOOD | {"score": 1.5}]), "credit 1.5 is outside [-1, 1]"),
+        (row(regions=[GOOD | {"score": None}]), "the score of a region is None"),
+        (row(regions=[{"box": [0, 0, 3, 4]}]), "no 'score'"),
+        (row(size=[24, 16]), "the boxes refer to an image of [24, 16] pixels, 0.png is [12, 8]"),
+        (row("square.png"), "square.png is 8 x 8 pixels; the model makes 12 x 8"),
+        (row("lost.png"), "lost.png"),
+        (row(score=None), "the score of the whole image is None"),
+        (row(score=float("nan")), "the score of the whole image is nan"),
+        ({"image": "0.png", "score": 1}, "no 'prompt'"),
+        ("not JSON", "Expecting value"),
+        ([1, 2], "an object with image, prompt"),
+    ],
+)
+def test_a_bad_record_is_refused_by_its_line_and_the_rest_goes_on(write, bad, says):
+    found = records.read(write(row(), bad, row("1.png")), SIZE)
+    assert [record.image.name for record in found.records] == ["0.png", "1.png"]
+    (why,) = found.refused
+    assert why.startswith("record 2: ")
+    assert says in why
+
+
+def test_a_file_without_a_right_record_is_the_users_mistake(write, tmp_path):
+    with pytest.raises(BadInput, match=r"none can be used; record 1: .*lost\.png"):
+        records.read(write(row("lost.png")), SIZE)
+    with pytest.raises(BadInput, match=r"none can be used$"):
+        records.read(write(""), SIZE)
+    with pytest.raises(BadInput, match="No such file"):
+        records.read(tmp_path / "nowhere.jsonl", SIZE)
+
+
+def test_srums_own_layout_is_read(write):
+    theirs = {
+        "image_file": "1.png",
+        "prompt": "a circle",
+        "vlm_rewards": [{"object": "circle", "bbox": [0, 0, 6, 4], "score": -0.7}],
+        "global": {"score": 0.4, "reason": "well placed"},
+    }
+    (record,) = records.read(write(theirs), SIZE).records
+    assert (record.score, record.regions[0].credit, record.regions[0].label) == (0.4, -0.7, "circle")
+
+
+def test_images_of_the_asked_prompts_and_no_others(write):
+    found = records.read(write(row(), row("1.png", "a square", -0.5, ()), row("2.png", score=0.25)), SIZE)
+    assert [(p.text, p.id) for p in found.prompts] == [("a circle", 0), ("a square", 1)]
+    flow = GaussianFlow((3, *SIZE))
+    seen = found.finished(flow, [found.prompts[1], found.prompts[0]], (2, 2))
+    assert seen.prompt.tolist() == [1, 0, 1]
+    assert seen.reward.tolist() == [0.5, -0.5, 0.25]
+    torch.testing.assert_close(seen.x[:, 0, 0, 0], torch.tensor([0, 0.25, 0.5]), atol=1 / 255, rtol=0)
+    nan = torch.nan
+    torch.testing.assert_close(seen.places[0], torch.tensor([[1, nan], [nan, nan]]), equal_nan=True)
+    assert seen.places[1].isnan().all()
+    assert seen.marks.credit.isnan().tolist() == [[False], [True], [False]]
+    assert seen.marks.share[0, 0].tolist() == [[1, 0], [0, 0]]
+    assert seen.marks.named.all()
+
+
+def test_an_image_is_encoded_once(write):
+    class Counting(GaussianFlow):
+        encoded = 0
+
+        def encode_images(self, images):
+            self.encoded += len(images)
+            return images
+
+    found, flow = records.read(write(row(), row("1.png")), SIZE), Counting((3, *SIZE))
+    for _ in range(3):
+        found.finished(flow, [Prompt("a circle", {}, 0)], (1, 1))
+    assert flow.encoded == 2
+
+
+def test_encoding_undoes_decoding():
+    """Of the embedded model, whose autoencoder is trained: its pictures come back."""
+    policy = policies.load(locate("assets/tiny_sd3"))
+    images, _ = generate(policy, [Prompt("a red circle")], [range(4)], 6, 4)
+    again = policy.decode(policy.encode_images(images))
+    assert (again - images).abs().mean() < 0.02
+    assert (images - images.mean((2, 3), keepdim=True)).abs().mean() > 0.05

@@ -1,0 +1,151 @@
+"""What is found at places of images, on its way through a run."""
+
+import json
+
+import pytest
+import torch
+from careless import Careless
+from torchvision.utils import save_image
+from whole_runs import rows, run
+
+from mmalign import config as configs, judge
+from mmalign.config import BadInput
+from reward_models import Prompt
+from reward_models.regions import Region, box_shares
+
+nan = torch.nan
+GRPO = {"plan": None, "branch_steps": None, "children": None, "baseline": None}
+
+
+def test_labels_share_a_column_and_the_rest_stands_alone():
+    one = (Region((0, 0, 4, 4), 1.0, "1 dog"), Region((4, 0, 8, 4), -1.0), Region((0, 4, 4, 8), -0.5, "1 dog"))
+    two = (Region((4, 4, 8, 8), -1.0, "1 dog"), Region((0, 0, 4, 4), 0.5, "2 cat"))
+    other = (Region((0, 0, 8, 8), 1.0, "2 cat"),)
+    marks = judge.marked([one, two, other, ()], [0, 0, 5, 5], (8, 8), (2, 2))
+    expected = torch.tensor([[1, nan, -1, -0.5], [-1, 0.5, nan, nan], [1, nan, nan, nan], [nan] * 4])
+    torch.testing.assert_close(marks.credit, expected, equal_nan=True)
+    assert marks.named[0].tolist() == [True, True, False, False]
+    assert marks.share[0, 0].tolist() == [[1, 0], [0, 0]]
+    assert marks.share[1, 0].tolist() == [[0, 0], [0, 1]]
+    assert marks.share[2, 0].eq(1).all()
+
+
+def test_a_map_without_regions_is_what_is_right_and_what_is_wrong():
+    marks = judge.signs(torch.tensor([[[0.5, nan], [-0.1, 0.0]], [[1.0, 1.0], [1.0, 1.0]]]))
+    torch.testing.assert_close(marks.credit, torch.tensor([[1.0, -1.0], [1.0, nan]]), equal_nan=True)
+    assert marks.share[0].tolist() == [[[1, 0], [0, 0]], [[0, 0], [1, 0]]]
+    assert not marks.named.any()
+
+
+def test_an_image_whose_box_lies_outside_fails_alone():
+    seen = judge.score(torch.zeros(4, 3, 8, 8), [Prompt("a")] * 4, {"careless": Careless()})
+    assert list(seen.failures) == [1]
+    assert seen.failures[1] == "careless: box (0, 0, 4.0, 16) lies outside the image of 8 x 8 pixels"
+    assert seen.parts["careless.value"].isnan().tolist() == [False, True, False, False]
+    assert seen.maps["careless"][1].isnan().all()
+    assert seen.boxes["careless"][1] == ()
+
+
+IMAGES = GRPO | {"plan": "ode", "kernel": "flow_sde", "noise": 0.7, "seeds": 4, "weighting": "none"}
+SRUM = {"objective": "srum", "draws": 2, "alpha_range": (0, 1), "background": 0.0, "anchor": 0.5, "margin": 1.0}
+RGDPO = {"objective": "rgdpo", "draws": 2, "preference_scale": 10.0, "intra_weight": 1.0}
+CARELESS = {
+    "rewards": {"careless:Careless.value": 1.0},
+    "region": "careless:Careless",
+    "max_failed": 0.5,
+}
+
+
+def clean(settings, *parts):
+    """The settings with others laid over; None takes one out."""
+    merged = dict(settings)
+    for part in parts:
+        merged |= part
+    defaults = {name: own.default for name, own in configs.Config.model_fields.items()}
+    return {name: value for name, value in merged.items() if value is not None or defaults[name] is not None}
+
+
+@pytest.mark.parametrize("objective", [SRUM, RGDPO], ids=["srum", "rgdpo"])
+def test_a_run_learns_from_finished_images_and_from_no_bad_one(settings, tmp_path, objective):
+    out = run(clean(settings, IMAGES, CARELESS, objective))
+    metrics = rows(out / "metrics.jsonl")
+    assert all(row["failed"] > 0 for row in metrics)
+    assert all(row["transitions"] > 0 and row["grad_norm"] > 0 for row in metrics)
+    c = configs.load(out / "config.yaml")
+    images = c.prompts_per_iteration * c.seeds
+    if objective is SRUM:
+        assert metrics[0]["transitions"] == 2 * (images - metrics[0]["failed"])
+        assert metrics[0]["replay_forwards"] == metrics[0]["transitions"]
+    else:
+        assert metrics[0]["replay_forwards"] == 4 * metrics[0]["transitions"]
+    again = run(clean(settings, IMAGES, CARELESS, objective, {"out": str(tmp_path / "again"), "micro_batch": 3}))
+    for one, two in zip(metrics[:2], rows(again / "metrics.jsonl")[:2], strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("objective", [SRUM, RGDPO], ids=["srum", "rgdpo"])
+def test_a_run_on_records_samples_nothing(settings, tmp_path, objective, random_model):
+    from mmalign import policy as policies
+
+    high, wide = policies.load(random_model).image_size
+    lines = []
+    for k in range(8):
+        save_image(torch.rand(3, high, wide, generator=torch.Generator().manual_seed(k)), tmp_path / f"{k}.png")
+        region = {"box": [0, 0, wide / 2, high], "score": (-1) ** k, "label": "1 it"}
+        lines.append({"image": f"{k}.png", "prompt": f"thing {k // 4}", "score": k / 8, "regions": [region]})
+    lines[7]["regions"] = [{"box": [9, 0, 3, 3], "score": 1}]
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    records = {"records": str(tmp_path / "records.jsonl"), "prompts_per_iteration": 2, "kernel": None, "noise": None}
+    kept = {
+        name: settings[name] for name in ("model", "held_out", "out", "iterations", "eval_steps") if name in settings
+    }
+    out = run(kept | clean({}, objective, {k: v for k, v in records.items() if v is not None}))
+    metrics = rows(out / "metrics.jsonl")
+    assert metrics[0]["images"] == 7
+    assert metrics[0]["forwards"] == metrics[0]["decodes"] == metrics[0]["rewards"] == 0
+    assert all(row["grad_norm"] > 0 for row in metrics)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"objective": "srum"}, "objective: srum needs region, a scorer that says where, or records"),
+        (IMAGES | RGDPO | {"region": "shapes", "credit": "terminal"}, "credit does not act with objective: rgdpo"),
+        (IMAGES | RGDPO | {"region": "shapes", "beta": 0.1}, "beta does not act with objective: rgdpo"),
+        (IMAGES | RGDPO | {"region": "shapes", "anchor": 0.1}, "anchor acts only with objective: srum"),
+        (IMAGES | {"objective": "srum", "region": "shapes"}, "objective: srum needs draws"),
+        (IMAGES | SRUM | {"region": "shapes", "alpha_range": (1, 0)}, "alpha_range [1.0, 0.0] must rise"),
+        (IMAGES | SRUM | {"region": "shapes", "noise": 0.5}, "noise does not act with plan: ode"),
+        (IMAGES, "plan: ode has no stochastic step to learn from"),
+        ({"draws": 2}, "draws acts only with objective: srum or rgdpo"),
+        ({"focus": "map"}, "focus: map needs region"),
+        ({"focus": "prompt"}, "focus: prompt needs focus_share"),
+        ({"focus_share": 0.5}, "focus_share acts only with focus: prompt"),
+        ({"records": "r.jsonl"}, "steps does not act with records"),
+        ({"rewards": {}}, "rewards: at least one is needed"),
+        (SRUM | {"records": "r.jsonl", "region": "shapes"}, "region does not act with records"),
+    ],
+)
+def test_what_cannot_act_is_refused(settings, changed, says):
+    shapes = {"rewards": {"shapes.strict": 1.0}}
+    with pytest.raises(BadInput) as refusal:
+        configs.build(clean(settings, shapes, changed), "test")
+    assert says in str(refusal.value)
+
+
+@pytest.mark.parametrize("focus", [{"focus": "map"}, {"focus": "prompt", "focus_share": 0.25}])
+def test_masks_and_ratios_by_credit_run(settings, focus):
+    out = run(settings | CARELESS | focus | {"ratio_over": "credit"})
+    assert all(row["grad_norm"] > 0 for row in rows(out / "metrics.jsonl"))
+
+
+def test_boxes_cover_tokens_of_packed_latents():
+    """FLUX's tokens are two positions a side, row by row: a box of positions is a box of tokens."""
+    from diffusers import FluxPipeline
+
+    region = Region((16, 8, 40, 24), 1.0)
+    share = box_shares([region], (64, 96), (8, 12))[0]
+    packed = FluxPipeline._pack_latents(share[None, None].expand(1, 4, 8, 12), 1, 4, 8, 12)
+    tokens = packed.mean(2)[0].view(4, 6)
+    assert torch.equal(tokens, box_shares([region], (64, 96), (4, 6))[0])
