@@ -138,6 +138,14 @@ def sample(
     guidance: Annotated[
         float | None, typer.Option(help="classifier-free guidance; default: the run's, or none")
     ] = None,
+    strength: Annotated[
+        float | None, typer.Option(min=0, help="how much of the adapter acts: 0 none, 1 all, more goes beyond it")
+    ] = None,
+    boxes: Annotated[
+        list[str] | None,
+        typer.Option("--box", help="where the adapter acts: left,top,right,bottom in pixels; may repeat"),
+    ] = None,
+    edge: Annotated[float, typer.Option(min=0, help="softness of the boxes' edges in pixels")] = 0.0,
     out: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
     batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 64,
     as_json: Json = False,
@@ -155,9 +163,14 @@ def sample(
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise BadInput(f"--seeds {seeds!r}: whole numbers separated by commas are needed") from None
+    if adapter is None and (strength is not None or boxes):
+        raise BadInput("--strength and --box say how much of an adapter acts, and where; give --adapter RUN")
+    if edge and not boxes:
+        raise BadInput("--edge softens boxes; give --box left,top,right,bottom")
     policy = _policy(model, guidance, adapter)
+    velocity = _guided(policy, 1.0 if strength is None else strength, boxes or [], edge) if adapter else None
     _writable(out)
-    images, of = evaluate.generate(policy, wanted, [numbers] * len(wanted), steps, batch)
+    images, of = evaluate.generate(policy, wanted, [numbers] * len(wanted), steps, batch, velocity)
     files = []
     for image, p, seed in zip(images, of.tolist(), numbers * len(wanted), strict=True):
         files.append({"image": str(out / f"{wanted[p].id:05d}-{seed}.png"), "prompt": wanted[p].text, "seed": seed})
@@ -166,6 +179,26 @@ def sample(
         print(json.dumps(files))
     else:
         console.print(f"{len(files)} images in {out}")
+
+
+def _guided(policy, strength: float, boxes: list[str], edge: float):
+    """The velocity of the adapter at a strength and place; None where that is the policy as it is."""
+    import torch
+
+    from mmalign import config as configs, guide
+
+    if strength == 1 and not boxes:
+        return None
+    try:
+        corners = [tuple(float(number) for number in box.split(",")) for box in boxes]
+        if any(len(box) != 4 for box in corners):
+            raise ValueError
+    except ValueError:
+        raise BadInput(f"--box {' '.join(boxes)!r}: left,top,right,bottom in pixels are needed") from None
+    latent = policy.latent_shape[1:]
+    with configs.refusing():
+        mask = guide.masked(corners, policy.image_size, latent, edge) if boxes else torch.ones(latent)
+    return guide.guided(policy, mask.to(policy.device), strength)
 
 
 @app.command()

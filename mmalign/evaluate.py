@@ -14,6 +14,7 @@ from torchvision.utils import save_image
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import chunks, gaussian, sample, seed_of
 from mmalign.judge import Scorers, score
+from mmalign.types import Velocity
 from reward_models import Prompt
 
 
@@ -44,9 +45,15 @@ def diversity(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> floa
 
 
 def generate(
-    policy, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], steps: int, batch: int
+    policy,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[Sequence[int]],
+    steps: int,
+    batch: int,
+    velocity: Velocity | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Images `[N, 3, H, W]` of each prompt from each of its seeds, by ODE, and the prompt of each row.
+    """Images `[N, 3, H, W]` of each prompt from each of its seeds, by ODE along `velocity`, by default the policy's,
+    and the prompt of each row.
 
     A seed gives the latents that a stock pipeline draws from a CPU generator with that seed.
     """
@@ -58,7 +65,7 @@ def generate(
         cond = policy.encode([prompts[p].text for p in used])
         index = torch.tensor([used.index(p) for p, _ in rows[part]], device=policy.device)
         start = torch.stack([gaussian(policy.latent_shape, seed) for _, seed in rows[part]]).to(policy.device)
-        paths = sample(policy.velocity, start, cond, index, plan, batch=batch)
+        paths = sample(velocity or policy.velocity, start, cond, index, plan, batch=batch)
         images.append(policy.decode(paths.ends).cpu())
     return torch.cat(images), torch.tensor([p for p, _ in rows])
 

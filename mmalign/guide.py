@@ -10,12 +10,17 @@ transformer computes outside the mask looks at what was made inside, so that fro
 too; the velocity itself does not. The equation is our reading: the paper was not at hand.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from mmalign.types import Policy, Velocity
+from reward_models.regions import Region, box_shares, inside
+
+Box = tuple[int | float, int | float, int | float, int | float]
 
 
 def towards(
@@ -46,3 +51,11 @@ def guided(policy: Policy, mask: Float[Tensor, "*M h w"], strength: float) -> Ve
         return towards(base, policy.velocity(x, t, cond, index).float(), weight)
 
     return velocity
+
+
+def masked(boxes: Sequence[Box], size: tuple[int, int], latent: tuple[int, int], edge: float) -> Float[Tensor, "h w"]:
+    """Where boxes (left, top, right, bottom) in pixels of an image of `size` (height, width) lie on its latent, with an
+    edge of `edge` pixels. ValueError names a box that is empty or outside."""
+    regions = [Region(box, 1.0) for box in boxes]
+    inside(regions, size)
+    return soft(box_shares(regions, size, latent).amax(0), edge * latent[0] / size[0])

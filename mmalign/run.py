@@ -1,7 +1,7 @@
 """A run around the iteration: its folder, evaluations, checkpoints and resumption.
 
-One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluations.jsonl`, `images/`, `checkpoints/`,
-`report.html`.
+One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluations.jsonl`, `credit.jsonl`, `images/`,
+`checkpoints/`, `report.html`.
 """
 
 import json
@@ -38,7 +38,8 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
     with _progress(console) as bar:
         task = bar.add_task("training", total=c.iterations, completed=done, note="")
         while done < c.iterations:
-            row = iterate(run, done)
+            shown = done + 1 == c.iterations or (c.eval_every and (done + 1) % c.eval_every == 0)
+            row = iterate(run, done, out if shown else None)
             done += 1
             spent = time.monotonic() - began
             row["seconds/total"] = spent / (done - first)
@@ -100,7 +101,7 @@ def _append(path: Path, row: dict) -> None:
 
 def _truncate(out: Path, done: int) -> None:
     """Drop the rows that a run resumed after `done` iterations writes again: later ones, and the last evaluation."""
-    for file in (out / "metrics.jsonl", out / "evaluations.jsonl"):
+    for file in (out / "metrics.jsonl", out / "evaluations.jsonl", out / "credit.jsonl"):
         if file.exists():
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             file.write_text("")

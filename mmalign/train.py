@@ -7,27 +7,30 @@ Left out on purpose: a replay buffer (each iteration learns from its own images)
 along.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from mmalign import evaluate, planner, prompts as prompt_files
+from mmalign import evaluate, exhibit, planner, prompts as prompt_files
 from mmalign.credit.gain import balance, gains
 from mmalign.credit.groups import dead, group_std
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.judge import judge, stop_if_failing
 from mmalign.learn.update import update
-from mmalign.lessons import Lesson, finished, from_records, of_images, of_walks
+from mmalign.lessons import Lesson, advantages, finished, from_records, of_images, of_walks
 from mmalign.session import Session
 from mmalign.types import Judgement, Trajectories
 from reward_models import Prompt, combine
 
 
-def iterate(run: Session, iteration: int) -> dict[str, int | float]:
-    """Roll out, judge, credit, learn; with records, learn from those. Returns the row for metrics.jsonl."""
+def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str, int | float]:
+    """Roll out, judge, credit, learn; with records, learn from those. Returns the row for metrics.jsonl; a few images
+    go with their credit to the folder `keep`."""
     c, policy, clock = run.config, run.policy, run.clock
     policy.spent.clear()
-    lesson, row = from_records(run, iteration) if run.records else _from_rollout(run, iteration)
+    lesson, row = from_records(run, iteration) if run.records else _from_rollout(run, iteration, keep)
     with clock.of("learn"):
         run.set_rate(iteration)
         forwards = policy.spent["forwards"]
@@ -49,7 +52,7 @@ def iterate(run: Session, iteration: int) -> dict[str, int | float]:
     return row | statistics | {f"seconds/{name}": seconds for name, seconds in clock.read().items()}
 
 
-def _from_rollout(run: Session, iteration: int) -> tuple[Lesson, dict[str, int | float]]:
+def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Lesson, dict[str, int | float]]:
     c, clock = run.config, run.clock
     prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
     with clock.of("rollout"):
@@ -61,6 +64,9 @@ def _from_rollout(run: Session, iteration: int) -> tuple[Lesson, dict[str, int |
             lesson = of_walks(run, cond, paths, judged)
         else:
             lesson = of_images(run, cond, finished(paths, judged), iteration)
+    if keep:
+        credit = advantages(c, paths, judged) if c.objective == "grpo" else None
+        exhibit.write(keep, iteration + 1, prompts, images, paths, judged, credit)
     reward = judged.reward[:, -1]
     row = {"reward": float(reward.nanmean())}
     row |= {f"part/{name}": float(values.nanmean()) for name, values in judged.parts.items()}

@@ -168,6 +168,18 @@ def test_train_sample_evaluate_export_report(config, tmp_path):
     ]
     assert all(Path(row["image"]).stat().st_size > 100 for row in json.loads(result.stdout))
 
+    alone = ["a red circle", "--seeds", "3", "--steps", 2, "--out"]
+    model = yaml.safe_load(config.read_text())["model"]
+    assert mmalign("sample", *alone, tmp_path / "base", "--model", model).returncode == 0
+    assert mmalign("sample", *alone, tmp_path / "none", "--adapter", run, "--strength", 0).returncode == 0
+    guided = mmalign("sample", *alone, tmp_path / "far", "--adapter", run, "--strength", 9, "--box", "0,0,8,8")
+    assert guided.returncode == 0, guided.stderr
+    found = {name: (tmp_path / name / "00000-3.png").read_bytes() for name in ("base", "none", "far", "s")}
+    assert found["base"] == found["none"] != found["far"]
+    for given, says in [("0,0,8", "left,top,right,bottom"), ("8,0,0,8", "is empty"), ("0,0,999,8", "lies outside")]:
+        result = mmalign("sample", *alone, tmp_path / "x", "--adapter", run, "--box", given)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert says in result.stderr
     prompts = yaml.safe_load(config.read_text())["held_out"]
     result = mmalign(
         "evaluate",
@@ -204,6 +216,8 @@ def test_train_sample_evaluate_export_report(config, tmp_path):
         (["sample"], "give prompts in quotes or --prompts FILE"),
         (["sample", "a cross", "--seeds", "1,x"], "--seeds '1,x'"),
         (["sample", "a cross", "--adapter", "/nowhere"], "no run there"),
+        (["sample", "a cross", "--strength", "2"], "give --adapter RUN"),
+        (["sample", "a cross", "--box", "0,0,4,4"], "give --adapter RUN"),
         (["evaluate", "--prompts", "/nowhere"], "prompts /nowhere: No such file"),
         (["evaluate", "--rewards", "beauty"], "no scorer called 'beauty'"),
         (["export", "/nowhere"], "no run there"),

@@ -140,6 +140,22 @@ def test_masks_and_ratios_by_credit_run(settings, focus):
     assert all(row["grad_norm"] > 0 for row in rows(out / "metrics.jsonl"))
 
 
+def test_a_few_images_are_kept_with_their_credit(settings):
+    out = run(settings | CARELESS)
+    kept = rows(out / "credit.jsonl")
+    assert {row["iteration"] for row in kept} == {2, 4}
+    assert len(kept) == 2 * 6
+    for row in kept:
+        assert (out / row["image"]).is_file()
+        (step,) = row["advantage"]
+        grid = row["advantage"][step]
+        assert (len(grid), len(grid[0])) == (len(row["map"]), len(row["map"][0]))
+        assert all(value is None or abs(value) == 1 for line in row["map"] for value in line)
+        assert (row["reward"] is None) == all(value is None for line in row["map"] for value in line)
+    run(settings | CARELESS, resume=True)
+    assert len(rows(out / "credit.jsonl")) == len(kept)
+
+
 def test_boxes_cover_tokens_of_packed_latents():
     """FLUX's tokens are two positions a side, row by row: a box of positions is a box of tokens."""
     from diffusers import FluxPipeline

@@ -189,7 +189,7 @@ def test_a_scorer_of_ones_own_is_learnt(settings, tmp_path, monkeypatch):
 def test_other_methods_run(settings, change):
     out = run(settings, **(change | dict(iterations=2, held_out=None)))
     assert all(row["ratio/1"] == pytest.approx(1, abs=1e-2) for row in rows(out / "metrics.jsonl"))
-    assert not (out / "images").exists()
+    assert not (out / "images" / "after").exists()
 
 
 def test_calibrated_noise_is_frozen_for_a_run(settings, tmp_path):

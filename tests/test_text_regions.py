@@ -1,0 +1,71 @@
+"""Words that an OCR engine reads in rendered pages, on their way into region preferences."""
+
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional as F
+
+from mmalign import judge
+from mmalign.learn.update import update
+from mmalign.objectives import rgdpo
+from mmalign.objectives.matching import Finished
+from mmalign.policy.gaussian import GaussianFlow
+from reward_models import Prompt, load
+from reward_models.images import from_pil
+
+SIDE, GRID = 256, 32
+PLACES = ((30, 50), (60, 170))  # left and top of the two words in px
+
+
+def page(*words: str) -> torch.Tensor:
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    for word, place in zip(words, PLACES, strict=True):
+        ImageDraw.Draw(image).text(place, word, fill="black", font=ImageFont.load_default(size=36))
+    return from_pil([image])
+
+
+@pytest.fixture(scope="module")
+def pages():
+    return torch.cat([page("COFFEE", "MARKET"), page("COFFEE", "MAXXXT"), page("COFFEE", "MARKET"), page("", "MARKET")])
+
+
+@pytest.fixture(scope="module")
+def seen(pages):
+    prompts = [Prompt('a sign that says "Coffee market"', {}, 3)] * len(pages)
+    found = judge.score(pages, prompts, {"ocr": load("ocr")})
+    assert not found.failures
+    return found
+
+
+def test_the_words_read_are_the_regions(seen):
+    right, misspelt, _, missing = seen.boxes["ocr"]
+    assert [(own.label, own.credit) for own in right] == [("1 coffee", 1), ("2 market", 1)]
+    assert misspelt[0].credit == 1
+    assert misspelt[1].label == "2 market"
+    assert misspelt[1].credit < 0.5
+    assert [own.label for own in missing] == ["2 market"]
+    for own, (left, top) in zip(right, PLACES, strict=True):
+        assert own.box[0] - 8 < left < own.box[2]
+        assert own.box[1] - 8 < top < own.box[3]
+
+
+def test_they_drive_the_preference_of_the_misspelt_word_and_of_nothing_else(pages, seen):
+    marks = judge.marked(seen.boxes["ocr"], [0] * 4, (SIDE, SIDE), (GRID, GRID))
+    x = F.avg_pool2d(pages, SIDE // GRID)
+    finished = Finished(x, torch.zeros(4, dtype=torch.long), seen.parts["ocr.match"], seen.maps["ocr"], marks)
+    flow = GaussianFlow((3, GRID, GRID))
+    batch = rgdpo.pairs(flow, finished, 8, torch.Generator().manual_seed(0))
+    pair = rgdpo.matched(finished.prompt, finished.reward, marks)
+    assert 1 in pair.flatten().tolist()  # the misspelt page has a partner that is right
+    for _ in range(20):
+        update(
+            flow.parameters(), torch.optim.SGD(flow.parameters(), 5.0), batch,
+            rgdpo.replay(flow, flow.encode(["0.0"]), 20.0, 0.0), epochs=1, minibatches=1, micro_batch=8,
+            max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+    moved = flow.shift.detach()
+    word = (marks.share[:, marks.named[0].nonzero()[1, 0]] > 0).any(0)  # wherever any page has it
+    assert moved[:, word].abs().max() > 1e-3
+    assert moved[:, ~word].abs().max() == 0
+    towards = (moved * (x[0] - x[1]))[:, word].sum()
+    assert towards > 0
