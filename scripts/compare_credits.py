@@ -13,6 +13,7 @@ at which each reached the final score of `terminal`, and draws the curves.
 
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,7 @@ VARIANTS = {  # prompts per iteration: what makes an iteration take about as lon
     "branch": "prompts_per_iteration=12",
 }
 EVALUATIONS = 6
+SCORES = ("shapes.strict", "clip.cosine")
 Out = Annotated[Path, typer.Option(help="folder of the runs")]
 app = typer.Typer(add_completion=False)
 
@@ -44,13 +46,15 @@ def seconds_of(row: dict) -> float:
     return sum(row[f"seconds/{part}"] for part in ("rollout", "decode", "reward", "learn"))
 
 
-@app.command()
-def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/compare")) -> None:
-    """Train one variant for about `seconds`."""
+def folder_of(out: Path, variant: str, seed: int | str) -> Path:
+    return out / f"{variant.replace(', ', '-')}-{seed}"
+
+
+def train_for(seconds: float, folder: Path, overrides: list[str]) -> None:
+    """The quickstart with these overrides for about `seconds` of training."""
     policies.quiet()
     torch.set_flush_denormal(True)
-    folder = out / f"{variant.replace(', ', '-')}-{seed}"
-    base = [*VARIANTS[variant].split(), f"seed={seed}", f"out={folder}", "eval_every=0"]
+    base = [*overrides, f"out={folder}", "eval_every=0"]
     trial = session.open_session(configs.load("configs/quickstart.yaml", base))
     rows = [trainer.iterate(trial, i) for i in range(3)]
     count = max(EVALUATIONS, round(seconds / statistics.mean(seconds_of(row) for row in rows[1:])))
@@ -58,12 +62,18 @@ def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/c
     runs.train(configs.load("configs/quickstart.yaml", [*base, *schedule, f"checkpoint_every={count}"]))
 
 
+@app.command()
+def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/compare")) -> None:
+    """Train one variant for about `seconds`."""
+    train_for(seconds, folder_of(out, variant, seed), [*VARIANTS[variant].split(), f"seed={seed}"])
+
+
 def curve(folder: Path) -> dict[str, np.ndarray]:
     """Training seconds, held-out strict, clip and diversity of siblings at each evaluation of one run."""
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     spent = np.cumsum([0.0, *(seconds_of(row) for row in metrics)])
-    out = {name: np.array([row[name] for row in found]) for name in ("shapes.strict", "clip.cosine")}
+    out = {name: np.array([row[name] for row in found]) for name in SCORES if name in found[0]}
     out["diversity"] = np.array([row["diversity"] for row in (found[0], found[-1])])
     out |= {"seconds": spent[[row["iteration"] for row in found]], "iterations": np.array(len(metrics))}
     work = [row["forwards"] + row["replay_forwards"] for row in metrics]
@@ -73,38 +83,47 @@ def curve(folder: Path) -> dict[str, np.ndarray]:
 @app.command()
 def table(out: Out = Path("runs/compare"), figure: Path = Path("docs/figures/credits.png")) -> None:
     """Print the table (Markdown) and draw the curves: mean over seeds, and their range."""
-    import matplotlib
+    report(out, VARIANTS, "terminal", figure)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    folders = {v: sorted(out.glob(f"{v.replace(', ', '-')}-[0-9]")) for v in VARIANTS}
+def report(out: Path, variants: Iterable[str], goal: str, figure: Path) -> None:
+    """The table and the curves of the finished runs; `goal` is the variant whose final score the others are timed to
+    reach."""
+    folders = {v: sorted(folder_of(out, v, "x").parent.glob(folder_of(out, v, "[0-9]").name)) for v in variants}
     found = {v: [curve(f) for f in own if (f / "images" / "after").is_dir()] for v, own in folders.items()}
     found = {v: own for v, own in found.items() if own}
     end = min(c["seconds"][-1] for own in found.values() for c in own)
     grid = np.linspace(0, end, 101)  # seeds are evaluated at unlike times: linear between evaluations
     curves = {v: np.array([np.interp(grid, c["seconds"], c["shapes.strict"]) for c in own]) for v, own in found.items()}
-    goal = curves["terminal"].mean(0)[-1]
-    print("| credit | iterations | forwards, images each | strict (range) | clip | diversity | terminal's end at |")
-    print("|---|---|---|---|---|---|---|")
+    reached = curves[goal].mean(0)[-1]
+    shown = [name for name in SCORES[1:] if name in next(iter(found.values()))[0]] + ["diversity"]
+    headings = ["credit", "iterations", "forwards, images each", "strict (range)", *shown, f"{goal}'s end at"]
+    print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for v, own in found.items():
         last = [float(c["shapes.strict"][-1]) for c in own]
-        past = grid[curves[v].mean(0) >= goal]
+        past = grid[curves[v].mean(0) >= reached]
         when = f"{past[0] / end:.0%}" if len(past) else "not"
-        mean = {name: float(np.mean([c[name][-1] for c in own])) for name in ("clip.cosine", "diversity")}
+        means = [f"{float(np.mean([c[name][-1] for c in own])):.3f}" for name in shown]
         iterations = np.mean([c["iterations"] for c in own])
-        print(
-            f"| {v} | {iterations:.0f} | {own[0]['forwards']:.0f}, {own[0]['images']:.0f} | "
-            f"{np.mean(last):.3f} ({min(last):.3f} to {max(last):.3f}) | {mean['clip.cosine']:.3f} | "
-            f"{mean['diversity']:.3f} | {when} |"
-        )
-    before = [c[name][0] for name in ("shapes.strict", "clip.cosine", "diversity") for c in found["terminal"][:1]]
-    print(f"\nbefore: strict {before[0]:.3f}, clip {before[1]:.3f}, diversity {before[2]:.3f}")
+        cells = [v, f"{iterations:.0f}", f"{own[0]['forwards']:.0f}, {own[0]['images']:.0f}"]
+        cells += [f"{np.mean(last):.3f} ({min(last):.3f} to {max(last):.3f})", *means, when]
+        print(f"| {' | '.join(cells)} |")
+    before = found[goal][0]
+    print("\nbefore: " + ", ".join(f"{name} {before[name][0]:.3f}" for name in ("shapes.strict", *shown)))
+    draw(grid, curves, reached, figure)
+
+
+def draw(grid: np.ndarray, curves: dict[str, np.ndarray], reached: float, figure: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     plot, axis = plt.subplots(figsize=(7, 4.2))
     for v, scores in curves.items():
         (line,) = axis.plot(grid, scores.mean(0), label=v)
         axis.fill_between(grid, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.1)
-    axis.axhline(goal, color="#bbb", lw=0.8, zorder=0)
+    axis.axhline(reached, color="#bbb", lw=0.8, zorder=0)
     axis.set_xlabel("training time of one core [s]")
     axis.set_ylabel("held-out strict score")
     axis.legend(frameon=False, ncols=2)

@@ -1,0 +1,63 @@
+"""Ways to learn from places, on two-object and position prompts of the embedded world, at equal training time.
+
+    for seed in 0 1 2; do for v in scalar region focused SRUM R-GDPO; do
+        OMP_NUM_THREADS=1 python scripts/compare_regions.py run "$v" $seed
+    done; done
+    python scripts/compare_regions.py table
+
+All have the quickstart's model, adapter and verifier; the map of the verifier says where. Evaluations do not count.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import compare_credits
+import typer
+
+from mmalign.config import locate
+
+KINDS = ("two_objects", "position")
+BRANCH = "watch=[clip]"
+IMAGES = (
+    "watch=[clip] region=shapes plan=ode branch_steps=null children=null baseline=null kernel=flow_sde noise=0.7 "
+    "advantage_scale=group weighting=none seeds=12 prompts_per_iteration=8"
+)
+VARIANTS = {
+    "scalar": BRANCH,
+    "region": f"{BRANCH} region=shapes region_weight=0.5",
+    "focused": f"{BRANCH} region=shapes region_weight=0.5 focus=map",
+    "SRUM": f"{IMAGES} objective=srum draws=2 alpha_range=[0,1] background=0 anchor=0.5 margin=1 learning_rate=5e-5",
+    "R-GDPO": f"{IMAGES} objective=rgdpo draws=4 preference_scale=20 intra_weight=1 learning_rate=1e-4",
+}
+Out = Annotated[Path, typer.Option(help="folder of the runs")]
+app = typer.Typer(add_completion=False)
+
+
+def prompts(out: Path) -> list[str]:
+    """Overrides that name the prompts of these kinds, written below `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    given = []
+    for key, name in (("prompts", "train"), ("held_out", "held_out")):
+        lines = Path(locate(f"assets/prompts/{name}.jsonl")).read_text().splitlines()
+        kept = [line for line in lines if json.loads(line)["tag"] in KINDS]
+        (out / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
+        given.append(f"{key}={out / name}.jsonl")
+    return given
+
+
+@app.command()
+def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/regions")) -> None:
+    """Train one variant for about `seconds`."""
+    folder = compare_credits.folder_of(out, variant, seed)
+    compare_credits.train_for(seconds, folder, [*VARIANTS[variant].split(), *prompts(out), f"seed={seed}"])
+
+
+@app.command()
+def table(out: Out = Path("runs/regions"), figure: Path = Path("docs/figures/regions.png")) -> None:
+    """Print the table (Markdown) and draw the curves: mean over seeds, and their range."""
+    compare_credits.report(out, VARIANTS, "scalar", figure)
+
+
+if __name__ == "__main__":
+    app()
