@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-
-Overlap = Literal["mean", "max", "min", "last"]
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,7 @@ def mask_shares(masks: Bool[Tensor, "R H W"], grid: tuple[int, int]) -> Float[Te
     return resampled(masks.float(), grid)
 
 
-def blend(
-    shares: Float[Tensor, "R a b"], credits: Float[Tensor, "R"], overlap: Overlap = "mean"
-) -> Float[Tensor, "a b"]:
+def blend(shares: Float[Tensor, "R a b"], credits: Float[Tensor, "R"], overlap: str = "mean") -> Float[Tensor, "a b"]:
     """The credit of each cell: of the regions that cover some of it the mean, weighted by the area each covers, the
     greatest, the least, or the last in order; NaN where there is none. Credit is not thinned by what is left bare."""
     there, credit = shares > 0, credits[:, None, None].expand_as(shares)
@@ -85,7 +80,7 @@ def blend(
 
 
 def paint(
-    regions: Sequence[Region], size: tuple[int, int], grid: tuple[int, int], overlap: Overlap = "mean"
+    regions: Sequence[Region], size: tuple[int, int], grid: tuple[int, int], overlap: str = "mean"
 ) -> Float[Tensor, "a b"]:
     """`blend` of the regions' boxes on a grid over an image of `size` (height, width)."""
     credits = torch.tensor([float(region.credit) for region in regions])

@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from reward_models.regions import Region, covered, paint, resampled
+from reward_models.regions import Region, blend, box_shares, covered, inside, mask_shares, paint, resampled
 
 nan = torch.nan
 
@@ -19,6 +19,36 @@ def test_where_boxes_overlap_their_mean_by_area_holds():
     found = paint([Region((0, 0, 4, 4), 1.0), Region((2, 0, 4, 4), -1.0), Region((0, 0, 1, 4), 0.0)], (4, 4), (1, 1))
     assert found.item() == pytest.approx((1.0 * 16 - 1.0 * 8) / (16 + 8 + 4))
     assert paint([], (4, 4), (2, 2)).isnan().all()
+
+
+def test_rules_where_regions_overlap():
+    regions = [Region((0, 0, 4, 4), 0.5), Region((2, 0, 4, 4), -1.0), Region((3, 0, 4, 4), 0.25)]
+    found = {rule: paint(regions, (4, 8), (1, 8), rule)[0].tolist()[:4] for rule in ("max", "min", "last", "mean")}
+    assert found["max"] == [0.5, 0.5, 0.5, 0.5]
+    assert found["min"] == [0.5, 0.5, -1, -1]
+    assert found["last"] == [0.5, 0.5, -1, 0.25]
+    assert found["mean"] == pytest.approx([0.5, 0.5, -0.25, -1 / 12])
+    for rule in found:
+        assert paint(regions, (4, 8), (1, 8), rule)[0, 4:].isnan().all()
+        assert paint([], (4, 8), (2, 2), rule).isnan().all()
+    with pytest.raises(ValueError, match="no overlap rule called 'sum'; known: mean, max, min, last"):
+        paint(regions, (4, 8), (1, 8), "sum")
+
+
+def test_a_mask_covers_what_its_box_would():
+    mask = torch.zeros(1, 12, 18, dtype=torch.bool)
+    mask[0, 3:9, 4:13] = True
+    box = box_shares([Region((4, 3, 13, 9), 1.0)], (12, 18), (4, 6))
+    torch.testing.assert_close(mask_shares(mask, (4, 6)), box)
+    found = blend(mask_shares(mask, (4, 6)), torch.tensor([-0.5]))
+    assert torch.equal(found.isnan(), box[0] == 0)
+    assert found[box[0] > 0].eq(-0.5).all()
+
+
+@pytest.mark.parametrize("box", [(-1, 0, 3, 3), (0, -0.5, 3, 3), (0, 0, 9, 3), (0, 0, 3, 5)])
+def test_a_box_outside_its_image_is_named(box):
+    with pytest.raises(ValueError, match=r"box .* lies outside the image of 8 x 4 pixels"):
+        inside([Region((0, 0, 8, 4), 1.0), Region(box, 1.0)], (4, 8))
 
 
 @pytest.mark.parametrize("box", [(4, 0, 2, 3), (0, 3, 4, 3), (nan, 0, 2, 3), (0, 0, 2, nan)])
