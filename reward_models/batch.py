@@ -24,7 +24,7 @@ from reward_models.types import Prompt, RewardModel
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TABLES = (".jsonl", ".csv", ".parquet")
 READERS = min(8, os.cpu_count() or 1)
-OWN = {"image", "prompt", "id", "scores", "failures", "critiques", "image_a", "image_b", "chosen"}
+OWN = {"image", "prompt", "id", "scores", "failures", "critiques", "places", "image_a", "image_b", "chosen"}
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def resume(
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without nesting, for CSV and Parquet: scores by name, reasons in one column."""
+    """A row without nesting, for CSV and Parquet: scores by name, reasons in one column; no critiques, no places."""
     why = "; ".join(f"{name}: {reason}" for name, reason in row["failures"].items())
     return {"image": row["image"], "prompt": row["prompt"], "id": row["id"], **row["scores"], "failures": why}
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from reward_models import heat
+
 STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:1.5em;color:#222} h1{font-size:1.3em}
 table{border-collapse:collapse;margin:.6em 0 1.2em}
@@ -15,7 +17,8 @@ td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #eee}
 td:first-child,th:first-child{text-align:left} select{font:inherit}
 #grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(170px,1fr));gap:12px}
 figure{margin:0;background:#f6f6f6;border-radius:6px;padding:8px;font-size:12px;overflow-wrap:anywhere}
-img{width:100%;aspect-ratio:1;object-fit:contain;image-rendering:auto;background:#fff}
+.picture{position:relative} .heat{position:absolute;inset:0;width:100%;height:100%;display:none}
+img{width:100%;aspect-ratio:1;object-fit:contain;image-rendering:auto;background:#fff;display:block}
 img.small{image-rendering:pixelated}
 figcaption p{margin:.3em 0} .why{color:#b3261e} .said{color:#666;font-style:italic} code{font-size:11px;color:#666}
 """
@@ -23,6 +26,11 @@ SORT = """
 const grid = document.getElementById('grid'), by = document.getElementById('by');
 const value = (card) => { const v = JSON.parse(card.dataset.scores)[by.value]; return v === null ? -Infinity : v; };
 by.onchange = () => grid.append(...[...grid.children].sort((a, b) => value(b) - value(a)));
+const where = document.getElementById('where');
+const show = () => document.querySelectorAll('.heat').forEach((own) => {
+  own.style.display = own.dataset.scorer === where.value ? 'block' : 'none';
+});
+if (where) { where.onchange = show; show(); }
 for (const img of document.images) img.onload = () => { if (img.naturalWidth < 128) img.className = 'small'; };
 """
 
@@ -35,9 +43,11 @@ def _card(row: Mapping[str, Any], where: Path, page: Path) -> str:
     )
     why = "".join(f"<p class=why>{html.escape(f'{name}: {reason}')}</p>" for name, reason in row["failures"].items())
     said = "".join(f"<p class=said>{html.escape(f'{name}: {text}')}</p>" for name, text in row["critiques"].items())
+    heats = "".join(heat.over(own, name) for name, own in row.get("places", {}).items())
     data = html.escape(json.dumps(row["scores"]), quote=True)
     return (
-        f'<figure data-scores="{data}"><img loading=lazy src="{html.escape(source, quote=True)}" alt="">'
+        f'<figure data-scores="{data}"><div class=picture><img loading=lazy src="{html.escape(source, quote=True)}" '
+        f'alt="">{heats}</div>'
         f"<figcaption><p>{html.escape(row['prompt'] or '')}</p><code>{html.escape(row['image'])}{scores}</code>"
         f"{said}{why}</figcaption></figure>"
     )
@@ -62,9 +72,13 @@ def write(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], where: 
         return float("-inf") if row["scores"][first] is None else row["scores"][first]
 
     options = "".join(f"<option>{html.escape(name)}</option>" for name in summary["scores"])
+    placed = dict.fromkeys(name for row in rows for name in row.get("places", {}))
+    choice = "".join(f"<option>{html.escape(name)}</option>" for name in placed)
+    where_select = f", show where: <select id=where>{choice}<option>none</option></select>" if placed else ""
     cards = "\n".join(_card(row, where, page) for row in sorted(rows, key=rank, reverse=True))
     page.write_text(
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{len(rows)} images</title><style>{STYLE}</style>"
         f"<h1>{len(rows)} images, {summary['failed']} with a failure</h1>{_table(summary)}"
-        f"<p>Best first by <select id=by>{options}</select></p><div id=grid>{cards}</div><script>{SORT}</script></html>"
+        f"<p>Best first by <select id=by>{options}</select>{where_select}</p>"
+        f"<div id=grid>{cards}</div><script>{SORT}</script></html>"
     )

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reward_models import heat
 from reward_models.images import rounded
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
@@ -90,8 +91,9 @@ def score_pictures(
     """What each scorer thinks of pictures of unlike sizes; a picture that could not be had is the reason why.
 
     One row per picture: `scores` by "scorer.component" (None where there is none), `failures` with reasons by scorer,
-    or by "image", and `critiques` by scorer. A scorer that raises fails its own pictures alone. A groupwise scorer gets
-    all pictures of a prompt at once, and fails those of a prompt whose sizes differ.
+    or by "image", `critiques` and `places` (maps and regions, as `heat.record` has them) by scorer. A scorer that
+    raises fails its own pictures alone. A groupwise scorer gets all pictures of a prompt at once, and fails those of a
+    prompt whose sizes differ.
     """
     names = [f"{name}.{component}" for name, scorer in scorers.items() for component in scorer.names]
     out = [
@@ -99,6 +101,7 @@ def score_pictures(
             "scores": dict.fromkeys(names),
             "failures": {"image": picture} if isinstance(picture, str) else {},
             "critiques": {},
+            "places": {},
         }
         for picture in pictures
     ]
@@ -126,7 +129,10 @@ def _enter(out: list[dict[str, Any]], same: Sequence[int], name: str, scorer, im
         for i in same:
             out[i]["failures"][name] = " ".join(str(error).split()) or type(error).__name__
         return
+    seen = heat.records(found.regions, found.boxes, tuple(images.shape[2:]), len(same))
     for place, i in enumerate(same):
+        if seen[place] is not None:
+            out[i]["places"][name] = seen[place]
         for component, value in zip(found.names, found.values[place].tolist(), strict=True):
             out[i]["scores"][f"{name}.{component}"] = None if value != value else value
         if place in found.failures:
