@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,17 +16,19 @@ from mmalign.flow.plan import ode
 from mmalign.flow.sample import chunks, gaussian, sample, seed_of
 from mmalign.judge import Scorers, score
 from mmalign.types import Velocity
-from reward_models import Prompt
+from reward_models import Prompt, heat
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Images and raw scores; row i shows prompt `prompt[i]` from seed number `member[i]`."""
+    """Images and raw scores; row i shows prompt `prompt[i]` from seed number `member[i]`. `places` has, by scorer, what
+    it says of places of each image, as `reward_models.heat.record` has it, or None."""
 
     images: Float[Tensor, "N 3 H W"]
     parts: dict[str, Float[Tensor, "N"]]
     prompt: Int[Tensor, "N"]
     member: Int[Tensor, "N"]
+    places: dict[str, list[dict[str, Any] | None]]
 
     def means(self) -> dict[str, float]:
         """Mean of each component over the images that have it, and `diversity` where prompts have siblings."""
@@ -75,7 +78,11 @@ def evaluate(policy, prompts: Sequence[Prompt], members: int, steps: int, scorer
     seeds = [[seed_of("evaluation", p.id, m) for m in range(members)] for p in prompts]
     images, prompt = generate(policy, prompts, seeds, steps, batch)
     seen = score(images, [prompts[i] for i in prompt], scorers)
-    return Evaluation(images, seen.parts, prompt, torch.arange(members).repeat(len(prompts)))
+    places = {
+        name: heat.records(seen.maps.get(name), seen.boxes.get(name, ()), tuple(images.shape[2:]), len(images))
+        for name in {**seen.maps, **seen.boxes}
+    }
+    return Evaluation(images, seen.parts, prompt, torch.arange(members).repeat(len(prompts)), places)
 
 
 def paired(before: Float[Tensor, "N"], after: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> tuple[float, float]:
@@ -114,5 +121,6 @@ def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path) -> None:
                 "id": prompts[p].id,
                 **prompts[p].wants,
                 "scores": scores,
+                "places": {name: own[i] for name, own in result.places.items() if own[i] is not None},
             }
             file.write(json.dumps(row) + "\n")

@@ -12,8 +12,10 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
+from PIL import Image
 
 from mmalign.evaluate import paired
+from reward_models import heat
 
 BY_STEP = (
     "std", "gain", "gain_std", "balance", "ratio", "clipped_low", "clipped_high", "divergence", "kl"
@@ -28,12 +30,22 @@ svg{max-width:100%;height:auto}
 .card{background:#f6f6f6;padding:8px;border-radius:6px;font-size:13px} .card p{margin:0 0 6px;min-height:2.6em}
 .pair{display:flex;gap:6px} figure{margin:0;text-align:center;font-size:12px;color:#555}
 .pair img{width:82px;height:82px;image-rendering:pixelated;border:3px solid #bbb;border-radius:3px}
-.pair img.good{border-color:#2a9d4a} .pair img.bad{border-color:#d1495b}
+.picture{position:relative} .heat{position:absolute;inset:3px;width:calc(100% - 6px);height:calc(100% - 6px)}
+.plain .heat{display:none} .walk{display:flex;gap:10px;flex-wrap:wrap} .walk figure{width:118px}
+.walk img{width:112px;height:112px;image-rendering:pixelated;border:3px solid #bbb;border-radius:3px}
+.walk .picture{width:118px;height:118px}
+.pair .picture{width:88px;height:88px} .pair img.good{border-color:#2a9d4a} .pair img.bad{border-color:#d1495b}
 """
+SWITCH = """<p><label><input type=checkbox checked onchange="document.body.classList.toggle('plain', !this.checked)">
+show where it was judged right or wrong</label></p>"""
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def _rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in _text(path).splitlines()]
 
 
 def summary(run: Path) -> dict:
@@ -59,7 +71,9 @@ def write(run: Path) -> Path:
         _by_tag(run),
         "<h2>Before and after</h2><p>Held-out prompts, same seed on both sides, evenly spaced through the file. "
         "A frame is green where every check of the first score passes.</p>",
+        SWITCH if '"places": {"' in _text(run / "images/after/scores.jsonl") else "",
         _pairs(run),
+        _credit(run),
         "<h2>Curves</h2>",
         _curves(metrics, evaluations) if metrics else "<p>No iteration yet.</p>",
         "<h2>Step by step</h2>" + _by_step(metrics) if metrics else "",
@@ -123,18 +137,50 @@ def _pairs(run: Path, count: int = 20) -> str:
     cards = []
     for row in before[:: max(1, len(before) // count)][:count]:
         figures = "".join(
-            _figure(run / "images" / side / row["image"], side, own["scores"])
+            _figure(run / "images" / side / row["image"], side, own)
             for side, own in (("before", row), ("after", after[row["image"]]))
         )
         cards.append(f"<div class=card><p>{html.escape(row['prompt'])}</p><div class=pair>{figures}</div></div>")
     return f"<div class=grid>{''.join(cards)}</div>"
 
 
-def _figure(path: Path, caption: str, scores: dict) -> str:
-    first = next(iter(scores.values()))
+def _figure(path: Path, caption: str, row: dict) -> str:
+    first = next(iter(row["scores"].values()))
     frame = "" if first is None else "good" if first >= 1 else "bad"
+    over = "".join(heat.over(own, name) for name, own in [*row.get("places", {}).items()][:1])
+    return f"<figure>{_picture(path, frame, over)}{caption}</figure>"
+
+
+def _picture(path: Path, frame: str = "", over: str = "") -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img class="{frame}" src="data:image/png;base64,{data}" alt="{caption}"><br>{caption}</figure>'
+    return f'<div class=picture><img class="{frame}" src="data:image/png;base64,{data}" alt="">{over}</div>'
+
+
+def _credit(run: Path) -> str:
+    """The images kept of the last iteration that has any: map of the regions, and the advantage at each step."""
+    kept = _rows(run / "credit.jsonl")
+    kept = [row for row in kept if row["iteration"] == kept[-1]["iteration"]]
+    if not any(row["advantage"] or row["map"] for row in kept):
+        return ""
+    values = [abs(value) for row in kept for grid in row["advantage"].values() for line in grid for value in line]
+    scale, out = max([*values, 1e-6]), []
+    for row in kept:
+        path = run / row["image"]
+        size = Image.open(path).size[::-1]
+        figures = [("image", _picture(path))]
+        if row["map"] and any(value is not None for line in row["map"] for value in line):
+            figures.append(("map", _picture(path, over=heat.over({"size": size, "map": row["map"], "boxes": []}))))
+        for step, grid in row["advantage"].items():
+            own = f"<svg class=heat viewBox='0 0 {size[1]} {size[0]}'>{heat.cells(grid, size, scale)}</svg>"
+            figures.append((f"credit of step {step}", _picture(path, over=own)))
+        shown = "".join(f"<figure>{picture}{caption}</figure>" for caption, picture in figures)
+        reward = "no reward" if row["reward"] is None else f"reward {row['reward']:.3g}"
+        out.append(f"<p>{html.escape(row['prompt'])}: {reward}</p><div class=walk>{shown}</div>")
+    note = (
+        f"<p>Images of iteration {kept[-1]['iteration']}, evenly spaced through its batch. Green: right, or more of it;"
+        f" red: wrong, or less of it; full colour is {scale:.3g} for credit and 1 for maps.</p>"
+    )
+    return f"<h2>Credit</h2>{note}{''.join(out)}"
 
 
 def _svg(figure) -> str:

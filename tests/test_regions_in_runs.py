@@ -8,7 +8,7 @@ from careless import Careless
 from torchvision.utils import save_image
 from whole_runs import rows, run
 
-from mmalign import config as configs, judge
+from mmalign import config as configs, judge, report
 from mmalign.config import BadInput
 from reward_models import Prompt
 from reward_models.regions import Region, box_shares
@@ -152,6 +152,12 @@ def test_a_few_images_are_kept_with_their_credit(settings):
         assert (len(grid), len(grid[0])) == (len(row["map"]), len(row["map"][0]))
         assert all(value is None or abs(value) == 1 for line in row["map"] for value in line)
         assert (row["reward"] is None) == all(value is None for line in row["map"] for value in line)
+    page = report.write(out).read_text()
+    assert "Images of iteration 4, evenly" in page
+    assert page.count(">credit of step ") == page.count("credit of step 0<") + page.count("credit of step 1<") == 6
+    judged = json.loads((out / "images" / "after" / "scores.jsonl").read_text().splitlines()[0])["places"]
+    assert judged["careless:Careless"]["map"][0][0] == -1
+    assert "show where it was judged" in page
     run(settings | CARELESS, resume=True)
     assert len(rows(out / "credit.jsonl")) == len(kept)
 

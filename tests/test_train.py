@@ -104,7 +104,7 @@ def test_the_record_of_a_run(settings):
         == configs.build(configs.load(out / "config.yaml").model_dump(), "x").model_dump()
     )
     page = report.write(out).read_text()
-    assert page.count("<img") == 8
+    assert page.count("<img") == 8 + 2 * 6  # before and after; six images and their credit
     assert "held-out jpeg_size.kilobytes" in page
     assert "branch_steps" in page
     rise = report.summary(out)["rises"]["jpeg_size.kilobytes"]
