@@ -18,6 +18,8 @@ SCORERS: dict[str, str] = {
     "image_reward": "reward_models.scorers.image_reward:ImageReward",
     "ocr": "reward_models.scorers.ocr:Ocr",
     "geneval": "reward_models.scorers.geneval:geneval",
+    "grounded": "reward_models.scorers.grounded:grounded",
+    "places": "reward_models.scorers.places:Places",
     "remote": "reward_models.remote:Remote",
     "vqa": "reward_models.scorers.vqa:Vqa",
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",

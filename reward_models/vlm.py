@@ -1,6 +1,7 @@
 """A model that sees images and reads and writes text, run here through transformers."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -50,3 +51,24 @@ def asked(processor, images: Images, texts: Sequence[str], device: str, answerin
     return processor.apply_chat_template(
         messages, add_generation_prompt=answering, processor_kwargs={"padding": True}, **settings
     ).to(device)
+
+
+@torch.no_grad()
+def written(model: nn.Module, processor, images: Images, texts: Sequence[str], device: str, tokens: int) -> list[str]:
+    """What the model replies to each image and text: the likeliest token each time, at most `tokens` of them."""
+    inputs = asked(processor, images, texts, device)
+    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def instruction(scorer: str, name: str, file: str | None) -> str:
+    """The text of an instruction: of `file`, or our own called `name`. ValueError if the file cannot be read or does
+    not hold `{prompt}`."""
+    path = Path(file) if file else Path(__file__).parent / "instructions" / f"{name}.txt"
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{scorer}: {path}: {getattr(error, 'strerror', None) or error}") from None
+    if "{prompt}" not in text:
+        raise ValueError(f"{scorer}: {path} does not hold {{prompt}}, where the request goes")
+    return text

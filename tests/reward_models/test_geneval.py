@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_scorers import LAYERS, LETTERS, detr_config, open_clip_folder
+from tiny_scorers import LAYERS, LETTERS, detr_config, open_clip_folder, owlv2
 from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
     BertTokenizer,
-    CLIPTokenizer,
     DetrForObjectDetection,
     DetrImageProcessor,
     GroundingDinoConfig,
@@ -25,10 +24,6 @@ from transformers import (
     MaskFormerConfig,
     MaskFormerForInstanceSegmentation,
     MaskFormerImageProcessor,
-    Owlv2Config,
-    Owlv2ForObjectDetection,
-    Owlv2ImageProcessor,
-    Owlv2Processor,
     RTDetrConfig,
     RTDetrForObjectDetection,
     RTDetrImageProcessor,
@@ -446,21 +441,6 @@ def rt_detr(folder: Path) -> None:
     )  # fmt: skip
     RTDetrForObjectDetection(config).save_pretrained(folder)
     RTDetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
-
-
-def owlv2(folder: Path) -> None:
-    letters = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    end = len(letters) - 1
-    side = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tokens = {"vocab_size": len(letters), "eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": 0}
-    config = Owlv2Config(
-        text_config=side | tokens | {"max_position_embeddings": 16},
-        vision_config=side | {"image_size": 32, "patch_size": 8},
-        projection_dim=16,
-    )
-    Owlv2ForObjectDetection(config).save_pretrained(folder)
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(letters)}, merges=[], model_max_length=16)
-    Owlv2Processor(Owlv2ImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
 
 
 def grounding_dino(folder: Path) -> None:

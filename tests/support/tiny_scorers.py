@@ -22,6 +22,11 @@ from transformers import (
     DetrConfig,
     DetrForObjectDetection,
     DetrImageProcessor,
+    GenerationConfig,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessor,
+    Owlv2Processor,
     ResNetConfig,
 )
 from transformers.models.blip.modeling_blip import BlipVisionModel
@@ -183,6 +188,38 @@ def remote(folder: Path) -> dict:
     return {"url": SERVING[-1].__enter__()}
 
 
+def owlv2(folder: Path) -> None:
+    torch.manual_seed(0)
+    letters = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    end = len(letters) - 1
+    side = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"vocab_size": len(letters), "eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": 0}
+    config = Owlv2Config(
+        text_config=side | tokens | {"max_position_embeddings": 16},
+        vision_config=side | {"image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    Owlv2ForObjectDetection(config).save_pretrained(folder)
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(letters)}, merges=[], model_max_length=16)
+    Owlv2Processor(Owlv2ImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+
+
+def grounded(folder: Path) -> dict:
+    owlv2(folder)
+    return {"model": str(folder), "confidence": 0.2}
+
+
+REPLY = '{"reason": "so it is", "score": 0.5, "regions": [{"box": [0, 0, 20, 10], "score": -0.25, "label": "1 it"}]}'
+
+
+def places(folder: Path) -> dict:
+    """A model that gives one reply, a single token of its own, whatever it is asked."""
+    tiny_vlm.folder_of(folder, [REPLY])
+    token = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(REPLY)
+    GenerationConfig(sequence_bias=[[[token], 1e4]]).save_pretrained(folder)
+    return {"model": str(folder), "tokens": 1}
+
+
 def vqa(folder: Path) -> dict:
     return {"model": str(tiny_vlm.folder_of(folder))}
 
@@ -212,6 +249,8 @@ def before_version_5(name: str) -> str:
 
 BUILDERS = {
     "geneval": geneval,
+    "grounded": grounded,
+    "places": places,
     "hpsv3": hpsv3,
     "remote": remote,
     "vqa": vqa,

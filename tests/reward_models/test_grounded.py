@@ -1,0 +1,103 @@
+"""Phrases and detections: assignment, what is missing, what is too much, and where."""
+
+import pytest
+import torch
+from tiny_scorers import geneval, grounded as tiny_grounded
+
+from reward_models import Card, Prompt, load
+from reward_models.detect import Found
+from reward_models.scorers.grounded import Grounded, alone, judge, phrases
+
+IMAGES = torch.rand(2, 3, 40, 80, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
+CAT, DOG, OTHER = (0, 0, 40, 40), (40, 0, 80, 20), (40, 20, 80, 40)
+
+
+def test_phrases_of_wants():
+    assert phrases({"phrases": ["a cat", "a dog"]}) == ["a cat", "a dog"]
+    include = [{"class": "cat", "count": 2, "color": "red"}, {"class": "dog", "count": 1}]
+    assert phrases({"tag": "counting", "include": include}) == ["red cat", "red cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "wants", [{}, {"include": []}, {"phrases": []}, {"phrases": "cat"}, {"include": [{"count": 1}]}]
+)
+def test_nothing_to_look_for_is_a_failure_with_a_reason(wants):
+    with pytest.raises(ValueError, match="nothing to look for"):
+        phrases(wants)
+
+
+@pytest.mark.parametrize(
+    ("found", "score", "says", "credits"),
+    [
+        ([], 0.0, "no cat; no dog", {}),
+        ([Found("cat", 0.8, CAT)], 0.4, "no dog", {"1 cat": 0.8}),
+        ([Found("cat", 0.8, CAT), Found("dog", 0.6, DOG)], 0.7, "all found", {"1 cat": 0.8, "2 dog": 0.6}),
+        (
+            [Found("cat", 0.8, CAT), Found("dog", 0.6, DOG), Found("cat", 0.5, OTHER)],
+            0.7 * 2 / 3,
+            "a cat too many",
+            {"1 cat": 0.8, "2 dog": 0.6, "": -0.5},
+        ),
+    ],
+)
+def test_verdicts(found, score, says, credits):
+    value, critique, regions = judge(["cat", "dog"], found)
+    assert value == pytest.approx(score)
+    assert critique == says
+    assert {own.label: own.credit for own in regions} == credits
+
+
+def test_two_of_a_kind_need_two_detections():
+    value, says, regions = judge(["cat", "cat"], [Found("cat", 0.9, CAT), Found("cat", 0.7, DOG)])
+    assert value == pytest.approx(0.8)
+    assert says == "all found"
+    assert sorted(own.label for own in regions) == ["1 cat", "2 cat"]
+
+
+def test_detections_of_one_thing_count_once():
+    near = (1, 0, 40, 40)
+    found = [Found("cat", 0.9, CAT), Found("cat", 0.8, near), Found("dog", 0.7, near), Found("cat", 0.6, DOG)]
+    assert [(own.label, own.score) for own in alone(found, 0.5)] == [("cat", 0.9), ("cat", 0.6), ("dog", 0.7)]
+    assert alone([], 0.5) == []
+
+
+class Finder:
+    """Finds what it was told is there."""
+
+    classes = None
+
+    def __init__(self, *found):
+        self.found, self.asked = found, []
+
+    def detect(self, images, asked):
+        self.asked += asked
+        return [[own for own in self.found if own.label in labels] for labels in asked]
+
+
+def test_where_on_the_map():
+    finder = Finder(Found("cat", 0.8, CAT), Found("dog", 0.6, DOG), Found("dog", 0.5, OTHER))
+    scorer = Grounded(finder, Card("grounded", places=True), grid=2)
+    found = scorer(IMAGES, [Prompt("", {"phrases": ["cat", "dog"]}), Prompt("free text")])
+    assert list(found.failures) == [1]
+    assert found.values[1].isnan().all()
+    assert finder.asked == [["cat", "dog"]]
+    torch.testing.assert_close(found.regions[0], torch.tensor([[0.8, 0.6], [0.8, -0.5]]))
+    assert found.critiques[0] == "a dog too many"
+
+
+def test_a_real_detector_end_to_end(tmp_path):
+    scorer = load("grounded", **tiny_grounded(tmp_path))
+    found = scorer(IMAGES, [Prompt("", {"phrases": ["cat"]}), Prompt("", {"phrases": ["dog", "dog"]})])
+    assert not found.failures
+    for regions, value in zip(found.boxes, found.values[:, 0].tolist(), strict=True):
+        right = [own.credit for own in regions if own.label]
+        assert (value > 0) == bool(right)
+        assert all(own.credit < 0 for own in regions if not own.label)
+
+
+def test_a_detector_with_classes_of_its_own_is_refused(tmp_path):
+    geneval(tmp_path)
+    with pytest.raises(ValueError, match="knows classes of its own only; a zero-shot detector is needed"):
+        load("grounded", model=str(tmp_path))
+    with pytest.raises(ValueError, match="confidence and overlap are 0 to 1, not 2"):
+        load("grounded", model=str(tmp_path), confidence=2)

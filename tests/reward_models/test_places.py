@@ -1,0 +1,139 @@
+"""The judge of places: what it asks, what it makes of replies, and how it fails."""
+
+import json
+import re
+
+import pytest
+import tiny_vlm
+import torch
+from tiny_scorers import REPLY, geneval, places
+
+from reward_models import Prompt, load, vlm
+
+IMAGES = torch.rand(3, 3, 32, 48, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
+PROMPTS = [Prompt("a cat"), Prompt("a dog {regions} {coordinates} {prompt}"), Prompt("a bird")]
+WHOLE = '{"score": 0.5, "reason": "well laid out"}'
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    """The scorer over a real processor; `replies` answers in place of the model, `asked` keeps what it was asked."""
+
+    def made(replies, **settings):
+        scorer, asked = load("places", **places(tmp_path / "vlm") | settings), []
+
+        def generate(model, processor, images, texts, device, tokens):
+            asked.extend(texts)
+            return [replies(text) for text in texts]
+
+        monkeypatch.setattr(vlm, "written", generate)
+        return scorer, asked
+
+    return made
+
+
+def is_whole(text):
+    return "as a whole" in text
+
+
+def test_scores_map_and_reason(judge):
+    local = '[{"box": [0, 0, 24, 32], "score": 1, "label": "1 cat"}, {"box": [24, 0, 48, 16], "score": -0.5}]'
+    scorer, asked = judge(lambda text: WHOLE if is_whole(text) else local, grid=2)
+    found = scorer(IMAGES, PROMPTS)
+    assert not found.failures
+    assert found.values[0].tolist() == pytest.approx([0.5, (768 * 1 - 384 * 0.5) / (768 + 384)])
+    nan = torch.nan
+    torch.testing.assert_close(found.regions[0], torch.tensor([[1, -0.5], [1, nan]]), equal_nan=True)
+    assert [own.label for own in found.boxes[0]] == ["1 cat", ""]
+    assert found.critiques[0] == "well laid out"
+    assert len(asked) == 6
+    assert sum(map(is_whole, asked)) == 3
+    assert all("pixels of the picture" in text for text in asked if not is_whole(text))
+
+
+def test_a_prompt_cannot_change_the_question(judge):
+    scorer, asked = judge(lambda text: WHOLE if is_whole(text) else "[]")
+    scorer(IMAGES, PROMPTS)
+    assert sum("a dog {regions} {coordinates} {prompt}" in text for text in asked) == 2
+
+
+def test_no_region_is_no_opinion(judge):
+    scorer, _ = judge(lambda text: WHOLE if is_whole(text) else "[]")
+    found = scorer(IMAGES, PROMPTS)
+    assert not found.failures
+    assert found.values[:, 0].eq(0.5).all()
+    assert found.values[:, 1].isnan().all()
+    assert found.regions.isnan().all()
+
+
+def test_a_bad_reply_fails_its_image_alone_and_is_never_nought(judge):
+    bad = '[{"box": [0, 0, 99, 9], "score": 1}]'
+    scorer, _ = judge(lambda text: WHOLE if is_whole(text) else bad if "dog" in text else "[]")
+    found = scorer(IMAGES, PROMPTS)
+    assert list(found.failures) == [1]
+    assert found.failures[1].startswith(
+        "region 1: box (0.0, 0.0, 99.0, 9.0) lies outside the image of 48 x 32 pixels; "
+    )
+    assert found.failures[1].endswith(f"the reply begins {bad!r}")
+    assert found.values[1].isnan().all()
+    assert found.values[[0, 2], 0].eq(0.5).all()
+
+
+def test_proposed_regions_are_put_to_the_judge_by_number(judge, tmp_path):
+    detr = geneval(tmp_path / "detr")["model"]
+
+    def reply(text):
+        if is_whole(text):
+            return WHOLE
+        return json.dumps(
+            [{"region": k + 1, "score": 1} for k in range(len(re.findall(r"^\d+: \[", text, re.MULTILINE)))]
+        )
+
+    scorer, asked = judge(reply, proposals=detr, confidence=0.05)
+    found = scorer(IMAGES, PROMPTS)
+    assert not found.failures
+    assert any(found.boxes)
+    for boxes in found.boxes:
+        areas = [(own.box[2] - own.box[0]) * (own.box[3] - own.box[1]) for own in boxes]
+        assert areas == sorted(areas, reverse=True)
+        assert len(boxes) <= 10
+    assert all("{regions}" not in text or "dog" in text for text in asked)
+
+
+def test_a_real_model_that_babbles_fails_honestly(tmp_path):
+    found = load("places", model=str(tiny_vlm.folder_of(tmp_path)), tokens=12)(IMAGES, PROMPTS)
+    assert sorted(found.failures) == [0, 1, 2]
+    assert all("; the reply begins " in why for why in found.failures.values())
+    assert found.values.isnan().all()
+
+
+def test_a_real_model_writes_through_its_own_generate(tmp_path):
+    found = load("places", **places(tmp_path))(IMAGES, PROMPTS)
+    said = json.loads(REPLY)
+    assert found.column("overall").eq(said["score"]).all()
+    assert found.boxes[0][0].box == tuple(said["regions"][0]["box"])
+    assert found.column("local").eq(said["regions"][0]["score"]).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"coordinates": "percent"}, "coordinates is one of pixels, thousand, unit, not 'percent'"),
+        ({"overlap": "sum"}, "no overlap rule called 'sum'"),
+        ({"whole": "nowhere.txt"}, r"nowhere.txt: No such file"),
+        ({"proposals": "nowhere"}, "nowhere"),
+    ],
+)
+def test_settings_are_checked(tmp_path, settings, says):
+    with pytest.raises(ValueError, match=says):
+        load("places", **places(tmp_path) | settings)
+
+
+def test_an_instruction_of_ones_own_changes_the_version(tmp_path):
+    (tmp_path / "own.txt").write_text("How is it laid out, for {prompt}?")
+    plain = load("places", **places(tmp_path / "vlm"))
+    own = load("places", **places(tmp_path / "vlm") | {"whole": str(tmp_path / "own.txt")})
+    assert plain.card.version != own.card.version
+    (tmp_path / "own.txt").write_text("How is it laid out?")
+    with pytest.raises(ValueError, match=r"does not hold \{prompt\}"):
+        load("places", model=str(tmp_path / "vlm"), whole=str(tmp_path / "own.txt"))
