@@ -4,7 +4,10 @@
 
 The cosine c between the gradients of independent batches is the share of a gradient's squared length that is signal.
 Averaging n batches raises signal over noise, c / (1 - c), by n: divided by a batch's seconds it says how fast a credit
-gathers signal, whatever its batch size. Variants and their batches are those of compare_credits.py.
+gathers signal, whatever its batch size. Variants and their batches are those of compare_credits.py and, with `--also`
+for other layers, of compare_regions.py:
+
+    python scripts/gradient_agreement.py --only "scalar;region" --also lora_targets=[attn.to_q,attn.to_k,attn.to_v]
 """
 
 from itertools import combinations
@@ -12,9 +15,12 @@ from typing import Annotated
 
 import torch
 import typer
-from compare_credits import VARIANTS, seconds_of
+from compare_credits import VARIANTS as CREDITS, seconds_of
+from compare_regions import VARIANTS as PLACES
 
 from mmalign import config as configs, policy as policies, session, train as trainer
+
+VARIANTS = CREDITS | PLACES
 
 
 def gradients(overrides: list[str], batches: int) -> tuple[list[torch.Tensor], float]:
@@ -28,13 +34,17 @@ def gradients(overrides: list[str], batches: int) -> tuple[list[torch.Tensor], f
     return found, seconds
 
 
-def main(batches: int = 8, only: Annotated[str, typer.Option(help="variants, separated by semicolons")] = "") -> None:
+def main(
+    batches: int = 8,
+    only: Annotated[str, typer.Option(help="variants, separated by semicolons")] = "",
+    also: Annotated[str, typer.Option(help="overrides for all of them")] = "",
+) -> None:
     torch.set_flush_denormal(True)
     policies.quiet()
     print("| credit | seconds a batch | cosine of two batches (s.e.) | signal over noise per minute |")
     print("|---|---|---|---|")
     for name in only.split(";") if only else VARIANTS:
-        found, seconds = gradients(VARIANTS[name].split(), batches)
+        found, seconds = gradients([*VARIANTS[name].split(), *also.split()], batches)
         pairs = torch.tensor([float(torch.cosine_similarity(a, b, dim=0)) for a, b in combinations(found, 2)])
         cosine, error = float(pairs.mean()), float(pairs.std() / len(pairs) ** 0.5)
         print(
