@@ -15,16 +15,27 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from reward_models.images import from_pil
+from reward_models.images import from_file
 from reward_models.scoring import Picture, score_pictures
 from reward_models.types import Prompt, RewardModel
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TABLES = (".jsonl", ".csv", ".parquet")
 READERS = min(8, os.cpu_count() or 1)
-OWN = {"image", "prompt", "id", "scores", "failures", "critiques", "places", "image_a", "image_b", "chosen"}
+OWN = {
+    "image",
+    "prompt",
+    "id",
+    "scores",
+    "failures",
+    "critiques",
+    "requests",
+    "replies",
+    "places",
+    "image_a",
+    "image_b",
+    "chosen",
+}
 
 
 @dataclass(frozen=True)
@@ -191,10 +202,9 @@ def _parts(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int
 def _load(item: Item) -> Picture | str:
     """The picture, or why there is none."""
     try:
-        with Image.open(item.path) as picture:
-            return from_pil([picture])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"cannot be read: {' '.join(str(error).split())}"
+        return from_file(item.path)
+    except ValueError as error:
+        return str(error)
 
 
 # ------------------------------------------------------------------------------------------------------------- results

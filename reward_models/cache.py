@@ -19,10 +19,10 @@ import torch
 
 from reward_models.images import to_uint8
 from reward_models.regions import Region
-from reward_models.scoring import unfit
+from reward_models.scoring import TEXTS, unfit
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
-FORM = 2  # of a record; older ones are not found again
+FORM = 3  # of a record; older ones are not found again
 WAIT = 60  # seconds for another process to finish writing
 
 
@@ -92,7 +92,7 @@ class Cached:
 def _record(scores: Scores, place: int) -> dict[str, Any]:
     return {
         "values": _listed(scores.values[place]),
-        "critique": scores.critiques[place] if scores.critiques else "",
+        "texts": {name: own[place] for name in TEXTS if (own := getattr(scores, name))},
         "regions": None if scores.regions is None else [_listed(row) for row in scores.regions[place]],
         "boxes": [asdict(region) for region in scores.boxes[place]] if scores.boxes else [],
     }
@@ -107,7 +107,7 @@ def _tensor(values: list) -> torch.Tensor:
 
 
 def _scores(names: tuple[str, ...], records: Sequence[dict[str, Any]]) -> Scores:
-    critiques = tuple(record["critique"] for record in records)
+    texts = {name: tuple(record["texts"].get(name, "") for record in records) for name in TEXTS}
     grids = [None if own["regions"] is None else torch.stack([*map(_tensor, own["regions"])]) for own in records]
     some = next((grid for grid in grids if grid is not None), None)
     regions = None
@@ -115,4 +115,5 @@ def _scores(names: tuple[str, ...], records: Sequence[dict[str, Any]]) -> Scores
         regions = torch.stack([torch.full_like(some, torch.nan) if grid is None else grid for grid in grids])
     values = torch.stack([_tensor(record["values"]) for record in records]) if records else torch.zeros(0, len(names))
     boxes = tuple(tuple(Region(**own | {"box": tuple(own["box"])}) for own in record["boxes"]) for record in records)
-    return Scores(names, values, critiques if any(critiques) else (), regions, boxes=boxes if any(boxes) else ())
+    said = {name: own if any(own) else () for name, own in texts.items()}
+    return Scores(names, values, regions=regions, boxes=boxes if any(boxes) else (), **said)

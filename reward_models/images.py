@@ -4,6 +4,7 @@ Rounding is to the nearest of 256 levels, so 8-bit images survive the way there 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,6 +45,15 @@ def from_pil(images: Sequence[Image.Image]) -> Images:
     # numpy, for torch would start its own threads in each thread that reads files
     pixels = np.stack([np.asarray(image.convert("RGB")).transpose(2, 0, 1) for image in images])
     return torch.from_numpy(pixels.astype(np.float32) / np.float32(255))
+
+
+def from_file(place: str | Path) -> Images:
+    """The picture in a file, [1, 3, H, W]. ValueError, in one line, if it cannot be read."""
+    try:
+        with Image.open(place) as picture:
+            return from_pil([picture])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from None
 
 
 def resized(

@@ -56,8 +56,8 @@ def overall(reply: str) -> tuple[float, str]:
     text = answer(reply)
     for found in values(text):
         if isinstance(found, dict):
-            own = _plain(found)
-            score = _one_of(own, SCORE)
+            own = plain(found)
+            score = one_of(own, SCORE)
             if score is not None:
                 return _in_range(score), str(own.get("reason") or "")
     return _in_range(*_after(text, "score")), _line(text, "reason")
@@ -77,7 +77,7 @@ def places(
         raise ValueError("the reply names no regions")
     regions = []
     for place, row in enumerate(rows, 1):
-        number = _one_of(row, NUMBER)
+        number = one_of(row, NUMBER)
         where = f"region {place if number is None else number}"
         try:
             regions.append(_region(row, number, size, coordinates, proposed))
@@ -91,11 +91,11 @@ def _listed(text: str) -> list[dict[str, Any]] | None:
     """A row for each region; None if there is no list of them."""
     for found in values(text):
         if isinstance(found, dict):
-            own = _plain(found)
-            inner = _one_of(own, LISTS)
-            found = inner if isinstance(inner, list) else [found] if _one_of(own, SCORE) is not None else None
+            own = plain(found)
+            inner = one_of(own, LISTS)
+            found = inner if isinstance(inner, list) else [found] if one_of(own, SCORE) is not None else None
         if isinstance(found, list) and all(isinstance(row, dict) for row in found):
-            return [_plain(row) for row in found]
+            return [plain(row) for row in found]
     heads = [*REGION.finditer(text)]
     if not heads:
         return None
@@ -121,33 +121,33 @@ def _region(
     coordinates: str,
     proposed: Sequence[Sequence[int | float]],
 ) -> Region:
-    score = _one_of(row, SCORE)
+    score = one_of(row, SCORE)
     credit = _in_range(*score) if isinstance(score, tuple) else _in_range(score)
     if proposed:
         if not isinstance(number, int) or not 1 <= number <= len(proposed):
             raise ValueError(f"there is no region {number!r}; {len(proposed)} were given")
         box = proposed[number - 1]
     else:
-        box = _scaled(_one_of(row, BOX), size, coordinates)
-        meant = _one_of(row, SIZE)
+        box = scaled(one_of(row, BOX), size, coordinates)
+        meant = one_of(row, SIZE)
         if meant is not None and meant != [size[1], size[0]]:
             raise ValueError(f"its box is of an image of {meant} pixels, this one is {[size[1], size[0]]}")
-    return Region(tuple(box), credit, str(_one_of(row, LABEL) or ""), str(row.get("reason") or ""))
+    return Region(tuple(box), credit, str(one_of(row, LABEL) or ""), str(row.get("reason") or ""))
 
 
-def _scaled(box: Any, size: tuple[int, int], coordinates: str) -> list[float]:
+def scaled(box: Any, size: tuple[int, int], coordinates: str) -> list[float]:
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(edge) for edge in box):
         raise ValueError(f"box {box!r:.80} is not four numbers")
     whole = {"pixels": (1, 1), "thousand": (size[1] / 1000, size[0] / 1000), "unit": (size[1], size[0])}[coordinates]
     return [float(edge) * whole[k % 2] for k, edge in enumerate(box)]
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def plain(row: Mapping[str, Any]) -> dict[str, Any]:
     """With keys in lower case and without spaces or stars."""
     return {re.sub(r"[\s-]+", "_", str(key).strip(" *").lower()): value for key, value in row.items()}
 
 
-def _one_of(row: Mapping[str, Any], names: Sequence[str]) -> Any:
+def one_of(row: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 

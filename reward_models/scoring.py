@@ -16,6 +16,7 @@ from reward_models.types import Images, Prompt, RewardModel, Scores
 Look = Callable[[Images, Sequence[Prompt]], Float[Tensor, "M K"] | Scores]
 Picture = Float[Tensor, "1 3 _ _"]  # one image, of any size
 LEVEL = 1 / 255
+TEXTS = ("critiques", "requests", "replies")  # of `Scores`, one for each image
 
 
 def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look: Look, batch: int = 64) -> Scores:
@@ -31,7 +32,8 @@ def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look
     failures = unfit(images)
     fit = [i for i in range(len(images)) if i not in failures]
     values = torch.full((len(images), len(names)), torch.nan)
-    critiques, regions, boxes = [""] * len(images), {}, [()] * len(images)
+    regions, boxes = {}, [()] * len(images)
+    texts = {name: [""] * len(images) for name in TEXTS}
     waiting = [fit[i : i + batch] for i in reversed(range(0, len(fit), batch))]
     while waiting:
         rows = waiting.pop()
@@ -49,7 +51,8 @@ def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look
         values[rows] = found.values.detach().float().cpu()
         failures |= {rows[k]: why for k, why in found.failures.items()}
         for k, i in enumerate(rows):
-            critiques[i] = found.critiques[k] if found.critiques else ""
+            for name, column in texts.items():
+                column[i] = text[k] if (text := getattr(found, name)) else ""
             boxes[i] = found.boxes[k] if found.boxes else ()
             if found.regions is not None:
                 regions[i] = found.regions[k].cpu()
@@ -57,8 +60,9 @@ def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look
     if regions:
         blank = torch.full_like(next(iter(regions.values())), torch.nan)
         maps = torch.stack([regions.get(i, blank) for i in range(len(images))])
-    said, seen = (tuple(own) if any(own) else () for own in (critiques, boxes))
-    return Scores(names, values, said, maps, dict(sorted(failures.items())), seen)
+    said = {name: tuple(column) if any(column) else () for name, column in texts.items()}
+    seen = tuple(boxes) if any(boxes) else ()
+    return Scores(names, values, regions=maps, failures=dict(sorted(failures.items())), boxes=seen, **said)
 
 
 def unfit(images: Images) -> dict[int, str]:
@@ -91,16 +95,16 @@ def score_pictures(
     """What each scorer thinks of pictures of unlike sizes; a picture that could not be had is the reason why.
 
     One row per picture: `scores` by "scorer.component" (None where there is none), `failures` with reasons by scorer,
-    or by "image", `critiques` and `places` (maps and regions, as `heat.record` has them) by scorer. A scorer that
-    raises fails its own pictures alone. A groupwise scorer gets all pictures of a prompt at once, and fails those of a
-    prompt whose sizes differ.
+    or by "image", and by scorer `critiques`, `requests`, `replies` and `places` (maps and regions, as `heat.record`
+    has them). A scorer that raises fails its own pictures alone. A groupwise scorer gets all pictures of a prompt at
+    once, and fails those of a prompt whose sizes differ.
     """
     names = [f"{name}.{component}" for name, scorer in scorers.items() for component in scorer.names]
     out = [
         {
             "scores": dict.fromkeys(names),
             "failures": {"image": picture} if isinstance(picture, str) else {},
-            "critiques": {},
+            **{name: {} for name in TEXTS},
             "places": {},
         }
         for picture in pictures
@@ -137,5 +141,6 @@ def _enter(out: list[dict[str, Any]], same: Sequence[int], name: str, scorer, im
             out[i]["scores"][f"{name}.{component}"] = None if value != value else value
         if place in found.failures:
             out[i]["failures"][name] = found.failures[place]
-        if found.critiques and found.critiques[place]:
-            out[i]["critiques"][name] = found.critiques[place]
+        for texts in TEXTS:
+            if (said := getattr(found, texts)) and said[place]:
+                out[i][texts][name] = said[place]

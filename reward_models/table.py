@@ -22,6 +22,13 @@ SCORERS: dict[str, str] = {
     "places": "reward_models.scorers.places:Places",
     "remote": "reward_models.remote:Remote",
     "vqa": "reward_models.scorers.vqa:Vqa",
+    "rational": "reward_models.scorers.rational:Rational",
+    "vlm_yes_no": "reward_models.scorers.vlm_yes_no:VlmYesNo",
+    "checklist": "reward_models.scorers.checklist:Checklist",
+    "pairwise": "reward_models.scorers.pairwise:Pairwise",
+    "unified": "reward_models.scorers.unified:Unified",
+    "visual_erm": "reward_models.scorers.visual_erm:VisualErm",
+    "shapes_critic": "reward_models.scorers.shapes_critic:ShapesCritic",
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
 }
 

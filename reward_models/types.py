@@ -83,7 +83,8 @@ class Scores:
     A score that could not be had is NaN, never 0, and `failures` says why (image index -> reason).
     NaN without a reason is "no opinion". `critiques` holds a sentence per image, or is empty;
     `regions` says where, in [-1, 1] with NaN for "no opinion here", or is None; `boxes` holds the regions of each image
-    that the map was painted from, or is empty.
+    that the map was painted from, or is empty. A critic has `requests`, for each image a request that might bring a
+    better one ("": none); a judge that writes has `replies`, what it wrote.
     """
 
     names: tuple[str, ...]
@@ -92,6 +93,8 @@ class Scores:
     regions: Float[Tensor, "N a b"] | None = None
     failures: Mapping[int, str] = field(default_factory=dict)
     boxes: tuple[tuple[Region, ...], ...] = ()
+    requests: tuple[str, ...] = ()
+    replies: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.values.ndim != 2 or self.values.shape[1] != len(self.names):

@@ -1,10 +1,11 @@
 """A model that sees images and reads and writes text, run here through transformers."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from reward_models.images import to_pil
 from reward_models.types import Images
@@ -40,13 +41,26 @@ def load(scorer: str, model: str, device: str, dtype: str) -> tuple[nn.Module, o
         return pretrained(AutoModelForImageTextToText, model, dtype=kind).to(device), processor_of(model)
 
 
-def asked(processor, images: Images, texts: Sequence[str], device: str, answering: bool = True):
-    """What the model is fed: for each image one message of a user, the image and then a text; `answering` opens the
-    model's reply."""
-    messages = [
-        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
-        for picture, text in zip(to_pil(images), texts, strict=True)
-    ]
+def about(images: Images, texts: Sequence[str]) -> list[tuple[Any, ...]]:
+    """A question for each image: the image, then a text."""
+    return [(image, text) for image, text in zip(images, texts, strict=True)]
+
+
+def asked(processor, questions: Sequence[Any], device: str, answering: bool = True):
+    """What the model is fed: for each question a message of the user, its parts texts and pictures [3, H, W] in order,
+    after what the system says, if anything; `answering` opens the model's reply. A question is an `ask.Question` or its
+    parts alone."""
+    messages = []
+    for question in questions:
+        parts = [*getattr(question, "parts", question)]
+        pictures = iter(to_pil(part[None])[0] for part in parts if not isinstance(part, str))
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": next(pictures)}
+            for part in parts
+        ]
+        system = getattr(question, "system", "")
+        told = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+        messages.append([*told, {"role": "user", "content": content}])
     settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     return processor.apply_chat_template(
         messages, add_generation_prompt=answering, processor_kwargs={"padding": True}, **settings
@@ -54,21 +68,38 @@ def asked(processor, images: Images, texts: Sequence[str], device: str, answerin
 
 
 @torch.no_grad()
-def written(model: nn.Module, processor, images: Images, texts: Sequence[str], device: str, tokens: int) -> list[str]:
-    """What the model replies to each image and text: the likeliest token each time, at most `tokens` of them."""
-    inputs = asked(processor, images, texts, device)
-    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def written(model: nn.Module, processor, inputs, tokens: int) -> tuple[list[str], list[bool], int]:
+    """What the model replies to each row, the likeliest token each time, at most `tokens` of them; whether each ran out
+    of them; and how many were written."""
+    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor(
+        ends if isinstance(ends, list) else [processor.tokenizer.eos_token_id if ends is None else ends]
+    )
+    ended = torch.isin(out, ends.to(out.device)).any(1)
+    return processor.batch_decode(out, skip_special_tokens=True), (~ended).tolist(), out.numel()
 
 
-def instruction(scorer: str, name: str, file: str | None) -> str:
-    """The text of an instruction: of `file`, or our own called `name`. ValueError if the file cannot be read or does
-    not hold `{prompt}`."""
-    path = Path(file) if file else Path(__file__).parent / "instructions" / f"{name}.txt"
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{scorer}: {path}: {getattr(error, 'strerror', None) or error}") from None
-    if "{prompt}" not in text:
-        raise ValueError(f"{scorer}: {path} does not hold {{prompt}}, where the request goes")
-    return text
+def openings(tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:
+    """The tokens that an answer may begin with, for each answer: those of its usual spellings, less what both begin
+    with. ValueError if nothing is left."""
+
+    def first(word: str) -> set[int]:
+        return {tokenizer.encode(form, add_special_tokens=False)[0] for form in spellings(word)}
+
+    one, two = first(yes), first(no)
+    if not one - two or not two - one:
+        raise ValueError(f"the model's tokens do not tell {yes!r} from {no!r} by their beginning; choose others")
+    return sorted(one - two), sorted(two - one)
+
+
+def spellings(word: str) -> set[str]:
+    return {form for own in (word, word.lower(), word.capitalize(), word.upper()) for form in (own, f" {own}")}
+
+
+@torch.no_grad()
+def log_odds(model: nn.Module, inputs, yes: list[int], no: list[int]) -> Float[Tensor, "N"]:
+    """log p(yes) - log p(no) of each row's next token, each answer the sum over its tokens."""
+    logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()
+    one, two = (logits[:, ids].logsumexp(-1) for ids in (yes, no))
+    return one - two

@@ -94,6 +94,6 @@ class Hpsv3:
     @torch.no_grad()
     def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         texts = [self.instruction.replace("{prompt}", p.text.replace(TOKEN, "")) for p in prompts]
-        inputs = vlm.asked(self.processor, images, texts, self.device, answering=False)
+        inputs = vlm.asked(self.processor, vlm.about(images, texts), self.device, answering=False)
         hidden = self.model.model(**inputs).last_hidden_state
         return self.head(hidden[inputs.input_ids == self.token].float())[:, :1]

@@ -14,14 +14,15 @@ Licence: the model's own. Not checked against SRUM's scores, whose judge is anot
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from reward_models import replies, vlm
+from reward_models import ask, replies
 from reward_models.detect import detector
 from reward_models.regions import Region, paint
 from reward_models.scoring import each
-from reward_models.types import Card, Images, Prompt, Scores
+from reward_models.types import Images, Prompt, Scores
 from reward_models.weights import fingerprint, loading, named
 
 MOST = 10  # regions proposed; SRUM's number
@@ -29,16 +30,18 @@ Box = tuple[int | float, int | float, int | float, int | float]
 
 
 class Places:
-    """The scorer. `model` is a folder or hub id of an image-text model, `proposals` of a detector with classes of its
-    own. `coordinates`: what the model counts boxes in, "pixels", "thousand" (thousandths) or "unit". `whole`, `local`:
-    files of instructions in place of ours. `tokens`: longest reply. `overlap`: which region counts where several lie,
-    "mean", "max", "min" or "last". ValueError if a model cannot be had or a setting is none of these."""
+    """The scorer. `model` is a folder or hub id of an image-text model, or with `url` the name a server gives it;
+    `proposals` a detector with classes of its own. `coordinates`: what the model counts boxes in, "pixels", "thousand"
+    (thousandths) or "unit". `whole`, `local`: files of instructions in place of ours. `tokens`: longest reply.
+    `overlap`: which region counts where several lie, "mean", "max", "min" or "last". `asking`: see `ask.judge`.
+    ValueError if a model cannot be had or a setting is none of these."""
 
     names = ("overall", "local")
 
     def __init__(
         self,
         model: str,
+        url: str | None = None,
         proposals: str | None = None,
         coordinates: str = "pixels",
         whole: str | None = None,
@@ -48,18 +51,15 @@ class Places:
         overlap: str = "mean",
         grid: int = 8,
         device: str = "cpu",
-        dtype: str = "float32",
-        batch: int = 4,
+        **asking: Any,
     ):
         if coordinates not in replies.UNITS:
             raise ValueError(f"places: coordinates is one of {', '.join(replies.UNITS)}, not {coordinates!r}")
         paint([], (1, 1), (1, 1), overlap)  # refuses an unknown rule
-        kind = "places_proposed" if proposals else "places_local"
-        self.whole, self.local = (
-            vlm.instruction("places", name, file) for name, file in (("places_global", whole), (kind, local))
-        )
-        self.model, self.processor = vlm.load("places", model, device, dtype)
-        models = [self.model]
+        self.whole = ask.Template.of("places", "places_global", ("image", "prompt"), whole)
+        needed = ("image", "prompt", "regions") if proposals else ("image", "prompt")
+        self.local = ask.Template.of("places", "places_proposed" if proposals else "places_local", needed, local)
+        self.judge = ask.judge("places", model, url, asking if url else asking | {"device": device})
         self.finder = None
         if proposals:
             with loading("places", proposals):
@@ -68,61 +68,56 @@ class Places:
                 raise ValueError(
                     f"places: {proposals} finds only what it is asked for; a detector with classes is needed"
                 )
-            models.append(self.finder.model)
         self.coordinates, self.tokens, self.overlap, self.grid = coordinates, tokens, overlap, grid
-        self.device, self.batch = device, batch
-        self.card = Card(
-            "places",
-            model=named(model),
-            licence="the model's own",
-            low=-1,
-            high=1,
-            places=True,
-            size="as the model's processor has it",
-            checkpoint=fingerprint(*models),
-            settings=dict(
-                coordinates=coordinates, whole=self.whole, local=self.local, confidence=confidence, tokens=tokens,
-                overlap=overlap, grid=grid, dtype=dtype, proposals=named(proposals) if proposals else None,
-            ),
+        own = dict(
+            coordinates=coordinates, whole=self.whole.source, local=self.local.source, confidence=confidence,
+            tokens=tokens, overlap=overlap, grid=grid,
+            proposals=[named(proposals), fingerprint(self.finder.model)] if proposals else None,
         )  # fmt: skip
+        self.card = ask.card("places", self.judge, -1, 1, own, places=True)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, self.batch)
+        return each(images, prompts, self.names, self._look)
 
     def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        size, texts = tuple(images.shape[2:]), [prompt.text for prompt in prompts]
+        size, count = tuple(images.shape[2:]), len(images)
         proposed = self._proposed(images)
-        whole = self._ask(images, [self.whole.replace("{prompt}", text) for text in texts])
-        local = self._ask(images, [self._local(text, boxes) for text, boxes in zip(texts, proposed, strict=True)])
-        values = torch.full((len(images), 2), torch.nan)
-        maps = torch.full((len(images), self.grid, self.grid), torch.nan)
-        said, boxes, failures = [""] * len(images), [()] * len(images), {}
-        for i in range(len(images)):
-            try:
-                reply = whole[i]
-                score, said[i] = replies.overall(reply)
-                reply = local[i]
-                regions = tuple(replies.places(reply, size, self.coordinates, proposed[i]))
-            except ValueError as error:
-                failures[i] = f"{error}; the reply begins {replies.shown(reply)}"
-                continue
-            values[i] = torch.tensor([score, mean(regions)])
-            boxes[i], maps[i] = regions, paint(regions, size, (self.grid, self.grid), self.overlap)
-        return Scores(self.names, values, tuple(said), maps, failures, tuple(boxes))
+        units = replies.UNITS["pixels" if self.finder else self.coordinates]
+        told = [{"image": image, "prompt": ask.quoted(own.text)} for image, own in zip(images, prompts, strict=True)]
+        questions = [self.whole.fill(**own) for own in told]
+        questions += [
+            self.local.fill(**own, coordinates=units, regions=listed(boxes))
+            for own, boxes in zip(told, proposed, strict=True)
+        ]
+        asked = self.judge.ask(questions, self.tokens)
 
-    def _ask(self, images: Images, texts: Sequence[str]) -> list[str]:
-        return vlm.written(self.model, self.processor, images, texts, self.device, self.tokens)
+        def whole(i: int, reply: ask.Reply) -> ask.Finding:
+            score, said = replies.overall(reply.text)
+            return ask.Finding({"overall": score}, said)
 
-    def _local(self, prompt: str, proposed: Sequence[Box]) -> str:
-        listed = "\n".join(f"{k}: {[round(edge) for edge in box]}" for k, box in enumerate(proposed, 1))
-        text = self.local.replace("{coordinates}", replies.UNITS["pixels" if self.finder else self.coordinates])
-        return text.replace("{regions}", listed).replace("{prompt}", prompt)  # last: a prompt may hold the others
+        def local(i: int, reply: ask.Reply) -> ask.Finding:
+            regions = tuple(replies.places(reply.text, size, self.coordinates, proposed[i]))
+            return ask.Finding({"local": mean(regions)}, regions=regions)
+
+        one = ask.findings(self.names, asked[:count], whole)
+        two = ask.findings(self.names, asked[count:], local, size)
+        failures = two.failures | one.failures
+        values = torch.stack([one.values[:, 0], two.values[:, 1]], 1)
+        values[[*failures]] = torch.nan
+        boxes = tuple(() if i in failures else own for i, own in enumerate(two.boxes))
+        maps = [paint(own, size, (self.grid, self.grid), self.overlap) for own in boxes]
+        raw = tuple("\n\n".join(both) for both in zip(one.replies, two.replies, strict=True))
+        return Scores(self.names, values, one.critiques, torch.stack(maps), failures, boxes, replies=raw)
 
     def _proposed(self, images: Images) -> list[list[Box]]:
         if self.finder is None:
             return [[] for _ in images]
         found = self.finder.detect(images, [sorted(self.finder.classes)] * len(images))
         return [sorted((own.box for own in things), key=area, reverse=True)[:MOST] for things in found]
+
+
+def listed(boxes: Sequence[Box]) -> str:
+    return "\n".join(f"{k}: {[round(edge) for edge in box]}" for k, box in enumerate(boxes, 1))
 
 
 def area(box: Box) -> int | float:

@@ -190,12 +190,16 @@ def edit_distance(a: str, b: str) -> int:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`strict` and `partial` as in the module's head; `marks` are the things seen, by credit."""
+    """`strict` and `partial` as in the module's head; `marks` are the things seen, by credit. `matched`: for each
+    wanted object the checks of the thing that stands for it (see `_checks`), None if nothing does; `holds`: whether the
+    relation does, None if none was asked for."""
 
     strict: float
     partial: float
     critique: str
     marks: tuple[Region, ...]
+    matched: tuple[list[bool] | None, ...] = ()
+    holds: bool | None = None
 
 
 def judge_text(wanted: str, seen: list[Seen]) -> Verdict:
@@ -221,6 +225,7 @@ def judge_objects(wants: dict, seen: list[Seen]) -> Verdict:
     match = {int(r): int(c) for r, c in zip(rows, cols, strict=True) if credit[r, c] > 0}
     earned = [float(credit[r, match[r]]) if r in match else 0.0 for r in range(len(entities))]
     worth = {r: 2 * earned[r] - 1 for r in match}
+    matched, holds = tuple(checks[r][match[r]] if r in match else None for r in range(len(entities))), None
     wrong = [f"no {item['class']}" for r, item in enumerate(entities) if r not in match]
     wrong += [
         f"the {entities[r]['class']} is {seen[c].colour}, {seen[c].extent} px"
@@ -243,7 +248,7 @@ def judge_objects(wants: dict, seen: list[Seen]) -> Verdict:
         for r, c in match.items()
     ]
     marks += [Region(s.box, -1.0, "", f"{s.colour} {s.name}") for i, s in enumerate(seen) if i not in match.values()]
-    return Verdict(float(not wrong), partial, "; ".join(wrong) or "right", tuple(marks))
+    return Verdict(float(not wrong), partial, "; ".join(wrong) or "right", tuple(marks), matched, holds)
 
 
 def judge(prompt: Prompt, seen: list[Seen]) -> Verdict:

@@ -8,7 +8,6 @@ ours; models differ in how well they answer it. Licence: the model's own. Not ch
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,20 +17,6 @@ from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import fingerprint, named
 
 QUESTION = 'Is "{prompt}" a true and complete description of this image? Answer with one word, yes or no.'
-
-
-def openings(tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:
-    """The tokens that an answer may begin with, for each answer: those of its usual spellings, less what both begin
-    with. ValueError if nothing is left."""
-
-    def first(word: str) -> set[int]:
-        spellings = {form for own in (word, word.lower(), word.capitalize(), word.upper()) for form in (own, f" {own}")}
-        return {tokenizer.encode(form, add_special_tokens=False)[0] for form in spellings}
-
-    one, two = first(yes), first(no)
-    if not one - two or not two - one:
-        raise ValueError(f"vqa: the model's tokens do not tell {yes!r} from {no!r} by their beginning; choose others")
-    return sorted(one - two), sorted(two - one)
 
 
 class Vqa:
@@ -53,7 +38,10 @@ class Vqa:
         if len(answers) != 2:
             raise ValueError(f"vqa: answers are two words, for yes and for no, got {list(answers)}")
         self.model, self.processor = vlm.load("vqa", model, device, dtype)
-        self.yes, self.no = openings(self.processor.tokenizer, *answers)
+        try:
+            self.yes, self.no = vlm.openings(self.processor.tokenizer, *answers)
+        except ValueError as error:
+            raise ValueError(f"vqa: {error}") from None
         self.question, self.device, self.batch = question, device, batch
         self.card = Card(
             "vqa",
@@ -70,10 +58,7 @@ class Vqa:
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look, self.batch)
 
-    @torch.no_grad()
     def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         questions = [self.question.replace("{prompt}", prompt.text) for prompt in prompts]
-        inputs = vlm.asked(self.processor, images, questions, self.device)
-        logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
-        yes, no = (logits[:, ids].logsumexp(-1) for ids in (self.yes, self.no))
-        return (yes - no).sigmoid()[:, None]
+        inputs = vlm.asked(self.processor, vlm.about(images, questions), self.device)
+        return vlm.log_odds(self.model, inputs, self.yes, self.no).sigmoid()[:, None]

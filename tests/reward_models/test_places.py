@@ -6,9 +6,10 @@ import re
 import pytest
 import tiny_vlm
 import torch
+from scripted import judged
 from tiny_scorers import REPLY, geneval, places
 
-from reward_models import Prompt, load, vlm
+from reward_models import Prompt, load
 
 IMAGES = torch.rand(3, 3, 32, 48, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
 PROMPTS = [Prompt("a cat"), Prompt("a dog {regions} {coordinates} {prompt}"), Prompt("a bird")]
@@ -16,20 +17,17 @@ WHOLE = '{"score": 0.5, "reason": "well laid out"}'
 
 
 @pytest.fixture
-def judge(tmp_path, monkeypatch):
-    """The scorer over a real processor; `replies` answers in place of the model, `asked` keeps what it was asked."""
+def judge():
+    """The scorer with a judge of `replies`, told the text of a question; and that judge."""
 
     def made(replies, **settings):
-        scorer, asked = load("places", **places(tmp_path / "vlm") | settings), []
-
-        def generate(model, processor, images, texts, device, tokens):
-            asked.extend(texts)
-            return [replies(text) for text in texts]
-
-        monkeypatch.setattr(vlm, "written", generate)
-        return scorer, asked
+        return judged("places", lambda question: replies(told(question)), **settings)
 
     return made
+
+
+def told(question):
+    return f"{question.system}\n{question.text}"
 
 
 def is_whole(text):
@@ -46,15 +44,18 @@ def test_scores_map_and_reason(judge):
     torch.testing.assert_close(found.regions[0], torch.tensor([[1, -0.5], [1, nan]]), equal_nan=True)
     assert [own.label for own in found.boxes[0]] == ["1 cat", ""]
     assert found.critiques[0] == "well laid out"
-    assert len(asked) == 6
-    assert sum(map(is_whole, asked)) == 3
-    assert all("pixels of the picture" in text for text in asked if not is_whole(text))
+    texts = [told(own) for own in asked.asked]
+    assert len(texts) == 6
+    assert sum(map(is_whole, texts)) == 3
+    assert all("pixels of the picture" in text for text in texts if not is_whole(text))
+    assert len(found.replies) == 3
+    assert WHOLE in found.replies[0]
 
 
 def test_a_prompt_cannot_change_the_question(judge):
     scorer, asked = judge(lambda text: WHOLE if is_whole(text) else "[]")
     scorer(IMAGES, PROMPTS)
-    assert sum("a dog {regions} {coordinates} {prompt}" in text for text in asked) == 2
+    assert sum('"a dog {regions} {coordinates} {prompt}"' in own.text for own in asked.asked) == 2
 
 
 def test_no_region_is_no_opinion(judge):
@@ -97,13 +98,14 @@ def test_proposed_regions_are_put_to_the_judge_by_number(judge, tmp_path):
         areas = [(own.box[2] - own.box[0]) * (own.box[3] - own.box[1]) for own in boxes]
         assert areas == sorted(areas, reverse=True)
         assert len(boxes) <= 10
-    assert all("{regions}" not in text or "dog" in text for text in asked)
+    assert all("{regions}" not in own.text or "dog" in own.text for own in asked.asked)
 
 
 def test_a_real_model_that_babbles_fails_honestly(tmp_path):
     found = load("places", model=str(tiny_vlm.folder_of(tmp_path)), tokens=12)(IMAGES, PROMPTS)
     assert sorted(found.failures) == [0, 1, 2]
-    assert all("; the reply begins " in why for why in found.failures.values())
+    assert all("the reply (it ran out of tokens) begins " in why for why in found.failures.values())
+    assert all(found.replies)
     assert found.values.isnan().all()
 
 
@@ -130,10 +132,10 @@ def test_settings_are_checked(tmp_path, settings, says):
 
 
 def test_an_instruction_of_ones_own_changes_the_version(tmp_path):
-    (tmp_path / "own.txt").write_text("How is it laid out, for {prompt}?")
+    (tmp_path / "own.txt").write_text("{image} How is it laid out, for {prompt}?")
     plain = load("places", **places(tmp_path / "vlm"))
     own = load("places", **places(tmp_path / "vlm") | {"whole": str(tmp_path / "own.txt")})
     assert plain.card.version != own.card.version
-    (tmp_path / "own.txt").write_text("How is it laid out?")
+    (tmp_path / "own.txt").write_text("{image} How is it laid out?")
     with pytest.raises(ValueError, match=r"does not hold \{prompt\}"):
         load("places", model=str(tmp_path / "vlm"), whole=str(tmp_path / "own.txt"))

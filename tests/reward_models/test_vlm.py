@@ -95,7 +95,7 @@ def test_vqa_refuses_in_one_line(made, change, says):
 
 
 def test_answers_that_share_a_beginning_are_told_apart_by_what_they_do_not_share(tmp_path, made):
-    from reward_models.scorers.vqa import openings
+    from reward_models.vlm import openings
 
     words = tiny_vlm.new_tokenizer([])  # bytes alone: " yes" and " no" both begin with a space
     space = words.encode(" ", add_special_tokens=False)[0]

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -212,12 +213,28 @@ def grounded(folder: Path) -> dict:
 REPLY = '{"reason": "so it is", "score": 0.5, "regions": [{"box": [0, 0, 20, 10], "score": -0.25, "label": "1 it"}]}'
 
 
+SAID = {  # what judges are told by a model that knows one reply
+    "places": REPLY,
+    "rational": '{"faithfulness": {"score": 3}, "quality": {"score": 2}, "text": 4, "refined_request": "a better one"}',
+    "checklist": '{"verdicts": [{"id": 1, "answer": true, "box": [0, 0, 20, 10]}]}',
+    "pairwise": "<answer>Image 1 is better</answer>",
+    "unified": "Alignment Score (1-5): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 2.5",
+    "visual_erm": '{"errors": [{"category": "shape", "severity": 2, "location": "left", "box": [0, 0, 20, 10]}]}',
+}
+
+
+def parrot(folder: Path, reply: str) -> dict:
+    """A model that gives one reply, a single token of its own and the end, whatever it is asked."""
+    tiny_vlm.folder_of(folder, [reply])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    token = tokenizer.convert_tokens_to_ids(reply)
+    end = tokenizer.eos_token_id
+    GenerationConfig(sequence_bias=[[[token], 1e4], [[token, end], 1e5]], eos_token_id=end).save_pretrained(folder)
+    return {"model": str(folder), "tokens": 2}
+
+
 def places(folder: Path) -> dict:
-    """A model that gives one reply, a single token of its own, whatever it is asked."""
-    tiny_vlm.folder_of(folder, [REPLY])
-    token = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(REPLY)
-    GenerationConfig(sequence_bias=[[[token], 1e4]]).save_pretrained(folder)
-    return {"model": str(folder), "tokens": 1}
+    return parrot(folder, REPLY)
 
 
 def vqa(folder: Path) -> dict:
@@ -250,7 +267,8 @@ def before_version_5(name: str) -> str:
 BUILDERS = {
     "geneval": geneval,
     "grounded": grounded,
-    "places": places,
+    **{name: partial(parrot, reply=reply) for name, reply in SAID.items()},
+    "vlm_yes_no": vqa,
     "hpsv3": hpsv3,
     "remote": remote,
     "vqa": vqa,

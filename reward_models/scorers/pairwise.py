@@ -1,0 +1,134 @@
+"""`pairwise`: how often an image wins against the others of its prompt, by an image-text model's choice (Pref-GRPO's
+win rate).
+
+One component, `wins`: the share of an image's comparisons that it won, a tie counting half, in [0, 1]; NaN if none
+could be had. A comparison that failed counts for neither side. Scores belong to the group: an image's changes with its
+siblings', and the mean over a group whose comparisons all succeeded is 0.5. A prompt with one image has no score.
+
+Judges prefer a side. `orders` "random" asks each pair once, its sides drawn from the two pictures and the prompt, the
+same whenever it is asked; "both" asks twice, and a judge that stays with the side has seen a tie. G (G - 1) / 2 pairs
+of G images; `opponents` bounds how many each is compared with. The words are ours. Licence: the model's own.
+"""
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from reward_models import ask, replies
+from reward_models.images import to_uint8
+from reward_models.scoring import each
+from reward_models.types import Images, Prompt, Scores
+
+ORDERS = ("random", "both")
+WINNER = r"(?:image|picture|option)?\s*[*_`\"']*\s*(1|2|a|b|one|two|first|second|tie|draw|equal|neither|both)\b"
+SIDES = {"1": 0, "a": 0, "one": 0, "first": 0, "2": 1, "b": 1, "two": 1, "second": 1}
+
+
+def read(text: str) -> int | None:
+    """Which of two pictures won: 0 the first, 1 the second, None for a tie. ValueError if the reply does not say, or
+    says two things."""
+    text = replies.answer(text)
+    said = re.findall(r"<answer>(.*?)</answer>", text, re.I | re.S)
+    for found in replies.values(text):
+        own = replies.plain(found) if isinstance(found, dict) else {}
+        said += [str(own[key]) for key in ("winner", "better", "answer") if own.get(key) is not None]
+    if not said:
+        said = re.findall(r"^[\s#*_>`-]*(?:winner|answer|better)\b[*_`\s]*[:=]\s*(.*)$", text, re.I | re.M)
+    if not said:
+        said = re.findall(r"^[\s*_`]*((?:the\s+)?(?:image|picture)\s+\w+ (?:is better|wins)).*$", text, re.I | re.M)
+    winners = set()
+    for own in said:
+        found = re.match(rf"^[\s*_`\"']*(?:the\s+)?{WINNER}", own, re.I)
+        if found is None:
+            raise ValueError(f"the winner is {own.strip()!r:.40}; picture 1, picture 2 or tie is needed")
+        winners.add(SIDES.get(found[1].lower()))
+    if len(winners) != 1:
+        raise ValueError("the reply names two winners" if winners else "the reply names no winner")
+    return winners.pop()
+
+
+class Pairwise:
+    """The scorer. `model` is a folder or hub id, or with `url` the name a server gives it. `orders` "random" or "both".
+    `opponents`: most others an image is compared with, by default all. `instruction`: a file in place of ours.
+    `asking`: see `ask.judge`. ValueError if the model cannot be had or a setting is none of these."""
+
+    names = ("wins",)
+
+    def __init__(
+        self,
+        model: str,
+        url: str | None = None,
+        orders: str = "random",
+        opponents: int | None = None,
+        instruction: str | None = None,
+        tokens: int = 1024,
+        **asking: Any,
+    ):
+        if orders not in ORDERS or (opponents is not None and opponents < 1):
+            raise ValueError(f"pairwise: orders is random or both, opponents at least 1; got {orders!r}, {opponents!r}")
+        self.orders, self.opponents, self.tokens = orders, opponents, tokens
+        self.template = ask.Template.of("pairwise", "pairwise", ("first", "second", "prompt"), instruction)
+        self.judge = ask.judge("pairwise", model, url, asking)
+        own = {"orders": orders, "opponents": opponents, "instruction": self.template.source, "tokens": tokens}
+        self.card = ask.card("pairwise", self.judge, 0, 1, own, groupwise=True)
+        self.swaps = [0, 0]  # of pairs asked in both orders, those whose winner changed with the side; all of them
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return each(images, prompts, self.names, self._look, batch=max(1, len(images)))
+
+    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        names = [hashlib.sha256(own.numpy().tobytes()).hexdigest() for own in to_uint8(images).cpu()]
+        games = [self._sides(names, prompts, *pair) for pair in self._pairs(names, prompts)]
+        if self.orders == "both":
+            games = [side for one, two in games for side in ((one, two), (two, one))]
+        questions = [
+            self.template.fill(first=images[one], second=images[two], prompt=ask.quoted(prompts[one].text))
+            for one, two in games
+        ]
+        won, met, why = torch.zeros(len(images)), torch.zeros(len(images)), {}
+        results: dict[frozenset[int], list[int | None]] = defaultdict(list)
+        for pair, reply in zip(games, self.judge.ask(questions, self.tokens), strict=True):
+            try:
+                if reply.failure:
+                    raise ValueError(reply.failure)
+                side = read(reply.text)
+            except ValueError as error:
+                why |= dict.fromkeys(pair, f"{error}; the reply begins {replies.shown(reply.text)}")
+                continue
+            results[frozenset(pair)].append(None if side is None else pair[side])
+        for pair, winners in results.items():
+            if self.orders == "both" and len(winners) < 2:
+                continue  # one side alone is what asking both was to avoid
+            winner = winners[0] if len(set(winners)) == 1 else None
+            self.swaps[0] += len(set(winners)) > 1
+            self.swaps[1] += self.orders == "both"
+            for i in pair:
+                met[i] += 1
+                won[i] += 0.5 if winner is None else float(winner == i)
+        alone = "it is the only image of its prompt, and there is nothing to compare it with"
+        failures = {i: why.get(i, alone) for i in (met == 0).nonzero()[:, 0].tolist()}
+        return Scores(self.names, torch.where(met > 0, won / met, torch.nan)[:, None], failures=failures)
+
+    def _pairs(self, names: Sequence[str], prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
+        """Pairs of siblings; with `opponents`, neighbours in a circle whose order the pictures decide."""
+        groups = defaultdict(list)
+        for i, prompt in enumerate(prompts):
+            groups[prompt.id, prompt.text].append(i)
+        pairs = []
+        for rows in groups.values():
+            reach = len(rows) if self.opponents is None else -(-self.opponents // 2)
+            circle = sorted(rows, key=names.__getitem__)
+            for a, b in combinations(range(len(circle)), 2):
+                if min(b - a, len(circle) - b + a) <= reach:
+                    pairs.append((circle[a], circle[b]))
+        return pairs
+
+    def _sides(self, names: Sequence[str], prompts: Sequence[Prompt], one: int, two: int) -> tuple[int, int]:
+        low, high = sorted((one, two), key=names.__getitem__)
+        coin = hashlib.sha256(f"{names[low]} {names[high]} {prompts[one].text}".encode()).digest()[0] & 1
+        return (high, low) if coin else (low, high)

@@ -1,0 +1,97 @@
+"""`rational`: a critique of several aspects before each score, and a better request (after RationalRewards).
+
+Aspects have a score from 1 to 4, or N/A. Components, in [0, 1], higher is better:
+
+- `overall`: (mean - 1) / 3 over the aspects that have a score. With text in the request it is a mean over one aspect
+  more, so that it compares images of one prompt, not prompts.
+- `faithfulness`, `quality`, `text`, and in edits `preservation`: (score - 1) / 3, NaN where it does not apply.
+
+The critique is in `Scores.critiques`, the refined request in `Scores.requests`. An edit has the picture it began from
+in `Prompt.wants["source"]`, a file. The words are ours (`reward_models/instructions/rational*.txt`); the form of the
+reply is RationalRewards', whose models write it without being told. In their released test-time script the score comes
+before the justification; here it comes after. Licence: the model's own. Not checked against the released models.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from reward_models import ask, critiques
+from reward_models.scoring import each
+from reward_models.types import Images, Prompt, Scores
+
+ASPECTS = {
+    "faithfulness": ("text faithfulness", "prompt faithfulness", "text alignment", "instruction following"),
+    "preservation": ("image faithfulness", "image preservation"),
+    "quality": ("physical and visual quality", "physical visual quality", "physical quality", "visual quality"),
+    "text": ("text rendering", "text quality"),
+}
+OPTIONAL = ("text",)
+TASKS = {"image": ("faithfulness", "quality", "text"), "edit": tuple(ASPECTS)}
+FORMS = ("headings", "json")
+
+
+def schema(aspects: Sequence[str]) -> dict[str, Any]:
+    """The JSON schema of a reply: for each aspect the justification, then the score."""
+    one = {
+        "type": "object",
+        "properties": {"justification": {"type": "string"}, "score": {"type": ["number", "null"]}},
+        "required": ["justification", "score"],
+        "additionalProperties": False,
+    }
+    properties = {"analysis": {"type": "string"}, **dict.fromkeys(aspects, one), "refined_request": {"type": "string"}}
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+class Rational:
+    """The scorer. `model` is a folder or hub id, or with `url` the name a server gives it. `task` "image" or "edit".
+    `form` of the reply: "headings", or "json", which a server can hold the model to. `instruction`: a file in place of
+    ours. `tokens`: longest reply. `asking`: see `ask.judge`. ValueError if the model cannot be had or a setting is none
+    of these."""
+
+    def __init__(
+        self,
+        model: str,
+        url: str | None = None,
+        task: str = "image",
+        form: str = "headings",
+        instruction: str | None = None,
+        tokens: int = 2048,
+        **asking: Any,
+    ):
+        for name, value, known in (("task", task, TASKS), ("form", form, FORMS)):
+            if value not in known:
+                raise ValueError(f"rational: {name} is one of {', '.join(known)}, not {value!r}")
+        self.aspects = {name: ASPECTS[name] for name in TASKS[task]}
+        self.names = ("overall", *self.aspects)
+        needed = ("image", "prompt", *(["source"] if task == "edit" else []))
+        words = "rational_edit" if task == "edit" else "rational"
+        self.template = ask.Template.of("rational", words, needed, instruction)
+        self.reply = ask.Template.of("rational", f"{words}_{form}", ()).source
+        self.task, self.schema, self.tokens = task, schema(TASKS[task]) if form == "json" else None, tokens
+        self.judge = ask.judge("rational", model, url, asking)
+        own = {"task": task, "form": form, "instruction": self.template.source, "reply": self.reply, "tokens": tokens}
+        self.card = ask.card("rational", self.judge, 0, 1, own)
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return each(images, prompts, self.names, self._look, batch=max(1, len(images)))
+
+    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        asked = ask.together(self.judge, [*zip(images, prompts, strict=True)], self._question, self.tokens, self.schema)
+        return ask.findings(self.names, asked, lambda i, reply: self._read(reply, prompts[i].text))
+
+    def _question(self, pair: tuple[Any, Prompt]) -> ask.Question:
+        image, prompt = pair
+        given = {"image": image, "prompt": ask.quoted(prompt.text), "reply": self.reply}
+        if self.task == "edit":
+            given["source"] = ask.picture_of(prompt, "source")
+        return self.template.fill(**given)
+
+    def _read(self, reply: ask.Reply, prompt: str) -> ask.Finding:
+        found = critiques.read(reply.text, self.aspects)
+        missing = [name for name in self.aspects if name not in found.scores and name not in OPTIONAL]
+        if reply.cut and missing:
+            raise ValueError(f"the reply ends before {', '.join(missing)}")
+        span = critiques.HIGH - critiques.LOW
+        values = {name: (score - critiques.LOW) / span for name, score in found.scores.items()}
+        request = "" if found.request == prompt else found.request
+        return ask.Finding({"overall": found.overall, **values}, str(found), request)

@@ -1,0 +1,98 @@
+"""`visual_erm`: what a picture gets wrong against a reference picture, counted by severity (after Visual-ERM).
+
+The reference is the file `Prompt.wants["reference"]` names. The model lists discrepancies with category, severity from
+1 (hardly matters) to 3 (breaks or misleads), location, description and, if it can, a box. One score, higher is better,
+comparable across prompts:
+
+- `closeness`: 1 - (sum of severities) / `worst`, in [0, 1].
+
+Boxes become regions of credit -severity / 3. A reply that cannot be read is a failure, no average severity. Licence:
+the model's own. Not checked against the released model.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from reward_models import ask, replies
+from reward_models.regions import Region, inside
+from reward_models.scoring import each
+from reward_models.types import Images, Prompt, Scores
+
+LISTS = ("errors", "discrepancies", "differences")
+
+
+def read(text: str, size: tuple[int, int], worst: int | float, coordinates: str = "pixels") -> ask.Finding:
+    """The discrepancies in a reply about a picture of `size` (height, width). ValueError names the one that is not as
+    it should be; an empty list is a perfect picture, no list none at all."""
+    for found in replies.values(replies.answer(text)):
+        listed = replies.one_of(replies.plain(found), LISTS) if isinstance(found, dict) else found
+        if isinstance(listed, list) and all(isinstance(row, dict) for row in listed):
+            break
+    else:
+        raise ValueError("the reply lists no errors")
+    total, said, regions = 0, [], []
+    for number, row in enumerate(map(replies.plain, listed), 1):
+        severity = row.get("severity")
+        severity = int(severity) if isinstance(severity, str) and severity.strip() in ("1", "2", "3") else severity
+        if isinstance(severity, bool) or severity not in (1, 2, 3):
+            raise ValueError(f"error {number}: severity is {severity!r:.40}; 1, 2 or 3 is needed")
+        total += int(severity)
+        what = " ".join(str(row.get(key) or "") for key in ("location", "description")).strip()
+        said.append(f"{row.get('category') or 'error'} ({severity}): {what}".strip(": "))
+        box = replies.one_of(row, replies.BOX)
+        if box is not None:
+            try:
+                regions.append(Region(tuple(replies.scaled(box, size, coordinates)), -severity / 3, reason=said[-1]))
+                inside(regions[-1:], size)
+            except ValueError as error:
+                raise ValueError(f"error {number}: {error}") from None
+    return ask.Finding({"closeness": max(0.0, 1 - total / worst)}, "; ".join(said), regions=tuple(regions))
+
+
+class VisualErm:
+    """The scorer. `model` is a folder or hub id, or with `url` the name a server gives it. `kind` of picture: a word
+    for the model. `worst`: the sum of severities that counts as 0. `coordinates`: what boxes count in, "pixels",
+    "thousand" or "unit". `instruction`: a file in place of ours. `asking`: see `ask.judge`. ValueError if the model
+    cannot be had or a setting is none of these."""
+
+    names = ("closeness",)
+
+    def __init__(
+        self,
+        model: str,
+        url: str | None = None,
+        kind: str = "picture",
+        worst: int | float = 50,
+        coordinates: str = "pixels",
+        instruction: str | None = None,
+        tokens: int = 4096,
+        grid: int = 8,
+        **asking: Any,
+    ):
+        if not worst > 0 or coordinates not in replies.UNITS:
+            raise ValueError(
+                f"visual_erm: worst is above 0, coordinates one of {', '.join(replies.UNITS)}; "
+                f"got {worst!r}, {coordinates!r}"
+            )
+        self.template = ask.Template.of("visual_erm", "visual_erm", ("image", "reference"), instruction)
+        self.kind, self.worst, self.coordinates, self.tokens, self.grid = kind, worst, coordinates, tokens, grid
+        self.judge = ask.judge("visual_erm", model, url, asking)
+        own = {"kind": kind, "worst": worst, "coordinates": coordinates, "tokens": tokens, "grid": grid}
+        own["instruction"] = self.template.source
+        self.card = ask.card("visual_erm", self.judge, 0, 1, own, compares=True, places=True)
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return each(images, prompts, self.names, self._look, batch=max(1, len(images)))
+
+    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        size = tuple(images.shape[2:])
+        units = replies.UNITS[self.coordinates]
+
+        def question(pair: tuple[Any, Prompt]) -> ask.Question:
+            reference = ask.picture_of(pair[1], "reference")
+            return self.template.fill(image=pair[0], reference=reference, kind=self.kind, coordinates=units)
+
+        asked = ask.together(self.judge, [*zip(images, prompts, strict=True)], question, self.tokens)
+        return ask.findings(
+            self.names, asked, lambda i, own: read(own.text, size, self.worst, self.coordinates), size, self.grid
+        )

@@ -1,0 +1,44 @@
+"""A judge that answers what a test says, in place of a model."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from reward_models import load
+from reward_models.ask import Question, Reply
+
+ELSEWHERE = {"model": "m", "url": "http://127.0.0.1:9/v1"}  # never asked
+
+
+class Scripted:
+    """`reply` is told the question; what it says is the reply, or its failure if it raises ValueError."""
+
+    def __init__(self, reply: Callable[[Question], str | Reply], odds: Callable[[Question], float | str] | None = None):
+        self.reply, self.likely, self.about = reply, odds, {"model": "scripted"}
+        self.asked: list[Question] = []
+        self.schemas: list[Any] = []
+        self.spent: Counter[str] = Counter()
+
+    def ask(self, questions: Sequence[Question], tokens: int, schema: Mapping[str, Any] | None = None) -> list[Reply]:
+        self.spent["calls"] += len(questions)
+        self.asked += questions
+        self.schemas.append(schema)
+        return [self._one(question) for question in questions]
+
+    def odds(self, questions: Sequence[Question], answers: tuple[str, str]) -> list[float | str]:
+        self.asked += questions
+        return [self.likely(question) for question in questions]
+
+    def _one(self, question: Question) -> Reply:
+        try:
+            said = self.reply(question)
+        except ValueError as error:
+            return Reply(failure=str(error))
+        return said if isinstance(said, Reply) else Reply(said)
+
+
+def judged(scorer: str, reply=None, odds=None, **settings):
+    """The scorer with a scripted judge, and the judge."""
+    made = load(scorer, **ELSEWHERE | settings)
+    made.judge = Scripted(reply, odds)
+    return made, made.judge
