@@ -15,7 +15,6 @@ from reward_models.scorers.clip import TINY, clip
 from reward_models.table import SCORERS
 from reward_models.world import caption, draw, requests
 
-
 ALONE = [name for name in SCORERS if name != "pairwise"]  # which needs siblings, and has a test of its own
 PARTLY = ("shapes_critic", "checklist")  # have no opinion on what a prompt does not ask for
 

@@ -1,8 +1,8 @@
 """Random models of the classes the scorers load, small enough for a test, in the folders and files they load from."""
 
 import json
-from itertools import pairwise
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import open_clip
