@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from json import JSONDecodeError
 from typing import Any
 
 from reward_models.ask import Question, Reply
@@ -75,8 +76,6 @@ class Server:
         return self._each(questions, lambda own: self._odds(own, answers), str)
 
     def _each(self, questions: Sequence[Question], answer: Callable, failed: Callable[[str], Any]) -> list:
-        from openai import OpenAIError
-
         def one(question: Question):
             with self.lock:
                 if self.max_calls is not None and self.spent["calls"] >= self.max_calls:
@@ -85,7 +84,7 @@ class Server:
                 self.spent["calls"] += 1
             try:
                 return answer(question)
-            except (OpenAIError, ValueError) as error:
+            except Exception as error:  # whatever a server sends is this question's failure, not the others'
                 with self.lock:
                     self.spent["failed"] += 1
                 return failed(_reason(error))
@@ -111,6 +110,8 @@ class Server:
         if not text:
             refusal = getattr(choice.message, "refusal", None)
             raise ValueError(f"the model refused: {refusal}" if refusal else "the reply is empty")
+        if not isinstance(text, str):
+            raise ValueError(f"the reply is no text but {text!r:.40}")
         return Reply(text, cut=choice.finish_reason == "length")
 
     def _odds(self, question: Question, answers: tuple[str, str]) -> float:
@@ -169,4 +170,6 @@ def _reason(error: Exception) -> str:
     if status is not None:
         return f"the server answered {status}: {text}"
     kind = {"APITimeoutError": "the server did not answer in time", "APIConnectionError": "no answer from the server"}
-    return kind.get(type(error).__name__, text)
+    if isinstance(error, ValueError) and not isinstance(error, JSONDecodeError):
+        return text
+    return kind.get(type(error).__name__, f"the answer makes no sense: {text}")

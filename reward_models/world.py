@@ -12,6 +12,7 @@ Row 0 is the top; coordinates are (x, y) in pixels with pixel centres at .5.
 """
 
 import zlib
+from functools import cache
 from itertools import permutations, product
 
 import numpy as np
@@ -105,6 +106,16 @@ def requests() -> list[dict]:
     for letters in (*GLYPHS, *map("".join, permutations(GLYPHS, 2))):
         add("text", text=letters)
     return out
+
+
+@cache
+def _captions() -> dict[str, dict]:
+    return {caption(wants): wants for wants in requests()}
+
+
+def understood(text: str) -> dict:
+    """The request that a caption of the world stands for, empty for any other text."""
+    return _captions().get(text, {})
 
 
 def meaning(wants: dict) -> str:

@@ -8,12 +8,13 @@ Components in [0, 1], comparable across prompts; all that apply are 1 just where
 - `attributes`: of the colours and sizes that were asked for, the share that is right. NaN if none was.
 - `relation`: whether it holds, NaN if none was asked for. `text`: the share of letters that is right, NaN likewise.
 
-The revised request says what the first left open, and nothing else: a colour for what has none (that of the object that
+A prompt without ground truth is understood if it is a caption of the world. The revised request says what the first left open, and nothing else: a colour for what has none (that of the object that
 is right already, else one that is not in use), and for two objects where they stand to each other (as the one that is
 right stands, if one is). It means a picture that fits the first request too. Licence: this project's own.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from reward_models.regions import Region, paint
 from reward_models.scorers.shapes import Seen, Verdict, judge, look
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.world import COLOURS, OPPOSITE, SIDE, caption
+from reward_models.world import COLOURS, OPPOSITE, SIDE, caption, understood
 
 Item = Mapping[str, Any]
 
@@ -46,6 +47,7 @@ class ShapesCritic:
         maps = torch.full((len(images), self.grid, self.grid), torch.nan)
         said, requests, boxes, failures = [""] * len(images), [""] * len(images), [()] * len(images), {}
         for i, (prompt, seen) in enumerate(zip(prompts, look(images.cpu().numpy()), strict=True)):
+            prompt = prompt if "tag" in prompt.wants else replace(prompt, wants=understood(prompt.text))
             try:
                 verdict = judge(prompt, seen)
             except KeyError as error:

@@ -1,0 +1,208 @@
+"""Judges behind a server: real HTTP, everything that can go wrong with it, and one real server of a real model."""
+
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_vlm
+import torch
+from chats import CUT, HANG, Busy, chatting, picture, said
+from judge_texts import FULL
+
+from reward_models import Prompt, ask, load
+from reward_models.images import to_uint8
+
+IMAGES = torch.rand(8, 3, 32, 48, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
+PROMPTS = [Prompt("a red circle", {}, 1)] * 8
+TOP = [{"token": "Yes", "logprob": math.log(0.6)}, {"token": " no", "logprob": math.log(0.2)}]
+
+
+def of(url, scorer="rational", **settings):
+    return load(scorer, model="m", url=url, **{"timeout": 5, "retries": 0} | settings)
+
+
+def test_pictures_arrive_as_they_are_after_the_rules():
+    with chatting(lambda request: said(FULL)) as (url, requests):
+        scorer = of(url, concurrency=1)
+        found = scorer(IMAGES, PROMPTS)
+    assert found.column("overall").tolist() == pytest.approx([0.75] * 8)
+    for request, image in zip(requests, IMAGES, strict=True):
+        assert np.array_equal(np.asarray(picture(request)).transpose(2, 0, 1), to_uint8(image[None])[0].numpy())
+        assert [message["role"] for message in request["messages"]] == ["system", "user"]
+        assert request["messages"][0] == requests[0]["messages"][0]
+        assert [part["type"] for part in request["messages"][1]["content"]] == ["image_url", "text"]
+        assert request["temperature"] == 0
+    assert scorer.judge.spent == {"calls": 8, "prompt_tokens": 56, "reply_tokens": 24}
+
+
+FAULTS = {
+    "hang": (HANG, "did not answer in time"),
+    "500": ((500, {}, {"error": {"message": "out of memory"}}), "the server answered 500: .*out of memory"),
+    "429": ((429, {}, {"error": {"message": "slow down"}}), "the server answered 429"),
+    "401": ((401, {}, {"error": {"message": "wrong key"}}), "the server answered 401: .*wrong key"),
+    "404": ((404, {}, {"error": {"message": "no model m"}}), "the server answered 404: .*no model m"),
+    "cut": (CUT, "no answer from the server"),
+    "no choices": (said("x") | {"choices": []}, "no choices"),
+    "null choices": (said("x") | {"choices": None}, "no choices"),
+    "refusal": (
+        said(None, message={"content": None, "refusal": "I will not"}),
+        "refused: I will not",
+    ),
+    "empty": (said(""), "the reply is empty"),
+    "filtered": (said("x", finish_reason="content_filter"), "filter withheld"),
+    "no score": (said("I like it"), "no aspect has a score; .*; the reply begins 'I like it'"),
+    "cut off": (said("1. Text Faith", finish_reason="length"), "ran out of tokens"),
+    "no JSON": ((200, {}, "<html>busy</html>"), "the answer makes no sense"),
+    "other JSON": ((200, {}, [1, 2]), "no choices"),
+    "odd choices": (said("x") | {"choices": "abc"}, "the answer makes no sense"),
+    "no message": (said("x", message=None), "no message"),
+    "odd content": (said("x", message={"role": "assistant", "content": 7}), "the answer makes no sense|no aspect"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_costs_its_own_image_and_is_never_nought(name):
+    fault, says = FAULTS[name]
+    bright = float(IMAGES[3].mean())
+
+    def answer(request):
+        return fault if abs(np.asarray(picture(request)).mean() / 255 - bright) < 1e-6 else said(FULL)
+
+    with chatting(answer) as (url, _):
+        found = of(url, timeout=1)(IMAGES, PROMPTS)
+    assert list(found.failures) == [3]
+    assert re.search(says, found.failures[3])
+    assert "\n" not in found.failures[3]
+    assert found.values[3].isnan().all()
+    assert found.column("overall")[[0, 1, 2, 4, 5, 6, 7]].tolist() == pytest.approx([0.75] * 7)
+
+
+@pytest.mark.parametrize("first", [(429, {"Retry-After": "1"}, {}), (500, {}, {}), (503, {}, {}), CUT, HANG])
+def test_what_passes_is_tried_again(first):
+    answers = iter([first])
+    with chatting(lambda request: next(answers, said(FULL))) as (url, requests):
+        began = time.perf_counter()
+        found = of(url, timeout=1, retries=2)(IMAGES[:1], PROMPTS[:1])
+    assert not found.failures
+    assert len(requests) == 2
+    if isinstance(first, tuple) and first[0] == 429:
+        assert time.perf_counter() - began >= 1
+
+
+def test_what_does_not_pass_is_not_tried_again():
+    with chatting(lambda request: (401, {}, {})) as (url, requests):
+        assert of(url, retries=5)(IMAGES[:1], PROMPTS[:1]).failures
+    assert len(requests) == 1
+
+
+def test_a_server_that_is_not_there():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    assert set(of(url)(IMAGES, PROMPTS).failures.values()) == {"no answer from the server"}
+
+
+def test_no_more_requests_at_once_than_asked_for():
+    busy = Busy()
+
+    def answer(request):
+        with busy.one(0.05):
+            return said(FULL)
+
+    with chatting(answer) as (url, _):
+        of(url, concurrency=3)(IMAGES, PROMPTS)
+    assert busy.most == 3
+
+
+def test_calls_have_a_budget():
+    with chatting(lambda request: said(FULL)) as (url, requests):
+        scorer = of(url, max_calls=5, concurrency=1)
+        found = scorer(IMAGES, PROMPTS)
+        assert sorted(found.failures) == [5, 6, 7]
+        assert "budget of 5 calls" in found.failures[5]
+        assert len(requests) == 5
+        assert len(scorer(IMAGES, PROMPTS).failures) == 8
+    assert scorer.judge.spent["refused"] == 3 + 8
+
+
+def test_a_schema_is_offered_and_no_longer_where_it_is_not_taken():
+    def answer(request):
+        return (400, {}, {"error": {"message": "no such form"}}) if "response_format" in request else said(FULL)
+
+    with chatting(answer) as (url, requests):
+        scorer = of(url, form="json", concurrency=1)
+        assert not scorer(IMAGES[:3], PROMPTS[:3]).failures
+    assert ["response_format" in request for request in requests] == [True, False, False, False]
+    assert requests[0]["response_format"]["json_schema"]["schema"]["required"][-1] == "refined_request"
+
+
+def test_odds_from_the_likeliest_words():
+    def answer(request):
+        assert request["top_logprobs"] == 20
+        listed = TOP if "content" not in request["messages"][0]["content"][1]["text"] else TOP[:1]
+        return said("Yes", logprobs={"content": [TOP[0] | {"top_logprobs": listed}]})
+
+    with chatting(answer) as (url, _):
+        found = of(url, "vlm_yes_no", questions={"one": "Is it?", "two": "Is its content?"})(IMAGES[:1], PROMPTS[:1])
+    assert found.values[0, 0] == pytest.approx(math.log(3))
+    assert found.values[0, 1].isnan()
+    assert "not both of 'Yes' and 'No'" in found.failures[0]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """`transformers serve` in a process of its own, and the folder of a tiny random Qwen2-VL."""
+    folder = tiny_vlm.folder_of(tmp_path_factory.mktemp("vlm"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(
+        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+            break
+        except OSError:
+            assert process.poll() is None, "the server ended"
+            time.sleep(0.5)
+    yield folder, f"http://127.0.0.1:{port}/v1"
+    process.terminate()
+    process.wait(20)
+
+
+def test_a_real_server_sees_what_a_model_here_sees(served):
+    """The same model, here and there, writes the same about each picture: it was asked the same, pictures and all."""
+    folder, url = served
+    template = ask.Template("You judge.\n---\n{image} The request: {prompt}")
+    questions = [template.fill(image=image, prompt=ask.quoted("a <cat>")) for image in IMAGES[:4]]
+    here = ask.judge("t", str(folder), None, {}).ask(questions, 16)
+    judge = ask.judge("t", str(folder), url, {"retries": 1})
+    there = judge.ask(questions, 16)
+    assert len({reply.text for reply in here}) == 4
+    for one, two in zip(here, there, strict=True):
+        assert not two.failure
+        assert re.sub(r"<\|\w+\|>", "", two.text) == one.text
+        assert two.cut
+        assert one.cut
+    assert judge.spent["reply_tokens"] == 64
+
+
+def test_a_real_server_of_a_babbling_model_scores_nothing(served):
+    folder, url = served
+    found = load("rational", model=str(folder), url=url, tokens=12, retries=1)(IMAGES[:3], PROMPTS[:3])
+    assert sorted(found.failures) == [0, 1, 2]
+    assert all("no aspect has a score" in why for why in found.failures.values())
+    assert found.values.isnan().all()
+    assert all(found.replies)
+    odds = load("vlm_yes_no", model=str(folder), url=url, retries=1)(IMAGES[:1], PROMPTS[:1])
+    assert "gives no probabilities" in odds.failures[0]
