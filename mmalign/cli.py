@@ -1,6 +1,7 @@
 """The command line. Exit code 0: done; 2: bad input, told in one line; 1: a failure while running."""
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -324,6 +325,154 @@ def score(
     if summary["failed"]:
         print(f"mmalign: {summary['failed']} of {len(rows)} images could not be scored; see {out}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command()
+def refine(
+    prompt: Annotated[list[str] | None, typer.Argument(help="prompts, each in quotes")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="file of prompts (.txt or .jsonl)")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="pictures to begin from, with their prompts: a folder or table, as for `score`")
+    ] = None,
+    critic: Annotated[str, typer.Option(help="scorer that criticises; the embedded world's by default")] = (
+        "shapes_critic"
+    ),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="the critic's setting, e.g. rational.model=NAME; may repeat")
+    ] = None,
+    moves: Annotated[
+        str,
+        typer.Option(help="what a round may do, comma-separated: request, seed, guidance, region, keep, cut, strength"),
+    ] = "request,seed",
+    by: Annotated[str, typer.Option(help="component that decides; default: the critic's first")] = "",
+    good: Annotated[float, typer.Option(help="what every component must reach for an image to be done with")] = 1.0,
+    rounds: Annotated[int, typer.Option(min=1, help="most images of a prompt, the first included")] = 4,
+    forwards: Annotated[float | None, typer.Option(min=0, help="most network forwards for a prompt")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="give up after so many rounds without a gain")] = None,
+    cut: Annotated[float, typer.Option(help="time in (0, 1) that the move `cut` begins from")] = 0.9,
+    strength: Annotated[float, typer.Option(min=0, help="of the adapter, for the move `strength`")] = 1.5,
+    model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
+    adapter: Annotated[Path | None, typer.Option(help="folder of a run whose model and adapter are used")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 10,
+    guidance: Annotated[
+        float | None, typer.Option(help="classifier-free guidance; default: the run's, or none")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of all noise")] = 0,
+    out: Annotated[Path, typer.Option(help="folder; prompts that are done there are not done again")] = Path("refined"),
+    batch: Annotated[int, typer.Option(min=1, help="images per forward, and prompts at once")] = 64,
+    page: Annotated[Path | None, typer.Option("--html", help="write a page of all rounds")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="JSONL for the best against the worst image of a prompt")] = None,
+    requests: Annotated[Path | None, typer.Option(help="JSONL for the revised requests that gained")] = None,
+    cache: Annotated[Path | None, typer.Option(help="file of scores had before; made if it is not there")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw, have it criticised, draw again; keep the best image of each prompt. No training."""
+    from rich.progress import track
+
+    from mmalign import config as configs, refine as refining, stories
+    from mmalign.rounds import write as write_page
+
+    if sum(map(bool, (prompt, prompts, images))) != 1:
+        raise BadInput("give prompts in quotes, --prompts FILE or --images FOLDER, one of the three")
+    given = tuple(own.strip() for own in moves.split(",") if own.strip())
+    _check_moves(given, adapter, cut, steps)
+    for file in (page, pairs, requests):
+        if file is not None:
+            _writable(file.parent)
+    with configs.refusing():
+        scorer = _scorers(critic, settings or [], cache)[critic]
+    if by and by not in scorer.names:
+        raise BadInput(f"--by {by!r}: {critic} gives {', '.join(scorer.names)}")
+    policy = _policy(model, guidance, adapter)
+    wanted, begin = _begun(prompt, prompts, images, policy.image_size)
+    asked = refining.Settings(
+        given, by or scorer.names[0], good, rounds, forwards, patience, cut, strength, policy.guidance, steps, seed
+    )
+    _writable(out)
+    about = {"critic": critic, "version": scorer.card.version, "model": str(model), "adapter": str(adapter or "")}
+    rows = stories.opened(out, stories.asked_for(asked, **about, images_from=str(images or "")), wanted)
+    left = [own for own in wanted if own.id not in rows]
+
+    def refined(some):
+        shown = None if begin is None else begin(some)
+        return refining.refine(policy, scorer, some, asked, batch, shown, critic)
+
+    done = track(
+        stories.run(left, batch, refined, out), "refining", len(left), console=Console(stderr=True), disable=not left
+    )
+    for row in done:
+        rows[row["id"]] = row
+    ordered = [rows[own.id] for own in wanted]
+    result = stories.summary(ordered, asked.by) | {"before": len(wanted) - len(left), "out": str(out)}
+    spent = getattr(getattr(scorer, "judge", None), "spent", None)
+    if spent is not None:
+        result["judge"] = dict(spent)
+    if page is not None:
+        write_page(ordered, result, asked.by, out, page)
+    if pairs is not None:
+        stories.export(stories.pairs(ordered, asked.by, os.path.relpath(out, pairs.parent)), pairs)
+    if requests is not None:
+        stories.export(stories.requests(ordered, asked.by), requests)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        console.print(_refined(result, asked.by))
+    if result["unscored"]:
+        print(f"mmalign: {result['unscored']} of {len(wanted)} prompts have an image without a score", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _check_moves(given: tuple[str, ...], adapter: Path | None, cut: float, steps: int) -> None:
+    from mmalign.refine import MOVES
+
+    unknown = [own for own in given if own not in MOVES]
+    if unknown or not given:
+        raise BadInput(f"--moves {','.join(unknown) or 'none'}: known are {', '.join(MOVES)}")
+    if "strength" in given and adapter is None:
+        raise BadInput("--moves strength makes more of an adapter; give --adapter RUN")
+    if "cut" in given and not 0 < cut < 1:
+        raise BadInput(f"--cut {cut}: a time between 0 (the image) and 1 (noise) is needed")
+    if {"region", "keep"} & set(given) and steps < 3:
+        raise BadInput(f"--steps {steps}: redrawing a part of an image takes at least 3")
+
+
+def _begun(prompt: list[str] | None, prompts: Path | None, images: Path | None, size: tuple[int, int]):
+    """The prompts, and what gives the pictures of some of them, if there are any."""
+    import torch
+
+    from mmalign import config as configs, prompts as prompt_files
+    from reward_models import Prompt, batch as batches
+    from reward_models.images import from_file
+
+    if prompts:
+        return prompt_files.read(configs.locate(str(prompts))), None
+    if prompt:
+        return [Prompt(text, {}, i) for i, text in enumerate(prompt)], None
+    with configs.refusing():
+        items, _ = batches.read(images, None)
+        if any(item.prompt is None for item in items):
+            raise BadInput(f"{images} has no prompt for {next(item.image for item in items if item.prompt is None)}")
+        pictures = {}
+        for number, item in enumerate(items):
+            pictures[number] = from_file(item.path)
+            if tuple(pictures[number].shape[2:]) != size:
+                had, needed = (f"{wide} x {high}" for high, wide in (pictures[number].shape[2:], size))
+                raise BadInput(f"{item.image} has {had} pixels; the model draws {needed}")
+    wanted = [Prompt(item.prompt.text, item.prompt.wants, number) for number, item in enumerate(items)]
+    return wanted, lambda some: torch.cat([pictures[own.id] for own in some])
+
+
+def _refined(result: dict, by: str) -> Table:
+    table = Table(title=f"{result['prompts']} prompts, images in {result['out']}", box=box.SIMPLE, show_header=False)
+    first, best = (_short(result[key]) or "none" for key in ("first", "best"))
+    rows = {f"{by}, first image": first, f"{by}, image kept": best, "prompts with a better image": result["gained"]}
+    rows |= {"images": result["images"], "network forwards": result["forwards"]}
+    rows |= {"ended": ", ".join(f"{why} {count}" for why, count in result["stopped"].items())}
+    rows |= {f"judge, {name}": count for name, count in result.get("judge", {}).items()}
+    rows |= {"done before": result["before"]} if result["before"] else {}
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
 
 
 @app.command()

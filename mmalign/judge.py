@@ -1,7 +1,7 @@
 """Show images to reward models, once each, and bring the scores back to the trajectories."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -16,13 +16,15 @@ Scorers = Mapping[str, Callable[..., Scores]]  # by name: (images, prompts) -> S
 
 @dataclass(frozen=True)
 class Seen:
-    """Every component as "scorer.component" -> `[N]`, NaN where it failed; the scorers' maps and the regions of each
-    image by name; reasons by image."""
+    """Every component as "scorer.component" -> `[N]`, NaN where it failed; by scorer the maps, the regions of each
+    image, what is said of it and the revised request for it; reasons by image."""
 
     parts: dict[str, Float[Tensor, "N"]]
     maps: dict[str, Float[Tensor, "N a b"]]
     boxes: dict[str, tuple[tuple[Region, ...], ...]]
     failures: dict[int, str]
+    said: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    requests: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def score(images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: Scorers) -> Seen:
@@ -34,8 +36,13 @@ def score(images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: 
         seen.parts.update({f"{name}.{component}": scores.column(component).float() for component in scores.names})
         if scores.regions is not None:
             seen.maps[name] = scores.regions.float()
-        if scores.boxes:
-            seen.boxes[name] = scores.boxes
+        for kept, found in (
+            (seen.boxes, scores.boxes),
+            (seen.said, scores.critiques),
+            (seen.requests, scores.requests),
+        ):
+            if found:
+                kept[name] = found
     return seen
 
 

@@ -8,9 +8,10 @@ Components in [0, 1], comparable across prompts; all that apply are 1 just where
 - `attributes`: of the colours and sizes that were asked for, the share that is right. NaN if none was.
 - `relation`: whether it holds, NaN if none was asked for. `text`: the share of letters that is right, NaN likewise.
 
-A prompt without ground truth is understood if it is a caption of the world. The revised request says what the first left open, and nothing else: a colour for what has none (that of the object that
-is right already, else one that is not in use), and for two objects where they stand to each other (as the one that is
-right stands, if one is). It means a picture that fits the first request too. Licence: this project's own.
+A prompt without ground truth is understood if it is a caption of the world. The revised request says what the first
+left open, and nothing else: a colour for what has none (that of the object that is right already, else one that is not
+in use), and for two objects where they stand to each other (as the one that is right stands, if one is). It means a
+picture that fits the first request too. Licence: this project's own.
 """
 
 from collections.abc import Mapping, Sequence

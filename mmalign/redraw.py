@@ -1,0 +1,108 @@
+"""Make an image once more: from another request, seed or guidance, from a time on, or only in part.
+
+A part of an image is redrawn by a flow that keeps the rest: outside the mask the velocity is `(x_t - x_0) / t`, that of
+the straight line to the known latent `x_0`, which every step therefore meets exactly. Inside, the walk takes fresh
+noise at each step (`ddim` at eta 1), so that what is new comes to fit what is kept; as an ODE the two do not meet.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign import guide
+from mmalign.flow.plan import ode, sde
+from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.types import Latents, Velocity
+
+SOFTEST = 1e-3  # of a mask; a smaller share of a latent position is none
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How an image is made. `start`: the time the walk begins at, below 1 from an image before, noised that far.
+    `strength`: how much of the adapter acts."""
+
+    request: str
+    seed: int
+    guidance: float
+    start: float = 1.0
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Base:
+    """The image an attempt begins from, and where it is redrawn: `mask` [h, w], 1 there, 0 where it is kept."""
+
+    latent: Float[Tensor, "C h w"]
+    mask: Float[Tensor, "h w"]
+
+
+def keeping(velocity: Velocity, known: Latents, mask: Float[Tensor, "M h w"]) -> Velocity:
+    """`velocity` where the mask is 1, that of the straight line to `known` where it is 0, row i of them for index i."""
+
+    def kept(x, t, cond, index):
+        free = mask[index][:, None]
+        line = (x.float() - known[index]) / t[:, None, None, None]
+        return torch.where(free > SOFTEST, torch.lerp(line, velocity(x, t, cond, index).float(), free), line)
+
+    return kept
+
+
+def times_from(times: Float[Tensor, "states"], start: float) -> Float[Tensor, "fewer"]:
+    """The schedule's times below `start`, and `start`."""
+    if start >= 1:
+        return times
+    return torch.cat([torch.tensor([start]), times[times < start - 1e-4]])
+
+
+def draw(
+    policy, attempts: Sequence[Attempt], bases: Sequence[Base | None], steps: int, batch: int
+) -> tuple[Latents, list[float]]:
+    """The latents of the attempts, and the network evaluations each took. Those that walk alike go together. An attempt
+    with a base whose mask is 1 everywhere, and start 1, is drawn from noise alone."""
+    alike = defaultdict(list)
+    for i, (own, base) in enumerate(zip(attempts, bases, strict=True)):
+        part = base is not None and bool((base.mask < 1).any())
+        alike[own.guidance, own.start, own.strength, part].append(i)
+    latents = torch.empty(len(attempts), *policy.latent_shape, device=policy.device)
+    forwards = [0.0] * len(attempts)
+    usual = policy.guidance
+    try:
+        for (guidance, start, strength, part), rows in alike.items():
+            policy.guidance = guidance
+            for at in range(0, len(rows), batch):
+                some, before = rows[at : at + batch], policy.spent["forwards"]
+                own = [attempts[i] for i in some]
+                latents[some] = _walk(policy, own, [bases[i] for i in some], steps, start, strength, part)
+                spent = (policy.spent["forwards"] - before) / len(some)
+                for i in some:
+                    forwards[i] = spent
+    finally:
+        policy.guidance = usual
+    return latents, forwards
+
+
+def _walk(policy, attempts, bases, steps: int, start: float, strength: float, part: bool) -> Latents:
+    noise = torch.stack([gaussian(policy.latent_shape, own.seed) for own in attempts]).to(policy.device)
+    velocity, x = policy.velocity, noise
+    if strength != 1:
+        velocity = guide.guided(policy, torch.ones(policy.latent_shape[1:], device=noise.device), strength)
+    if start < 1 or part:
+        known = torch.stack([base.latent for base in bases]).to(noise)
+        x = (1 - start) * known + start * noise
+    if part:
+        velocity = keeping(velocity, known, torch.stack([base.mask for base in bases]).to(noise))
+    times = times_from(policy.times(steps), start)
+    cond = policy.encode([own.request for own in attempts])
+    index = torch.arange(len(attempts), device=noise.device)
+    if not part:
+        return sample(velocity, x, cond, index, ode(times), batch=len(attempts)).ends
+
+    def fresh(row: int, step: int, path: tuple[int, ...]) -> Tensor:
+        return gaussian(policy.latent_shape, seed_of("redraw", attempts[row].seed, step))
+
+    return sample(velocity, x, cond, index, sde(times, "ddim", 1.0), fresh, batch=len(attempts)).ends
