@@ -147,6 +147,16 @@ def sample(
         typer.Option("--box", help="where the adapter acts: left,top,right,bottom in pixels; may repeat"),
     ] = None,
     edge: Annotated[float, typer.Option(min=0, help="softness of the boxes' edges in pixels")] = 0.0,
+    best: Annotated[
+        str | None, typer.Option("--best", help="keep of each prompt the seed with the best score: scorer.component")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="that scorer's setting, e.g. clip.model=ViT-B-32; may repeat")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="with --best: how many seeds of a prompt go on after --after steps")
+    ] = None,
+    after: Annotated[int | None, typer.Option(min=1, help="with --keep: steps before the others are given up")] = None,
     out: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
     batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 64,
     as_json: Json = False,
@@ -154,7 +164,7 @@ def sample(
     """Sample images by ODE; a seed gives the image the stock pipeline gives for it."""
     from torchvision.utils import save_image
 
-    from mmalign import evaluate, prompts as prompt_files
+    from mmalign import config as configs, evaluate, prompts as prompt_files
     from reward_models import Prompt
 
     if bool(prompt) == bool(prompts):
@@ -168,7 +178,17 @@ def sample(
         raise BadInput("--strength and --box say how much of an adapter acts, and where; give --adapter RUN")
     if edge and not boxes:
         raise BadInput("--edge softens boxes; give --box left,top,right,bottom")
+    if best is not None:
+        _best_settings(best, len(numbers), keep, after, steps, strength, boxes)
+        with configs.refusing():
+            scorer = _scorers(best.rpartition(".")[0], settings or [], None)[best.rpartition(".")[0]]
+            _has_component(scorer, best)
+    elif keep or after or settings:
+        raise BadInput("--keep, --after and --set belong to --best scorer.component")
     policy = _policy(model, guidance, adapter)
+    if best is not None:
+        _sample_best(policy, wanted, numbers, steps, scorer, best, batch, keep, after, out, as_json)
+        return
     velocity = _guided(policy, 1.0 if strength is None else strength, boxes or [], edge) if adapter else None
     _writable(out)
     images, of = evaluate.generate(policy, wanted, [numbers] * len(wanted), steps, batch, velocity)
@@ -180,6 +200,51 @@ def sample(
         print(json.dumps(files))
     else:
         console.print(f"{len(files)} images in {out}")
+
+
+def _best_settings(best: str, seeds: int, keep: int | None, after: int | None, steps: int, strength, boxes) -> None:
+    if "." not in best:
+        raise BadInput(f"--best {best!r}: scorer.component is needed, e.g. clip.cosine")
+    if (keep is None) != (after is None):
+        raise BadInput("--keep N --after STEPS: both or neither")
+    if keep is not None and not (keep < seeds and after < steps):
+        raise BadInput(f"--keep {keep} --after {after}: fewer than the {seeds} seeds and the {steps} steps are needed")
+    if strength is not None or boxes:
+        raise BadInput("--best does not go with --strength or --box")
+
+
+def _has_component(scorer, name: str) -> None:
+    component = name.rpartition(".")[2]
+    if component not in scorer.names:
+        raise BadInput(f"--best {name!r}: that scorer gives {', '.join(scorer.names)}")
+
+
+def _sample_best(policy, wanted, numbers, steps, scorer, best, batch, keep, after, out, as_json) -> None:
+    from torchvision.utils import save_image
+
+    from mmalign import bestof
+
+    _writable(out)
+    seeds, component = [numbers] * len(wanted), best.rpartition(".")[2]
+    found = bestof.best_of(policy, wanted, seeds, steps, scorer, component, batch, keep, after)
+    rows = []
+    for i, own in enumerate(wanted):
+        value, seed = float(found.score[i]), numbers[int(found.member[i])]
+        rows.append({"image": str(out / f"{own.id:05d}-{seed}.png"), "prompt": own.text, "seed": seed})
+        rows[-1]["score"] = None if value != value else value
+        save_image(found.images[i], rows[-1]["image"])
+    curve = bestof.curve(found.scores)
+    if as_json:
+        spent = {"forwards": found.forwards, "judgements": found.judgements}
+        print(json.dumps({"images": rows, "expected_best": curve, "failures": found.failures, **spent}))
+    else:
+        console.print(f"{len(rows)} images in {out}: {found.forwards} forwards, {found.judgements} judgements")
+        of = f"the {keep} that were walked to the end" if keep else "all"
+        console.print(f"expected best {best} of k of {of}: {', '.join(f'{v:.3f}' for v in curve)}")
+    if found.failures:
+        why = next(iter(found.failures.values()))
+        print(f"mmalign: {len(found.failures)} images could not be scored: {why}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _guided(policy, strength: float, boxes: list[str], edge: float):
