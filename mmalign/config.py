@@ -27,9 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]  # the checkout, whose assets/ a conf
 Rule = Literal["paper", "z"]  # of the noise calibration
 POLICY_GRADIENT = (  # what acts on steps of walks alone
     "credit", "baseline", "compare", "control", "score_states", "advantage_scale", "advantage_floor", "advantage_clip",
+    "saturated",
     "region_weight", "whole_weight", "ratio_over", "focus", "weighting", "loss", "clip", "beta",
 )  # fmt: skip
-SAMPLING = ("kernel", "noise", "window", "branch_steps", "children", "max_forwards", "max_rewards", "cache")
+SAMPLING = ("kernel", "noise", "window", "branch_steps", "children", "max_forwards", "max_rewards", "cache", "overlap")
 
 
 class BadInput(ValueError):
@@ -81,6 +82,9 @@ class Config(BaseModel):
     watch: list[str] = Field([], description="scorers shown at evaluation beside the rewards, never trained on")
     scorers: dict[str, dict[str, Any]] = Field(
         {}, description="settings of scorers by name; with `scorer: NAME` among them the name is your own"
+    )
+    overlap: bool = Field(
+        False, description="draw the next batch while this one is judged, and learn one update late; for slow judges"
     )
     cache: str | None = Field(None, description="file of scores had before, shared between runs; made if not there")
     records: str | None = Field(
@@ -165,6 +169,9 @@ class Config(BaseModel):
     advantage_floor: float = Field(0.0, ge=0, description="least size of that unit, in units of the reward")
     dead_spread: float = Field(
         1e-6, ge=0, description="a group whose standard deviation is no more than this is dead: advantage 0, counted"
+    )
+    saturated: float | None = Field(
+        None, description="a group whose mean reward is at least this is left out: advantage 0, counted; null: none is"
     )
     advantage_clip: float = Field(5.0, gt=0, description="bound of advantages, in that unit")
     region: str | None = Field(

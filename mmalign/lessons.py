@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmalign import credit, prompts as prompt_files
 from mmalign.config import Config
-from mmalign.credit.groups import Units
+from mmalign.credit.groups import Units, group_mean
 from mmalign.credit.region import by_place, maps
 from mmalign.flow.sample import seed_of
 from mmalign.focus import attended, within
@@ -18,7 +18,7 @@ from mmalign.learn.update import Replay, surrogate, transitions
 from mmalign.objectives import rgdpo, srum
 from mmalign.objectives.matching import Finished
 from mmalign.session import Session
-from mmalign.types import Judgement, Marks, Rows, Trajectories
+from mmalign.types import Judgement, Marks, Rows, Trajectories, over
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,16 @@ def weights(c: Config) -> tuple[float, float]:
 
 def advantages(c: Config, paths: Trajectories, judged: Judgement) -> Float[Tensor, "N T a b"]:
     advantage = by_place(paths, judged, choose_credit(c), *weights(c))
+    if c.saturated is not None:
+        advantage = advantage * ~over(full(c, paths, judged), advantage)
     if c.focus == "map":
         advantage = within(advantage, ~maps(paths, judged)[:, -1, None].isnan())
     return advantage
+
+
+def full(c: Config, paths: Trajectories, judged: Judgement) -> Bool[Tensor, "N"]:
+    """Whether a walk's group has nothing more to learn: its mean reward is `saturated` (RationalRewards' filter)."""
+    return group_mean(judged.reward[:, -1], paths.prompt.to(judged.reward.device)) >= c.saturated
 
 
 def of_walks(run: Session, cond, paths: Trajectories, judged: Judgement) -> Lesson:

@@ -40,9 +40,9 @@ class Settings:
 
     moves: tuple[str, ...] = ("request", "seed")
     by: str = ""
-    good: float = 1.0
+    good: int | float = 1.0
     images: int = 4
-    forwards: float | None = None
+    forwards: int | float | None = None
     patience: int | None = None
     cut: float = 0.9
     strength: float = 1.5

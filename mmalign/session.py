@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -53,7 +54,8 @@ class Session:
 
     `config` is as the budget left it, `levels` the noise of each step, `ema` the averaged adapter by name,
     `multipliers` the constraints' by component, `reference` the frozen one's mean and standard deviation by component.
-    `records` are the judged images that are learnt from instead of rollouts, if any.
+    `records` are the judged images that are learnt from instead of rollouts, if any. `ahead` holds batches by iteration
+    that are drawn already (`mmalign.ahead`).
     """
 
     config: Config
@@ -70,6 +72,7 @@ class Session:
     reference: dict[str, tuple[float, float]] | None
     records: Records | None
     clock: Clock
+    ahead: dict[int, Any] = field(default_factory=dict)
 
     def combination(self, iteration: int) -> Combination:
         """The weights as they stand: ramps by how much of the run is done, constraints by their multipliers."""
@@ -85,10 +88,15 @@ class Session:
             self.multipliers[name] = combine.multiplier(self.multipliers[name], limit.bound, mean, limit.rate)
         return {f"multiplier/{name}": u for name, u in self.multipliers.items()}
 
-    def cache_hits(self) -> dict[str, float]:
-        """The share of all scores so far that were had before, evaluations included."""
+    def asked(self) -> dict[str, float]:
+        """What scorers have been asked so far, evaluations included: the share of scores that were had before, and of
+        judges that are models the calls, failed ones and tokens."""
         cached = [scorer for scorer in self.scorers.values() if isinstance(scorer, Cached)]
-        return {"cache_hits": sum(s.hits for s in cached) / max(1, sum(s.asked for s in cached))} if cached else {}
+        row = {"cache_hits": sum(s.hits for s in cached) / max(1, sum(s.asked for s in cached))} if cached else {}
+        for name, scorer in self.scorers.items():
+            judge = getattr(getattr(scorer, "scorer", scorer), "judge", None)
+            row |= {f"judge/{name}/{key}": count for key, count in judge.spent.items()} if judge else {}
+        return row
 
     def set_rate(self, iteration: int) -> None:
         """The learning rate of an iteration: linear warm-up and cool-down."""

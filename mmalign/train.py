@@ -7,19 +7,20 @@ Left out on purpose: a replay buffer (each iteration learns from its own images)
 along.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mmalign import evaluate, exhibit, planner, prompts as prompt_files
+from mmalign import ahead, evaluate, exhibit, planner, prompts as prompt_files
 from mmalign.credit.gain import balance, gains
 from mmalign.credit.groups import dead, group_std
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.judge import judge, stop_if_failing
 from mmalign.learn.update import update
-from mmalign.lessons import Lesson, advantages, finished, from_records, of_images, of_walks
+from mmalign.lessons import Lesson, advantages, finished, from_records, full, of_images, of_walks
 from mmalign.session import Session
 from mmalign.types import Judgement, Trajectories
 from reward_models import Prompt, combine
@@ -45,7 +46,7 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
         "forwards": forwards,
         "replay_forwards": policy.spent["forwards"] - forwards,
         "decodes": policy.spent["decodes"],
-        **run.cache_hits(),
+        **run.asked(),
         "transitions": len(lesson.batch),
         "lr": run.optimizer.param_groups[0]["lr"],
     }
@@ -54,10 +55,8 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
 
 def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Lesson, dict[str, int | float]]:
     c, clock = run.config, run.clock
-    prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
-    with clock.of("rollout"):
-        cond, paths = roll_out(run, prompts, run.levels, iteration)
-    judged, images, rewards = judge_all(run, paths, prompts, iteration)
+    own = ahead.batch(run, iteration, roll_out, judge_all)
+    prompts, cond, paths, (judged, images, rewards) = own.prompts, own.cond, own.paths, own.judged()
     stop_if_failing(judged, len(images), c.max_failed)
     with clock.of("learn"):
         if c.objective == "grpo":
@@ -74,6 +73,7 @@ def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Less
     row |= run.move_multipliers(judged)
     row |= {
         "group_std": float(group_std(reward, paths.prompt).nanmean()),
+        **({"saturated_groups": float(full(c, paths, judged).float().mean())} if c.saturated is not None else {}),
         "dead_groups": float(dead(reward, paths.prompt, c.dead_spread).mean()),
         "diversity": evaluate.diversity(images[paths.shown[:, -1].cpu()], paths.prompt.cpu()),
         "failed": len(judged.failures),
@@ -103,12 +103,12 @@ def roll_out(run: Session, prompts: list[Prompt], levels: Noise, iteration: int)
 
 
 def judge_all(
-    run: Session, paths: Trajectories, prompts: list[Prompt], iteration: int
+    run: Session, paths: Trajectories, prompts: list[Prompt], iteration: int, decode: Callable | None = None
 ) -> tuple[Judgement, Tensor, int]:
     """The judgement by the trained rewards, the images, and how many images were scored, counted for each scorer."""
     c, clock = run.config, run.clock
     scorers = {name: clock.timed("reward", scorer) for name, scorer in run.scorers.items() if name in c.trained}
-    decode, combination = clock.timed("decode", run.policy.decode), run.combination(iteration)
+    decode, combination = decode or clock.timed("decode", run.policy.decode), run.combination(iteration)
     judged, images = judge(paths, prompts, decode, scorers, combination, c.decode_batch, c.region, c.region_grid)
     return judged, images, len(images) * len(scorers)
 

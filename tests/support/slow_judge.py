@@ -1,0 +1,40 @@
+"""A judge whose answers take time, and one that fails after a while, for whole runs."""
+
+import time
+
+import torch
+
+from reward_models import Card
+from reward_models.scorers.shapes import Shapes
+
+
+class Slow(Shapes):
+    """`shapes`, `seconds` late; keeps when it was asked and when it answered."""
+
+    def __init__(self, seconds: float = 0.3):
+        super().__init__()
+        self.seconds = seconds
+        self.times: list[tuple[float, float]] = []
+
+    def __call__(self, images, prompts):
+        began = time.perf_counter()
+        time.sleep(self.seconds)
+        found = super().__call__(images, prompts)
+        self.times.append((began, time.perf_counter()))
+        return found
+
+
+class Full:
+    """Every image of an even prompt id is as good as it gets, but for a hair."""
+
+    names = ("good",)
+    card = Card("full", licence="Apache-2.0", low=0, high=1)
+
+    def __call__(self, images, prompts):
+        from reward_models.scoring import each
+
+        def look(some, whose):
+            base = torch.tensor([0.98 if own.id % 2 == 0 else 0.5 for own in whose])
+            return (base + 0.01 * some.mean((1, 2, 3)))[:, None]
+
+        return each(images, prompts, self.names, look)
