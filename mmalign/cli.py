@@ -516,13 +516,13 @@ def _begun(prompt: list[str] | None, prompts: Path | None, images: Path | None, 
     with configs.refusing():
         items, _ = batches.read(images, None)
         if any(item.prompt is None for item in items):
-            raise BadInput(f"{images} has no prompt for {next(item. for item in items if item.prompt is None)}")
+            raise BadInput(f"{images} has no prompt for {next(item.name for item in items if item.prompt is None)}")
         pictures = {}
         for number, item in enumerate(items):
             pictures[number] = from_file(item.path)
             if tuple(pictures[number].shape[2:]) != size:
                 had, needed = (f"{wide} x {high}" for high, wide in (pictures[number].shape[2:], size))
-                raise BadInput(f"{item.} has {had} pixels; the model draws {needed}")
+                raise BadInput(f"{item.name} has {had} pixels; the model draws {needed}")
     wanted = [Prompt(item.prompt.text, item.prompt.wants, number) for number, item in enumerate(items)]
     return wanted, lambda some: torch.cat([pictures[own.id] for own in some])
 

@@ -88,7 +88,7 @@ class Session:
             self.multipliers[name] = combine.multiplier(self.multipliers[name], limit.bound, mean, limit.rate)
         return {f"multiplier/{name}": u for name, u in self.multipliers.items()}
 
-    def asked(self) -> dict[str, float]:
+    def asked(self) -> dict[str, int | float]:
         """What scorers have been asked so far, evaluations included: the share of scores that were had before, and of
         judges that are models the calls, failed ones and tokens."""
         cached = [scorer for scorer in self.scorers.values() if isinstance(scorer, Cached)]
