@@ -541,6 +541,54 @@ def _refined(result: dict, by: str) -> Table:
 
 
 @app.command()
+def doctor(
+    rewards: Annotated[str, typer.Option(help="comma-separated scorers to examine")],
+    source: Annotated[
+        Path, typer.Argument(help="pictures with prompts, as for `score`; pairs with a choice are labels")
+    ] = Path("assets/pictures"),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="a scorer's setting, e.g. rational.model=NAME; may repeat")
+    ] = None,
+    most: Annotated[int, typer.Option(min=2, help="pictures used at most")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Markdown file for the report")] = None,
+    as_json: Json = False,
+) -> None:
+    """Is a judge fit to be a reward? Exit code 1 if one is not; each red line says what to do."""
+    from dataclasses import asdict
+
+    from mmalign import config as configs
+    from reward_models import health
+
+    with configs.refusing():
+        images, prompts, pairs = health.material(Path(configs.locate(str(source))), most)
+        scorers = _scorers(rewards, settings or [], None)
+    if out is not None:
+        _writable(out.parent)
+    reports = {
+        name: health.examine(scorer, images, prompts, health.chosen(scorer, pairs)) for name, scorer in scorers.items()
+    }
+    if out is not None:
+        out.write_text(health.markdown(reports, len(images)))
+    if as_json:
+        print(json.dumps({name: [asdict(own) for own in rows] for name, rows in reports.items()}))
+    else:
+        for name, rows in reports.items():
+            console.print(_examined(name, rows))
+    if any(own.good is False for rows in reports.values() for own in rows):
+        raise typer.Exit(1)
+
+
+def _examined(name: str, rows) -> Table:
+    table = Table(title=name, box=box.SIMPLE, title_justify="left")
+    for heading in ("check", "", "seen", "what to do"):
+        table.add_column(heading)
+    for own in rows:
+        mark = {True: "[green]good[/green]", False: "[red]bad[/red]", None: "unknown"}[own.good]
+        table.add_row(own.check, mark, own.seen, "" if own.good else own.advice)
+    return table
+
+
+@app.command()
 def serve(
     rewards: Annotated[str, typer.Option(help="comma-separated scorers")] = "clip",
     settings: Annotated[

@@ -8,6 +8,7 @@ import numpy as np
 from mmalign.config import BadInput
 from mmalign.flow.sample import seed_of
 from reward_models import Prompt
+from reward_models.images import beside
 
 
 def read(path: str | Path) -> list[Prompt]:
@@ -34,7 +35,8 @@ def read(path: str | Path) -> list[Prompt]:
 def _parse(line: str, number: int, path: Path) -> Prompt:
     try:
         row = json.loads(line)
-        return Prompt(str(row.pop("prompt")), row, int(row.pop("id", number)))
+        text, name = str(row.pop("prompt")), int(row.pop("id", number))
+        return Prompt(text, beside(row, path.parent), name)
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"prompts {path}, line {number + 1}: an object with a `prompt` is needed ({error!r})") from None
 

@@ -10,12 +10,12 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from reward_models.images import from_file
+from reward_models.images import beside, from_file
 from reward_models.scoring import Picture, score_pictures
 from reward_models.types import Prompt, RewardModel
 
@@ -83,6 +83,7 @@ def read(source: Path, prompt: str | None = None) -> tuple[list[Item], list[Choi
     choices = []
     for number, row in enumerate(_rows(source), 1):
         own = _prompt(row, prompt, f"{source}, row {number}")
+        own = replace(own, wants=beside(own.wants, source.parent)) if own else None
         text = own.text if own else None
         columns = ("image_a", "image_b") if "image_a" in row else ("image",)
         for column in columns:

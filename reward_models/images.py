@@ -3,8 +3,9 @@
 Rounding is to the nearest of 256 levels, so 8-bit images survive the way there and back exactly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,15 @@ def from_file(place: str | Path) -> Images:
             return from_pil([picture])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from None
+
+
+PICTURES = ("source", "reference")  # of a prompt's ground truth, those that name a picture
+
+
+def beside(wants: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Ground truth whose pictures are named from `folder`, the place of the file it came from."""
+    own = {key: str(folder / wants[key]) for key in PICTURES if isinstance(wants.get(key), str)}
+    return {**wants, **own}
 
 
 def resized(
