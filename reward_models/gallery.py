@@ -43,6 +43,10 @@ def _card(row: Mapping[str, Any], where: Path, page: Path) -> str:
     )
     why = "".join(f"<p class=why>{html.escape(f'{name}: {reason}')}</p>" for name, reason in row["failures"].items())
     said = "".join(f"<p class=said>{html.escape(f'{name}: {text}')}</p>" for name, text in row["critiques"].items())
+    said += "".join(
+        f"<p class=said>{html.escape(f'{name} would ask for: {text}')}</p>"
+        for name, text in row.get("requests", {}).items()
+    )
     heats = "".join(heat.over(own, name) for name, own in row.get("places", {}).items())
     data = html.escape(json.dumps(row["scores"]), quote=True)
     return (

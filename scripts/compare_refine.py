@@ -13,6 +13,7 @@ import torch
 import typer
 
 from mmalign import policy as policies, prompts as prompt_files
+from mmalign.bestof import best_of, expected_best
 from mmalign.config import locate
 from mmalign.refine import Settings, Story, refine
 from reward_models import load
@@ -31,6 +32,7 @@ WAYS = {
     "request + guidance": Settings(moves=("request", "seed", "guidance")),
     "request, up to 16 images": Settings(moves=("request", "seed"), images=16),
 }
+PRUNED = ((None, None), (2, 3), (2, 5), (2, 7), (4, 5))
 SEVERAL = ("two_objects", "position", "color_attr", "counting")
 
 
@@ -62,6 +64,18 @@ def main(prompts: int = 200, seeds: int = 3, steps: int = 10) -> None:
             f"| {name} | {whole:.3f} ({seen}) | {hard:.3f} | {forwards:.1f} | {images:.2f} | {lost} |",
             flush=True,
         )
+    print("\n| best of 8 seeds | strict | mean score | forwards | judgements |")
+    print("|---|---|---|---|---|")
+    for kept, after in PRUNED:
+        found = best_of(policy, chosen, [[*range(8)]] * len(chosen), steps, critic, "overall", 256, kept, after)
+        name = f"{kept} go on after step {after}" if kept else "all drawn to the end"
+        share = float((found.score == 1).float().mean())
+        cost = found.forwards / len(chosen), found.judgements / len(chosen)
+        print(f"| {name} | {share:.3f} | {float(found.score.mean()):.3f} | {cost[0]:.0f} | {cost[1]:.0f} |", flush=True)
+        if kept is None:
+            each = [expected_best((own == 1).float()) for own in found.scores]
+            line = ", ".join(f"{mean(column):.3f}" for column in zip(*each, strict=True))
+    print(f"\nexpected strict of the best of k = 1..8: {line}")
 
 
 if __name__ == "__main__":

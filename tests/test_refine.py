@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from mmalign import evaluate, policy as policies, stories as on_disk
@@ -284,6 +285,20 @@ def test_a_prompt_the_critic_cannot_judge_is_said_and_costs_no_other(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
     assert "no ground truth" in rows[0]["rounds"][0]["failure"]
     assert rows[0]["rounds"][0]["scores"]["overall"] is None
+
+
+def test_pictures_on_disk_are_begun_from(tmp_path):
+    result = invoke("--images", "assets/pictures", "--out", tmp_path, "--steps", 3, "--rounds", 2, "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout.splitlines()[-1])
+    rows = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert summary["prompts"] == len(rows) == 16
+    assert all(row["rounds"][0]["attempt"] is None for row in rows)
+    assert summary["forwards"] == 3 * (summary["images"] - 16)
+    assert {len(row["rounds"]) for row in rows if row["rounds"][0]["scores"]["overall"] == 1} == {1}
+    names = [json.loads(line)["image"] for line in Path("assets/pictures/metadata.jsonl").read_text().splitlines()]
+    before = Image.open(Path("assets/pictures") / names[0])
+    assert list(before.convert("RGB").getdata()) == list(Image.open(tmp_path / rows[0]["rounds"][0]["image"]).getdata())
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
