@@ -16,8 +16,7 @@ from json import JSONDecodeError
 from typing import Any
 
 from reward_models.ask import Question, Reply
-from reward_models.images import to_pil
-from reward_models.remote import png
+from reward_models.images import png, to_pil
 from reward_models.vlm import spellings
 
 SETTINGS = {"key": None, "concurrency": 16, "timeout": 120, "retries": 3, "temperature": 0.0, "max_calls": None}

@@ -3,7 +3,9 @@
 Rounding is to the nearest of 256 levels, so 8-bit images survive the way there and back exactly.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,13 @@ def from_file(place: str | Path) -> Images:
             return from_pil([picture])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from None
+
+
+def png(picture: Image.Image) -> str:
+    """The picture as a PNG file, in base64."""
+    file = BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 PICTURES = ("source", "reference")  # of a prompt's ground truth, those that name a picture

@@ -7,20 +7,18 @@ reason: never an exception, never 0.
 Left out: region maps, which the service does not send.
 """
 
-import base64
 import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 
 import torch
 from PIL import Image
 from pydantic import ValidationError
 
 from reward_models import wire
-from reward_models.images import to_pil
+from reward_models.images import png, to_pil
 from reward_models.link import Fault, Link
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
@@ -155,10 +153,3 @@ def packed(groups: Iterable[list[int]], size: int) -> list[list[int]]:
             parts.append([])
         parts[-1].extend(rows)
     return parts
-
-
-def png(picture: Image.Image) -> str:
-    """The picture as a PNG file, in base64."""
-    file = BytesIO()
-    picture.save(file, "PNG", compress_level=1)
-    return base64.b64encode(file.getvalue()).decode()
