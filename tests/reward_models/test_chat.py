@@ -64,7 +64,7 @@ FAULTS = {
     "other JSON": ((200, {}, [1, 2]), "no choices"),
     "odd choices": (said("x") | {"choices": "abc"}, "the answer makes no sense"),
     "no message": (said("x", message=None), "no message"),
-    "odd content": (said("x", message={"role": "assistant", "content": 7}), "the answer makes no sense|no aspect"),
+    "odd content": (said("x", message={"role": "assistant", "content": 7}), "the reply is no text but 7"),
 }
 
 
