@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -245,6 +246,14 @@ def test_a_folder_of_refinements(tmp_path):
     assert "steps 4, not 5" in str(other.exception)
     with pytest.raises(BadInput, match="not among these prompts"):
         on_disk.opened(out, json.loads((out / "settings.json").read_text()), PROMPTS[:2])
+
+
+def test_the_script_is_a_door_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["critique_refine.py", "a red circle", "--out", str(tmp_path), "--steps", "2"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path("scripts/critique_refine.py", run_name="__main__")
+    assert ended.value.code in (0, None)
+    assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_line_that_was_cut_off_is_done_again(tmp_path):
