@@ -1,14 +1,17 @@
 """Policies: one file per model family; diffusers and peft live only here.
 
-A policy gets texts and latents, never prompts or scores. Add a family: `encode / times / velocity / decode` in a
-file, and a line in the table.
+A policy gets texts and latents, never prompts or scores. Add a family: `texts` and `network` in a file
+(`mmalign.policy.pipeline` says what else can differ), and a line in the table.
 """
 
 import json
 from importlib import import_module
 from pathlib import Path
 
-POLICIES = {"StableDiffusion3Pipeline": "mmalign.policy.sd3:SD3Policy"}  # a pipeline's class -> ours
+POLICIES = {  # a pipeline's class -> ours
+    "StableDiffusion3Pipeline": "mmalign.policy.sd3:SD3Policy",
+    "FluxPipeline": "mmalign.policy.flux:FluxPolicy",
+}
 
 
 def load(

@@ -1,0 +1,55 @@
+"""FLUX.1, through diffusers' stock pipeline.
+
+Conventions: the transformer sees 2 x 2 latent positions as one token (packed here, latents are `[C, h, w]` everywhere
+else), is told t, and, where it was distilled with guidance (FLUX.1-dev), the guidance scale as a number, at one forward
+a row. FLUX.1-schnell takes no guidance. The schedule is shifted by the image's size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmalign.policy.pipeline import ATTENTION, PipelinePolicy
+
+
+class FluxPolicy(PipelinePolicy):
+    pipeline = "FluxPipeline"
+    targets = ATTENTION
+
+    def __init__(self, pipe, guidance: float = 1.0, size: tuple[int, int] | None = None):
+        super().__init__(pipe, guidance, size)
+        if guidance != 1 and not pipe.transformer.config.guidance_embeds:
+            raise ValueError(f"guidance {guidance:g}: this FLUX model was not made for guidance; 1 is needed")
+
+    @staticmethod
+    def channels(pipe) -> int:
+        return pipe.transformer.config.in_channels // 4
+
+    @classmethod
+    def grain_of(cls, pipe) -> int:
+        return 2
+
+    @property
+    def true_guidance(self) -> bool:
+        return False
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        length = min(512, self.pipe.tokenizer_2.model_max_length)
+        tokens, pooled, _ = self.pipe.encode_prompt([*texts], None, self.device, max_sequence_length=length)
+        return {"tokens": tokens, "pooled": pooled}
+
+    def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
+        pipe, (count, channels, high, wide), dtype = self.pipe, x.shape, own["tokens"].dtype
+        embeds = pipe.transformer.config.guidance_embeds
+        v = pipe.transformer(
+            hidden_states=pipe._pack_latents(x.to(dtype), count, channels, high, wide),
+            timestep=t.to(dtype),
+            guidance=torch.full((count,), float(self.guidance), device=x.device) if embeds else None,
+            encoder_hidden_states=own["tokens"],
+            pooled_projections=own["pooled"],
+            txt_ids=torch.zeros(own["tokens"].shape[1], 3, device=x.device, dtype=dtype),
+            img_ids=pipe._prepare_latent_image_ids(count, high // 2, wide // 2, x.device, dtype),
+            return_dict=False,
+        )[0]
+        return pipe._unpack_latents(v, *self.image_size, pipe.vae_scale_factor)
