@@ -10,6 +10,8 @@ from pathlib import Path
 
 POLICIES = {  # a pipeline's class -> ours
     "StableDiffusion3Pipeline": "mmalign.policy.sd3:SD3Policy",
+    "ZImagePipeline": "mmalign.policy.z_image:ZImagePolicy",
+    "QwenImagePipeline": "mmalign.policy.qwen_image:QwenImagePolicy",
     "FluxPipeline": "mmalign.policy.flux:FluxPolicy",
 }
 

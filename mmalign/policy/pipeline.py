@@ -24,8 +24,8 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text embeddings by name: `own`, a row for each of P prompts, and `empty`, one row of the empty prompt; {} where
-    the family does not use it."""
+    """Text embeddings by name: `own`, a row for each of P prompts, and `empty`, one row of the empty prompt, of the
+    same length. Where a family's texts differ in length, `mask` [P, L] is 1 where there is text."""
 
     own: dict[str, Tensor]
     empty: dict[str, Tensor]
@@ -94,6 +94,18 @@ class PipelinePolicy:
         """Whether guidance asks the network twice."""
         return self.guidance > 1
 
+    def guided(self, empty: Latents, wanted: Latents) -> Latents:
+        """The velocity of true guidance, from that of the empty prompt and of the prompt."""
+        return empty + self.guidance * (wanted - empty)
+
+    def pixels(self, latents: Latents) -> Tensor:
+        """The autoencoder's image in [-1, 1]."""
+        return self.pipe.vae.decode(latents, return_dict=False)[0]
+
+    def compressed(self, images: Tensor) -> Latents:
+        """The autoencoder's latents of images in [-1, 1]: the mode of their distribution."""
+        return self.pipe.vae.encode(images).latent_dist.mode()
+
     def scaled(self, x: Latents) -> Latents:
         """Latents as the network has them, from the autoencoder's."""
         config = self.pipe.vae.config
@@ -112,7 +124,11 @@ class PipelinePolicy:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        return Conditioning(self.texts([*texts]), self.texts([""]))
+        own, empty = self.texts([*texts]), self.texts([""])
+        if "mask" in own:
+            length = max(own["mask"].shape[1], empty["mask"].shape[1])
+            own, empty = (lengthened(some, length) for some in (own, empty))
+        return Conditioning(own, empty)
 
     def times(self, steps: int) -> Float[Tensor, "states"]:
         """`[steps + 1]`: linear from 1 to 1/steps, shifted once by the pipeline's scheduler (for the image's size where
@@ -137,8 +153,7 @@ class PipelinePolicy:
         if not self.true_guidance:
             self.spent["forwards"] += len(x)
             return self.network(x, t, {name: value[index] for name, value in cond.own.items()})
-        empty, wanted = self._both(x, t, cond, index)
-        return empty + self.guidance * (wanted - empty)
+        return self.guided(*self._both(x, t, cond, index))
 
     @torch.no_grad()
     def prompt_effect(
@@ -159,15 +174,13 @@ class PipelinePolicy:
     def decode(self, x: Latents) -> Float[Tensor, "M 3 H W"]:
         """Images in [0, 1], float32."""
         self.spent["decodes"] += len(x)
-        vae = self.pipe.vae
-        image = vae.decode(self.unscaled(x.to(vae.dtype)), return_dict=False)[0]
+        image = self.pixels(self.unscaled(x.to(self.pipe.vae.dtype)))
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode_images(self, images: Float[Tensor, "M 3 H W"]) -> Latents:
         """The latents of images in [0, 1], float32: the mode of the encoder's distribution."""
-        vae = self.pipe.vae
-        return self.scaled(vae.encode((2 * images - 1).to(vae.dtype)).latent_dist.mode().float())
+        return self.scaled(self.compressed((2 * images - 1).to(self.pipe.vae.dtype)).float())
 
     def fingerprint(self) -> str:
         """Names the weights that make images of embeddings, as they are without an adapter."""
@@ -219,3 +232,18 @@ class PipelinePolicy:
             self.pipe.delete_adapters("exported")
         if not worst < 1e-4 * max(1.0, float(ours.abs().max())):
             raise ValueError(f"the exported LoRA changes the velocity by {worst:.2g}; it must not")
+
+
+def lengthened(own: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Embeddings `[P, L, ...]` with noughts up to a length."""
+    more = length - own["mask"].shape[1]
+    return {
+        name: torch.cat([value, value.new_zeros(len(value), more, *value.shape[2:])], 1) for name, value in own.items()
+    }
+
+
+def ragged(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Embeddings of texts of unlike length, [L, D] each, as `tokens` [P, L, D] and their `mask`."""
+    tokens = nn.utils.rnn.pad_sequence([*rows], batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones(len(row), device=row.device) for row in rows], batch_first=True)
+    return {"tokens": tokens, "mask": mask.long()}

@@ -1,0 +1,74 @@
+"""Qwen-Image, through diffusers' stock pipeline.
+
+Conventions: the transformer sees 2 x 2 latent positions as one token (packed here), is told t and a mask over texts of
+unlike length. True guidance with a blank prompt, after which each token's velocity is given the norm it has without
+guidance. The autoencoder is one of videos with one frame, and scales each channel by its own mean and spread.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmalign.policy.pipeline import PipelinePolicy, ragged
+from mmalign.types import Latents
+
+BLANK = " "  # what the model was trained with in place of no text
+
+
+class QwenImagePolicy(PipelinePolicy):
+    pipeline = "QwenImagePipeline"
+
+    @staticmethod
+    def channels(pipe) -> int:
+        return pipe.transformer.config.in_channels // 4
+
+    @classmethod
+    def grain_of(cls, pipe) -> int:
+        return 2
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        tokens, mask = self.pipe.encode_prompt([text or BLANK for text in texts], self.device)
+        mask = torch.ones(tokens.shape[:2], device=tokens.device) if mask is None else mask
+        return ragged([row[there.bool()] for row, there in zip(tokens, mask, strict=True)])
+
+    def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
+        count, _, high, wide = x.shape
+        v = self.pipe.transformer(
+            hidden_states=self._packed(x.to(own["tokens"].dtype)),
+            timestep=t.to(own["tokens"].dtype),
+            encoder_hidden_states=own["tokens"],
+            encoder_hidden_states_mask=own["mask"],
+            img_shapes=[[(1, high // 2, wide // 2)]] * count,
+            return_dict=False,
+        )[0]
+        return self._unpacked(v)
+
+    def guided(self, empty: Latents, wanted: Latents) -> Latents:
+        mixed = self._packed(super().guided(empty, wanted))
+        norm = self._packed(wanted).norm(dim=-1, keepdim=True)
+        return self._unpacked(mixed * (norm / mixed.norm(dim=-1, keepdim=True)))
+
+    def _packed(self, x: Tensor) -> Tensor:
+        return self.pipe._pack_latents(x, *x.shape)
+
+    def _unpacked(self, x: Tensor) -> Tensor:
+        return self.pipe._unpack_latents(x, *self.image_size, self.pipe.vae_scale_factor)[:, :, 0]
+
+    def pixels(self, latents: Latents) -> Tensor:
+        return self.pipe.vae.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
+
+    def compressed(self, images: Tensor) -> Latents:
+        return self.pipe.vae.encode(images[:, :, None]).latent_dist.mode()[:, :, 0]
+
+    def scaled(self, x: Latents) -> Latents:
+        mean, spread = self._units(x)
+        return (x - mean) / spread
+
+    def unscaled(self, x: Latents) -> Latents:
+        mean, spread = self._units(x)
+        return x * spread + mean
+
+    def _units(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.pipe.vae.config
+        return tuple(torch.tensor(own).to(x)[None, :, None, None] for own in (config.latents_mean, config.latents_std))

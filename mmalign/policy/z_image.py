@@ -1,0 +1,40 @@
+"""Z-Image, through diffusers' stock pipeline.
+
+Conventions: the transformer is told 1 - t, and gives the velocity with the other sign; texts differ in length and are
+passed as a list. True guidance with the empty prompt; ours is `empty + guidance (wanted - empty)` as everywhere, and
+the stock pipeline's `guidance_scale` is one less.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmalign.policy.pipeline import PipelinePolicy, ragged
+
+
+class ZImagePolicy(PipelinePolicy):
+    pipeline = "ZImagePipeline"
+    targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __init__(self, pipe, guidance: float = 1.0, size: tuple[int, int] | None = None):
+        super().__init__(pipe, guidance, size or (1024, 1024))
+
+    @staticmethod
+    def channels(pipe) -> int:
+        return pipe.transformer.in_channels
+
+    @classmethod
+    def grain_of(cls, pipe) -> int:
+        return 2
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        rows, _ = self.pipe.encode_prompt([*texts], self.device, do_classifier_free_guidance=False)
+        return ragged(rows)
+
+    def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
+        tokens, mask = own["tokens"], own["mask"].bool()
+        rows = [row[there] for row, there in zip(tokens, mask, strict=True)]
+        pictures = list(x.to(tokens.dtype).unsqueeze(2).unbind())
+        out = self.pipe.transformer(pictures, 1 - t, rows, return_dict=False)[0]
+        return -torch.stack(list(out)).squeeze(2)
