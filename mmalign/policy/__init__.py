@@ -12,6 +12,7 @@ POLICIES = {  # a pipeline's class -> ours
     "StableDiffusion3Pipeline": "mmalign.policy.sd3:SD3Policy",
     "ZImagePipeline": "mmalign.policy.z_image:ZImagePolicy",
     "QwenImagePipeline": "mmalign.policy.qwen_image:QwenImagePolicy",
+    "Flux2KleinPipeline": "mmalign.policy.flux2:Flux2KleinPolicy",
     "FluxPipeline": "mmalign.policy.flux:FluxPolicy",
 }
 

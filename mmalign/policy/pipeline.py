@@ -48,8 +48,8 @@ class PipelinePolicy:
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
-        factor = pipe.vae_scale_factor
-        height, width = size or (pipe.default_sample_size * factor,) * 2
+        factor = self.pixels_of(pipe)
+        height, width = size or (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
         unit = factor * self.grain_of(pipe)
         if height % unit or width % unit:
             raise ValueError(f"size {height}x{width} must be a multiple of {unit} pixels")
@@ -75,6 +75,11 @@ class PipelinePolicy:
     def channels(pipe) -> int:
         """Channels of a latent."""
         return pipe.transformer.config.in_channels
+
+    @staticmethod
+    def pixels_of(pipe) -> int:
+        """Pixels of a latent position's side."""
+        return pipe.vae_scale_factor
 
     @classmethod
     def grain_of(cls, pipe) -> int:
@@ -138,11 +143,12 @@ class PipelinePolicy:
         """
         scheduler, more = self.pipe.scheduler, {}
         if scheduler.config.get("use_dynamic_shifting"):
-            more["mu"] = self.shift(self.latent_shape[1] * self.latent_shape[2] // self.grain_of(self.pipe) ** 2)
+            tokens = self.latent_shape[1] * self.latent_shape[2] // self.grain_of(self.pipe) ** 2
+            more["mu"] = self.shift(tokens, steps)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), device="cpu", **more)
         return scheduler.sigmas.float().cpu()
 
-    def shift(self, tokens: int) -> float:
+    def shift(self, tokens: int, steps: int) -> float:
         """The scheduler's shift for an image of so many tokens: linear between two sizes."""
         config = self.pipe.scheduler.config
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)

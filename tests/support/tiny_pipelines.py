@@ -10,8 +10,11 @@ import tiny_vlm
 import torch
 from build_tiny_model import new_text_encoder, new_tokenizer, new_vae
 from diffusers import (
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -25,6 +28,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -95,6 +99,27 @@ def z_image(folder: Path) -> None:
     ZImagePipeline(scheduler, vae, lively(encoder, 0.3), tokenizer, lively(transformer)).save_pretrained(folder)
 
 
+def flux2_klein(folder: Path, distilled: bool) -> None:
+    tokenizer = tiny_vlm.new_tokenizer([])
+    tokenizer.chat_template = CHAT
+    sizes = qwen_sizes(len(tokenizer)) | {"num_hidden_layers": 28, "hidden_size": 16, "intermediate_size": 16}
+    encoder = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8))
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=32,
+    )  # fmt: skip
+    vae.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 16))
+    vae.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
+    scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    Flux2KleinPipeline(
+        scheduler, vae, lively(encoder, 0.3), tokenizer, lively(transformer), is_distilled=distilled
+    ).save_pretrained(folder)
+
+
 def qwen_image(folder: Path) -> None:
     tokenizer = tiny_vlm.new_tokenizer([])
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
@@ -138,6 +163,8 @@ FAMILIES = {
         lambda folder: flux(folder, True), (1.0, 3.5), lambda g: {"guidance_scale": g, "max_sequence_length": 48}
     ),
     "FLUX.1-schnell": Family(lambda folder: flux(folder, False), (1.0,), lambda g: {"max_sequence_length": 48}),
+    "FLUX.2-klein": Family(lambda folder: flux2_klein(folder, False), (1.0, 4.0), lambda g: {"guidance_scale": g}),
+    "FLUX.2-klein, distilled": Family(lambda folder: flux2_klein(folder, True), (1.0,), lambda g: {}),
     "Qwen-Image": Family(qwen_image, (1.0, 4.0), true_scale),
     "Z-Image": Family(z_image, (1.0, 4.0), lambda g: {"guidance_scale": g - 1}),
 }
@@ -147,7 +174,7 @@ def stock_images(pipe, family: Family, texts: list[str], guidance: float, size: 
     """What the stock pipeline draws, each text from the seed of its place."""
     pipe.set_progress_bar_config(disable=True)
     return pipe(
-        [*texts],  # Z-Image's writes into the list
+        prompt=[*texts],  # Z-Image's writes into the list
         height=size[0],
         width=size[1],
         num_inference_steps=STEPS,

@@ -1,0 +1,70 @@
+"""FLUX.2-klein, through diffusers' stock pipeline.
+
+Conventions: latents are the autoencoder's in blocks of 2 x 2, normalised channel by channel by the statistics it was
+saved with, so that a latent position is a token; the transformer is told t. True guidance with the empty prompt, which
+the distilled models do without. The schedule is shifted by the image's size and the number of steps.
+"""
+
+from collections.abc import Sequence
+
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from torch import Tensor
+
+from mmalign.policy.pipeline import PipelinePolicy
+from mmalign.types import Latents
+
+
+class Flux2KleinPolicy(PipelinePolicy):
+    pipeline = "Flux2KleinPipeline"
+
+    def __init__(self, pipe, guidance: float = 1.0, size: tuple[int, int] | None = None):
+        super().__init__(pipe, guidance, size)
+        if guidance > 1 and pipe.config.is_distilled:
+            raise ValueError(f"guidance {guidance:g}: this FLUX.2 model was not made for guidance; 1 is needed")
+
+    @staticmethod
+    def pixels_of(pipe) -> int:
+        return 2 * pipe.vae_scale_factor
+
+    @classmethod
+    def grain_of(cls, pipe) -> int:
+        return 1
+
+    def shift(self, tokens: int, steps: int) -> float:
+        return compute_empirical_mu(tokens, steps)
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        tokens, _ = self.pipe.encode_prompt([*texts], self.device)
+        return {"tokens": tokens}
+
+    def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
+        tokens = own["tokens"]
+        v = self.pipe.transformer(
+            hidden_states=self.pipe._pack_latents(x.to(tokens.dtype)),
+            timestep=t.to(tokens.dtype),
+            guidance=None,
+            encoder_hidden_states=tokens,
+            txt_ids=self.pipe._prepare_text_ids(tokens).to(x.device),
+            img_ids=self.pipe._prepare_latent_ids(x).to(x.device),
+            return_dict=False,
+        )[0]
+        return v.transpose(1, 2).reshape(x.shape)
+
+    def pixels(self, latents: Latents) -> Tensor:
+        return super().pixels(self.pipe._unpatchify_latents(latents))
+
+    def compressed(self, images: Tensor) -> Latents:
+        return self.pipe._patchify_latents(super().compressed(images))
+
+    def scaled(self, x: Latents) -> Latents:
+        mean, spread = self._units(x)
+        return (x - mean) / spread
+
+    def unscaled(self, x: Latents) -> Latents:
+        mean, spread = self._units(x)
+        return x * spread + mean
+
+    def _units(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self.pipe.vae.bn
+        spread = (norm.running_var + self.pipe.vae.config.batch_norm_eps).sqrt()
+        return tuple(own.to(x)[None, :, None, None] for own in (norm.running_mean, spread))
