@@ -112,8 +112,9 @@ def _policy(model: str, guidance: float | None, run: Path | None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with configs.refusing():
         policy = policies.load(
-            configs.locate(model), dtype=precision, device=device, guidance=1.0 if guidance is None else guidance
-        )
+            configs.locate(model), dtype=precision, device=device, guidance=1.0 if guidance is None else guidance,
+            size=c.size if c else None,
+        )  # fmt: skip
         if c is not None:
             policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, 0)
             policy.load_adapter(checkpoint.read(newest)[0]["ema"])

@@ -221,6 +221,12 @@ class Config(BaseModel):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the frozen weights; adapters are float32"
     )
+    size: tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]] | None = Field(
+        None, description="height and width of images in pixels; null: the model's own"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, about a third more time"
+    )
     compile: bool = Field(False, description="torch.compile the transformer")
 
     @property

@@ -146,8 +146,9 @@ def open_session(c: Config) -> Session:
     with configs.refusing():
         scorers = load_scorers(c, [*c.trained, *c.watch])
         policy = policies.load(
-            configs.locate(c.model), dtype=c.precision, device=str(accelerator.device), guidance=c.guidance
+            configs.locate(c.model), dtype=c.precision, device=str(accelerator.device), guidance=c.guidance, size=c.size
         )
+        policy.save_memory(gradients=c.gradient_checkpointing)
         known = references.load(c, policy.fingerprint(), scorers) if c.reference else None
         records = read_records(configs.locate(c.records), policy.image_size) if c.records else None
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from build_tiny_model import new_text_encoder, new_tokenizer, new_vae
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tiny_pipelines import sd3
 
 torch.set_num_threads(1)
 
@@ -13,36 +12,8 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory) -> str:
     torch.manual_seed(0)
-    tokenizer = new_tokenizer()
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        caption_projection_dim=32,
-        pos_embed_max_size=8,
-    )
-    for p in transformer.parameters():  # the default initialisation hardly lets conditioning through
-        torch.nn.init.normal_(p, std=0.15)
-    vae = new_vae()
-    vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
     folder = tmp_path_factory.mktemp("random_sd3")
-    StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
-        vae=vae,
-        text_encoder=new_text_encoder(tokenizer, 16),
-        tokenizer=tokenizer,
-        text_encoder_2=new_text_encoder(tokenizer, 16),
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    ).save_pretrained(folder)
+    sd3(folder)
     return str(folder)
 
 

@@ -20,12 +20,20 @@ POLICIES = {  # a pipeline's class -> ours
 def load(
     model: str, *, dtype="float32", device: str = "cpu", guidance: float = 1.0, size: tuple[int, int] | None = None
 ):
-    """A policy from a local folder or a hub id of a diffusers pipeline.
+    """A policy from a local folder or a hub id of a diffusers pipeline, or of the user's own class, as
+    `my_module:MyPolicy`, whose `load` takes the same settings.
 
     Raises ValueError for a model that is not there or of a family we do not drive.
     """
     import torch
 
+    if ":" in model and not Path(model).exists():
+        module, _, own = model.partition(":")
+        try:
+            found = getattr(import_module(module), own)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"model {model!r}: {error}") from None
+        return found.load(model, dtype=getattr(torch, dtype), device=device, guidance=guidance, size=size)
     name = _pipeline_class(model)
     if name not in POLICIES:
         raise ValueError(f"model {model!r} is a {name}; known families: {', '.join(POLICIES)}")

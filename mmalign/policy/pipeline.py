@@ -196,6 +196,11 @@ class PipelinePolicy:
     def attach_lora(self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> None:
         lora.attach(self.pipe.transformer, rank, alpha, targets or self.targets, seed)
 
+    def save_memory(self, gradients: bool) -> None:
+        """With `gradients` (gradient checkpointing), activations are computed again in the backward pass."""
+        if gradients:
+            self.pipe.transformer.enable_gradient_checkpointing()
+
     def compile(self) -> None:
         """Compile the transformer in place; worth it for long runs only (a minute or more at the first batch)."""
         self.pipe.transformer.compile()

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from tiny_pipelines import FAMILIES, STEPS, stock_images
 
 from mmalign import policy as policies
@@ -53,7 +52,7 @@ def moved(policy, scale=0.05):
 @pytest.mark.parametrize("place", [0, 1])
 def test_ode_sampling_is_the_stock_pipeline(folders, name, guidance, place):
     size = FAMILIES[name].sizes[place]
-    expected = stock_images(DiffusionPipeline.from_pretrained(folders(name)), FAMILIES[name], TEXTS, guidance, size)
+    expected = stock_images(FAMILIES[name].stock(folders(name)), FAMILIES[name], TEXTS, guidance, size)
     assert expected.shape[2:] == size
     assert expected.std() > 0.02
     assert (expected[0] - expected[1]).abs().max() > 0.02
@@ -113,13 +112,29 @@ def test_the_ratio_on_policy_is_one(folders, name, guidance):
     assert all(p.grad is None for p in policy.pipe.transformer.parameters() if not p.requires_grad)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradient_checkpointing_changes_nothing(folders, name):
+    found = []
+    for saving in (False, True):
+        policy = moved(opened(folders, name, FAMILIES[name].guidances[-1]))
+        policy.save_memory(gradients=saving)
+        x = torch.stack([gaussian(policy.latent_shape, i) for i in range(3)])
+        v = policy.velocity(x, torch.tensor([0.9, 0.5, 0.1]), policy.encode(TEXTS), torch.arange(3))
+        v.square().mean().backward()
+        assert policy.pipe.transformer.is_gradient_checkpointing == saving
+        found.append([v.detach(), *(p.grad.clone() for p in policy.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 1
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+
+
 @BOTH
 def test_the_exported_lora_gives_our_images_in_the_stock_pipeline(folders, name, guidance, tmp_path):
     policy = moved(opened(folders, name, guidance))
     images = policy.decode(latents(policy))
     policy.export(tmp_path)
     policy.check_export(tmp_path)
-    pipe = DiffusionPipeline.from_pretrained(folders(name))
+    pipe = FAMILIES[name].stock(folders(name))
     pipe.load_lora_weights(tmp_path)
     assert (stock_images(pipe, FAMILIES[name], TEXTS, guidance, FAMILIES[name].sizes[0]) - images).abs().max() < 1e-4
 
@@ -143,3 +158,13 @@ def test_guidance_a_model_was_not_made_for_is_refused(folders):
     for name in ("FLUX.1-schnell", "FLUX.2-klein, distilled"):
         with pytest.raises(ValueError, match="not made for guidance; 1 is needed"):
             opened(folders, name, 3.5)
+
+
+def test_a_policy_of_ones_own_by_import_path():
+    own, embedded = (policies.load(model, guidance=2.0) for model in ("own_policy:Mine", "assets/tiny_sd3"))
+    assert type(own).__name__ == "Mine"
+    assert torch.equal(latents(own), latents(embedded))
+    with pytest.raises(ValueError, match="model 'own_policy:Yours'"):
+        policies.load("own_policy:Yours")
+    with pytest.raises(ValueError, match="No module named 'nowhere'"):
+        policies.load("nowhere:Mine")

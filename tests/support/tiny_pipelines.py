@@ -1,7 +1,7 @@
 """Random pipelines of a few thousand weights of the stock classes, one builder a family, saved as a hub repository."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from build_tiny_model import new_text_encoder, new_tokenizer, new_vae
 from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -19,6 +20,8 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -53,6 +56,37 @@ def t5(width: int = 32) -> tuple[T5TokenizerFast, T5EncoderModel]:
     tokenizer = T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=48)
     config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
     return tokenizer, T5EncoderModel(config)
+
+
+def sd3(folder: Path) -> None:
+    tokenizer = new_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        caption_projection_dim=32,
+        pos_embed_max_size=8,
+    )
+    lively(transformer)
+    vae = new_vae()
+    vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+        vae=vae,
+        text_encoder=new_text_encoder(tokenizer, 16),
+        tokenizer=tokenizer,
+        text_encoder_2=new_text_encoder(tokenizer, 16),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder)
 
 
 def flux(folder: Path, guided: bool) -> None:
@@ -151,7 +185,12 @@ class Family:
     build: Callable[[Path], None]
     guidances: tuple[float, ...]
     call: Callable[[float], dict[str, Any]]
-    sizes: tuple[tuple[int, int], ...] = field(default=((32, 32), (32, 48)))
+    sizes: tuple[tuple[int, int], ...] = ((32, 32), (32, 48))
+    absent: tuple[str, ...] = ()
+
+    def stock(self, folder: str):
+        """The stock pipeline."""
+        return DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(self.absent))
 
 
 def true_scale(guidance: float) -> dict[str, Any]:
@@ -159,6 +198,12 @@ def true_scale(guidance: float) -> dict[str, Any]:
 
 
 FAMILIES = {
+    "Stable Diffusion 3": Family(
+        sd3,
+        (1.0, 3.5),
+        lambda g: {"guidance_scale": g, "max_sequence_length": 0},
+        absent=("text_encoder_3", "tokenizer_3"),
+    ),
     "FLUX.1-dev": Family(
         lambda folder: flux(folder, True), (1.0, 3.5), lambda g: {"guidance_scale": g, "max_sequence_length": 48}
     ),
