@@ -10,25 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmalign.policy.pipeline import ATTENTION, PipelinePolicy
+from mmalign.policy.pipeline import PipelinePolicy
 
 
 class FluxPolicy(PipelinePolicy):
     pipeline = "FluxPipeline"
-    targets = ATTENTION
+    packed = True
 
     def __init__(self, pipe, guidance: float = 1.0, size: tuple[int, int] | None = None):
         super().__init__(pipe, guidance, size)
         if guidance != 1 and not pipe.transformer.config.guidance_embeds:
             raise ValueError(f"guidance {guidance:g}: this FLUX model was not made for guidance; 1 is needed")
-
-    @staticmethod
-    def channels(pipe) -> int:
-        return pipe.transformer.config.in_channels // 4
-
-    @classmethod
-    def grain_of(cls, pipe) -> int:
-        return 2
 
     @property
     def true_guidance(self) -> bool:

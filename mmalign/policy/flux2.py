@@ -56,15 +56,7 @@ class Flux2KleinPolicy(PipelinePolicy):
     def compressed(self, images: Tensor) -> Latents:
         return self.pipe._patchify_latents(super().compressed(images))
 
-    def scaled(self, x: Latents) -> Latents:
-        mean, spread = self._units(x)
-        return (x - mean) / spread
-
-    def unscaled(self, x: Latents) -> Latents:
-        mean, spread = self._units(x)
-        return x * spread + mean
-
-    def _units(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def units(self, x: Latents) -> tuple[Tensor, Tensor]:
         norm = self.pipe.vae.bn
-        spread = (norm.running_var + self.pipe.vae.config.batch_norm_eps).sqrt()
-        return tuple(own.to(x)[None, :, None, None] for own in (norm.running_mean, spread))
+        factor = (norm.running_var + self.pipe.vae.config.batch_norm_eps).rsqrt()
+        return tuple(own.to(x)[None, :, None, None] for own in (norm.running_mean, factor))

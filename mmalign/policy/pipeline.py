@@ -2,6 +2,7 @@
 how its transformer is called, and how its latents are scaled; nothing of a pipeline's loop is copied.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -31,7 +32,7 @@ class Conditioning:
     empty: dict[str, Tensor]
 
 
-class PipelinePolicy:
+class PipelinePolicy(ABC):
     """A policy from a stock pipeline. `guidance` is the guidance scale in rollout and replay; what it means is the
     family's: true classifier-free guidance with the empty prompt (at 1 or less none, at half the forwards), or a number
     the network is told.
@@ -42,6 +43,7 @@ class PipelinePolicy:
 
     pipeline: ClassVar[str]
     targets: ClassVar[Sequence[str]] = ATTENTION
+    packed: ClassVar[bool] = False  # whether the network sees 2 x 2 latent positions as one token's channels
 
     def __init__(self, pipe, guidance: float = 1.0, size: tuple[int, int] | None = None):
         self.pipe, self.guidance = pipe, guidance
@@ -71,10 +73,10 @@ class PipelinePolicy:
 
     # -------------------------------------------------------------------------------- what a family says of itself
 
-    @staticmethod
-    def channels(pipe) -> int:
+    @classmethod
+    def channels(cls, pipe) -> int:
         """Channels of a latent."""
-        return pipe.transformer.config.in_channels
+        return pipe.transformer.config.in_channels // (4 if cls.packed else 1)
 
     @staticmethod
     def pixels_of(pipe) -> int:
@@ -84,15 +86,15 @@ class PipelinePolicy:
     @classmethod
     def grain_of(cls, pipe) -> int:
         """Latent positions that a side must be a multiple of."""
-        return pipe.transformer.config.patch_size
+        return 2 if cls.packed else pipe.transformer.config.patch_size
 
+    @abstractmethod
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of texts by name, a row each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
         """The velocity at latents `x [M, C, h, w]` and times `t [M]` in [0, 1], with a row of embeddings each."""
-        raise NotImplementedError
 
     @property
     def true_guidance(self) -> bool:
@@ -111,15 +113,20 @@ class PipelinePolicy:
         """The autoencoder's latents of images in [-1, 1]: the mode of their distribution."""
         return self.pipe.vae.encode(images).latent_dist.mode()
 
+    def units(self, x: Latents) -> tuple[Any, Any]:
+        """Mean, and one over spread, of the autoencoder's latents, as numbers or for each channel of `x`."""
+        config = self.pipe.vae.config
+        return config.shift_factor or 0, config.scaling_factor
+
     def scaled(self, x: Latents) -> Latents:
         """Latents as the network has them, from the autoencoder's."""
-        config = self.pipe.vae.config
-        return (x - (config.shift_factor or 0)) * config.scaling_factor
+        mean, factor = self.units(x)
+        return (x - mean) * factor
 
     def unscaled(self, x: Latents) -> Latents:
         """The reverse of `scaled`."""
-        config = self.pipe.vae.config
-        return x / config.scaling_factor + (config.shift_factor or 0)
+        mean, factor = self.units(x)
+        return x / factor + mean
 
     # ---------------------------------------------------------------------------------------------------- the policy
 

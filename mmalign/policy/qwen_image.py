@@ -18,14 +18,7 @@ BLANK = " "  # what the model was trained with in place of no text
 
 class QwenImagePolicy(PipelinePolicy):
     pipeline = "QwenImagePipeline"
-
-    @staticmethod
-    def channels(pipe) -> int:
-        return pipe.transformer.config.in_channels // 4
-
-    @classmethod
-    def grain_of(cls, pipe) -> int:
-        return 2
+    packed = True
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         tokens, mask = self.pipe.encode_prompt([text or BLANK for text in texts], self.device)
@@ -61,14 +54,9 @@ class QwenImagePolicy(PipelinePolicy):
     def compressed(self, images: Tensor) -> Latents:
         return self.pipe.vae.encode(images[:, :, None]).latent_dist.mode()[:, :, 0]
 
-    def scaled(self, x: Latents) -> Latents:
-        mean, spread = self._units(x)
-        return (x - mean) / spread
-
-    def unscaled(self, x: Latents) -> Latents:
-        mean, spread = self._units(x)
-        return x * spread + mean
-
-    def _units(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def units(self, x: Latents) -> tuple[Tensor, Tensor]:
         config = self.pipe.vae.config
-        return tuple(torch.tensor(own).to(x)[None, :, None, None] for own in (config.latents_mean, config.latents_std))
+        mean, spread = (
+            torch.tensor(own).to(x)[None, :, None, None] for own in (config.latents_mean, config.latents_std)
+        )
+        return mean, 1 / spread

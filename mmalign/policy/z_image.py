@@ -20,8 +20,8 @@ class ZImagePolicy(PipelinePolicy):
     def __init__(self, pipe, guidance: float = 1.0, size: tuple[int, int] | None = None):
         super().__init__(pipe, guidance, size or (1024, 1024))
 
-    @staticmethod
-    def channels(pipe) -> int:
+    @classmethod
+    def channels(cls, pipe) -> int:
         return pipe.transformer.in_channels
 
     @classmethod
