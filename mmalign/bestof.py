@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.flow.plan import ode
-from mmalign.flow.sample import chunks, gaussian, sample
+from mmalign.evaluate import starts, walked
 from mmalign.judge import score
 from reward_models import Prompt, RewardModel
 
@@ -61,20 +60,21 @@ def best_of(
     """The best of each prompt's N seeds by a component of the scorer. With `kept`, only so many go on after step
     `after`. A seed gives the image it gives without the others."""
     count, before = len(seeds[0]), policy.spent["forwards"]
-    rows = [(p, seed) for p, own in enumerate(seeds) for seed in own]
-    x = torch.stack([gaussian(policy.latent_shape, seed) for _, seed in rows]).to(policy.device)
-    owner, times, judgements = torch.tensor([p for p, _ in rows]), policy.times(steps), 0
-    alive = torch.arange(len(rows)).view(-1, count)
+    x, owner = starts(policy, seeds)
+    times, judgements = policy.times(steps), 0
+    alive = torch.arange(len(x)).view(-1, count)
     if kept is not None and kept < count:
-        ends, states = _walk(policy, prompts, x, owner, torch.cat([times[: after + 1], torch.zeros(1)]), batch)
+        peek = torch.cat([times[: after + 1], torch.zeros(1)])
+        seen = [(paths.ends, paths.x[:, after]) for paths in walked(policy, prompts, x, owner, peek, batch)]
+        ends, x = (torch.cat(own) for own in zip(*seen, strict=True))
         _, guess, _ = _scored(policy, ends, owner, prompts, scorer, component, batch)
-        judgements += len(rows)
+        judgements += len(x)
         alive = alive.gather(1, _ranked(guess.view(-1, count))[:, :kept].sort(1).values)
-        x, times = states[alive.flatten(), after], times[after:]
+        x, times = x[alive.flatten()], times[after:]
     going = alive.flatten()
-    ends, _ = _walk(policy, prompts, x, owner[going], times, batch)
+    ends = torch.cat([paths.ends for paths in walked(policy, prompts, x, owner[going], times, batch)])
     images, values, failures = _scored(policy, ends, owner[going], prompts, scorer, component, batch)
-    scores = torch.full((len(rows),), torch.nan)
+    scores = torch.full((len(owner),), torch.nan)
     scores[going] = values
     winner = _ranked(values.view(alive.shape))[:, :1]
     chosen = (winner + torch.arange(len(prompts))[:, None] * alive.shape[1])[:, 0]
@@ -88,18 +88,6 @@ def best_of(
 def _ranked(scores: Float[Tensor, "P N"]) -> Int[Tensor, "P N"]:
     """Columns from best to worst, those without a score last, equals in order."""
     return scores.nan_to_num(-torch.inf).sort(dim=1, descending=True, stable=True).indices
-
-
-def _walk(policy, prompts, x: Tensor, owner: Tensor, times: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """The ends, and all states."""
-    ends, states = [], []
-    for part in chunks(len(x), batch):
-        used, index = owner[part].unique(return_inverse=True)
-        cond = policy.encode([prompts[p].text for p in used.tolist()])
-        paths = sample(policy.velocity, x[part], cond, index.to(policy.device), ode(times), batch=batch)
-        ends.append(paths.ends)
-        states.append(paths.x)
-    return torch.cat(ends), torch.cat(states)
 
 
 def _scored(policy, latents, owner, prompts, scorer, component: str, batch: int):

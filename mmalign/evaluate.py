@@ -1,7 +1,7 @@
 """Held-out evaluation: plain ODE sampling on fixed seeds, so that two models are compared image by image."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torchvision.utils import save_image
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import chunks, gaussian, sample, seed_of
 from mmalign.judge import Scorers, score
-from mmalign.types import Velocity
+from mmalign.types import Trajectories, Velocity
 from reward_models import Prompt, heat
 
 
@@ -60,17 +60,33 @@ def generate(
 
     A seed gives the latents that a stock pipeline draws from a CPU generator with that seed.
     """
-    plan = ode(policy.times(steps))
+    start, owner = starts(policy, seeds)
+    walks = walked(policy, prompts, start, owner, policy.times(steps), batch, velocity)
+    return torch.cat([policy.decode(paths.ends).cpu() for paths in walks]), owner
+
+
+def starts(policy, seeds: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """The starting noise of each prompt's seeds, a row each, and the prompt of each row."""
     rows = [(p, seed) for p, own in enumerate(seeds) for seed in own]
-    images = []
-    for part in chunks(len(rows), batch):
-        used = sorted({p for p, _ in rows[part]})
-        cond = policy.encode([prompts[p].text for p in used])
-        index = torch.tensor([used.index(p) for p, _ in rows[part]], device=policy.device)
-        start = torch.stack([gaussian(policy.latent_shape, seed) for _, seed in rows[part]]).to(policy.device)
-        paths = sample(velocity or policy.velocity, start, cond, index, plan, batch=batch)
-        images.append(policy.decode(paths.ends).cpu())
-    return torch.cat(images), torch.tensor([p for p, _ in rows])
+    noise = torch.stack([gaussian(policy.latent_shape, seed) for _, seed in rows]).to(policy.device)
+    return noise, torch.tensor([p for p, _ in rows])
+
+
+def walked(
+    policy,
+    prompts: Sequence[Prompt],
+    start: Tensor,
+    owner: Int[Tensor, "N"],
+    times: Float[Tensor, "states"],
+    batch: int,
+    velocity: Velocity | None = None,
+) -> Iterator[Trajectories]:
+    """Walks by ODE from each start, for the prompt `owner` of each, `batch` at a time."""
+    for part in chunks(len(start), batch):
+        used, index = owner[part].unique(return_inverse=True)
+        cond = policy.encode([prompts[p].text for p in used.tolist()])
+        own = velocity or policy.velocity
+        yield sample(own, start[part], cond, index.to(policy.device), ode(times), batch=batch)
 
 
 def evaluate(policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Scorers, batch: int) -> Evaluation:
