@@ -69,7 +69,7 @@ def test_aesthetic_is_its_head_on_the_unit_embedding(images, made):
     folder = made["aesthetic"]["model"]
     pixels = CLIPProcessor.from_pretrained(folder)(images=to_pil(images), return_tensors="pt").pixel_values
     embedding = CLIPModel.from_pretrained(folder).eval().get_image_features(pixel_values=pixels).pooler_output
-    weights = torch.load(f"{folder}/sac+logos+ava1-l14-linearMSE.pth")
+    weights = torch.load(f"{folder}/sac+logos+ava1-l14-linearMSE.pth", weights_only=True)
     x = embedding / embedding.norm(dim=-1, keepdim=True)
     for number in (0, 2, 4, 6, 7):
         x = x @ weights[f"layers.{number}.weight"].T + weights[f"layers.{number}.bias"]
@@ -89,7 +89,7 @@ def test_image_reward_is_its_head_on_blip_under_the_original_names(images, made)
     features = text(
         input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen
     ).last_hidden_state[:, 0]
-    chain = linear_chain(torch.load(f"{folder}/ImageReward.pt"), "mlp.layers.")
+    chain = linear_chain(torch.load(f"{folder}/ImageReward.pt", weights_only=True), "mlp.layers.")
     expected = (chain(features) - SHIFT) / SPREAD
     found = load("image_reward", **made["image_reward"])(images[:, :, :35], PROMPTS).values
     torch.testing.assert_close(found, expected)
