@@ -433,6 +433,8 @@ def refine(
     as_json: Json = False,
 ) -> None:
     """Draw, have it criticised, draw again; keep the best image of each prompt. No training."""
+    from dataclasses import asdict
+
     from rich.progress import track
 
     from mmalign import config as configs, refine as refining, stories
@@ -456,7 +458,7 @@ def refine(
     )
     _writable(out)
     about = {"critic": critic, "version": scorer.card.version, "model": str(model), "adapter": str(adapter or "")}
-    rows = stories.opened(out, stories.asked_for(asked, **about, images_from=str(images or "")), wanted)
+    rows = stories.opened(out, asdict(asked) | about | {"images_from": str(images or "")}, wanted)
     left = [own for own in wanted if own.id not in rows]
 
     def refined(some):

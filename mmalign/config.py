@@ -304,6 +304,8 @@ class Config(BaseModel):
         for name, (does, owner) in acts.items():
             if getattr(self, name) is not None and not does:
                 raise ValueError(f"{name} acts only with {owner}; remove it or change that")
+        if self.overlap and self.at_least:
+            raise ValueError("overlap judges before the constraints (at_least) have moved; remove one of the two")
         if self.advantage_floor and self.advantage_scale == "none":
             raise ValueError(
                 "advantage_floor acts only where advantages are divided; remove it or change advantage_scale"

@@ -95,7 +95,7 @@ class Session:
         row = {"cache_hits": sum(s.hits for s in cached) / max(1, sum(s.asked for s in cached))} if cached else {}
         for name, scorer in self.scorers.items():
             judge = getattr(getattr(scorer, "scorer", scorer), "judge", None)
-            row |= {f"judge/{name}/{key}": count for key, count in judge.spent.items()} if judge else {}
+            row |= {f"judge/{name}/{key}": count for key, count in dict(judge.spent).items()} if judge else {}
         return row
 
     def set_rate(self, iteration: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.config import BadInput
-from mmalign.refine import Settings, Story
+from mmalign.refine import Story
 from reward_models import Prompt, heat
 from reward_models.images import to_pil
 
@@ -160,8 +160,3 @@ def requests(rows: Sequence[Row], by: str) -> list[Row]:
 
 def export(rows: Sequence[Row], file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def asked_for(settings: Settings, **more: Any) -> dict[str, Any]:
-    """What decides the outcome, for `settings.json`."""
-    return asdict(settings) | more

@@ -67,6 +67,11 @@ def test_overlap_learns_what_it_would_from_walks_one_update_old(settings, captio
     assert all(torch.allclose(first[name], second[name], atol=1e-9) for name in first)
 
 
+def test_constraints_need_the_judgement_in_time(settings):
+    with pytest.raises(BadInput, match="overlap judges before the constraints"):
+        configs.build(settings | {"overlap": True, "at_least": {"jpeg_size.kilobytes": {"bound": -1}}}, "test")
+
+
 def test_full_groups_teach_nothing_and_are_counted(settings, tmp_path):
     good = {"rewards": {"full.good": 1.0}, "scorers": {"full": {"scorer": "slow_judge:Full"}}, "held_out": None}
     c = configs.build(settings | good | {"saturated": 0.9}, "test")
