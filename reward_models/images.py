@@ -28,8 +28,9 @@ def to_uint8(images: Images) -> UInt8[Tensor, "N 3 H W"]:
 
 
 def rounded(images: Images) -> Images:
-    """The nearest images a PNG can hold; values outside [0, 1] are clipped."""
-    images = images.float()
+    """The nearest images a PNG can hold; values outside [0, 1] are clipped. Contiguous: a network's last digits depend
+    on the layout of its input in memory."""
+    images = images.float().contiguous()
     low, high = images.aminmax() if images.numel() else (0, 1)
     images = images if low >= 0 and high <= 1 else images.clamp(0, 1)
     return images.mul(255).round_().div_(255)
