@@ -7,12 +7,15 @@ from the policy as it is then.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from mmalign import prompts as prompt_files
-from mmalign.types import Trajectories
+from mmalign.types import Judgement, Trajectories
 from reward_models import Prompt
 
 THREAD = ThreadPoolExecutor(1, thread_name_prefix="judge")
@@ -20,30 +23,29 @@ THREAD = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts, their conditioning and walks, and the judgement that is to come."""
+    """Prompts, their conditioning, walks and finished images, and the judgement that is to come."""
 
     prompts: list[Prompt]
     cond: Any
     paths: Trajectories
-    judged: Callable[[], Any]
+    images: Tensor
+    judged: Callable[[], Judgement]
 
 
-def batch(run, iteration: int, roll_out: Callable, judge_all: Callable) -> Batch:
-    """The batch of an iteration; with `overlap` the next one is under way when it returns."""
-    own = run.ahead.pop(iteration, None) or _begun(run, iteration, roll_out, judge_all)
+def batch(run, iteration: int, *stages: Callable) -> Batch:
+    """The batch of an iteration, by the `stages` roll out, decode and judge; with `overlap` the next one is under way
+    when it returns. Only judging leaves this thread, to which the policy belongs."""
+    own = run.ahead.pop(iteration, None) or _begun(run, iteration, *stages)
     if run.config.overlap and iteration + 1 < run.config.iterations:
-        run.ahead[iteration + 1] = _begun(run, iteration + 1, roll_out, judge_all)
+        run.ahead[iteration + 1] = _begun(run, iteration + 1, *stages)
     return own
 
 
-def _begun(run, iteration: int, roll_out: Callable, judge_all: Callable) -> Batch:
+def _begun(run, iteration: int, roll_out: Callable, decode: Callable, judge_all: Callable) -> Batch:
     c = run.config
     prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
     with run.clock.of("rollout"):
         cond, paths = roll_out(run, prompts, run.levels, iteration)
-    if not c.overlap:
-        return Batch(prompts, cond, paths, lambda: judge_all(run, paths, prompts, iteration))
-    with run.clock.of("decode"):  # here: the policy belongs to this thread
-        images = iter([run.policy.decode(part).cpu() for part in paths.ends.split(c.decode_batch)])
-    judging: Future = THREAD.submit(judge_all, run, paths, prompts, iteration, lambda _: next(images))
-    return Batch(prompts, cond, paths, judging.result)
+    images = decode(run, paths)
+    work = partial(judge_all, run, paths, images, prompts, iteration)
+    return Batch(prompts, cond, paths, images, THREAD.submit(work).result if c.overlap else work)

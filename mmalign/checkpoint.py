@@ -50,14 +50,22 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's per-parameter state as named tensors ("3.exp_avg")."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(value) for i, own in state.items() for name, value in own.items()}
+    """An optimiser's per-parameter state as named tensors ("3.exp_avg"; bitsandbytes' has another level)."""
+
+    def flat(value, *path) -> dict[str, Tensor]:
+        if isinstance(value, dict):
+            return {name: leaf for key, own in value.items() for name, leaf in flat(own, *path, str(key)).items()}
+        return {".".join(path): torch.as_tensor(value).clone()}
+
+    return flat(optimizer.state_dict()["state"])
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict = {}
     for key, value in tensors.items():
-        i, _, name = key.partition(".")
-        state.setdefault(int(i), {})[name] = value
+        i, *path, name = key.split(".")
+        own = state.setdefault(int(i), {})
+        for part in path:
+            own = own.setdefault(part, {})
+        own[name] = value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -134,8 +134,12 @@ class Config(BaseModel):
     max_rewards: int | None = Field(
         None, ge=1, description="images scored in one iteration, times reward scorers; same"
     )
-    batch: int = Field(128, ge=1, description="rows of one forward at most; changes speed only")
-    decode_batch: int = Field(32, ge=1, description="images decoded at once in training; changes speed only")
+    batch: int = Field(
+        128, ge=1, description="rows of one forward at most; speed only; halved where memory does not suffice"
+    )
+    decode_batch: int = Field(
+        32, ge=1, description="images decoded at once in training; the same; 1 is what diffusers calls slicing"
+    )
 
     # credit and learning
     objective: Literal["grpo", "srum", "rgdpo"] = Field(
@@ -207,7 +211,11 @@ class Config(BaseModel):
     beta: float = Field(0.0, ge=0, description="weight of the KL divergence to the model without adapter")
     epochs: int = Field(1, ge=1, description="passes over an iteration's transitions")
     minibatches: int = Field(1, ge=1, description="optimiser steps per pass")
-    micro_batch: int = Field(128, ge=1, description="rows of one forward and backward at most; changes speed only")
+    micro_batch: int = Field(
+        128,
+        ge=1,
+        description="rows of one forward and backward at most; speed only; halved where memory does not suffice",
+    )
     max_grad_norm: float = Field(1.0, gt=0)
     ema: float = Field(0.9, ge=0, lt=1, description="decay of the averaged adapter that evaluation and export use")
 
@@ -218,8 +226,26 @@ class Config(BaseModel):
     eval_steps: int = Field(10, ge=1)
     checkpoint_every: int = Field(25, ge=1)
     max_failed: float = Field(0.2, ge=0, le=1, description="share of images without a score at which the run stops")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit: moments in 8 bits, a quarter of the memory; needs bitsandbytes (extra gpu)"
+    )
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the frozen weights; adapters are float32"
+        "float32", description="of the frozen weights; adapters, times, states and densities are float32"
+    )
+    quantize: Literal["int8", "llm_int8", "nf4"] | None = Field(
+        None,
+        description="weights of the transformer below the adapter: int8 (torchao), or llm_int8 and nf4 (bitsandbytes, "
+        "needs a GPU); null: as `precision` says",
+    )
+    attention: str | None = Field(
+        None, description="diffusers' attention back end: native, xformers, flash, sage, ...; null: as loaded"
+    )
+    offload: bool = Field(
+        False, description="text encoders and autoencoder wait in main memory while idle; needs a GPU"
+    )
+    vae_tiling: bool = Field(False, description="decode large images tile by tile: less memory, faint seams possible")
+    text_cache: int = Field(
+        1000, ge=0, description="prompts whose embeddings are kept in main memory, the last used; 0: none"
     )
     size: tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]] | None = Field(
         None, description="height and width of images in pixels; null: the model's own"

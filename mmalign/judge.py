@@ -100,19 +100,14 @@ class Combination:
 def judge(
     paths: Trajectories,
     prompts: Sequence[Prompt],
-    decode: Callable[[Tensor], Tensor],
+    images: Float[Tensor, "E 3 H W"],
     scorers: Scorers,
     combination: Combination,
-    batch: int = 32,
     region: str | None = None,
     grid: tuple[int, int] | None = None,
-) -> tuple[Judgement, Float[Tensor, "E 3 H W"]]:
-    """Decode, `batch` at a time, and score each finished latent once, and give every shown state the reward of its end.
-    The map of the scorer `region` is laid on `grid` cells, by default those of the latent.
-
-    Returns the judgement and the images `[E, ...]` of the ends, both on the CPU.
-    """
-    images = torch.cat([decode(latents).cpu() for latents in paths.ends.split(batch)])
+) -> Judgement:
+    """Score the image of each finished latent once, and give every shown state the reward of its end. The map of the
+    scorer `region` is laid on `grid` cells, by default those of the latent. On the CPU."""
     seen = score(images, [prompts[i] for i in paths.owner.tolist()], scorers)
     own = {name: values[paths.shown[:, -1].cpu()] for name, values in seen.parts.items()}
     reward = combination(seen.parts, paths.owner.cpu())
@@ -123,7 +118,7 @@ def judge(
         places = resampled(seen.maps.get(region, nowhere), grid)
         boxes = seen.boxes.get(region)
         marks = marked(boxes, paths.owner.tolist(), tuple(images.shape[2:]), grid) if boxes else signs(places)
-    return Judgement(paths.at_states(reward), own, places, marks, seen.failures), images
+    return Judgement(paths.at_states(reward), own, places, marks, seen.failures)
 
 
 def marked(

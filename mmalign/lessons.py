@@ -61,7 +61,7 @@ def of_walks(run: Session, cond, paths: Trajectories, judged: Judgement) -> Less
     c, policy = run.config, run.policy
     batch = transitions(paths, advantages(c, paths, judged), c.weighting)
     if c.focus == "prompt":
-        batch = attended(policy, cond, batch, c.focus_share, c.micro_batch)
+        batch = run.fits["batch"](lambda rows: attended(policy, cond, batch, c.focus_share, rows))
     replay = surrogate(
         policy, cond, kernel=c.kernel, t_max=paths.t_max, loss=c.loss, clip=c.clip, beta=c.beta, over=c.ratio_over
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmalign import calibrate, config as configs, planner, policy as policies, prompts as prompt_files, references
 from mmalign.config import BadInput, Config
+from mmalign.flow.fit import Fit
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import seed_of
 from mmalign.judge import Combination
@@ -55,7 +56,8 @@ class Session:
     `config` is as the budget left it, `levels` the noise of each step, `ema` the averaged adapter by name,
     `multipliers` the constraints' by component, `reference` the frozen one's mean and standard deviation by component.
     `records` are the judged images that are learnt from instead of rollouts, if any. `ahead` holds batches by iteration
-    that are drawn already (`mmalign.ahead`).
+    that are drawn already (`mmalign.ahead`). `fits` are the rows at once of the config's `batch`, `micro_batch` and
+    `decode_batch`, as memory allows.
     """
 
     config: Config
@@ -72,6 +74,7 @@ class Session:
     reference: dict[str, tuple[float, float]] | None
     records: Records | None
     clock: Clock
+    fits: dict[str, Fit]
     ahead: dict[int, Any] = field(default_factory=dict)
 
     def combination(self, iteration: int) -> Combination:
@@ -146,9 +149,12 @@ def open_session(c: Config) -> Session:
     with configs.refusing():
         scorers = load_scorers(c, [*c.trained, *c.watch])
         policy = policies.load(
-            configs.locate(c.model), dtype=c.precision, device=str(accelerator.device), guidance=c.guidance, size=c.size
-        )
-        policy.save_memory(gradients=c.gradient_checkpointing)
+            configs.locate(c.model), dtype=c.precision, device=str(accelerator.device), guidance=c.guidance,
+            size=c.size, quantize=c.quantize, offload=c.offload,
+        )  # fmt: skip
+        policy.save_memory(gradients=c.gradient_checkpointing, tiling=c.vae_tiling, texts=c.text_cache)
+        if c.attention:
+            policy.attend(c.attention)
         known = references.load(c, policy.fingerprint(), scorers) if c.reference else None
         records = read_records(configs.locate(c.records), policy.image_size) if c.records else None
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
@@ -163,7 +169,7 @@ def open_session(c: Config) -> Session:
         raise BadInput(f"held_out: {len(shared)} prompts are training prompts too, e.g. {min(shared)!r}")
     if c.compile:
         policy.compile()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
+    optimizer = _optimizer(c)(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
     multipliers = dict.fromkeys(c.at_least, 0.0)
     return Session(
         c,
@@ -180,4 +186,15 @@ def open_session(c: Config) -> Session:
         known,
         records,
         Clock(),
+        {name: Fit(getattr(c, name)) for name in ("batch", "micro_batch", "decode_batch")},
     )
+
+
+def _optimizer(c: Config) -> type[torch.optim.Optimizer]:
+    if c.optimizer == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise BadInput(f"optimizer: adamw8bit: {error}; pip install 'mmalign[gpu]'") from None
+    return AdamW8bit

@@ -7,10 +7,10 @@ Left out on purpose: a replay buffer (each iteration learns from its own images)
 along.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mmalign import ahead, evaluate, exhibit, planner, prompts as prompt_files
@@ -32,13 +32,14 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
     c, policy, clock = run.config, run.policy, run.clock
     policy.spent.clear()
     lesson, row = from_records(run, iteration) if run.records else _from_rollout(run, iteration, keep)
+    shuffle = torch.Generator().manual_seed(seed_of(c.seed, "shuffle", iteration))
     with clock.of("learn"):
         run.set_rate(iteration)
         forwards = policy.spent["forwards"]
         statistics = update(
             policy.parameters(), run.optimizer, lesson.batch, lesson.replay, needed=lesson.needed,
-            epochs=c.epochs, minibatches=c.minibatches, micro_batch=c.micro_batch, max_grad_norm=c.max_grad_norm,
-            generator=torch.Generator().manual_seed(seed_of(c.seed, "shuffle", iteration)),
+            epochs=c.epochs, minibatches=c.minibatches, micro_batch=run.fits["micro_batch"],
+            max_grad_norm=c.max_grad_norm, generator=shuffle,
         )  # fmt: skip
         run.average()
     row = {"iteration": iteration + 1} | row
@@ -46,17 +47,19 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
         "forwards": forwards,
         "replay_forwards": policy.spent["forwards"] - forwards,
         "decodes": policy.spent["decodes"],
+        "texts": policy.spent["texts"],
         **run.asked(),
         "transitions": len(lesson.batch),
         "lr": run.optimizer.param_groups[0]["lr"],
+        **{f"fit/{name}": fit.rows for name, fit in run.fits.items() if fit.rows < getattr(c, name)},
     }
     return row | statistics | {f"seconds/{name}": seconds for name, seconds in clock.read().items()}
 
 
 def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Lesson, dict[str, int | float]]:
     c, clock = run.config, run.clock
-    own = ahead.batch(run, iteration, roll_out, judge_all)
-    prompts, cond, paths, (judged, images, rewards) = own.prompts, own.cond, own.paths, own.judged()
+    own = ahead.batch(run, iteration, roll_out, decoded, judge_all)
+    prompts, cond, paths, images, judged = own.prompts, own.cond, own.paths, own.images, own.judged()
     stop_if_failing(judged, len(images), c.max_failed)
     with clock.of("learn"):
         if c.objective == "grpo":
@@ -77,7 +80,7 @@ def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Less
         "dead_groups": float(dead(reward, paths.prompt, c.dead_spread).mean()),
         "diversity": evaluate.diversity(images[paths.shown[:, -1].cpu()], paths.prompt.cpu()),
         "failed": len(judged.failures),
-        "rewards": rewards,
+        "rewards": len(images) * len(c.trained),
     }
     if c.score_states:
         row |= balance(paths, judged)
@@ -98,19 +101,27 @@ def roll_out(run: Session, prompts: list[Prompt], levels: Noise, iteration: int)
     cond = policy.encode([p.text for p in prompts])
     index = torch.tensor([p for p, _ in starts], device=policy.device)
     start = torch.stack([noise(i) for i in range(len(starts))]).to(policy.device)
-    paths = sample(policy.velocity, start, cond, index, [plan[at[p]] for p, _ in starts], noise, c.batch)
-    return cond, paths
+    own = [plan[at[p]] for p, _ in starts]
+    return cond, run.fits["batch"](lambda rows: sample(policy.velocity, start, cond, index, own, noise, rows))
+
+
+def decoded(run: Session, paths: Trajectories) -> Float[Tensor, "E 3 H W"]:
+    """The images of the finished latents, on the CPU."""
+
+    def work(size: int) -> Tensor:
+        return torch.cat([run.policy.decode(latents).cpu() for latents in paths.ends.split(size)])
+
+    with run.clock.of("decode"):
+        return run.fits["decode_batch"](work)
 
 
 def judge_all(
-    run: Session, paths: Trajectories, prompts: list[Prompt], iteration: int, decode: Callable | None = None
-) -> tuple[Judgement, Tensor, int]:
-    """The judgement by the trained rewards, the images, and how many images were scored, counted for each scorer."""
-    c, clock = run.config, run.clock
-    scorers = {name: clock.timed("reward", scorer) for name, scorer in run.scorers.items() if name in c.trained}
-    decode, combination = decode or clock.timed("decode", run.policy.decode), run.combination(iteration)
-    judged, images = judge(paths, prompts, decode, scorers, combination, c.decode_batch, c.region, c.region_grid)
-    return judged, images, len(images) * len(scorers)
+    run: Session, paths: Trajectories, images: Float[Tensor, "E 3 H W"], prompts: list[Prompt], iteration: int
+) -> Judgement:
+    """The judgement by the trained rewards."""
+    c = run.config
+    scorers = {name: run.clock.timed("reward", run.scorers[name]) for name in c.trained}
+    return judge(paths, prompts, images, scorers, run.combination(iteration), c.region, c.region_grid)
 
 
 def step_gains(run: Session, levels: Tensor, number: int) -> Tensor:
@@ -118,5 +129,5 @@ def step_gains(run: Session, levels: Tensor, number: int) -> Tensor:
     c = run.config
     prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, number, c.seed)
     _, paths = roll_out(run, prompts, levels.tolist(), number)
-    judged, _, _ = judge_all(run, paths, prompts, 0)
+    judged = judge_all(run, paths, decoded(run, paths), prompts, 0)
     return torch.where(paths.std > 0, gains(paths, judged), torch.nan)[:, : c.steps].cpu()

@@ -21,6 +21,7 @@ from torch import Tensor
 from mmalign.credit import CREDITS
 from mmalign.credit.groups import Units
 from mmalign.flow import kernels, plan as plans
+from mmalign.flow.fit import Fit
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
@@ -62,7 +63,7 @@ def estimate(plan, credit, starts: int, seed: int) -> tuple[Tensor, int]:
     replay = surrogate(flow, cond, kernel=paths.kernel, t_max=paths.t_max, loss="clipped", clip=1.0, beta=0.0)
     update(
         flow.parameters(), torch.optim.SGD(flow.parameters(), 0.0), transitions(paths, credit(paths, judged, RAW)),
-        replay, epochs=1, minibatches=1, micro_batch=10**6, max_grad_norm=1e9,
+        replay, epochs=1, minibatches=1, micro_batch=Fit(10**6), max_grad_norm=1e9,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     return -flow.shift.grad.flatten(), flow.spent["forwards"]

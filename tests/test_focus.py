@@ -5,6 +5,7 @@ import torch
 from walks import walk
 
 from mmalign.flow import plan as plans
+from mmalign.flow.fit import Fit
 from mmalign.focus import attended, top, within
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
@@ -18,7 +19,7 @@ def learn(flow, batch, paths):
     )
     update(
         flow.parameters(), torch.optim.SGD(flow.parameters(), 1.0), batch, replay, epochs=1, minibatches=1,
-        micro_batch=64, max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
+        micro_batch=Fit(64), max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     return flow.shift.detach()
 

@@ -31,8 +31,7 @@ class Twice:
 
 def shown(combination, starts=12, prompts=3):
     paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts, prompts)
-    judged, _ = judge(paths, [Prompt("")] * prompts, lambda x: x, {"twice": Twice()}, combination)
-    return paths, judged
+    return paths, judge(paths, [Prompt("")] * prompts, paths.ends, {"twice": Twice()}, combination)
 
 
 WEIGHTS = {"twice.mean": 1.0, "twice.first": 0.5}

@@ -6,6 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 from mmalign import judge
+from mmalign.flow.fit import Fit
 from mmalign.learn.update import update
 from mmalign.objectives import rgdpo
 from mmalign.objectives.matching import Finished
@@ -60,7 +61,7 @@ def test_they_drive_the_preference_of_the_misspelt_word_and_of_nothing_else(page
     for _ in range(20):
         update(
             flow.parameters(), torch.optim.SGD(flow.parameters(), 5.0), batch,
-            rgdpo.replay(flow, flow.encode(["0.0"]), 20.0, 0.0), epochs=1, minibatches=1, micro_batch=8,
+            rgdpo.replay(flow, flow.encode(["0.0"]), 20.0, 0.0), epochs=1, minibatches=1, micro_batch=Fit(8),
             max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
     moved = flow.shift.detach()

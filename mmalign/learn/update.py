@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmalign.flow.fit import Fit
 from mmalign.flow.kernels import gaussian_kl, log_ratio, step
 from mmalign.flow.sample import chunks, distinct
 from mmalign.learn.loss import LOSSES, alike
@@ -61,15 +62,15 @@ def update(
     needed: Bool[Tensor, "M"] | None = None,
     epochs: int,
     minibatches: int,
-    micro_batch: int,
+    micro_batch: Fit,
     max_grad_norm: float,
     generator: torch.Generator,
 ) -> dict[str, float]:
     """Replay `batch` for `epochs` shuffled passes, each in `minibatches` optimiser steps, and return what happened.
 
     The loss is the mean of `replay`'s over a minibatch. `micro_batch` bounds the rows of one forward and backward;
-    gradients add up, so it changes nothing else. Rows that are not `needed`, for nothing would come of them, cost no
-    forward but count in the mean.
+    gradients add up, so it changes nothing else, and where memory does not suffice the minibatch is begun again with
+    fewer. Rows that are not `needed`, for nothing would come of them, cost no forward but count in the mean.
 
     Statistics are means over all rows replayed, `name/k` over those whose `step` is k; `grad_norm` is before clipping.
     """
@@ -78,23 +79,34 @@ def update(
     for _ in range(epochs):
         order = torch.randperm(len(batch), generator=generator).to(batch.step.device)
         for part in order.tensor_split(min(minibatches, len(batch))) if len(batch) else ():
-            optimizer.zero_grad()
             alive = part if needed is None else part[needed[part]]
-            for rows in chunks(len(alive), micro_batch):
-                micro = batch[alive[rows]]
-                losses, statistics = replay(micro)
-                (losses.sum() / len(part)).backward()
-                for name, values in statistics.items():
-                    for value, k in zip(values.tolist(), micro.step.tolist(), strict=True):
-                        if value == value:
-                            for key in (name, f"{name}/{k}"):
-                                sums[key] += value
-                                counts[key] += 1
+            for name, value, k in micro_batch(partial(_gradients, optimizer, batch, alive, len(part), replay)):
+                if value == value:
+                    for key in (name, f"{name}/{k}"):
+                        sums[key] += value
+                        counts[key] += 1
             if len(alive):
                 sums["grad_norm"] += float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
                 counts["grad_norm"] += 1
                 optimizer.step()
     return {name: sums[name] / counts[name] for name in sums}
+
+
+def _gradients(
+    optimizer: torch.optim.Optimizer, batch: Rows, alive: Int[Tensor, "A"], total: int, replay: Replay, size: int
+) -> list[tuple[str, float, int]]:
+    """Leave the gradient of the rows `alive` of a minibatch of `total`, `size` at once; statistics as (name, value,
+    step)."""
+    found = []
+    optimizer.zero_grad()
+    for rows in chunks(len(alive), size):
+        micro = batch[alive[rows]]
+        losses, statistics = replay(micro)
+        (losses.sum() / total).backward()
+        steps = micro.step.tolist()
+        for name, values in statistics.items():
+            found += [(name, value, k) for value, k in zip(values.tolist(), steps, strict=True)]
+    return found
 
 
 def _replay(

@@ -18,29 +18,39 @@ POLICIES = {  # a pipeline's class -> ours
 
 
 def load(
-    model: str, *, dtype="float32", device: str = "cpu", guidance: float = 1.0, size: tuple[int, int] | None = None
+    model: str,
+    *,
+    dtype="float32",
+    device: str = "cpu",
+    guidance: float = 1.0,
+    size: tuple[int, int] | None = None,
+    quantize: str | None = None,
+    offload: bool = False,
 ):
     """A policy from a local folder or a hub id of a diffusers pipeline, or of the user's own class, as
     `my_module:MyPolicy`, whose `load` takes the same settings.
 
-    Raises ValueError for a model that is not there or of a family we do not drive.
+    `quantize` names how the transformer's weights are stored (`mmalign.policy.pipeline.QUANTIZED`); with `offload` text
+    encoders and autoencoder wait in main memory while idle. Raises ValueError for a model that is not there or of a
+    family we do not drive, and for settings that cannot act here.
     """
     import torch
 
+    settings = dict(
+        dtype=getattr(torch, dtype), device=device, guidance=guidance, size=size, quantize=quantize, offload=offload
+    )
     if ":" in model and not Path(model).exists():
         module, _, own = model.partition(":")
         try:
             found = getattr(import_module(module), own)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"model {model!r}: {error}") from None
-        return found.load(model, dtype=getattr(torch, dtype), device=device, guidance=guidance, size=size)
+        return found.load(model, **settings)
     name = _pipeline_class(model)
     if name not in POLICIES:
         raise ValueError(f"model {model!r} is a {name}; known families: {', '.join(POLICIES)}")
     module, _, cls = POLICIES[name].partition(":")
-    return getattr(import_module(module), cls).load(
-        model, dtype=getattr(torch, dtype), device=device, guidance=guidance, size=size
-    )
+    return getattr(import_module(module), cls).load(model, **settings)
 
 
 def quiet() -> None:

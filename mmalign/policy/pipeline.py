@@ -3,9 +3,9 @@ how its transformer is called, and how its latents are scaled; nothing of a pipe
 """
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +30,23 @@ class Conditioning:
 
     own: dict[str, Tensor]
     empty: dict[str, Tensor]
+
+
+def _torchao_int8():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+
+
+QUANTIZED: dict[
+    str, Callable[[torch.dtype], Any]
+] = {  # what a transformer's weights are stored as -> diffusers' config
+    "int8": lambda dtype: _torchao_int8(),
+    "llm_int8": lambda dtype: diffusers.BitsAndBytesConfig(load_in_8bit=True),
+    "nf4": lambda dtype: diffusers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    ),
+}
 
 
 class PipelinePolicy(ABC):
@@ -58,13 +75,42 @@ class PipelinePolicy(ABC):
         self.image_size = (height, width)
         self.latent_shape = (self.channels(pipe), height // factor, width // factor)
         self.spent: Counter[str] = Counter()
+        self.offload = False
+        self._known: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # embeddings by text, the last used at the end
+        self._kept = 1000
 
     @classmethod
-    def load(cls, model: str, *, dtype: torch.dtype, device: str, guidance: float, size=None):
-        kind = getattr(diffusers, cls.pipeline)
-        pipe = kind.from_pretrained(model, dtype=dtype, **cls.absent(kind.load_config(model)))
+    def load(
+        cls,
+        model: str,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        guidance: float,
+        size=None,
+        quantize: str | None = None,
+        offload: bool = False,
+    ):
+        kind, more = getattr(diffusers, cls.pipeline), {}
+        if offload and device == "cpu":
+            raise ValueError("offload: the model is on the CPU, where there is nothing to make room on; remove it")
+        try:
+            if quantize:
+                own = {"transformer": QUANTIZED[quantize](dtype)}
+                more["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=own)
+            pipe = kind.from_pretrained(model, dtype=dtype, **cls.absent(kind.load_config(model)), **more)
+        except (ImportError, RuntimeError) as error:
+            if quantize:
+                raise ValueError(f"quantize: {quantize}: {error}") from None
+            raise
         pipe.set_progress_bar_config(disable=True)
-        return cls(pipe.to(device), guidance, size)
+        for name, part in pipe.components.items():
+            placed = name == "transformer" and quantize in ("llm_int8", "nf4")  # bitsandbytes loads to the GPU
+            if isinstance(part, nn.Module) and not placed and (name == "transformer" or not offload):
+                part.to(device)
+        policy = cls(pipe, guidance, size)
+        policy.offload = offload
+        return policy
 
     @classmethod
     def absent(cls, index: dict[str, Any]) -> dict[str, None]:
@@ -136,11 +182,36 @@ class PipelinePolicy(ABC):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        own, empty = self.texts([*texts]), self.texts([""])
-        if "mask" in own:
-            length = max(own["mask"].shape[1], empty["mask"].shape[1])
-            own, empty = (lengthened(some, length) for some in (own, empty))
-        return Conditioning(own, empty)
+        """Each text is embedded alone, so that its embeddings are the same beside any others, and once while it is
+        remembered."""
+        wanted = dict.fromkeys([*texts, ""])
+        missing = [text for text in wanted if text not in self._known]
+        with self._awake(*(name for name in self.pipe.components if name.startswith("text_encoder") and missing)):
+            self._known |= {text: {name: v.cpu() for name, v in self.texts([text]).items()} for text in missing}
+        self.spent["texts"] += len(missing)
+        for text in wanted:
+            self._known.move_to_end(text)
+        rows = [self._known[text] for text in (*texts, "")]
+        if "mask" in rows[0]:
+            all_ = ragged([row["tokens"][0] for row in rows])
+        else:
+            all_ = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        while len(self._known) > self._kept:
+            self._known.popitem(last=False)
+        all_ = {name: values.to(self.device) for name, values in all_.items()}
+        return Conditioning(*({name: v[part] for name, v in all_.items()} for part in (slice(-1), slice(-1, None))))
+
+    @contextmanager
+    def _awake(self, *names: str) -> Iterator[None]:
+        """The named parts of the pipeline beside its transformer; with `offload`, only as long."""
+        parts = [part for name in names if isinstance(part := getattr(self.pipe, name), nn.Module)]
+        for part in parts if self.offload else ():
+            part.to(self.device)
+        try:
+            yield
+        finally:
+            for part in parts if self.offload else ():
+                part.to("cpu")
 
     def times(self, steps: int) -> Float[Tensor, "states"]:
         """`[steps + 1]`: linear from 1 to 1/steps, shifted once by the pipeline's scheduler (for the image's size where
@@ -187,26 +258,46 @@ class PipelinePolicy(ABC):
     def decode(self, x: Latents) -> Float[Tensor, "M 3 H W"]:
         """Images in [0, 1], float32."""
         self.spent["decodes"] += len(x)
-        image = self.pixels(self.unscaled(x.to(self.pipe.vae.dtype)))
+        with self._awake("vae"):
+            image = self.pixels(self.unscaled(x.to(self.pipe.vae.dtype)))
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode_images(self, images: Float[Tensor, "M 3 H W"]) -> Latents:
         """The latents of images in [0, 1], float32: the mode of the encoder's distribution."""
-        return self.scaled(self.compressed((2 * images - 1).to(self.pipe.vae.dtype)).float())
+        with self._awake("vae"):
+            return self.scaled(self.compressed((2 * images - 1).to(self.pipe.vae.dtype)).float())
 
     def fingerprint(self) -> str:
         """Names the weights that make images of embeddings, as they are without an adapter."""
         parts = (("transformer", self.pipe.transformer), ("vae", self.pipe.vae))
-        return fingerprint({f"{part}.{name}": w for part, module in parts for name, w in module.state_dict().items()})
+        own = {f"{part}.{name}": w for part, module in parts for name, w in module.state_dict().items()}
+        return fingerprint({f"{name}{k or ''}": w for name, value in own.items() for k, w in enumerate(stored(value))})
 
     def attach_lora(self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> None:
         lora.attach(self.pipe.transformer, rank, alpha, targets or self.targets, seed)
 
-    def save_memory(self, gradients: bool) -> None:
-        """With `gradients` (gradient checkpointing), activations are computed again in the backward pass."""
+    def save_memory(self, gradients: bool = False, tiling: bool = False, texts: int = 1000) -> None:
+        """With `gradients` (gradient checkpointing), activations are computed again in the backward pass; with `tiling`
+        images are decoded tile by tile; the embeddings of the last `texts` prompts are kept, in main memory."""
+        self._kept = texts
         if gradients:
             self.pipe.transformer.enable_gradient_checkpointing()
+        if tiling and not hasattr(self.pipe.vae, "enable_tiling"):
+            raise ValueError(f"vae_tiling: a {type(self.pipe.vae).__name__} cannot decode tile by tile; remove it")
+        if tiling:
+            self.pipe.vae.enable_tiling()
+
+    def attend(self, backend: str) -> None:
+        """Let the transformer compute attention by one of diffusers' back ends. One velocity is tried; raises
+        ValueError where the back end is not installed or does not run here."""
+        try:
+            self.pipe.transformer.set_attention_backend(backend)
+            x = torch.zeros(1, *self.latent_shape, device=self.device)
+            with torch.no_grad():
+                self.network(x, torch.ones(1, device=self.device), self.encode([""]).own)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"attention: {backend}: {error}") from None
 
     def compile(self) -> None:
         """Compile the transformer in place; worth it for long runs only (a minute or more at the first batch)."""
@@ -252,12 +343,11 @@ class PipelinePolicy(ABC):
             raise ValueError(f"the exported LoRA changes the velocity by {worst:.2g}; it must not")
 
 
-def lengthened(own: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Embeddings `[P, L, ...]` with noughts up to a length."""
-    more = length - own["mask"].shape[1]
-    return {
-        name: torch.cat([value, value.new_zeros(len(value), more, *value.shape[2:])], 1) for name, value in own.items()
-    }
+def stored(value: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor is made of: itself, or of a quantised one the parts."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return [value]
+    return [plain for name in value.__tensor_flatten__()[0] for plain in stored(getattr(value, name))]
 
 
 def ragged(rows: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from mmalign.credit import CREDITS
 from mmalign.credit.groups import Units, normalise
 from mmalign.credit.region import by_place, maps
 from mmalign.flow import plan as plans
+from mmalign.flow.fit import Fit
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
@@ -114,8 +115,8 @@ def learn(flow, optimizer, paths, advantage):
         flow, flow.encode(["0.0"]), kernel=paths.kernel, t_max=paths.t_max, loss="clipped", clip=1e-3, beta=0.0
     )
     update(
-        flow.parameters(), optimizer, transitions(paths, advantage), replay, epochs=1, minibatches=1, micro_batch=256,
-        max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
+        flow.parameters(), optimizer, transitions(paths, advantage), replay, epochs=1, minibatches=1,
+        micro_batch=Fit(256), max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
 
 

@@ -7,13 +7,14 @@ from walks import judged, tree
 
 from mmalign.credit import CREDITS
 from mmalign.flow import kernels, plan as plans
+from mmalign.flow.fit import Fit
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.loss import LOSSES, alike, pool
 from mmalign.learn.update import surrogate as surrogate_of, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
 
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.5, "cps": 0.8, "ddim": 1.0, "scheduled": 0.8}
-SETTINGS = dict(loss="clipped", clip=1e-4, beta=0.0, epochs=1, minibatches=1, micro_batch=64, max_grad_norm=1e9)
+SETTINGS = dict(loss="clipped", clip=1e-4, beta=0.0, epochs=1, minibatches=1, micro_batch=Fit(64), max_grad_norm=1e9)
 
 
 def rollout(flow, plan, starts, iteration=0):
@@ -228,7 +229,7 @@ def test_micro_batches_and_dead_rows_change_nothing():
         advantage = CREDITS["terminal"](paths, judged(paths, lambda x: x.mean((1, 2, 3))))
         advantage[0] = 0
         optimizer = torch.optim.SGD(flow.parameters(), 1.0)
-        advance(flow, optimizer, paths, advantage, micro_batch=micro)
+        advance(flow, optimizer, paths, advantage, micro_batch=Fit(micro))
         results.append(flow.shift.detach().clone())
     assert torch.allclose(results[0], results[2], atol=1e-6)
     assert torch.allclose(results[1], results[2], atol=1e-6)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mmalign.flow.fit import Fit
 from mmalign.learn.update import update
 from mmalign.objectives import rgdpo
 from mmalign.objectives.matching import Finished, error
@@ -129,7 +130,7 @@ def test_no_pairs_no_step():
 def learn(flow, optimizer, batch, scale):
     return update(
         flow.parameters(), optimizer, batch, rgdpo.replay(flow, flow.encode(["0.0"]), scale, 1.0), epochs=1,
-        minibatches=1, micro_batch=64, max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
+        minibatches=1, micro_batch=Fit(64), max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from mmalign.flow.fit import Fit
 from mmalign.learn.update import update
 from mmalign.objectives import matching, srum
 from mmalign.objectives.matching import Finished
@@ -22,7 +23,7 @@ def seen(x, reward, places):
 
 def learn(flow, optimizer, batch, replay):
     update(
-        flow.parameters(), optimizer, batch, replay, epochs=1, minibatches=1, micro_batch=64, max_grad_norm=1e9,
+        flow.parameters(), optimizer, batch, replay, epochs=1, minibatches=1, micro_batch=Fit(64), max_grad_norm=1e9,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ from tiny_pipelines import FAMILIES, STEPS, stock_images
 
 from mmalign import policy as policies
 from mmalign.flow import plan as plans
+from mmalign.flow.fit import Fit
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.update import surrogate, transitions, update
 
@@ -104,7 +105,7 @@ def test_the_ratio_on_policy_is_one(folders, name, guidance):
     replay = surrogate(policy, cond, kernel="flow_sde", t_max=plan.t_max, loss="clipped", clip=1e-4, beta=0.1)
     statistics = update(
         policy.parameters(), torch.optim.SGD(policy.parameters(), 0.0), batch, replay, epochs=1, minibatches=1,
-        micro_batch=len(TEXTS), max_grad_norm=1.0, generator=torch.Generator().manual_seed(0),
+        micro_batch=Fit(len(TEXTS)), max_grad_norm=1.0, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     for k in range(STEPS - 1):
         assert statistics[f"ratio/{k}"] == pytest.approx(1, abs=1e-6)

@@ -7,6 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from mmalign import policy as policies
 from mmalign.flow import kernels, plan as plans
+from mmalign.flow.fit import Fit
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.loss import LOSSES
 from mmalign.learn.update import surrogate, transitions, update
@@ -121,8 +122,8 @@ def test_on_policy_ratio_is_one(random_model, name, guidance, size, loss):
     optimizer = torch.optim.SGD(policy.parameters(), 0.0)
     replay = surrogate(policy, cond, kernel=name, t_max=plan.t_max, loss=loss, clip=1e-4, beta=0.1)
     statistics = update(
-        policy.parameters(), optimizer, batch, replay, epochs=1, minibatches=1, micro_batch=size, max_grad_norm=1.0,
-        generator=torch.Generator().manual_seed(0),
+        policy.parameters(), optimizer, batch, replay, epochs=1, minibatches=1, micro_batch=Fit(size),
+        max_grad_norm=1.0, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     for k in range(STEPS - 1):
         assert statistics[f"ratio/{k}"] == pytest.approx(1, abs=1e-6)
@@ -140,7 +141,10 @@ def test_on_policy_ratio_is_one(random_model, name, guidance, size, loss):
 def test_counters(random_model):
     policy = policies.load(random_model, guidance=3.5)
     ours(policy)
-    assert policy.spent == {"forwards": 2 * STEPS * len(TEXTS), "decodes": len(TEXTS)}
+    spent = {"forwards": 2 * STEPS * len(TEXTS), "decodes": len(TEXTS)}
+    assert policy.spent == spent | {"texts": len({*TEXTS, ""})}
+    ours(policy)
+    assert policy.spent == {name: 2 * count for name, count in spent.items()} | {"texts": len({*TEXTS, ""})}
 
 
 def test_adapters_round_trip_and_must_fit(random_model):
