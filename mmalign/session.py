@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmalign import calibrate, config as configs, planner, policy as policies, prompts as prompt_files, references
 from mmalign.config import BadInput, Config
-from mmalign.flow.fit import Fit
+from mmalign.fit import Fit
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import seed_of
 from mmalign.judge import Combination

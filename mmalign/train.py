@@ -13,17 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign import ahead, evaluate, exhibit, planner, prompts as prompt_files
-from mmalign.credit.gain import balance, gains
-from mmalign.credit.groups import dead, group_std
+from mmalign import ahead, exhibit, measures, planner, prompts as prompt_files
+from mmalign.credit.gain import gains
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.judge import judge, stop_if_failing
 from mmalign.learn.update import update
-from mmalign.lessons import Lesson, advantages, finished, from_records, full, of_images, of_walks
+from mmalign.lessons import Lesson, advantages, finished, from_records, of_images, of_walks
 from mmalign.session import Session
 from mmalign.types import Judgement, Trajectories
-from reward_models import Prompt, combine
+from reward_models import Prompt
 
 
 def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str, int | float]:
@@ -69,22 +68,7 @@ def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Less
     if keep:
         credit = advantages(c, paths, judged) if c.objective == "grpo" else None
         exhibit.write(keep, iteration + 1, prompts, images, paths, judged, credit)
-    reward = judged.reward[:, -1]
-    row = {"reward": float(reward.nanmean())}
-    row |= {f"part/{name}": float(values.nanmean()) for name, values in judged.parts.items()}
-    row |= combine.health(torch.stack([*judged.parts.values()], 1), [*judged.parts], paths.prompt.cpu(), c.dead_spread)
-    row |= run.move_multipliers(judged)
-    row |= {
-        "group_std": float(group_std(reward, paths.prompt).nanmean()),
-        **({"saturated_groups": float(full(c, paths, judged).float().mean())} if c.saturated is not None else {}),
-        "dead_groups": float(dead(reward, paths.prompt, c.dead_spread).mean()),
-        "diversity": evaluate.diversity(images[paths.shown[:, -1].cpu()], paths.prompt.cpu()),
-        "failed": len(judged.failures),
-        "rewards": len(images) * len(c.trained),
-    }
-    if c.score_states:
-        row |= balance(paths, judged)
-    return lesson, row | {f"std/{k}": float(q[q > 0].mean()) for k, q in enumerate(paths.std.T) if bool((q > 0).any())}
+    return lesson, measures.of(c, paths, judged, images) | run.move_multipliers(judged)
 
 
 def roll_out(run: Session, prompts: list[Prompt], levels: Noise, iteration: int) -> tuple[object, Trajectories]:

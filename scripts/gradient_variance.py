@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mmalign.credit import CREDITS
 from mmalign.credit.groups import Units
+from mmalign.fit import Fit
 from mmalign.flow import kernels, plan as plans
-from mmalign.flow.fit import Fit
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow

@@ -4,8 +4,8 @@ import pytest
 import torch
 from walks import walk
 
+from mmalign.fit import Fit
 from mmalign.flow import plan as plans
-from mmalign.flow.fit import Fit
 from mmalign.focus import attended, top, within
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow

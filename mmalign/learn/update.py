@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmalign.flow.fit import Fit
 from mmalign.flow.kernels import gaussian_kl, log_ratio, step
 from mmalign.flow.sample import chunks, distinct
 from mmalign.learn.loss import LOSSES, alike
 from mmalign.types import Policy, Rows, Trajectories, Transitions
 
+Bounded = Callable[[Callable[[int], Any]], Any]  # does work(rows) with as many rows as memory allows (`mmalign.fit`)
 Replay = Callable[[Any], tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]]  # loss and statistics per row
 
 
@@ -62,7 +62,7 @@ def update(
     needed: Bool[Tensor, "M"] | None = None,
     epochs: int,
     minibatches: int,
-    micro_batch: Fit,
+    micro_batch: Bounded,
     max_grad_norm: float,
     generator: torch.Generator,
 ) -> dict[str, float]:

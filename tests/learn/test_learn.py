@@ -6,8 +6,8 @@ import torch
 from walks import judged, tree
 
 from mmalign.credit import CREDITS
+from mmalign.fit import Fit
 from mmalign.flow import kernels, plan as plans
-from mmalign.flow.fit import Fit
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.loss import LOSSES, alike, pool
 from mmalign.learn.update import surrogate as surrogate_of, transitions, update

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmalign.flow.fit import Fit
+from mmalign.fit import Fit
 from mmalign.learn.update import update
 from mmalign.objectives import rgdpo
 from mmalign.objectives.matching import Finished, error

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from mmalign.flow.fit import Fit
+from mmalign.fit import Fit
 from mmalign.learn.update import update
 from mmalign.objectives import matching, srum
 from mmalign.objectives.matching import Finished

@@ -5,8 +5,8 @@ import torch
 from tiny_pipelines import FAMILIES, STEPS, stock_images
 
 from mmalign import policy as policies
+from mmalign.fit import Fit
 from mmalign.flow import plan as plans
-from mmalign.flow.fit import Fit
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.update import surrogate, transitions, update
 

@@ -10,7 +10,7 @@ from whole_runs import rows, run
 
 from mmalign import config as configs, policy as policies
 from mmalign.config import BadInput
-from mmalign.flow.fit import Fit
+from mmalign.fit import Fit
 from mmalign.flow.sample import gaussian
 from mmalign.session import open_session
 

@@ -6,8 +6,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from mmalign import policy as policies
+from mmalign.fit import Fit
 from mmalign.flow import kernels, plan as plans
-from mmalign.flow.fit import Fit
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.loss import LOSSES
 from mmalign.learn.update import surrogate, transitions, update

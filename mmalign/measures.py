@@ -1,0 +1,31 @@
+"""What an iteration's walks and rewards look like, as a row for metrics.jsonl; docs/metrics.md has the formulas."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.config import Config
+from mmalign.credit.gain import balance
+from mmalign.credit.groups import dead, group_std
+from mmalign.evaluate import diversity
+from mmalign.lessons import full
+from mmalign.types import Judgement, Trajectories
+from reward_models import combine
+
+
+def of(c: Config, paths: Trajectories, judged: Judgement, images: Float[Tensor, "E 3 H W"]) -> dict[str, int | float]:
+    reward = judged.reward[:, -1]
+    row = {"reward": float(reward.nanmean())}
+    row |= {f"part/{name}": float(values.nanmean()) for name, values in judged.parts.items()}
+    row |= combine.health(torch.stack([*judged.parts.values()], 1), [*judged.parts], paths.prompt.cpu(), c.dead_spread)
+    row |= {
+        "group_std": float(group_std(reward, paths.prompt).nanmean()),
+        **({"saturated_groups": float(full(c, paths, judged).float().mean())} if c.saturated is not None else {}),
+        "dead_groups": float(dead(reward, paths.prompt, c.dead_spread).mean()),
+        "diversity": diversity(images[paths.shown[:, -1].cpu()], paths.prompt.cpu()),
+        "failed": len(judged.failures),
+        "rewards": len(images) * len(c.trained),
+    }
+    if c.score_states:
+        row |= balance(paths, judged)
+    return row | {f"std/{k}": float(q[q > 0].mean()) for k, q in enumerate(paths.std.T) if bool((q > 0).any())}
