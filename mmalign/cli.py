@@ -545,10 +545,15 @@ def _refined(result: dict, by: str) -> Table:
 
 @app.command()
 def doctor(
-    rewards: Annotated[str, typer.Option(help="comma-separated scorers to examine")],
     source: Annotated[
-        Path, typer.Argument(help="pictures with prompts, as for `score`; pairs with a choice are labels")
+        Path,
+        typer.Argument(
+            help="a config: is the run sound? Or with --rewards pictures with prompts, as for `score`, in which pairs "
+            "with a choice are labels: is the judge?"
+        ),
     ] = Path("assets/pictures"),
+    overrides: Overrides = None,
+    rewards: Annotated[str | None, typer.Option(help="comma-separated scorers to examine")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="a scorer's setting, e.g. rational.model=NAME; may repeat")
     ] = None,
@@ -556,17 +561,23 @@ def doctor(
     out: Annotated[Path | None, typer.Option(help="Markdown file for the report")] = None,
     as_json: Json = False,
 ) -> None:
-    """Is a judge fit to be a reward? Exit code 1 if one is not; each red line says what to do."""
+    """Is a run sound, before time is spent on it; is a judge fit to be a reward? Exit code 1 if not; each red line says
+    what to do."""
     from dataclasses import asdict
 
     from mmalign import config as configs
     from reward_models import health
 
+    if out is not None:
+        _writable(out.parent)
+    if rewards is None:
+        _doctor_of_run(source, overrides or [], settings, out, as_json)
+        return
+    if overrides:
+        raise BadInput(f"{overrides[0]!r}: key=value changes a config; with --rewards use --set scorer.key=value")
     with configs.refusing():
         images, prompts, pairs = health.material(Path(configs.locate(str(source))), most)
         scorers = _scorers(rewards, settings or [], None)
-    if out is not None:
-        _writable(out.parent)
     reports = {
         name: health.examine(scorer, images, prompts, health.chosen(scorer, pairs)) for name, scorer in scorers.items()
     }
@@ -578,6 +589,31 @@ def doctor(
         for name, rows in reports.items():
             console.print(_examined(name, rows))
     if any(own.good is False for rows in reports.values() for own in rows):
+        raise typer.Exit(1)
+
+
+def _doctor_of_run(config: Path, overrides: list[str], settings: list[str] | None, out: Path | None, as_json: bool):
+    from dataclasses import asdict
+
+    from mmalign import config as configs, doctor as doctors, policy as policies
+
+    if config.suffix not in (".yaml", ".yml"):
+        raise BadInput(f"{config}: a config (.yaml) is needed, or --rewards SCORER to examine judges on pictures")
+    if settings:
+        raise BadInput("--set belongs to --rewards; a config names its scorers' settings itself")
+    policies.quiet()
+    c, found = configs.load(config, overrides), []
+    with console.status("examining") as status:
+        for own in doctors.examine(c):
+            found.append(own)
+            status.update(f"{own.check} done")
+    if out is not None:
+        out.write_text(doctors.page(c, found))
+    if as_json:
+        print(json.dumps([asdict(own) for own in found]))
+    else:
+        console.print(_examined(str(config), found))
+    if any(own.good is False for own in found):
         raise typer.Exit(1)
 
 

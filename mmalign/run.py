@@ -25,7 +25,7 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
     _check_folder(out, c, resume)
     run = open_session(c)
     console.print(planner.describe(run.config, run.cost))
-    done = _restore(run, out) if resume else 0
+    done = restore(run, out) if resume else 0
     _claim(out, c)
     _truncate(out, done)
     if done == 0 and run.held_out:
@@ -53,7 +53,7 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
                     means = _evaluate(run, out, None, done, run.held_out[:: _stride(run, c)], 1)
                 console.print(f"iteration {done}: reward {row['reward']:.3f}, held-out {_say(means)}")
             if done % c.checkpoint_every == 0 or done == c.iterations:
-                _save(run, out, done)
+                save(run, out, done)
     if run.held_out:
         with run.averaged():
             _evaluate(run, out, "after", done, run.held_out, c.eval_seeds)
@@ -132,14 +132,14 @@ def _claim(out: Path, c: Config) -> None:
         raise BadInput(f"out: cannot write in {out}: {error.strerror}") from None
 
 
-def _save(run: Session, out: Path, iteration: int) -> None:
+def save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
     tensors = {"adapter": adapter, "ema": run.ema, "optimizer": checkpoint.optimizer_tensors(run.optimizer)}
     state = {"adapter_hash": checkpoint.fingerprint(adapter), "noise": run.levels, "multipliers": run.multipliers}
     checkpoint.save(out / "checkpoints", iteration, tensors, state)
 
 
-def _restore(run: Session, out: Path) -> int:
+def restore(run: Session, out: Path) -> int:
     """Load the newest checkpoint, or start over where there is none."""
     path = checkpoint.latest(out / "checkpoints")
     if path is None:

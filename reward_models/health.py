@@ -263,10 +263,15 @@ def markdown(reports: Mapping[str, Sequence[Finding]], images: int) -> str:
     """A page for people."""
     lines = [f"# Judges examined on {images} pictures", ""]
     for name, rows in reports.items():
-        lines += [f"## {name}", "", "| check | | seen | what to do |", "|---|---|---|---|"]
-        for own in rows:
-            mark = {True: "good", False: "**bad**", None: "unknown"}[own.good]
-            seen = own.seen.replace("|", "\\|").replace("\n", " ")
-            lines.append(f"| {own.check} | {mark} | {seen} | {'' if own.good else own.advice} |")
-        lines.append("")
+        lines += [f"## {name}", "", *table(rows), ""]
     return "\n".join(lines)
+
+
+def table(rows: Sequence[Finding]) -> list[str]:
+    """Lines of Markdown."""
+    lines = ["| check | | seen | what to do |", "|---|---|---|---|"]
+    for own in rows:
+        mark = {True: "good", False: "**bad**", None: "unknown"}[own.good]
+        seen = own.seen.replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {own.check} | {mark} | {seen} | {'' if own.good else own.advice} |")
+    return lines

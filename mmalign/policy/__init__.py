@@ -55,12 +55,15 @@ def load(
 
 def quiet() -> None:
     """Only errors from the model libraries, and none of their progress bars: the command line has its own."""
+    import logging
+
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
     for library in (of_diffusers, of_transformers):
         library.set_verbosity_error()
         library.disable_progress_bar()
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's, when peft imports it
 
 
 def _pipeline_class(model: str) -> str:

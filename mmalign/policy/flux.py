@@ -6,6 +6,7 @@ a row. FLUX.1-schnell takes no guidance. The schedule is shifted by the image's 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,17 @@ class FluxPolicy(PipelinePolicy):
     def true_guidance(self) -> bool:
         return False
 
+    @property
+    def length(self) -> int:
+        """Tokens of T5."""
+        return min(512, self.pipe.tokenizer_2.model_max_length)
+
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        length = min(512, self.pipe.tokenizer_2.model_max_length)
-        tokens, pooled, _ = self.pipe.encode_prompt([*texts], None, self.device, max_sequence_length=length)
+        tokens, pooled, _ = self.pipe.encode_prompt([*texts], None, self.device, max_sequence_length=self.length)
         return {"tokens": tokens, "pooled": pooled}
+
+    def stock_settings(self, count: int) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance, "max_sequence_length": self.length}
 
     def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
         pipe, (count, channels, high, wide), dtype = self.pipe, x.shape, own["tokens"].dtype

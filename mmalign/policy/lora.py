@@ -1,10 +1,11 @@
 """LoRA on a diffusers transformer, through peft. The reference policy is the same network with the adapter off."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -33,6 +34,29 @@ def attach(module: nn.Module, rank: int, alpha: float, targets: Sequence[str], s
 def parameters(module: nn.Module) -> list[nn.Parameter]:
     """The trainable parameters, in a fixed order."""
     return [p for p in module.parameters() if p.requires_grad]
+
+
+def names(module: nn.Module) -> list[str]:
+    """Their names, in the order of `parameters`."""
+    return [name for name, p in module.named_parameters() if p.requires_grad]
+
+
+def unused(module: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
+    """The adapted layers whose output `loss` does not depend on, whatever their weights: for one, the text's query in
+    the last block of SD3, which no later layer reads."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+    nudges = {name: torch.zeros((), device=p.device, requires_grad=True)
+              for name, layer in layers.items() for p in [next(layer.parameters())]}  # fmt: skip
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out, nudge=nudges[name]: out + nudge)
+        for name, layer in layers.items()
+    ]
+    try:
+        found = torch.autograd.grad(loss(), list(nudges.values()), allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name, g in zip(nudges, found, strict=True) if g is None or not bool(g)]
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:

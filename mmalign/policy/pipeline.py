@@ -262,6 +262,23 @@ class PipelinePolicy(ABC):
             image = self.pixels(self.unscaled(x.to(self.pipe.vae.dtype)))
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
+    def stock_settings(self, count: int) -> dict[str, Any]:
+        """What the stock pipeline's `__call__` is given, beside what all families have, to draw `count` images as we
+        do."""
+        return {"guidance_scale": self.guidance}
+
+    @torch.no_grad()
+    def stock_images(self, texts: Sequence[str], seeds: Sequence[int], steps: int) -> Float[Tensor, "M 3 H W"]:
+        """What the stock pipeline's own loop draws of each text from the noise of its seed: what ODE sampling must
+        give. Its scheduler then has the times it walked."""
+        height, width = self.image_size
+        with self._awake(*(name for name in self.pipe.components if name != "transformer")):
+            return self.pipe(
+                prompt=[*texts], height=height, width=width, num_inference_steps=steps,
+                sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), output_type="pt",
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds], **self.stock_settings(len(texts)),
+            ).images.float().cpu()  # fmt: skip
+
     @torch.no_grad()
     def encode_images(self, images: Float[Tensor, "M 3 H W"]) -> Latents:
         """The latents of images in [0, 1], float32: the mode of the encoder's distribution."""
@@ -305,6 +322,24 @@ class PipelinePolicy(ABC):
 
     def parameters(self) -> list[nn.Parameter]:
         return lora.parameters(self.pipe.transformer)
+
+    def adapter_names(self) -> list[str]:
+        """Names of `parameters()`, in their order; each begins with the layer's."""
+        return lora.names(self.pipe.transformer)
+
+    def unused(self, x: Latents, cond: Conditioning) -> list[str]:
+        """Adapted layers that the velocity at a latent `x [1, C, h, w]` does not depend on."""
+        index = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        t = torch.full((len(x),), 0.5, device=x.device)
+        return lora.unused(self.pipe.transformer, lambda: self.velocity(x, t, cond, index).float().square().mean())
+
+    def trained_besides(self) -> list[str]:
+        """Parameters that would be trained and are not the adapter's; there must be none."""
+        own = {id(p) for p in self.parameters()}
+        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        every = ((f"{name}.{n}", p) for name, part in parts.items() for n, p in part.named_parameters())
+        return [name for name, p in every if (p.requires_grad and ("lora_" not in name or id(p) not in own)) or (
+            p.grad is not None and id(p) not in own)]  # fmt: skip
 
     def reference(self) -> AbstractContextManager:
         return lora.disabled(self.pipe.transformer)

@@ -6,6 +6,7 @@ guidance. The autoencoder is one of videos with one frame, and scales each chann
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ class QwenImagePolicy(PipelinePolicy):
         tokens, mask = self.pipe.encode_prompt([text or BLANK for text in texts], self.device)
         mask = torch.ones(tokens.shape[:2], device=tokens.device) if mask is None else mask
         return ragged([row[there.bool()] for row, there in zip(tokens, mask, strict=True)])
+
+    def stock_settings(self, count: int) -> dict[str, Any]:
+        if not self.true_guidance:
+            return {"true_cfg_scale": 1.0}
+        return {"true_cfg_scale": self.guidance, "negative_prompt": [BLANK] * count}
 
     def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
         count, _, high, wide = x.shape

@@ -21,12 +21,19 @@ class SD3Policy(PipelinePolicy):
     def absent(cls, index: dict[str, Any]) -> dict[str, None]:
         return {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
 
+    @property
+    def length(self) -> int:
+        """Tokens of T5."""
+        return 0 if self.pipe.text_encoder_3 is None else 256
+
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        length = 0 if self.pipe.text_encoder_3 is None else 256
         tokens, _, pooled, _ = self.pipe.encode_prompt(
-            [*texts], None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=length
+            [*texts], None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.length
         )
         return {"tokens": tokens, "pooled": pooled}
+
+    def stock_settings(self, count: int) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance, "max_sequence_length": self.length}
 
     def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
         return self.pipe.transformer(

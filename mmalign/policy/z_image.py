@@ -6,6 +6,7 @@ the stock pipeline's `guidance_scale` is one less.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class ZImagePolicy(PipelinePolicy):
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         rows, _ = self.pipe.encode_prompt([*texts], self.device, do_classifier_free_guidance=False)
         return ragged(rows)
+
+    def stock_settings(self, count: int) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance - 1}
 
     def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
         tokens, mask = own["tokens"], own["mask"].bool()

@@ -58,7 +58,9 @@ def test_ode_sampling_is_the_stock_pipeline(folders, name, guidance, place):
     assert expected.std() > 0.02
     assert (expected[0] - expected[1]).abs().max() > 0.02
     policy = opened(folders, name, guidance, size)
-    assert (policy.decode(latents(policy)) - expected).abs().max() < 1e-4
+    images = policy.decode(latents(policy))
+    assert (images - expected).abs().max() < 1e-4
+    assert (images - policy.stock_images(TEXTS, range(len(TEXTS)), STEPS)).abs().max() < 1e-4
 
 
 @BOTH

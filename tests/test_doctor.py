@@ -1,0 +1,173 @@
+"""The doctor finds nothing where nothing is wrong, and each planted fault by the check that is there for it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_pipelines import FAMILIES
+
+from mmalign import config as configs, doctor, judge, run as runs, session as sessions, train
+from mmalign.cli import main
+from mmalign.flow import sample as sampling
+from mmalign.learn import update as learning
+from mmalign.policy.sd3 import SD3Policy
+
+QUIET = dict(beta=0.1, guidance=3.0, rewards={"odd_scorers:Bright.mean": 1.0}, noise=0.7)
+
+
+def bad(settings, **changed):
+    found = list(doctor.examine(configs.build(settings | QUIET | changed, "test")))
+    assert all(own.advice for own in found if own.good is False)
+    return {own.check.rpartition(": ")[2] if own.check.startswith("odd_scorers") else own.check for own in found
+            if own.good is False}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        dict(guidance=1.0, beta=0.0, kernel="cps"),
+        dict(plan="sde", branch_steps=None, children=None, credit="gain", score_states="all", beta=0.0, kernel="ddim"),
+        dict(precision="bfloat16", clip=1.0),
+    ],
+)
+def test_a_sound_run_has_no_red_line(settings, changed):
+    assert bad(settings, **changed) == set()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Stable Diffusion 3"])
+def test_all_families_are_sound(settings, name, tmp_path):
+    torch.manual_seed(0)
+    FAMILIES[name].build(tmp_path / "model")
+    assert bad(settings, model=str(tmp_path / "model"), size=[32, 32], guidance=FAMILIES[name].guidances[-1]) == set()
+
+
+# ----------------------------------------------------------------------------------------------- twelve planted faults
+
+
+def test_a_wrong_shift(settings, monkeypatch):
+    times = SD3Policy.times
+    monkeypatch.setattr(SD3Policy, "times", lambda self, n: (t := times(self, n)) * 3 / (1 + 2 * t))
+    assert {"times", "ODE"} <= bad(settings)
+
+
+def test_negatives_dropped(settings, monkeypatch):
+    monkeypatch.setattr(SD3Policy, "guided", lambda self, empty, wanted: wanted)
+    assert bad(settings) == {"ODE"}
+
+
+def test_density_taken_before_rounding(settings, monkeypatch):
+    def rounded_late(*args, **more):
+        paths = sampling.sample(*args, **more)
+        return replace(paths, x=paths.x.bfloat16().float())
+
+    monkeypatch.setattr(train, "sample", rounded_late)
+    assert bad(settings) == {"ratio"}
+
+
+def test_images_and_prompts_swapped(settings, monkeypatch):
+    real = judge.score
+    monkeypatch.setattr(judge, "score", lambda images, *rest: real(images.flip(0), *rest))
+    assert "judged as shown" in bad(settings)
+
+
+def test_a_constant_reward(settings):
+    assert bad(settings, rewards={"odd_scorers:Constant.mean": 1.0}) == {"spread", "group spread"}
+
+
+def test_lora_on_nothing(settings, monkeypatch):
+    attach = SD3Policy.attach_lora
+
+    def attach_to_nothing(self, *args):
+        attach(self, *args)
+        self.pipe.transformer.disable_adapters()
+
+    monkeypatch.setattr(SD3Policy, "attach_lora", attach_to_nothing)
+    monkeypatch.setattr(doctor, "untouched", lambda run, own: iter(()))  # which would switch it on again
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        bad(settings)
+
+
+def test_seeds_equal_within_a_group(settings, monkeypatch):
+    real = sampling.seed_of
+    monkeypatch.setattr(train, "seed_of", lambda *key: real(*(k for i, k in enumerate(key) if i != 4)))
+    assert "seeds" in bad(settings)
+
+
+def test_times_of_half_precision(settings, monkeypatch):
+    times = SD3Policy.times
+    monkeypatch.setattr(SD3Policy, "times", lambda self, n: times(self, n).bfloat16().float())
+    assert "times" in bad(settings)
+
+
+def test_wrong_guidance_in_replay(settings, monkeypatch):
+    guided = SD3Policy.guided
+    monkeypatch.setattr(
+        SD3Policy,
+        "guided",
+        lambda self, empty, wanted: wanted if torch.is_grad_enabled() else guided(self, empty, wanted),
+    )
+    assert {"ratio", "guidance"} <= bad(settings)
+
+
+def test_a_stale_average(settings, monkeypatch):
+    monkeypatch.setattr(sessions.Session, "average", lambda self: None)
+    assert bad(settings) == {"average"}
+
+
+def test_kl_without_gradient(settings, monkeypatch):
+    real = learning.gaussian_kl
+    monkeypatch.setattr(learning, "gaussian_kl", lambda *args: real(*args).detach())
+    assert bad(settings) == {"KL gradient"}
+
+
+def test_a_reward_that_is_0_on_failure(settings):
+    assert bad(settings, rewards={"odd_scorers:Careless.mean": 1.0}) == {"a failure"}
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def test_the_command_says_what_is_bad_and_what_to_do(settings, tmp_path, capsys, monkeypatch):
+    config = tmp_path / "own.yaml"
+    config.write_text(configs.dump(configs.build(settings | QUIET, "test")))
+    page = tmp_path / "report.md"
+    monkeypatch.setattr("sys.argv", ["mmalign", "doctor", str(config), "--out", str(page)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert "none bad" in page.read_text()
+    rewards = json.dumps({"odd_scorers:Constant.mean": 1.0})
+    monkeypatch.setattr("sys.argv", ["mmalign", "doctor", str(config), f"rewards={rewards}", "--json"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    rows = {row["check"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["group spread"]["good"] is False
+    assert "constant reward" in rows["group spread"]["advice"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["assets/pictures"], "a config (.yaml) is needed"),
+        (["configs/quickstart.yaml", "--set", "clip.model=x"], "--set belongs to --rewards"),
+        (["assets/pictures", "seed=3", "--rewards", "clip"], "'seed=3'"),
+    ],
+)
+def test_what_cannot_be_examined_is_said_in_a_line(arguments, why, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mmalign", "doctor", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mmalign: ")
+    assert why in said
+
+
+def test_nothing_is_left_behind(settings):
+    bad(settings)
+    assert not runs.Path(settings["out"]).exists()
