@@ -169,6 +169,8 @@ def open_session(c: Config) -> Session:
         raise BadInput(f"held_out: {len(shared)} prompts are training prompts too, e.g. {min(shared)!r}")
     if c.compile:
         policy.compile()
+    if not policy.parameters():
+        raise BadInput(f"lora_targets {c.lora_targets}: nothing is trained; is the adapter switched off?")
     optimizer = _optimizer(c)(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
     multipliers = dict.fromkeys(c.at_least, 0.0)
     return Session(

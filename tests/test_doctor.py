@@ -83,9 +83,9 @@ def test_lora_on_nothing(settings, monkeypatch):
         attach(self, *args)
         self.pipe.transformer.disable_adapters()
 
+    assert bad(settings, lora_targets=["transformer_blocks.1.attn.add_q_proj"]) == {"gradient", "KL gradient"}
     monkeypatch.setattr(SD3Policy, "attach_lora", attach_to_nothing)
-    monkeypatch.setattr(doctor, "untouched", lambda run, own: iter(()))  # which would switch it on again
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    with pytest.raises(configs.BadInput, match="nothing is trained"):
         bad(settings)
 
 
