@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mmalign.config import BadInput, Rule
+from mmalign.config import BadInput, Layout, Rule
 
 # a calibration walks every step with noise and scores every state, whatever the config does with it
 CALIBRATION = [
@@ -20,6 +20,9 @@ CALIBRATION = [
     "window_moves=null", "window_every=null", "branch_steps=null", "children=null", "baseline=null", "compare=null",
     "control=null", "completion=null", "max_forwards=null", "max_rewards=null",
 ]  # fmt: skip
+
+# what `prompts.read` takes
+PROMPTS = "file (.txt, .jsonl, .parquet) or dataset (hf:NAME:SPLIT, hf:NAME/CONFIG:SPLIT); with :COLUMN, that alone"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -130,7 +133,7 @@ def _config_of(run: Path) -> Path:
 @app.command()
 def sample(
     prompt: Annotated[list[str] | None, typer.Argument(help="prompts, each in quotes")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="file of prompts (.txt or .jsonl)")] = None,
+    prompts: Annotated[str | None, typer.Option(help=PROMPTS)] = None,
     model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
     adapter: Annotated[
         Path | None, typer.Option(help="folder of a run whose model and averaged adapter are used")
@@ -169,8 +172,12 @@ def sample(
     from reward_models import Prompt
 
     if bool(prompt) == bool(prompts):
-        raise BadInput("give prompts in quotes or --prompts FILE, one of the two")
-    wanted = prompt_files.read(prompts) if prompts else [Prompt(text, {}, i) for i, text in enumerate(prompt)]
+        raise BadInput("give prompts in quotes or --prompts SOURCE, one of the two")
+    wanted = (
+        prompt_files.read(configs.locate(prompts))
+        if prompts
+        else [Prompt(text, {}, i) for i, text in enumerate(prompt)]
+    )
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
@@ -270,9 +277,7 @@ def _guided(policy, strength: float, boxes: list[str], edge: float):
 
 @app.command()
 def evaluate(
-    prompts: Annotated[Path, typer.Option(help="file of prompts with ground truth")] = Path(
-        "assets/prompts/held_out.jsonl"
-    ),
+    prompts: Annotated[str, typer.Option(help=PROMPTS)] = "assets/prompts/held_out.jsonl",
     rewards: Annotated[str, typer.Option(help="comma-separated scorers")] = "shapes",
     model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
     adapter: Annotated[
@@ -284,6 +289,9 @@ def evaluate(
         float | None, typer.Option(help="classifier-free guidance; default: the run's, or none")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder for the images and scores")] = None,
+    layout: Annotated[
+        Layout, typer.Option(help="of that folder: mmalign's own, or as GenEval's or T2I-CompBench's scripts read it")
+    ] = "mmalign",
     reference: Annotated[
         Path | None,
         typer.Option(help="file for mean and spread of each score, a config's `reference`"),
@@ -297,8 +305,12 @@ def evaluate(
 
     if reference is not None and adapter is not None:
         raise BadInput("--reference is of the base model; leave out --adapter")
+    if layout != "mmalign" and out is None:
+        raise BadInput(f"--layout {layout} says how images are written; give --out FOLDER")
 
-    wanted = prompt_files.read(configs.locate(str(prompts)))
+    wanted = prompt_files.read(configs.locate(prompts))
+    if out is not None:
+        evaluation.fits(layout, wanted, out)
     with configs.refusing():
         scorers = {name: load_scorer(name) for name in rewards.split(",")}
     policy = _policy(model, guidance, adapter)
@@ -306,7 +318,7 @@ def evaluate(
         _writable(out)
     result = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
     if out is not None:
-        evaluation.write(result, wanted, out)
+        evaluation.write(result, wanted, out, layout)
     if reference is not None:
         _writable(reference.parent)
         references.save(reference, policy.fingerprint(), result, scorers)
@@ -396,7 +408,7 @@ def score(
 @app.command()
 def refine(
     prompt: Annotated[list[str] | None, typer.Argument(help="prompts, each in quotes")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="file of prompts (.txt or .jsonl)")] = None,
+    prompts: Annotated[str | None, typer.Option(help=PROMPTS)] = None,
     images: Annotated[
         Path | None, typer.Option(help="pictures to begin from, with their prompts: a folder or table, as for `score`")
     ] = None,
@@ -441,7 +453,7 @@ def refine(
     from mmalign.rounds import write as write_page
 
     if sum(map(bool, (prompt, prompts, images))) != 1:
-        raise BadInput("give prompts in quotes, --prompts FILE or --images FOLDER, one of the three")
+        raise BadInput("give prompts in quotes, --prompts SOURCE or --images FOLDER, one of the three")
     given = tuple(own.strip() for own in moves.split(",") if own.strip())
     _check_moves(given, adapter, cut, steps)
     for file in (page, pairs, requests):
@@ -504,7 +516,7 @@ def _check_moves(given: tuple[str, ...], adapter: Path | None, cut: float, steps
         raise BadInput(f"--steps {steps}: redrawing a part of an image takes at least 3")
 
 
-def _begun(prompt: list[str] | None, prompts: Path | None, images: Path | None, size: tuple[int, int]):
+def _begun(prompt: list[str] | None, prompts: str | None, images: Path | None, size: tuple[int, int]):
     """The prompts, and what gives the pictures of some of them, if there are any."""
     import torch
 
@@ -513,7 +525,7 @@ def _begun(prompt: list[str] | None, prompts: Path | None, images: Path | None, 
     from reward_models.images import from_file
 
     if prompts:
-        return prompt_files.read(configs.locate(str(prompts))), None
+        return prompt_files.read(configs.locate(prompts)), None
     if prompt:
         return [Prompt(text, {}, i) for i, text in enumerate(prompt)], None
     with configs.refusing():

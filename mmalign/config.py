@@ -25,6 +25,7 @@ from reward_models.combine import Ramp
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, whose assets/ a config may name from anywhere
 Rule = Literal["paper", "z"]  # of the noise calibration
+Layout = Literal["mmalign", "geneval", "t2i_compbench"]  # of the folder that evaluation writes
 POLICY_GRADIENT = (  # what acts on steps of walks alone
     "credit", "baseline", "compare", "control", "score_states", "advantage_scale", "advantage_floor", "advantage_clip",
     "saturated",
@@ -60,8 +61,15 @@ class Config(BaseModel):
 
     # what is trained, on what
     model: str = Field("assets/tiny_sd3", description="folder or hub id of a diffusers pipeline")
-    prompts: str = Field("assets/prompts/train.jsonl", description="training prompts: .txt (one a line) or .jsonl")
-    held_out: str | None = Field("assets/prompts/held_out.jsonl", description="prompts for evaluation; null for none")
+    prompts: str = Field(
+        "assets/prompts/train.jsonl",
+        description="training prompts: .txt (one a line), .jsonl, .parquet[:COLUMN], or hf:NAME[/CONFIG]:SPLIT[:COLUMN]"
+        ", a dataset of Hugging Face or a folder of one; a row has `prompt`, maybe `id`, and ground truth; a COLUMN is "
+        "read alone, each text once",
+    )
+    held_out: str | None = Field(
+        "assets/prompts/held_out.jsonl", description="prompts for evaluation, named in the same way; null for none"
+    )
     rewards: dict[str, float | Ramp] = Field(
         {"shapes.strict": 0.5, "shapes.partial": 0.5},
         description="scorer.component: weight, or {start, end, over: linear or cosine} to move it over the run; "

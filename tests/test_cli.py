@@ -213,7 +213,7 @@ def test_train_sample_evaluate_export_report(config, tmp_path):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["sample"], "give prompts in quotes or --prompts FILE"),
+        (["sample"], "give prompts in quotes or --prompts SOURCE"),
         (["sample", "a cross", "--seeds", "1,x"], "--seeds '1,x'"),
         (["sample", "a cross", "--adapter", "/nowhere"], "no run there"),
         (["sample", "a cross", "--strength", "2"], "give --adapter RUN"),
