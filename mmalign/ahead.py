@@ -2,14 +2,16 @@
 
 With `overlap`, iteration i rolls out the batch of i + 1 while a thread judges its own, and learns then. A batch is
 therefore learnt from one update after it was drawn; the ratio to the density it was drawn with accounts for that. It
-pays where judges are slow and elsewhere (a server); a run that is resumed draws the batch it was ahead with once more,
-from the policy as it is then.
+pays where judges are slow and elsewhere (a server). A checkpoint holds the adapter that the batch under way was drawn
+with; a run that is resumed draws it once more with that.
 """
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from mmalign import prompts as prompt_files
 from mmalign.types import Trajectories
@@ -20,23 +22,26 @@ THREAD = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts, their conditioning and walks, and the judgement that is to come."""
+    """Prompts, their conditioning and walks, the judgement that is to come, and the adapter that walked (with overlap;
+    otherwise it is the one in training)."""
 
     prompts: list[Prompt]
     cond: Any
     paths: Trajectories
     judged: Callable[[], Any]
+    adapter: dict[str, Tensor] | None = None
 
 
 def batch(run, iteration: int, roll_out: Callable, judge_all: Callable) -> Batch:
     """The batch of an iteration; with `overlap` the next one is under way when it returns."""
-    own = run.ahead.pop(iteration, None) or _begun(run, iteration, roll_out, judge_all)
+    own = run.ahead.pop(iteration, None) or begun(run, iteration, roll_out, judge_all)
     if run.config.overlap and iteration + 1 < run.config.iterations:
-        run.ahead[iteration + 1] = _begun(run, iteration + 1, roll_out, judge_all)
+        run.ahead[iteration + 1] = begun(run, iteration + 1, roll_out, judge_all)
     return own
 
 
-def _begun(run, iteration: int, roll_out: Callable, judge_all: Callable) -> Batch:
+def begun(run, iteration: int, roll_out: Callable, judge_all: Callable) -> Batch:
+    """The batch of an iteration, drawn now; with `overlap` its judgement is under way."""
     c = run.config
     prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
     with run.clock.of("rollout"):
@@ -46,4 +51,4 @@ def _begun(run, iteration: int, roll_out: Callable, judge_all: Callable) -> Batc
     with run.clock.of("decode"):  # here: the policy belongs to this thread
         images = iter([run.policy.decode(part).cpu() for part in paths.ends.split(c.decode_batch)])
     judging: Future = THREAD.submit(judge_all, run, paths, prompts, iteration, lambda _: next(images))
-    return Batch(prompts, cond, paths, judging.result)
+    return Batch(prompts, cond, paths, judging.result, run.policy.adapter())

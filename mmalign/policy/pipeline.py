@@ -62,7 +62,7 @@ class PipelinePolicy(ABC):
     @classmethod
     def load(cls, model: str, *, dtype: torch.dtype, device: str, guidance: float, size=None):
         kind = getattr(diffusers, cls.pipeline)
-        pipe = kind.from_pretrained(model, dtype=dtype, **cls.absent(kind.load_config(model)))
+        pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, **cls.absent(kind.load_config(model)))
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe.to(device), guidance, size)
 
