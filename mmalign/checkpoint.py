@@ -1,43 +1,137 @@
-"""Checkpoints: a folder of safetensors and JSON, written whole or not at all."""
+"""Checkpoints: folders of safetensors and JSON that are whole, or known not to be.
+
+A checkpoint is written beside its place, flushed to the disk and then renamed; `manifest.json` holds the SHA-256 of its
+other files. What a kill left half written has another name (`.partial`) and goes at the next save; what the disk or a
+hand has damaged since does not match its manifest, and the one before it is used.
+"""
 
 import hashlib
 import json
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmalign import disk
 
-def save(folder: Path, iteration: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
+MANIFEST, STATE = "manifest.json", "state.json"
+Tensors = dict[str, dict[str, Tensor]]  # by file and name
+
+
+class Broken(ValueError):
+    """A checkpoint that is not as it was written."""
+
+
+def save(folder: Path, iteration: int, tensors: Tensors, state: dict) -> Path:
     """Write `folder/<iteration>/`: one safetensors file per entry of `tensors`, and `state.json`.
 
-    The folder appears under its name only when all of it is on disk.
+    The folder appears under its name only when all of it is on disk. Where that fails (OSError), nothing of it stays.
     """
-    final = folder / f"{iteration:06d}"
-    partial = folder / f".{iteration:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, values in tensors.items():
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in values.items()}, partial / f"{name}.safetensors"
-        )
-    (partial / "state.json").write_text(json.dumps({"iteration": iteration} | state))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    folder.mkdir(parents=True, exist_ok=True)
+    disk.sync(folder.parent)
+    for left in folder.glob(".*.partial"):
+        shutil.rmtree(left)
+    final, partial = folder / f"{iteration:06d}", folder / f".{iteration:06d}.partial"
+    try:
+        partial.mkdir()
+        digests = {f"{name}.safetensors": _put(partial / f"{name}.safetensors", own) for name, own in tensors.items()}
+        digests[STATE] = _put(partial / STATE, {"iteration": iteration} | state)
+        _put(partial / MANIFEST, digests)
+        disk.sync(partial)
+        if final.exists():  # it was broken when the run resumed from the one before
+            _discard(final)
+        os.replace(partial, final)
+        disk.sync(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest finished checkpoint."""
-    return max((path for path in folder.glob("[0-9]*") if (path / "state.json").is_file()), default=None)
+def _put(path: Path, content: dict) -> str:
+    """Write a file and return the SHA-256 of what was to be written."""
+    if path.suffix == ".json":
+        data = json.dumps(content).encode()
+    else:
+        data = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in content.items()})
+    disk.put(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
-def read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
-    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-    return tensors, json.loads((path / "state.json").read_text())
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; half removed, it no longer has the name of one."""
+    gone = path.with_name(f".{path.name}.gone.partial")
+    os.replace(path, gone)
+    shutil.rmtree(gone)
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints under their names, oldest first, whole or not."""
+    return sorted((path for path in folder.glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def prune(folder: Path, newest: int, keep: int, best: int | None) -> None:
+    """Of the checkpoints keep the `keep` last, up to that of iteration `newest`, which must be on disk, and the `best`.
+
+    A later one is left from before the run resumed, which did without it because it was broken.
+    """
+    own = numbered(folder)
+    kept = [path for path in own if int(path.name) <= newest][-keep:]
+    for path in own:
+        if path not in kept and int(path.name) != best:
+            _discard(path)
+    disk.sync(folder)
+
+
+def _warn(line: str) -> None:
+    print(f"mmalign: {line}", file=sys.stderr)
+
+
+def latest(folder: Path, say: Callable[[str], None] = _warn) -> Path | None:
+    """The newest checkpoint that is whole. Each one passed over is named with the reason, in a line given to `say`."""
+    for path in reversed(numbered(folder)):
+        try:
+            read(path)
+        except Broken as why:
+            say(f"a broken checkpoint is left out: {why}")
+        else:
+            return path
+    return None
+
+
+def read(path: Path) -> tuple[Tensors, dict]:
+    """The tensors by file, and the state. Raises Broken where a file is not what was written."""
+    digests = _object(path / MANIFEST, _bytes(path / MANIFEST))
+    files = {name: _bytes(path / name) for name in digests | {STATE: ""}}
+    for name, data in files.items():
+        if hashlib.sha256(data).hexdigest() != digests.get(name):
+            raise Broken(f"{path / name}, {len(data)} bytes, is not what was written")
+    state = _object(path / STATE, files.pop(STATE))
+    return {Path(name).stem: safetensors.torch.load(data) for name, data in files.items()}, state
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise Broken(f"{path} is missing") from None
+    except OSError as error:
+        raise Broken(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _object(path: Path, data: bytes) -> dict:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise Broken(f"{path}, {len(data)} bytes, is not JSON of an object")
+    return found
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -1,4 +1,5 @@
-"""The command line. Exit code 0: done; 2: bad input, told in one line; 1: a failure while running."""
+"""The command line. Exit code 0: done; 2: bad input, told in one line; 1: a failure while running; 143 or 130: a run
+that SIGTERM or Ctrl-C stopped and that is saved."""
 
 import json
 import os
@@ -12,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mmalign.config import BadInput, Layout, Rule
+from mmalign.config import BadInput, Failed, Layout, Rule
 
 # a calibration walks every step with noise and scores every state, whatever the config does with it
 CALIBRATION = [
@@ -37,17 +38,18 @@ Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint of the same run")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint of the run")] = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a text-to-image model from a config; evaluate before and after; write a report."""
-    from mmalign import config as configs, policy as policies, report as reports, run as runs
+    from mmalign import config as configs, folder, policy as policies, report as reports, run as runs
 
     policies.quiet()
     c = configs.load(config, overrides or [])
     quiet = Console(stderr=True) if as_json else console
     out = runs.train(c, resume, quiet)
-    page = reports.write(out)
+    with folder.failing(out):
+        page = reports.write(out)
     summary = reports.summary(out)
     if as_json:
         print(json.dumps(summary | {"report": str(page)}))
@@ -100,7 +102,8 @@ def _rises(summary: dict) -> Table:
 
 
 def _policy(model: str, guidance: float | None, run: Path | None):
-    """A policy for inference: a model as it is, or a run's model, guidance and averaged adapter."""
+    """A policy for inference: a model as it is, or a run's model, guidance and averaged adapter. `run` is a run's
+    folder, for its newest checkpoint, or that of one of its checkpoints."""
     import torch
 
     from mmalign import checkpoint, config as configs, policy as policies
@@ -108,9 +111,11 @@ def _policy(model: str, guidance: float | None, run: Path | None):
     policies.quiet()
     precision, c = "float32", None
     if run is not None:
-        c, newest = configs.load(_config_of(run)), checkpoint.latest(run / "checkpoints")
+        one = run.name.isdigit() and run.parent.name == "checkpoints"
+        c = configs.load(_config_of(run.parents[1] if one else run))
+        newest = run if one else checkpoint.latest(run / "checkpoints")
         if newest is None:
-            raise BadInput(f"{run}: the run has no checkpoint yet")
+            raise BadInput(f"{run}: the run has no whole checkpoint yet")
         model, precision, guidance = c.model, c.precision, c.guidance if guidance is None else guidance
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with configs.refusing():
@@ -136,7 +141,8 @@ def sample(
     prompts: Annotated[str | None, typer.Option(help=PROMPTS)] = None,
     model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
     adapter: Annotated[
-        Path | None, typer.Option(help="folder of a run whose model and averaged adapter are used")
+        Path | None,
+        typer.Option(help="folder of a run, or of one of its checkpoints, whose model and averaged adapter are used"),
     ] = None,
     seeds: Annotated[str, typer.Option(help="comma-separated, one image per prompt and seed")] = "0",
     steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 10,
@@ -281,7 +287,8 @@ def evaluate(
     rewards: Annotated[str, typer.Option(help="comma-separated scorers")] = "shapes",
     model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
     adapter: Annotated[
-        Path | None, typer.Option(help="folder of a run whose model and averaged adapter are used")
+        Path | None,
+        typer.Option(help="folder of a run, or of one of its checkpoints, whose model and averaged adapter are used"),
     ] = None,
     members: Annotated[int, typer.Option("--seeds", min=1, help="images per prompt")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 10,
@@ -740,6 +747,6 @@ def main() -> None:
     torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower
     try:
         app()
-    except BadInput as error:
+    except (BadInput, Failed) as error:
         print(f"mmalign: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, BadInput) else 1)

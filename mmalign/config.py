@@ -38,6 +38,10 @@ class BadInput(ValueError):
     """A user's mistake: shown as one line, exit code 2."""
 
 
+class Failed(RuntimeError):
+    """What the world did to a run, such as a full disk: shown as one line, exit code 1."""
+
+
 @contextmanager
 def refusing() -> Iterator[None]:
     """What the parts refuse while they are being set up is the user's input: a ValueError becomes BadInput."""
@@ -232,7 +236,11 @@ class Config(BaseModel):
     eval_prompts: int | None = Field(None, ge=1, description="held-out prompts used between start and end; null: all")
     eval_seeds: int = Field(2, ge=1, description="images per held-out prompt before and after; 1 in between")
     eval_steps: int = Field(10, ge=1)
-    checkpoint_every: int = Field(25, ge=1)
+    checkpoint_every: int = Field(25, ge=1, description="iterations between checkpoints; each evaluation has its own")
+    keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints kept, beside the best one")
+    keep_best: str | None = Field(
+        None, description="scorer.component whose highest held-out mean keeps its checkpoint; null: the first reward"
+    )
     max_failed: float = Field(0.2, ge=0, le=1, description="share of images without a score at which the run stops")
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="adamw8bit: moments in 8 bits, a quarter of the memory; needs bitsandbytes (extra gpu)"
@@ -267,6 +275,11 @@ class Config(BaseModel):
     def trained(self) -> tuple[str, ...]:
         """The scorers whose components are rewards or constraints."""
         return tuple({name.rpartition(".")[0]: None for name in (*self.rewards, *self.at_least)})
+
+    @property
+    def best_by(self) -> str | None:
+        """The component whose held-out mean tells the best checkpoint."""
+        return self.keep_best or next(iter(self.rewards), None)
 
     def _objective_acts(self) -> None:
         """Refuse what the objective, the plan or the records leave without effect."""
@@ -318,6 +331,7 @@ class Config(BaseModel):
             "intra_weight": (self.objective == "rgdpo", "objective: rgdpo"),
             "draws": (self.objective != "grpo", "objective: srum or rgdpo"),
             "records": (self.objective != "grpo", "objective: srum or rgdpo"),
+            "keep_best": (self.held_out is not None and self.eval_every > 0, "held_out and eval_every"),
         }
         needed = {
             "plan: window": ["window"],
@@ -357,6 +371,8 @@ class Config(BaseModel):
             raise ValueError(f"at_least adds to a sum; with combine: {self.combine} it cannot act")
         if self.region is not None and self.region not in self.trained:
             raise ValueError(f"region: {self.region!r} is not among the scorers of rewards: {', '.join(self.trained)}")
+        if self.keep_best and self.keep_best.rpartition(".")[0] not in (*self.trained, *self.watch):
+            raise ValueError(f"keep_best: {self.keep_best!r} is no component of the scorers of rewards or watch")
         siblings = self.seeds * (self.children or 1)
         if siblings < 2 and self.objective != "srum" and not self.records:
             raise ValueError(f"seeds x children = {siblings}: advantages compare siblings, at least 2 are needed")

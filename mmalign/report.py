@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
+from mmalign import disk
 from mmalign.evaluate import paired
 from reward_models import heat
 
@@ -44,13 +44,9 @@ def _text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in _text(path).splitlines()]
-
-
 def summary(run: Path) -> dict:
     """Before, after, mean rise and paired p-value of every score on the held-out prompts."""
-    before, after = (_rows(run / "images" / side / "scores.jsonl") for side in ("before", "after"))
+    before, after = (disk.rows(run / "images" / side / "scores.jsonl") for side in ("before", "after"))
     rises = {}
     for name in before[0]["scores"] if before and after else ():
         a, b = (
@@ -64,7 +60,7 @@ def summary(run: Path) -> dict:
 
 def write(run: Path) -> Path:
     """Write `report.html` into the run's folder and return its path."""
-    metrics, evaluations = _rows(run / "metrics.jsonl"), _rows(run / "evaluations.jsonl")
+    metrics, evaluations = disk.rows(run / "metrics.jsonl"), disk.rows(run / "evaluations.jsonl")
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
         _summary_table(summary(run)),
@@ -113,7 +109,7 @@ def _by_tag(run: Path) -> str:
     sides = {}
     for side in ("before", "after"):
         sides[side] = defaultdict(list)
-        for row in _rows(run / "images" / side / "scores.jsonl"):
+        for row in disk.rows(run / "images" / side / "scores.jsonl"):
             first = next(iter(row["scores"].values()))
             if first is not None:
                 sides[side][row.get("tag", "all")].append(first)
@@ -132,8 +128,8 @@ def _by_tag(run: Path) -> str:
 
 
 def _pairs(run: Path, count: int = 20) -> str:
-    after = {row["image"]: row for row in _rows(run / "images/after/scores.jsonl")}
-    before = [row for row in _rows(run / "images/before/scores.jsonl") if row["image"] in after]
+    after = {row["image"]: row for row in disk.rows(run / "images/after/scores.jsonl")}
+    before = [row for row in disk.rows(run / "images/before/scores.jsonl") if row["image"] in after]
     cards = []
     for row in before[:: max(1, len(before) // count)][:count]:
         figures = "".join(
@@ -158,7 +154,7 @@ def _picture(path: Path, frame: str = "", over: str = "") -> str:
 
 def _credit(run: Path) -> str:
     """The images kept of the last iteration that has any: map of the regions, and the advantage at each step."""
-    kept = _rows(run / "credit.jsonl")
+    kept = disk.rows(run / "credit.jsonl")
     kept = [row for row in kept if row["iteration"] == kept[-1]["iteration"]]
     if not any(row["advantage"] or row["map"] for row in kept):
         return ""
@@ -193,7 +189,7 @@ def _svg(figure) -> str:
 
 def _curves(metrics: list[dict], evaluations: list[dict]) -> str:
     """Training reward, each held-out score, and diversity, side by side against iterations."""
-    skip = {"iteration", "name", "images", "seconds"}
+    skip = {"iteration", "name", "images", "seconds", "compared"}
     names = [name for name in (evaluations[0] if evaluations else {}) if name not in skip]
     panels = ["training reward", *names, "ratio and clipping", "gradient norm"]
     rows = -(-len(panels) // 3)

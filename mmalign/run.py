@@ -1,90 +1,106 @@
-"""A run around the iteration: its folder, evaluations, checkpoints and resumption.
+"""A run around the iteration: evaluations, checkpoints and resumption.
 
 One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluations.jsonl`, `credit.jsonl`, `images/`,
-`checkpoints/`, `report.html`.
+`checkpoints/`, `report.html`. What the next iteration does is a function of the config, the iteration and what a
+checkpoint holds, so a resumed run ends with the bits of one that was never interrupted.
 """
 
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmalign import checkpoint, config as configs, evaluate, planner
+from mmalign import ahead, checkpoint, config as configs, disk, evaluate, folder, planner, prompts as prompt_files
 from mmalign.config import BadInput, Config
+from mmalign.flow.sample import gaussian, seed_of
 from mmalign.session import Session, open_session
-from mmalign.train import iterate
-from reward_models import Prompt
+from mmalign.signals import Stop, Stopped, stopping
+from mmalign.train import decoded, iterate, judge_all, roll_out
 
 
 def train(c: Config, resume: bool = False, console: Console | None = None) -> Path:
-    """Run a config to its end and return the run's folder. Raises BadInput before anything is written."""
+    """Run a config to its end and return the run's folder. Raises BadInput before anything is written, Failed where the
+    disk takes no more, and Stopped after SIGTERM or Ctrl-C."""
     console = console or Console()
-    out = Path(c.out)
-    _check_folder(out, c, resume)
-    run = open_session(c)
-    console.print(planner.describe(run.config, run.cost))
-    done = restore(run, out) if resume else 0
-    _claim(out, c)
-    _truncate(out, done)
-    if done == 0 and run.held_out:
-        console.print(
-            f"before: {len(run.held_out)} held-out prompts, {c.eval_seeds} seeds each, {c.eval_steps} ODE steps"
-        )
-        with run.policy.reference():
-            _evaluate(run, out, "before", 0, run.held_out, c.eval_seeds)
-    began, first = time.monotonic(), done
-    with _progress(console) as bar:
-        task = bar.add_task("training", total=c.iterations, completed=done, note="")
-        while done < c.iterations:
-            shown = done + 1 == c.iterations or (c.eval_every and (done + 1) % c.eval_every == 0)
-            row = iterate(run, done, out if shown else None)
-            done += 1
-            spent = time.monotonic() - began
-            row["seconds/total"] = spent / (done - first)
-            _append(out / "metrics.jsonl", row)
-            rate = (row["forwards"] + row["replay_forwards"]) / sum(
-                row.get(f"seconds/{k}", 0.0) for k in ("rollout", "learn")
-            )
-            bar.update(task, completed=done, note=f"reward {row['reward']:.3f}  {rate:.0f} NFE/s")
-            if c.eval_every and done % c.eval_every == 0 and done < c.iterations and run.held_out:
-                with run.averaged():
-                    means = _evaluate(run, out, None, done, run.held_out[:: _stride(run, c)], 1)
-                console.print(f"iteration {done}: reward {row['reward']:.3f}, held-out {_say(means)}")
-            if done % c.checkpoint_every == 0 or done == c.iterations:
-                save(run, out, done)
-    if run.held_out:
-        with run.averaged():
-            _evaluate(run, out, "after", done, run.held_out, c.eval_seeds)
+    say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
+    with folder.held(out, say):
+        folder.check(out, c, resume)
+        run = open_session(c)
+        folder.room(out, _size(run) * max(1, c.keep_checkpoints + 2 - len(checkpoint.numbered(out / "checkpoints"))))
+        console.print(planner.describe(run.config, run.cost))
+        done = restore(run, out, say) if resume else 0
+        with folder.failing(out), stopping() as stop:
+            disk.replace(out / "config.yaml", configs.dump(c).encode())
+            folder.rewind(out, done, say)
+            _go_on(run, out, done, stop, console)
+        best = _best(out, c.best_by)
+        if best is not None and best != c.iterations:
+            say(f"best held-out {c.best_by}: {out / 'checkpoints' / f'{best:06d}'}")
     return out
 
 
-def _stride(run: Session, c: Config) -> int:
-    return max(1, len(run.held_out) // c.eval_prompts) if c.eval_prompts else 1
+def _go_on(run: Session, out: Path, done: int, stop: Stop, console: Console) -> None:
+    """From the state after `done` iterations to the end. It is saved before it is evaluated, so that an evaluation can
+    be left at any time."""
+    c, first, began = run.config, done, time.monotonic()
+    evaluated = {row["iteration"] for row in disk.rows(out / "evaluations.jsonl")}
+    try:
+        with _progress(console) as bar:
+            task = bar.add_task("training", total=c.iterations, completed=done, note="")
+            while True:
+                if run.held_out and _shown(c, done) and done not in evaluated:
+                    _evaluate(run, out, done, console)
+                if done == c.iterations:
+                    break
+                with stop.finishing():
+                    row = iterate(run, done, out if _shown(c, done + 1) else None)
+                    done += 1
+                    row["seconds/total"] = (time.monotonic() - began) / (done - first)
+                    disk.append(out / "metrics.jsonl", row)
+                    bar.update(task, completed=done, note=f"reward {row['reward']:.3f}  {_rate(row):.0f} NFE/s")
+                    if stop.asked or _shown(c, done) or done % c.checkpoint_every == 0:
+                        save(run, out, done)
+    except Stopped:
+        console.print(f"stopped by {stop.asked.name} after iteration {done}; --resume goes on from there")
+        raise
 
 
-def _say(means: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+def _shown(c: Config, done: int) -> bool:
+    """Whether the state after `done` iterations is evaluated."""
+    return done in (0, c.iterations) or (c.eval_every > 0 and done % c.eval_every == 0)
 
 
-def _evaluate(
-    run: Session, out: Path, name: str | None, iteration: int, prompts: list[Prompt], members: int
-) -> dict[str, float]:
-    """Evaluate the policy as it stands; a `name` keeps the images."""
-    c = run.config
-    start = time.perf_counter()
-    result = evaluate.evaluate(run.policy, prompts, members, c.eval_steps, run.scorers, c.batch)
-    means = result.means()
-    _append(
-        out / "evaluations.jsonl",
-        {"iteration": iteration, "name": name, "images": len(result.images), "seconds": time.perf_counter() - start}
-        | means,
-    )
-    evaluate.contact_sheet(result.images, out / "images" / f"{name or f'{iteration:06d}'}.png")
+def _rate(row: dict) -> float:
+    return (row["forwards"] + row["replay_forwards"]) / sum(row.get(f"seconds/{k}", 0.0) for k in ("rollout", "learn"))
+
+
+def _evaluate(run: Session, out: Path, done: int, console: Console) -> None:
+    """Evaluate the state after `done` iterations, at the start and the end on all held-out prompts and with the images
+    kept. The row comes last: it says that the images are there."""
+    c, start = run.config, time.perf_counter()
+    name = {0: "before", c.iterations: "after"}.get(done)
+    stride = max(1, len(run.held_out) // c.eval_prompts) if c.eval_prompts else 1
+    prompts, seeds = (run.held_out, c.eval_seeds) if name else (run.held_out[::stride], 1)
+    if name == "before":
+        console.print(f"before: {len(prompts)} held-out prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
+    with run.averaged() if done else run.policy.reference():
+        found = evaluate.evaluate(run.policy, prompts, seeds, c.eval_steps, run.scorers, c.batch)
+    evaluate.contact_sheet(found.images, out / "images" / f"{name or f'{done:06d}'}.png")
     if name:
-        evaluate.write(result, prompts, out / "images" / name)
-    return means
+        evaluate.write(found, prompts, out / "images" / name)
+    means, seconds = found.means(), time.perf_counter() - start
+    row = {"iteration": done, "name": name, "images": len(found.images), "seconds": seconds}
+    if c.best_by:
+        shared = (found.member == 0) & (found.prompt % (stride if name else 1) == 0)
+        row["compared"] = float(found.parts[c.best_by][shared].nanmean())
+    disk.append(out / "evaluations.jsonl", row | means)
+    if name is None:
+        said = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        console.print(f"iteration {done}: held-out {said}")
 
 
 def _progress(console: Console) -> Progress:
@@ -94,62 +110,66 @@ def _progress(console: Console) -> Progress:
     )  # fmt: skip
 
 
-def _append(path: Path, row: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def _size(run: Session) -> int:
+    """Bytes of a checkpoint, about: adapter, average, two moments, and with overlap the adapter of the batch ahead."""
+    return 4 * sum(p.numel() for p in run.policy.parameters()) * (5 if run.config.overlap else 4)
 
 
-def _truncate(out: Path, done: int) -> None:
-    """Drop the rows that a run resumed after `done` iterations writes again: later ones, and the last evaluation."""
-    for file in (out / "metrics.jsonl", out / "evaluations.jsonl", out / "credit.jsonl"):
-        if file.exists():
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
-            file.write_text("")
-            for row in rows:
-                if done and row["iteration"] <= done and row.get("name") != "after":
-                    _append(file, row)
+def _best(out: Path, name: str | None) -> int | None:
+    """The saved iteration with the highest held-out mean of `name`, on the images that all evaluations share."""
+    saved = {int(path.name) for path in checkpoint.numbered(out / "checkpoints")}
+    rows = disk.rows(out / "evaluations.jsonl") if name else []
+    means = {row["iteration"]: row["compared"] for row in rows if row["iteration"] in saved}
+    return max((done for done, mean in means.items() if mean == mean), key=means.get, default=None)
 
 
-def _check_folder(out: Path, c: Config, resume: bool) -> None:
-    saved = out / "config.yaml"
-    if resume:
-        if not saved.exists():
-            raise BadInput(f"--resume: {out} holds no run")
-        now, before = c.model_dump(), configs.load(saved).model_dump()
-        changed = [key for key in now if now[key] != before[key]]
-        if changed:
-            key = changed[0]
-            raise BadInput(f"--resume: {key} is {now[key]!r} and was {before[key]!r}; a run keeps its config")
-    elif saved.exists():
-        raise BadInput(f"{out} already holds a run; go on with --resume or choose another `out`")
-
-
-def _claim(out: Path, c: Config) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(configs.dump(c))
-    except OSError as error:
-        raise BadInput(f"out: cannot write in {out}: {error.strerror}") from None
+def _kept(run: Session, iteration: int) -> dict[str, dict]:
+    """What a run must go on with: its config, what it is made of, and what it draws next. Prompts, windows and noise
+    have no state to be saved; a resumed run shows that it draws the same."""
+    c = run.config
+    prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
+    noise = gaussian((8,), seed_of(c.seed, "rollout", iteration, prompts[0].id, 0))
+    draws = {
+        "order of prompts": [p.id for p in prompts],
+        "windows": [planner.window_start(c, iteration, p.id) for p in prompts],
+        "random numbers": checkpoint.fingerprint({"noise": noise}),
+    }
+    made = run.origin | {"noise": run.levels, "reference": run.reference} | draws
+    return json.loads(json.dumps({"config": c.model_dump(mode="json"), "made": made}))
 
 
 def save(run: Session, out: Path, iteration: int) -> None:
-    adapter = run.policy.adapter()
+    adapter, under_way = run.policy.adapter(), run.ahead.get(iteration)
     tensors = {"adapter": adapter, "ema": run.ema, "optimizer": checkpoint.optimizer_tensors(run.optimizer)}
-    state = {"adapter_hash": checkpoint.fingerprint(adapter), "noise": run.levels, "multipliers": run.multipliers}
+    if under_way:
+        tensors["ahead"] = under_way.adapter
+    state = {"adapter_hash": checkpoint.fingerprint(adapter), "multipliers": run.multipliers} | _kept(run, iteration)
+    folder.sync(out)
     checkpoint.save(out / "checkpoints", iteration, tensors, state)
+    checkpoint.prune(out / "checkpoints", iteration, run.config.keep_checkpoints, _best(out, run.config.best_by))
 
 
-def restore(run: Session, out: Path) -> int:
-    """Load the newest checkpoint, or start over where there is none."""
-    path = checkpoint.latest(out / "checkpoints")
+def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
+    """Load the newest checkpoint that is whole and return its iteration; 0, to start over, where none was written."""
+    saved = out / "checkpoints"
+    path = checkpoint.latest(saved, say)
+    if path is None and checkpoint.numbered(saved):
+        raise BadInput(f"--resume: no checkpoint in {saved} is whole; to start over, remove {out}")
     if path is None:
+        say(f"--resume: {out} has no checkpoint yet; starting from the beginning")
         return 0
     tensors, state = checkpoint.read(path)
-    if state["noise"] != run.levels:
-        raise BadInput(f"--resume: noise was {state['noise']} and is {run.levels} now; a run keeps its noise")
-    run.policy.load_adapter(tensors["adapter"])
-    for name, value in tensors["ema"].items():
-        run.ema[name].copy_(value)
+    done, policy = state["iteration"], run.policy
+    for kind, now in _kept(run, done).items():
+        for what, was in state[kind].items():
+            if now.get(what) != was:
+                raise BadInput(f"--resume: {what} was {was} and is {now.get(what)} now; a run keeps its {what}")
     run.multipliers.update(state["multipliers"])
     checkpoint.load_optimizer(run.optimizer, tensors["optimizer"])
-    return state["iteration"]
+    for name, value in tensors["ema"].items():
+        run.ema[name].copy_(value)
+    if "ahead" in tensors:
+        policy.load_adapter(tensors["ahead"])
+        run.ahead[done] = ahead.begun(run, done, roll_out, decoded, judge_all)
+    policy.load_adapter(tensors["adapter"])
+    return done

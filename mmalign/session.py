@@ -1,5 +1,6 @@
 """Everything a run needs, loaded and checked before anything is written."""
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -55,9 +56,9 @@ class Session:
 
     `config` is as the budget left it, `levels` the noise of each step, `ema` the averaged adapter by name,
     `multipliers` the constraints' by component, `reference` the frozen one's mean and standard deviation by component.
-    `records` are the judged images that are learnt from instead of rollouts, if any. `ahead` holds batches by iteration
-    that are drawn already (`mmalign.ahead`). `fits` are the rows at once of the config's `batch`, `micro_batch` and
-    `decode_batch`, as memory allows.
+    `records` are the judged images that are learnt from instead of rollouts, if any. `origin` names by hash what the
+    run is made of, which must not change under it. `fits` are the rows at once of the config's `batch`, `micro_batch`
+    and `decode_batch`, as memory allows. `ahead` holds batches by iteration that are drawn already (`mmalign.ahead`).
     """
 
     config: Config
@@ -73,6 +74,7 @@ class Session:
     multipliers: dict[str, float]
     reference: dict[str, tuple[float, float]] | None
     records: Records | None
+    origin: dict[str, str]
     clock: Clock
     fits: dict[str, Fit]
     ahead: dict[int, Any] = field(default_factory=dict)
@@ -130,13 +132,21 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
     if unused:
         raise BadInput(f"scorers: settings for {unused[0]!r}, which is neither in rewards nor in watch")
     scorers = {name: load_scorer(name, **c.scorers.get(name, {})) for name in dict.fromkeys(names)}
-    for reward in (*c.rewards, *c.at_least):
+    for reward in (*c.rewards, *c.at_least, *filter(None, [c.keep_best])):
         name, _, component = reward.rpartition(".")
         if component not in scorers[name].names:
             raise BadInput(f"rewards: no component {component!r}; {name} gives {', '.join(scorers[name].names)}")
     if c.region and not scorers[c.region].card.places:
         raise BadInput(f"region: {c.region} says nothing about where; credit by place needs a scorer with a map")
     return {name: Cached(scorer, c.cache) for name, scorer in scorers.items()} if c.cache else scorers
+
+
+def _origin(
+    weights: str, scorers: dict[str, RewardModel], prompts: list[Prompt], held_out: list[Prompt], records
+) -> dict[str, str]:
+    texts = {"prompts": prompts, "held-out prompts": held_out, "records": records.records if records else []}
+    hashes = {name: hashlib.sha256(repr(own).encode()).hexdigest()[:16] for name, own in texts.items()}
+    return {"model": weights} | hashes | {f"scorer {name}": own.card.version for name, own in scorers.items()}
 
 
 def open_session(c: Config) -> Session:
@@ -155,7 +165,8 @@ def open_session(c: Config) -> Session:
         policy.save_memory(gradients=c.gradient_checkpointing, tiling=c.vae_tiling, texts=c.text_cache)
         if c.attention:
             policy.attend(c.attention)
-        known = references.load(c, policy.fingerprint(), scorers) if c.reference else None
+        weights = policy.fingerprint()
+        known = references.load(c, weights, scorers) if c.reference else None
         records = read_records(configs.locate(c.records), policy.image_size) if c.records else None
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
         times = policy.times(c.steps)
@@ -187,6 +198,7 @@ def open_session(c: Config) -> Session:
         multipliers,
         known,
         records,
+        _origin(weights, scorers, prompts, held_out, records),
         Clock(),
         {name: Fit(getattr(c, name)) for name in ("batch", "micro_batch", "decode_batch")},
     )

@@ -98,7 +98,8 @@ class PipelinePolicy(ABC):
             if quantize:
                 own = {"transformer": QUANTIZED[quantize](dtype)}
                 more["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=own)
-            pipe = kind.from_pretrained(model, dtype=dtype, **cls.absent(kind.load_config(model)), **more)
+            more |= cls.absent(kind.load_config(model))
+            pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, **more)
         except (ImportError, RuntimeError) as error:
             if quantize:
                 raise ValueError(f"quantize: {quantize}: {error}") from None

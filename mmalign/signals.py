@@ -1,0 +1,63 @@
+"""SIGTERM and SIGINT (Ctrl-C) while a run trains: finish, save, leave; a second one stops at once.
+
+The exit code is 128 + the signal's number, 143 or 130, as a shell reports a process that a signal ended: to a scheduler
+or a loop around the command the run is neither done (0) nor failed (1) but to be started again, with `--resume`.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """The process was asked to stop, and what had to be finished is. Nothing that catches errors catches it."""
+
+
+@dataclass
+class Stop:
+    """Whether one was `asked` to stop, by which signal. Outside `finishing` that takes effect at once."""
+
+    asked: signal.Signals | None = None
+    _held: bool = False
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Work that is done to its end before Stopped is raised."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self.asked:
+            raise Stopped(128 + self.asked)
+
+    def _on(self, number: int, frame: object) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = signal.Signals(number)
+        if not self._held:
+            raise Stopped(128 + number)
+        line = f"\nmmalign: {self.asked.name}: finishing this iteration, then saving; once more stops at once\n"
+        os.write(2, line.encode())  # print is not safe here: it may have been interrupted itself
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """Listen to both signals, unless they are ignored (nohup), and then leave them as they were. Outside the main
+    thread, which alone may listen, nothing happens."""
+    stop, before = Stop(), {}
+    if threading.current_thread() is threading.main_thread():
+        before = {own: signal.getsignal(own) for own in SIGNALS if signal.getsignal(own) not in (signal.SIG_IGN, None)}
+    for own in before:
+        signal.signal(own, stop._on)
+    try:
+        yield stop
+    finally:
+        for own, handler in before.items():
+            signal.signal(own, handler)
