@@ -217,6 +217,9 @@ class Config(BaseModel):
     eval_seeds: int = Field(2, ge=1, description="images per held-out prompt before and after; 1 in between")
     eval_steps: int = Field(10, ge=1)
     checkpoint_every: int = Field(25, ge=1)
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="experiment trackers told of the run beside metrics.jsonl, by accelerate"
+    )
     max_failed: float = Field(0.2, ge=0, le=1, description="share of images without a score at which the run stops")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the frozen weights; adapters are float32"

@@ -198,8 +198,7 @@ def _credit(run: Path, source: Source) -> str:
     kept = [row for row in kept if row["iteration"] == kept[-1]["iteration"]]
     if not any(row["advantage"] or row["map"] for row in kept):
         return ""
-    values = [abs(value) for row in kept for grid in row["advantage"].values() for line in grid for value in line]
-    scale, out = max([*values, 1e-6]), []
+    scale, out = credit_scale(kept), []
     for row in kept:
         src, size = source(run / row["image"]), Image.open(run / row["image"]).size[::-1]
         figures = [("image", _picture(src))]
@@ -216,6 +215,12 @@ def _credit(run: Path, source: Source) -> str:
         f" red: wrong, or less of it; full colour is {scale:.3g} for credit and 1 for maps.</p>"
     )
     return f"<h2>Credit</h2>{note}{''.join(out)}"
+
+
+def credit_scale(kept: list[dict]) -> float:
+    """The largest credit among rows of `credit.jsonl`: what full colour stands for."""
+    values = (abs(value) for row in kept for grid in row["advantage"].values() for line in grid for value in line)
+    return max(values, default=0.0) or 1e-6
 
 
 def _svg(figure) -> str:

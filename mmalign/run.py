@@ -1,7 +1,7 @@
 """A run around the iteration: its folder, evaluations, checkpoints and resumption.
 
 One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluations.jsonl`, `credit.jsonl`, `images/`,
-`checkpoints/`, `report.html`.
+`checkpoints/`, `report.html`, and what trackers keep.
 """
 
 import json
@@ -11,9 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmalign import checkpoint, config as configs, evaluate, planner
+from mmalign import checkpoint, config as configs, evaluate, planner, tracking
 from mmalign.config import BadInput, Config
 from mmalign.session import Session, open_session
+from mmalign.tracking import Trackers
 from mmalign.train import iterate
 from reward_models import Prompt
 
@@ -23,41 +24,48 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
     console = console or Console()
     out = Path(c.out)
     _check_folder(out, c, resume)
+    tracking.check(c.trackers)
     run = open_session(c)
     console.print(planner.describe(run.config, run.cost))
     done = _restore(run, out) if resume else 0
-    _claim(out, c)
-    _truncate(out, done)
+    with tracking.opened(c, out, done, console) as trackers:
+        _claim(out, c)
+        _truncate(out, done)
+        _go_on(run, out, done, trackers, console)
+    return out
+
+
+def _go_on(run: Session, out: Path, done: int, trackers: Trackers, console: Console) -> None:
+    """The iterations from `done` to the last, with the evaluations before, between and after."""
+    c, clock = run.config, run.clock
     if done == 0 and run.held_out:
         console.print(
             f"before: {len(run.held_out)} held-out prompts, {c.eval_seeds} seeds each, {c.eval_steps} ODE steps"
         )
         with run.policy.reference():
-            _evaluate(run, out, "before", 0, run.held_out, c.eval_seeds)
-    began, first = time.monotonic(), done
+            _evaluate(run, out, "before", 0, run.held_out, c.eval_seeds, trackers)
     with _progress(console) as bar:
         task = bar.add_task("training", total=c.iterations, completed=done, note="")
         while done < c.iterations:
             shown = done + 1 == c.iterations or (c.eval_every and (done + 1) % c.eval_every == 0)
             row = iterate(run, done, out if shown else None)
             done += 1
-            spent = time.monotonic() - began
-            row["seconds/total"] = spent / (done - first)
-            _append(out / "metrics.jsonl", row)
-            rate = (row["forwards"] + row["replay_forwards"]) / sum(
-                row.get(f"seconds/{k}", 0.0) for k in ("rollout", "learn")
-            )
-            bar.update(task, completed=done, note=f"reward {row['reward']:.3f}  {rate:.0f} NFE/s")
+            with clock.of("io"):
+                _append(out / "metrics.jsonl", row)
+                trackers.log(row, done)
+                if shown and trackers.working:
+                    trackers.show(tracking.credit(out, done), done)
+            bar.update(task, completed=done, note=f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s")
             if c.eval_every and done % c.eval_every == 0 and done < c.iterations and run.held_out:
                 with run.averaged():
-                    means = _evaluate(run, out, None, done, run.held_out[:: _stride(run, c)], 1)
+                    means = _evaluate(run, out, None, done, run.held_out[:: _stride(run, c)], 1, trackers)
                 console.print(f"iteration {done}: reward {row['reward']:.3f}, held-out {_say(means)}")
             if done % c.checkpoint_every == 0 or done == c.iterations:
-                _save(run, out, done)
+                with clock.of("io"):
+                    _save(run, out, done)
     if run.held_out:
         with run.averaged():
-            _evaluate(run, out, "after", done, run.held_out, c.eval_seeds)
-    return out
+            _evaluate(run, out, "after", done, run.held_out, c.eval_seeds, trackers)
 
 
 def _stride(run: Session, c: Config) -> int:
@@ -69,21 +77,23 @@ def _say(means: dict[str, float]) -> str:
 
 
 def _evaluate(
-    run: Session, out: Path, name: str | None, iteration: int, prompts: list[Prompt], members: int
+    run: Session, out: Path, name: str | None, iteration: int, prompts: list[Prompt], members: int, trackers: Trackers
 ) -> dict[str, float]:
-    """Evaluate the policy as it stands; a `name` keeps the images."""
+    """Evaluate the policy as it stands; a `name` keeps the images. The row comes last: who sees it finds the images."""
     c = run.config
     start = time.perf_counter()
-    result = evaluate.evaluate(run.policy, prompts, members, c.eval_steps, run.scorers, c.batch)
-    means = result.means()
-    _append(
-        out / "evaluations.jsonl",
-        {"iteration": iteration, "name": name, "images": len(result.images), "seconds": time.perf_counter() - start}
-        | means,
-    )
-    evaluate.contact_sheet(result.images, out / "images" / f"{name or f'{iteration:06d}'}.png")
-    if name:
-        evaluate.write(result, prompts, out / "images" / name)
+    with run.clock.of("evaluate"):
+        result = evaluate.evaluate(run.policy, prompts, members, c.eval_steps, run.scorers, c.batch)
+        means = result.means()
+    row = {"images": len(result.images), "seconds": time.perf_counter() - start} | means
+    with run.clock.of("io"):
+        sheet = out / "images" / f"{name or f'{iteration:06d}'}.png"
+        evaluate.contact_sheet(result.images, sheet)
+        if name:
+            evaluate.write(result, prompts, out / "images" / name)
+        _append(out / "evaluations.jsonl", {"iteration": iteration, "name": name} | row)
+        trackers.log({f"held_out/{key}": value for key, value in row.items()}, iteration)
+        trackers.show(tracking.sheet(sheet), iteration)
     return means
 
 

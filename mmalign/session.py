@@ -24,17 +24,21 @@ from reward_models.cache import Cached
 
 @dataclass
 class Clock:
-    """Seconds by name, since the last reading."""
+    """Seconds by name, and `total`, all that passed, since the last reading. What a thread does beside counts too."""
 
+    now: Callable[[], float] = time.perf_counter
     seconds: Counter = field(default_factory=Counter)
+
+    def __post_init__(self):
+        self.last = self.now()
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self.now()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] += self.now() - start
 
     def timed(self, name: str, function: Callable) -> Callable:
         def run(*args):
@@ -44,8 +48,9 @@ class Clock:
         return run
 
     def read(self) -> dict[str, float]:
+        before, self.last = self.last, self.now()
         out, self.seconds = dict(self.seconds), Counter()
-        return out
+        return out | {"total": self.last - before}
 
 
 @dataclass(frozen=True)
