@@ -38,6 +38,7 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
 def _go_on(run: Session, out: Path, done: int, trackers: Trackers, console: Console) -> None:
     """The iterations from `done` to the last, with the evaluations before, between and after."""
     c, clock = run.config, run.clock
+    clock.read()  # what came before belongs to no iteration
     if done == 0 and run.held_out:
         console.print(
             f"before: {len(run.held_out)} held-out prompts, {c.eval_seeds} seeds each, {c.eval_steps} ODE steps"

@@ -103,6 +103,12 @@ class Session:
             row |= {f"judge/{name}/{key}": count for key, count in dict(judge.spent).items()} if judge else {}
         return row
 
+    def pace(self) -> dict[str, float]:
+        """Seconds of each part since they were last read, and network forwards per second of rollout and learning."""
+        seconds = self.clock.read()
+        rate = self.policy.spent["forwards"] / (seconds.get("rollout", 0.0) + seconds["learn"])
+        return {"nfe_per_second": rate} | {f"seconds/{name}": spent for name, spent in seconds.items()}
+
     def set_rate(self, iteration: int) -> None:
         """The learning rate of an iteration: linear warm-up and cool-down."""
         c = self.config

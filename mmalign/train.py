@@ -50,9 +50,7 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
         "transitions": len(lesson.batch),
         "lr": run.optimizer.param_groups[0]["lr"],
     }
-    seconds = clock.read()
-    row["nfe_per_second"] = policy.spent["forwards"] / (seconds.get("rollout", 0.0) + seconds["learn"])
-    return row | statistics | {f"seconds/{name}": spent for name, spent in seconds.items()}
+    return row | statistics | run.pace()
 
 
 def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Lesson, dict[str, int | float]]:
@@ -67,8 +65,7 @@ def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Less
             lesson = of_images(run, cond, finished(paths, judged), iteration)
     if keep:
         credit = advantages(c, paths, judged) if c.objective == "grpo" else None
-        with clock.of("io"):
-            exhibit.write(keep, iteration + 1, prompts, images, paths, judged, credit)
+        clock.timed("io", exhibit.write)(keep, iteration + 1, prompts, images, paths, judged, credit)
     reward = judged.reward[:, -1]
     row = {"reward": float(reward.nanmean())}
     row |= {f"part/{name}": float(values.nanmean()) for name, values in judged.parts.items()}
