@@ -722,12 +722,27 @@ def export(run: Run, out: Annotated[Path, typer.Option(help="folder for the LoRA
 
 
 @app.command()
-def report(run: Run) -> None:
-    """Write a run's report.html again."""
-    from mmalign import report as reports
+def report(
+    run: Run,
+    serve: Annotated[bool, typer.Option("--serve", help="serve the page until Ctrl-C; it follows the run")] = False,
+    host: Annotated[
+        str | None, typer.Option(help="--serve: address to listen on; who reaches it can read the run [127.0.0.1]")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="--serve: 0 is any free one [8001]")] = None,
+) -> None:
+    """Write a run's report.html again, or serve a page that follows the run while it goes on."""
+    from mmalign import config as configs, report as reports
 
-    _config_of(run)
-    console.print(f"report: {reports.write(run)}")
+    configs.load(_config_of(run))
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    if serve:
+        with configs.refusing():
+            from mmalign import live
+        live.serve(run, **given)
+    elif given:
+        raise BadInput(f"--{next(iter(given))} acts only with --serve")
+    else:
+        console.print(f"report: {reports.write(run)}")
 
 
 def _writable(folder: Path) -> None:

@@ -241,6 +241,9 @@ class Config(BaseModel):
     keep_best: str | None = Field(
         None, description="scorer.component whose highest held-out mean keeps its checkpoint; null: the first reward"
     )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="experiment trackers told of the run beside metrics.jsonl, by accelerate"
+    )
     max_failed: float = Field(0.2, ge=0, le=1, description="share of images without a score at which the run stops")
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="adamw8bit: moments in 8 bits, a quarter of the memory; needs bitsandbytes (extra gpu)"

@@ -1,8 +1,8 @@
 """A run around the iteration: evaluations, checkpoints and resumption.
 
 One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluations.jsonl`, `credit.jsonl`, `images/`,
-`checkpoints/`, `report.html`. What the next iteration does is a function of the config, the iteration and what a
-checkpoint holds, so a resumed run ends with the bits of one that was never interrupted.
+`checkpoints/`, `report.html`, and what trackers keep. What the next iteration does is a function of the config, the
+iteration and what a checkpoint holds, so a resumed run ends with the bits of one that was never interrupted.
 """
 
 import json
@@ -14,11 +14,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmalign import ahead, checkpoint, config as configs, disk, evaluate, folder, planner, prompts as prompt_files
+from mmalign import (
+    ahead,
+    checkpoint,
+    config as configs,
+    disk,
+    evaluate,
+    folder,
+    planner,
+    prompts as prompt_files,
+    tracking,
+)
 from mmalign.config import BadInput, Config
 from mmalign.flow.sample import gaussian, seed_of
 from mmalign.session import Session, open_session
 from mmalign.signals import Stop, Stopped, stopping
+from mmalign.tracking import Trackers
 from mmalign.train import decoded, iterate, judge_all, roll_out
 
 
@@ -29,41 +40,48 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
     say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
     with folder.held(out, say):
         folder.check(out, c, resume)
+        tracking.check(c.trackers)
         run = open_session(c)
         folder.room(out, _size(run) * max(1, c.keep_checkpoints + 2 - len(checkpoint.numbered(out / "checkpoints"))))
         console.print(planner.describe(run.config, run.cost))
         done = restore(run, out, say) if resume else 0
-        with folder.failing(out), stopping() as stop:
+        with tracking.opened(c, out, done, console) as trackers, folder.failing(out), stopping() as stop:
             disk.replace(out / "config.yaml", configs.dump(c).encode())
             folder.rewind(out, done, say)
-            _go_on(run, out, done, stop, console)
+            _go_on(run, out, done, trackers, stop, console)
         best = _best(out, c.best_by)
         if best is not None and best != c.iterations:
             say(f"best held-out {c.best_by}: {out / 'checkpoints' / f'{best:06d}'}")
     return out
 
 
-def _go_on(run: Session, out: Path, done: int, stop: Stop, console: Console) -> None:
+def _go_on(run: Session, out: Path, done: int, trackers: Trackers, stop: Stop, console: Console) -> None:
     """From the state after `done` iterations to the end. It is saved before it is evaluated, so that an evaluation can
     be left at any time."""
-    c, first, began = run.config, done, time.monotonic()
+    c, clock = run.config, run.clock
+    clock.read()  # what came before belongs to no iteration
     evaluated = {row["iteration"] for row in disk.rows(out / "evaluations.jsonl")}
     try:
         with _progress(console) as bar:
             task = bar.add_task("training", total=c.iterations, completed=done, note="")
             while True:
                 if run.held_out and _shown(c, done) and done not in evaluated:
-                    _evaluate(run, out, done, console)
+                    _evaluate(run, out, done, trackers, console)
                 if done == c.iterations:
                     break
                 with stop.finishing():
                     row = iterate(run, done, out if _shown(c, done + 1) else None)
                     done += 1
-                    row["seconds/total"] = (time.monotonic() - began) / (done - first)
-                    disk.append(out / "metrics.jsonl", row)
-                    bar.update(task, completed=done, note=f"reward {row['reward']:.3f}  {_rate(row):.0f} NFE/s")
+                    with clock.of("io"):
+                        disk.append(out / "metrics.jsonl", row)
+                        trackers.log(row, done)
+                        if _shown(c, done) and trackers.working:
+                            trackers.show(tracking.credit(out, done), done)
+                    note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
+                    bar.update(task, completed=done, note=note)
                     if stop.asked or _shown(c, done) or done % c.checkpoint_every == 0:
-                        save(run, out, done)
+                        with clock.of("io"):
+                            save(run, out, done)
     except Stopped:
         console.print(f"stopped by {stop.asked.name} after iteration {done}; --resume goes on from there")
         raise
@@ -74,11 +92,7 @@ def _shown(c: Config, done: int) -> bool:
     return done in (0, c.iterations) or (c.eval_every > 0 and done % c.eval_every == 0)
 
 
-def _rate(row: dict) -> float:
-    return (row["forwards"] + row["replay_forwards"]) / sum(row.get(f"seconds/{k}", 0.0) for k in ("rollout", "learn"))
-
-
-def _evaluate(run: Session, out: Path, done: int, console: Console) -> None:
+def _evaluate(run: Session, out: Path, done: int, trackers: Trackers, console: Console) -> None:
     """Evaluate the state after `done` iterations, at the start and the end on all held-out prompts and with the images
     kept. The row comes last: it says that the images are there."""
     c, start = run.config, time.perf_counter()
@@ -87,17 +101,23 @@ def _evaluate(run: Session, out: Path, done: int, console: Console) -> None:
     prompts, seeds = (run.held_out, c.eval_seeds) if name else (run.held_out[::stride], 1)
     if name == "before":
         console.print(f"before: {len(prompts)} held-out prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
-    with run.averaged() if done else run.policy.reference():
+    with run.clock.of("evaluate"), run.averaged() if done else run.policy.reference():
         found = evaluate.evaluate(run.policy, prompts, seeds, c.eval_steps, run.scorers, c.batch)
-    evaluate.contact_sheet(found.images, out / "images" / f"{name or f'{done:06d}'}.png")
-    if name:
-        evaluate.write(found, prompts, out / "images" / name)
-    means, seconds = found.means(), time.perf_counter() - start
+        means = found.means()
+    seconds = time.perf_counter() - start
     row = {"iteration": done, "name": name, "images": len(found.images), "seconds": seconds}
     if c.best_by:
         shared = (found.member == 0) & (found.prompt % (stride if name else 1) == 0)
         row["compared"] = float(found.parts[c.best_by][shared].nanmean())
-    disk.append(out / "evaluations.jsonl", row | means)
+    with run.clock.of("io"):
+        sheet = out / "images" / f"{name or f'{done:06d}'}.png"
+        evaluate.contact_sheet(found.images, sheet)
+        if name:
+            evaluate.write(found, prompts, out / "images" / name)
+        disk.append(out / "evaluations.jsonl", row | means)
+        told = {key: value for key, value in (row | means).items() if key not in ("iteration", "name")}
+        trackers.log({f"held_out/{key}": value for key, value in told.items()}, done)
+        trackers.show(tracking.sheet(sheet), done)
     if name is None:
         said = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
         console.print(f"iteration {done}: held-out {said}")

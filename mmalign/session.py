@@ -26,17 +26,21 @@ from reward_models.cache import Cached
 
 @dataclass
 class Clock:
-    """Seconds by name, since the last reading."""
+    """Seconds by name, and `total`, all that passed, since the last reading. What a thread does beside counts too."""
 
+    now: Callable[[], float] = time.perf_counter
     seconds: Counter = field(default_factory=Counter)
+
+    def __post_init__(self):
+        self.last = self.now()
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self.now()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] += self.now() - start
 
     def timed(self, name: str, function: Callable) -> Callable:
         def run(*args):
@@ -46,8 +50,9 @@ class Clock:
         return run
 
     def read(self) -> dict[str, float]:
+        before, self.last = self.last, self.now()
         out, self.seconds = dict(self.seconds), Counter()
-        return out
+        return out | {"total": self.last - before}
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,12 @@ class Session:
             judge = getattr(getattr(scorer, "scorer", scorer), "judge", None)
             row |= {f"judge/{name}/{key}": count for key, count in dict(judge.spent).items()} if judge else {}
         return row
+
+    def pace(self) -> dict[str, float]:
+        """Seconds of each part since they were last read, and network forwards per second of rollout and learning."""
+        seconds = self.clock.read()
+        rate = self.policy.spent["forwards"] / (seconds.get("rollout", 0.0) + seconds["learn"])
+        return {"nfe_per_second": rate} | {f"seconds/{name}": spent for name, spent in seconds.items()}
 
     def set_rate(self, iteration: int) -> None:
         """The learning rate of an iteration: linear warm-up and cool-down."""
