@@ -6,7 +6,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich import box
@@ -30,6 +30,7 @@ console = Console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, each replacing one key of the file")]
+Form = Literal["diffusers", "comfyui", "merged"]
 Run = Annotated[Path, typer.Argument(help="folder of a run")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
@@ -101,6 +102,18 @@ def _rises(summary: dict) -> Table:
     return table
 
 
+def _saved(run: Path):
+    """The config of a run, and its newest checkpoint; or that checkpoint, where `run` is the folder of one."""
+    from mmalign import checkpoint, config as configs
+
+    one = run.name.isdigit() and run.parent.name == "checkpoints"
+    c = configs.load(_config_of(run.parents[1] if one else run))
+    newest = run if one else checkpoint.latest(run / "checkpoints")
+    if newest is None:
+        raise BadInput(f"{run}: the run has no whole checkpoint yet")
+    return c, newest
+
+
 def _policy(model: str, guidance: float | None, run: Path | None):
     """A policy for inference: a model as it is, or a run's model, guidance and averaged adapter. `run` is a run's
     folder, for its newest checkpoint, or that of one of its checkpoints."""
@@ -111,11 +124,7 @@ def _policy(model: str, guidance: float | None, run: Path | None):
     policies.quiet()
     precision, c = "float32", None
     if run is not None:
-        one = run.name.isdigit() and run.parent.name == "checkpoints"
-        c = configs.load(_config_of(run.parents[1] if one else run))
-        newest = run if one else checkpoint.latest(run / "checkpoints")
-        if newest is None:
-            raise BadInput(f"{run}: the run has no whole checkpoint yet")
+        c, newest = _saved(run)
         model, precision, guidance = c.model, c.precision, c.guidance if guidance is None else guidance
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with configs.refusing():
@@ -712,13 +721,47 @@ def _short(value: int | float | None) -> str:
 
 
 @app.command()
-def export(run: Run, out: Annotated[Path, typer.Option(help="folder for the LoRA file")] = Path("lora")) -> None:
-    """Write a run's averaged adapter as the LoRA that stock diffusers opens, and open it once to be sure."""
-    policy = _policy("", None, run)
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="folder for the file, or for the folder `merged`")] = Path("lora"),
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--format",
+            help="diffusers: LoRA for load_lora_weights; comfyui: one LoRA file; merged: the whole pipeline with it",
+        ),
+    ] = "diffusers",
+) -> None:
+    """Write a run's averaged adapter for other programs, and read it back once to be sure."""
+    from mmalign import checkpoint, config as configs
+
+    policy, (c, newest) = _policy("", None, run), _saved(run)
+    state = checkpoint.read(newest)[1]
+    if not c.quantize and state["made"]["model"] != policy.fingerprint():  # weights are exported unquantised
+        raise BadInput(f"the weights of {c.model} are not those that {run} was trained on")
     _writable(out)
-    path = policy.export(out)
-    policy.check_export(out)
-    console.print(f"{path}: opens in the stock pipeline and gives the same velocity")
+    with configs.refusing():
+        path = policy.export(out, form, _about(c, policy, state))
+    try:
+        policy.check_export(out, form)
+    except ValueError as error:
+        print(f"mmalign: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    console.print(f"{path}: read back, and it gives the same velocity", highlight=False, soft_wrap=True)
+
+
+def _about(c, policy, state: dict) -> dict[str, str]:
+    """What the header of an exported file says of the run."""
+    from importlib.metadata import version
+
+    from mmalign import config as configs
+
+    own = configs.public(c.model_dump(mode="json"))
+    lists = {"sigmas": policy.times(c.steps).tolist(), "config": own}
+    return {
+        "version": version("mmalign"), "base_model": own["model"], "iteration": str(state["iteration"]),
+        "steps": str(c.steps), "precision": c.precision,
+    } | {name: json.dumps(value) for name, value in lists.items()}  # fmt: skip
 
 
 @app.command()

@@ -5,10 +5,12 @@ line changes it once more. An unknown key is refused with the nearest name, and 
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -31,6 +33,7 @@ POLICY_GRADIENT = (  # what acts on steps of walks alone
     "saturated",
     "region_weight", "whole_weight", "ratio_over", "focus", "weighting", "loss", "clip", "beta",
 )  # fmt: skip
+SECRETS = {"key", "apikey", "token", "secret", "password", "credentials", "authorization", "headers", "cookie"}
 SAMPLING = ("kernel", "noise", "window", "branch_steps", "children", "max_forwards", "max_rewards", "cache", "overlap")
 
 
@@ -450,6 +453,24 @@ def _say(error: dict[str, Any]) -> str:
 
 def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def public(value: Any) -> Any:
+    """A config's values as they may be given away: without what is named like a secret, without password and query of
+    a URL, and of absolute paths the last part alone, for the others tell of a machine and its users."""
+    if isinstance(value, dict):
+        return {key: "(left out)" if _secret(str(key)) else public(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(own) for own in value]
+    if isinstance(value, str) and "://" in value:
+        url = urlsplit(value)
+        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+    local = isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())
+    return Path(value).name if local else value
+
+
+def _secret(name: str) -> bool:
+    return bool(SECRETS & {*re.split(r"[^a-z]+", name.lower())})
 
 
 def locate(path: str) -> str:
