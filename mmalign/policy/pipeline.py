@@ -62,7 +62,11 @@ class PipelinePolicy(ABC):
     @classmethod
     def load(cls, model: str, *, dtype: torch.dtype, device: str, guidance: float, size=None):
         kind = getattr(diffusers, cls.pipeline)
-        pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, **cls.absent(kind.load_config(model)))
+        absent = cls.absent(kind.load_config(model))
+        try:
+            pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, **absent)
+        except OSError as error:
+            raise ValueError(f"model {model!r}: its weights are needed as safetensors: {error}") from None
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe.to(device), guidance, size)
 
