@@ -100,6 +100,8 @@ class PipelinePolicy(ABC):
                 more["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=own)
             more |= cls.absent(kind.load_config(model))
             pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, **more)
+        except OSError as error:
+            raise ValueError(f"model {model!r}: its weights are needed as safetensors: {error}") from None
         except (ImportError, RuntimeError) as error:
             if quantize:
                 raise ValueError(f"quantize: {quantize}: {error}") from None
