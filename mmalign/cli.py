@@ -93,6 +93,70 @@ def calibrate(
     console.print(f"{out}, {out.with_suffix('.png')}")
 
 
+@app.command()
+def estimate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="processes, one a GPU; prompts are dealt to them in turn")] = 1,
+    timed: Annotated[
+        bool,
+        typer.Option("--calibrate", help="load the model and the rewards here and time them, for seconds of a run"),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a run will take: forwards, decodes, scores, parameters, memory, disk. No weights are needed."""
+    from mmalign import config as configs, estimate as estimates, policy as policies, session
+
+    policies.quiet()
+    c = configs.load(config, overrides or [])
+    found = estimates.estimate(c, gpus)
+    if timed:
+        run = session.open_session(c)
+        found["seconds"] = estimates.durations(run.config, found, estimates.measure(run))
+    if as_json:
+        print(json.dumps(found))
+        return
+    console.print(f"{found['model']}, {' x '.join(map(str, found['size']))} pixels: {found['plan']}", soft_wrap=True)
+    for table in _estimated(found):
+        console.print(table)
+    for note in found["bounds"]:
+        console.print(f"at most: {note}", soft_wrap=True, highlight=False)
+
+
+def _estimated(found: dict) -> list[Table]:
+    """Counts; then what memory and disk hold, and seconds if they were measured."""
+    ranks, iteration = found["ranks"], found["iteration"]
+    columns = {"iteration": iteration}
+    if len(ranks) > 1:
+        columns |= {"largest rank": ranks[0], "smallest": ranks[-1]}
+    columns |= {"run": found["run"], "evaluations": found["evaluations"]}
+    counted = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("", *columns):
+        counted.add_column(heading, justify="right" if heading else "left")
+    for name in iteration:
+        counted.add_row(name.replace("_", " "), *(f"{own[name]:,}" if name in own else "" for own in columns.values()))
+    sized = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("", "parameters", "GiB of the largest rank"):
+        sized.add_column(heading, justify="right" if heading else "left")
+    for name, count in found["memory"]["device"].items():
+        own = found["parameters"].get(name)
+        sized.add_row(
+            name, f"{own:,}" if own else "", f"{count / 2**30:.3f}", end_section=name in ("latents", "replay")
+        )
+    sized.add_row("main memory: images", "", f"{found['memory']['main']['images'] / 2**30:.3f}")
+    disk = found["disk"]
+    kept = f"disk: {disk['checkpoints']} x checkpoint of {disk['checkpoint'] / 2**30:.3f}, images"
+    sized.add_row(kept, "", f"{disk['total'] / 2**30:.3f}")
+    tables = [counted, sized]
+    if "seconds" in found:
+        tables.append(Table(box=box.SIMPLE, padding=(0, 1, 0, 0)))
+        for heading in ("timed here", "seconds"):
+            tables[-1].add_column(heading, justify="right" if heading == "seconds" else "left")
+        for name, taken in found["seconds"].items():
+            tables[-1].add_row(name, f"{taken:.3g}" if taken < 100 else f"{taken:,.0f}")
+    return tables
+
+
 def _rises(summary: dict) -> Table:
     table = Table(title=f"held-out prompts, {summary['images']} images a side, same seeds before and after")
     for heading in ("score", "before", "after", "rise", "p (paired)"):

@@ -92,12 +92,17 @@ def _shown(c: Config, done: int) -> bool:
     return done in (0, c.iterations) or (c.eval_every > 0 and done % c.eval_every == 0)
 
 
+def in_between(c: Config, held_out: int) -> int:
+    """Evaluations that are neither the first nor the last draw every so manieth of the held-out prompts."""
+    return max(1, held_out // c.eval_prompts) if c.eval_prompts else 1
+
+
 def _evaluate(run: Session, out: Path, done: int, trackers: Trackers, console: Console) -> None:
     """Evaluate the state after `done` iterations, at the start and the end on all held-out prompts and with the images
     kept. The row comes last: it says that the images are there."""
     c, start = run.config, time.perf_counter()
     name = {0: "before", c.iterations: "after"}.get(done)
-    stride = max(1, len(run.held_out) // c.eval_prompts) if c.eval_prompts else 1
+    stride = in_between(c, len(run.held_out))
     prompts, seeds = (run.held_out, c.eval_seeds) if name else (run.held_out[::stride], 1)
     if name == "before":
         console.print(f"before: {len(prompts)} held-out prompts, {seeds} seeds each, {c.eval_steps} ODE steps")

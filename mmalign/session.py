@@ -183,7 +183,7 @@ def open_session(c: Config) -> Session:
         times = policy.times(c.steps)
         levels = calibrate.load(configs.locate(c.noise), c, times) if isinstance(c.noise, str) else c.noise
         planner.check_noise(c, times, levels)
-        c, cost = planner.fit(c, times, levels)
+        c, cost = planner.fit(c, times, levels, getattr(policy, "true_guidance", c.guidance > 1))
     prompts = records.prompts if records else prompts
     prompt_files.batch(prompts, c.prompts_per_iteration, 0, c.seed)
     shared = {p.text for p in prompts} & {p.text for p in held_out}

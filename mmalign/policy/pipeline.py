@@ -141,6 +141,11 @@ class PipelinePolicy(ABC):
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of texts by name, a row each."""
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each of `texts`' embeddings, of one text of the greatest length. Asked where there are no
+        weights to embed one with (`mmalign.policy.meta`)."""
+        raise ValueError(f"{type(self).__name__} does not say what shape its texts' embeddings have")
+
     @abstractmethod
     def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
         """The velocity at latents `x [M, C, h, w]` and times `t [M]` in [0, 1], with a row of embeddings each."""
