@@ -105,9 +105,11 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Say what a run will take: forwards, decodes, scores, parameters, memory, disk. No weights are needed."""
-    from mmalign import config as configs, estimate as estimates, policy as policies, session
+    from mmalign import policy as policies
 
-    policies.quiet()
+    policies.quiet()  # before what follows imports peft, which would warn
+    from mmalign import config as configs, estimate as estimates, session
+
     c = configs.load(config, overrides or [])
     found = estimates.estimate(c, gpus)
     if timed:

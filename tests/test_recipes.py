@@ -15,8 +15,9 @@ from tiny_pipelines import FAMILIES
 from tiny_scorers import settings as tiny_settings
 from whole_runs import rows
 
-from mmalign import config as configs, prompts as prompt_files, run as runs
+from mmalign import config as configs, estimate, prompts as prompt_files, run as runs
 from mmalign.config import Config
+from mmalign.policy import meta
 from reward_models.scorers.geneval import GenEval
 from reward_models.scorers.ocr import Ocr
 
@@ -207,4 +208,28 @@ def test_two_iterations_of_a_recipe(name, tmp_path, tiny_models, tiny_judges):
 
 
 # ------------------------------------------------------------------------------------------- at its real size
-# A test over RECIPES that `mmalign estimate` takes each, its real schedule and all, belongs here once that is there.
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    return {}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_estimated(name, peaks, monkeypatch):
+    """With its real schedule and sizes, from configs alone. What a forward keeps, which takes seconds to follow, is
+    asked once for a model, size and guidance."""
+    real = meta.peak
+
+    def peak(policy, learn):
+        key = (type(policy), policy.latent_shape, policy.true_guidance, learn)
+        if key not in peaks:
+            peaks[key] = real(policy, learn=learn)
+        return peaks[key]
+
+    monkeypatch.setattr(meta, "peak", peak)
+    c = configs.load(CONFIGS[name])
+    found = estimate.estimate(c, gpus=8)
+    assert sum(rank["prompts"] for rank in found["ranks"]) == c.prompts_per_iteration
+    assert found["run"]["rewards"] == sum(rank["rewards"] for rank in found["run_ranks"]) > 0
+    assert found["memory"]["device"]["total"] < 80 * 2**30
