@@ -23,7 +23,7 @@ THREAD = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts, their conditioning, walks and finished images, and the judgement that is to come."""
+    """This process's prompts, their conditioning, walks and finished images, and the judgement that is to come."""
 
     prompts: list[Prompt]
     cond: Any
@@ -43,7 +43,7 @@ def batch(run, iteration: int, *stages: Callable) -> Batch:
 
 def _begun(run, iteration: int, roll_out: Callable, decode: Callable, judge_all: Callable) -> Batch:
     c = run.config
-    prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
+    prompts = run.ranks.deal(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
     with run.clock.of("rollout"):
         cond, paths = roll_out(run, prompts, run.levels, iteration)
     images = decode(run, paths)

@@ -37,6 +37,11 @@ class BadInput(ValueError):
     """A user's mistake: shown as one line, exit code 2."""
 
 
+class Lost(RuntimeError):
+    """A run that ends because of another of its processes, which failed or was waited for in vain: one line, exit
+    code 1."""
+
+
 @contextmanager
 def refusing() -> Iterator[None]:
     """What the parts refuse while they are being set up is the user's input: a ValueError becomes BadInput."""
@@ -225,6 +230,9 @@ class Config(BaseModel):
     eval_seeds: int = Field(2, ge=1, description="images per held-out prompt before and after; 1 in between")
     eval_steps: int = Field(10, ge=1)
     checkpoint_every: int = Field(25, ge=1)
+    patience: PositiveFloat = Field(
+        1800.0, description="many processes: seconds that one waits for the others at most, before the run ends"
+    )
     max_failed: float = Field(0.2, ge=0, le=1, description="share of images without a score at which the run stops")
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="adamw8bit: moments in 8 bits, a quarter of the memory; needs bitsandbytes (extra gpu)"

@@ -13,21 +13,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmalign import checkpoint, config as configs, evaluate, planner
 from mmalign.config import BadInput, Config
+from mmalign.ranks import Ranks, join
 from mmalign.session import Session, open_session
 from mmalign.train import iterate
 from reward_models import Prompt
 
 
 def train(c: Config, resume: bool = False, console: Console | None = None) -> Path:
-    """Run a config to its end and return the run's folder. Raises BadInput before anything is written."""
-    console = console or Console()
+    """Run a config to its end and return the run's folder. Raises BadInput before anything is written, and Lost where
+    another of its processes failed. Of many processes the main one alone writes and speaks."""
+    ranks = join(c.patience)
+    with ranks.failing():
+        return _train(c, resume, (console or Console()) if ranks.main else Console(quiet=True), ranks)
+
+
+def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
     out = Path(c.out)
-    _check_folder(out, c, resume)
-    run = open_session(c)
+    ranks.agree(c.model_dump_json(), "the config")
+    if ranks.main:
+        _check_folder(out, c, resume)
+    ranks.meet("the check of the folder")
+    run = open_session(c, ranks)
     console.print(planner.describe(run.config, run.cost))
     done = _restore(run, out) if resume else 0
-    _claim(out, c)
-    _truncate(out, done)
+    ranks.agree([done, checkpoint.fingerprint(run.policy.adapter())], "the iteration and the adapter to start with")
+    if ranks.main:
+        _claim(out, c)
+        _truncate(out, done)
     if done == 0 and run.held_out:
         console.print(
             f"before: {len(run.held_out)} held-out prompts, {c.eval_seeds} seeds each, {c.eval_steps} ODE steps"
@@ -43,7 +55,8 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
             done += 1
             spent = time.monotonic() - began
             row["seconds/total"] = spent / (done - first)
-            _append(out / "metrics.jsonl", row)
+            if ranks.main:
+                _append(out / "metrics.jsonl", row)
             rate = (row["forwards"] + row["replay_forwards"]) / sum(
                 row.get(f"seconds/{k}", 0.0) for k in ("rollout", "learn")
             )
@@ -74,7 +87,9 @@ def _evaluate(
     """Evaluate the policy as it stands; a `name` keeps the images."""
     c = run.config
     start = time.perf_counter()
-    result = evaluate.evaluate(run.policy, prompts, members, c.eval_steps, run.scorers, c.batch)
+    result = evaluate.dealt(run.ranks, run.policy, prompts, members, c.eval_steps, run.scorers, c.batch)
+    if result is None:
+        return {}
     means = result.means()
     _append(
         out / "evaluations.jsonl",
@@ -134,6 +149,9 @@ def _claim(out: Path, c: Config) -> None:
 
 def _save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
+    run.ranks.agree(checkpoint.fingerprint(adapter), f"the adapter after iteration {iteration}")
+    if not run.ranks.main:
+        return
     tensors = {"adapter": adapter, "ema": run.ema, "optimizer": checkpoint.optimizer_tensors(run.optimizer)}
     state = {"adapter_hash": checkpoint.fingerprint(adapter), "noise": run.levels, "multipliers": run.multipliers}
     checkpoint.save(out / "checkpoints", iteration, tensors, state)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from mmalign import calibrate, config as configs, planner, policy as policies, prompts as prompt_files, references
@@ -17,6 +16,7 @@ from mmalign.fit import Fit
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import seed_of
 from mmalign.judge import Combination
+from mmalign.ranks import Ranks, join
 from mmalign.records import Records, read as read_records
 from mmalign.types import Judgement, Policy
 from reward_models import Prompt, RewardModel, combine, load as load_scorer
@@ -57,7 +57,7 @@ class Session:
     `multipliers` the constraints' by component, `reference` the frozen one's mean and standard deviation by component.
     `records` are the judged images that are learnt from instead of rollouts, if any. `ahead` holds batches by iteration
     that are drawn already (`mmalign.ahead`). `fits` are the rows at once of the config's `batch`, `micro_batch` and
-    `decode_batch`, as memory allows.
+    `decode_batch`, as memory allows. `ranks` are the processes it runs in.
     """
 
     config: Config
@@ -75,6 +75,7 @@ class Session:
     records: Records | None
     clock: Clock
     fits: dict[str, Fit]
+    ranks: Ranks
     ahead: dict[int, Any] = field(default_factory=dict)
 
     def combination(self, iteration: int) -> Combination:
@@ -92,14 +93,15 @@ class Session:
         return {f"multiplier/{name}": u for name, u in self.multipliers.items()}
 
     def asked(self) -> dict[str, int | float]:
-        """What scorers have been asked so far, evaluations included: the share of scores that were had before, and of
-        judges that are models the calls, failed ones and tokens."""
+        """What scorers have been asked so far in all processes, evaluations included: the share of scores that were
+        had before, and of judges that are models the calls, failed ones and tokens."""
         cached = [scorer for scorer in self.scorers.values() if isinstance(scorer, Cached)]
-        row = {"cache_hits": sum(s.hits for s in cached) / max(1, sum(s.asked for s in cached))} if cached else {}
+        row = {"hits": sum(s.hits for s in cached), "asked": sum(s.asked for s in cached)} if cached else {}
         for name, scorer in self.scorers.items():
             judge = getattr(getattr(scorer, "scorer", scorer), "judge", None)
             row |= {f"judge/{name}/{key}": count for key, count in dict(judge.spent).items()} if judge else {}
-        return row
+        row = self.ranks.added(row, "counts") if row else row
+        return {"cache_hits": row.pop("hits") / max(1, row.pop("asked"))} | row if cached else row
 
     def set_rate(self, iteration: int) -> None:
         """The learning rate of an iteration: linear warm-up and cool-down."""
@@ -139,17 +141,17 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
     return {name: Cached(scorer, c.cache) for name, scorer in scorers.items()} if c.cache else scorers
 
 
-def open_session(c: Config) -> Session:
+def open_session(c: Config, ranks: Ranks | None = None) -> Session:
     """Load and check everything a config names, before anything is written."""
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise BadInput(f"started as {accelerator.num_processes} processes; this version trains in one")
+    ranks = ranks or join(c.patience)
+    if c.prompts_per_iteration < ranks.size:
+        raise BadInput(f"prompts_per_iteration: {c.prompts_per_iteration} for {ranks.size} processes; each needs one")
     prompts = [] if c.records else prompt_files.read(configs.locate(c.prompts))
     held_out = prompt_files.read(configs.locate(c.held_out)) if c.held_out else []
     with configs.refusing():
         scorers = load_scorers(c, [*c.trained, *c.watch])
         policy = policies.load(
-            configs.locate(c.model), dtype=c.precision, device=str(accelerator.device), guidance=c.guidance,
+            configs.locate(c.model), dtype=c.precision, device=str(ranks.accelerator.device), guidance=c.guidance,
             size=c.size, quantize=c.quantize, offload=c.offload,
         )  # fmt: skip
         policy.save_memory(gradients=c.gradient_checkpointing, tiling=c.vae_tiling, texts=c.text_cache)
@@ -187,6 +189,7 @@ def open_session(c: Config) -> Session:
         records,
         Clock(),
         {name: Fit(getattr(c, name)) for name in ("batch", "micro_batch", "decode_batch")},
+        ranks,
     )
 
 
