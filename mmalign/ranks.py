@@ -20,12 +20,20 @@ from itertools import count
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate import (
+    Accelerator,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    PartialState,
+)
+from accelerate.utils import fsdp2_prepare_model, parse_flag_from_env
 from jaxtyping import Bool, Int, Shaped
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
 
-from mmalign.config import BadInput, Lost
+from mmalign.config import BadInput, Lost, refusing
 
 T = TypeVar("T")
 FAREWELL = 10.0  # seconds a process that failed stays, so that the others can read why
@@ -124,9 +132,33 @@ class Ranks:
     def any(self, flag: bool, what: str) -> bool:
         return any(self.tell(flag, what))
 
-    def most(self, number: int) -> int:
-        """The greatest of all processes' numbers."""
-        return max(self.tell(number, "the longest share of a minibatch"))
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the network alone, so that all must take part in every forward."""
+        return self.size > 1 and getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
+    def replayed(self, rows: int) -> int:
+        """How many rows a process with so many must replay: as many as any, where the network is sharded."""
+        return max(self.tell(rows, "the shares of a minibatch")) if self.sharded else rows
+
+    def shard(self, network: nn.Module) -> None:
+        """Leave each process its part of the frozen weights, block by block (FSDP2). The adapter stays whole in each:
+        it is small, and is averaged, clipped and saved as ever. BadInput where a block would not be sharded."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+            raise BadInput("fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false are needed; every process loads")
+        plugin.ignored_modules = [
+            module for module in network.modules() if any(p.requires_grad for p in module.parameters(recurse=False))
+        ]
+        with refusing():
+            fsdp2_prepare_model(self.accelerator, network)
+        lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
+        whole = {type(block).__name__ for blocks in lists for block in blocks if not isinstance(block, FSDPModule)}
+        if whole or not lists:
+            raise BadInput(
+                f"fsdp_transformer_layer_cls_to_wrap: {', '.join(sorted(whole)) or 'no block'} of a "
+                f"{type(network).__name__} is not sharded; leave it out to have all the model names"
+            )
 
     def add_gradients(self, parameters: Sequence[Parameter]) -> bool:
         """Leave in each process the sum of all processes' gradients, None where none has one. Whether there is any."""
@@ -196,13 +228,12 @@ class Ranks:
             for line in lines:
                 if line.get("failed"):
                     raise Lost(line["failed"])
-            late = [
-                f"rank {rank} (last at: {line['what']})" for rank, line in enumerate(lines) if line["met"] < self.met
-            ]
+            late = {rank: line["what"] for rank, line in enumerate(lines) if line["met"] < self.met}
             if not late:
                 return
             if time.monotonic() > end:
-                raise Lost(f"waited {self.patience:g} s for {what}; there came no {', no '.join(late)}")
+                who = ", ".join(f"rank {rank} (last at {last})" for rank, last in late.items())
+                raise Lost(f"waited {self.patience:g} s for {what}, in vain for {who}")
             time.sleep(min(0.5, 0.001 * self.size))
 
     def _part(self, failed: str | None) -> None:
@@ -228,6 +259,13 @@ def join(patience: float) -> Ranks:
         raise BadInput(
             f"mixed_precision: {accelerator.mixed_precision} in accelerate's settings; set `precision` in the config"
         )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise BadInput(
+            "DeepSpeed does not drive this training: a LoRA has few gradients and moments to shard; launch with "
+            "configs/accelerate/ddp.yaml or, for a network that is too large for one GPU, fsdp2.yaml"
+        )
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # accelerate passes it over without a GPU
     ranks = Ranks(accelerator, patience)
     if ranks.size > 1:
         store = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=limit)

@@ -146,6 +146,8 @@ def open_session(c: Config, ranks: Ranks | None = None) -> Session:
     ranks = ranks or join(c.patience)
     if c.prompts_per_iteration < ranks.size:
         raise BadInput(f"prompts_per_iteration: {c.prompts_per_iteration} for {ranks.size} processes; each needs one")
+    if ranks.sharded:
+        _check_sharded(c, ranks.size)
     prompts = [] if c.records else prompt_files.read(configs.locate(c.prompts))
     held_out = prompt_files.read(configs.locate(c.held_out)) if c.held_out else []
     with configs.refusing():
@@ -172,6 +174,8 @@ def open_session(c: Config, ranks: Ranks | None = None) -> Session:
     if c.compile:
         policy.compile()
     optimizer = _optimizer(c)(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
+    if ranks.sharded:
+        ranks.shard(policy.pipe.transformer)
     multipliers = dict.fromkeys(c.at_least, 0.0)
     return Session(
         c,
@@ -188,9 +192,23 @@ def open_session(c: Config, ranks: Ranks | None = None) -> Session:
         known,
         records,
         Clock(),
-        {name: Fit(getattr(c, name)) for name in ("batch", "micro_batch", "decode_batch")},
+        {name: Fit(getattr(c, name), ranks.sharded) for name in ("batch", "micro_batch", "decode_batch")},
         ranks,
     )
+
+
+def _check_sharded(c: Config, processes: int) -> None:
+    """Raises BadInput unless all processes of a sharded network ask it the same number of times."""
+    if c.prompts_per_iteration % processes:
+        raise BadInput(
+            f"prompts_per_iteration: {c.prompts_per_iteration} does not divide among {processes} processes, which must "
+            "all ask a sharded network (FSDP2) as often"
+        )
+    acting = {"window_moves": c.window_moves == "random", "objective": c.objective != "grpo"}
+    acting |= {name: bool(getattr(c, name)) for name in ("records", "compile", "quantize", "offload")}
+    for name, acts in acting.items():
+        if acts:
+            raise BadInput(f"{name}: {getattr(c, name)} does not go with a sharded network (FSDP2)")
 
 
 def _optimizer(c: Config) -> type[torch.optim.Optimizer]:

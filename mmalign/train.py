@@ -37,7 +37,7 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
             policy.parameters(), run.optimizer, lesson.batch, lesson.replay, needed=lesson.needed,
             epochs=c.epochs, minibatches=c.minibatches, micro_batch=run.fits["micro_batch"],
             max_grad_norm=c.max_grad_norm, generator=shuffle,
-            peers=Peers(shares, ranks.add_gradients, partial(ranks.tell, what="what was learnt")),
+            peers=Peers(shares, ranks.add_gradients, partial(ranks.tell, what="what was learnt"), ranks.replayed),
         )  # fmt: skip
         run.average()
     spent = {

@@ -24,11 +24,13 @@ class Peers:
     """Those in other processes who learn from the rest of a batch; by default there are none.
 
     `own [B]` says of each row of the whole batch, in its order, whether it is here (None: all are). `add(parameters)`
-    sums up everybody's gradients and says whether there are any; `tell(value)` gives everybody's values."""
+    sums up everybody's gradients and says whether there are any; `tell(value)` gives everybody's values; `replayed(n)`
+    is how many rows are replayed here, of which the first n count."""
 
     own: Bool[Tensor, "B"] | None = None
     add: Callable[[Sequence[torch.nn.Parameter]], bool] = lambda parameters: any(p.grad is not None for p in parameters)
     tell: Callable[[Any], list[Any]] = lambda value: [value]
+    replayed: Callable[[int], int] = lambda rows: rows
 
 
 def transitions(
@@ -103,7 +105,8 @@ def update(
         for part in order.tensor_split(min(minibatches, len(own))) if len(own) else ():
             alive = row[part[own[part]]]
             alive = alive if needed is None else alive[needed[alive]]
-            for name, value, k in micro_batch(partial(_gradients, optimizer, batch, alive, len(part), replay)):
+            idle = alive.new_zeros(peers.replayed(len(alive)) - len(alive))
+            for name, value, k in micro_batch(partial(_gradients, optimizer, batch, alive, idle, len(part), replay)):
                 if value == value:
                     for key in (name, f"{name}/{k}"):
                         sums[key] += value
@@ -118,19 +121,26 @@ def update(
 
 
 def _gradients(
-    optimizer: torch.optim.Optimizer, batch: Rows, alive: Int[Tensor, "A"], total: int, replay: Replay, size: int
+    optimizer: torch.optim.Optimizer,
+    batch: Rows,
+    alive: Int[Tensor, "A"],
+    idle: Int[Tensor, "I"],
+    total: int,
+    replay: Replay,
+    size: int,
 ) -> list[tuple[str, float, int]]:
     """Leave the gradient of the rows `alive` of a minibatch of `total`, `size` at once; statistics as (name, value,
-    step)."""
+    step). The rows `idle` are replayed as well and count for nothing."""
     found = []
     optimizer.zero_grad()
-    for rows in chunks(len(alive), size):
-        micro = batch[alive[rows]]
+    replayed = torch.cat([alive, idle])
+    for rows in chunks(len(replayed), size):
+        micro, counted = batch[replayed[rows]], max(0, len(alive) - rows.start)
         losses, statistics = replay(micro)
-        (losses.sum() / total).backward()
-        steps = micro.step.tolist()
+        (losses[:counted].sum() / total).backward()
+        steps = micro.step[:counted].tolist()
         for name, values in statistics.items():
-            found += [(name, value, k) for value, k in zip(values.tolist(), steps, strict=True)]
+            found += [(name, value, k) for value, k in zip(values[:counted].tolist(), steps, strict=True)]
     return found
 
 
