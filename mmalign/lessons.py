@@ -18,7 +18,7 @@ from mmalign.learn.update import Replay, surrogate, transitions
 from mmalign.objectives import rgdpo, srum
 from mmalign.objectives.matching import Finished
 from mmalign.session import Session
-from mmalign.types import Judgement, Marks, Rows, Trajectories, joined, over
+from mmalign.types import Judgement, Marks, Rows, Trajectories, over
 from reward_models import Prompt
 
 
@@ -93,6 +93,11 @@ def of_images(run: Session, prompts: Sequence[Prompt], cond, seen: Finished, ite
     if c.objective == "rgdpo":
         return Lesson(batch, rgdpo.replay(policy, cond, c.preference_scale, c.intra_weight))
     return Lesson(batch, srum.replay(policy, cond, c.anchor, c.margin))
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of records of one kind, one under the other."""
+    return type(parts[0])(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 def from_records(run: Session, iteration: int) -> tuple[Lesson, dict[str, int | float]]:

@@ -40,12 +40,8 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
             peers=Peers(shares, ranks.add_gradients, partial(ranks.tell, what="what was learnt"), ranks.replayed),
         )  # fmt: skip
         run.average()
-    spent = {
-        "forwards": forwards,
-        "replay_forwards": policy.spent["forwards"] - forwards,
-        "decodes": policy.spent["decodes"],
-        "texts": policy.spent["texts"],
-    }
+    spent = {"forwards": forwards, "replay_forwards": policy.spent["forwards"] - forwards}
+    spent |= {name: policy.spent[name] for name in ("decodes", "texts")}
     row = {"iteration": iteration + 1} | row | ranks.added(spent, "counts") | run.asked()
     row |= {
         "transitions": len(shares),

@@ -163,11 +163,6 @@ class Rows:
         return type(self)(**{name: value[rows] for name, value in vars(self).items()})
 
 
-def joined(parts: Sequence[Rows]) -> Rows:
-    """The rows of records of one kind, one under the other."""
-    return type(parts[0])(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
-
-
 @dataclass(frozen=True)
 class Marks(Rows):
     """Up to `R` regions in each of `N` images: the share of each cell they cover, their credit in [-1, 1] (NaN: there

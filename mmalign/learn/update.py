@@ -121,14 +121,9 @@ def update(
 
 
 def _gradients(
-    optimizer: torch.optim.Optimizer,
-    batch: Rows,
-    alive: Int[Tensor, "A"],
-    idle: Int[Tensor, "I"],
-    total: int,
-    replay: Replay,
-    size: int,
-) -> list[tuple[str, float, int]]:
+    optimizer: torch.optim.Optimizer, batch: Rows, alive: Int[Tensor, "A"], idle: Int[Tensor, "I"], total: int,
+    replay: Replay, size: int,
+) -> list[tuple[str, float, int]]:  # fmt: skip
     """Leave the gradient of the rows `alive` of a minibatch of `total`, `size` at once; statistics as (name, value,
     step). The rows `idle` are replayed as well and count for nothing."""
     found = []
