@@ -225,12 +225,12 @@ class Ranks:
         end = time.monotonic() + self.patience
         while True:
             lines = self._read()
-            for line in lines:
-                if line.get("failed"):
-                    raise Lost(line["failed"])
             late = {rank: line["what"] for rank, line in enumerate(lines) if line["met"] < self.met}
             if not late:
                 return
+            for line in lines:
+                if line.get("failed"):
+                    raise Lost(line["failed"])
             if time.monotonic() > end:
                 who = ", ".join(f"rank {rank} (last at {last})" for rank, last in late.items())
                 raise Lost(f"waited {self.patience:g} s for {what}, in vain for {who}")

@@ -99,7 +99,7 @@ def test_a_whole_run_of_two_is_that_of_one(two):
                 assert set(one) == set(other)
                 for key in set(one) - {"name", "texts"}:
                     if "seconds" not in key:
-                        assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5, nan_ok=True), key
+                        assert one[key] == pytest.approx(other[key], rel=1e-5, abs=3e-5, nan_ok=True), key
         for file in ("adapter", "ema"):
             found, expected = (
                 load_file(folder / n / f"checkpoints/000004/{file}.safetensors") for n in (name, "alone")
