@@ -250,11 +250,14 @@ class Ranks:
 def join(patience: float) -> Ranks:
     """The processes that `accelerate launch` or `torchrun` started, of which this is one; itself alone, where none
     did. Raises Lost where they do not all come."""
-    limit = timedelta(seconds=patience)
+    limit, started = timedelta(seconds=patience), int(os.environ.get("WORLD_SIZE", "1"))
+    bare = started > 1 and not torch.accelerator.is_available()  # else accelerate takes each process for one alone
     try:
-        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
+        accelerator = Accelerator(cpu=bare, kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
     except distributed.DistError as error:
         raise Lost(f"waited {patience:g} s for all processes to start: {str(error).splitlines()[0]}") from None
+    if accelerator.num_processes != started:
+        raise BadInput(f"WORLD_SIZE is {started} and accelerate joined {accelerator.num_processes}; check the launcher")
     if accelerator.mixed_precision != "no":
         raise BadInput(
             f"mixed_precision: {accelerator.mixed_precision} in accelerate's settings; set `precision` in the config"

@@ -71,7 +71,7 @@ def launch(
         port = str(free.getsockname()[1])
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])
     common = {"PYTHONPATH": path, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
+    common |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
     started = []
     for rank in range(size):
         own = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
