@@ -51,13 +51,24 @@ def over(base, changes):
     return {key: value for key, value in (base | changes).items() if value is not None or key == "held_out"}
 
 
-def same(one, many):
+BOUNDS = {"advantage": 3e-5, "gradient": 1e-5, "row": 1e-5, "adapter": 1e-5, "ema": 1e-5}
+
+
+def apart(one, many):
+    """The greatest difference by kind; of logged numbers, beyond a millionth of each."""
     assert set(one) == set(many)
+    found = dict.fromkeys(BOUNDS, 0.0)
     for key, value in one.items():
-        bounds = {"advantage": (3e-5, 0.0), "row": (1e-5, 1e-6)}.get(key.partition("/")[0], (1e-5, 0.0))
-        worst = (many[key] - value).abs().nan_to_num(0.0) - bounds[1] * value.abs().nan_to_num(0.0)
+        kind = key.partition("/")[0]
         assert torch.equal(many[key].isnan(), value.isnan()), key
-        assert worst.numel() == 0 or worst.max() < bounds[0], f"{key}: {float(worst.max())}"
+        away = (many[key] - value).abs() - (1e-6 * value.abs() if kind == "row" else 0.0)
+        found[kind] = max(found[kind], *away.nan_to_num(0.0).flatten().tolist(), 0.0)
+    return found
+
+
+def same(one, many):
+    found = apart(one, many)
+    assert all(found[kind] < bound for kind, bound in BOUNDS.items()), found
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +181,11 @@ def test_a_sharded_network_learns_what_a_whole_one_does(base, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_credit_and_objective(base, tmp_path, size):
-    """For numbers of groups that divide and that do not."""
+    """For numbers of groups that divide and that do not. Adam turns the rounding of a gradient near 0 into a part of a
+    step: where one process with another micro-batch differs from itself by more, ten times that is allowed."""
     jobs = {f"{name}-{p}": over(base, own | {"prompts_per_iteration": p}) for name, own in MORE.items() for p in (4, 5)}
     found, *_ = launch(tmp_path, size, jobs, {}, 3000)
     for name, settings in jobs.items():
-        same(learn(settings), found[name])
+        one = learn(settings)
+        rounding, away = apart(one, learn(settings | {"micro_batch": 3})), apart(one, found[name])
+        assert all(away[kind] < max(bound, 10 * rounding[kind]) for kind, bound in BOUNDS.items()), (name, away)
