@@ -23,8 +23,8 @@ THREAD = ThreadPoolExecutor(1, thread_name_prefix="judge")
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts, their conditioning, walks and finished images, the judgement that is to come, and the adapter that
-    walked (with overlap; otherwise it is the one in training)."""
+    """This process's prompts, their conditioning, walks and finished images, the judgement that is to come, and the
+    adapter that walked (with overlap; otherwise it is the one in training)."""
 
     prompts: list[Prompt]
     cond: Any
@@ -46,7 +46,7 @@ def batch(run, iteration: int, *stages: Callable) -> Batch:
 def begun(run, iteration: int, roll_out: Callable, decode: Callable, judge_all: Callable) -> Batch:
     """The batch of an iteration, drawn now; with `overlap` its judgement is under way."""
     c = run.config
-    prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
+    prompts = run.ranks.deal(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
     with run.clock.of("rollout"):
         cond, paths = roll_out(run, prompts, run.levels, iteration)
     images = decode(run, paths)

@@ -43,12 +43,14 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a text-to-image model from a config; evaluate before and after; write a report."""
-    from mmalign import config as configs, folder, policy as policies, report as reports, run as runs
+    from mmalign import config as configs, folder, policy as policies, ranks, report as reports, run as runs
 
     policies.quiet()
     c = configs.load(config, overrides or [])
     quiet = Console(stderr=True) if as_json else console
     out = runs.train(c, resume, quiet)
+    if not ranks.main():
+        return
     with folder.failing(out):
         page = reports.write(out)
     summary = reports.summary(out)
@@ -73,16 +75,18 @@ def calibrate(
     floor: Annotated[float, typer.Option(min=0, help="least noise of a step")] = 0.05,
 ) -> None:
     """Find the noise each step bears (DenseGRPO), for `kernel: scheduled, noise: FILE`, on a config's prompts."""
-    from mmalign import calibrate as calibration, config as configs, policy as policies, session, train as trainer
+    from mmalign import calibrate as calibration, config as configs, policy as policies, rollout, session
 
     policies.quiet()
     if out.suffix != ".json" or not out.parent.is_dir():
         raise BadInput(f"--out {out}: a .json file in a folder that exists is needed")
     c = configs.load(config, [*(overrides or []), *CALIBRATION])
     run = session.open_session(c)
+    if run.ranks.size > 1:
+        raise BadInput(f"started as {run.ranks.size} processes; a calibration runs in one")
     rows = []
     levels = calibration.start_levels(run.times)
-    for row in calibration.run(partial(trainer.step_gains, run), levels, rounds, rule, step, floor):
+    for row in calibration.run(partial(rollout.step_gains, run), levels, rounds, rule, step, floor):
         rows.append(row)
         share = sum(row["better"]) / max(1, sum(row["better"]) + sum(row["worse"]))
         console.print(
@@ -872,5 +876,6 @@ def main() -> None:
     try:
         app()
     except (BadInput, Failed) as error:
-        print(f"mmalign: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of many processes one a machine speaks
+            print(f"mmalign: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)

@@ -45,6 +45,11 @@ class Failed(RuntimeError):
     """What the world did to a run, such as a full disk: shown as one line, exit code 1."""
 
 
+class Lost(Failed):
+    """A run that ends because of another of its processes, which failed or was waited for in vain: one line, exit
+    code 1."""
+
+
 @contextmanager
 def refusing() -> Iterator[None]:
     """What the parts refuse while they are being set up is the user's input: a ValueError becomes BadInput."""
@@ -246,6 +251,9 @@ class Config(BaseModel):
     )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="experiment trackers told of the run beside metrics.jsonl, by accelerate"
+    )
+    patience: PositiveFloat = Field(
+        1800.0, description="many processes: seconds that one waits for the others at most, before the run ends"
     )
     max_failed: float = Field(0.2, ge=0, le=1, description="share of images without a score at which the run stops")
     optimizer: Literal["adamw", "adamw8bit"] = Field(

@@ -38,14 +38,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign import evaluate, prompts as prompt_files, run as runs, train as trainer
+from mmalign import evaluate, prompts as prompt_files, rollout, run as runs
 from mmalign.config import Config
 from mmalign.credit.groups import dead
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import sample
 from mmalign.judge import score
 from mmalign.learn.update import transitions, update
-from mmalign.lessons import of_walks
+from mmalign.lessons import advantages, of_walks
 from mmalign.session import Session, open_session
 from mmalign.types import Judgement, Trajectories, Transitions
 from reward_models import Prompt, health
@@ -111,9 +111,9 @@ def disturb(run: Session) -> None:
 def _of_rollout(run: Session) -> Iterator[Finding]:
     c = run.config
     prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, 0, c.seed)
-    cond, paths = trainer.roll_out(run, prompts, run.levels, 0)
-    images = trainer.decoded(run, paths)
-    bench = Bench(run, prompts, cond, paths, images, trainer.judge_all(run, paths, images, prompts, 0))
+    cond, paths = rollout.roll_out(run, prompts, run.levels, 0)
+    images = rollout.decoded(run, paths)
+    bench = Bench(run, prompts, cond, paths, images, rollout.judge_all(run, paths, images, prompts, 0))
     for check in (seeds, *((zero_noise, ratio, guidance, gradient, kl_gradient) if c.objective == "grpo" else ())):
         yield from check(bench)
     for check in (pixels, judged_as_shown, rewards, group_spread):
@@ -216,7 +216,7 @@ def zero_noise(bench: Bench) -> Iterator[Finding]:
 def _replayed(bench: Bench, batch: Transitions) -> tuple[dict[str, float], list[Tensor | None]]:
     """Statistics and gradients of one replay, in the run's own batches; nothing is stepped."""
     run = bench.run
-    lesson = of_walks(run, bench.cond, bench.paths, bench.judged)
+    lesson = of_walks(run, bench.cond, bench.paths, advantages(run.config, bench.paths, bench.judged))
     parameters = run.policy.parameters()
     found = update(
         parameters, torch.optim.SGD(parameters, 0.0), batch, lesson.replay, epochs=1, minibatches=1,

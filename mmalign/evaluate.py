@@ -17,6 +17,7 @@ from mmalign.config import BadInput, Layout
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import chunks, gaussian, sample, seed_of
 from mmalign.judge import Scorers, score
+from mmalign.ranks import Ranks
 from mmalign.types import Trajectories, Velocity
 from reward_models import Prompt, heat
 
@@ -46,15 +47,17 @@ class Evaluation:
         return means | ({"diversity": diversity(self.images, self.prompt)} if bool((self.member > 0).any()) else {})
 
 
-def diversity(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> float:
-    """Root mean square deviation of siblings from their mean image, over all pixels; NaN without siblings."""
+def deviation(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+    """Mean square deviation of each image from its siblings' mean, over all pixels; NaN without siblings."""
     _, number, count = group.unique(return_inverse=True, return_counts=True)
     flat = images.flatten(1)
     mean = torch.zeros(len(count), flat.shape[1]).index_add_(0, number, flat) / count[:, None]
-    compared = count[number] > 1
-    if not compared.any():
-        return float("nan")
-    return float(((flat - mean[number])[compared] ** 2).mean().sqrt())
+    return torch.where(count[number] > 1, ((flat - mean[number]) ** 2).mean(1), torch.nan)
+
+
+def diversity(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> float:
+    """Root mean square deviation of siblings from their mean image, over all pixels; NaN without siblings."""
+    return float(deviation(images, group).nanmean().sqrt())
 
 
 def generate(
@@ -109,6 +112,33 @@ def evaluate(policy, prompts: Sequence[Prompt], members: int, steps: int, scorer
         for name in {**seen.maps, **seen.boxes}
     }
     return Evaluation(images, seen.parts, prompt, torch.arange(members).repeat(len(prompts)), places)
+
+
+def dealt(ranks: Ranks, policy, prompts: Sequence[Prompt], members: int, *settings) -> Evaluation | None:
+    """`evaluate`, with the prompts dealt to all processes; the main one gets it as one alone would have it, the others
+    None. All make as many images: one that would have fewer prompts repeats the first, which is not counted."""
+    what, most = "the evaluation", -(-len(prompts) // ranks.size)
+    own = ranks.deal(prompts)
+    found = evaluate(policy, [*own, *prompts[:1] * (most - len(own))], members, *settings)
+    kept = found.prompt < len(own)
+    prompt, member = found.prompt[kept], found.member[kept]
+    order = ranks.order(prompt, what)
+    parts = {name: ranks.gather(values[kept], what)[order] for name, values in found.parts.items()}
+    places = {name: rows[: len(prompt)] for name, rows in found.places.items()}
+    told = ranks.tell([len(prompt), places], what)
+    said = {name: [row for n, rows in told for row in rows.get(name, [None] * n)] for _, rows in told for name in rows}
+    prompts_of, members_of = ranks.gather(ranks.number(prompt), what)[order], ranks.gather(member, what)[order]
+    images, numbers = [], []
+    for part in chunks(most * members, 32):  # never all of them on every process
+        some = ranks.gather(found.images[kept][part], what)
+        numbers.append(ranks.gather(ranks.number(prompt[part]), what))
+        images += [some] if ranks.main else []
+    if not ranks.main:
+        return None
+    pictures = torch.cat(images)[torch.cat(numbers).sort(stable=True).indices]
+    return Evaluation(
+        pictures, parts, prompts_of, members_of, {name: [rows[i] for i in order] for name, rows in said.items()}
+    )
 
 
 def paired(before: Float[Tensor, "N"], after: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> tuple[float, float]:

@@ -15,6 +15,7 @@ class Fit:
     as many, and so is all work after it; results do not depend on the number."""
 
     rows: int
+    fixed: bool = False  # other processes take part in every forward: they would wait for one that begins again
 
     def __call__(self, work: Callable[[int], T]) -> T:
         """`work(rows)`. Raises torch.OutOfMemoryError where not even one row fits."""
@@ -22,7 +23,7 @@ class Fit:
             try:
                 return work(self.rows)
             except torch.OutOfMemoryError:
-                if self.rows == 1:
+                if self.rows == 1 or self.fixed:
                     raise
             self.rows = -(
                 -self.rows // 2

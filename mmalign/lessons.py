@@ -1,6 +1,6 @@
 """What an iteration learns from: rows, and what to replay them with, by the config's `objective`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ from mmalign.objectives import rgdpo, srum
 from mmalign.objectives.matching import Finished
 from mmalign.session import Session
 from mmalign.types import Judgement, Marks, Rows, Trajectories, over
+from reward_models import Prompt
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def full(c: Config, paths: Trajectories, judged: Judgement) -> Bool[Tensor, "N"]
     return group_mean(judged.reward[:, -1], paths.prompt.to(judged.reward.device)) >= c.saturated
 
 
-def of_walks(run: Session, cond, paths: Trajectories, judged: Judgement) -> Lesson:
+def of_walks(run: Session, cond, paths: Trajectories, advantage: Float[Tensor, "N T a b"]) -> Lesson:
     """GRPO: every stochastic step of the walks."""
     c, policy = run.config, run.policy
-    batch = transitions(paths, advantages(c, paths, judged), c.weighting)
+    batch = transitions(paths, advantage, c.weighting, lambda std: run.ranks.gather(std, "noise of the steps").mean())
     if c.focus == "prompt":
         batch = run.fits["batch"](lambda rows: attended(policy, cond, batch, c.focus_share, rows))
     replay = surrogate(
@@ -77,22 +78,33 @@ def finished(paths: Trajectories, judged: Judgement) -> Finished:
     return Finished(x, paths.prompt[had], judged.reward[had, -1], judged.regions[place].to(x.device), marks)
 
 
-def of_images(run: Session, cond, seen: Finished, iteration: int) -> Lesson:
-    """SRUM, or R-GDPO: finished images, and what was found at places of them."""
+def of_images(run: Session, prompts: Sequence[Prompt], cond, seen: Finished, iteration: int) -> Lesson:
+    """SRUM, or R-GDPO: finished images, and what was found at places of them. The random numbers are the prompt's."""
     c, policy = run.config, run.policy
-    generator = torch.Generator().manual_seed(seed_of(c.seed, c.objective, iteration))
-    if c.objective == "srum":
-        weight = srum.weights(seen, *c.alpha_range, c.background)
-        batch = srum.examples(policy, seen, weight, c.draws, generator)
-        return Lesson(batch, srum.replay(policy, cond, c.anchor, c.margin))
-    batch = rgdpo.pairs(policy, seen, c.draws, generator)
-    return Lesson(batch, rgdpo.replay(policy, cond, c.preference_scale, c.intra_weight))
+
+    def rows(p: int) -> Rows:
+        generator = torch.Generator().manual_seed(seed_of(c.seed, c.objective, iteration, prompts[p].id))
+        own = seen[seen.prompt == p]
+        if c.objective == "rgdpo":
+            return rgdpo.pairs(policy, own, c.draws, generator)
+        return srum.examples(policy, own, srum.weights(own, *c.alpha_range, c.background), c.draws, generator)
+
+    batch = joined([rows(p) for p in range(len(prompts))])
+    if c.objective == "rgdpo":
+        return Lesson(batch, rgdpo.replay(policy, cond, c.preference_scale, c.intra_weight))
+    return Lesson(batch, srum.replay(policy, cond, c.anchor, c.margin))
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of records of one kind, one under the other."""
+    return type(parts[0])(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 def from_records(run: Session, iteration: int) -> tuple[Lesson, dict[str, int | float]]:
     c, policy = run.config, run.policy
-    prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
+    prompts = run.ranks.deal(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
     with run.clock.of("learn"):
         seen = run.records.finished(policy, prompts, c.region_grid or policy.latent_shape[1:])
-        lesson = of_images(run, policy.encode([p.text for p in prompts]), seen, iteration)
-    return lesson, {"reward": float(seen.reward.mean()), "images": len(seen.reward), "rewards": 0}
+        lesson = of_images(run, prompts, policy.encode([p.text for p in prompts]), seen, iteration)
+    reward = run.ranks.gather(seen.reward, "rewards")
+    return lesson, {"reward": float(reward.mean()), "images": len(reward), "rewards": 0}

@@ -7,13 +7,21 @@ from torch import Tensor
 from mmalign.config import Config
 from mmalign.credit.gain import balance
 from mmalign.credit.groups import dead, group_std
-from mmalign.evaluate import diversity
+from mmalign.evaluate import deviation
 from mmalign.lessons import full
+from mmalign.ranks import Ranks
 from mmalign.types import Judgement, Trajectories
 from reward_models import combine
 
 
-def of(c: Config, paths: Trajectories, judged: Judgement, images: Float[Tensor, "E 3 H W"]) -> dict[str, int | float]:
+def deviations(ranks: Ranks, paths: Trajectories, images: Float[Tensor, "E 3 H W"]) -> Float[Tensor, "N"]:
+    """How far each walk's image of all processes is from its siblings' mean, from own walks and images."""
+    found = deviation(images[paths.shown[:, -1].cpu()], paths.prompt.cpu())
+    return ranks.in_order(found, paths.prompt.cpu(), "images compared with their siblings")
+
+
+def of(c: Config, paths: Trajectories, judged: Judgement, deviation: Float[Tensor, "N"]) -> dict[str, int | float]:
+    """Of the walks of all processes."""
     reward = judged.reward[:, -1]
     row = {"reward": float(reward.nanmean())}
     row |= {f"part/{name}": float(values.nanmean()) for name, values in judged.parts.items()}
@@ -22,9 +30,9 @@ def of(c: Config, paths: Trajectories, judged: Judgement, images: Float[Tensor, 
         "group_std": float(group_std(reward, paths.prompt).nanmean()),
         **({"saturated_groups": float(full(c, paths, judged).float().mean())} if c.saturated is not None else {}),
         "dead_groups": float(dead(reward, paths.prompt, c.dead_spread).mean()),
-        "diversity": diversity(images[paths.shown[:, -1].cpu()], paths.prompt.cpu()),
+        "diversity": float(deviation.nanmean().sqrt()),
         "failed": len(judged.failures),
-        "rewards": len(images) * len(c.trained),
+        "rewards": len(paths.owner) * len(c.trained),
     }
     if c.score_states:
         row |= balance(paths, judged)

@@ -8,6 +8,7 @@ iteration and what a checkpoint holds, so a resumed run ends with the bits of on
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -27,27 +28,43 @@ from mmalign import (
 )
 from mmalign.config import BadInput, Config
 from mmalign.flow.sample import gaussian, seed_of
+from mmalign.ranks import Ranks, join
+from mmalign.rollout import decoded, judge_all, roll_out
 from mmalign.session import Session, open_session
 from mmalign.signals import Stop, Stopped, stopping
 from mmalign.tracking import Trackers
-from mmalign.train import decoded, iterate, judge_all, roll_out
+from mmalign.train import iterate
 
 
 def train(c: Config, resume: bool = False, console: Console | None = None) -> Path:
     """Run a config to its end and return the run's folder. Raises BadInput before anything is written, Failed where the
-    disk takes no more, and Stopped after SIGTERM or Ctrl-C."""
-    console = console or Console()
+    disk takes no more, Lost where another of its processes failed, and Stopped after SIGTERM or Ctrl-C. Of many
+    processes the main one alone writes and speaks."""
+    ranks = join(c.patience)
+    with ranks.failing():
+        return _train(c, resume, (console or Console()) if ranks.main else Console(quiet=True), ranks)
+
+
+def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
     say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
-    with folder.held(out, say):
-        folder.check(out, c, resume)
-        tracking.check(c.trackers)
-        run = open_session(c)
-        folder.room(out, _size(run) * max(1, c.keep_checkpoints + 2 - len(checkpoint.numbered(out / "checkpoints"))))
+    ranks.agree(c.model_dump_json(), "the config")
+    with folder.held(out, say) if ranks.main else nullcontext():
+        if ranks.main:
+            folder.check(out, c, resume)
+            tracking.check(c.trackers)
+        ranks.meet("the check of the folder")
+        run = open_session(c, ranks)
+        if ranks.main:
+            saved = len(checkpoint.numbered(out / "checkpoints"))
+            folder.room(out, _size(run) * max(1, c.keep_checkpoints + 2 - saved))
         console.print(planner.describe(run.config, run.cost))
         done = restore(run, out, say) if resume else 0
-        with tracking.opened(c, out, done, console) as trackers, folder.failing(out), stopping() as stop:
-            disk.replace(out / "config.yaml", configs.dump(c).encode())
-            folder.rewind(out, done, say)
+        ranks.agree([done, checkpoint.fingerprint(run.policy.adapter())], "the iteration and the adapter to start with")
+        told = c if ranks.main else c.model_copy(update={"trackers": []})
+        with tracking.opened(told, out, done, console) as trackers, folder.failing(out), stopping() as stop:
+            if ranks.main:
+                disk.replace(out / "config.yaml", configs.dump(c).encode())
+                folder.rewind(out, done, say)
             _go_on(run, out, done, trackers, stop, console)
         best = _best(out, c.best_by)
         if best is not None and best != c.iterations:
@@ -58,9 +75,9 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
 def _go_on(run: Session, out: Path, done: int, trackers: Trackers, stop: Stop, console: Console) -> None:
     """From the state after `done` iterations to the end. It is saved before it is evaluated, so that an evaluation can
     be left at any time."""
-    c, clock = run.config, run.clock
+    c, clock, ranks = run.config, run.clock, run.ranks
     clock.read()  # what came before belongs to no iteration
-    evaluated = {row["iteration"] for row in disk.rows(out / "evaluations.jsonl")}
+    evaluated = ranks.tell([row["iteration"] for row in disk.rows(out / "evaluations.jsonl")], "what was evaluated")[0]
     try:
         with _progress(console) as bar:
             task = bar.add_task("training", total=c.iterations, completed=done, note="")
@@ -72,13 +89,15 @@ def _go_on(run: Session, out: Path, done: int, trackers: Trackers, stop: Stop, c
                 with stop.finishing():
                     row = iterate(run, done, out if _shown(c, done + 1) else None)
                     done += 1
-                    with clock.of("io"):
-                        disk.append(out / "metrics.jsonl", row)
-                        trackers.log(row, done)
-                        if _shown(c, done) and trackers.working:
-                            trackers.show(tracking.credit(out, done), done)
+                    if ranks.main:
+                        with clock.of("io"):
+                            disk.append(out / "metrics.jsonl", row)
+                            trackers.log(row, done)
+                            if _shown(c, done) and trackers.working:
+                                trackers.show(tracking.credit(out, done), done)
                     note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
                     bar.update(task, completed=done, note=note)
+                    stop.heed(ranks.tell(stop.asked, "signals"))
                     if stop.asked or _shown(c, done) or done % c.checkpoint_every == 0:
                         with clock.of("io"):
                             save(run, out, done)
@@ -107,8 +126,10 @@ def _evaluate(run: Session, out: Path, done: int, trackers: Trackers, console: C
     if name == "before":
         console.print(f"before: {len(prompts)} held-out prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
     with run.clock.of("evaluate"), run.averaged() if done else run.policy.reference():
-        found = evaluate.evaluate(run.policy, prompts, seeds, c.eval_steps, run.scorers, c.batch)
-        means = found.means()
+        found = evaluate.dealt(run.ranks, run.policy, prompts, seeds, c.eval_steps, run.scorers, c.batch)
+    if found is None:
+        return
+    means = found.means()
     seconds = time.perf_counter() - start
     row = {"iteration": done, "name": name, "images": len(found.images), "seconds": seconds}
     if c.best_by:
@@ -165,6 +186,9 @@ def _kept(run: Session, iteration: int) -> dict[str, dict]:
 
 def save(run: Session, out: Path, iteration: int) -> None:
     adapter, under_way = run.policy.adapter(), run.ahead.get(iteration)
+    run.ranks.agree(checkpoint.fingerprint(adapter), f"the adapter after iteration {iteration}")
+    if not run.ranks.main:
+        return
     tensors = {"adapter": adapter, "ema": run.ema, "optimizer": checkpoint.optimizer_tensors(run.optimizer)}
     if under_way:
         tensors["ahead"] = under_way.adapter

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from mmalign import calibrate, config as configs, planner, policy as policies, prompts as prompt_files, references
@@ -18,6 +17,7 @@ from mmalign.fit import Fit
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import seed_of
 from mmalign.judge import Combination
+from mmalign.ranks import Ranks, join
 from mmalign.records import Records, read as read_records
 from mmalign.types import Judgement, Policy
 from reward_models import Prompt, RewardModel, combine, load as load_scorer
@@ -63,7 +63,8 @@ class Session:
     `multipliers` the constraints' by component, `reference` the frozen one's mean and standard deviation by component.
     `records` are the judged images that are learnt from instead of rollouts, if any. `origin` names by hash what the
     run is made of, which must not change under it. `fits` are the rows at once of the config's `batch`, `micro_batch`
-    and `decode_batch`, as memory allows. `ahead` holds batches by iteration that are drawn already (`mmalign.ahead`).
+    and `decode_batch`, as memory allows. `ranks` are the processes it runs in. `ahead` holds batches by iteration
+    that are drawn already (`mmalign.ahead`).
     """
 
     config: Config
@@ -82,6 +83,7 @@ class Session:
     origin: dict[str, str]
     clock: Clock
     fits: dict[str, Fit]
+    ranks: Ranks
     ahead: dict[int, Any] = field(default_factory=dict)
 
     def combination(self, iteration: int) -> Combination:
@@ -99,19 +101,20 @@ class Session:
         return {f"multiplier/{name}": u for name, u in self.multipliers.items()}
 
     def asked(self) -> dict[str, int | float]:
-        """What scorers have been asked so far, evaluations included: the share of scores that were had before, and of
-        judges that are models the calls, failed ones and tokens."""
+        """What scorers have been asked so far in all processes, evaluations included: the share of scores that were
+        had before, and of judges that are models the calls, failed ones and tokens."""
         cached = [scorer for scorer in self.scorers.values() if isinstance(scorer, Cached)]
-        row = {"cache_hits": sum(s.hits for s in cached) / max(1, sum(s.asked for s in cached))} if cached else {}
+        row = {"hits": sum(s.hits for s in cached), "asked": sum(s.asked for s in cached)} if cached else {}
         for name, scorer in self.scorers.items():
             judge = getattr(getattr(scorer, "scorer", scorer), "judge", None)
             row |= {f"judge/{name}/{key}": count for key, count in dict(judge.spent).items()} if judge else {}
-        return row
+        row = self.ranks.added(row, "counts") if row else row
+        return {"cache_hits": row.pop("hits") / max(1, row.pop("asked"))} | row if cached else row
 
-    def pace(self) -> dict[str, float]:
+    def pace(self, forwards: int) -> dict[str, float]:
         """Seconds of each part since they were last read, and network forwards per second of rollout and learning."""
         seconds = self.clock.read()
-        rate = self.policy.spent["forwards"] / (seconds.get("rollout", 0.0) + seconds["learn"])
+        rate = forwards / (seconds.get("rollout", 0.0) + seconds["learn"])
         return {"nfe_per_second": rate} | {f"seconds/{name}": spent for name, spent in seconds.items()}
 
     def set_rate(self, iteration: int) -> None:
@@ -160,17 +163,19 @@ def _origin(
     return {"model": weights} | hashes | {f"scorer {name}": own.card.version for name, own in scorers.items()}
 
 
-def open_session(c: Config) -> Session:
+def open_session(c: Config, ranks: Ranks | None = None) -> Session:
     """Load and check everything a config names, before anything is written."""
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise BadInput(f"started as {accelerator.num_processes} processes; this version trains in one")
+    ranks = ranks or join(c.patience)
+    if c.prompts_per_iteration < ranks.size:
+        raise BadInput(f"prompts_per_iteration: {c.prompts_per_iteration} for {ranks.size} processes; each needs one")
+    if ranks.sharded:
+        _check_sharded(c, ranks.size)
     prompts = [] if c.records else prompt_files.read(configs.locate(c.prompts))
     held_out = prompt_files.read(configs.locate(c.held_out)) if c.held_out else []
     with configs.refusing():
         scorers = load_scorers(c, [*c.trained, *c.watch])
         policy = policies.load(
-            configs.locate(c.model), dtype=c.precision, device=str(accelerator.device), guidance=c.guidance,
+            configs.locate(c.model), dtype=c.precision, device=str(ranks.accelerator.device), guidance=c.guidance,
             size=c.size, quantize=c.quantize, offload=c.offload,
         )  # fmt: skip
         policy.save_memory(gradients=c.gradient_checkpointing, tiling=c.vae_tiling, texts=c.text_cache)
@@ -194,6 +199,8 @@ def open_session(c: Config) -> Session:
     if not policy.parameters():
         raise BadInput(f"lora_targets {c.lora_targets}: nothing is trained; is the adapter switched off?")
     optimizer = _optimizer(c)(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
+    if ranks.sharded:
+        ranks.shard(policy.pipe.transformer)
     multipliers = dict.fromkeys(c.at_least, 0.0)
     return Session(
         c,
@@ -211,8 +218,23 @@ def open_session(c: Config) -> Session:
         records,
         _origin(weights, scorers, prompts, held_out, records),
         Clock(),
-        {name: Fit(getattr(c, name)) for name in ("batch", "micro_batch", "decode_batch")},
+        {name: Fit(getattr(c, name), ranks.sharded) for name in ("batch", "micro_batch", "decode_batch")},
+        ranks,
     )
+
+
+def _check_sharded(c: Config, processes: int) -> None:
+    """Raises BadInput unless all processes of a sharded network ask it the same number of times."""
+    if c.prompts_per_iteration % processes:
+        raise BadInput(
+            f"prompts_per_iteration: {c.prompts_per_iteration} does not divide among {processes} processes, which must "
+            "all ask a sharded network (FSDP2) as often"
+        )
+    acting = {"window_moves": c.window_moves == "random", "objective": c.objective != "grpo"}
+    acting |= {name: bool(getattr(c, name)) for name in ("records", "compile", "quantize", "offload")}
+    for name, acts in acting.items():
+        if acts:
+            raise BadInput(f"{name}: {getattr(c, name)} does not go with a sharded network (FSDP2)")
 
 
 def _optimizer(c: Config) -> type[torch.optim.Optimizer]:

@@ -7,7 +7,7 @@ or a loop around the command the run is neither done (0) nor failed (1) but to b
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,6 +35,10 @@ class Stop:
             self._held = False
         if self.asked:
             raise Stopped(128 + self.asked)
+
+    def heed(self, told: Sequence[int | None]) -> None:
+        """Stop with the others of many processes: `told` is what each was asked by."""
+        self.asked = self.asked or next((signal.Signals(number) for number in told if number), None)
 
     def _on(self, number: int, frame: object) -> None:
         if self.asked:

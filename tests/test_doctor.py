@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_pipelines import FAMILIES
 
-from mmalign import config as configs, doctor, judge, run as runs, session as sessions, train
+from mmalign import config as configs, doctor, judge, rollout, run as runs, session as sessions
 from mmalign.cli import main
 from mmalign.flow import sample as sampling
 from mmalign.learn import update as learning
@@ -62,7 +62,7 @@ def test_density_taken_before_rounding(settings, monkeypatch):
         paths = sampling.sample(*args, **more)
         return replace(paths, x=paths.x.bfloat16().float())
 
-    monkeypatch.setattr(train, "sample", rounded_late)
+    monkeypatch.setattr(rollout, "sample", rounded_late)
     assert bad(settings) == {"ratio"}
 
 
@@ -91,7 +91,7 @@ def test_lora_on_nothing(settings, monkeypatch):
 
 def test_seeds_equal_within_a_group(settings, monkeypatch):
     real = sampling.seed_of
-    monkeypatch.setattr(train, "seed_of", lambda *key: real(*(k for i, k in enumerate(key) if i != 4)))
+    monkeypatch.setattr(rollout, "seed_of", lambda *key: real(*(k for i, k in enumerate(key) if i != 4)))
     assert "seeds" in bad(settings)
 
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,29 @@ Bounded = Callable[[Callable[[int], Any]], Any]  # does work(rows) with as many 
 Replay = Callable[[Any], tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]]  # loss and statistics per row
 
 
-def transitions(paths: Trajectories, advantage: Float[Tensor, "N T a b"], weighting: str = "none") -> Transitions:
+@dataclass(frozen=True)
+class Peers:
+    """Those in other processes who learn from the rest of a batch; by default there are none.
+
+    `own [B]` says of each row of the whole batch, in its order, whether it is here (None: all are). `add(parameters)`
+    sums up everybody's gradients and says whether there are any; `tell(value)` gives everybody's values; `replayed(n)`
+    is how many rows are replayed here, of which the first n count."""
+
+    own: Bool[Tensor, "B"] | None = None
+    add: Callable[[Sequence[torch.nn.Parameter]], bool] = lambda parameters: any(p.grad is not None for p in parameters)
+    tell: Callable[[Any], list[Any]] = lambda value: [value]
+    replayed: Callable[[int], int] = lambda rows: rows
+
+
+def transitions(
+    paths: Trajectories,
+    advantage: Float[Tensor, "N T a b"],
+    weighting: str = "none",
+    mean: Callable[[Tensor], Tensor] = torch.mean,
+) -> Transitions:
     """Every distinct stochastic step, in order; routes that share one give one row.
 
-    `weighting` "noise" weighs each by its standard deviation over the mean of all (TempFlow-GRPO,
+    `weighting` "noise" weighs each by its standard deviation over the `mean` of all (TempFlow-GRPO,
     arXiv 2508.04324), which evens out gradients that grow towards low noise; "none" by 1.
     """
     rows, cols = (paths.std > 0).nonzero(as_tuple=True)
@@ -39,7 +59,7 @@ def transitions(paths: Trajectories, advantage: Float[Tensor, "N T a b"], weight
         s=paths.t[rows, cols + 1],
         noise=paths.noise[rows, cols],
         advantage=advantage[rows, cols],
-        weight=std / std.mean() if weighting == "noise" else torch.ones_like(std),
+        weight=std / mean(std) if weighting == "noise" else torch.ones_like(std),
         index=paths.prompt[rows],
         step=cols,
     )
@@ -65,47 +85,57 @@ def update(
     micro_batch: Bounded,
     max_grad_norm: float,
     generator: torch.Generator,
+    peers: Peers = Peers(),
 ) -> dict[str, float]:
     """Replay `batch` for `epochs` shuffled passes, each in `minibatches` optimiser steps, and return what happened.
 
     The loss is the mean of `replay`'s over a minibatch. `micro_batch` bounds the rows of one forward and backward;
     gradients add up, so it changes nothing else, and where memory does not suffice the minibatch is begun again with
-    fewer. Rows that are not `needed`, for nothing would come of them, cost no forward but count in the mean.
+    fewer. Rows that are not `needed`, for nothing would come of them, cost no forward but count in the mean. Order,
+    minibatches and means are those of the whole batch, of which `peers` have the rest.
 
     Statistics are means over all rows replayed, `name/k` over those whose `step` is k; `grad_norm` is before clipping.
     """
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, float] = defaultdict(float)
+    own = torch.ones_like(batch.step, dtype=torch.bool) if peers.own is None else peers.own
+    row = own.cumsum(0) - 1
     for _ in range(epochs):
-        order = torch.randperm(len(batch), generator=generator).to(batch.step.device)
-        for part in order.tensor_split(min(minibatches, len(batch))) if len(batch) else ():
-            alive = part if needed is None else part[needed[part]]
-            for name, value, k in micro_batch(partial(_gradients, optimizer, batch, alive, len(part), replay)):
+        order = torch.randperm(len(own), generator=generator).to(own.device)
+        for part in order.tensor_split(min(minibatches, len(own))) if len(own) else ():
+            alive = row[part[own[part]]]
+            alive = alive if needed is None else alive[needed[alive]]
+            idle = alive.new_zeros(peers.replayed(len(alive)) - len(alive))
+            for name, value, k in micro_batch(partial(_gradients, optimizer, batch, alive, idle, len(part), replay)):
                 if value == value:
                     for key in (name, f"{name}/{k}"):
                         sums[key] += value
                         counts[key] += 1
-            if len(alive):
+            if peers.add(parameters):
                 sums["grad_norm"] += float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
                 counts["grad_norm"] += 1
                 optimizer.step()
-    return {name: sums[name] / counts[name] for name in sums}
+    told = peers.tell([sums, counts])
+    names = dict.fromkeys(name for everybodys, _ in told for name in everybodys)
+    return {name: sum(s.get(name, 0.0) for s, _ in told) / sum(n.get(name, 0.0) for _, n in told) for name in names}
 
 
 def _gradients(
-    optimizer: torch.optim.Optimizer, batch: Rows, alive: Int[Tensor, "A"], total: int, replay: Replay, size: int
-) -> list[tuple[str, float, int]]:
+    optimizer: torch.optim.Optimizer, batch: Rows, alive: Int[Tensor, "A"], idle: Int[Tensor, "I"], total: int,
+    replay: Replay, size: int,
+) -> list[tuple[str, float, int]]:  # fmt: skip
     """Leave the gradient of the rows `alive` of a minibatch of `total`, `size` at once; statistics as (name, value,
-    step)."""
+    step). The rows `idle` are replayed as well and count for nothing."""
     found = []
     optimizer.zero_grad()
-    for rows in chunks(len(alive), size):
-        micro = batch[alive[rows]]
+    replayed = torch.cat([alive, idle])
+    for rows in chunks(len(replayed), size):
+        micro, counted = batch[replayed[rows]], max(0, len(alive) - rows.start)
         losses, statistics = replay(micro)
-        (losses.sum() / total).backward()
-        steps = micro.step.tolist()
+        (losses[:counted].sum() / total).backward()
+        steps = micro.step[:counted].tolist()
         for name, values in statistics.items():
-            found += [(name, value, k) for value, k in zip(values.tolist(), steps, strict=True)]
+            found += [(name, value, k) for value, k in zip(values[:counted].tolist(), steps, strict=True)]
     return found
 
 

@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.types import Latents, Marks, Policy
+from mmalign.types import Latents, Marks, Policy, Rows
 
 
 @dataclass(frozen=True)
-class Finished:
+class Finished(Rows):
     """`N` finished images to learn from by regression, whoever made them: clean latents, the row of each one's prompt,
     its reward, and what was found at places of it."""
 

@@ -1,0 +1,5 @@
+"""`python -m mmalign`, for launchers that start modules."""
+
+from mmalign.cli import main
+
+main()

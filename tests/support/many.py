@@ -1,0 +1,107 @@
+"""What a process of many does in the tests, and how they are started.
+
+As a script, one rank: trains each config of a JSON file, keeps what was learnt, runs whole runs, and keeps how they
+ended.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def learn(settings: dict) -> dict[str, torch.Tensor]:
+    """Advantages, gradients, the numbers of each iteration, and the adapter at the end."""
+    from mmalign import config as configs, train
+    from mmalign.session import open_session
+
+    run, kept, credit = open_session(configs.build(settings, "test")), {}, train.advantages
+
+    def seen(*args):
+        kept[f"advantage/{len(kept)}"] = found = credit(*args)
+        return found
+
+    def step(optimizer, *_):
+        grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        kept[f"gradient/{len(kept)}"] = torch.cat(grads)
+
+    train.advantages = seen
+    run.optimizer.register_step_pre_hook(step)
+    try:
+        for i in range(run.config.iterations):
+            row = train.iterate(run, i)
+            row = {key: value for key, value in row.items() if not key.startswith("seconds") and key != "texts"}
+            kept |= {f"row/{i}/{key}": torch.tensor([float(value)]) for key, value in row.items()}
+    finally:
+        train.advantages = credit
+    for name, own in (("adapter", run.policy.adapter()), ("ema", run.ema)):
+        kept |= {f"{name}/{key}": value for key, value in own.items()}
+    return {key: value.contiguous() for key, value in kept.items()}
+
+
+def ending(settings: dict, resume: bool) -> list:
+    """How a whole run ends, and after how many seconds."""
+    from mmalign import config as configs, run as runs
+
+    began = time.monotonic()
+    try:
+        runs.train(configs.build(settings, "test"), resume)
+        how = "done"
+    except Exception as error:
+        how = f"{type(error).__name__}: {error}"
+    return [how, time.monotonic() - began]
+
+
+def launch(
+    folder: Path, size: int, learnt: dict[str, dict], runs: dict[str, tuple[dict, bool]], seconds: float = 400, **env
+):
+    """The same jobs by `size` processes: what each config of `learnt` gave, how each of `runs` ended by rank, and what
+    each rank printed and exited with."""
+    (folder / "jobs.json").write_text(json.dumps([learnt, runs]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])
+    common = {"PYTHONPATH": path, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
+    started = []
+    for rank in range(size):
+        own = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with (folder / f"out-{rank}").open("w") as out, (folder / f"err-{rank}").open("w") as err:
+            command = [sys.executable, __file__, str(folder)]
+            started.append(subprocess.Popen(command, stdout=out, stderr=err, env=own))
+    try:
+        codes = [process.wait(timeout=seconds) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    found = {f.stem: load_file(f) for f in folder.glob("*.safetensors")}
+    ended = [{f.stem: json.loads(f.read_text()) for f in folder.glob(f"*.{rank}")} for rank in range(size)]
+    return found, ended, [(folder / f"out-{rank}").read_text() for rank in range(size)], codes
+
+
+def main(folder: Path) -> None:
+    from mmalign import policy as policies
+
+    torch.set_num_threads(1)
+    policies.quiet()
+    rank = int(os.environ["RANK"])
+    learnt, runs = json.loads((folder / "jobs.json").read_text())
+    for name, settings in learnt.items():
+        found = learn(settings)
+        if rank == 0:
+            save_file(found, folder / f"{name}.safetensors")
+    for name, (settings, resume) in runs.items():
+        (folder / f"{name}.{rank}").write_text(json.dumps(ending(settings, resume)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

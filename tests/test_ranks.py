@@ -1,0 +1,191 @@
+"""Real processes on this machine, joined by gloo, against one: the same advantages, gradients, adapters and means; one
+end for all."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from many import launch, learn
+from safetensors.torch import load_file
+from whole_runs import rows, run
+
+SDE = dict(plan="sde", branch_steps=None, children=None, seeds=3)
+ODE = dict(plan="ode", branch_steps=None, children=None, seeds=4, region="smooth:Smooth", draws=2)
+BRIGHT = {"scorers": {"smooth:Smooth": {"limit": 0.52}}, "max_failed": 1.0}  # some images are not scored
+FEW = {
+    "terminal": SDE | dict(credit="terminal", prompts_per_iteration=3),
+    "gain": SDE | dict(credit="gain", score_states="all", control="fit", beta=0.01, prompts_per_iteration=4),
+    "branch": dict(weighting="noise", prompts_per_iteration=5, epochs=2),
+    "region": BRIGHT
+    | dict(region="smooth:Smooth", region_weight=1.0, region_grid=[2, 2], advantage_scale="batch"),
+    "gdpo": dict(
+        rewards={"smooth:Smooth.red": 1.0, "smooth:Smooth.even": 0.5}, combine="gdpo", advantage_scale="batch",
+        at_least={"smooth:Smooth.even": {"bound": 0.1}},
+    ),
+}  # fmt: skip
+MORE = FEW | {
+    "window": dict(
+        plan="window", window=[0, 1], window_moves="random", branch_steps=None, credit="terminal", steps=6, overlap=True
+    ),
+    "srum": ODE | dict(objective="srum", alpha_range=[0, 1], background=0.0, anchor=0.5, margin=1.0),
+    "rgdpo": ODE | dict(objective="rgdpo", preference_scale=10.0, intra_weight=1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def base(random_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("many")
+    for name, count, first in (("train", 7, 2**40), ("held_out", 3, 2**53 + 1)):
+        lines = [json.dumps({"prompt": f"{name} {i}", "id": first + i}) for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return dict(
+        model=random_model, prompts=str(folder / "train.jsonl"), held_out=None, rewards={"smooth:Smooth.red": 1.0},
+        iterations=3, prompts_per_iteration=3, seeds=2, steps=4, plan="branch", branch_steps=[0, 1], children=2,
+        lora_rank=2, minibatches=2, eval_every=2, eval_seeds=2, eval_steps=2, checkpoint_every=2,
+        batch=1, decode_batch=1,  # a forward rounds by the rows it has; advantages divide that by a small spread
+    )  # fmt: skip
+
+
+def over(base, changes):
+    return {key: value for key, value in (base | changes).items() if value is not None or key == "held_out"}
+
+
+BOUNDS = {"advantage": 3e-5, "gradient": 1e-5, "row": 1e-5, "adapter": 1e-5, "ema": 1e-5}
+
+
+def apart(one, many):
+    """The greatest difference by kind; of logged numbers, beyond a millionth of each."""
+    assert set(one) == set(many)
+    found = dict.fromkeys(BOUNDS, 0.0)
+    for key, value in one.items():
+        kind = key.partition("/")[0]
+        assert torch.equal(many[key].isnan(), value.isnan()), key
+        away = (many[key] - value).abs() - (1e-6 * value.abs() if kind == "row" else 0.0)
+        found[kind] = max(found[kind], *away.nan_to_num(0.0).flatten().tolist(), 0.0)
+    return found
+
+
+def same(one, many):
+    found = apart(one, many)
+    assert all(found[kind] < bound for kind, bound in BOUNDS.items()), found
+
+
+@pytest.fixture(scope="module")
+def two(base, tmp_path_factory):
+    """Everything that two processes are asked, in one start of them; the last run kills the second."""
+    folder = tmp_path_factory.mktemp("two")
+    whole = base | dict(iterations=4, held_out=base["prompts"].replace("train", "held_out"), eval_seeds=2)
+    alone = run(whole, out=str(folder / "alone"))
+    shutil.copytree(alone, folder / "resumed")
+    shutil.rmtree(folder / "resumed/checkpoints/000004")
+    config = (folder / "resumed/config.yaml").read_text().replace(str(alone), str(folder / "resumed"))
+    (folder / "resumed/config.yaml").write_text(config)
+    breaking = {"prompts_per_iteration": 7, "scorers": {"smooth:Smooth": {"fatal": 2**40 + 3}}, "patience": 8.0}
+    killing = breaking | {"scorers": {"smooth:Smooth": {"fatal": 2**40 + 3, "kill": True}}}
+    runs = {
+        "whole": (whole | {"out": str(folder / "whole")}, False),
+        "resumed": (whole | {"out": str(folder / "resumed")}, True),
+        "again": (whole | {"out": str(folder / "whole")}, False),
+        "few": (base | {"out": str(folder / "few"), "prompts_per_iteration": 1}, False),
+        "breaking": (base | breaking | {"out": str(folder / "breaking")}, False),
+        "killing": (base | killing | {"out": str(folder / "killing")}, False),
+    }
+    return folder, *launch(folder, 2, {name: over(base, own) for name, own in FEW.items()}, runs)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_two_learn_what_one_does(base, two, name):
+    same(learn(over(base, FEW[name])), two[1][name])
+
+
+def test_a_whole_run_of_two_is_that_of_one(two):
+    """Three held-out prompts, dealt to two; files are written once."""
+    folder = two[0]
+    for name in ("whole", "resumed"):
+        for file in ("metrics.jsonl", "evaluations.jsonl"):
+            found, expected = rows(folder / name / file), rows(folder / "alone" / file)
+            assert [row["iteration"] for row in found] == [row["iteration"] for row in expected]
+            for one, other in zip(found, expected, strict=True):
+                assert set(one) == set(other)
+                for key in set(one) - {"name", "texts"}:
+                    if "seconds" not in key:
+                        assert one[key] == pytest.approx(other[key], rel=1e-5, abs=3e-5, nan_ok=True), key
+        for file in ("adapter", "ema"):
+            found, expected = (
+                load_file(folder / n / f"checkpoints/000004/{file}.safetensors") for n in (name, "alone")
+            )
+            assert all(torch.allclose(found[key], expected[key], rtol=0, atol=1e-5) for key in expected)
+    pictures = [
+        sorted(p.relative_to(folder / n) for p in (folder / n / "images").rglob("*")) for n in ("whole", "alone")
+    ]
+    assert pictures[0] == pictures[1]
+    shown = [[row["prompt"] for row in rows(folder / n / "credit.jsonl")] for n in ("whole", "alone")]
+    assert shown[0] == shown[1]
+    ids = [[row["id"] for row in rows(folder / n / "images/after/scores.jsonl")] for n in ("whole", "alone")]
+    assert ids[0] == ids[1] == [2**53 + 1 + i for i in range(3) for _ in range(2)]
+
+
+def test_what_one_refuses_ends_both(two):
+    _, _, ended, said, _ = two
+    assert "already holds a run" in ended[0]["again"][0]
+    assert ended[1]["again"][0] == f"Lost: rank 0 failed: {ended[0]['again'][0]}"
+    for own in ended:
+        assert own["few"][0] == "BadInput: prompts_per_iteration: 1 for 2 processes; each needs one"
+    assert not said[1].strip()  # the second is silent
+    assert "before: 3 held-out prompts" in said[0]
+
+
+def test_what_breaks_one_ends_both_with_the_reason(two):
+    found = sorted(own["breaking"][0] for own in two[2])
+    assert found[0] == "ArithmeticError: the scorer broke"
+    assert found[1].endswith("failed: ArithmeticError: the scorer broke")
+    assert all(own["breaking"][1] < 60 for own in two[2])
+
+
+def test_a_killed_process_is_missed_and_named(two):
+    _, _, ended, _, codes = two
+    dead = next(rank for rank, code in enumerate(codes) if code == -9)
+    how, seconds = ended[1 - dead]["killing"]
+    if dead == 1:
+        assert how.startswith("Lost: waited 8 s for ")
+        assert "in vain for rank 1 (last at " in how
+    else:
+        assert how.startswith("Lost: the process that keeps the board is gone")
+    assert seconds < 60
+
+
+FSDP2 = dict(
+    ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+    FSDP_RESHARD_AFTER_FORWARD="true", FSDP_CPU_RAM_EFFICIENT_LOADING="false",
+)  # fmt: skip
+
+
+def test_a_sharded_network_learns_what_a_whole_one_does(base, tmp_path):
+    """And saves the same matrices. The shorter share of a minibatch is replayed to the length of the longer."""
+    settings = over(base, dict(prompts_per_iteration=4, beta=0.01, micro_batch=3, minibatches=3, checkpoint_every=3))
+    held_out = base["prompts"].replace("train", "held_out")
+    runs = {
+        "whole": (settings | {"held_out": held_out, "out": str(tmp_path / "run")}, False),
+        "odd": (settings | {"prompts_per_iteration": 3, "out": str(tmp_path / "odd")}, False),
+    }
+    found, ended, *_ = launch(tmp_path, 2, {"learnt": settings}, runs, **FSDP2)
+    one, many = ({k: v for k, v in own.items() if "forwards" not in k} for own in (learn(settings), found["learnt"]))
+    same(one, many)
+    assert [own["whole"][0] for own in ended] == ["done", "done"]
+    assert all("does not divide among 2 processes" in own["odd"][0] for own in ended)
+    saved = load_file(tmp_path / "run/checkpoints/000003/adapter.safetensors")
+    same({f"adapter/{k}": v for k, v in saved.items()}, {k: v for k, v in one.items() if k.startswith("adapter")})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_credit_and_objective(base, tmp_path, size):
+    """For numbers of groups that divide and that do not. Adam turns the rounding of a gradient near 0 into a part of a
+    step: where one process with another micro-batch differs from itself by more, ten times that is allowed."""
+    jobs = {f"{name}-{p}": over(base, own | {"prompts_per_iteration": p}) for name, own in MORE.items() for p in (4, 5)}
+    found, *_ = launch(tmp_path, size, jobs, {}, 3000)
+    for name, settings in jobs.items():
+        one = learn(settings)
+        rounding, away = apart(one, learn(settings | {"micro_batch": 3})), apart(one, found[name])
+        assert all(away[kind] < max(bound, 10 * rounding[kind]) for kind, bound in BOUNDS.items()), (name, away)
