@@ -12,7 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mmalign.config import BadInput, Rule
+from mmalign.config import BadInput, Rule, refusing
+from reward_models.trust import allow as allow_modules
 
 # a calibration walks every step with noise and scores every state, whatever the config does with it
 CALIBRATION = [
@@ -24,9 +25,21 @@ CALIBRATION = [
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 
+
+def _allow(names: list[str] | None) -> None:
+    with refusing():
+        allow_modules(names or [])
+
+
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, each replacing one key of the file")]
 Run = Annotated[Path, typer.Argument(help="folder of a run")]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow", callback=_allow, help="module whose code a config, run or model may name and so run; may repeat"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
@@ -35,6 +48,7 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint of the same run")] = False,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a text-to-image model from a config; evaluate before and after; write a report."""
@@ -65,6 +79,7 @@ def calibrate(
     rule: Annotated[Rule, typer.Option(help="when noise rises: paper (counts) or z (robust)")] = "z",
     step: Annotated[float, typer.Option(min=0, help="change of the noise per round")] = 0.02,
     floor: Annotated[float, typer.Option(min=0, help="least noise of a step")] = 0.05,
+    allow: Allow = None,
 ) -> None:
     """Find the noise each step bears (DenseGRPO), for `kernel: scheduled, noise: FILE`, on a config's prompts."""
     from mmalign import calibrate as calibration, config as configs, policy as policies, session, train as trainer
@@ -160,6 +175,7 @@ def sample(
     after: Annotated[int | None, typer.Option(min=1, help="with --keep: steps before the others are given up")] = None,
     out: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
     batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 64,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Sample images by ODE; a seed gives the image the stock pipeline gives for it."""
@@ -289,6 +305,7 @@ def evaluate(
         typer.Option(help="file for mean and spread of each score, a config's `reference`"),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 256,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Score a model on prompts with fixed seeds, overall and by kind of prompt."""
@@ -347,6 +364,7 @@ def score(
     page: Annotated[Path | None, typer.Option("--html", help="write a gallery, best first")] = None,
     cache: Annotated[Path | None, typer.Option(help="file of scores had before; made if it is not there")] = None,
     batch: Annotated[int, typer.Option(min=1, help="images scored at once")] = 64,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Score images on disk. Exit code 1 if any image could not be scored; its row says why."""
@@ -430,6 +448,7 @@ def refine(
     pairs: Annotated[Path | None, typer.Option(help="JSONL for the best against the worst image of a prompt")] = None,
     requests: Annotated[Path | None, typer.Option(help="JSONL for the revised requests that gained")] = None,
     cache: Annotated[Path | None, typer.Option(help="file of scores had before; made if it is not there")] = None,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Draw, have it criticised, draw again; keep the best image of each prompt. No training."""
@@ -559,6 +578,7 @@ def doctor(
     ] = None,
     most: Annotated[int, typer.Option(min=2, help="pictures used at most")] = 32,
     out: Annotated[Path | None, typer.Option(help="Markdown file for the report")] = None,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Is a run sound, before time is spent on it; is a judge fit to be a reward? Exit code 1 if not; each red line says
@@ -640,6 +660,7 @@ def serve(
     batch: Annotated[int, typer.Option(min=1, help="images scored together at most, whoever sent them")] = 64,
     queue: Annotated[int, typer.Option(min=1, help="images that may wait; more are refused with 503")] = 512,
     body: Annotated[int, typer.Option(min=1, help="largest request in bytes; more is refused with 413")] = 128 * 2**20,
+    allow: Allow = None,
 ) -> None:
     """Serve scorers over HTTP until SIGTERM or Ctrl-C; the client is the scorer `remote`. /docs describes it."""
     from mmalign import config as configs
@@ -693,7 +714,11 @@ def _short(value: int | float | None) -> str:
 
 
 @app.command()
-def export(run: Run, out: Annotated[Path, typer.Option(help="folder for the LoRA file")] = Path("lora")) -> None:
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="folder for the LoRA file")] = Path("lora"),
+    allow: Allow = None,
+) -> None:
     """Write a run's averaged adapter as the LoRA that stock diffusers opens, and open it once to be sure."""
     policy = _policy("", None, run)
     _writable(out)

@@ -1,41 +1,16 @@
 """The command line as a user meets it: exit codes, one clear line, nothing half-written."""
 
-import contextlib
-import io
 import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import yaml
-
-from mmalign import cli
+from command_line import mmalign
 
 ROOT = Path(__file__).parents[1]
-
-
-@dataclass
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def mmalign(*args) -> Result:
-    """The command line in this process: an uncaught exception fails the test as a traceback would fail the user."""
-    out, err = io.StringIO(), io.StringIO()
-    argv = ["mmalign", *map(str, args)]
-    with patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return Result(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -1,0 +1,29 @@
+"""The command line in this process."""
+
+import contextlib
+import io
+import sys
+from dataclasses import dataclass
+from unittest.mock import patch
+
+from mmalign import cli
+
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def mmalign(*args) -> Result:
+    """The command line in this process: an uncaught exception fails the test as a traceback would fail the user."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["mmalign", *map(str, args)]
+    with patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Result(code, out.getvalue(), err.getvalue())
