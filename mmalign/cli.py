@@ -11,9 +11,10 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mmalign.config import BadInput, Rule, refusing
-from reward_models.trust import allow as allow_modules
+from reward_models.trust import allow as allow_modules, closed
 
 # a calibration walks every step with noise and scores every state, whatever the config does with it
 CALIBRATION = [
@@ -23,7 +24,7 @@ CALIBRATION = [
 ]  # fmt: skip
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
+console = Console(markup=False)  # names and words from files are shown as they are
 
 
 def _allow(names: list[str] | None) -> None:
@@ -56,7 +57,7 @@ def train(
 
     policies.quiet()
     c = configs.load(config, overrides or [])
-    quiet = Console(stderr=True) if as_json else console
+    quiet = Console(stderr=True, markup=False) if as_json else console
     out = runs.train(c, resume, quiet)
     page = reports.write(out)
     summary = reports.summary(out)
@@ -139,6 +140,8 @@ def _policy(model: str, guidance: float | None, run: Path | None):
 def _config_of(run: Path) -> Path:
     if not (run / "config.yaml").is_file():
         raise BadInput(f"{run}: no run there (config.yaml is missing)")
+    with refusing():
+        closed(run)
     return run / "config.yaml"
 
 
@@ -642,7 +645,7 @@ def _examined(name: str, rows) -> Table:
     for heading in ("check", "", "seen", "what to do"):
         table.add_column(heading)
     for own in rows:
-        mark = {True: "[green]good[/green]", False: "[red]bad[/red]", None: "unknown"}[own.good]
+        mark = {True: Text("good", "green"), False: Text("bad", "red"), None: "unknown"}[own.good]
         table.add_row(own.check, mark, own.seen, "" if own.good else own.advice)
     return table
 
@@ -733,7 +736,8 @@ def report(run: Run) -> None:
     from mmalign import report as reports
 
     _config_of(run)
-    console.print(f"report: {reports.write(run)}")
+    with refusing():
+        console.print(f"report: {reports.write(run)}")
 
 
 def _writable(folder: Path) -> None:
@@ -746,6 +750,11 @@ def _writable(folder: Path) -> None:
         raise BadInput(f"cannot write in {folder}: {error.strerror}") from None
 
 
+def _line(text: str) -> str:
+    """Without line ends and control characters, which a file's name can hold."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def main() -> None:
     """Run the command line; a user's mistake becomes one line on stderr."""
     import torch
@@ -754,5 +763,5 @@ def main() -> None:
     try:
         app()
     except BadInput as error:
-        print(f"mmalign: {error}", file=sys.stderr)
+        print(f"mmalign: {_line(str(error))}", file=sys.stderr)
         sys.exit(2)

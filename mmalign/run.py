@@ -5,6 +5,7 @@ One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluat
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mmalign import checkpoint, config as configs, evaluate, planner
 from mmalign.config import BadInput, Config
 from mmalign.session import Session, open_session
 from mmalign.train import iterate
-from reward_models import Prompt
+from reward_models import Prompt, trust
 
 
 def train(c: Config, resume: bool = False, console: Console | None = None) -> Path:
@@ -112,15 +113,17 @@ def _truncate(out: Path, done: int) -> None:
 
 def _check_folder(out: Path, c: Config, resume: bool) -> None:
     saved = out / "config.yaml"
+    with configs.refusing():
+        trust.closed(out)
     if resume:
-        if not saved.exists():
+        if not os.path.exists(saved):
             raise BadInput(f"--resume: {out} holds no run")
         now, before = c.model_dump(), configs.load(saved).model_dump()
         changed = [key for key in now if now[key] != before[key]]
         if changed:
             key = changed[0]
             raise BadInput(f"--resume: {key} is {now[key]!r} and was {before[key]!r}; a run keeps its config")
-    elif saved.exists():
+    elif os.path.exists(saved):
         raise BadInput(f"{out} already holds a run; go on with --resume or choose another `out`")
 
 

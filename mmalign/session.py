@@ -136,7 +136,7 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
             raise BadInput(f"rewards: no component {component!r}; {name} gives {', '.join(scorers[name].names)}")
     if c.region and not scorers[c.region].card.places:
         raise BadInput(f"region: {c.region} says nothing about where; credit by place needs a scorer with a map")
-    return {name: Cached(scorer, c.cache) for name, scorer in scorers.items()} if c.cache else scorers
+    return scorers
 
 
 def open_session(c: Config) -> Session:
@@ -173,6 +173,9 @@ def open_session(c: Config) -> Session:
         raise BadInput(f"lora_targets {c.lora_targets}: nothing is trained; is the adapter switched off?")
     optimizer = _optimizer(c)(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
     multipliers = dict.fromkeys(c.at_least, 0.0)
+    if c.cache:  # last, for it makes the file
+        with configs.refusing():
+            scorers = {name: Cached(scorer, c.cache) for name, scorer in scorers.items()}
     return Session(
         c,
         policy,

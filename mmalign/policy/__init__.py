@@ -5,6 +5,7 @@ A policy gets texts and latents, never prompts or scores. Add a family: `texts` 
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,15 @@ def load(
     settings = dict(
         dtype=getattr(torch, dtype), device=device, guidance=guidance, size=size, quantize=quantize, offload=offload
     )
-    if ":" in model and not Path(model).exists():
+    if ":" in model and not os.path.exists(model):
         return imported(model, f"model {model!r}").load(model, **settings)
     name = _pipeline_class(model)
     if name not in POLICIES:
         raise ValueError(f"model {model!r} is a {name}; known families: {', '.join(POLICIES)}")
-    return imported(POLICIES[name], name, ours=True).load(model, **settings)
+    try:
+        return imported(POLICIES[name], name, ours=True).load(model, **settings)
+    except OSError as error:
+        raise ValueError(f"model {model!r}: {error}") from None
 
 
 def quiet() -> None:
@@ -78,7 +82,7 @@ def _pipeline_class(model: str) -> str:
 
 
 def _index(model: str) -> Mapping[str, Any]:
-    if Path(model).exists():
+    if os.path.exists(model):
         place = Path(model) / "model_index.json"
         if not place.is_file():
             raise ValueError(f"model {model!r}: no model_index.json in that folder; a diffusers pipeline is needed")
