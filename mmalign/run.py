@@ -113,11 +113,11 @@ def _truncate(out: Path, done: int) -> None:
 
 def _check_folder(out: Path, c: Config, resume: bool) -> None:
     saved = out / "config.yaml"
-    with configs.refusing():
-        trust.closed(out)
     if resume:
         if not os.path.exists(saved):
             raise BadInput(f"--resume: {out} holds no run")
+        with configs.refusing():
+            trust.closed(out)
         now, before = c.model_dump(), configs.load(saved).model_dump()
         changed = [key for key in now if now[key] != before[key]]
         if changed:
