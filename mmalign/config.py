@@ -443,6 +443,8 @@ def _plain(value: Any, where: str) -> None:
     """ValueError for what no setting is: numbers without an end, control characters, dates, bytes, sets."""
     if isinstance(value, dict):
         for key, own in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where}the key {_shown(key)} is no text; put it in quotes")
             _plain(key, where)
             _plain(own, f"{where.removesuffix(': ')}.{key}: ".removeprefix("."))
     elif isinstance(value, list):
@@ -492,7 +494,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def build(values: dict[str, Any], source: str) -> Config:
     """A checked config from a mapping; every mistake in one line that names the value."""
     try:
-        return Config(**{str(key): value for key, value in values.items()})
+        return Config(**values)
     except ValidationError as error:
         raise BadInput(f"{source}: " + "; ".join(_say(e) for e in error.errors())) from None
 

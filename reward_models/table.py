@@ -51,4 +51,10 @@ def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardMode
     except TypeError as error:
         takes = ", ".join(inspect.signature(factory).parameters) or "no settings"
         raise ValueError(f"scorer {name!r}: {error}; it takes {takes}") from error
-    return factory(**settings)
+    try:
+        return factory(**settings)
+    except (TypeError, AttributeError, RuntimeError, OSError, OverflowError) as error:
+        if not settings:
+            raise
+        why = " ".join(str(error).split())
+        raise ValueError(f"scorer {name!r}: not with these {', '.join(settings)}: {why[:300]}") from error
