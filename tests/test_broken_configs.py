@@ -119,7 +119,8 @@ def answered(tmp_path_factory):
         known = repr((model, sorted(settings.items(), key=repr)))
         if known not in kept:
             kept[known] = read(model, **settings)
-        return copy.deepcopy(kept[known])
+        pipe = kept[known]  # only the transformer is changed, by its adapter
+        return type(pipe)(**pipe.components | {"transformer": copy.deepcopy(pipe.transformer)})
 
     def stopped(c):
         opened(c)
@@ -180,7 +181,7 @@ def test_a_thousand_broken_configs(answered):
         rounds += 1
 
         @seed(rounds)
-        @examples(alike, max_examples=500)
+        @examples(alike, max_examples=250)
         @given(damaged=damaged, command=commands)
         def more(damaged, command):
             answer(damaged, command)
