@@ -12,8 +12,10 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from mmalign.config import BadInput, Failed, Layout, Rule
+from mmalign.config import BadInput, Failed, Layout, Rule, refusing
+from reward_models.trust import allow as allow_modules, closed
 
 # a calibration walks every step with noise and scores every state, whatever the config does with it
 CALIBRATION = [
@@ -26,12 +28,24 @@ CALIBRATION = [
 PROMPTS = "file (.txt, .jsonl, .parquet) or dataset (hf:NAME:SPLIT, hf:NAME/CONFIG:SPLIT); with :COLUMN, that alone"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
+console = Console(markup=False)  # names and words from files are shown as they are
+
+
+def _allow(names: list[str] | None) -> None:
+    with refusing():
+        allow_modules(names or [])
+
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, each replacing one key of the file")]
 Form = Literal["diffusers", "comfyui", "merged"]
 Run = Annotated[Path, typer.Argument(help="folder of a run")]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow", callback=_allow, help="module whose code a config, run or model may name and so run; may repeat"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
@@ -40,6 +54,7 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint of the run")] = False,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a text-to-image model from a config; evaluate before and after; write a report."""
@@ -47,7 +62,7 @@ def train(
 
     policies.quiet()
     c = configs.load(config, overrides or [])
-    quiet = Console(stderr=True) if as_json else console
+    quiet = Console(stderr=True, markup=False) if as_json else console
     out = runs.train(c, resume, quiet)
     if not ranks.main():
         return
@@ -73,6 +88,7 @@ def calibrate(
     rule: Annotated[Rule, typer.Option(help="when noise rises: paper (counts) or z (robust)")] = "z",
     step: Annotated[float, typer.Option(min=0, help="change of the noise per round")] = 0.02,
     floor: Annotated[float, typer.Option(min=0, help="least noise of a step")] = 0.05,
+    allow: Allow = None,
 ) -> None:
     """Find the noise each step bears (DenseGRPO), for `kernel: scheduled, noise: FILE`, on a config's prompts."""
     from mmalign import calibrate as calibration, config as configs, policy as policies, rollout, session
@@ -106,6 +122,7 @@ def estimate(
         bool,
         typer.Option("--calibrate", help="load the model and the rewards here and time them, for seconds of a run"),
     ] = False,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Say what a run will take: forwards, decodes, scores, parameters, memory, disk. No weights are needed."""
@@ -211,6 +228,8 @@ def _policy(model: str, guidance: float | None, run: Path | None):
 def _config_of(run: Path) -> Path:
     if not (run / "config.yaml").is_file():
         raise BadInput(f"{run}: no run there (config.yaml is missing)")
+    with refusing():
+        closed(run)
     return run / "config.yaml"
 
 
@@ -248,6 +267,7 @@ def sample(
     after: Annotated[int | None, typer.Option(min=1, help="with --keep: steps before the others are given up")] = None,
     out: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
     batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 64,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Sample images by ODE; a seed gives the image the stock pipeline gives for it."""
@@ -383,6 +403,7 @@ def evaluate(
         typer.Option(help="file for mean and spread of each score, a config's `reference`"),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="images per forward")] = 256,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Score a model on prompts with fixed seeds, overall and by kind of prompt."""
@@ -445,6 +466,7 @@ def score(
     page: Annotated[Path | None, typer.Option("--html", help="write a gallery, best first")] = None,
     cache: Annotated[Path | None, typer.Option(help="file of scores had before; made if it is not there")] = None,
     batch: Annotated[int, typer.Option(min=1, help="images scored at once")] = 64,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Score images on disk. Exit code 1 if any image could not be scored; its row says why."""
@@ -528,6 +550,7 @@ def refine(
     pairs: Annotated[Path | None, typer.Option(help="JSONL for the best against the worst image of a prompt")] = None,
     requests: Annotated[Path | None, typer.Option(help="JSONL for the revised requests that gained")] = None,
     cache: Annotated[Path | None, typer.Option(help="file of scores had before; made if it is not there")] = None,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Draw, have it criticised, draw again; keep the best image of each prompt. No training."""
@@ -657,6 +680,7 @@ def doctor(
     ] = None,
     most: Annotated[int, typer.Option(min=2, help="pictures used at most")] = 32,
     out: Annotated[Path | None, typer.Option(help="Markdown file for the report")] = None,
+    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Is a run sound, before time is spent on it; is a judge fit to be a reward? Exit code 1 if not; each red line says
@@ -720,7 +744,7 @@ def _examined(name: str, rows) -> Table:
     for heading in ("check", "", "seen", "what to do"):
         table.add_column(heading)
     for own in rows:
-        mark = {True: "[green]good[/green]", False: "[red]bad[/red]", None: "unknown"}[own.good]
+        mark = {True: Text("good", "green"), False: Text("bad", "red"), None: "unknown"}[own.good]
         table.add_row(own.check, mark, own.seen, "" if own.good else own.advice)
     return table
 
@@ -738,6 +762,7 @@ def serve(
     batch: Annotated[int, typer.Option(min=1, help="images scored together at most, whoever sent them")] = 64,
     queue: Annotated[int, typer.Option(min=1, help="images that may wait; more are refused with 503")] = 512,
     body: Annotated[int, typer.Option(min=1, help="largest request in bytes; more is refused with 413")] = 128 * 2**20,
+    allow: Allow = None,
 ) -> None:
     """Serve scorers over HTTP until SIGTERM or Ctrl-C; the client is the scorer `remote`. /docs describes it."""
     from mmalign import config as configs
@@ -801,6 +826,7 @@ def export(
             help="diffusers: LoRA for load_lora_weights; comfyui: one LoRA file; merged: the whole pipeline with it",
         ),
     ] = "diffusers",
+    allow: Allow = None,
 ) -> None:
     """Write a run's averaged adapter for other programs, and read it back once to be sure."""
     from mmalign import checkpoint, config as configs
@@ -846,7 +872,7 @@ def report(
     """Write a run's report.html again, or serve a page that follows the run while it goes on."""
     from mmalign import config as configs, report as reports
 
-    configs.load(_config_of(run))
+    _config_of(run)
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     if serve:
         with configs.refusing():
@@ -855,7 +881,8 @@ def report(
     elif given:
         raise BadInput(f"--{next(iter(given))} acts only with --serve")
     else:
-        console.print(f"report: {reports.write(run)}")
+        with refusing():
+            console.print(f"report: {reports.write(run)}")
 
 
 def _writable(folder: Path) -> None:
@@ -868,6 +895,11 @@ def _writable(folder: Path) -> None:
         raise BadInput(f"cannot write in {folder}: {error.strerror}") from None
 
 
+def _line(text: str) -> str:
+    """Without line ends and control characters, which a file's name can hold."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def main() -> None:
     """Run the command line; a user's mistake becomes one line on stderr."""
     import torch
@@ -877,5 +909,5 @@ def main() -> None:
         app()
     except (BadInput, Failed) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of many processes one a machine speaks
-            print(f"mmalign: {error}", file=sys.stderr)
+            print(f"mmalign: {_line(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)

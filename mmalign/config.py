@@ -5,6 +5,7 @@ line changes it once more. An unknown key is refused with the nearest name, and 
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from pydantic import (
 from reward_models.combine import Ramp
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, whose assets/ a config may name from anywhere
+LONGEST = 2**20  # characters of a config
+MOST = 10**7  # states of an iteration's walks
+UNPRINTED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 Rule = Literal["paper", "z"]  # of the noise calibration
 Layout = Literal["mmalign", "geneval", "t2i_compbench"]  # of the folder that evaluation writes
 POLICY_GRADIENT = (  # what acts on steps of walks alone
@@ -116,11 +120,11 @@ class Config(BaseModel):
     # rollout
     iterations: int = Field(100, ge=1)
     prompts_per_iteration: int = Field(8, ge=1, description="P")
-    seeds: int = Field(1, ge=1, description="S, starting noises per prompt")
+    seeds: int = Field(1, ge=1, le=10_000, description="S, starting noises per prompt")
     guidance: float = Field(
         1.0, ge=0, description="classifier-free guidance in rollout, replay and evaluation; 1 = none"
     )
-    steps: int = Field(8, ge=2, description="T, denoising steps of the rollout")
+    steps: int = Field(8, ge=2, le=1000, description="T, denoising steps of the rollout")
     plan: Literal["ode", "sde", "window", "branch"] = "branch"
     kernel: Literal["flow_sde", "dance_sde", "cps", "ddim", "scheduled"] = "flow_sde"
     noise: PositiveFloat | list[NonNegativeFloat] | str = Field(
@@ -139,13 +143,14 @@ class Config(BaseModel):
     children: int | None = Field(
         None,
         ge=1,
+        le=1000,
         description="plan branch: children per branching state; plan window: routes that part where it begins",
     )
     score_states: Literal["all"] | list[int] | None = Field(
         None,
         description="states shown to the rewards by completing them: all that credit needs, or these steps' states",
     )
-    completion: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None = Field(
+    completion: Annotated[int, Field(ge=1, le=1000)] | list[Annotated[int, Field(ge=1, le=1000)]] | None = Field(
         None, description="ODE steps of a completion at most, or of each in score_states; null: all that remain"
     )
     max_forwards: int | None = Field(
@@ -165,7 +170,7 @@ class Config(BaseModel):
     objective: Literal["grpo", "srum", "rgdpo"] = Field(
         "grpo", description="policy gradient; SRUM's weighted flow matching; preference of regions (R-GDPO)"
     )
-    draws: int | None = Field(None, ge=1, description="srum, rgdpo: noises and times an image is learnt at")
+    draws: int | None = Field(None, ge=1, le=10_000, description="srum, rgdpo: noises and times an image is learnt at")
     alpha_range: tuple[float, float] | None = Field(
         None, description="srum: rewards of the whole image that make its weight 0 and 1"
     )
@@ -203,7 +208,7 @@ class Config(BaseModel):
     )
     region_weight: float | None = Field(None, gt=0, description="region: weight of a place's own advantage")
     whole_weight: float | None = Field(None, ge=0, description="region: weight of the whole image's advantage")
-    region_grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
+    region_grid: tuple[Annotated[int, Field(ge=1, le=1024)], Annotated[int, Field(ge=1, le=1024)]] | None = Field(
         None, description="region: cells of the grid that credit and ratio are taken on; null: latent positions"
     )
     ratio_over: Literal["cell", "credit"] = Field(
@@ -215,7 +220,7 @@ class Config(BaseModel):
     )
     focus_share: float | None = Field(None, gt=0, le=1, description="focus prompt: share of positions learnt")
     weighting: Literal["none", "noise"] = Field("none", description="noise: weigh steps by their standard deviation")
-    lora_rank: int = Field(16, ge=1)
+    lora_rank: int = Field(16, ge=1, le=4096)
     lora_alpha: float = Field(32.0, gt=0)
     lora_targets: list[str] | None = Field(None, description="names of linear layers; null: the attention projections")
     learning_rate: float = Field(1e-3, gt=0)
@@ -242,8 +247,8 @@ class Config(BaseModel):
     # evaluation and record
     eval_every: int = Field(25, ge=0, description="iterations between evaluations; 0: only before and after")
     eval_prompts: int | None = Field(None, ge=1, description="held-out prompts used between start and end; null: all")
-    eval_seeds: int = Field(2, ge=1, description="images per held-out prompt before and after; 1 in between")
-    eval_steps: int = Field(10, ge=1)
+    eval_seeds: int = Field(2, ge=1, le=10_000, description="images per held-out prompt before and after; 1 in between")
+    eval_steps: int = Field(10, ge=1, le=1000)
     checkpoint_every: int = Field(25, ge=1, description="iterations between checkpoints; each evaluation has its own")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints kept, beside the best one")
     keep_best: str | None = Field(
@@ -277,13 +282,22 @@ class Config(BaseModel):
     text_cache: int = Field(
         1000, ge=0, description="prompts whose embeddings are kept in main memory, the last used; 0: none"
     )
-    size: tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]] | None = Field(
+    size: tuple[Annotated[int, Field(ge=8, le=16384)], Annotated[int, Field(ge=8, le=16384)]] | None = Field(
         None, description="height and width of images in pixels; null: the model's own"
     )
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass: less memory, about a third more time"
     )
     compile: bool = Field(False, description="torch.compile the transformer")
+
+    def _secrets_are_kept_out(self) -> None:
+        """A run's folder is passed on, and its config with it."""
+        for name, own in self.scorers.items():
+            if (found := _secret_in(own)) is not None:
+                raise ValueError(
+                    f"scorers: {name}: {found} is a secret, and a config is kept and passed on; it belongs into the "
+                    "environment (OPENAI_API_KEY for judges, MMALIGN_TOKEN for remote)"
+                )
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -321,6 +335,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _options_act(self):
+        self._secrets_are_kept_out()
         self._objective_acts()
         acts = {
             "window": (self.plan == "window", "plan: window"),
@@ -387,6 +402,15 @@ class Config(BaseModel):
             raise ValueError(f"region: {self.region!r} is not among the scorers of rewards: {', '.join(self.trained)}")
         if self.keep_best and self.keep_best.rpartition(".")[0] not in (*self.trained, *self.watch):
             raise ValueError(f"keep_best: {self.keep_best!r} is no component of the scorers of rewards or watch")
+        routes = (self.children or 1) * len(self.branch_steps or [0])
+        states = (
+            self.prompts_per_iteration * self.seeds * routes * self.steps * (self.steps if self.score_states else 1)
+        )
+        if states > MOST and not self.records:
+            raise ValueError(
+                f"an iteration would walk through {states:.2g} states and holds them all in memory; lower "
+                "prompts_per_iteration, seeds, children, branch_steps or steps"
+            )
         siblings = self.seeds * (self.children or 1)
         if siblings < 2 and self.objective != "srum" and not self.records:
             raise ValueError(f"seeds x children = {siblings}: advantages compare siblings, at least 2 are needed")
@@ -421,31 +445,92 @@ class Config(BaseModel):
         return self
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key=value` overrides (values as YAML), and check everything. Raises BadInput."""
+class _Loader(yaml.SafeLoader):
+    """YAML of plain values: no key twice, of which one would be lost, and no aliases, which can grow without bound."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias (*) is not taken", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        for place, name in enumerate(names):
+            if isinstance(name, str) and name in names[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse(text: str, source: str) -> Any:
+    """The plain value that a YAML text stands for. BadInput where it is none."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        value = _Loader(text).get_single_data()
+        _plain(value, "")
+    except RecursionError:
+        raise BadInput(f"{source}: nested too deeply") from None
+    except (yaml.YAMLError, UnicodeError, OverflowError) as error:
+        raise BadInput(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, TypeError) as error:  # the constructors of YAML's numbers and dates let these through
+        raise BadInput(f"{source}: {' '.join(str(error).split())}") from None
+    return value
+
+
+def _plain(value: Any, where: str) -> None:
+    """ValueError for what no setting is: numbers without an end, control characters, dates, bytes, sets."""
+    if isinstance(value, dict):
+        for key, own in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where}the key {_shown(key)} is no text; put it in quotes")
+            _plain(key, where)
+            _plain(own, f"{where.removesuffix(': ')}.{key}: ".removeprefix("."))
+    elif isinstance(value, list):
+        for own in value:
+            _plain(own, where)
+    elif isinstance(value, str):
+        if UNPRINTED.search(value):
+            raise ValueError(f"{where}{_shown(value)} holds characters that cannot be printed")
+    elif isinstance(value, int | float):
+        if not abs(value) < 2**63:
+            raise ValueError(f"{where}{_shown(value)} is no number that can be computed with")
+    elif value is not None:
+        raise ValueError(f"{where}{_shown(value)} is a {type(value).__name__}; put it in quotes if it is a text")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open() as file:
+            text = file.read(LONGEST + 1)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if len(text) > LONGEST:
+        raise BadInput(f"{path}: longer than {LONGEST} characters; that is no config")
+    return text
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides (values as YAML), and check everything. Raises BadInput."""
+    values = parse(_read(Path(path)), str(path))
     if not isinstance(values, dict):
         raise BadInput(f"{path}: a mapping of keys to values is needed, got {type(values).__name__}")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise BadInput(f"override {override!r} must look like key=value")
-        try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise BadInput(f"override {override!r}: the value is not YAML") from None
+        values[key.strip()] = parse(text, f"override {override!r}")
     return build(values, str(path))
 
 
 def build(values: dict[str, Any], source: str) -> Config:
     """A checked config from a mapping; every mistake in one line that names the value."""
     try:
-        return Config(**{str(key): value for key, value in values.items()})
+        return Config(**values)
     except ValidationError as error:
         raise BadInput(f"{source}: " + "; ".join(_say(e) for e in error.errors())) from None
 
@@ -456,7 +541,7 @@ def _say(error: dict[str, Any]) -> str:
         near = difflib.get_close_matches(key, Config.model_fields, n=1)
         return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {error['input']!r}" if key else message
+    return f"{key}: {message}, got {_shown(error['input'])}" if key else message
 
 
 def dump(config: Config) -> str:
@@ -477,6 +562,16 @@ def public(value: Any) -> Any:
     return Path(value).name if local else value
 
 
+def _secret_in(value: Any) -> str | None:
+    """What in a scorer's settings is named like a secret, or is a URL with a password."""
+    if isinstance(value, dict):
+        named = next((repr(key) for key in value if _secret(str(key)) and value[key] is not None), None)
+        return named or next(filter(None, map(_secret_in, value.values())), None)
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(_secret_in, value)), None)
+    return "a URL with a password" if isinstance(value, str) and re.search(r"://[^/]*@", value) else None
+
+
 def _secret(name: str) -> bool:
     return bool(SECRETS & {*re.split(r"[^a-z]+", name.lower())})
 
@@ -485,4 +580,4 @@ def locate(path: str) -> str:
     """A file or folder as named, or below the checkout when it names one of the project's own; anything else
     unchanged."""
     shipped = ROOT / path
-    return str(shipped) if not Path(path).exists() and shipped.exists() else path
+    return str(shipped) if not os.path.exists(path) and os.path.exists(shipped) else path

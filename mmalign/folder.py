@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mmalign import config as configs, disk
 from mmalign.config import BadInput, Config, Failed
+from reward_models import trust
 
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -61,6 +62,8 @@ def check(out: Path, c: Config, resume: bool) -> None:
     if resume:
         if not saved.exists():
             raise BadInput(f"--resume: {out} holds no run")
+        with configs.refusing():
+            trust.closed(out)
         now, before = c.model_dump(), configs.load(saved).model_dump()
         changed = [key for key in now if now[key] != before[key]]
         if changed:

@@ -20,6 +20,7 @@ from PIL import Image
 from mmalign import disk
 from mmalign.evaluate import paired
 from reward_models import heat
+from reward_models.trust import within
 
 Source = Callable[[Path], str]  # the address of an image, for its `src`
 
@@ -168,7 +169,7 @@ def _pairs(run: Path, source: Source, count: int = 20) -> str:
     cards = []
     for row in before[:: max(1, len(before) // count)][:count]:
         figures = "".join(
-            _figure(source(run / "images" / side / row["image"]), side, own)
+            _figure(source(within(run / "images" / side, row["image"])), side, own)
             for side, own in (("before", row), ("after", after[row["image"]]))
         )
         cards.append(f"<div class=card><p>{html.escape(row['prompt'])}</p><div class=pair>{figures}</div></div>")
@@ -194,19 +195,21 @@ def _credit(run: Path, source: Source) -> str:
         return ""
     scale, out = credit_scale(kept), []
     for row in kept:
-        src, size = source(run / row["image"]), Image.open(run / row["image"]).size[::-1]
+        path = within(run, row["image"])
+        src, size = source(path), Image.open(path).size[::-1]
         figures = [("image", _picture(src))]
         if row["map"] and any(value is not None for line in row["map"] for value in line):
             figures.append(("map", _picture(src, over=heat.over({"size": size, "map": row["map"], "boxes": []}))))
         for step, grid in row["advantage"].items():
             own = f"<svg class=heat viewBox='0 0 {size[1]} {size[0]}'>{heat.cells(grid, size, scale)}</svg>"
-            figures.append((f"credit of step {step}", _picture(src, over=own)))
+            figures.append((f"credit of step {html.escape(step)}", _picture(src, over=own)))
         shown = "".join(f"<figure>{picture}{caption}</figure>" for caption, picture in figures)
         reward = "no reward" if row["reward"] is None else f"reward {row['reward']:.3g}"
         out.append(f"<p>{html.escape(row['prompt'])}: {reward}</p><div class=walk>{shown}</div>")
     note = (
-        f"<p>Images of iteration {kept[-1]['iteration']}, evenly spaced through its batch. Green: right, or more of it;"
-        f" red: wrong, or less of it; full colour is {scale:.3g} for credit and 1 for maps.</p>"
+        f"<p>Images of iteration {html.escape(str(kept[-1]['iteration']))}, evenly spaced through its batch. "
+        "Green: right, or more of it; red: wrong, or less of it; "
+        f"full colour is {scale:.3g} for credit and 1 for maps.</p>"
     )
     return f"<h2>Credit</h2>{note}{''.join(out)}"
 
@@ -244,7 +247,7 @@ def _curves(metrics: list[dict], evaluations: list[dict]) -> str:
     flat[len(names) + 1].legend()
     flat[len(names) + 2].plot(x, [row.get("grad_norm", 0.0) for row in metrics])
     for axis, title in zip(flat, panels, strict=False):
-        axis.set_title(title if title not in names else f"held-out {title}", fontsize=10)
+        axis.set_title(title if title not in names else f"held-out {title}", fontsize=10, parse_math=False)
         axis.grid(alpha=0.3)
     for axis in flat[len(panels) :]:
         axis.axis("off")

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from reward_models import heat
+from reward_models.trust import within
 
 STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:1.5em;color:#222} h1{font-size:1.3em} select,input{font:inherit}
@@ -74,7 +75,7 @@ def _section(row: Mapping[str, Any], by: str, folder: Path, page: Path) -> str:
 
 def _figure(row: Mapping[str, Any], number: int, by: str, folder: Path, page: Path) -> str:
     own = row["rounds"][number]
-    source = quote(os.path.relpath(folder / own["image"], page.parent))
+    source = quote(os.path.relpath(within(folder, own["image"]), page.parent))
     overlay = heat.over(own["places"]) if own["places"]["boxes"] else ""
     attempt, value = own["attempt"], own["scores"][by]
     move = " + ".join(own["moves"]) if number else ("first image" if attempt else "as it was")

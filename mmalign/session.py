@@ -152,7 +152,7 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
             raise BadInput(f"rewards: no component {component!r}; {name} gives {', '.join(scorers[name].names)}")
     if c.region and not scorers[c.region].card.places:
         raise BadInput(f"region: {c.region} says nothing about where; credit by place needs a scorer with a map")
-    return {name: Cached(scorer, c.cache) for name, scorer in scorers.items()} if c.cache else scorers
+    return scorers
 
 
 def _origin(
@@ -202,6 +202,9 @@ def open_session(c: Config, ranks: Ranks | None = None) -> Session:
     if ranks.sharded:
         ranks.shard(policy.pipe.transformer)
     multipliers = dict.fromkeys(c.at_least, 0.0)
+    if c.cache:  # last, for it makes the file
+        with configs.refusing():
+            scorers = {name: Cached(scorer, c.cache) for name, scorer in scorers.items()}
     return Session(
         c,
         policy,

@@ -19,6 +19,7 @@ from reward_models.ask import Question, Reply
 from reward_models.images import png, to_pil
 from reward_models.vlm import spellings
 
+NO_KEY = "no-key"  # the client wants some
 SETTINGS = {"key": None, "concurrency": 16, "timeout": 120, "retries": 3, "temperature": 0.0, "max_calls": None}
 SETTINGS |= {"structured": True, "top": 20, "extra": None}
 
@@ -56,11 +57,13 @@ class Server:
             raise ValueError(f"{scorer}: concurrency, timeout and max_calls are above 0, retries not below")
         if not str(url).startswith(("http://", "https://")):
             raise ValueError(f"{scorer}: url {url!r} must begin with http:// or https://")
+        if "@" in url:
+            raise ValueError(f"{scorer}: a URL with a password in it would be told to others; give a key instead")
         try:
             from openai import OpenAI
         except ModuleNotFoundError:
             raise ValueError(f"{scorer}: judges on a server need the package openai; install mmalign[judges]") from None
-        key = own["key"] or os.environ.get("OPENAI_API_KEY") or "none"
+        key = own["key"] or os.environ.get("OPENAI_API_KEY") or NO_KEY
         client = OpenAI(base_url=url, api_key=key, timeout=float(own["timeout"]), max_retries=own["retries"])
         about = {"model": model, "temperature": own["temperature"], "extra": own["extra"]}
         return cls(
@@ -86,7 +89,7 @@ class Server:
             except Exception as error:  # whatever a server sends is this question's failure, not the others'
                 with self.lock:
                     self.spent["failed"] += 1
-                return failed(_reason(error))
+                return failed(_reason(error, self.client.api_key))
 
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(one, questions))
@@ -162,10 +165,10 @@ def messages(question: Question) -> list[dict[str, Any]]:
     return [*told, {"role": "user", "content": content}]
 
 
-def _reason(error: Exception) -> str:
-    """One line; the client's own messages hold whole bodies."""
+def _reason(error: Exception, key: str) -> str:
+    """One line without the key, which some servers send back; the client's own messages hold whole bodies."""
     status = getattr(error, "status_code", None)
-    text = " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).replace(key, "...").split())[:300] or type(error).__name__
     if status is not None:
         return f"the server answered {status}: {text}"
     kind = {"APITimeoutError": "the server did not answer in time", "APIConnectionError": "no answer from the server"}

@@ -189,15 +189,17 @@ def detector(model: str, confidence: int | float, device: str = "cpu") -> Closed
         AutoProcessor,
     )
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     if type(config) in MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING:
         loaded = pretrained(AutoModelForZeroShotObjectDetection, model, dtype=torch.float32)
-        return OpenSet(loaded, AutoProcessor.from_pretrained(model), confidence, device)
+        return OpenSet(loaded, AutoProcessor.from_pretrained(model, trust_remote_code=False), confidence, device)
     if type(config) in MODEL_FOR_OBJECT_DETECTION_MAPPING:
         loaded = pretrained(AutoModelForObjectDetection, model, dtype=torch.float32)
-        processor = AutoImageProcessor.from_pretrained(model)
+        processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
         return ClosedSet(loaded, processor, boxed(processor, confidence), device)
     if config.model_type in MASKS:
         loaded = pretrained(AutoModelForUniversalSegmentation, model, dtype=torch.float32)
-        return ClosedSet(loaded, AutoImageProcessor.from_pretrained(model), masked(confidence), device)
+        return ClosedSet(
+            loaded, AutoImageProcessor.from_pretrained(model, trust_remote_code=False), masked(confidence), device
+        )
     raise ValueError(f"{type(config).__name__} belongs to no detector known here")

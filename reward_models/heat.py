@@ -86,6 +86,6 @@ def over(places: Mapping[str, Any], name: str = "") -> str:
     height, width = places["size"]
     inner = cells(places["map"], places["size"]) if places["map"] else ""
     return (
-        f'<svg class=heat data-scorer="{html.escape(name, quote=True)}" viewBox="0 0 {width} {height}" '
+        f'<svg class=heat data-scorer="{html.escape(name, quote=True)}" viewBox="0 0 {width:g} {height:g}" '
         f'preserveAspectRatio="xMidYMid meet">{inner}{outlines(places["boxes"], places["size"])}</svg>'
     )

@@ -2,9 +2,9 @@
 
 import inspect
 from difflib import get_close_matches
-from importlib import import_module
 from typing import Any
 
+from reward_models.trust import imported
 from reward_models.types import RewardModel
 
 SCORERS: dict[str, str] = {
@@ -37,23 +37,24 @@ def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardMode
     """A `RewardModel` of `SCORERS`, or the user's own as `my_module:MyScorer`, made with `settings`. With `scorer`,
     `name` is only what the user calls it: one scorer may be had twice, with other settings.
 
-    ValueError, in one line: no such name (near names are listed), no such module or attribute, settings it does not
-    take, or settings it refuses. A scorer's module is imported when it is asked for, never before.
+    ValueError, in one line: no such name (near names are listed), a module that is not allowed
+    (`reward_models.trust`), no such module or attribute, settings it does not take, or settings it refuses. A scorer's
+    module is imported when it is asked for, never before.
     """
     name = scorer or name
     if name not in SCORERS and ":" not in name:
         near = get_close_matches(name, SCORERS, cutoff=0.4) or SCORERS
         raise ValueError(f"no scorer called {name!r}; near names: {', '.join(near)}; your own is 'my_module:MyScorer'")
-    module, _, attribute = SCORERS.get(name, name).partition(":")
-    try:
-        factory = getattr(import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"scorer {name!r}: no module named {error.name!r}") from error
-    except AttributeError as error:
-        raise ValueError(f"scorer {name!r}: module {module!r} has no {attribute!r}") from error
+    factory = imported(SCORERS.get(name, name), f"scorer {name!r}", ours=name in SCORERS)
     try:
         inspect.signature(factory).bind(**settings)
     except TypeError as error:
         takes = ", ".join(inspect.signature(factory).parameters) or "no settings"
         raise ValueError(f"scorer {name!r}: {error}; it takes {takes}") from error
-    return factory(**settings)
+    try:
+        return factory(**settings)
+    except (TypeError, AttributeError, RuntimeError, OSError, OverflowError) as error:
+        if not settings:
+            raise
+        why = " ".join(str(error).split())
+        raise ValueError(f"scorer {name!r}: not with these {', '.join(settings)}: {why[:300]}") from error

@@ -25,7 +25,7 @@ def processor_of(place: str):
     end at the same place."""
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(place)
+    processor = AutoProcessor.from_pretrained(place, trust_remote_code=False)
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token

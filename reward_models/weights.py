@@ -58,7 +58,7 @@ def read(path: Path) -> dict[str, Tensor]:
 def pretrained(kind: type, place: str, **settings) -> nn.Module:
     """A transformers model of `kind` from a folder or hub id, ready to look at things. RuntimeError if the checkpoint
     lacks weights: transformers would fill them with random numbers and only say so in a warning."""
-    model, info = kind.from_pretrained(place, output_loading_info=True, **settings)
+    model, info = kind.from_pretrained(place, output_loading_info=True, trust_remote_code=False, **settings)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise RuntimeError(f"the checkpoint lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]}")

@@ -207,6 +207,7 @@ class Places:
 def test_a_run_with_credit_by_place(settings, tmp_path, monkeypatch):
     (tmp_path / "own_places.py").write_text(PLACES)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MMALIGN_ALLOW", "own_places")
     name = "own_places:Places"
     changed = dict(rewards={f"{name}.mean": 1.0}, region=name, region_weight=0.5, iterations=2, held_out=None)
     for more in ({}, {"region_grid": [2, 4]}, {"whole_weight": 0.0, "region_grid": [1, 1]}):

@@ -166,6 +166,7 @@ def test_a_scorer_of_ones_own_is_learnt(settings, tmp_path, monkeypatch):
     """Training moves what it is told to move, in rollouts and on held-out prompts."""
     (tmp_path / "own_brightness.py").write_text(BRIGHTNESS)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MMALIGN_ALLOW", "own_brightness")
     changes = dict(rewards={"own_brightness:Brightness.mean": 1.0}, iterations=24, learning_rate=0.01, ema=0.5)
     out = run(settings, **changes, eval_every=0, prompts_per_iteration=4, children=4)
     rewards = torch.tensor([row["reward"] for row in rows(out / "metrics.jsonl")])

@@ -6,7 +6,6 @@ the same classes that the loaded model is driven by.
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 
 import diffusers
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmalign import policy as policies
 from mmalign.policy.pipeline import Conditioning, PipelinePolicy
+from reward_models.trust import imported
 
 ARCHITECTURES = {  # hub id -> folder of configs below assets/architectures, for models that are not here yet
     "stabilityai/stable-diffusion-3.5-medium": "stable_diffusion_3.5_medium",
@@ -57,7 +57,7 @@ def _part(model: str, name: str, own):
     library, cls = own
     if library is None or name.startswith(("tokenizer", "processor", "feature_extractor")):
         return None
-    kind = getattr(import_module(library), cls)
+    kind = imported(f"{library}:{cls}", f"{model}: {name}", ours=library in policies.LIBRARIES)
     if name == "scheduler":
         return kind.from_pretrained(model, subfolder=name)
     with torch.device("meta"):

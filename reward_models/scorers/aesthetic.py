@@ -34,7 +34,7 @@ class Aesthetic:
 
         with loading("aesthetic", f"{head} on {model}"):
             self.model = pretrained(CLIPModel, model, dtype=torch.float32).to(device)
-            self.image_processor = AutoImageProcessor.from_pretrained(model)
+            self.image_processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
             self.head = linear_chain(read(located(head, FILE))).to(device)
             if self.head[0].in_features != self.model.config.projection_dim:
                 raise ValueError(

@@ -31,7 +31,7 @@ def reward_model(weights: dict[str, Tensor], base: str, dtype: torch.dtype) -> t
 
     head = linear_chain(weights, HEAD, nn.ReLU)
     rest = {name: value for name, value in weights.items() if not name.startswith(HEAD)}
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     rows = [len(value) for name, value in rest.items() if name.endswith("embed_tokens.weight")]
     if not rows:
         raise RuntimeError("no token embeddings in the weights")

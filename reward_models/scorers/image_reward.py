@@ -127,7 +127,7 @@ class ImageReward:
             wide = self.vision.config.hidden_size
             self.text = text_encoder(below(found, "blip.text_encoder."), config, wide).to(device)
             self.head = linear_chain(below(found, "mlp.")).to(device)
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         self.device, self.batch, self.side = device, batch, self.vision.config.image_size
         self.card = Card(
             "image_reward",

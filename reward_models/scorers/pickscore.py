@@ -34,8 +34,8 @@ class PickScore:
 
         with loading("pickscore", f"{model} with {processor}"):
             self.model = pretrained(CLIPModel, model, dtype=torch.float32).to(device)
-            self.image_processor = AutoImageProcessor.from_pretrained(processor)
-            self.tokenizer = AutoTokenizer.from_pretrained(processor)
+            self.image_processor = AutoImageProcessor.from_pretrained(processor, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
         self.device, self.batch = device, batch
         self.card = Card(
             "pickscore",

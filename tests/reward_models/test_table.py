@@ -31,6 +31,7 @@ def refuses():
 def own(tmp_path, monkeypatch):
     (tmp_path / "own_scorers.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MMALIGN_ALLOW", "own_scorers, no_such_module")
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -58,8 +59,10 @@ def test_a_scorer_may_be_had_twice_under_other_names():
         ("qqq", {}, "near names: shapes, jpeg_size, clip"),
         ("jpeg_size", {"qualty": 3}, "'jpeg_size'.*'qualty'.*takes quality, direction"),
         ("jpeg_size", {"direction": "sideways"}, "'sideways'"),
+        ("jpeg_size", {"quality": "high"}, "'jpeg_size': not with these quality: "),
+        ("clip", {"device": "abacus"}, "'clip': not with these device: "),
         ("own_scorers:Mine", {}, "'own_scorers:Mine'.*'weight'"),
-        ("own_scorers:Yours", {}, "'own_scorers' has no 'Yours'"),
+        ("own_scorers:Yours", {}, "'own_scorers:Yours'.*has no attribute 'Yours'"),
         ("own_scorers:refuses", {}, "not today"),
         ("no_such_module:Mine", {}, "no module named 'no_such_module'"),
     ],
