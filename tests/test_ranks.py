@@ -55,13 +55,13 @@ BOUNDS = {"advantage": 3e-5, "gradient": 1e-5, "row": 1e-5, "adapter": 1e-5, "em
 
 
 def apart(one, many):
-    """The greatest difference by kind; of logged numbers, beyond a millionth of each."""
+    """The greatest difference by kind; of logged numbers, beyond a hundred-thousandth of each."""
     assert set(one) == set(many)
     found = dict.fromkeys(BOUNDS, 0.0)
     for key, value in one.items():
         kind = key.partition("/")[0]
         assert torch.equal(many[key].isnan(), value.isnan()), key
-        away = (many[key] - value).abs() - (1e-6 * value.abs() if kind == "row" else 0.0)
+        away = (many[key] - value).abs() - (1e-5 * value.abs() if kind == "row" else 0.0)
         found[kind] = max(found[kind], *away.nan_to_num(0.0).flatten().tolist(), 0.0)
     return found
 
