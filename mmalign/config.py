@@ -29,7 +29,7 @@ Layout = Literal["mmalign", "geneval", "t2i_compbench"]  # of the folder that ev
 POLICY_GRADIENT = (  # what acts on steps of walks alone
     "credit", "baseline", "compare", "control", "score_states", "advantage_scale", "advantage_floor", "advantage_clip",
     "saturated",
-    "region_weight", "whole_weight", "ratio_over", "focus", "weighting", "loss", "clip", "beta",
+    "region_weight", "whole_weight", "ratio_over", "focus", "weighting", "loss", "clip", "beta", "max_kl",
 )  # fmt: skip
 SAMPLING = ("kernel", "noise", "window", "branch_steps", "children", "max_forwards", "max_rewards", "cache", "overlap")
 
@@ -221,6 +221,11 @@ class Config(BaseModel):
         description="clipped, guard: bound of the (normalised) ratio around 1; masked: bound of the divergence",
     )
     beta: float = Field(0.0, ge=0, description="weight of the KL divergence to the model without adapter")
+    max_kl: PositiveFloat | None = Field(
+        None,
+        description="KL divergence to the model without adapter (metric `kl`) above which the run is saved, evaluated "
+        "and ended; with beta 0 measuring it takes a forward more for each row replayed; null: no limit",
+    )
     epochs: int = Field(1, ge=1, description="passes over an iteration's transitions")
     minibatches: int = Field(1, ge=1, description="optimiser steps per pass")
     micro_batch: int = Field(
@@ -242,6 +247,12 @@ class Config(BaseModel):
         None, description="scorer.component whose highest held-out mean keeps its checkpoint; null: the first reward"
     )
     max_failed: float = Field(0.2, ge=0, le=1, description="share of images without a score at which the run stops")
+    max_skips: int = Field(
+        0,
+        ge=0,
+        description="optimiser steps left out in a row, for a loss, gradient, latent, image or reward that is not "
+        "finite, before the run stops; 0: it stops at the first",
+    )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="adamw8bit: moments in 8 bits, a quarter of the memory; needs bitsandbytes (extra gpu)"
     )

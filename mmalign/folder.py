@@ -13,7 +13,7 @@ from pathlib import Path
 from mmalign import config as configs, disk
 from mmalign.config import BadInput, Config, Failed
 
-RECORDS = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl")
+RECORDS = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl", "alarms.jsonl")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 

@@ -77,7 +77,7 @@ def cost(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> Cost
     walks = c.prompts_per_iteration * c.seeds
     halves = 2 if c.guidance > 1 else 1
     scorers = len(c.trained)
-    replay = walks * learnt * (2 if c.beta else 1)
+    replay = walks * learnt * (2 if c.beta or c.max_kl else 1)
     if c.objective != "grpo":
         replay = walks * routes * c.draws * (2 if c.objective == "rgdpo" else 1)
     return Cost(walks * forwards * halves, replay * c.epochs * halves, walks * images * scorers)

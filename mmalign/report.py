@@ -45,7 +45,7 @@ def _text(path: Path) -> str:
 
 
 def summary(run: Path) -> dict:
-    """Before, after, mean rise and paired p-value of every score on the held-out prompts."""
+    """Before, after, mean rise and paired p-value of every score on the held-out prompts; and the alarms."""
     before, after = (disk.rows(run / "images" / side / "scores.jsonl") for side in ("before", "after"))
     rises = {}
     for name in before[0]["scores"] if before and after else ():
@@ -55,7 +55,7 @@ def summary(run: Path) -> dict:
         )
         rise, p = paired(a, b, torch.tensor([row["id"] for row in before]))
         rises[name] = {"before": float(a.nanmean()), "after": float(b.nanmean()), "rise": rise, "p": p}
-    return {"run": str(run), "images": len(after), "rises": rises}
+    return {"run": str(run), "images": len(after), "rises": rises, "alarms": disk.rows(run / "alarms.jsonl")}
 
 
 def write(run: Path) -> Path:
@@ -63,6 +63,7 @@ def write(run: Path) -> Path:
     metrics, evaluations = disk.rows(run / "metrics.jsonl"), disk.rows(run / "evaluations.jsonl")
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
+        _alarms(disk.rows(run / "alarms.jsonl")),
         _summary_table(summary(run)),
         _by_tag(run),
         "<h2>Before and after</h2><p>Held-out prompts, same seed on both sides, evenly spaced through the file. "
@@ -92,6 +93,11 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _alarms(rows: list[dict]) -> str:
+    table = _table(["alarm", "after iteration", ""], [[r["alarm"], str(r["iteration"]), r["text"]] for r in rows])
+    return f"<h2>Alarms</h2>{table}" if rows else ""
 
 
 def _summary_table(result: dict) -> str:
@@ -233,7 +239,8 @@ def _by_step(metrics: list[dict]) -> str:
 def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
     out: list[float] = []
     for value in values:
-        out.append(value if not out else keep * out[-1] + (1 - keep) * value)
+        before = out[-1] if out else value
+        out.append(keep * before + (1 - keep) * value if value == value else before)
     return out
 
 

@@ -1,8 +1,8 @@
 """A run around the iteration: evaluations, checkpoints and resumption.
 
-One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluations.jsonl`, `credit.jsonl`, `images/`,
-`checkpoints/`, `report.html`. What the next iteration does is a function of the config, the iteration and what a
-checkpoint holds, so a resumed run ends with the bits of one that was never interrupted.
+One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluations.jsonl`, `credit.jsonl`,
+`alarms.jsonl`, `images/`, `checkpoints/`, `report.html`. What the next iteration does is a function of the config, the
+iteration and what a checkpoint holds, so a resumed run ends with the bits of one that was never interrupted.
 """
 
 import json
@@ -14,7 +14,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmalign import ahead, checkpoint, config as configs, disk, evaluate, folder, planner, prompts as prompt_files
+from mmalign import (
+    ahead,
+    alarms,
+    checkpoint,
+    config as configs,
+    disk,
+    evaluate,
+    folder,
+    guards,
+    planner,
+    prompts as prompt_files,
+)
 from mmalign.config import BadInput, Config
 from mmalign.flow.sample import gaussian, seed_of
 from mmalign.session import Session, open_session
@@ -23,11 +34,12 @@ from mmalign.train import decoded, iterate, judge_all, roll_out
 
 
 def train(c: Config, resume: bool = False, console: Console | None = None) -> Path:
-    """Run a config to its end and return the run's folder. Raises BadInput before anything is written, Failed where the
-    disk takes no more, and Stopped after SIGTERM or Ctrl-C."""
+    """Run a config to its end and return the run's folder. Raises BadInput before anything is written, Failed where it
+    cannot go on (disk full, out of memory, scores that fail, values that are not finite), and Stopped after SIGTERM or
+    Ctrl-C."""
     console = console or Console()
     say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
-    with folder.held(out, say):
+    with folder.held(out, say), guards.failing():
         folder.check(out, c, resume)
         run = open_session(c)
         folder.room(out, _size(run) * max(1, c.keep_checkpoints + 2 - len(checkpoint.numbered(out / "checkpoints"))))
@@ -36,25 +48,26 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
         with folder.failing(out), stopping() as stop:
             disk.replace(out / "config.yaml", configs.dump(c).encode())
             folder.rewind(out, done, say)
-            _go_on(run, out, done, stop, console)
+            _go_on(run, out, done, stop, alarms.Watch(c, out, say), console)
         best = _best(out, c.best_by)
         if best is not None and best != c.iterations:
             say(f"best held-out {c.best_by}: {out / 'checkpoints' / f'{best:06d}'}")
     return out
 
 
-def _go_on(run: Session, out: Path, done: int, stop: Stop, console: Console) -> None:
-    """From the state after `done` iterations to the end. It is saved before it is evaluated, so that an evaluation can
-    be left at any time."""
+def _go_on(run: Session, out: Path, done: int, stop: Stop, watch: alarms.Watch, console: Console) -> None:
+    """From the state after `done` iterations to the end, or to where the KL budget is spent. It is saved before it is
+    evaluated, so that an evaluation can be left at any time."""
     c, first, began = run.config, done, time.monotonic()
-    evaluated = {row["iteration"] for row in disk.rows(out / "evaluations.jsonl")}
+    evaluated = {row["iteration"] for row in watch.evaluations}
     try:
         with _progress(console) as bar:
             task = bar.add_task("training", total=c.iterations, completed=done, note="")
             while True:
-                if run.held_out and _shown(c, done) and done not in evaluated:
-                    _evaluate(run, out, done, console)
-                if done == c.iterations:
+                last = done == c.iterations or watch.ended
+                if run.held_out and (last or _shown(c, done)) and done not in evaluated:
+                    watch.evaluations.append(_evaluate(run, out, done, last, console))
+                if last:
                     break
                 with stop.finishing():
                     row = iterate(run, done, out if _shown(c, done + 1) else None)
@@ -62,7 +75,8 @@ def _go_on(run: Session, out: Path, done: int, stop: Stop, console: Console) -> 
                     row["seconds/total"] = (time.monotonic() - began) / (done - first)
                     disk.append(out / "metrics.jsonl", row)
                     bar.update(task, completed=done, note=f"reward {row['reward']:.3f}  {_rate(row):.0f} NFE/s")
-                    if stop.asked or _shown(c, done) or done % c.checkpoint_every == 0:
+                    watch.look(row, run.skips.reasons)
+                    if stop.asked or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
                         save(run, out, done)
     except Stopped:
         console.print(f"stopped by {stop.asked.name} after iteration {done}; --resume goes on from there")
@@ -78,11 +92,11 @@ def _rate(row: dict) -> float:
     return (row["forwards"] + row["replay_forwards"]) / sum(row.get(f"seconds/{k}", 0.0) for k in ("rollout", "learn"))
 
 
-def _evaluate(run: Session, out: Path, done: int, console: Console) -> None:
+def _evaluate(run: Session, out: Path, done: int, last: bool, console: Console) -> dict:
     """Evaluate the state after `done` iterations, at the start and the end on all held-out prompts and with the images
-    kept. The row comes last: it says that the images are there."""
+    kept. The row, which is returned, comes last: it says that the images are there."""
     c, start = run.config, time.perf_counter()
-    name = {0: "before", c.iterations: "after"}.get(done)
+    name = "after" if last else None if done else "before"
     stride = max(1, len(run.held_out) // c.eval_prompts) if c.eval_prompts else 1
     prompts, seeds = (run.held_out, c.eval_seeds) if name else (run.held_out[::stride], 1)
     if name == "before":
@@ -97,10 +111,12 @@ def _evaluate(run: Session, out: Path, done: int, console: Console) -> None:
     if c.best_by:
         shared = (found.member == 0) & (found.prompt % (stride if name else 1) == 0)
         row["compared"] = float(found.parts[c.best_by][shared].nanmean())
-    disk.append(out / "evaluations.jsonl", row | means)
+    row |= means
+    disk.append(out / "evaluations.jsonl", row)
     if name is None:
         said = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
         console.print(f"iteration {done}: held-out {said}")
+    return row
 
 
 def _progress(console: Console) -> Progress:

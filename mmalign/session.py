@@ -17,6 +17,7 @@ from mmalign.config import BadInput, Config
 from mmalign.fit import Fit
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import seed_of
+from mmalign.guards import Skips
 from mmalign.judge import Combination
 from mmalign.records import Records, read as read_records
 from mmalign.types import Judgement, Policy
@@ -58,7 +59,8 @@ class Session:
     `multipliers` the constraints' by component, `reference` the frozen one's mean and standard deviation by component.
     `records` are the judged images that are learnt from instead of rollouts, if any. `origin` names by hash what the
     run is made of, which must not change under it. `fits` are the rows at once of the config's `batch`, `micro_batch`
-    and `decode_batch`, as memory allows. `ahead` holds batches by iteration that are drawn already (`mmalign.ahead`).
+    and `decode_batch`, as memory allows, `skips` the steps left out (`mmalign.guards`). `ahead` holds batches by
+    iteration that are drawn already (`mmalign.ahead`).
     """
 
     config: Config
@@ -77,6 +79,7 @@ class Session:
     origin: dict[str, str]
     clock: Clock
     fits: dict[str, Fit]
+    skips: Skips
     ahead: dict[int, Any] = field(default_factory=dict)
 
     def combination(self, iteration: int) -> Combination:
@@ -201,6 +204,7 @@ def open_session(c: Config) -> Session:
         _origin(weights, scorers, prompts, held_out, records),
         Clock(),
         {name: Fit(getattr(c, name)) for name in ("batch", "micro_batch", "decode_batch")},
+        Skips(c.max_skips),
     )
 
 

@@ -7,13 +7,14 @@ Left out on purpose: a replay buffer (each iteration learns from its own images)
 along.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign import ahead, exhibit, measures, planner, prompts as prompt_files
+from mmalign import ahead, exhibit, guards, measures, planner, prompts as prompt_files
 from mmalign.credit.gain import gains
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import gaussian, sample, seed_of
@@ -30,35 +31,51 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
     go with their credit to the folder `keep`."""
     c, policy, clock = run.config, run.policy, run.clock
     policy.spent.clear()
-    lesson, row = from_records(run, iteration) if run.records else _from_rollout(run, iteration, keep)
-    shuffle = torch.Generator().manual_seed(seed_of(c.seed, "shuffle", iteration))
+    run.skips.reasons.clear()
+    run.set_rate(iteration)
+    try:
+        lesson, row = from_records(run, iteration) if run.records else _from_rollout(run, iteration, keep)
+    except guards.NonFinite as found:
+        run.skips.leave_out(iteration, found)
+        lesson, row = None, {"reward": float("nan"), "rewards": 0}
+    forwards = policy.spent["forwards"]
     with clock.of("learn"):
-        run.set_rate(iteration)
-        forwards = policy.spent["forwards"]
-        statistics = update(
-            policy.parameters(), run.optimizer, lesson.batch, lesson.replay, needed=lesson.needed,
-            epochs=c.epochs, minibatches=c.minibatches, micro_batch=run.fits["micro_batch"],
-            max_grad_norm=c.max_grad_norm, generator=shuffle,
-        )  # fmt: skip
-        run.average()
+        statistics = _learn(run, lesson, iteration) if lesson else {}
     row = {"iteration": iteration + 1} | row
     row |= {
         "forwards": forwards,
         "replay_forwards": policy.spent["forwards"] - forwards,
         "decodes": policy.spent["decodes"],
         **run.asked(),
-        "transitions": len(lesson.batch),
+        "transitions": len(lesson.batch) if lesson else 0,
+        "skipped": len(run.skips.reasons),
         "lr": run.optimizer.param_groups[0]["lr"],
         **{f"fit/{name}": fit.rows for name, fit in run.fits.items() if fit.rows < getattr(c, name)},
     }
     return row | statistics | {f"seconds/{name}": seconds for name, seconds in clock.read().items()}
 
 
+def _learn(run: Session, lesson: Lesson, iteration: int) -> dict[str, float]:
+    c = run.config
+    prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
+    statistics = update(
+        run.policy.parameters(), run.optimizer, lesson.batch, lesson.replay, needed=lesson.needed, epochs=c.epochs,
+        minibatches=c.minibatches, micro_batch=run.fits["micro_batch"], max_grad_norm=c.max_grad_norm,
+        generator=torch.Generator().manual_seed(seed_of(c.seed, "shuffle", iteration)),
+        may_step=partial(run.skips.may_step, iteration, prompts),
+    )  # fmt: skip
+    if not run.skips.reasons:
+        run.average()
+    return statistics
+
+
 def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Lesson, dict[str, int | float]]:
     c, clock = run.config, run.clock
     own = ahead.batch(run, iteration, roll_out, decoded, judge_all)
+    guards.walked(own)
     prompts, cond, paths, images, judged = own.prompts, own.cond, own.paths, own.images, own.judged()
     stop_if_failing(judged, len(images), c.max_failed)
+    guards.rewarded(own, judged)
     with clock.of("learn"):
         if c.objective == "grpo":
             lesson = of_walks(run, cond, paths, judged)

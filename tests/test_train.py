@@ -52,8 +52,7 @@ def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path, monkeypatc
     cut = run(settings, resume=True, out=str(tmp_path / "cut"))
     assert adapter(cut) == adapter(whole)
     timeless = [
-        [{k: v for k, v in row.items() if "second" not in k} for row in rows(o / "metrics.jsonl")]
-        for o in (whole, cut)
+        [{k: v for k, v in row.items() if "second" not in k} for row in rows(o / "metrics.jsonl")] for o in (whole, cut)
     ]
     assert timeless[0] == timeless[1]
     assert [row["iteration"] for row in rows(cut / "evaluations.jsonl")] == [0, 2, 4]

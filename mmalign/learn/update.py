@@ -46,11 +46,13 @@ def transitions(paths: Trajectories, advantage: Float[Tensor, "N T a b"], weight
 
 
 def surrogate(
-    policy: Policy, cond, *, kernel: str, t_max: float, loss: str, clip: float, beta: float, over: str = "cell"
-) -> Replay:
+    policy: Policy, cond, *, kernel: str, t_max: float, loss: str, clip: float, beta: float, over: str = "cell",
+    measure: bool = False,
+) -> Replay:  # fmt: skip
     """The replay of GRPO: the surrogate named `loss`, bounded by `clip`, plus `beta` times the exact KL divergence to
-    the reference. Ratios are `over` each "cell" of the advantage's grid, or "credit": all that are credited alike."""
-    return partial(_replay, policy, cond, kernel, t_max, partial(LOSSES[loss], bound=clip), beta, over)
+    the reference, which `measure` tells even with `beta` 0. Ratios are `over` each "cell" of the advantage's grid, or
+    "credit": all that are credited alike."""
+    return partial(_replay, policy, cond, kernel, t_max, partial(LOSSES[loss], bound=clip), beta, over, measure)
 
 
 def update(
@@ -65,12 +67,15 @@ def update(
     micro_batch: Bounded,
     max_grad_norm: float,
     generator: torch.Generator,
+    may_step: Callable[[Rows, list[float], float], bool] = lambda rows, losses, norm: True,
 ) -> dict[str, float]:
     """Replay `batch` for `epochs` shuffled passes, each in `minibatches` optimiser steps, and return what happened.
 
     The loss is the mean of `replay`'s over a minibatch. `micro_batch` bounds the rows of one forward and backward;
     gradients add up, so it changes nothing else, and where memory does not suffice the minibatch is begun again with
     fewer. Rows that are not `needed`, for nothing would come of them, cost no forward but count in the mean.
+
+    Where `may_step(rows, their losses, gradient's norm)` says no, parameters and optimiser stay as they are.
 
     Statistics are means over all rows replayed, `name/k` over those whose `step` is k; `grad_norm` is before clipping.
     """
@@ -80,15 +85,18 @@ def update(
         order = torch.randperm(len(batch), generator=generator).to(batch.step.device)
         for part in order.tensor_split(min(minibatches, len(batch))) if len(batch) else ():
             alive = part if needed is None else part[needed[part]]
-            for name, value, k in micro_batch(partial(_gradients, optimizer, batch, alive, len(part), replay)):
+            found = micro_batch(partial(_gradients, optimizer, batch, alive, len(part), replay))
+            for name, value, k in found:
                 if value == value:
                     for key in (name, f"{name}/{k}"):
                         sums[key] += value
                         counts[key] += 1
             if len(alive):
-                sums["grad_norm"] += float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-                counts["grad_norm"] += 1
-                optimizer.step()
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+                if may_step(batch[alive], [value for name, value, _ in found if name == "loss"], norm):
+                    sums["grad_norm"] += norm
+                    counts["grad_norm"] += 1
+                    optimizer.step()
     return {name: sums[name] / counts[name] for name in sums}
 
 
@@ -110,7 +118,7 @@ def _gradients(
 
 
 def _replay(
-    policy, cond, kernel, t_max, loss_of, beta, over, micro: Transitions
+    policy, cond, kernel, t_max, loss_of, beta, over, measure, micro: Transitions
 ) -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
     """Loss per row and its statistics, from the network as it is now."""
     v = policy.velocity(micro.x, micro.t, cond, micro.index).float()
@@ -121,11 +129,11 @@ def _replay(
     loss, statistics = loss_of(change, moved, micro.advantage, std, micro.t - micro.s)
     loss = micro.weight * loss
     statistics |= {"log_ratio": change.detach().mean((1, 2)), "divergence": moved.detach().mean((1, 2))}
-    if beta:
+    if beta or measure:
         with torch.no_grad(), policy.reference():
             v = policy.velocity(micro.x, micro.t, cond, micro.index).float()
             anchor, _ = step(kernel, micro.x, v, micro.t, micro.s, micro.noise, t_max)
         kl = gaussian_kl(mean, anchor, std).mean((1, 2))
-        loss = loss + beta * kl
+        loss = loss + beta * kl if beta else loss
         statistics["kl"] = kl.detach()
     return loss, statistics | {"loss": loss.detach()}
