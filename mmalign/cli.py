@@ -6,7 +6,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich import box
@@ -30,6 +30,7 @@ console = Console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, each replacing one key of the file")]
+Form = Literal["diffusers", "comfyui", "merged"]
 Run = Annotated[Path, typer.Argument(help="folder of a run")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
@@ -92,6 +93,70 @@ def calibrate(
     console.print(f"{out}, {out.with_suffix('.png')}")
 
 
+@app.command()
+def estimate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="processes, one a GPU; prompts are dealt to them in turn")] = 1,
+    timed: Annotated[
+        bool,
+        typer.Option("--calibrate", help="load the model and the rewards here and time them, for seconds of a run"),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a run will take: forwards, decodes, scores, parameters, memory, disk. No weights are needed."""
+    from mmalign import config as configs, estimate as estimates, policy as policies, session
+
+    policies.quiet()
+    c = configs.load(config, overrides or [])
+    found = estimates.estimate(c, gpus)
+    if timed:
+        run = session.open_session(c)
+        found["seconds"] = estimates.durations(run.config, found, estimates.measure(run))
+    if as_json:
+        print(json.dumps(found))
+        return
+    console.print(f"{found['model']}, {' x '.join(map(str, found['size']))} pixels: {found['plan']}", soft_wrap=True)
+    for table in _estimated(found):
+        console.print(table)
+    for note in found["bounds"]:
+        console.print(f"at most: {note}", soft_wrap=True, highlight=False)
+
+
+def _estimated(found: dict) -> list[Table]:
+    """Counts; then what memory and disk hold, and seconds if they were measured."""
+    ranks, iteration = found["ranks"], found["iteration"]
+    columns = {"iteration": iteration}
+    if len(ranks) > 1:
+        columns |= {"largest rank": ranks[0], "smallest": ranks[-1]}
+    columns |= {"run": found["run"], "evaluations": found["evaluations"]}
+    counted = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("", *columns):
+        counted.add_column(heading, justify="right" if heading else "left")
+    for name in iteration:
+        counted.add_row(name.replace("_", " "), *(f"{own[name]:,}" if name in own else "" for own in columns.values()))
+    sized = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("", "parameters", "GiB of the largest rank"):
+        sized.add_column(heading, justify="right" if heading else "left")
+    for name, count in found["memory"]["device"].items():
+        own = found["parameters"].get(name)
+        sized.add_row(
+            name, f"{own:,}" if own else "", f"{count / 2**30:.3f}", end_section=name in ("latents", "replay")
+        )
+    sized.add_row("main memory: images", "", f"{found['memory']['main']['images'] / 2**30:.3f}")
+    disk = found["disk"]
+    kept = f"disk: {disk['checkpoints']} x checkpoint of {disk['checkpoint'] / 2**30:.3f}, images"
+    sized.add_row(kept, "", f"{disk['total'] / 2**30:.3f}")
+    tables = [counted, sized]
+    if "seconds" in found:
+        tables.append(Table(box=box.SIMPLE, padding=(0, 1, 0, 0)))
+        for heading in ("timed here", "seconds"):
+            tables[-1].add_column(heading, justify="right" if heading == "seconds" else "left")
+        for name, taken in found["seconds"].items():
+            tables[-1].add_row(name, f"{taken:.3g}" if taken < 100 else f"{taken:,.0f}")
+    return tables
+
+
 def _rises(summary: dict) -> Table:
     table = Table(title=f"held-out prompts, {summary['images']} images a side, same seeds before and after")
     for heading in ("score", "before", "after", "rise", "p (paired)"):
@@ -99,6 +164,18 @@ def _rises(summary: dict) -> Table:
     for name, row in summary["rises"].items():
         table.add_row(name, f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['rise']:+.3f}", f"{row['p']:.2g}")
     return table
+
+
+def _saved(run: Path):
+    """The config of a run, and its newest checkpoint; or that checkpoint, where `run` is the folder of one."""
+    from mmalign import checkpoint, config as configs
+
+    one = run.name.isdigit() and run.parent.name == "checkpoints"
+    c = configs.load(_config_of(run.parents[1] if one else run))
+    newest = run if one else checkpoint.latest(run / "checkpoints")
+    if newest is None:
+        raise BadInput(f"{run}: the run has no whole checkpoint yet")
+    return c, newest
 
 
 def _policy(model: str, guidance: float | None, run: Path | None):
@@ -111,11 +188,7 @@ def _policy(model: str, guidance: float | None, run: Path | None):
     policies.quiet()
     precision, c = "float32", None
     if run is not None:
-        one = run.name.isdigit() and run.parent.name == "checkpoints"
-        c = configs.load(_config_of(run.parents[1] if one else run))
-        newest = run if one else checkpoint.latest(run / "checkpoints")
-        if newest is None:
-            raise BadInput(f"{run}: the run has no whole checkpoint yet")
+        c, newest = _saved(run)
         model, precision, guidance = c.model, c.precision, c.guidance if guidance is None else guidance
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with configs.refusing():
@@ -712,22 +785,71 @@ def _short(value: int | float | None) -> str:
 
 
 @app.command()
-def export(run: Run, out: Annotated[Path, typer.Option(help="folder for the LoRA file")] = Path("lora")) -> None:
-    """Write a run's averaged adapter as the LoRA that stock diffusers opens, and open it once to be sure."""
-    policy = _policy("", None, run)
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="folder for the file, or for the folder `merged`")] = Path("lora"),
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--format",
+            help="diffusers: LoRA for load_lora_weights; comfyui: one LoRA file; merged: the whole pipeline with it",
+        ),
+    ] = "diffusers",
+) -> None:
+    """Write a run's averaged adapter for other programs, and read it back once to be sure."""
+    from mmalign import checkpoint, config as configs
+
+    policy, (c, newest) = _policy("", None, run), _saved(run)
+    state = checkpoint.read(newest)[1]
+    if not c.quantize and state["made"]["model"] != policy.fingerprint():  # weights are exported unquantised
+        raise BadInput(f"the weights of {c.model} are not those that {run} was trained on")
     _writable(out)
-    path = policy.export(out)
-    policy.check_export(out)
-    console.print(f"{path}: opens in the stock pipeline and gives the same velocity")
+    with configs.refusing():
+        path = policy.export(out, form, _about(c, policy, state))
+    try:
+        policy.check_export(out, form)
+    except ValueError as error:
+        print(f"mmalign: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    console.print(f"{path}: read back, and it gives the same velocity", highlight=False, soft_wrap=True)
+
+
+def _about(c, policy, state: dict) -> dict[str, str]:
+    """What the header of an exported file says of the run."""
+    from importlib.metadata import version
+
+    from mmalign import config as configs
+
+    own = configs.public(c.model_dump(mode="json"))
+    lists = {"sigmas": policy.times(c.steps).tolist(), "config": own}
+    return {
+        "version": version("mmalign"), "base_model": own["model"], "iteration": str(state["iteration"]),
+        "steps": str(c.steps), "precision": c.precision,
+    } | {name: json.dumps(value) for name, value in lists.items()}  # fmt: skip
 
 
 @app.command()
-def report(run: Run) -> None:
-    """Write a run's report.html again."""
-    from mmalign import report as reports
+def report(
+    run: Run,
+    serve: Annotated[bool, typer.Option("--serve", help="serve the page until Ctrl-C; it follows the run")] = False,
+    host: Annotated[
+        str | None, typer.Option(help="--serve: address to listen on; who reaches it can read the run [127.0.0.1]")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="--serve: 0 is any free one [8001]")] = None,
+) -> None:
+    """Write a run's report.html again, or serve a page that follows the run while it goes on."""
+    from mmalign import config as configs, report as reports
 
-    _config_of(run)
-    console.print(f"report: {reports.write(run)}")
+    configs.load(_config_of(run))
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    if serve:
+        with configs.refusing():
+            from mmalign import live
+        live.serve(run, **given)
+    elif given:
+        raise BadInput(f"--{next(iter(given))} acts only with --serve")
+    else:
+        console.print(f"report: {reports.write(run)}")
 
 
 def _writable(folder: Path) -> None:

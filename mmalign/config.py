@@ -5,10 +5,12 @@ line changes it once more. An unknown key is refused with the nearest name, and 
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -31,6 +33,7 @@ POLICY_GRADIENT = (  # what acts on steps of walks alone
     "saturated",
     "region_weight", "whole_weight", "ratio_over", "focus", "weighting", "loss", "clip", "beta", "max_kl",
 )  # fmt: skip
+SECRETS = {"key", "apikey", "token", "secret", "password", "credentials", "authorization", "headers", "cookie"}
 SAMPLING = ("kernel", "noise", "window", "branch_steps", "children", "max_forwards", "max_rewards", "cache", "overlap")
 
 
@@ -246,6 +249,9 @@ class Config(BaseModel):
     keep_best: str | None = Field(
         None, description="scorer.component whose highest held-out mean keeps its checkpoint; null: the first reward"
     )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="experiment trackers told of the run beside metrics.jsonl, by accelerate"
+    )
     max_failed: float = Field(0.2, ge=0, le=1, description="share of images without a score at which the run stops")
     max_skips: int = Field(
         0,
@@ -286,6 +292,11 @@ class Config(BaseModel):
     def trained(self) -> tuple[str, ...]:
         """The scorers whose components are rewards or constraints."""
         return tuple({name.rpartition(".")[0]: None for name in (*self.rewards, *self.at_least)})
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether a row that is replayed takes a forward of the model without adapter, too."""
+        return self.beta > 0 or self.max_kl is not None
 
     @property
     def best_by(self) -> str | None:
@@ -458,6 +469,24 @@ def _say(error: dict[str, Any]) -> str:
 
 def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def public(value: Any) -> Any:
+    """A config's values as they may be given away: without what is named like a secret, without password and query of
+    a URL, and of absolute paths the last part alone, for the others tell of a machine and its users."""
+    if isinstance(value, dict):
+        return {key: "(left out)" if _secret(str(key)) else public(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(own) for own in value]
+    if isinstance(value, str) and "://" in value:
+        url = urlsplit(value)
+        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+    local = isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())
+    return Path(value).name if local else value
+
+
+def _secret(name: str) -> bool:
+    return bool(SECRETS & {*re.split(r"[^a-z]+", name.lower())})
 
 
 def locate(path: str) -> str:

@@ -26,6 +26,7 @@ PLACES: dict[Layout, str] = {  # of an image: `row` counts the prompts, `member`
     "t2i_compbench": "samples/{prompt.text}_{image:06d}.png",
 }
 LONGEST = 255 - len("_000000.png")  # bytes; common file systems take names of 255
+SHEET = 60  # images of a contact sheet
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def paired(before: Float[Tensor, "N"], after: Float[Tensor, "N"], prompt: Int[Te
     return float(rise.mean()), float(stats.ttest_1samp(per_prompt.numpy(), 0.0).pvalue)
 
 
-def contact_sheet(images: Float[Tensor, "N 3 H W"], path: Path, count: int = 60, columns: int = 12) -> None:
+def contact_sheet(images: Float[Tensor, "N 3 H W"], path: Path, count: int = SHEET, columns: int = 12) -> None:
     """One PNG of `count` images evenly spaced through the batch, small ones enlarged to about 64 pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]

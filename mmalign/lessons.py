@@ -64,7 +64,7 @@ def of_walks(run: Session, cond, paths: Trajectories, judged: Judgement) -> Less
         batch = run.fits["batch"](lambda rows: attended(policy, cond, batch, c.focus_share, rows))
     replay = surrogate(
         policy, cond, kernel=c.kernel, t_max=paths.t_max, loss=c.loss, clip=c.clip, beta=c.beta, over=c.ratio_over,
-        measure=c.max_kl is not None,
+        measure=c.measures_kl,
     )  # fmt: skip
     return Lesson(batch, replay, None if c.beta else batch.advantage.abs().amax((1, 2)) > 0)
 

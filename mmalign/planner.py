@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,11 +17,13 @@ TOO_MUCH, NOTICEABLE = 2.0, 0.1  # standard deviation left after a step: in unit
 
 @dataclass(frozen=True)
 class Cost:
-    """Upper bounds of one iteration: network forwards (rollout, completions, replay) and images scored, times reward
-    scorers. Replay takes fewer where advantages are 0."""
+    """Of one iteration: network forwards (rollout with completions; replay), rows that are learnt from, images decoded,
+    and images scored, times reward scorers. Replay takes fewer where advantages are 0, and R-GDPO finds fewer pairs."""
 
     rollout: int
     replay: int
+    rows: int
+    images: int
     rewards: int
 
     @property
@@ -69,22 +71,31 @@ def window_start(c: Config, iteration: int, prompt_id: int) -> int:
     return random.Random(seed_of(c.seed, "window", iteration, prompt_id)).choice(places)
 
 
-def cost(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> Cost:
+def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
+    """What an iteration costs where all groups have this plan; `guided`: a row's velocity takes two forwards."""
+    forwards, images, learnt = plan.cost
+    walks, halves = c.prompts_per_iteration * c.seeds, 2 if guided else 1
+    rows, passes = walks * learnt, 2 if c.measures_kl else 1
+    if c.objective == "srum":
+        rows = walks * plan.learnt * c.draws
+    if c.objective == "rgdpo":  # a pair is two images, and both are shown to the model without adapter
+        rows, passes = c.prompts_per_iteration * (c.seeds * plan.learnt // 2) * c.draws, 4
+    attended = 2 * rows if c.focus == "prompt" else 0
+    return Cost(
+        walks * forwards * halves + attended, rows * passes * c.epochs * halves, rows, walks * images,
+        walks * images * len(c.trained),
+    )  # fmt: skip
+
+
+def cost(c: Config, times: Float[Tensor, "states"], levels: plans.Noise, guided: bool) -> Cost:
     """What an iteration may cost at most, wherever its windows stand."""
-    placed = [plan_for(c, times, levels, start) for start in window_starts(c)]
-    forwards, images, learnt = (max(column) for column in zip(*(plan.cost for plan in placed), strict=True))
-    routes = max(plan.learnt for plan in placed)
-    walks = c.prompts_per_iteration * c.seeds
-    halves = 2 if c.guidance > 1 else 1
-    scorers = len(c.trained)
-    replay = walks * learnt * (2 if c.beta or c.max_kl else 1)
-    if c.objective != "grpo":
-        replay = walks * routes * c.draws * (2 if c.objective == "rgdpo" else 1)
-    return Cost(walks * forwards * halves, replay * c.epochs * halves, walks * images * scorers)
+    placed = [astuple(cost_of(c, plan_for(c, times, levels, start), guided)) for start in window_starts(c)]
+    return Cost(*(max(column) for column in zip(*placed, strict=True)))
 
 
-def fit(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> tuple[Config, Cost]:
-    """The config, thinned until it keeps `max_forwards` and `max_rewards`, and its cost.
+def fit(c: Config, times: Float[Tensor, "states"], levels: plans.Noise, guided: bool) -> tuple[Config, Cost]:
+    """The config, thinned until it keeps `max_forwards` and `max_rewards`, and its cost; `guided`: a row's velocity
+    takes two forwards.
 
     In this order: shorter completions, down to two steps (one is the jump to the predicted clean latent, which
     DenseGRPO found worse than no step-wise reward); every second, third, ... state, always with the first; fewer branch
@@ -92,9 +103,9 @@ def fit(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> tuple
     fits.
     """
     if c.records:
-        return c, Cost(0, 0, 0)  # nothing is sampled; replay takes as many images as the prompts have records
+        return c, Cost(0, 0, 0, 0, 0)  # nothing is sampled; replay takes as many images as the prompts have records
     for candidate in _candidates(c, times, levels):
-        spent = cost(candidate, times, levels)
+        spent = cost(candidate, times, levels, guided)
         if spent.forwards <= (c.max_forwards or spent.forwards) and spent.rewards <= (c.max_rewards or spent.rewards):
             return candidate, spent
     raise BadInput(

@@ -1,9 +1,13 @@
-"""`report.html`: one self-contained page of what a run did. Pictures are chosen by position, not by score."""
+"""`report.html`: one self-contained page of what a run did. Pictures are chosen by position, not by score.
+
+The files of a run may be read while it writes them: a last line without its end counts as not there yet.
+"""
 
 import base64
 import html
 import io
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +21,9 @@ from mmalign import disk
 from mmalign.evaluate import paired
 from reward_models import heat
 
+Source = Callable[[Path], str]  # the address of an image, for its `src`
+
+SIDES = ("before", "after")
 BY_STEP = (
     "std", "gain", "gain_std", "balance", "ratio", "clipped_low", "clipped_high", "divergence", "kl"
 )  # fmt: skip
@@ -31,6 +38,7 @@ svg{max-width:100%;height:auto}
 .pair{display:flex;gap:6px} figure{margin:0;text-align:center;font-size:12px;color:#555}
 .pair img{width:82px;height:82px;image-rendering:pixelated;border:3px solid #bbb;border-radius:3px}
 .picture{position:relative} .heat{position:absolute;inset:3px;width:calc(100% - 6px);height:calc(100% - 6px)}
+.sheet{max-width:100%}
 .plain .heat{display:none} .walk{display:flex;gap:10px;flex-wrap:wrap} .walk figure{width:118px}
 .walk img{width:112px;height:112px;image-rendering:pixelated;border:3px solid #bbb;border-radius:3px}
 .walk .picture{width:118px;height:118px}
@@ -46,47 +54,57 @@ def _text(path: Path) -> str:
 
 def summary(run: Path) -> dict:
     """Before, after, mean rise and paired p-value of every score on the held-out prompts; and the alarms."""
-    before, after = (disk.rows(run / "images" / side / "scores.jsonl") for side in ("before", "after"))
-    rises = {}
-    for name in before[0]["scores"] if before and after else ():
+    before, after = ({row["image"]: row for row in disk.rows(run / f"images/{side}/scores.jsonl")} for side in SIDES)
+    shown, rises = [image for image in before if image in after], {}
+    for name in before[shown[0]]["scores"] if shown else ():
         a, b = (
-            torch.tensor([float("nan") if r["scores"][name] is None else r["scores"][name] for r in rows])
-            for rows in (before, after)
+            torch.tensor([float("nan") if (value := side[i]["scores"][name]) is None else value for i in shown])
+            for side in (before, after)
         )
-        rise, p = paired(a, b, torch.tensor([row["id"] for row in before]))
+        rise, p = paired(a, b, torch.tensor([before[image]["id"] for image in shown]))
         rises[name] = {"before": float(a.nanmean()), "after": float(b.nanmean()), "rise": rise, "p": p}
-    return {"run": str(run), "images": len(after), "rises": rises, "alarms": disk.rows(run / "alarms.jsonl")}
+    return {"run": str(run), "images": len(shown), "rises": rises, "alarms": disk.rows(run / "alarms.jsonl")}
 
 
 def write(run: Path) -> Path:
     """Write `report.html` into the run's folder and return its path."""
+    page = run / "report.html"
+    page.write_text(document(run.name, content(run, embedded)))
+    return page
+
+
+def document(title: str, inner: str, script: str = "") -> str:
+    """A whole page around `inner`, with the title as its heading."""
+    title = html.escape(title)
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><body>"
+        f"<h1>{title}</h1>{inner}{script and f'<script>{script}</script>'}</body></html>"
+    )
+
+
+def embedded(path: Path) -> str:
+    """The image itself, as a data URL."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def content(run: Path, source: Source) -> str:
+    """What there is to show of a run so far, as HTML."""
     metrics, evaluations = disk.rows(run / "metrics.jsonl"), disk.rows(run / "evaluations.jsonl")
     parts = [
-        f"<h1>{html.escape(run.name)}</h1>",
         _alarms(disk.rows(run / "alarms.jsonl")),
         _summary_table(summary(run)),
         _by_tag(run),
-        "<h2>Before and after</h2><p>Held-out prompts, same seed on both sides, evenly spaced through the file. "
-        "A frame is green where every check of the first score passes.</p>",
-        SWITCH if '"places": {"' in _text(run / "images/after/scores.jsonl") else "",
-        _pairs(run),
-        _credit(run),
+        _held_out(run, evaluations, source),
+        _credit(run, source),
         "<h2>Curves</h2>",
         _curves(metrics, evaluations) if metrics else "<p>No iteration yet.</p>",
         "<h2>Step by step</h2>" + _by_step(metrics) if metrics else "",
-        "<h2>Time and work</h2>",
-        _work(metrics, evaluations) if metrics else "",
+        _last(metrics[-1]) if metrics else "",
+        "<h2>Time and work</h2>" + _work(metrics, evaluations) if metrics else "",
         "<h2>Config</h2>",
         f"<pre>{html.escape((run / 'config.yaml').read_text())}</pre>",
     ]
-    page = run / "report.html"
-    title = html.escape(run.name)
-    page.write_text(
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><body>"
-        + "\n".join(parts)
-        + "</body></html>"
-    )
-    return page
+    return "\n".join(parts)
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:
@@ -113,7 +131,7 @@ def _summary_table(result: dict) -> str:
 
 def _by_tag(run: Path) -> str:
     sides = {}
-    for side in ("before", "after"):
+    for side in SIDES:
         sides[side] = defaultdict(list)
         for row in disk.rows(run / "images" / side / "scores.jsonl"):
             first = next(iter(row["scores"].values()))
@@ -133,48 +151,62 @@ def _by_tag(run: Path) -> str:
     return "<h2>First score by kind of prompt</h2>" + _table(["kind", "images", "before", "after"], rows)
 
 
-def _pairs(run: Path, count: int = 20) -> str:
+def _held_out(run: Path, evaluations: list[dict], source: Source) -> str:
+    """Images of the held-out prompts before and after, or while there are none after, the newest there are."""
+    if any(row["name"] == "after" for row in evaluations):
+        note = (
+            "Held-out prompts, same seed on both sides, evenly spaced through the file. "
+            "A frame is green where every check of the first score passes."
+        )
+        switch = SWITCH if '"places": {"' in _text(run / "images/after/scores.jsonl") else ""
+        return f"<h2>Before and after</h2><p>{note}</p>{switch}{_pairs(run, source)}"
+    if not evaluations:
+        return ""
+    last = evaluations[-1]
+    sheet = run / "images" / f"{last['name'] or format(last['iteration'], '06d')}.png"
+    picture = f'<img class=sheet src="{source(sheet)}" alt="">' if sheet.exists() else ""
+    return f"<h2>Held-out prompts after {last['iteration']} iterations</h2>{picture}"
+
+
+def _pairs(run: Path, source: Source, count: int = 20) -> str:
     after = {row["image"]: row for row in disk.rows(run / "images/after/scores.jsonl")}
     before = [row for row in disk.rows(run / "images/before/scores.jsonl") if row["image"] in after]
     cards = []
     for row in before[:: max(1, len(before) // count)][:count]:
         figures = "".join(
-            _figure(run / "images" / side / row["image"], side, own)
+            _figure(source(run / "images" / side / row["image"]), side, own)
             for side, own in (("before", row), ("after", after[row["image"]]))
         )
         cards.append(f"<div class=card><p>{html.escape(row['prompt'])}</p><div class=pair>{figures}</div></div>")
     return f"<div class=grid>{''.join(cards)}</div>"
 
 
-def _figure(path: Path, caption: str, row: dict) -> str:
+def _figure(src: str, caption: str, row: dict) -> str:
     first = next(iter(row["scores"].values()))
     frame = "" if first is None else "good" if first >= 1 else "bad"
     over = "".join(heat.over(own, name) for name, own in [*row.get("places", {}).items()][:1])
-    return f"<figure>{_picture(path, frame, over)}{caption}</figure>"
+    return f"<figure>{_picture(src, frame, over)}{caption}</figure>"
 
 
-def _picture(path: Path, frame: str = "", over: str = "") -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<div class=picture><img class="{frame}" src="data:image/png;base64,{data}" alt="">{over}</div>'
+def _picture(src: str, frame: str = "", over: str = "") -> str:
+    return f'<div class=picture><img class="{frame}" src="{src}" alt="">{over}</div>'
 
 
-def _credit(run: Path) -> str:
+def _credit(run: Path, source: Source) -> str:
     """The images kept of the last iteration that has any: map of the regions, and the advantage at each step."""
     kept = disk.rows(run / "credit.jsonl")
     kept = [row for row in kept if row["iteration"] == kept[-1]["iteration"]]
     if not any(row["advantage"] or row["map"] for row in kept):
         return ""
-    values = [abs(value) for row in kept for grid in row["advantage"].values() for line in grid for value in line]
-    scale, out = max([*values, 1e-6]), []
+    scale, out = credit_scale(kept), []
     for row in kept:
-        path = run / row["image"]
-        size = Image.open(path).size[::-1]
-        figures = [("image", _picture(path))]
+        src, size = source(run / row["image"]), Image.open(run / row["image"]).size[::-1]
+        figures = [("image", _picture(src))]
         if row["map"] and any(value is not None for line in row["map"] for value in line):
-            figures.append(("map", _picture(path, over=heat.over({"size": size, "map": row["map"], "boxes": []}))))
+            figures.append(("map", _picture(src, over=heat.over({"size": size, "map": row["map"], "boxes": []}))))
         for step, grid in row["advantage"].items():
             own = f"<svg class=heat viewBox='0 0 {size[1]} {size[0]}'>{heat.cells(grid, size, scale)}</svg>"
-            figures.append((f"credit of step {step}", _picture(path, over=own)))
+            figures.append((f"credit of step {step}", _picture(src, over=own)))
         shown = "".join(f"<figure>{picture}{caption}</figure>" for caption, picture in figures)
         reward = "no reward" if row["reward"] is None else f"reward {row['reward']:.3g}"
         out.append(f"<p>{html.escape(row['prompt'])}: {reward}</p><div class=walk>{shown}</div>")
@@ -183,6 +215,12 @@ def _credit(run: Path) -> str:
         f" red: wrong, or less of it; full colour is {scale:.3g} for credit and 1 for maps.</p>"
     )
     return f"<h2>Credit</h2>{note}{''.join(out)}"
+
+
+def credit_scale(kept: list[dict]) -> float:
+    """The largest credit among rows of `credit.jsonl`: what full colour stands for."""
+    values = (abs(value) for row in kept for grid in row["advantage"].values() for line in grid for value in line)
+    return max(values, default=0.0) or 1e-6
 
 
 def _svg(figure) -> str:
@@ -195,7 +233,7 @@ def _svg(figure) -> str:
 
 def _curves(metrics: list[dict], evaluations: list[dict]) -> str:
     """Training reward, each held-out score, and diversity, side by side against iterations."""
-    skip = {"iteration", "name", "images", "seconds", "compared"}
+    skip = {"iteration", "name", "images", "seconds"}
     names = [name for name in (evaluations[0] if evaluations else {}) if name not in skip]
     panels = ["training reward", *names, "ratio and clipping", "gradient norm"]
     rows = -(-len(panels) // 3)
@@ -236,6 +274,13 @@ def _by_step(metrics: list[dict]) -> str:
     return note + _table(["step", *(name.replace("_", " ") for name in names)], rows)
 
 
+def _last(row: dict) -> str:
+    """Every number of one iteration, folded."""
+    values = [[name, f"{value:.6g}"] for name, value in row.items() if name != "iteration"]
+    heading = f"Every number of iteration {row['iteration']}"
+    return f"<details><summary>{heading}</summary>{_table(['number', 'value'], values)}</details>"
+
+
 def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
     out: list[float] = []
     for value in values:
@@ -245,7 +290,7 @@ def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
 
 
 def _work(metrics: list[dict], evaluations: list[dict]) -> str:
-    keys = ("rollout", "decode", "reward", "learn")
+    keys = ("rollout", "decode", "reward", "learn", "io")
     seconds = {key: sum(row.get(f"seconds/{key}", 0.0) for row in metrics) for key in keys}
     whole = sum(seconds.values())
     rows = [[key, f"{value:.1f} s", f"{value / whole:.0%}"] for key, value in seconds.items()]

@@ -1,8 +1,9 @@
 """A run around the iteration: evaluations, checkpoints and resumption.
 
 One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluations.jsonl`, `credit.jsonl`,
-`alarms.jsonl`, `images/`, `checkpoints/`, `report.html`. What the next iteration does is a function of the config, the
-iteration and what a checkpoint holds, so a resumed run ends with the bits of one that was never interrupted.
+`alarms.jsonl`, `images/`, `checkpoints/`, `report.html`, and what trackers keep. What the next iteration does is a
+function of the config, the iteration and what a checkpoint holds, so a resumed run ends with the bits of one that was
+never interrupted.
 """
 
 import json
@@ -25,11 +26,13 @@ from mmalign import (
     guards,
     planner,
     prompts as prompt_files,
+    tracking,
 )
 from mmalign.config import BadInput, Config
 from mmalign.flow.sample import gaussian, seed_of
 from mmalign.session import Session, open_session
 from mmalign.signals import Stop, Stopped, stopping
+from mmalign.tracking import Trackers
 from mmalign.train import decoded, iterate, judge_all, roll_out
 
 
@@ -41,24 +44,28 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
     say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
     with folder.held(out, say), guards.failing():
         folder.check(out, c, resume)
+        tracking.check(c.trackers)
         run = open_session(c)
         folder.room(out, _size(run) * max(1, c.keep_checkpoints + 2 - len(checkpoint.numbered(out / "checkpoints"))))
         console.print(planner.describe(run.config, run.cost))
         done = restore(run, out, say) if resume else 0
-        with folder.failing(out), stopping() as stop:
+        with tracking.opened(c, out, done, console) as trackers, folder.failing(out), stopping() as stop:
             disk.replace(out / "config.yaml", configs.dump(c).encode())
             folder.rewind(out, done, say)
-            _go_on(run, out, done, stop, alarms.Watch(c, out, say), console)
+            _go_on(run, out, done, trackers, stop, alarms.Watch(c, out, say), console)
         best = _best(out, c.best_by)
         if best is not None and best != c.iterations:
             say(f"best held-out {c.best_by}: {out / 'checkpoints' / f'{best:06d}'}")
     return out
 
 
-def _go_on(run: Session, out: Path, done: int, stop: Stop, watch: alarms.Watch, console: Console) -> None:
+def _go_on(
+    run: Session, out: Path, done: int, trackers: Trackers, stop: Stop, watch: alarms.Watch, console: Console
+) -> None:
     """From the state after `done` iterations to the end, or to where the KL budget is spent. It is saved before it is
     evaluated, so that an evaluation can be left at any time."""
-    c, first, began = run.config, done, time.monotonic()
+    c, clock = run.config, run.clock
+    clock.read()  # what came before belongs to no iteration
     evaluated = {row["iteration"] for row in watch.evaluations}
     try:
         with _progress(console) as bar:
@@ -66,18 +73,23 @@ def _go_on(run: Session, out: Path, done: int, stop: Stop, watch: alarms.Watch, 
             while True:
                 last = done == c.iterations or watch.ended
                 if run.held_out and (last or _shown(c, done)) and done not in evaluated:
-                    watch.evaluations.append(_evaluate(run, out, done, last, console))
+                    watch.evaluations.append(_evaluate(run, out, done, last, trackers, console))
                 if last:
                     break
                 with stop.finishing():
                     row = iterate(run, done, out if _shown(c, done + 1) else None)
                     done += 1
-                    row["seconds/total"] = (time.monotonic() - began) / (done - first)
-                    disk.append(out / "metrics.jsonl", row)
-                    bar.update(task, completed=done, note=f"reward {row['reward']:.3f}  {_rate(row):.0f} NFE/s")
-                    watch.look(row, run.skips.reasons)
+                    with clock.of("io"):
+                        disk.append(out / "metrics.jsonl", row)
+                        watch.look(row, run.skips.reasons)
+                        trackers.log(row, done)
+                        if _shown(c, done) and trackers.working:
+                            trackers.show(tracking.credit(out, done), done)
+                    note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
+                    bar.update(task, completed=done, note=note)
                     if stop.asked or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
-                        save(run, out, done)
+                        with clock.of("io"):
+                            save(run, out, done)
     except Stopped:
         console.print(f"stopped by {stop.asked.name} after iteration {done}; --resume goes on from there")
         raise
@@ -88,31 +100,38 @@ def _shown(c: Config, done: int) -> bool:
     return done in (0, c.iterations) or (c.eval_every > 0 and done % c.eval_every == 0)
 
 
-def _rate(row: dict) -> float:
-    return (row["forwards"] + row["replay_forwards"]) / sum(row.get(f"seconds/{k}", 0.0) for k in ("rollout", "learn"))
+def in_between(c: Config, held_out: int) -> int:
+    """Evaluations that are neither the first nor the last draw every so manieth of the held-out prompts."""
+    return max(1, held_out // c.eval_prompts) if c.eval_prompts else 1
 
 
-def _evaluate(run: Session, out: Path, done: int, last: bool, console: Console) -> dict:
+def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers, console: Console) -> dict:
     """Evaluate the state after `done` iterations, at the start and the end on all held-out prompts and with the images
     kept. The row, which is returned, comes last: it says that the images are there."""
     c, start = run.config, time.perf_counter()
     name = "after" if last else None if done else "before"
-    stride = max(1, len(run.held_out) // c.eval_prompts) if c.eval_prompts else 1
+    stride = in_between(c, len(run.held_out))
     prompts, seeds = (run.held_out, c.eval_seeds) if name else (run.held_out[::stride], 1)
     if name == "before":
         console.print(f"before: {len(prompts)} held-out prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
-    with run.averaged() if done else run.policy.reference():
+    with run.clock.of("evaluate"), run.averaged() if done else run.policy.reference():
         found = evaluate.evaluate(run.policy, prompts, seeds, c.eval_steps, run.scorers, c.batch)
-    evaluate.contact_sheet(found.images, out / "images" / f"{name or f'{done:06d}'}.png")
-    if name:
-        evaluate.write(found, prompts, out / "images" / name)
-    means, seconds = found.means(), time.perf_counter() - start
+        means = found.means()
+    seconds = time.perf_counter() - start
     row = {"iteration": done, "name": name, "images": len(found.images), "seconds": seconds}
     if c.best_by:
         shared = (found.member == 0) & (found.prompt % (stride if name else 1) == 0)
         row["compared"] = float(found.parts[c.best_by][shared].nanmean())
-    row |= means
-    disk.append(out / "evaluations.jsonl", row)
+    with run.clock.of("io"):
+        sheet = out / "images" / f"{name or f'{done:06d}'}.png"
+        evaluate.contact_sheet(found.images, sheet)
+        if name:
+            evaluate.write(found, prompts, out / "images" / name)
+        row |= means
+        disk.append(out / "evaluations.jsonl", row)
+        told = {key: value for key, value in row.items() if key not in ("iteration", "name")}
+        trackers.log({f"held_out/{key}": value for key, value in told.items()}, done)
+        trackers.show(tracking.sheet(sheet), done)
     if name is None:
         said = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
         console.print(f"iteration {done}: held-out {said}")

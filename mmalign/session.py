@@ -27,17 +27,21 @@ from reward_models.cache import Cached
 
 @dataclass
 class Clock:
-    """Seconds by name, since the last reading."""
+    """Seconds by name, and `total`, all that passed, since the last reading. What a thread does beside counts too."""
 
+    now: Callable[[], float] = time.perf_counter
     seconds: Counter = field(default_factory=Counter)
+
+    def __post_init__(self):
+        self.last = self.now()
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self.now()
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] += self.now() - start
 
     def timed(self, name: str, function: Callable) -> Callable:
         def run(*args):
@@ -47,8 +51,9 @@ class Clock:
         return run
 
     def read(self) -> dict[str, float]:
+        before, self.last = self.last, self.now()
         out, self.seconds = dict(self.seconds), Counter()
-        return out
+        return out | {"total": self.last - before}
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,12 @@ class Session:
             judge = getattr(getattr(scorer, "scorer", scorer), "judge", None)
             row |= {f"judge/{name}/{key}": count for key, count in dict(judge.spent).items()} if judge else {}
         return row
+
+    def pace(self) -> dict[str, float]:
+        """Seconds of each part since they were last read, and network forwards per second of rollout and learning."""
+        seconds = self.clock.read()
+        rate = self.policy.spent["forwards"] / (seconds.get("rollout", 0.0) + seconds["learn"])
+        return {"nfe_per_second": rate} | {f"seconds/{name}": spent for name, spent in seconds.items()}
 
     def set_rate(self, iteration: int) -> None:
         """The learning rate of an iteration: linear warm-up and cool-down."""
@@ -175,7 +186,7 @@ def open_session(c: Config) -> Session:
         times = policy.times(c.steps)
         levels = calibrate.load(configs.locate(c.noise), c, times) if isinstance(c.noise, str) else c.noise
         planner.check_noise(c, times, levels)
-        c, cost = planner.fit(c, times, levels)
+        c, cost = planner.fit(c, times, levels, getattr(policy, "true_guidance", c.guidance > 1))
     prompts = records.prompts if records else prompts
     prompt_files.batch(prompts, c.prompts_per_iteration, 0, c.seed)
     shared = {p.text for p in prompts} & {p.text for p in held_out}

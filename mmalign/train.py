@@ -52,7 +52,7 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
         "lr": run.optimizer.param_groups[0]["lr"],
         **{f"fit/{name}": fit.rows for name, fit in run.fits.items() if fit.rows < getattr(c, name)},
     }
-    return row | statistics | {f"seconds/{name}": seconds for name, seconds in clock.read().items()}
+    return row | statistics | run.pace()
 
 
 def _learn(run: Session, lesson: Lesson, iteration: int) -> dict[str, float]:
@@ -83,7 +83,7 @@ def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Less
             lesson = of_images(run, cond, finished(paths, judged), iteration)
     if keep:
         credit = advantages(c, paths, judged) if c.objective == "grpo" else None
-        exhibit.write(keep, iteration + 1, prompts, images, paths, judged, credit)
+        clock.timed("io", exhibit.write)(keep, iteration + 1, prompts, images, paths, judged, credit)
     return lesson, measures.of(c, paths, judged, images) | run.move_multipliers(judged)
 
 

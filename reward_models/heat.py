@@ -5,12 +5,14 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from reward_models.regions import Region
 
 RIGHT, WRONG = "#1a9641", "#d7191c"
+STRONGEST = 0.4  # opacity of full colour
 Rows = Sequence[Sequence[int | float | None]]
 
 
@@ -49,9 +51,18 @@ def cells(rows: Rows, size: Sequence[int], scale: int | float = 1.0) -> str:
                 colour, strength = RIGHT if value > 0 else WRONG, min(1.0, abs(value) / scale)
                 out.append(
                     f'<rect x="{x * wide:g}" y="{y * high:g}" width="{wide:g}" height="{high:g}" fill="{colour}" '
-                    f'fill-opacity="{0.4 * strength:.3g}"><title>{value:.3g}</title></rect>'
+                    f'fill-opacity="{STRONGEST * strength:.3g}"><title>{value:.3g}</title></rect>'
                 )
     return "".join(out)
+
+
+def tinted(image: UInt8[np.ndarray, "H W 3"], rows: Rows, scale: int | float = 1.0) -> UInt8[np.ndarray, "H W 3"]:
+    """The image under the `cells` of a map, as pixels."""
+    height, width = image.shape[:2]
+    values = np.array(rows, float)[np.arange(height) * len(rows) // height][:, np.arange(width) * len(rows[0]) // width]
+    colours = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in (RIGHT, WRONG)])
+    strength = STRONGEST * np.clip(np.nan_to_num(np.abs(values)) / scale, 0, 1)[..., None]
+    return ((1 - strength) * image + strength * colours[(values < 0).astype(int)]).round().astype(np.uint8)
 
 
 def outlines(boxes: Sequence[Mapping[str, Any]], size: Sequence[int]) -> str:

@@ -218,10 +218,15 @@ def serve(
 
     `port` 0 is any free one. `limits` are those of `app`. ValueError for a host others can reach, without a token.
     """
-    if not token and not _loopback(host):
+    if not token and not loopback(host):
         raise ValueError(f"others can reach host {host}: set a token, or stay on 127.0.0.1")
+    listen(app(scorers, token=token, **limits), host, port, grace)
+
+
+def listen(service: ASGIApp, host: str, port: int, grace: int) -> None:
+    """Serve an application until SIGTERM or SIGINT; then finish what has begun within `grace` seconds, and return."""
     settings = {"timeout_graceful_shutdown": grace, "access_log": False, "server_header": False}
-    server = uvicorn.Server(uvicorn.Config(app(scorers, token=token, **limits), host, port, **settings))
+    server = uvicorn.Server(uvicorn.Config(service, host, port, **settings))
 
     def stop(*_) -> None:
         server.should_exit = True
@@ -236,7 +241,8 @@ def serve(
             signal.signal(number, handler)
 
 
-def _loopback(host: str) -> bool:
+def loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

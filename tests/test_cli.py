@@ -2,13 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from command_line import mmalign
+from safetensors.torch import load_file, save_file
+
+from mmalign.policy import export as exports
 
 ROOT = Path(__file__).parents[1]
 
@@ -180,9 +185,45 @@ def test_train_sample_evaluate_export_report(config, tmp_path):
     result = mmalign("export", run, "--out", tmp_path / "lora")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
+    result = mmalign("export", run, "--out", tmp_path / "lora", "--format", "merged")
+    assert result.returncode == 0, result.stderr
+    merged = tmp_path / "lora" / "merged"
+    assert str(merged) in result.stdout
+    assert mmalign("sample", *alone, tmp_path / "merged", "--model", merged).returncode == 0
     page = (run / "report.html").read_text()
     assert mmalign("report", run).returncode == 0
     assert len((run / "report.html").read_text()) == pytest.approx(len(page), rel=0.01)
+
+
+def test_an_export_tells_its_run_and_is_held_to_it(config, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(yaml.safe_load(config.read_text())["model"], model)
+    trained = [config, "iterations=1", "held_out=null", f"model={model}"]
+    assert mmalign("train", *trained).returncode == 0
+    command = ["export", tmp_path / "run", "--out", tmp_path / "lora", "--format", "comfyui"]
+    result = mmalign(*command)
+    assert result.returncode == 0, result.stderr
+    said = exports.header(tmp_path / "lora" / "comfyui_lora.safetensors")
+    assert (said["base_model"], said["iteration"], said["steps"]) == ("model", "1", "3")
+    assert len(json.loads(said["sigmas"])) == 4
+    kept = json.loads(said["config"])
+    assert (kept["lora_rank"], kept["iterations"]) == (2, 1)
+    assert str(tmp_path) not in said["config"]
+
+    form = exports.FORMATS["comfyui"]
+    monkeypatch.setitem(exports.FORMATS, "comfyui", replace(form, write=lambda policy, path: save_file({}, path)))
+    result = mmalign(*command)
+    assert result.returncode == 1
+    assert "comfyui_lora.safetensors changes the velocity by" in result.stderr
+    monkeypatch.undo()
+
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"proj_out.bias": tensors["proj_out.bias"] + 0.1}, weights, {"format": "pt"})
+    result = mmalign(*command)
+    assert result.returncode == 2
+    assert f"the weights of {model} are not those that" in result.stderr
+    assert mmalign("train", *trained, "--resume").returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -196,6 +237,7 @@ def test_train_sample_evaluate_export_report(config, tmp_path):
         (["evaluate", "--prompts", "/nowhere"], "prompts /nowhere: No such file"),
         (["evaluate", "--rewards", "beauty"], "no scorer called 'beauty'"),
         (["export", "/nowhere"], "no run there"),
+        (["export", "/nowhere", "--format", "onnx"], "'onnx' is not one of 'diffusers'"),
         (["report", "/nowhere"], "no run there"),
     ],
 )

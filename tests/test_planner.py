@@ -16,7 +16,7 @@ def config(**changed):
 
 
 def fit(c, levels=0.7):
-    return planner.fit(c, TIMES, levels)
+    return planner.fit(c, TIMES, levels, c.guidance > 1)
 
 
 def test_costs_are_the_closed_forms():
@@ -37,7 +37,7 @@ def test_a_dense_budget_is_kept_by_shorter_completions_then_fewer_states(forward
     if c.score_states == "all":
         assert c.completion >= 2
         longer = c.model_copy(update={"completion": c.completion + 1})
-        assert planner.cost(longer, TIMES, 0.7).forwards > forwards
+        assert planner.cost(longer, TIMES, 0.7, False).forwards > forwards
     else:
         assert c.score_states[0] == 0
     assert (c.score_states == "all") == (forwards > 700 - 1)
@@ -83,11 +83,11 @@ def test_random_windows_belong_to_groups_and_stay_in_the_first_half():
 
 def test_the_cost_of_a_moving_window_is_its_dearest_place():
     shared = window(children=4, seeds=1, window_moves="random")
-    assert planner.cost(shared, TIMES, 0.7).rollout == shared.prompts_per_iteration * (1 + 9 * 4)
+    assert planner.cost(shared, TIMES, 0.7, False).rollout == shared.prompts_per_iteration * (1 + 9 * 4)
     moved = window(children=4, seeds=1, window=(5, 7), window_moves="progressive", window_every=1)
-    assert planner.cost(moved, TIMES, 0.7).rollout == moved.prompts_per_iteration * (6 + 4 * 4)
+    assert planner.cost(moved, TIMES, 0.7, False).rollout == moved.prompts_per_iteration * (6 + 4 * 4)
     late = window(children=4, seeds=1, window=(7, 9))
-    assert planner.cost(late, TIMES, 0.7).rollout == late.prompts_per_iteration * (8 + 2 * 4)
+    assert planner.cost(late, TIMES, 0.7, False).rollout == late.prompts_per_iteration * (8 + 2 * 4)
 
 
 def test_needed_states_enclose_the_stochastic_steps():

@@ -18,8 +18,8 @@ def test_quickstart_raises_the_held_out_score(seed, tmp_path):
     assert strict["p"] < 0.01
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_config_opens(path):
-    session = sessions.open_session(configs.load(path))
+@pytest.mark.parametrize("name", ["quickstart", "tiny_long"])
+def test_configs_of_the_embedded_model_open(name):
+    session = sessions.open_session(configs.load(ROOT / f"configs/{name}.yaml"))
     assert len(session.held_out) >= 300
     assert {name.rpartition(".")[0] for name in session.config.rewards} <= set(session.scorers)

@@ -46,11 +46,16 @@ def load(
         except (ImportError, AttributeError) as error:
             raise ValueError(f"model {model!r}: {error}") from None
         return found.load(model, **settings)
+    return family(model).load(model, **settings)
+
+
+def family(model: str) -> type:
+    """The policy's class for a local folder or a hub id of a diffusers pipeline."""
     name = _pipeline_class(model)
     if name not in POLICIES:
         raise ValueError(f"model {model!r} is a {name}; known families: {', '.join(POLICIES)}")
     module, _, cls = POLICIES[name].partition(":")
-    return getattr(import_module(module), cls).load(model, **settings)
+    return getattr(import_module(module), cls)
 
 
 def quiet() -> None:

@@ -30,7 +30,7 @@ class FluxPolicy(PipelinePolicy):
     @property
     def length(self) -> int:
         """Tokens of T5."""
-        return min(512, self.pipe.tokenizer_2.model_max_length)
+        return min(512, self.pipe.tokenizer_2.model_max_length) if self.pipe.tokenizer_2 else 512
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         tokens, pooled, _ = self.pipe.encode_prompt([*texts], None, self.device, max_sequence_length=self.length)
@@ -38,6 +38,10 @@ class FluxPolicy(PipelinePolicy):
 
     def stock_settings(self, count: int) -> dict[str, Any]:
         return {"guidance_scale": self.guidance, "max_sequence_length": self.length}
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        config = self.pipe.transformer.config
+        return {"tokens": (self.length, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
 
     def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
         pipe, (count, channels, high, wide), dtype = self.pipe, x.shape, own["tokens"].dtype

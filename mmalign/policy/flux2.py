@@ -37,6 +37,9 @@ class Flux2KleinPolicy(PipelinePolicy):
         tokens, _ = self.pipe.encode_prompt([*texts], self.device)
         return {"tokens": tokens}
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"tokens": (self.pipe.tokenizer_max_length, self.pipe.transformer.config.joint_attention_dim)}
+
     def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
         tokens = own["tokens"]
         v = self.pipe.transformer(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from accelerate import init_empty_weights
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -69,6 +70,59 @@ def load_state(module: nn.Module, values: dict[str, Tensor]) -> None:
         odd = sorted(expected ^ set(values))
         raise ValueError(f"the adapter does not fit this model and rank: {len(odd)} matrices differ, e.g. {odd[0]}")
     set_peft_model_state_dict(module, values)
+
+
+def base(module: nn.Module) -> dict[str, Tensor]:
+    """The untouched weights, by the names they have without an adapter."""
+    own = module.state_dict().items()
+    return {name.replace(".base_layer.", "."): value for name, value in own if ".lora_" not in name}
+
+
+def with_alphas(module: nn.Module) -> dict[str, Tensor]:
+    """Of each adapted layer `lora_A.weight [rank, in]`, `lora_B.weight [out, rank]` and the scalar `alpha`."""
+    tensors, alpha = state(module), float(module.peft_config["default"].lora_alpha)
+    return tensors | {f"{layer}.alpha": torch.tensor(alpha) for layer in layers(tensors)}
+
+
+def layers(tensors: dict[str, Tensor]) -> list[str]:
+    return sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name})
+
+
+def changes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The change of each layer's weight, `alpha / rank B A [out, in]` in float32, from matrices named as `with_alphas`
+    names them. ValueError for one that is missing, foreign, not finite, or of a shape that does not fit."""
+    found, left = {}, dict(tensors)
+    for layer in layers(tensors):
+        for part in ("lora_A.weight", "lora_B.weight", "alpha"):
+            if f"{layer}.{part}" not in left:
+                raise ValueError(f"{layer} has no {part}")
+        a, b, alpha = (left.pop(f"{layer}.{part}").float() for part in ("lora_A.weight", "lora_B.weight", "alpha"))
+        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or alpha.numel() != 1:
+            raise ValueError(
+                f"{layer}: shapes {[*a.shape]}, {[*b.shape]}, {[*alpha.shape]} are no LoRA's A, B and alpha"
+            )
+        found[layer] = alpha.to(b.device) / len(a) * (b @ a)
+        if not bool(found[layer].isfinite().all()):
+            raise ValueError(f"{layer}: its matrices are not finite")
+    if left:
+        raise ValueError(f"{min(left)!r} is no matrix of a LoRA")
+    return found
+
+
+def changed(module: nn.Module, changes: dict[str, Tensor]) -> nn.Module:
+    """A stock network with the untouched weights of `module`, and some layers' changed (added in float32, then rounded
+    to the weight's type). The others are shared. ValueError for a layer that is not there or of another shape."""
+    weights = base(module)
+    for layer, change in changes.items():
+        weight = weights.get(f"{layer}.weight")
+        if weight is None or weight.shape != change.shape:
+            had = "none" if weight is None else [*weight.shape]
+            raise ValueError(f"{layer}: a change of shape {[*change.shape]}, and the model's weight is {had}")
+        weights[f"{layer}.weight"] = (weight.float() + change.to(weight.device)).to(weight.dtype)
+    with init_empty_weights():
+        network = type(module).from_config(module.config)
+    network.load_state_dict(weights, assign=True)
+    return network.requires_grad_(False).eval()
 
 
 @contextmanager

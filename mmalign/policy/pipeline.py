@@ -4,7 +4,7 @@ how its transformer is called, and how its latents are scaled; nothing of a pipe
 
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmalign.checkpoint import fingerprint
-from mmalign.policy import lora
+from mmalign.policy import export as exports, lora
 from mmalign.types import Latents
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # Flow-GRPO's
@@ -100,6 +100,8 @@ class PipelinePolicy(ABC):
                 more["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=own)
             more |= cls.absent(kind.load_config(model))
             pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, **more)
+        except OSError as error:
+            raise ValueError(f"model {model!r}: its weights are needed as safetensors: {error}") from None
         except (ImportError, RuntimeError) as error:
             if quantize:
                 raise ValueError(f"quantize: {quantize}: {error}") from None
@@ -138,6 +140,11 @@ class PipelinePolicy(ABC):
     @abstractmethod
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of texts by name, a row each."""
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each of `texts`' embeddings, of one text of the greatest length. Asked where there are no
+        weights to embed one with (`mmalign.policy.meta`)."""
+        raise ValueError(f"{type(self).__name__} does not say what shape its texts' embeddings have")
 
     @abstractmethod
     def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
@@ -288,8 +295,8 @@ class PipelinePolicy(ABC):
 
     def fingerprint(self) -> str:
         """Names the weights that make images of embeddings, as they are without an adapter."""
-        parts = (("transformer", self.pipe.transformer), ("vae", self.pipe.vae))
-        own = {f"{part}.{name}": w for part, module in parts for name, w in module.state_dict().items()}
+        own = {f"transformer.{name}": w for name, w in lora.base(self.pipe.transformer).items()}
+        own |= {f"vae.{name}": w for name, w in self.pipe.vae.state_dict().items()}
         return fingerprint({f"{name}{k or ''}": w for name, value in own.items() for k, w in enumerate(stored(value))})
 
     def attach_lora(self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> None:
@@ -351,32 +358,13 @@ class PipelinePolicy(ABC):
     def load_adapter(self, values: dict[str, Tensor]) -> None:
         lora.load_state(self.pipe.transformer, values)
 
-    def export(self, folder: Path) -> Path:
-        """Write the adapter as the LoRA file that the stock pipeline's `load_lora_weights(folder)` opens."""
-        save: Callable = type(self.pipe).save_lora_weights
-        save(
-            folder,
-            transformer_lora_layers={name: value.contiguous() for name, value in self.adapter().items()},
-            transformer_lora_adapter_metadata=self.pipe.transformer.peft_config["default"].to_dict(),
-        )
-        return folder / "pytorch_lora_weights.safetensors"
+    def export(self, folder: Path, form: str = "diffusers", about: Mapping[str, str] | None = None) -> Path:
+        """Write the adapter, or the model with it, for other programs (`mmalign.policy.export`)."""
+        return exports.export(self, folder, form, about or {})
 
-    @torch.no_grad()
-    def check_export(self, folder: Path) -> None:
-        """Load the exported file through the stock pipeline and compare one velocity with ours; raises ValueError."""
-        cond, index = self.encode(["a"]), torch.zeros(1, dtype=torch.long, device=self.device)
-        x = torch.ones(1, *self.latent_shape, device=self.device)
-        t = torch.full((1,), 0.5, device=self.device)
-        ours = self.velocity(x, t, cond, index)
-        self.pipe.load_lora_weights(folder, adapter_name="exported")
-        try:
-            self.pipe.transformer.set_adapter("exported")
-            worst = float((self.velocity(x, t, cond, index) - ours).abs().max())
-        finally:
-            self.pipe.transformer.set_adapter("default")
-            self.pipe.delete_adapters("exported")
-        if not worst < 1e-4 * max(1.0, float(ours.abs().max())):
-            raise ValueError(f"the exported LoRA changes the velocity by {worst:.2g}; it must not")
+    def check_export(self, folder: Path, form: str = "diffusers") -> None:
+        """Read what `export` wrote and compare one velocity with ours; raises ValueError."""
+        exports.check(self, folder, form)
 
 
 def stored(value: Tensor) -> list[Tensor]:

@@ -31,13 +31,17 @@ class QwenImagePolicy(PipelinePolicy):
             return {"true_cfg_scale": 1.0}
         return {"true_cfg_scale": self.guidance, "negative_prompt": [BLANK] * count}
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        length = self.pipe.tokenizer_max_length
+        return {"tokens": (length, self.pipe.transformer.config.joint_attention_dim), "mask": (length,)}
+
     def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
         count, _, high, wide = x.shape
         v = self.pipe.transformer(
             hidden_states=self._packed(x.to(own["tokens"].dtype)),
             timestep=t.to(own["tokens"].dtype),
             encoder_hidden_states=own["tokens"],
-            encoder_hidden_states_mask=own["mask"],
+            encoder_hidden_states_mask=own["mask"].to(x.device),
             img_shapes=[[(1, high // 2, wide // 2)]] * count,
             return_dict=False,
         )[0]

@@ -35,6 +35,10 @@ class SD3Policy(PipelinePolicy):
     def stock_settings(self, count: int) -> dict[str, Any]:
         return {"guidance_scale": self.guidance, "max_sequence_length": self.length}
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        length, config = self.pipe.tokenizer_max_length + self.length, self.pipe.transformer.config
+        return {"tokens": (length, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
+
     def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
         return self.pipe.transformer(
             hidden_states=x.to(own["tokens"].dtype),

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mmalign.policy.pipeline import PipelinePolicy, ragged
 
+LENGTH = 512  # tokens of a text at most
+
 
 class ZImagePolicy(PipelinePolicy):
     pipeline = "ZImagePipeline"
@@ -30,11 +32,16 @@ class ZImagePolicy(PipelinePolicy):
         return 2
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        rows, _ = self.pipe.encode_prompt([*texts], self.device, do_classifier_free_guidance=False)
+        rows, _ = self.pipe.encode_prompt(
+            [*texts], self.device, do_classifier_free_guidance=False, max_sequence_length=LENGTH
+        )
         return ragged(rows)
 
     def stock_settings(self, count: int) -> dict[str, Any]:
         return {"guidance_scale": self.guidance - 1}
+
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"tokens": (LENGTH, self.pipe.transformer.config.cap_feat_dim), "mask": (LENGTH,)}
 
     def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
         tokens, mask = own["tokens"], own["mask"].bool()

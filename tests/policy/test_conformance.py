@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_pipelines import FAMILIES, STEPS, stock_images
+from tiny_policies import CASES, TEXTS, latents, moved, opened
 
 from mmalign import policy as policies
 from mmalign.fit import Fit
@@ -10,43 +11,7 @@ from mmalign.flow import plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.update import surrogate, transitions, update
 
-TEXTS = ["a red circle", "three green squares", "a cross"]
-CASES = [(name, guidance) for name, own in FAMILIES.items() for guidance in own.guidances]
 BOTH = pytest.mark.parametrize(("name", "guidance"), CASES)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            torch.manual_seed(0)
-            made[name] = tmp_path_factory.mktemp("family")
-            FAMILIES[name].build(made[name])
-        return str(made[name])
-
-    return folder
-
-
-def opened(folders, name, guidance, size=None):
-    return policies.load(folders(name), guidance=guidance, size=size or FAMILIES[name].sizes[0])
-
-
-def latents(policy, batch=64):
-    start = torch.stack([gaussian(policy.latent_shape, i) for i in range(len(TEXTS))])
-    cond, index = policy.encode(TEXTS), torch.arange(len(TEXTS))
-    return sample(policy.velocity, start, cond, index, plans.ode(policy.times(STEPS)), batch=batch).ends
-
-
-def moved(policy, scale=0.05):
-    """A LoRA that does something."""
-    policy.attach_lora(4, 8.0, None, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in policy.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=generator))
-    return policy
 
 
 @BOTH

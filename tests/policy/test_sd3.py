@@ -1,9 +1,12 @@
 """The SD3 policy against the stock diffusers pipeline."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
 
 from mmalign import policy as policies
 from mmalign.fit import Fit
@@ -166,3 +169,12 @@ def test_refusals(random_model, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
     with pytest.raises(ValueError, match="is a KolorsPipeline; known families: StableDiffusion3Pipeline"):
         policies.load(str(tmp_path))
+
+
+def test_weights_that_are_pickled_are_refused(random_model, tmp_path):
+    shutil.copytree(random_model, tmp_path / "pickled")
+    weights = tmp_path / "pickled/transformer/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"pickled': its weights are needed as safetensors: .*"):
+        policies.load(str(tmp_path / "pickled"))

@@ -1,0 +1,219 @@
+"""A run's adapter for other programs, in a table of formats; what was written is read back and held to the policy.
+
+Every safetensors file tells in its header where it comes from, as strings: `mmalign.base_hash` (of the untouched model,
+in the precision it was loaded in), `.pipeline`, `.family`, `.rank`, `.alpha`, `.guidance`, `.weights_hash` (of the
+tensors in the file), and what the caller adds.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmalign.checkpoint import fingerprint
+from mmalign.policy import lora
+
+# ComfyUI's names: how its keys begin, and which of diffusers' layers it finds by them. Where it takes either prefix,
+# the one that diffusers reads too. Without FLUX.2's `norm_out`: whether its rows are in the same order is not known.
+BLOCK = r"transformer_blocks\.\d+\."
+JOINT = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+FORWARD = r"ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear"
+ENDS = r"context_embedder|x_embedder|proj_out"
+TIMES = r"norm_out\.linear|time_text_embed\.(timestep|text|guidance)_embedder\.linear_[12]"
+COMFYUI = {
+    "StableDiffusion3Pipeline": (
+        "transformer", rf"{BLOCK}({JOINT}|attn2\.(to_[qkv]|to_out\.0)|{FORWARD})|{ENDS}|{TIMES}",
+    ),
+    "FluxPipeline": (
+        "transformer",
+        rf"{BLOCK}({JOINT}|{FORWARD})|single_{BLOCK}(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)|{ENDS}|{TIMES}",
+    ),
+    "Flux2KleinPipeline": (
+        "transformer",
+        rf"{BLOCK}({JOINT}|ff(_context)?\.linear_(in|out))|single_{BLOCK}attn\.(to_qkv_mlp_proj|to_out)|{ENDS}",
+    ),
+    "QwenImagePipeline": ("diffusion_model", r".*"),
+    "ZImagePipeline": (
+        "diffusion_model",
+        r"(layers|noise_refiner|context_refiner)\.\d+\."
+        r"(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)|"
+        r"all_x_embedder\.2-1|all_final_layer\.2-1\.(linear|adaLN_modulation\.1)|cap_embedder\.1|t_embedder\.mlp\.[02]",
+    ),
+}  # fmt: skip
+MOST = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # change of the velocity that rounding may make, of its largest
+
+
+@dataclass(frozen=True)
+class Format:
+    """`name` is the file, or folder, in the folder of the export; `write(policy, path)` makes it, and in
+    `opened(policy, path)` the policy's network is the one it gives."""
+
+    name: str
+    write: Callable[..., None]
+    opened: Callable[..., AbstractContextManager]
+
+
+def export(policy, folder: Path, form: str, about: Mapping[str, str]) -> Path:
+    """Write the policy's adapter in a format of the table, and `about` into its header as `mmalign.NAME`. ValueError
+    for a format that does not know the model or its adapted layers."""
+    path = folder / FORMATS[form].name
+    folder.mkdir(parents=True, exist_ok=True)
+    FORMATS[form].write(policy, path)
+    config = policy.pipe.transformer.peft_config["default"]
+    own = {
+        "base_hash": policy.fingerprint(), "pipeline": type(policy.pipe).__name__, "family": type(policy).__name__,
+        "rank": config.r, "alpha": config.lora_alpha, "guidance": policy.guidance,
+    }  # fmt: skip
+    header = {f"mmalign.{name}": str(value) for name, value in (own | dict(about)).items()}
+    for file in tensor_files(path):
+        _stamp(file, header)
+    return path
+
+
+@torch.no_grad()
+def check(policy, folder: Path, form: str) -> None:
+    """Hold what `export` wrote to the policy: whole, of this base, and with its network's velocity. ValueError."""
+    path = folder / FORMATS[form].name
+    files = tensor_files(path)
+    if not files:
+        raise ValueError(f"{path}: no safetensors there")
+    base = policy.fingerprint()
+    for file in files:
+        _check_file(file, base)
+    ours = _velocity(policy)
+    with FORMATS[form].opened(policy, path):
+        change = float((_velocity(policy) - ours).abs().max())
+    most = MOST[policy.pipe.transformer.dtype] * max(1.0, float(ours.abs().max()))
+    if not change < most:
+        raise ValueError(f"{path} changes the velocity by {change:.2g}; {most:.2g} is the most that rounding may do")
+
+
+def tensor_files(path: Path) -> list[Path]:
+    """The file itself, or those of a pipeline's transformer."""
+    return [path] if path.is_file() else sorted((path / "transformer").glob("*.safetensors"))
+
+
+def header(file: Path) -> dict[str, str]:
+    """What `export` wrote about a file, by name; empty where it did not. ValueError for a damaged file."""
+    try:
+        with safe_open(file, "pt") as opened:
+            said = opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    return {name.removeprefix("mmalign."): value for name, value in said.items() if name.startswith("mmalign.")}
+
+
+def _stamp(file: Path, about: Mapping[str, str]) -> None:
+    """Add to a file's header; the file is replaced at once, for its tensors may be mapped from it."""
+    with safe_open(file, "pt") as opened:
+        kept = opened.metadata() or {}
+    tensors, partial = load_file(file), file.with_suffix(".partial")
+    save_file(tensors, partial, kept | dict(about) | {"mmalign.weights_hash": fingerprint(tensors)})
+    os.replace(partial, file)
+
+
+def _check_file(file: Path, base: str) -> None:
+    said = header(file)
+    if "base_hash" not in said:
+        raise ValueError(f"{file} does not say which model it is for")
+    if said["base_hash"] != base:
+        raise ValueError(f"{file} is for the base model {said['base_hash']}; this one is {base}")
+    if fingerprint(load_file(file)) != said["weights_hash"]:
+        raise ValueError(f"{file} is damaged: its matrices are not those that were written")
+
+
+def _velocity(policy) -> Tensor:
+    """The network's own at one latent, for a prompt and for none; true guidance would multiply what rounding did."""
+    cond = policy.encode(["a"])
+    rows = {name: torch.cat([value, cond.empty[name]]) for name, value in cond.own.items()}
+    x, t = torch.ones(2, *policy.latent_shape, device=policy.device), torch.full((2,), 0.5, device=policy.device)
+    return policy.network(x, t, rows).float()
+
+
+# ------------------------------------------------------------------------------------------------------- the formats
+
+
+def _write_diffusers(policy, path: Path) -> None:
+    save: Callable = type(policy.pipe).save_lora_weights
+    save(
+        path.parent,
+        weight_name=path.name,
+        transformer_lora_layers={name: value.contiguous() for name, value in policy.adapter().items()},
+        transformer_lora_adapter_metadata=policy.pipe.transformer.peft_config["default"].to_dict(),
+    )
+
+
+@contextmanager
+def _opened_diffusers(policy, path: Path) -> Iterator[None]:
+    policy.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="exported")
+    try:
+        policy.pipe.transformer.set_adapter("exported")
+        yield
+    finally:
+        policy.pipe.transformer.set_adapter("default")
+        policy.pipe.delete_adapters("exported")
+
+
+def _write_comfyui(policy, path: Path) -> None:
+    prefix, known = _comfyui(policy)
+    tensors = lora.with_alphas(policy.pipe.transformer)
+    for layer in lora.layers(tensors):
+        if not re.fullmatch(known, layer):
+            raise ValueError(f"format comfyui: ComfyUI knows no layer {layer!r} of a {policy.pipeline}")
+    save_file({f"{prefix}.{name}": value.contiguous() for name, value in tensors.items()}, path)
+
+
+@contextmanager
+def _opened_comfyui(policy, path: Path) -> Iterator[None]:
+    prefix = _comfyui(policy)[0] + "."
+    tensors = load_file(path)
+    foreign = [name for name in tensors if not name.startswith(prefix)]
+    if foreign:
+        raise ValueError(f"{path}: {foreign[0]!r} does not begin with {prefix!r}")
+    changes = lora.changes({name.removeprefix(prefix): value for name, value in tensors.items()})
+    with _instead(policy.pipe, lora.changed(policy.pipe.transformer, changes)):
+        yield
+
+
+def _comfyui(policy) -> tuple[str, str]:
+    if policy.pipeline not in COMFYUI:
+        raise ValueError(f"format comfyui: {policy.pipeline} is none of {', '.join(COMFYUI)}, whose names are known")
+    return COMFYUI[policy.pipeline]
+
+
+def _write_merged(policy, path: Path) -> None:
+    transformer = policy.pipe.transformer
+    with _instead(policy.pipe, lora.changed(transformer, lora.changes(lora.with_alphas(transformer)))):
+        policy.pipe.save_pretrained(path)
+
+
+@contextmanager
+def _opened_merged(policy, path: Path) -> Iterator[None]:
+    own = policy.pipe.transformer
+    saved = type(own).from_pretrained(path, subfolder="transformer", dtype=own.dtype)
+    with _instead(policy.pipe, saved.to(policy.device).eval()):
+        yield
+
+
+@contextmanager
+def _instead(pipe, network: nn.Module) -> Iterator[None]:
+    """The pipeline with another network."""
+    own, pipe.transformer = pipe.transformer, network
+    try:
+        yield
+    finally:
+        pipe.transformer = own
+
+
+FORMATS = {
+    "diffusers": Format("pytorch_lora_weights.safetensors", _write_diffusers, _opened_diffusers),
+    "comfyui": Format("comfyui_lora.safetensors", _write_comfyui, _opened_comfyui),
+    "merged": Format("merged", _write_merged, _opened_merged),
+}

@@ -1,0 +1,165 @@
+"""Write the prompt lists that the recipes train on and are evaluated with, to assets/prompts.
+
+    python scripts/build_prompts.py                   # the same files each time
+    python scripts/build_prompts.py --out /tmp/try
+
+Three kinds, each with a held-out list of other requests, not just of other words:
+
+- `geneval`: objects of COCO with counts, colours and places, in the layout of GenEval's metadata and in wording of its
+  own, so that no text is one of the benchmark's. Flow-GRPO's mix of tasks in training (arXiv 2505.05470), all alike in
+  the held-out list; the same objects in the other order count as the same request.
+- `ocr`: a phrase in quotes on something that carries text. No phrase twice.
+- `scenes`: somebody or something, somewhere, for preference scorers. No such pair twice.
+
+Small, so that a recipe runs as it is. For results to be compared with others' take the lists those were made with.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Request = tuple[str, dict[str, Any], Any]  # text, ground truth, and what makes it another request than the others
+
+THINGS = (  # of COCO's 80 classes, those with a plain plural that are no colour
+    "airplane", "apple", "backpack", "banana", "baseball bat", "bear", "bed", "bench", "bicycle", "bird", "boat",
+    "book", "bottle", "bowl", "bus", "cake", "car", "carrot", "cat", "cell phone", "chair", "clock", "couch", "cow",
+    "cup", "dining table", "dog", "donut", "elephant", "fire hydrant", "fork", "frisbee", "giraffe", "hair drier",
+    "handbag", "horse", "hot dog", "keyboard", "kite", "knife", "laptop", "microwave", "motorcycle", "oven",
+    "parking meter", "pizza", "potted plant", "refrigerator", "sandwich", "sink", "skateboard", "snowboard", "spoon",
+    "sports ball", "stop sign", "suitcase", "surfboard", "teddy bear", "tennis racket", "tie", "toaster", "toilet",
+    "toothbrush", "traffic light", "train", "truck", "tv", "umbrella", "vase", "wine glass", "zebra",
+)  # fmt: skip
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+SPELT = {"keyboard": "computer keyboard"}
+
+CARRIERS = (
+    "a wooden shop sign", "a chalkboard outside a café", "a neon sign in a window at night", "the cover of an old book",
+    "a birthday cake with icing", "a T-shirt on a hanger", "a coffee mug on a desk", "a road sign in the desert",
+    "a banner across a street", "a note stuck to a fridge", "a film poster", "a label on a jar of jam",
+    "a brass plate beside a door", "a balloon at a fair", "graffiti on a brick wall", "a train ticket",
+    "a ship's bow in the harbour", "a scoreboard in a stadium", "a postcard on a table", "a stone above a gate",
+)  # fmt: skip
+FIRST = (
+    "Fresh", "Open", "Golden", "Silent", "Lucky", "Winter", "Summer", "Hidden", "Royal", "Little", "Northern", "Quick",
+    "Happy", "Midnight", "Silver", "Wild", "Ancient", "Second", "Grand", "Electric",
+)  # fmt: skip
+SECOND = (
+    "Bread", "Harbour", "Garden", "Market", "Station", "Bakery", "Library", "River", "Express", "Theatre", "Coffee",
+    "Lantern", "Orchard", "Museum", "Bridge", "Festival", "Kitchen", "Records", "Voyage", "Mountain", "Window",
+    "Workshop", "Pharmacy", "Island", "Machine", "Letters", "Corner", "Holiday", "Engine", "Forest",
+)  # fmt: skip
+
+STYLES = (
+    "a photograph of", "an oil painting of", "a watercolour of", "a pencil drawing of", "a cinematic shot of",
+    "a woodcut of", "a children's book illustration of", "a 3D render of", "a poster of", "a pastel sketch of",
+)  # fmt: skip
+SUBJECTS = (
+    "an old fisherman", "a girl with a red umbrella", "a sleeping fox", "a brass robot", "two dancers", "a white horse",
+    "a street musician", "a tired astronaut", "a baker with flour on her hands", "a black cat", "a lighthouse keeper",
+    "a knight without a helmet", "a grandmother knitting", "a boy flying a kite", "a flock of geese", "a chess player",
+    "a gardener with a wheelbarrow", "a red sports car", "a paper boat", "a giant tortoise", "a violinist",
+    "a family of hedgehogs", "a wooden caravan", "a queen in a green dress",
+)  # fmt: skip
+PLACES = (
+    "in a narrow alley", "on a frozen lake", "in a field of sunflowers", "at an empty railway station", "by the sea",
+    "in a crowded market", "under a stone bridge", "in a greenhouse", "on a rooftop", "in a pine forest",
+    "in an abandoned factory", "at the foot of a volcano", "in a library", "on a suspension bridge", "in the desert",
+    "in a mountain village", "beside a waterfall", "in a subway car", "on a small island", "in a courtyard with arches",
+)  # fmt: skip
+LIGHTS = (
+    "at dawn", "at noon", "at dusk", "by moonlight", "in the rain", "in thick fog", "in falling snow", "by candlelight",
+    "under a stormy sky", "in warm evening light",
+)  # fmt: skip
+
+
+def one(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def many(words: str) -> str:
+    if words.endswith("knife"):
+        return words[:-2] + "ves"
+    return words + ("es" if words.endswith(("s", "sh", "ch")) else "s")
+
+
+def picture(tag: str, words: str, include: list[dict], exclude: list[dict] | None = None) -> Request:
+    """One of GenEval's requests; the same objects in any order are the same."""
+    objects = frozenset((item["class"], item["count"], item.get("color")) for item in include)
+    wants = {"tag": tag, "include": include} | ({"exclude": exclude} if exclude else {})
+    return f"a picture of {words}", wants, (tag, objects)
+
+
+def geneval(tag: str, rng: random.Random) -> Request:
+    """A request of the kind `tag` names."""
+    first, second = rng.sample(THINGS, 2)
+    red, green = rng.sample(COLOURS, 2)
+    a, b = ({"class": name, "count": 1} for name in (first, second))
+    name, other = SPELT.get(first, first), SPELT.get(second, second)
+    if tag == "single_object":
+        return picture(tag, one(name), [a])
+    if tag == "two_object":
+        return picture(tag, f"{one(name)} and {one(other)}", [a, b])
+    if tag == "counting":
+        n = rng.choice([*NUMBERS])
+        return picture(tag, f"{NUMBERS[n]} {many(name)}", [a | {"count": n}], [{"class": first, "count": n + 1}])
+    if tag == "colors":
+        return picture(tag, one(f"{red} {name}"), [a | {"color": red}])
+    if tag == "color_attr":
+        coloured = [a | {"color": red}, b | {"color": green}]
+        return picture(tag, f"{one(f'{red} {name}')} and {one(f'{green} {other}')}", coloured)
+    relation = rng.choice(RELATIONS)
+    return picture(tag, f"{one(name)} {relation} {one(other)}", [b, a | {"position": [relation, 0]}])
+
+
+def ocr(rng: random.Random) -> Request:
+    phrase = f"{rng.choice(FIRST)} {rng.choice(SECOND)}"
+    return f'{rng.choice(CARRIERS)} that says "{phrase}"', {}, phrase
+
+
+def scene(rng: random.Random) -> Request:
+    pair = (rng.choice(SUBJECTS), rng.choice(PLACES))
+    return f"{rng.choice(STYLES)} {' '.join(pair)} {rng.choice(LIGHTS)}", {}, pair
+
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TRAIN = {"position": 168, "counting": 120, "color_attr": 72, "colors": 24, "two_object": 24}  # 7 : 5 : 3 : 1 : 1
+HELD_OUT = dict.fromkeys(TAGS, 17)
+LISTS: dict[str, tuple[Callable[..., Request], dict[str, int], dict[str, int]]] = {
+    "geneval": (geneval, HELD_OUT, TRAIN),
+    "ocr": (lambda _, rng: ocr(rng), {"": 100}, {"": 400}),
+    "scenes": (lambda _, rng: scene(rng), {"": 100}, {"": 300}),
+}
+
+
+def lists() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """File names and their rows; all of a kind are different requests."""
+    for kind, (draw, *parts) in LISTS.items():
+        rng, known, number = random.Random(kind), set(), 0
+        for split, counts in zip(("held_out", "train"), parts, strict=True):
+            rows = []
+            for tag, count in counts.items():
+                wanted = len(rows) + count
+                while len(rows) < wanted:
+                    text, wants, same = draw(tag, rng)
+                    if same not in known:
+                        known.add(same)
+                        rows.append({"prompt": text, "id": number, **wants})
+                        number += 1
+            yield f"{kind}_{split}.jsonl", rows
+
+
+def main(out: Annotated[Path, typer.Option(help="folder to write to")] = Path("assets/prompts")) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in lists():
+        (out / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"{out / name}: {len(rows)} prompts")
+
+
+if __name__ == "__main__":
+    typer.run(main)

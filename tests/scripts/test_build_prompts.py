@@ -1,0 +1,58 @@
+"""The prompt lists of the recipes."""
+
+from pathlib import Path
+
+import pytest
+from build_prompts import lists
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+from mmalign import prompts as prompt_files
+from reward_models.detect import known_as
+from reward_models.scorers.geneval import PALETTE, checked
+from reward_models.scorers.ocr import wanted
+
+FOLDER = Path(__file__).parents[2] / "assets/prompts"
+COCO = {known_as(name) for name in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]}
+
+
+def read(kind):
+    return {split: prompt_files.read(FOLDER / f"{kind}_{split}.jsonl") for split in ("train", "held_out")}
+
+
+@pytest.mark.parametrize(("name", "rows"), lists())
+def test_shipped_lists_are_what_the_script_writes(name, rows):
+    shipped = prompt_files.read(FOLDER / name)
+    assert [{"prompt": p.text, "id": p.id, **p.wants} for p in shipped] == rows
+    assert len({p.text for p in shipped}) == len(shipped)
+
+
+@pytest.mark.parametrize("kind", ["geneval", "ocr", "scenes"])
+def test_both_lists_of_a_kind_differ_in_texts_and_ids(kind):
+    train, held_out = read(kind).values()
+    assert not {p.text for p in train} & {p.text for p in held_out}
+    assert not {p.id for p in train} & {p.id for p in held_out}
+
+
+def test_geneval_can_judge_every_request():
+    for p in [p for own in read("geneval").values() for p in own]:
+        assert checked(p.wants, COCO, PALETTE)
+        assert not p.text.startswith("a photo of")  # the benchmark's wording
+        for item in p.wants["include"]:
+            assert item["class"][:-2] in p.text  # knife, knives
+            assert item.get("color", "") in p.text
+
+
+def test_no_pair_of_objects_in_a_relation_is_in_both_lists():
+    def pairs(own):
+        found = [p.wants["include"] for p in own if p.wants["tag"] == "position"]
+        return {frozenset(item["class"] for item in include) for include in found}
+
+    train, held_out = read("geneval").values()
+    assert len(pairs(held_out)) == 17
+    assert not pairs(train) & pairs(held_out)
+
+
+def test_no_phrase_is_written_in_both_lists():
+    train, held_out = ({tuple(wanted(p)) for p in own} for own in read("ocr").values())
+    assert (len(train), len(held_out)) == (400, 100)
+    assert not train & held_out

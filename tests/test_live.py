@@ -1,0 +1,200 @@
+"""A run's page while the run goes on: what it says at each stage, and that it shows that folder and nothing else."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+import yaml
+from starlette.testclient import TestClient
+from torch import rand
+from torchvision.utils import save_image
+
+from mmalign import cli, live, report
+
+ROW = {"reward": 0.25, "forwards": 4, "replay_forwards": 2, "decodes": 1, "rewards": 1}
+ROW |= {"seconds/rollout": 0.5, "seconds/learn": 0.25, "seconds/total": 1.0}
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The folder of a run of three iterations that has written its config."""
+    (tmp_path / "outside.txt").write_text("somebody else's")
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"iterations": 3, "plan": "sde", "credit": "terminal", "seeds": 2})
+    )
+    return folder
+
+
+def append(path, row) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def evaluated(run, name: str | None, iteration: int) -> None:
+    (run / "images").mkdir(exist_ok=True)
+    save_image(rand(3, 8, 8), run / "images" / f"{name or f'{iteration:06d}'}.png")
+    row = {"iteration": iteration, "name": name, "images": 1, "seconds": 0.5, "taste.good": 0.75}
+    append(run / "evaluations.jsonl", row)
+
+
+def page_of(run) -> TestClient:
+    return TestClient(live.app(run), base_url="http://127.0.0.1")
+
+
+def test_the_page_follows_the_run(begun):
+    client = page_of(begun)
+    shell = client.get("/").text
+    assert "<h1>a run</h1>" in shell
+    assert "fetch('state'" in shell
+    seen = [client.get("/state").json()]
+    assert (seen[0]["iterations"], seen[0]["status"]) == (0, "begun")
+    assert "No iteration yet" in client.get("/main").text
+
+    evaluated(begun, "before", 0)
+    main = client.get("/main").text
+    assert "Held-out prompts after 0 iterations" in main
+    (image,) = [part.split('"')[0] for part in main.split('src="')[1:]]
+    assert client.get(image).content == (begun / "images" / "before.png").read_bytes()
+    seen.append(client.get("/state").json())
+
+    append(begun / "metrics.jsonl", {"iteration": 1} | ROW)
+    seen.append(client.get("/state").json())
+    assert (seen[2]["iterations"], seen[2]["status"]) == (1, "running")
+    assert seen[2]["said"].startswith("iteration 1 of 3, reward 0.250; last written 0 s ago")
+    one = client.get("/main").text
+    assert "Every number of iteration 1" in one
+    assert "<svg" in one
+    assert client.get("/main").text == one
+
+    with (begun / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 2, "rew')
+    assert client.get("/state").json()["iterations"] == 1
+    assert "Every number of iteration 1" in client.get("/main").text
+    with (begun / "metrics.jsonl").open("a") as file:
+        file.write('ard": 0.5, ' + json.dumps(ROW | {"reward": 0.5})[1:] + "\n")
+    evaluated(begun, None, 2)
+    seen.append(client.get("/state").json())
+    main = client.get("/main").text
+    assert "Every number of iteration 2" in main
+    assert "Held-out prompts after 2 iterations" in main
+    assert "000002.png" in main
+
+    append(begun / "metrics.jsonl", {"iteration": 3} | ROW)
+    assert client.get("/state").json()["status"] == "running"  # the evaluation after is still to come
+    evaluated(begun, "after", 3)
+    seen.append(client.get("/state").json())
+    assert (seen[-1]["status"], seen[-1]["said"]) == ("finished", "finished: 3 iterations")
+    assert len({own["version"] for own in seen}) == len(seen)
+
+
+def test_a_run_that_went_quiet_is_said_to_have(begun):
+    append(begun / "metrics.jsonl", {"iteration": 1} | ROW | {"seconds/total": 100})
+    written = (begun / "metrics.jsonl").stat().st_mtime
+    assert live.state(begun, written + 199).status == "running"  # two iterations as long as the longest
+    quiet = live.state(begun, written + 201)
+    assert (quiet.status, quiet.quiet) == ("stale", pytest.approx(201))
+    assert "no longer being written" in quiet.said
+    assert "last written 201 s ago" in quiet.said
+    os.utime(begun / "metrics.jsonl", (0, 0))
+    assert page_of(begun).get("/state").json()["status"] == "running"  # its config was written just now
+    os.utime(begun / "config.yaml", (0, 0))
+    assert page_of(begun).get("/state").json()["status"] == "stale"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/files/../outside.txt", "/files/%2e%2e/outside.txt", "/files/..%2foutside.txt", "/outside.txt", "/files/link",
+     "/files//etc/passwd", "/files/", "/docs", "/openapi.json"],
+)  # fmt: skip
+def test_nothing_but_the_run(begun, path):
+    (begun / "link").symlink_to(begun.parent / "outside.txt")
+    client = page_of(begun)
+    assert client.get("/files/config.yaml").text == (begun / "config.yaml").read_text()
+    answer = client.get(path)
+    assert answer.status_code == 404
+    assert "somebody else" not in answer.text
+    assert client.post("/main").status_code == 405
+
+
+def test_only_this_machine_by_its_own_names(begun):
+    assert page_of(begun).get("/state", headers={"Host": "elsewhere.example"}).status_code == 400
+    assert page_of(begun).get("/state", headers={"Host": "localhost:8001"}).status_code == 200
+
+
+def test_the_page_of_a_finished_run_is_its_report(begun):
+    """The same text, but for where its pictures are."""
+    for name, iteration in (("before", 0), ("after", 3)):
+        evaluated(begun, name, iteration)
+        (begun / "images" / name).mkdir()
+        for i in (1, 2):
+            save_image(rand(3, 8, 8), begun / "images" / name / f"{i}.png")
+            row = {"image": f"{i}.png", "prompt": "a <b>", "id": i, "scores": {"taste.good": i * iteration / 4}}
+            append(begun / "images" / name / "scores.jsonl", row)
+    served = page_of(begun).get("/main").text
+    for path in (begun / "images").glob("*/*.png"):
+        address = f"files/{path.relative_to(begun)}?{path.stat().st_mtime_ns:x}"
+        assert address in served
+        served = served.replace(address, report.embedded(path))
+    assert served in report.write(begun).read_text()
+    assert "a &lt;b&gt;" in served
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_told_to_stop(begun, number, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    seen = []
+
+    def visit() -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:  # a browser that keeps its connection
+            end = time.monotonic() + 20
+            while not seen and time.monotonic() < end:
+                with contextlib.suppress(httpx.ConnectError):
+                    seen.append(client.get("/state").json()["status"])
+                time.sleep(0.02)
+            os.kill(os.getpid(), number)
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    monkeypatch.setattr(sys, "argv", ["mmalign", "report", str(begun), "--serve", "--port", str(port)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    visitor.join()
+    assert end.value.code == 0
+    assert seen == ["begun"]
+    assert not (begun / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lacking", "says"),
+    [
+        (["elsewhere", "--serve"], None, "elsewhere: no run there (config.yaml is missing)"),
+        (["a run", "--port", "0"], None, "--port acts only with --serve"),
+        (["a run", "--serve"], "fastapi", "serving a page needs fastapi: pip install 'mmalign[serve]'"),
+        (["a run", "--serve"], "uvicorn", "needs uvicorn: pip install 'mmalign[serve]'"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(begun, arguments, lacking, says, monkeypatch, capsys):
+    monkeypatch.chdir(begun.parent)
+    monkeypatch.setattr(sys, "argv", ["mmalign", "report", *arguments])
+    if lacking:
+        monkeypatch.setitem(sys.modules, lacking, None)
+        monkeypatch.delattr("mmalign.live")
+        for name in ("mmalign.live", "reward_models.serve"):
+            monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert says in said

@@ -1,0 +1,210 @@
+"""Every recipe in configs/: it loads, its prompts are there, its rewards exist, and two iterations of it run on the
+tiny pipeline of its family, scaled down in nothing but size."""
+
+import json
+import re
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+import torch
+import yaml
+from chats import chatting, picture, said
+from judge_texts import FULL
+from tiny_pipelines import FAMILIES
+from tiny_scorers import settings as tiny_settings
+from whole_runs import rows
+
+from mmalign import config as configs, prompts as prompt_files, run as runs
+from mmalign.config import Config
+from reward_models.scorers.geneval import GenEval
+from reward_models.scorers.ocr import Ocr
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
+MODELS = {  # a recipe's model -> its family
+    "stabilityai/stable-diffusion-3.5-medium": "Stable Diffusion 3",
+    "black-forest-labs/FLUX.1-dev": "FLUX.1-dev",
+    "Qwen/Qwen-Image": "Qwen-Image",
+    "Tongyi-MAI/Z-Image": "Z-Image",
+}
+RECIPES = [name for name, path in CONFIGS.items() if configs.load(path).model in MODELS]
+DECIDES = {
+    "size", "prompts_per_iteration", "seeds", "guidance", "steps", "plan", "kernel", "noise", "credit",
+    "advantage_scale", "loss", "clip", "beta", "lora_rank", "lora_alpha", "learning_rate", "weight_decay",
+    "max_grad_norm", "minibatches", "ema", "eval_steps", "precision",
+}  # fmt: skip
+BLIND = {"geneval": GenEval, "ocr": Ocr}  # they find nothing in what random weights draw
+
+
+# --------------------------------------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_recipe_is_complete_and_its_prompts_are_apart(name):
+    c = configs.load(CONFIGS[name])
+    train, held_out = (prompt_files.read(configs.locate(path)) for path in (c.prompts, c.held_out))
+    assert c.model in MODELS or (ROOT / c.model).is_dir()
+    assert len(train) >= 300
+    assert len(train) >= c.prompts_per_iteration
+    assert len(held_out) >= 100
+    assert not {p.text for p in train} & {p.text for p in held_out}
+    assert c.out == f"runs/{name}"
+    assert set(c.scorers) <= {*c.trained, *c.watch}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_decides_a_result_stands_in_the_file(name):
+    """Not left to defaults, which may change; and the file says that it was not run."""
+    text = CONFIGS[name].read_text()
+    assert set(yaml.safe_load(text)) >= DECIDES
+    assert "not run" in " ".join(text.replace("#", "").lower().split())
+
+
+# ------------------------------------------------------------------------------------------------------ what is run
+
+
+class Bright:
+    """In place of a scorer that sees nothing in noise: the same components, each of them how bright the image is."""
+
+    def __init__(self, name: str, names: tuple[str, ...]):
+        from reward_models import Card
+
+        self.names, self.card = names, Card(name, licence="Apache-2.0", low=0, high=1)
+
+    def __call__(self, images, prompts):
+        from reward_models.scoring import each
+
+        return each(images, prompts, self.names, lambda x, _: x.mean((1, 2, 3))[:, None].repeat(1, len(self.names)))
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """The tiny pipeline of a family, built once."""
+    known: dict[str, str] = {}
+
+    def of(family: str) -> str:
+        if family not in known:
+            torch.manual_seed(0)
+            folder = tmp_path_factory.mktemp("model")
+            FAMILIES[family].build(folder)
+            known[family] = str(folder)
+        return known[family]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def judge_server():
+    """A server that gives all aspects of a picture one score, drawn by its pixels."""
+
+    def answer(request):
+        score = 1 + 3 * (crc32(picture(request).tobytes()) % 31) / 30
+        return said(re.sub(r"Score: \S+", f"Score: {score:.1f}", FULL))
+
+    with chatting(answer) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="session")
+def tiny_judges(tmp_path_factory, judge_server):
+    """Settings of a recipe's scorer with which it is small and here; its components are those of the real class."""
+    known: dict[str, dict] = {}
+
+    def of(name: str, given: dict) -> dict:
+        if name == "rational":
+            return given | {"url": judge_server}
+        if name in BLIND:
+            return {"scorer": f"{__name__}:Bright", "name": name, "names": BLIND[name].names}
+        if name not in known:
+            known[name] = tiny_settings(name, tmp_path_factory.mktemp("scorer") / name)
+        return known[name]
+
+    return of
+
+
+def first_lines(path: str, number: int, out: Path) -> str:
+    lines = Path(configs.locate(path)).read_text().splitlines()[:number]
+    out.write_text("\n".join(lines) + "\n")
+    return str(out)
+
+
+def scaled(c: Config, folder: Path, model: str, judges) -> Config:
+    """The recipe with everything but its size: fewer prompts, walks and iterations, images of 32 px, scorers of a few
+    thousand weights. Plan, kernel, noise, steps, credit, loss, clip, beta and the rule of combining stay."""
+    small = dict(
+        model=model,
+        size=(32, 32),
+        prompts=first_lines(c.prompts, 4, folder / "train.jsonl"),
+        held_out=first_lines(c.held_out, 2, folder / "held_out.jsonl"),
+        out=str(folder / "run"),
+        scorers={name: judges(name, c.scorers.get(name, {})) for name in (*c.trained, *c.watch)},
+        iterations=2,
+        prompts_per_iteration=2,
+        seeds=min(c.seeds, 2),
+        children=c.children and min(c.children, 3),
+        window_every=c.window_every and 1,
+        minibatches=1,
+        lora_rank=2,
+        lora_alpha=2 * c.lora_alpha / c.lora_rank,
+        precision="float32",
+        offload=False,
+        batch=128,
+        micro_batch=128,
+        decode_batch=128,
+        eval_every=0,
+        eval_seeds=1,
+        eval_steps=2,
+        checkpoint_every=2,
+    )
+    return configs.build(c.model_dump() | small, "scaled")
+
+
+def expected(c: Config, iteration: int) -> tuple[list[int], int, int]:
+    """In closed form: the stochastic steps of an iteration, the transitions learnt and the images scored."""
+    starts = c.prompts_per_iteration * c.seeds
+    if c.plan == "branch":
+        routes = len(c.branch_steps) * c.children
+        return c.branch_steps, starts * routes, starts * routes
+    steps, routes = [*range(c.steps - 1)], c.children or 1
+    if c.plan == "window":
+        first = c.window[0] + (iteration if c.window_moves == "progressive" else 0)
+        steps = [first + k for k in range(c.window[1] - c.window[0])]
+    images = c.steps if c.score_states == "all" else 1  # the last but one is completed by the walk itself
+    return steps, starts * routes * len(steps), starts * routes * images
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_iterations_of_a_recipe(name, tmp_path, tiny_models, tiny_judges):
+    recipe = configs.load(CONFIGS[name])
+    c = scaled(recipe, tmp_path, tiny_models(MODELS[recipe.model]), tiny_judges)
+    out = runs.train(c)
+    found = rows(out / "metrics.jsonl")
+    assert len(found) == 2
+    for iteration, row in enumerate(found):
+        assert all(value == value and abs(value) != float("inf") for value in row.values()), row
+        steps, transitions, images = expected(c, iteration)
+        noisy = sorted(int(key.removeprefix("std/")) for key in row if key.startswith("std/"))
+        if c.window_moves == "random":  # a window of its own for each prompt
+            assert set(noisy) <= set(range(c.window[0], c.steps // 2 + c.window[1] - c.window[0] - 1))
+        else:
+            assert noisy == steps
+        assert row["transitions"] == transitions
+        assert row["rewards"] == images * len(c.trained)
+        assert row["group_std"] > 0
+        assert row["grad_norm"] > 0
+        assert row["failed"] == 0
+        assert (row["kl/" + str(noisy[0])] >= 0) if c.beta else ("kl" not in row)
+        assert [f"gain/{k}" in row for k in noisy] == [c.score_states == "all"] * len(noisy)
+        assert ("saturated_groups" in row) == (c.saturated is not None)
+        late = c.overlap and iteration  # the walks are one update old
+        assert (abs(row["ratio"] - 1) < 1e-6) == (not late)
+        assert late or row["clipped_low"] == row["clipped_high"] == 0
+    before, after = rows(out / "evaluations.jsonl")
+    assert {*recipe.rewards} <= set(before)
+    assert set(recipe.watch) <= {key.partition(".")[0] for key in after}
+    assert json.loads((out / "credit.jsonl").read_text().splitlines()[0])
+
+
+# ------------------------------------------------------------------------------------------- at its real size
+# A test over RECIPES that `mmalign estimate` takes each, its real schedule and all, belongs here once that is there.
