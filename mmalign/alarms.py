@@ -12,7 +12,7 @@ from typing import Any
 from scipy import stats
 
 from mmalign import disk
-from mmalign.config import Config
+from mmalign.config import Config, component
 
 IN_A_ROW = 5  # iterations: as many without gradient, or with a constant reward; means of diversity are over as many
 DIVERSITY = 0.5  # share of its beginning below which it has collapsed
@@ -49,7 +49,7 @@ def _hacking(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> s
     """Only evaluations between start and end are of the same images."""
     between = [row for row in evaluations if row["name"] is None]
     ends = [0, *(row["iteration"] for row in between)][-EVALUATIONS - 1 :]
-    watched = [name for name in (between[-1] if between else ()) if name.rpartition(".")[0] in c.watch]
+    watched = [name for name in (between[-1] if between else ()) if component(name)[0] in c.watch]
     for trained in c.rewards:
         training = [_mean(f"part/{trained}", metrics[start:end]) for start, end in pairwise(ends)]
         for name in (trained, *watched):

@@ -54,6 +54,14 @@ def refusing() -> Iterator[None]:
         raise BadInput(" ".join(str(error).split())) from error
 
 
+def component(reward: str) -> tuple[str, str]:
+    """The name of a scorer and of its component, of `scorer.component`. A module's dots come before its colon
+    (`my.module:Scorer.part`); a component may have its own (`remote.clip.cosine`)."""
+    module, colon, rest = reward.rpartition(":")
+    scorer, _, part = rest.partition(".")
+    return module + colon + scorer, part
+
+
 class AtLeast(BaseModel):
     """A constraint: mean score at least `bound`, in raw units; `rate` of the multiplier per iteration and unit."""
 
@@ -291,7 +299,7 @@ class Config(BaseModel):
     @property
     def trained(self) -> tuple[str, ...]:
         """The scorers whose components are rewards or constraints."""
-        return tuple({name.rpartition(".")[0]: None for name in (*self.rewards, *self.at_least)})
+        return tuple({component(name)[0]: None for name in (*self.rewards, *self.at_least)})
 
     @property
     def measures_kl(self) -> bool:
@@ -393,7 +401,7 @@ class Config(BaseModel):
             raise ValueError(f"at_least adds to a sum; with combine: {self.combine} it cannot act")
         if self.region is not None and self.region not in self.trained:
             raise ValueError(f"region: {self.region!r} is not among the scorers of rewards: {', '.join(self.trained)}")
-        if self.keep_best and self.keep_best.rpartition(".")[0] not in (*self.trained, *self.watch):
+        if self.keep_best and component(self.keep_best)[0] not in (*self.trained, *self.watch):
             raise ValueError(f"keep_best: {self.keep_best!r} is no component of the scorers of rewards or watch")
         siblings = self.seeds * (self.children or 1)
         if siblings < 2 and self.objective != "srum" and not self.records:

@@ -26,8 +26,8 @@ class NonFinite(Failed):
 
 def of(what: str, prompts: Sequence[Prompt], rows: Iterable[int]) -> NonFinite:
     """The error that names the prompts in these rows."""
-    bad = sorted(set(rows))
-    named = ", ".join(f"{prompts[i].id} {prompts[i].text[:60]!r}" for i in bad[:SHOWN])
+    bad = {prompts[i].id: prompts[i].text for i in sorted(set(rows))}
+    named = ", ".join(f"{number} {text[:60]!r}" for number, text in [*bad.items()][:SHOWN])
     more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
     return NonFinite(f"{what} not finite; prompts: {named}{more}")
 

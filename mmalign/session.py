@@ -147,9 +147,9 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
         raise BadInput(f"scorers: settings for {unused[0]!r}, which is neither in rewards nor in watch")
     scorers = {name: load_scorer(name, **c.scorers.get(name, {})) for name in dict.fromkeys(names)}
     for reward in (*c.rewards, *c.at_least, *filter(None, [c.keep_best])):
-        name, _, component = reward.rpartition(".")
-        if component not in scorers[name].names:
-            raise BadInput(f"rewards: no component {component!r}; {name} gives {', '.join(scorers[name].names)}")
+        name, part = configs.component(reward)
+        if part not in scorers[name].names:
+            raise BadInput(f"rewards: no component {part!r}; {name} gives {', '.join(scorers[name].names)}")
     if c.region and not scorers[c.region].card.places:
         raise BadInput(f"region: {c.region} says nothing about where; credit by place needs a scorer with a map")
     return {name: Cached(scorer, c.cache) for name, scorer in scorers.items()} if c.cache else scorers

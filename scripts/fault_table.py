@@ -148,7 +148,7 @@ def resumed(place: Place, plant: Plant, mend: Plant = lambda: None, expected: di
     code, line = place.mmalign(plant=plant, **changed)
     done = len(disk.rows(place.out / "metrics.jsonl"))
     saved = checkpoint.latest(place.out / "checkpoints")
-    lost = f"{done - int(saved.name)} finished iterations and the one under way" if saved else "all"
+    lost = f"finished iterations: {done - int(saved.name)}" + (" and the one under way" if done == AT else "")
     mend()
     if code == 0:
         return ended(code, line), "nothing", "finished: " + same(outcome(place.out), expected)
@@ -194,10 +194,10 @@ def one_missing(sent: dict, answer: dict):
 
 def one_failed(place: Place) -> Told:
     """The failed images are counted."""
-    how, _, came = service(place, one_missing, batch=100)
+    how, _, _ = service(place, one_missing, batch=100)
     metrics = disk.rows(place.out / "metrics.jsonl")
     failed, images = sum(row["failed"] for row in metrics), sum(row["rewards"] for row in metrics)
-    return how, f"the opinion on {failed} of {images} images", came
+    return how, f"the opinion on {failed} of {images} images", "finished"
 
 
 def full_disk(place: Place) -> Told:

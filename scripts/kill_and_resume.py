@@ -65,7 +65,10 @@ def outcome(out: Path) -> dict:
     """Hashes of all that is in the last checkpoint, and the record without its times."""
     tensors, state = checkpoint.read(checkpoint.latest(out / "checkpoints"))
     timeless = {
-        name: [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in disk.rows(out / name)]
+        name: [
+            {k: v for k, v in row.items() if not k.startswith(("seconds", "nfe_per_second"))}
+            for row in disk.rows(out / name)
+        ]
         for name in folder.RECORDS
     }
     return (
