@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmalign.config import BadInput, Failed, Layout, Rule, refusing
+from mmalign.config import BadInput, Failed, Layout, Rule, component, refusing
 from reward_models.trust import allow as allow_modules, closed
 
 # a calibration walks every step with noise and scores every state, whatever the config does with it
@@ -294,7 +294,8 @@ def sample(
     if best is not None:
         _best_settings(best, len(numbers), keep, after, steps, strength, boxes)
         with configs.refusing():
-            scorer = _scorers(best.rpartition(".")[0], settings or [], None)[best.rpartition(".")[0]]
+            name, _ = component(best)
+            scorer = _scorers(name, settings or [], None)[name]
             _has_component(scorer, best)
     elif keep or after or settings:
         raise BadInput("--keep, --after and --set belong to --best scorer.component")
@@ -327,8 +328,7 @@ def _best_settings(best: str, seeds: int, keep: int | None, after: int | None, s
 
 
 def _has_component(scorer, name: str) -> None:
-    component = name.rpartition(".")[2]
-    if component not in scorer.names:
+    if component(name)[1] not in scorer.names:
         raise BadInput(f"--best {name!r}: that scorer gives {', '.join(scorer.names)}")
 
 
@@ -338,8 +338,8 @@ def _sample_best(policy, wanted, numbers, steps, scorer, best, batch, keep, afte
     from mmalign import bestof
 
     _writable(out)
-    seeds, component = [numbers] * len(wanted), best.rpartition(".")[2]
-    found = bestof.best_of(policy, wanted, seeds, steps, scorer, component, batch, keep, after)
+    seeds, part = [numbers] * len(wanted), component(best)[1]
+    found = bestof.best_of(policy, wanted, seeds, steps, scorer, part, batch, keep, after)
     rows = []
     for i, own in enumerate(wanted):
         value, seed = float(found.score[i]), numbers[int(found.member[i])]

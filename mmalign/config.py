@@ -35,7 +35,7 @@ Layout = Literal["mmalign", "geneval", "t2i_compbench"]  # of the folder that ev
 POLICY_GRADIENT = (  # what acts on steps of walks alone
     "credit", "baseline", "compare", "control", "score_states", "advantage_scale", "advantage_floor", "advantage_clip",
     "saturated",
-    "region_weight", "whole_weight", "ratio_over", "focus", "weighting", "loss", "clip", "beta",
+    "region_weight", "whole_weight", "ratio_over", "focus", "weighting", "loss", "clip", "beta", "max_kl",
 )  # fmt: skip
 SECRETS = {"key", "apikey", "token", "secret", "password", "credentials", "authorization", "headers", "cookie"}
 SAMPLING = ("kernel", "noise", "window", "branch_steps", "children", "max_forwards", "max_rewards", "cache", "overlap")
@@ -61,6 +61,14 @@ def refusing() -> Iterator[None]:
         yield
     except ValueError as error:
         raise BadInput(" ".join(str(error).split())) from error
+
+
+def component(reward: str) -> tuple[str, str]:
+    """The name of a scorer and of its component, of `scorer.component`. A module's dots come before its colon
+    (`my.module:Scorer.part`); a component may have its own (`remote.clip.cosine`)."""
+    module, colon, rest = reward.rpartition(":")
+    scorer, _, part = rest.partition(".")
+    return module + colon + scorer, part
 
 
 class AtLeast(BaseModel):
@@ -234,6 +242,11 @@ class Config(BaseModel):
         description="clipped, guard: bound of the (normalised) ratio around 1; masked: bound of the divergence",
     )
     beta: float = Field(0.0, ge=0, description="weight of the KL divergence to the model without adapter")
+    max_kl: PositiveFloat | None = Field(
+        None,
+        description="KL divergence to the model without adapter (metric `kl`) above which the run is saved, evaluated "
+        "and ended; with beta 0 measuring it takes a forward more for each row replayed; null: no limit",
+    )
     epochs: int = Field(1, ge=1, description="passes over an iteration's transitions")
     minibatches: int = Field(1, ge=1, description="optimiser steps per pass")
     micro_batch: int = Field(
@@ -261,6 +274,12 @@ class Config(BaseModel):
         1800.0, description="many processes: seconds that one waits for the others at most, before the run ends"
     )
     max_failed: float = Field(0.2, ge=0, le=1, description="share of images without a score at which the run stops")
+    max_skips: int = Field(
+        0,
+        ge=0,
+        description="optimiser steps left out in a row, for a loss, gradient, latent, image or reward that is not "
+        "finite, before the run stops; 0: it stops at the first",
+    )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="adamw8bit: moments in 8 bits, a quarter of the memory; needs bitsandbytes (extra gpu)"
     )
@@ -302,7 +321,12 @@ class Config(BaseModel):
     @property
     def trained(self) -> tuple[str, ...]:
         """The scorers whose components are rewards or constraints."""
-        return tuple({name.rpartition(".")[0]: None for name in (*self.rewards, *self.at_least)})
+        return tuple({component(name)[0]: None for name in (*self.rewards, *self.at_least)})
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether a row that is replayed takes a forward of the model without adapter, too."""
+        return self.beta > 0 or self.max_kl is not None
 
     @property
     def best_by(self) -> str | None:
@@ -400,7 +424,7 @@ class Config(BaseModel):
             raise ValueError(f"at_least adds to a sum; with combine: {self.combine} it cannot act")
         if self.region is not None and self.region not in self.trained:
             raise ValueError(f"region: {self.region!r} is not among the scorers of rewards: {', '.join(self.trained)}")
-        if self.keep_best and self.keep_best.rpartition(".")[0] not in (*self.trained, *self.watch):
+        if self.keep_best and component(self.keep_best)[0] not in (*self.trained, *self.watch):
             raise ValueError(f"keep_best: {self.keep_best!r} is no component of the scorers of rewards or watch")
         routes = (self.children or 1) * len(self.branch_steps or [0])
         states = (

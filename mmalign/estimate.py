@@ -174,7 +174,7 @@ def memory(
     micro = min(c.micro_batch, ceil(rows / c.minibatches)) * (2 if c.objective == "rgdpo" else 1)
     drawn = meta.peak(policy, learn=False)
     policy.save_memory(gradients=c.gradient_checkpointing)
-    learnt_row = meta.peak(policy, learn=True) + (drawn if c.beta or c.objective == "rgdpo" else 0)
+    learnt_row = meta.peak(policy, learn=True) + (drawn if c.measures_kl or c.objective == "rgdpo" else 0)
 
     kept = {name: int(count * WEIGHT[c.precision]) for name, count in parts.items()}
     kept["transformer"] = int(parts["transformer"] * WEIGHT[c.quantize or c.precision])
@@ -289,7 +289,7 @@ def durations(c: Config, found: dict, speed: Speed) -> dict[str, float]:
     Half of replay asks the model without adapter, without gradients, where `beta` or R-GDPO does. Nothing is taken to
     overlap; optimiser steps, text encoders, credit, files and communication are not timed.
     """
-    plain = 0.5 if c.beta or c.objective == "rgdpo" else 0.0
+    plain = 0.5 if c.measures_kl or c.objective == "rgdpo" else 0.0
     replayed = plain * speed.forward + (1 - plain) * speed.learn
 
     def taken(own: Mapping[str, int]) -> float:

@@ -14,7 +14,7 @@ from mmalign import config as configs, disk
 from mmalign.config import BadInput, Config, Failed
 from reward_models import trust
 
-RECORDS = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl")
+RECORDS = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl", "alarms.jsonl")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 

@@ -7,9 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmalign import guards
+from mmalign.config import Failed
 from mmalign.types import Judgement, Marks, Trajectories
 from reward_models import Prompt, Scores, combine
 from reward_models.regions import Region, box_shares, inside, resampled
+from reward_models.types import Infinite
 
 Scorers = Mapping[str, Callable[..., Scores]]  # by name: (images, prompts) -> Scores
 
@@ -28,10 +31,14 @@ class Seen:
 
 
 def score(images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: Scorers) -> Seen:
-    """Each scorer's view of all images. A region that is not inside its image fails that image."""
+    """Each scorer's view of all images. A region that is not inside its image fails that image. NonFinite where a score
+    is infinite."""
     seen = Seen({}, {}, {}, {})
     for name, scorer in scorers.items():
-        scores = _placed(scorer(images, prompts), tuple(images.shape[2:]))
+        try:
+            scores = _placed(scorer(images, prompts), tuple(images.shape[2:]))
+        except Infinite as error:
+            raise guards.of(f"scores of {name}", prompts, error.rows) from error
         seen.failures.update({i: f"{name}: {why}" for i, why in scores.failures.items()})
         seen.parts.update({f"{name}.{component}": scores.column(component).float() for component in scores.names})
         if scores.regions is not None:
@@ -110,7 +117,10 @@ def judge(
     scorer `region` is laid on `grid` cells, by default those of the latent. On the CPU."""
     seen = score(images, [prompts[i] for i in paths.owner.tolist()], scorers)
     own = {name: values[paths.shown[:, -1].cpu()] for name, values in seen.parts.items()}
-    reward = combination(seen.parts, paths.owner.cpu())
+    try:
+        reward = combination(seen.parts, paths.owner.cpu())
+    except ValueError as error:  # a rule that the scores do not suit
+        raise Failed(f"combine: {combination.rule}: {error}") from error
     places, marks = None, None
     if region is not None:
         grid = grid or tuple(paths.ends.shape[2:])
@@ -157,7 +167,7 @@ def signs(places: Float[Tensor, "N a b"]) -> Marks:
 
 
 def stop_if_failing(judged: Judgement, images: int, limit: float) -> None:
-    """RuntimeError, with a reason, where more than the share `limit` of the images could not be scored."""
+    """Failed, with a reason, where more than the share `limit` of the images could not be scored."""
     if len(judged.failures) > limit * images:
         why = next(iter(judged.failures.values()))
-        raise RuntimeError(f"{len(judged.failures)} of {images} images could not be scored (limit {limit:.0%}): {why}")
+        raise Failed(f"{len(judged.failures)} of {images} images could not be scored (limit {limit:.0%}): {why}")

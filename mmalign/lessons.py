@@ -14,7 +14,7 @@ from mmalign.credit.groups import Units, group_mean
 from mmalign.credit.region import by_place, maps
 from mmalign.flow.sample import seed_of
 from mmalign.focus import attended, within
-from mmalign.learn.update import Replay, surrogate, transitions
+from mmalign.learn.update import Peers, Replay, surrogate, transitions, update
 from mmalign.objectives import rgdpo, srum
 from mmalign.objectives.matching import Finished
 from mmalign.session import Session
@@ -64,8 +64,9 @@ def of_walks(run: Session, cond, paths: Trajectories, advantage: Float[Tensor, "
     if c.focus == "prompt":
         batch = run.fits["batch"](lambda rows: attended(policy, cond, batch, c.focus_share, rows))
     replay = surrogate(
-        policy, cond, kernel=c.kernel, t_max=paths.t_max, loss=c.loss, clip=c.clip, beta=c.beta, over=c.ratio_over
-    )
+        policy, cond, kernel=c.kernel, t_max=paths.t_max, loss=c.loss, clip=c.clip, beta=c.beta, over=c.ratio_over,
+        measure=c.measures_kl,
+    )  # fmt: skip
     return Lesson(batch, replay, None if c.beta else batch.advantage.abs().amax((1, 2)) > 0)
 
 
@@ -108,3 +109,20 @@ def from_records(run: Session, iteration: int) -> tuple[Lesson, dict[str, int | 
         lesson = of_images(run, prompts, policy.encode([p.text for p in prompts]), seen, iteration)
     reward = run.ranks.gather(seen.reward, "rewards")
     return lesson, {"reward": float(reward.mean()), "images": len(reward), "rewards": 0}
+
+
+def learn(run: Session, lesson: Lesson, iteration: int) -> dict[str, int | float]:
+    """Step the optimiser along the lesson, with all processes, and move the averaged adapter. What happened, as a row."""
+    c, ranks = run.config, run.ranks
+    prompts = ranks.deal(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
+    shares = ranks.shares(lesson.batch.index, "rows to learn from")
+    statistics = update(
+        run.policy.parameters(), run.optimizer, lesson.batch, lesson.replay, needed=lesson.needed,
+        epochs=c.epochs, minibatches=c.minibatches, micro_batch=run.fits["micro_batch"], max_grad_norm=c.max_grad_norm,
+        generator=torch.Generator().manual_seed(seed_of(c.seed, "shuffle", iteration)),
+        peers=Peers(shares, ranks.add_gradients, partial(ranks.tell, what="what was learnt"), ranks.replayed),
+        may_step=partial(run.skips.may_step, iteration, prompts),
+    )  # fmt: skip
+    if not run.skips.reasons:
+        run.average()
+    return {"transitions": len(shares)} | statistics

@@ -75,7 +75,7 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     """What an iteration costs where all groups have this plan; `guided`: a row's velocity takes two forwards."""
     forwards, images, learnt = plan.cost
     walks, halves = c.prompts_per_iteration * c.seeds, 2 if guided else 1
-    rows, passes = walks * learnt, 2 if c.beta else 1
+    rows, passes = walks * learnt, 2 if c.measures_kl else 1
     if c.objective == "srum":
         rows = walks * plan.learnt * c.draws
     if c.objective == "rgdpo":  # a pair is two images, and both are shown to the model without adapter

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmalign.config import BadInput, Config, locate
+from mmalign.config import BadInput, Config, component, locate
 from mmalign.evaluate import Evaluation
 from reward_models import RewardModel
 
@@ -39,7 +39,7 @@ def load(c: Config, model: str, scorers: Mapping[str, RewardModel]) -> dict[str,
     except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"reference: {c.reference} is no file written by `mmalign evaluate --reference`") from None
     names = [*c.rewards, *c.at_least]
-    needed = {"model": model} | {n: scorers[n].card.version for n in {name.rpartition(".")[0] for name in names}}
+    needed = {"model": model} | {n: scorers[n].card.version for n in {component(name)[0] for name in names}}
     for what, version in needed.items():
         if belongs.get(what) != version:
             raise BadInput(

@@ -54,7 +54,7 @@ def _text(path: Path) -> str:
 
 
 def summary(run: Path) -> dict:
-    """Before, after, mean rise and paired p-value of every score on the held-out prompts."""
+    """Before, after, mean rise and paired p-value of every score on the held-out prompts; and the alarms."""
     before, after = ({row["image"]: row for row in disk.rows(run / f"images/{side}/scores.jsonl")} for side in SIDES)
     shown, rises = [image for image in before if image in after], {}
     for name in before[shown[0]]["scores"] if shown else ():
@@ -64,7 +64,7 @@ def summary(run: Path) -> dict:
         )
         rise, p = paired(a, b, torch.tensor([before[image]["id"] for image in shown]))
         rises[name] = {"before": float(a.nanmean()), "after": float(b.nanmean()), "rise": rise, "p": p}
-    return {"run": str(run), "images": len(shown), "rises": rises}
+    return {"run": str(run), "images": len(shown), "rises": rises, "alarms": disk.rows(run / "alarms.jsonl")}
 
 
 def write(run: Path) -> Path:
@@ -92,6 +92,7 @@ def content(run: Path, source: Source) -> str:
     """What there is to show of a run so far, as HTML."""
     metrics, evaluations = disk.rows(run / "metrics.jsonl"), disk.rows(run / "evaluations.jsonl")
     parts = [
+        _alarms(disk.rows(run / "alarms.jsonl")),
         _summary_table(summary(run)),
         _by_tag(run),
         _held_out(run, evaluations, source),
@@ -111,6 +112,11 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _alarms(rows: list[dict]) -> str:
+    table = _table(["alarm", "after iteration", ""], [[r["alarm"], str(r["iteration"]), r["text"]] for r in rows])
+    return f"<h2>Alarms</h2>{table}" if rows else ""
 
 
 def _summary_table(result: dict) -> str:
@@ -281,7 +287,8 @@ def _last(row: dict) -> str:
 def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
     out: list[float] = []
     for value in values:
-        out.append(value if not out else keep * out[-1] + (1 - keep) * value)
+        before = out[-1] if out else value
+        out.append(keep * before + (1 - keep) * value if value == value else before)
     return out
 
 

@@ -1,8 +1,9 @@
 """A run around the iteration: evaluations, checkpoints and resumption.
 
-One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluations.jsonl`, `credit.jsonl`, `images/`,
-`checkpoints/`, `report.html`, and what trackers keep. What the next iteration does is a function of the config, the
-iteration and what a checkpoint holds, so a resumed run ends with the bits of one that was never interrupted.
+One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluations.jsonl`, `credit.jsonl`,
+`alarms.jsonl`, `images/`, `checkpoints/`, `report.html`, and what trackers keep. What the next iteration does is a
+function of the config, the iteration and what a checkpoint holds, so a resumed run ends with the bits of one that was
+never interrupted.
 """
 
 import json
@@ -17,11 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmalign import (
     ahead,
+    alarms,
     checkpoint,
     config as configs,
     disk,
     evaluate,
     folder,
+    guards,
     planner,
     prompts as prompt_files,
     tracking,
@@ -37,9 +40,9 @@ from mmalign.train import iterate
 
 
 def train(c: Config, resume: bool = False, console: Console | None = None) -> Path:
-    """Run a config to its end and return the run's folder. Raises BadInput before anything is written, Failed where the
-    disk takes no more, Lost where another of its processes failed, and Stopped after SIGTERM or Ctrl-C. Of many
-    processes the main one alone writes and speaks."""
+    """Run a config to its end and return the run's folder. Raises BadInput before anything is written, Failed where it
+    cannot go on (disk full, out of memory, scores that fail, values that are not finite), Lost where another of its
+    processes failed, and Stopped after SIGTERM or Ctrl-C. Of many processes the main one alone writes and speaks."""
     ranks = join(c.patience)
     with ranks.failing():
         return _train(c, resume, (console or Console()) if ranks.main else Console(quiet=True), ranks)
@@ -48,7 +51,7 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
 def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
     say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
     ranks.agree(c.model_dump_json(), "the config")
-    with folder.held(out, say) if ranks.main else nullcontext():
+    with folder.held(out, say) if ranks.main else nullcontext(), guards.failing():
         if ranks.main:
             folder.check(out, c, resume)
             tracking.check(c.trackers)
@@ -65,26 +68,30 @@ def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
             if ranks.main:
                 disk.replace(out / "config.yaml", configs.dump(c).encode())
                 folder.rewind(out, done, say)
-            _go_on(run, out, done, trackers, stop, console)
+            ranks.meet("the run's folder")
+            _go_on(run, out, done, trackers, stop, alarms.Watch(c, out, say, ranks.main), console)
         best = _best(out, c.best_by)
         if best is not None and best != c.iterations:
             say(f"best held-out {c.best_by}: {out / 'checkpoints' / f'{best:06d}'}")
     return out
 
 
-def _go_on(run: Session, out: Path, done: int, trackers: Trackers, stop: Stop, console: Console) -> None:
-    """From the state after `done` iterations to the end. It is saved before it is evaluated, so that an evaluation can
-    be left at any time."""
+def _go_on(
+    run: Session, out: Path, done: int, trackers: Trackers, stop: Stop, watch: alarms.Watch, console: Console
+) -> None:
+    """From the state after `done` iterations to the end, or to where the KL budget is spent. It is saved before it is
+    evaluated, so that an evaluation can be left at any time."""
     c, clock, ranks = run.config, run.clock, run.ranks
     clock.read()  # what came before belongs to no iteration
-    evaluated = ranks.tell([row["iteration"] for row in disk.rows(out / "evaluations.jsonl")], "what was evaluated")[0]
+    evaluated = ranks.tell([row["iteration"] for row in watch.evaluations], "what was evaluated")[0]
     try:
         with _progress(console) as bar:
             task = bar.add_task("training", total=c.iterations, completed=done, note="")
             while True:
-                if run.held_out and _shown(c, done) and done not in evaluated:
-                    _evaluate(run, out, done, trackers, console)
-                if done == c.iterations:
+                last = done == c.iterations or watch.ended
+                if run.held_out and (last or _shown(c, done)) and done not in evaluated:
+                    watch.evaluations.append(_evaluate(run, out, done, last, trackers, console))
+                if last:
                     break
                 with stop.finishing():
                     row = iterate(run, done, out if _shown(c, done + 1) else None)
@@ -95,10 +102,11 @@ def _go_on(run: Session, out: Path, done: int, trackers: Trackers, stop: Stop, c
                             trackers.log(row, done)
                             if _shown(c, done) and trackers.working:
                                 trackers.show(tracking.credit(out, done), done)
+                    watch.look(row, run.skips.reasons)
                     note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
                     bar.update(task, completed=done, note=note)
                     stop.heed(ranks.tell(stop.asked, "signals"))
-                    if stop.asked or _shown(c, done) or done % c.checkpoint_every == 0:
+                    if stop.asked or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
                         with clock.of("io"):
                             save(run, out, done)
     except Stopped:
@@ -116,19 +124,19 @@ def in_between(c: Config, held_out: int) -> int:
     return max(1, held_out // c.eval_prompts) if c.eval_prompts else 1
 
 
-def _evaluate(run: Session, out: Path, done: int, trackers: Trackers, console: Console) -> None:
+def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers, console: Console) -> dict:
     """Evaluate the state after `done` iterations, at the start and the end on all held-out prompts and with the images
-    kept. The row comes last: it says that the images are there."""
+    kept. The row, which is returned, comes last: it says that the images are there."""
     c, start = run.config, time.perf_counter()
-    name = {0: "before", c.iterations: "after"}.get(done)
+    name = "after" if last else None if done else "before"
     stride = in_between(c, len(run.held_out))
     prompts, seeds = (run.held_out, c.eval_seeds) if name else (run.held_out[::stride], 1)
     if name == "before":
         console.print(f"before: {len(prompts)} held-out prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
     with run.clock.of("evaluate"), run.averaged() if done else run.policy.reference():
         found = evaluate.dealt(run.ranks, run.policy, prompts, seeds, c.eval_steps, run.scorers, c.batch)
-    if found is None:
-        return
+    if found is None:  # of many processes the main one has it
+        return {"iteration": done, "name": name}
     means = found.means()
     seconds = time.perf_counter() - start
     row = {"iteration": done, "name": name, "images": len(found.images), "seconds": seconds}
@@ -140,13 +148,15 @@ def _evaluate(run: Session, out: Path, done: int, trackers: Trackers, console: C
         evaluate.contact_sheet(found.images, sheet)
         if name:
             evaluate.write(found, prompts, out / "images" / name)
-        disk.append(out / "evaluations.jsonl", row | means)
-        told = {key: value for key, value in (row | means).items() if key not in ("iteration", "name")}
+        row |= means
+        disk.append(out / "evaluations.jsonl", row)
+        told = {key: value for key, value in row.items() if key not in ("iteration", "name")}
         trackers.log({f"held_out/{key}": value for key, value in told.items()}, done)
         trackers.show(tracking.sheet(sheet), done)
     if name is None:
         said = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
         console.print(f"iteration {done}: held-out {said}")
+    return row
 
 
 def _progress(console: Console) -> Progress:

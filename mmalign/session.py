@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mmalign.config import BadInput, Config
 from mmalign.fit import Fit
 from mmalign.flow.plan import Noise
 from mmalign.flow.sample import seed_of
+from mmalign.guards import Skips
 from mmalign.judge import Combination
 from mmalign.ranks import Ranks, join
 from mmalign.records import Records, read as read_records
@@ -63,8 +65,8 @@ class Session:
     `multipliers` the constraints' by component, `reference` the frozen one's mean and standard deviation by component.
     `records` are the judged images that are learnt from instead of rollouts, if any. `origin` names by hash what the
     run is made of, which must not change under it. `fits` are the rows at once of the config's `batch`, `micro_batch`
-    and `decode_batch`, as memory allows. `ranks` are the processes it runs in. `ahead` holds batches by iteration
-    that are drawn already (`mmalign.ahead`).
+    and `decode_batch`, as memory allows, `skips` the steps left out (`mmalign.guards`). `ranks` are the
+    processes it runs in. `ahead` holds batches by iteration that are drawn already (`mmalign.ahead`).
     """
 
     config: Config
@@ -84,6 +86,7 @@ class Session:
     clock: Clock
     fits: dict[str, Fit]
     ranks: Ranks
+    skips: Skips
     ahead: dict[int, Any] = field(default_factory=dict)
 
     def combination(self, iteration: int) -> Combination:
@@ -147,9 +150,9 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
         raise BadInput(f"scorers: settings for {unused[0]!r}, which is neither in rewards nor in watch")
     scorers = {name: load_scorer(name, **c.scorers.get(name, {})) for name in dict.fromkeys(names)}
     for reward in (*c.rewards, *c.at_least, *filter(None, [c.keep_best])):
-        name, _, component = reward.rpartition(".")
-        if component not in scorers[name].names:
-            raise BadInput(f"rewards: no component {component!r}; {name} gives {', '.join(scorers[name].names)}")
+        name, part = configs.component(reward)
+        if part not in scorers[name].names:
+            raise BadInput(f"rewards: no component {part!r}; {name} gives {', '.join(scorers[name].names)}")
     if c.region and not scorers[c.region].card.places:
         raise BadInput(f"region: {c.region} says nothing about where; credit by place needs a scorer with a map")
     return scorers
@@ -223,6 +226,7 @@ def open_session(c: Config, ranks: Ranks | None = None) -> Session:
         Clock(),
         {name: Fit(getattr(c, name), ranks.sharded) for name in ("batch", "micro_batch", "decode_batch")},
         ranks,
+        Skips(c.max_skips, partial(ranks.tell, what="what is finite")),
     )
 
 

@@ -18,13 +18,12 @@ from jaxtyping import UInt8
 from PIL import Image
 from rich.console import Console
 
-from mmalign import disk
+from mmalign import config as configs, disk
 from mmalign.config import BadInput, Config
 from mmalign.report import credit_scale
 from reward_models import heat
 
 PROJECT = "mmalign"
-HIDDEN = ("key", "token")  # settings of scorers that nobody else needs to know
 Pictures = Mapping[str, UInt8[np.ndarray, "n H W 3"]]
 
 
@@ -91,11 +90,7 @@ def _line(error: Exception) -> str:
 
 def _flat(c: Config) -> dict[str, Any]:
     """The config as trackers take it: numbers, words, and JSON of the rest, without what opens doors."""
-    values = c.model_dump(mode="json")
-    values["scorers"] = {
-        name: {key: "hidden" if key in HIDDEN else value for key, value in own.items()}
-        for name, own in values["scorers"].items()
-    }
+    values = configs.public(c.model_dump(mode="json"))
     return {key: json.dumps(own) if isinstance(own, list | dict) else own for key, own in values.items()}
 
 

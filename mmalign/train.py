@@ -10,13 +10,9 @@ along.
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from mmalign import ahead, exhibit, measures
-from mmalign.flow.sample import seed_of
+from mmalign import ahead, exhibit, guards, measures
 from mmalign.judge import stop_if_failing
-from mmalign.learn.update import Peers, update
-from mmalign.lessons import Lesson, advantages, finished, from_records, of_images, of_walks
+from mmalign.lessons import Lesson, advantages, finished, from_records, learn, of_images, of_walks
 from mmalign.rollout import decoded, judge_all, roll_out
 from mmalign.session import Session
 from mmalign.whole import whole
@@ -27,24 +23,21 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
     go with their credit to the folder `keep`."""
     c, policy, clock, ranks = run.config, run.policy, run.clock, run.ranks
     policy.spent.clear()
-    lesson, row = from_records(run, iteration) if run.records else _from_rollout(run, iteration, keep)
-    shuffle = torch.Generator().manual_seed(seed_of(c.seed, "shuffle", iteration))
+    run.skips.reasons.clear()
+    run.set_rate(iteration)
+    try:
+        lesson, row = from_records(run, iteration) if run.records else _from_rollout(run, iteration, keep)
+    except guards.NonFinite as found:
+        run.skips.leave_out(iteration, found)
+        lesson, row = None, {"reward": float("nan"), "rewards": 0}
+    forwards = policy.spent["forwards"]
     with clock.of("learn"):
-        run.set_rate(iteration)
-        forwards = policy.spent["forwards"]
-        shares = ranks.shares(lesson.batch.index, "rows to learn from")
-        statistics = update(
-            policy.parameters(), run.optimizer, lesson.batch, lesson.replay, needed=lesson.needed,
-            epochs=c.epochs, minibatches=c.minibatches, micro_batch=run.fits["micro_batch"],
-            max_grad_norm=c.max_grad_norm, generator=shuffle,
-            peers=Peers(shares, ranks.add_gradients, partial(ranks.tell, what="what was learnt"), ranks.replayed),
-        )  # fmt: skip
-        run.average()
+        statistics = learn(run, lesson, iteration) if lesson else {"transitions": 0}
     spent = {"forwards": forwards, "replay_forwards": policy.spent["forwards"] - forwards}
     spent["decodes"] = policy.spent["decodes"]
     row = {"iteration": iteration + 1} | row | ranks.added(spent, "counts") | run.asked()
     row |= {
-        "transitions": len(shares),
+        "skipped": len(run.skips.reasons),
         "lr": run.optimizer.param_groups[0]["lr"],
         **{f"fit/{name}": fit.rows for name, fit in run.fits.items() if fit.rows < getattr(c, name)},
     }
@@ -54,7 +47,7 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
 def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Lesson, dict[str, int | float]]:
     c, clock = run.config, run.clock
     own = ahead.batch(run, iteration, roll_out, decoded, judge_all)
-    seen = own.judged()
+    seen = guards.together(run.ranks.tell, partial(guards.judged, own))
     paths, judged = whole(run.ranks, own.paths, seen)
     stop_if_failing(judged, len(paths.owner), c.max_failed)
     with clock.of("learn"):

@@ -76,6 +76,14 @@ class Card:
         return f"{self.scorer}: {spread}, higher is {self.higher}, compares {scope}; {weights}; {self.licence}"
 
 
+class Infinite(ValueError):
+    """Scores of which the `rows` are infinite."""
+
+    def __init__(self, rows: Sequence[int]):
+        super().__init__("a score is infinite; a scorer must return NaN with a reason instead")
+        self.rows = rows
+
+
 @dataclass(frozen=True)
 class Scores:
     """What one scorer thinks of `N` images. Raw units, higher is better.
@@ -100,7 +108,7 @@ class Scores:
         if self.values.ndim != 2 or self.values.shape[1] != len(self.names):
             raise ValueError(f"values must be [N, {len(self.names)}] for {self.names}, got {list(self.values.shape)}")
         if torch.isinf(self.values).any():
-            raise ValueError("a score is infinite; a scorer must return NaN with a reason instead")
+            raise Infinite(self.values.isinf().any(1).nonzero()[:, 0].tolist())
 
     def column(self, name: str) -> Float[Tensor, "N"]:
         if name not in self.names:

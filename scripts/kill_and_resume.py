@@ -23,7 +23,7 @@ from typing import Annotated
 import torch
 import typer
 
-from mmalign import checkpoint, config as configs, disk, policy as policies, run as runs
+from mmalign import checkpoint, config as configs, disk, folder, policy as policies, run as runs
 from mmalign.policy import sd3  # noqa: F401  imported here, before there are children
 
 
@@ -65,8 +65,11 @@ def outcome(out: Path) -> dict:
     """Hashes of all that is in the last checkpoint, and the record without its times."""
     tensors, state = checkpoint.read(checkpoint.latest(out / "checkpoints"))
     timeless = {
-        name: [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in disk.rows(out / name)]
-        for name in ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl")
+        name: [
+            {k: v for k, v in row.items() if not k.startswith(("seconds", "nfe_per_second"))}
+            for row in disk.rows(out / name)
+        ]
+        for name in folder.RECORDS
     }
     return (
         {name: checkpoint.fingerprint(own) for name, own in tensors.items()}
@@ -84,9 +87,9 @@ def main(
     torch.set_num_threads(1)
     policies.quiet()
     c, rng, seen = configs.load(config, overrides or []), random.Random(seed), Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        out, log, began = Path(folder, "cut"), Path(folder, "log"), time.monotonic()
-        whole = c.model_copy(update={"out": str(Path(folder, "whole"))})
+    with tempfile.TemporaryDirectory() as place:
+        out, log, began = Path(place, "cut"), Path(place, "log"), time.monotonic()
+        whole = c.model_copy(update={"out": str(Path(place, "whole"))})
         try:
             kill(start(whole, log), math.inf, None, rng)
             seconds, expected = time.monotonic() - began, outcome(Path(whole.out))

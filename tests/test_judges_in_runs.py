@@ -7,11 +7,13 @@ import pytest
 import torch
 from chats import chatting, said
 from judge_texts import FULL
+from services import running
 from slow_judge import Slow
 from whole_runs import rows, run
 
 from mmalign import checkpoint, config as configs, session, train
 from mmalign.config import BadInput
+from reward_models import load
 
 
 def adapter(out):
@@ -121,3 +123,24 @@ def test_a_cache_saves_the_second_run_its_calls(settings, tmp_path):
         out = run(settings, **same, cache=str(tmp_path / "cache.sqlite"), out=str(tmp_path / "again"))
         assert len(requests) == first > 0
     assert rows(out / "metrics.jsonl")[-1]["cache_hits"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("reward", "scorer", "part"),
+    [
+        ("clip.cosine", "clip", "cosine"),
+        ("remote.clip.cosine", "remote", "clip.cosine"),
+        ("my.module:Scorer.part", "my.module:Scorer", "part"),
+    ],
+)
+def test_a_reward_names_its_scorer_and_component(reward, scorer, part):
+    assert configs.component(reward) == (scorer, part)
+
+
+def test_a_run_learns_from_a_reward_service(settings):
+    with running({"jpeg_size": load("jpeg_size")}) as url:
+        out = run(settings, rewards={"remote.jpeg_size.kilobytes": 1.0}, scorers={"remote": {"url": url}}, iterations=2)
+    local = run(settings, iterations=2, out=f"{out}_local")
+    for far, near in zip(rows(out / "metrics.jsonl"), rows(local / "metrics.jsonl"), strict=True):
+        assert far["part/remote.jpeg_size.kilobytes"] == near["part/jpeg_size.kilobytes"]
+        assert far["grad_norm"] == near["grad_norm"]

@@ -66,11 +66,13 @@ def transitions(
 
 
 def surrogate(
-    policy: Policy, cond, *, kernel: str, t_max: float, loss: str, clip: float, beta: float, over: str = "cell"
-) -> Replay:
+    policy: Policy, cond, *, kernel: str, t_max: float, loss: str, clip: float, beta: float, over: str = "cell",
+    measure: bool = False,
+) -> Replay:  # fmt: skip
     """The replay of GRPO: the surrogate named `loss`, bounded by `clip`, plus `beta` times the exact KL divergence to
-    the reference. Ratios are `over` each "cell" of the advantage's grid, or "credit": all that are credited alike."""
-    return partial(_replay, policy, cond, kernel, t_max, partial(LOSSES[loss], bound=clip), beta, over)
+    the reference, which `measure` tells even with `beta` 0. Ratios are `over` each "cell" of the advantage's grid, or
+    "credit": all that are credited alike."""
+    return partial(_replay, policy, cond, kernel, t_max, partial(LOSSES[loss], bound=clip), beta, over, measure)
 
 
 def update(
@@ -86,6 +88,7 @@ def update(
     max_grad_norm: float,
     generator: torch.Generator,
     peers: Peers = Peers(),
+    may_step: Callable[[Rows, list[float], float], bool] = lambda rows, losses, norm: True,
 ) -> dict[str, float]:
     """Replay `batch` for `epochs` shuffled passes, each in `minibatches` optimiser steps, and return what happened.
 
@@ -93,6 +96,8 @@ def update(
     gradients add up, so it changes nothing else, and where memory does not suffice the minibatch is begun again with
     fewer. Rows that are not `needed`, for nothing would come of them, cost no forward but count in the mean. Order,
     minibatches and means are those of the whole batch, of which `peers` have the rest.
+
+    Where `may_step(rows, their losses, gradient's norm)` says no, parameters and optimiser stay as they are.
 
     Statistics are means over all rows replayed, `name/k` over those whose `step` is k; `grad_norm` is before clipping.
     """
@@ -106,15 +111,18 @@ def update(
             alive = row[part[own[part]]]
             alive = alive if needed is None else alive[needed[alive]]
             idle = alive.new_zeros(peers.replayed(len(alive)) - len(alive))
-            for name, value, k in micro_batch(partial(_gradients, optimizer, batch, alive, idle, len(part), replay)):
+            found = micro_batch(partial(_gradients, optimizer, batch, alive, idle, len(part), replay))
+            for name, value, k in found:
                 if value == value:
                     for key in (name, f"{name}/{k}"):
                         sums[key] += value
                         counts[key] += 1
             if peers.add(parameters):
-                sums["grad_norm"] += float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-                counts["grad_norm"] += 1
-                optimizer.step()
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+                if may_step(batch[alive], [value for name, value, _ in found if name == "loss"], norm):
+                    sums["grad_norm"] += norm
+                    counts["grad_norm"] += 1
+                    optimizer.step()
     told = peers.tell([sums, counts])
     names = dict.fromkeys(name for everybodys, _ in told for name in everybodys)
     return {name: sum(s.get(name, 0.0) for s, _ in told) / sum(n.get(name, 0.0) for _, n in told) for name in names}
@@ -140,7 +148,7 @@ def _gradients(
 
 
 def _replay(
-    policy, cond, kernel, t_max, loss_of, beta, over, micro: Transitions
+    policy, cond, kernel, t_max, loss_of, beta, over, measure, micro: Transitions
 ) -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
     """Loss per row and its statistics, from the network as it is now."""
     v = policy.velocity(micro.x, micro.t, cond, micro.index).float()
@@ -151,11 +159,11 @@ def _replay(
     loss, statistics = loss_of(change, moved, micro.advantage, std, micro.t - micro.s)
     loss = micro.weight * loss
     statistics |= {"log_ratio": change.detach().mean((1, 2)), "divergence": moved.detach().mean((1, 2))}
-    if beta:
+    if beta or measure:
         with torch.no_grad(), policy.reference():
             v = policy.velocity(micro.x, micro.t, cond, micro.index).float()
             anchor, _ = step(kernel, micro.x, v, micro.t, micro.s, micro.noise, t_max)
         kl = gaussian_kl(mean, anchor, std).mean((1, 2))
-        loss = loss + beta * kl
+        loss = loss + beta * kl if beta else loss
         statistics["kl"] = kl.detach()
     return loss, statistics | {"loss": loss.detach()}

@@ -1,0 +1,445 @@
+"""Provoke each fault in a run of a few thousand random weights, resume the run, and write what came of it as a table.
+
+    OMP_NUM_THREADS=1 python scripts/fault_table.py docs/faults.md
+
+Each run is the command line in a forked process, with the fault planted in it before the fourth of six iterations;
+then it is resumed without. What is compared with a run that was left alone are the bits of adapter, average and
+optimiser and all records but their times.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+import yaml
+from kill_and_resume import outcome
+from rich.console import Console
+
+from mmalign import checkpoint, cli, config as configs, disk, policy as policies, report, run as runs  # noqa: F401
+from mmalign.policy.sd3 import SD3Policy
+from reward_models import Scores
+from reward_models.scorers import jpeg_size
+
+sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
+from services import Faulty
+from tiny_pipelines import sd3
+
+AT = 3  # iterations done when the fault comes; the last checkpoint is of iteration 2
+TEXTS = ["a red circle", "a blue square", "two green crosses", "a circle above a square", "a cross", "a triangle"]
+SETTINGS = dict(
+    rewards={"jpeg_size.kilobytes": 1.0}, iterations=6, prompts_per_iteration=2, seeds=2, steps=4, plan="branch",
+    branch_steps=[0, 1], children=2, lora_rank=2, eval_seeds=1, eval_steps=2, eval_every=0, checkpoint_every=2,
+)  # fmt: skip
+Plant = Callable[[], None]  # what is done in the process before it begins
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder for one fault, with a config for its run, and what a run that is left alone comes to."""
+
+    folder: Path
+    settings: dict
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "run"
+
+    def mmalign(self, *options: str, plant: Plant | None = None, **changed) -> tuple[int, str]:
+        """The exit code of `mmalign train` and the last line it said."""
+        child = self.begin(*options, plant=plant, **changed)
+        return self.ended(child)
+
+    def begin(self, *options: str, plant: Plant | None = None, **changed) -> int:
+        """The number of a process that trains."""
+        config, log = self.folder / "config.yaml", self.folder / "log"
+        config.write_text(yaml.safe_dump(self.settings | {"out": str(self.out)} | changed))
+        child = os.fork()
+        if child:
+            return child
+        code = 1
+        try:
+            number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            os.dup2(number, 1)
+            os.dup2(number, 2)
+            cli.console = Console(file=sys.stdout)
+            if plant:
+                plant()
+            sys.argv = ["mmalign", "train", str(config), *options]
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def ended(self, child: int) -> tuple[int, str]:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        lines = [line for line in (self.folder / "log").read_text().splitlines() if line.strip()]
+        own = [line for line in lines if line.startswith("mmalign: ")] or ["" if code < 0 else lines[-1]]
+        return code, own[-1].removeprefix("mmalign: ").replace(str(self.out), "OUT").replace(str(self.folder), "")
+
+    def expected(self, **changed) -> dict:
+        """What the run comes to when it is left alone."""
+        whole = Place(self.folder / "whole", self.settings)
+        whole.folder.mkdir()
+        code, line = whole.mmalign(**changed)
+        if code:
+            raise RuntimeError(f"the run without a fault ended with {code}: {line}")
+        return outcome(whole.out)
+
+
+def before(iteration: int, act: Plant, always: bool = False) -> Plant:
+    """Act when that many iterations are done."""
+
+    def plant() -> None:
+        iterate = runs.iterate
+
+        def planted(run, done, *rest):
+            if done == iteration or (always and done > iteration):
+                act()
+            return iterate(run, done, *rest)
+
+        runs.iterate = planted
+
+    return plant
+
+
+def spoil(method: str, how: Callable) -> Plant:
+    """From then on the policy's `method` gives `how(what it gave, its arguments)`."""
+
+    def act() -> None:
+        whole = getattr(SD3Policy, method)
+        setattr(SD3Policy, method, lambda self, *args: how(whole(self, *args), *args))
+
+    return before(AT, act)
+
+
+def same(found: dict, expected: dict) -> str:
+    different = [name for name in expected if found.get(name) != expected[name]]
+    return f"other {', '.join(different)}" if different else "all equal"
+
+
+Told = tuple[str, str, str]  # how it ended, what was lost, what came of it afterwards
+
+
+def ended(code: int, line: str) -> str:
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}" + (f": {line}" if code else "")
+
+
+def resumed(place: Place, plant: Plant, mend: Plant = lambda: None, expected: dict | None = None, **changed) -> Told:
+    """The run with the fault, and resumed without it."""
+    expected = expected or place.expected(**changed)
+    code, line = place.mmalign(plant=plant, **changed)
+    done = len(disk.rows(place.out / "metrics.jsonl"))
+    saved = checkpoint.latest(place.out / "checkpoints")
+    lost = f"finished iterations: {done - int(saved.name)}" + (" and the one under way" if done == AT else "")
+    mend()
+    if code == 0:
+        return ended(code, line), "nothing", "finished: " + same(outcome(place.out), expected)
+    if code == 143:
+        lost = "nothing" if done == int(saved.name) else lost
+    again, said = place.mmalign("--resume", **changed)
+    if again:
+        return ended(code, line), lost, "resumed: " + ended(again, said)
+    return ended(code, line), lost, "resumed: " + same(outcome(place.out), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- the faults
+
+
+def service(place: Place, broken: Callable, **remote) -> Told:
+    """A reward service that `broken` speaks for once a file is there."""
+    server, sign = Faulty(), place.folder / "broken"
+
+    def answer(sent: dict) -> dict:
+        return server.answer(sent) | {"scores": [{"clip.cosine": len(own) / 1e4} for own in sent["images"]]}
+
+    def well(sent: dict):
+        return 200, {}, json.dumps(answer(sent)).encode()
+
+    server.reply = lambda sent: broken(sent, answer(sent)) if sign.exists() else well(sent)
+    settings = {"url": server.url, "retries": 0, "timeout": 1, "rest": 0} | remote
+    changed = dict(rewards={"remote.clip.cosine": 1.0}, scorers={"remote": settings})
+    try:
+        return resumed(place, before(AT, sign.touch), partial(sign.unlink, missing_ok=True), **changed)
+    finally:
+        server.close()
+
+
+def late(sent: dict, answer: dict):
+    time.sleep(2)
+    return 200, {}, json.dumps(answer).encode()
+
+
+def one_missing(sent: dict, answer: dict):
+    answer["scores"][0], answer["failures"][0] = {"clip.cosine": None}, {"clip": "too dark to see"}
+    return 200, {}, json.dumps(answer).encode()
+
+
+def one_failed(place: Place) -> Told:
+    """The failed images are counted."""
+    how, _, _ = service(place, one_missing, batch=100)
+    metrics = disk.rows(place.out / "metrics.jsonl")
+    failed, images = sum(row["failed"] for row in metrics), sum(row["rewards"] for row in metrics)
+    return how, f"the opinion on {failed} of {images} images", "finished"
+
+
+def full_disk(place: Place) -> Told:
+    def fill() -> None:
+        save = checkpoint.save
+
+        def limited(*args):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+            return save(*args)
+
+        checkpoint.save = limited
+
+    return resumed(place, before(AT, fill))
+
+
+def unwritable(place: Place) -> Told:
+    """For a user who is not root, whom nothing is read-only to."""
+    place.out.mkdir()
+    place.out.chmod(0o555)
+
+    def nobody() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+
+    code, line = place.mmalign(plant=nobody)
+    place.out.chmod(0o755)
+    again, said = place.mmalign()
+    return ended(code, line), "nothing", f"writable again: {ended(again, said)}"
+
+
+def short_of_memory(rows: int, place: Place) -> Told:
+    """A network that takes at most `rows` while it learns."""
+
+    def act() -> None:
+        network = SD3Policy.network
+
+        def small(self, x, t, own):
+            if torch.is_grad_enabled() and len(x) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return network(self, x, t, own)
+
+        SD3Policy.network = small
+
+    expected = place.expected()
+    told = resumed(place, before(AT, act), expected=expected)
+    last = disk.rows(place.out / "metrics.jsonl")[-1]
+    if "fit/micro_batch" not in last:
+        return told
+    tensors = [
+        checkpoint.read(checkpoint.latest(out / "checkpoints"))[0]["adapter"]
+        for out in (place.out, place.folder / "whole/run")
+    ]
+    off = max(float((tensors[0][name] - tensors[1][name]).abs().max()) for name in tensors[0])
+    return told[0], told[1], f"finished with micro_batch {last['fit/micro_batch']}: adapter off by at most {off:.1g}"
+
+
+def spoilt_weights(place: Place) -> Told:
+    def plant() -> None:
+        iterate = runs.iterate
+
+        def planted(run, done, *rest):
+            if done == AT:
+                run.policy.parameters()[0].data.view(-1)[0] = torch.nan
+            return iterate(run, done, *rest)
+
+        runs.iterate = planted
+
+    return resumed(place, plant)
+
+
+def of_first_prompt(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return torch.where((index == 0)[:, None, None, None], x * torch.nan, x)
+
+
+def walking(v, x, t, cond, index):
+    return v if torch.is_grad_enabled() else of_first_prompt(v, index)
+
+
+def learning(v, x, t, cond, index):
+    return of_first_prompt(v, index) if torch.is_grad_enabled() else v
+
+
+def left_out(place: Place) -> Told:
+    """One step of six is left out; the adapter is that of the iteration before."""
+
+    def plant() -> None:
+        iterate, velocity = runs.iterate, SD3Policy.velocity
+
+        def planted(run, done, *rest):
+            SD3Policy.velocity = velocity
+            if done == AT:
+                SD3Policy.velocity = lambda self, *args: learning(velocity(self, *args), *args)
+            return iterate(run, done, *rest)
+
+        runs.iterate = planted
+
+    code, line = place.mmalign(plant=plant, max_skips=1, checkpoint_every=1, keep_checkpoints=9)
+    kept = [checkpoint.read(place.out / f"checkpoints/{i:06d}")[0] for i in (AT, AT + 1)]
+    one, two = ({kind: checkpoint.fingerprint(own) for kind, own in tensors.items()} for tensors in kept)
+    skipped = sum(row["skipped"] for row in disk.rows(place.out / "metrics.jsonl"))
+    return ended(code, line), f"{skipped} step", f"finished; adapter, average and optimiser around it: {same(one, two)}"
+
+
+def infinite_scores(place: Place) -> Told:
+    def act() -> None:
+        call = jpeg_size.JpegSize.__call__
+
+        def infinite(self, images, prompts):
+            found = call(self, images, prompts)
+            return Scores(found.names, found.values * torch.inf)
+
+        jpeg_size.JpegSize.__call__ = infinite
+
+    return resumed(place, before(AT, act))
+
+
+def signalled(number: int, place: Place) -> Told:
+    return resumed(place, before(AT, lambda: os.kill(os.getpid(), number)))
+
+
+def clock(place: Place) -> Told:
+    """The wall clock loses an hour whenever it is read."""
+
+    def act() -> None:
+        now = [time.time()]
+
+        def backwards() -> float:
+            now[0] -= 3600
+            return now[0]
+
+        time.time = backwards
+
+    return resumed(place, act)
+
+
+def damaged(how: Callable[[bytes], bytes], places: slice, place: Place) -> Told:
+    """Checkpoints of a finished run."""
+    expected = place.expected()
+    place.mmalign()
+    for path in checkpoint.numbered(place.out / "checkpoints")[places]:
+        file = path / "adapter.safetensors"
+        file.write_bytes(how(file.read_bytes()))
+    whole = checkpoint.latest(place.out / "checkpoints", lambda line: None)
+    code, line = place.mmalign("--resume")
+    lost = f"{SETTINGS['iterations'] - int(whole.name)} iterations, made again" if whole else "all"
+    return ended(code, line), lost, same(outcome(place.out), expected) if code == 0 else "nothing is written"
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def two_runs(place: Place) -> Told:
+    """The second one starts while the first is in its fourth iteration."""
+    expected, sign = place.expected(), place.folder / "second is done"
+
+    def wait() -> None:
+        (place.folder / "first is there").touch()
+        while not sign.exists():
+            time.sleep(0.01)
+
+    first = place.begin(plant=before(AT, wait))
+    while not (place.folder / "first is there").exists():
+        time.sleep(0.01)
+    second = Place(place.folder / "second", place.settings)
+    second.folder.mkdir()
+    code, line = second.mmalign(out=str(place.out))
+    sign.touch()
+    own, _ = place.ended(first)
+    line = line.replace(str(place.out), "OUT").replace(str(first), "PID").replace(os.uname().nodename, "HOST")
+    return ended(code, line), "nothing", f"the first: exit code {own}, {same(outcome(place.out), expected)}"
+
+
+FAULTS: dict[str, Callable[[Place], Told]] = {
+    "reward service gone": partial(service, broken=lambda sent, answer: None),
+    "reward service later than its timeout": partial(service, broken=late),
+    "reward service answers with garbage": partial(service, broken=lambda *_: (200, {}, b"<html>busy</html>")),
+    "reward service fails one image of each request": one_failed,
+    "disk full": full_disk,
+    "folder not writable": unwritable,
+    "no memory for more than 3 rows of learning": partial(short_of_memory, 3),
+    "no memory for one row": partial(short_of_memory, 0),
+    "NaN in the weights": spoilt_weights,
+    "NaN in latents of one prompt": lambda place: resumed(place, spoil("velocity", walking)),
+    "NaN in decoded images": lambda place: resumed(place, spoil("decode", lambda images, x: images * torch.nan)),
+    "infinite scores": infinite_scores,
+    "NaN in the loss of one prompt": lambda place: resumed(place, spoil("velocity", learning)),
+    "the same, with max_skips 1": left_out,
+    "SIGTERM": partial(signalled, signal.SIGTERM),
+    "SIGKILL": partial(signalled, signal.SIGKILL),
+    "clock going backwards": clock,
+    "last checkpoint cut": partial(damaged, lambda data: data[: len(data) // 2], slice(-1, None)),
+    "a bit of the last checkpoint flipped": partial(damaged, flipped, slice(-1, None)),
+    "a bit of every checkpoint flipped": partial(damaged, flipped, slice(None)),
+    "a second run in the folder": two_runs,
+    # of many processes one killed: a row of its own once a run has many
+}
+HEAD = """# Faults
+
+Made by `OMP_NUM_THREADS=1 python scripts/fault_table.py docs/faults.md`: each fault is provoked in a run of six
+iterations on a random model, before the fourth, with a checkpoint every two; then the run is resumed without it. *All
+equal*: adapter, average and optimiser to the bit, and all records but their times, compared with a run that was left
+alone. OUT is the run's folder.
+
+| fault | how the run ends | what is lost | and then |
+|---|---|---|---|
+"""
+
+
+def main(
+    file: Annotated[Path, typer.Argument(help="Markdown file to write")],
+    only: Annotated[str, typer.Option(help="faults whose name has this in it")] = "",
+) -> None:
+    torch.set_num_threads(1)
+    policies.quiet()
+    lines = []
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        root.chmod(0o755)
+        torch.manual_seed(0)
+        sd3(root / "model")
+        for side, own in (("train", TEXTS[:4]), ("held_out", TEXTS[4:])):
+            (root / f"{side}.txt").write_text("\n".join(own))
+        given = {
+            "model": str(root / "model"), "prompts": str(root / "train.txt"), "held_out": str(root / "held_out.txt"),
+        }  # fmt: skip
+        for fault, provoke in FAULTS.items():
+            if only in fault:
+                place = Place(root / str(len(lines)), SETTINGS | given)
+                place.folder.mkdir()
+                try:
+                    told = provoke(place)
+                except Exception:
+                    print((place.folder / "log").read_text()[-3000:], file=sys.stderr)
+                    raise
+                lines.append(f"| {fault} | {' | '.join(cell.replace('|', '/') for cell in told)} |")
+                print(lines[-1], flush=True)
+                shutil.rmtree(place.folder)
+    if not only:
+        file.write_text(HEAD + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
