@@ -112,7 +112,7 @@ def from_records(run: Session, iteration: int) -> tuple[Lesson, dict[str, int | 
 
 
 def learn(run: Session, lesson: Lesson, iteration: int) -> dict[str, int | float]:
-    """Step the optimiser along the lesson, with all processes, and move the averaged adapter. What happened, as a row."""
+    """Step the optimiser along the lesson, with all processes, and move the averaged adapter; returns a row of it."""
     c, ranks = run.config, run.ranks
     prompts = ranks.deal(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
     shares = ranks.shares(lesson.batch.index, "rows to learn from")

@@ -38,7 +38,7 @@ def learn(settings: dict) -> dict[str, torch.Tensor]:
     try:
         for i in range(run.config.iterations):
             row = train.iterate(run, i)
-            row = {key: value for key, value in row.items() if not key.startswith("seconds") and key != "texts"}
+            row = {key: value for key, value in row.items() if "second" not in key}
             kept |= {f"row/{i}/{key}": torch.tensor([float(value)]) for key, value in row.items()}
     finally:
         train.advantages = credit
