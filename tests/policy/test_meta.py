@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_pipelines import FAMILIES
+from tiny_pipelines import FAMILIES, SOME
 from torch import nn
 
 from mmalign import policy as policies
@@ -13,7 +13,7 @@ from mmalign.config import ROOT
 from mmalign.policy import meta
 from mmalign.policy.pipeline import Conditioning
 
-ALL = pytest.mark.parametrize("name", FAMILIES)
+ALL = pytest.mark.parametrize("name", SOME)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tiny_vlm
 import torch
 from build_tiny_model import new_text_encoder, new_tokenizer, new_vae
@@ -213,6 +214,10 @@ FAMILIES = {
     "Qwen-Image": Family(qwen_image, (1.0, 4.0), true_scale),
     "Z-Image": Family(z_image, (1.0, 4.0), lambda g: {"guidance_scale": g - 1}),
 }
+
+
+# for what is tried with every family besides conformance: FLUX.2's needs 28 layers of text encoder, which load slowly
+SOME = [pytest.param(name, marks=pytest.mark.slow if "klein" in name else ()) for name in FAMILIES]
 
 
 def stock_images(pipe, family: Family, texts: list[str], guidance: float, size: tuple[int, int]) -> Tensor:
