@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 def allowed():
     """Modules of tests/support may be named in configs; a test's own it allows itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MMALIGN_ALLOW", "careless,odd_scorers,own_policy,slow_judge,smooth")
+        patch.setenv("MMALIGN_ALLOW", "careless,odd_scorers,own_policy,slow_judge,smooth,tests")
         yield
 
 

@@ -122,8 +122,8 @@ def answered(tmp_path_factory):
         pipe = kept[known]  # only the transformer is changed, by its adapter
         return type(pipe)(**pipe.components | {"transformer": copy.deepcopy(pipe.transformer)})
 
-    def stopped(c):
-        opened(c)
+    def stopped(*args):
+        opened(*args)
         raise Sound
 
     patch.setattr(runs, "open_session", stopped)

@@ -73,6 +73,7 @@ def allocated(work) -> int:
     return int(torch.tensor(changes).cumsum(0).max())
 
 
+@pytest.mark.slow  # alone in its process: what others left there is in the allocator's figures too
 @ALL
 def test_the_peak_is_the_allocators(pairs, monkeypatch, name):
     """Within a factor 1.3: kernels of the CPU have workspaces of their own, which weigh at these sizes."""
