@@ -17,6 +17,12 @@ def allowed():
         yield
 
 
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """The command line, tried in this process, changes how the smallest numbers are treated."""
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory) -> str:
     torch.manual_seed(0)

@@ -167,6 +167,7 @@ def test_the_shipped_configs_are_sound(answered):
         assert answer((name, text)) == "sound"
 
 
+@pytest.mark.slow
 @examples(alike, max_examples=60, derandomize=True)
 @given(damaged=damaged, command=commands)
 def test_broken_configs_are_refused_in_one_line(answered, damaged, command):

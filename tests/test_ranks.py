@@ -10,6 +10,8 @@ from many import launch, learn
 from safetensors.torch import load_file
 from whole_runs import rows, run
 
+pytestmark = pytest.mark.slow  # several processes on as many cores
+
 SDE = dict(plan="sde", branch_steps=None, children=None, seeds=3)
 ODE = dict(plan="ode", branch_steps=None, children=None, seeds=4, region="smooth:Smooth", draws=2)
 BRIGHT = {"scorers": {"smooth:Smooth": {"limit": 0.52}}, "max_failed": 1.0}  # some images are not scored
