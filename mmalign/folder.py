@@ -21,8 +21,8 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 @contextmanager
 def held(out: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Make the folder and hold it for this process, whose end, kill -9 included, lets it go. BadInput where another
-    process holds it or it cannot be written in. A folder that was made here and stayed empty is removed again."""
-    new = not out.exists()
+    process holds it or it cannot be written in. Folders that were made here and stayed empty are removed again."""
+    made = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -32,8 +32,11 @@ def held(out: Path, say: Callable[[str], None]) -> Iterator[None]:
         _lock(lock, out, say)
         yield
     finally:
-        if new and [path.name for path in out.iterdir()] == [".lock"]:
-            shutil.rmtree(out)
+        if made and [path.name for path in out.iterdir()] == [".lock"]:
+            (out / ".lock").unlink()
+            with suppress(OSError):  # another run has begun in it
+                for path in made:
+                    path.rmdir()
         os.close(lock)
 
 
