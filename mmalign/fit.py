@@ -25,8 +25,7 @@ class Fit:
             except torch.OutOfMemoryError:
                 if self.rows == 1 or self.fixed:
                     raise
-            self.rows = -(
-                -self.rows // 2
-            )  # out of the handler: the error holds on to the tensors of what it interrupted
+            # out of the handler: the error holds on to the tensors of what it interrupted
+            self.rows = -(-self.rows // 2)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -96,13 +96,13 @@ def _go_on(
                 with stop.finishing():
                     row = iterate(run, done, out if _shown(c, done + 1) else None)
                     done += 1
-                    if ranks.main:
-                        with clock.of("io"):
+                    with clock.of("io"):
+                        if ranks.main:
                             disk.append(out / "metrics.jsonl", row)
                             trackers.log(row, done)
                             if _shown(c, done) and trackers.working:
                                 trackers.show(tracking.credit(out, done), done)
-                    watch.look(row, run.skips.reasons)
+                        watch.look(row, run.skips.reasons)
                     note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
                     bar.update(task, completed=done, note=note)
                     stop.heed(ranks.tell(stop.asked, "signals"))
@@ -134,7 +134,8 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
     if name == "before":
         console.print(f"before: {len(prompts)} held-out prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
     with run.clock.of("evaluate"), run.averaged() if done else run.policy.reference():
-        found = evaluate.dealt(run.ranks, run.policy, prompts, seeds, c.eval_steps, run.scorers, c.batch)
+        asked = partial(evaluate.dealt, run.ranks, run.policy, prompts, seeds, c.eval_steps, run.scorers)
+        found = run.fits["batch"](asked)
     if found is None:  # of many processes the main one has it
         return {"iteration": done, "name": name}
     means = found.means()
@@ -196,13 +197,14 @@ def _kept(run: Session, iteration: int) -> dict[str, dict]:
 
 def save(run: Session, out: Path, iteration: int) -> None:
     adapter, under_way = run.policy.adapter(), run.ahead.get(iteration)
-    run.ranks.agree(checkpoint.fingerprint(adapter), f"the adapter after iteration {iteration}")
+    adapter_hash = checkpoint.fingerprint(adapter)
+    run.ranks.agree(adapter_hash, f"the adapter after iteration {iteration}")
     if not run.ranks.main:
         return
     tensors = {"adapter": adapter, "ema": run.ema, "optimizer": checkpoint.optimizer_tensors(run.optimizer)}
     if under_way:
         tensors["ahead"] = under_way.adapter
-    state = {"adapter_hash": checkpoint.fingerprint(adapter), "multipliers": run.multipliers} | _kept(run, iteration)
+    state = {"adapter_hash": adapter_hash, "multipliers": run.multipliers} | _kept(run, iteration)
     folder.sync(out)
     checkpoint.save(out / "checkpoints", iteration, tensors, state)
     checkpoint.prune(out / "checkpoints", iteration, run.config.keep_checkpoints, _best(out, run.config.best_by))

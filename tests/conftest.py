@@ -1,12 +1,14 @@
 """A stock Stable Diffusion 3 pipeline of a few thousand random weights, saved to disk once per run."""
 
 import json
+import os
 
 import pytest
 import torch
 from tiny_pipelines import sd3
 
 torch.set_num_threads(1)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub would be asked in vain, and for minutes
 
 
 @pytest.fixture(autouse=True, scope="session")

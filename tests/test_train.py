@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from whole_runs import rows, run
+from whole_runs import cut_off, rows, run
 
 from mmalign import (
     calibrate,
@@ -13,7 +13,6 @@ from mmalign import (
     evaluate,
     prompts,
     report,
-    run as runs,
     session,
 )
 from mmalign.config import BadInput
@@ -34,21 +33,11 @@ def test_same_seed_same_adapter_whatever_the_batches(settings, tmp_path):
         assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
-def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path):
     whole = run(settings)
-    iterate, calls = runs.iterate, []
-
-    def cut_off(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return iterate(*args)
-
-    monkeypatch.setattr(runs, "iterate", cut_off)
-    with pytest.raises(KeyboardInterrupt):
+    with cut_off(after=3):
         run(settings, out=str(tmp_path / "cut"))
     assert len(rows(tmp_path / "cut" / "metrics.jsonl")) == 3  # one iteration past the checkpoint
-    monkeypatch.setattr(runs, "iterate", iterate)
     cut = run(settings, resume=True, out=str(tmp_path / "cut"))
     assert adapter(cut) == adapter(whole)
     timeless = [
@@ -58,19 +47,10 @@ def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path, monkeypatc
     assert [row["iteration"] for row in rows(cut / "evaluations.jsonl")] == [0, 2, 4]
 
 
-@pytest.mark.parametrize("stop", [1, 5])
-def test_resuming_early_or_after_the_end_repeats_no_row(settings, monkeypatch, stop):
+@pytest.mark.parametrize("finished", [False, True])
+def test_resuming_early_or_after_the_end_repeats_no_row(settings, finished):
     """Cut off before the first checkpoint, or already finished: the record is that of one whole run."""
-    iterate, calls = runs.iterate, []
-
-    def cut_off(*args):
-        calls.append(args)
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        return iterate(*args)
-
-    monkeypatch.setattr(runs, "iterate", cut_off)
-    with pytest.raises(KeyboardInterrupt) if stop == 1 else contextlib.nullcontext():
+    with contextlib.nullcontext() if finished else cut_off(after=0):
         run(settings)
     out = run(settings, resume=True)
     assert [row["iteration"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_pipelines import FAMILIES, SOME
 from torch import nn
-from whole_runs import rows, run
+from whole_runs import cut_off, rows, run
 
 from mmalign import config as configs, policy as policies
 from mmalign.config import BadInput
@@ -201,28 +201,11 @@ def test_moments_of_eight_bits_learn_and_come_back(settings, tmp_path):
     states = {v.dtype for own in opened(settings, **long).optimizer.state.values() for v in own.values()}
     assert not states
     cut = str(tmp_path / "cut")
-    with pytest.raises(KeyboardInterrupt):
-        run_until(settings, 2, **long, out=cut)
+    with cut_off(after=2):
+        run(settings, **long, out=cut)
     resumed = run(settings, resume=True, **long, out=cut)
     ends = [(out / "checkpoints/000004/ema.safetensors").read_bytes() for out in (whole, resumed)]
     assert ends[0] == ends[1]
-
-
-def run_until(settings, iteration, **changed):
-    from mmalign import run as runs
-
-    real = runs.iterate
-
-    def iterate(session, done, keep=None):
-        if done == iteration:
-            raise KeyboardInterrupt
-        return real(session, done, keep)
-
-    runs.iterate = iterate
-    try:
-        run(settings, **changed)
-    finally:
-        runs.iterate = real
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

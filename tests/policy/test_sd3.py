@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
+from tiny_policies import moved
 
 from mmalign import policy as policies
 from mmalign.fit import Fit
@@ -46,16 +47,6 @@ def ours(policy, batch=256):
     return policy.decode(
         sample(policy.velocity, start, cond, index, plans.ode(policy.times(STEPS)), batch=batch).x[:, -1]
     )
-
-
-def moved(policy, scale=0.05):
-    """A LoRA that does something."""
-    policy.attach_lora(4, 8.0, None, seed=0)
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in policy.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=g))
-    return policy
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
