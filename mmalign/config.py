@@ -38,7 +38,9 @@ POLICY_GRADIENT = (  # what acts on steps of walks alone
     "region_weight", "whole_weight", "ratio_over", "focus", "weighting", "loss", "clip", "beta", "max_kl",
 )  # fmt: skip
 SECRETS = {"key", "apikey", "token", "secret", "password", "credentials", "authorization", "headers", "cookie"}
-SAMPLING = ("kernel", "noise", "window", "branch_steps", "children", "max_forwards", "max_rewards", "cache", "overlap")
+SAMPLING = (
+    "kernel", "noise", "window", "branch_steps", "children", "max_forwards", "max_rewards", "cache", "rollout_parts",
+)  # fmt: skip
 
 
 class BadInput(ValueError):
@@ -115,9 +117,6 @@ class Config(BaseModel):
     scorers: dict[str, dict[str, Any]] = Field(
         {}, description="settings of scorers by name; with `scorer: NAME` among them the name is your own"
     )
-    overlap: bool = Field(
-        False, description="draw the next batch while this one is judged, and learn one update late; for slow judges"
-    )
     cache: str | None = Field(None, description="file of scores had before, shared between runs; made if not there")
     records: str | None = Field(
         None, description="objective srum, rgdpo: JSONL of judged images to learn from instead of sampling"
@@ -166,6 +165,9 @@ class Config(BaseModel):
     )
     max_rewards: int | None = Field(
         None, ge=1, description="images scored in one iteration, times reward scorers; same"
+    )
+    rollout_parts: int = Field(
+        1, ge=1, description="parts of whole prompts, each drawn while the one before is judged; for slow judges"
     )
     batch: int = Field(
         128, ge=1, description="rows of one forward at most; speed only; halved where memory does not suffice"
@@ -405,8 +407,10 @@ class Config(BaseModel):
         for name, (does, owner) in acts.items():
             if getattr(self, name) is not None and not does:
                 raise ValueError(f"{name} acts only with {owner}; remove it or change that")
-        if self.overlap and self.at_least:
-            raise ValueError("overlap judges before the constraints (at_least) have moved; remove one of the two")
+        if self.rollout_parts > self.prompts_per_iteration:
+            raise ValueError(
+                f"rollout_parts: {self.rollout_parts} of {self.prompts_per_iteration} prompts; each part needs one"
+            )
         if self.advantage_floor and self.advantage_scale == "none":
             raise ValueError(
                 "advantage_floor acts only where advantages are divided; remove it or change advantage_scale"

@@ -98,7 +98,7 @@ def small(c: Config, out: Path) -> Config:
     """The same with two prompts and few siblings, in a folder of its own."""
     most = 2 if (c.children or 1) > 1 else 4
     change = {"prompts_per_iteration": min(2, c.prompts_per_iteration), "seeds": min(c.seeds, most)}
-    return c.model_copy(update=change | {"out": str(out / "run"), "overlap": False, "cache": None})
+    return c.model_copy(update=change | {"out": str(out / "run"), "rollout_parts": 1, "cache": None})
 
 
 def disturb(run: Session) -> None:
@@ -111,9 +111,8 @@ def disturb(run: Session) -> None:
 def _of_rollout(run: Session) -> Iterator[Finding]:
     c = run.config
     prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, 0, c.seed)
-    cond, paths = rollout.roll_out(run, prompts, run.levels, 0)
-    images = rollout.decoded(run, paths)
-    bench = Bench(run, prompts, cond, paths, images, rollout.judge_all(run, paths, images, prompts, 0))
+    batch = rollout.roll_out(run, prompts, run.levels, 0)
+    bench = Bench(run, prompts, batch.cond, batch.paths, batch.images, rollout.judged(run, batch, 0))
     for check in (seeds, *((zero_noise, ratio, guidance, gradient, kl_gradient) if c.objective == "grpo" else ())):
         yield from check(bench)
     for check in (pixels, judged_as_shown, rewards, group_spread):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from mmalign import disk, prompts as prompt_files
-from mmalign.ahead import Batch
+from mmalign.rollout import Batch
 from mmalign.session import Session
 from mmalign.types import Judgement, Trajectories
 

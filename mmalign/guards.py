@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from mmalign.config import Failed
-from mmalign.types import Judgement, Rows
+from mmalign.types import Judgement, Rows, Trajectories
 from reward_models import Prompt
 
 T = TypeVar("T")
@@ -40,28 +40,19 @@ def _finite(what: str, prompts: Sequence[Prompt], values: Shaped[Tensor, "M *cel
         raise of(what, prompts, owner.cpu()[~good].tolist())
 
 
-def walked(batch) -> None:
-    """NonFinite where a walk's latents or an image are not (`batch`: an `ahead.Batch`)."""
-    paths = batch.paths
-    _finite("latents", batch.prompts, paths.x, paths.prompt)
-    _finite("finished latents", batch.prompts, paths.ends, paths.owner)
-    _finite("decoded images", batch.prompts, batch.images, paths.owner)
+def walked(paths: Trajectories, images: Float[Tensor, "E 3 H W"], prompts: Sequence[Prompt]) -> None:
+    """NonFinite where a walk's latents or an image are not."""
+    _finite("latents", prompts, paths.x, paths.prompt)
+    _finite("finished latents", prompts, paths.ends, paths.owner)
+    _finite("decoded images", prompts, images, paths.owner)
 
 
-def rewarded(batch, judged: Judgement) -> None:
+def rewarded(judged: Judgement, paths: Trajectories, prompts: Sequence[Prompt]) -> None:
     """NonFinite where a reward is infinite, or NaN although every score it is made of was had."""
     reward, scored = judged.reward, torch.stack([*judged.parts.values()], 1).isfinite().all(1)
     bad = reward.isinf().any(1) | (reward[:, -1].isnan() & scored)
     if bool(bad.any()):
-        raise of("combined rewards", batch.prompts, batch.paths.prompt.cpu()[bad].tolist())
-
-
-def judged(batch) -> Judgement:
-    """The judgement of a batch, when all of it is finite."""
-    walked(batch)
-    found = batch.judged()
-    rewarded(batch, found)
-    return found
+        raise of("combined rewards", prompts, paths.prompt.cpu()[bad].tolist())
 
 
 def together(tell: Callable, work: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -51,6 +52,34 @@ def score(images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: 
             if found:
                 kept[name] = found
     return seen
+
+
+def joined(parts: Sequence[Seen]) -> Seen:
+    """What was seen in several batches of images, as in one."""
+    if len(parts) == 1:
+        return parts[0]
+    counts = [len(next(iter(seen.parts.values()))) for seen in parts]
+    before = [0, *accumulate(counts)]
+
+    def maps(name: str) -> Tensor:
+        grid = next(seen.maps[name].shape[1:] for seen in parts if name in seen.maps)
+        nowhere = [torch.full((n, *grid), torch.nan) for n in counts]
+        return torch.cat([seen.maps.get(name, blank) for seen, blank in zip(parts, nowhere, strict=True)])
+
+    def texts(kept: str, blank) -> dict[str, tuple]:
+        """A scorer that found nothing in all images of a batch has no entry there."""
+        names = dict.fromkeys(name for seen in parts for name in getattr(seen, kept))
+        each = [(getattr(seen, kept), n) for seen, n in zip(parts, counts, strict=True)]
+        return {name: tuple(one for own, n in each for one in own.get(name, (blank,) * n)) for name in names}
+
+    return Seen(
+        {name: torch.cat([seen.parts[name] for seen in parts]) for name in parts[0].parts},
+        {name: maps(name) for name in dict.fromkeys(name for seen in parts for name in seen.maps)},
+        texts("boxes", ()),
+        {i + start: why for seen, start in zip(parts, before, strict=False) for i, why in seen.failures.items()},
+        texts("said", ""),
+        texts("requests", ""),
+    )
 
 
 def _placed(scores: Scores, size: tuple[int, int]) -> Scores:
@@ -106,16 +135,14 @@ class Combination:
 
 def judge(
     paths: Trajectories,
-    prompts: Sequence[Prompt],
-    images: Float[Tensor, "E 3 H W"],
-    scorers: Scorers,
+    seen: Seen,
+    size: tuple[int, int],
     combination: Combination,
     region: str | None = None,
     grid: tuple[int, int] | None = None,
 ) -> Judgement:
-    """Score the image of each finished latent once, and give every shown state the reward of its end. The map of the
-    scorer `region` is laid on `grid` cells, by default those of the latent. On the CPU."""
-    seen = score(images, [prompts[i] for i in paths.owner.tolist()], scorers)
+    """Give every shown state the reward of its end, of whose image of `size` (height, width) is told what was `seen`.
+    The map of the scorer `region` is laid on `grid` cells, by default those of the latent. On the CPU."""
     own = {name: values[paths.shown[:, -1].cpu()] for name, values in seen.parts.items()}
     try:
         reward = combination(seen.parts, paths.owner.cpu())
@@ -124,10 +151,10 @@ def judge(
     places, marks = None, None
     if region is not None:
         grid = grid or tuple(paths.ends.shape[2:])
-        nowhere = torch.full((len(images), 1, 1), torch.nan)  # where every image failed
+        nowhere = torch.full((len(reward), 1, 1), torch.nan)  # where every image failed
         places = resampled(seen.maps.get(region, nowhere), grid)
         boxes = seen.boxes.get(region)
-        marks = marked(boxes, paths.owner.tolist(), tuple(images.shape[2:]), grid) if boxes else signs(places)
+        marks = marked(boxes, paths.owner.tolist(), size, grid) if boxes else signs(places)
     return Judgement(paths.at_states(reward), own, places, marks, seen.failures)
 
 

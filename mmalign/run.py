@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmalign import (
-    ahead,
     alarms,
     checkpoint,
     config as configs,
@@ -32,7 +31,6 @@ from mmalign import (
 from mmalign.config import BadInput, Config
 from mmalign.flow.sample import gaussian, seed_of
 from mmalign.ranks import Ranks, join
-from mmalign.rollout import decoded, judge_all, roll_out
 from mmalign.session import Session, open_session
 from mmalign.signals import Stop, Stopped, stopping
 from mmalign.tracking import Trackers
@@ -168,8 +166,8 @@ def _progress(console: Console) -> Progress:
 
 
 def _size(run: Session) -> int:
-    """Bytes of a checkpoint, about: adapter, average, two moments, and with overlap the adapter of the batch ahead."""
-    return 4 * sum(p.numel() for p in run.policy.parameters()) * (5 if run.config.overlap else 4)
+    """Bytes of a checkpoint, about: adapter, average and two moments."""
+    return 4 * sum(p.numel() for p in run.policy.parameters()) * 4
 
 
 def _best(out: Path, name: str | None) -> int | None:
@@ -196,14 +194,12 @@ def _kept(run: Session, iteration: int) -> dict[str, dict]:
 
 
 def save(run: Session, out: Path, iteration: int) -> None:
-    adapter, under_way = run.policy.adapter(), run.ahead.get(iteration)
+    adapter = run.policy.adapter()
     adapter_hash = checkpoint.fingerprint(adapter)
     run.ranks.agree(adapter_hash, f"the adapter after iteration {iteration}")
     if not run.ranks.main:
         return
     tensors = {"adapter": adapter, "ema": run.ema, "optimizer": checkpoint.optimizer_tensors(run.optimizer)}
-    if under_way:
-        tensors["ahead"] = under_way.adapter
     state = {"adapter_hash": adapter_hash, "multipliers": run.multipliers} | _kept(run, iteration)
     folder.sync(out)
     checkpoint.save(out / "checkpoints", iteration, tensors, state)
@@ -220,7 +216,7 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
         say(f"--resume: {out} has no checkpoint yet; starting from the beginning")
         return 0
     tensors, state = checkpoint.read(path)
-    done, policy = state["iteration"], run.policy
+    done = state["iteration"]
     for kind, now in _kept(run, done).items():
         for what, was in state[kind].items():
             if now.get(what) != was:
@@ -229,8 +225,5 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
     checkpoint.load_optimizer(run.optimizer, tensors["optimizer"])
     for name, value in tensors["ema"].items():
         run.ema[name].copy_(value)
-    if "ahead" in tensors:
-        policy.load_adapter(tensors["ahead"])
-        run.ahead[done] = ahead.begun(run, done, roll_out, decoded, judge_all)
-    policy.load_adapter(tensors["adapter"])
+    run.policy.load_adapter(tensors["adapter"])
     return done

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +65,7 @@ class Session:
     `records` are the judged images that are learnt from instead of rollouts, if any. `origin` names by hash what the
     run is made of, which must not change under it. `fits` are the rows at once of the config's `batch`, `micro_batch`
     and `decode_batch`, as memory allows, `skips` the steps left out (`mmalign.guards`). `ranks` are the
-    processes it runs in. `ahead` holds batches by iteration that are drawn already (`mmalign.ahead`).
+    processes it runs in.
     """
 
     config: Config
@@ -87,7 +86,6 @@ class Session:
     fits: dict[str, Fit]
     ranks: Ranks
     skips: Skips
-    ahead: dict[int, Any] = field(default_factory=dict)
 
     def combination(self, iteration: int) -> Combination:
         """The weights as they stand: ramps by how much of the run is done, constraints by their multipliers."""

@@ -10,11 +10,11 @@ along.
 from functools import partial
 from pathlib import Path
 
-from mmalign import ahead, exhibit, guards, measures
+from mmalign import exhibit, guards, measures, prompts as prompt_files, rollout
 from mmalign.judge import stop_if_failing
 from mmalign.lessons import Lesson, advantages, finished, from_records, learn, of_images, of_walks
-from mmalign.rollout import decoded, judge_all, roll_out
 from mmalign.session import Session
+from mmalign.types import Judgement
 from mmalign.whole import whole
 
 
@@ -44,10 +44,16 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
     return row | statistics | run.pace(row["forwards"] + row["replay_forwards"])
 
 
+def _drawn(run: Session, iteration: int) -> tuple[rollout.Batch, Judgement]:
+    c = run.config
+    prompts = run.ranks.deal(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
+    own = rollout.roll_out(run, prompts, run.levels, iteration)
+    return own, rollout.judged(run, own, iteration)
+
+
 def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Lesson, dict[str, int | float]]:
     c, clock = run.config, run.clock
-    own = ahead.batch(run, iteration, roll_out, decoded, judge_all)
-    seen = guards.together(run.ranks.tell, partial(guards.judged, own))
+    own, seen = guards.together(run.ranks.tell, partial(_drawn, run, iteration))
     paths, judged = whole(run.ranks, own.paths, seen)
     stop_if_failing(judged, len(paths.owner), c.max_failed)
     with clock.of("learn"):

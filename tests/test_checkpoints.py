@@ -191,17 +191,6 @@ def test_a_run_neither_uses_nor_moves_the_global_generators(settings, tmp_path):
     assert found[0] == found[1]
 
 
-def test_overlap_resumes_to_the_bit(settings, tmp_path):
-    """The batch that was under way is drawn again with the adapter it was drawn with."""
-    changed = dict(overlap=True, held_out=None, checkpoint_every=1, iterations=4, learning_rate=0.01)
-    whole = run(settings, **changed, out=str(tmp_path / "whole"))
-    expected = kill_and_resume.outcome(whole)
-    for later in ("000004", "000003"):
-        shutil.rmtree(whole / "checkpoints" / later)
-    assert "ahead" in checkpoint.read(checkpoint.latest(whole / "checkpoints"))[0]
-    assert kill_and_resume.outcome(run(settings, resume=True, **changed, out=str(whole))) == expected
-
-
 def test_what_a_run_is_made_of_must_not_change_under_it(settings, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("a dog\na cat\na cow\n")

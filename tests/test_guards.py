@@ -1,7 +1,6 @@
 """Values that are not finite, the KL budget, alarms: what they say and what they leave as it was."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from mmalign import alarms, checkpoint, config as configs, disk, guards, report,
 from mmalign.config import Failed
 from mmalign.flow import plan as plans
 from mmalign.guards import NonFinite, Skips
-from mmalign.judge import Combination, judge
+from mmalign.judge import Combination, judge, score
 from mmalign.learn.update import update
 from mmalign.policy.sd3 import SD3Policy
 from mmalign.types import Rows
@@ -194,11 +193,10 @@ class Given:
 
 
 def seen(values, weights, rule="sum", reference=None):
-    """Three walks of three prompts as an `ahead.Batch`, and their judgement."""
+    """The judgement of three walks of three prompts, the walks and the prompts."""
     paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), 3, 3)
-    batch = SimpleNamespace(prompts=PROMPTS, paths=paths, images=paths.ends)
     combination = Combination(weights, rule, reference=reference)
-    return batch, judge(paths, PROMPTS, paths.ends, {"given": Given(values)}, combination)
+    return judge(paths, score(paths.ends, PROMPTS, {"given": Given(values)}), (8, 8), combination), paths, PROMPTS
 
 
 def test_rewards_that_are_not_finite_are_named_and_failed_scores_are_not():

@@ -1,5 +1,6 @@
-"""Judges that write as rewards of a run: overlap, full groups, aspects, budgets."""
+"""Judges that write as rewards of a run: parts, full groups, aspects, budgets."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -7,17 +8,13 @@ import pytest
 import torch
 from chats import chatting, said
 from judge_texts import FULL
+from kill_and_resume import outcome
 from services import running
-from slow_judge import Slow
 from whole_runs import rows, run
 
-from mmalign import checkpoint, config as configs, session, train
+from mmalign import config as configs, guards, prompts, rollout, session, train
 from mmalign.config import BadInput
 from reward_models import load
-
-
-def adapter(out):
-    return checkpoint.read(checkpoint.latest(out / "checkpoints"))[0]["adapter"]
 
 
 @pytest.fixture
@@ -28,50 +25,80 @@ def captions(tmp_path):
     return {"prompts": str(tmp_path / "captions.jsonl"), "held_out": None, "rewards": {"slow.partial": 1.0}}
 
 
-def test_judging_overlaps_the_next_rollout(settings, captions):
-    c = configs.build(
-        settings | captions | {"scorers": {"slow": {"scorer": "slow_judge:Slow"}}, "overlap": True}, "test"
-    )
-    opened = session.open_session(c)
-    slow = opened.scorers["slow"]
-    assert isinstance(slow, Slow)
-    drawn = []
-    roll_out = train.roll_out
+def test_a_part_is_judged_while_the_next_is_drawn(settings, captions, monkeypatch):
+    """The judge waits until the next part is begun, which a rollout that waits for the judge would never do; and no
+    part is begun with more than one, besides that which is judged, waiting for the judge."""
+    changed = {"scorers": {"slow": {"scorer": "slow_judge:Slow"}}, "prompts_per_iteration": 5, "rollout_parts": 5}
+    opened = session.open_session(configs.build(settings | captions | changed, "test"))
+    slow, walk = opened.scorers["slow"], rollout.walk
+    begun, answered = [threading.Event() for _ in range(6)], []
 
-    def seen(*args):
-        began = time.perf_counter()
-        found = roll_out(*args)
-        drawn.append((began, time.perf_counter()))
-        return found
+    def walking(*args):
+        (part,) = args[-1]
+        begun[part].set()
+        answered.append(slow.answered)
+        return walk(*args)
 
-    train.roll_out = seen
-    try:
-        out = [train.iterate(opened, i) for i in range(4)]
-    finally:
-        train.roll_out = roll_out
-    assert [row["iteration"] for row in out] == [1, 2, 3, 4]
-    assert len(drawn) == len(slow.times) == 4
-    for judged, ahead in zip(slow.times[:3], drawn[1:], strict=True):
-        assert judged[0] <= ahead[1]  # the next batch was drawn
-        assert ahead[0] <= judged[1]  # while this one was judged
-    assert not opened.ahead
+    def waiting(number):
+        assert begun[number + 1].wait(30), f"part {number + 1} was not begun"
+        time.sleep(0.05)
+
+    begun[5].set()  # after the last there is nothing to wait for
+    slow.wait = waiting
+    monkeypatch.setattr(rollout, "walk", walking)
+    train.iterate(opened, 0)
+    assert slow.answered == 5
+    assert all(count >= part - 1 for part, count in enumerate(answered))
 
 
-def test_overlap_learns_what_it_would_from_walks_one_update_old(settings, captions, tmp_path):
-    """With a rate of nearly nothing the walks are the same, and so is all that is logged of them."""
-    same = captions | {"scorers": {"slow": {"scorer": "slow_judge:Slow", "seconds": 0.0}}, "learning_rate": 1e-12}
-    plain = run(settings, **same, out=str(tmp_path / "plain"))
-    ahead = run(settings, **same, overlap=True, out=str(tmp_path / "ahead"))
-    for one, two in zip(rows(plain / "metrics.jsonl"), rows(ahead / "metrics.jsonl"), strict=True):
-        assert one["reward"] == pytest.approx(two["reward"], abs=1e-5)
-        assert one["group_std"] == pytest.approx(two["group_std"], abs=1e-5)
-    first, second = adapter(plain), adapter(ahead)
-    assert all(torch.allclose(first[name], second[name], atol=1e-9) for name in first)
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        {"plan": "sde", "branch_steps": None, "children": None, "credit": "gain", "score_states": "all"},
+        {
+            "at_least": {"slow.strict": {"bound": 0.5, "rate": 0.1}},
+            "combine": "mrn",
+            "advantage_scale": "none",
+            "children": 3,
+        },
+        {"region": "slow", "rewards": {"slow.partial": 1.0, "jpeg_size.kilobytes": 0.1}},
+    ],
+    ids=["branch", "gain", "constraint", "region"],
+)
+def test_parts_change_nothing_but_when_images_are_judged(settings, captions, tmp_path, method):
+    """To the bit, where a forward has the same rows."""
+    same = {"scorers": {"slow": {"scorer": "slow_judge:Slow"}}, "prompts_per_iteration": 4, "iterations": 2}
+    same |= {"batch": 1, "decode_batch": 1}
+    whole = run(settings, **captions | same | method, out=str(tmp_path / "whole"))
+    parts = run(settings, **captions | same | method, rollout_parts=3, out=str(tmp_path / "parts"))
+    assert outcome(parts) == outcome(whole)
+    assert len(rows(whole / "credit.jsonl")) == len(rows(parts / "credit.jsonl")) > 0
 
 
-def test_constraints_need_the_judgement_in_time(settings):
-    with pytest.raises(BadInput, match="overlap judges before the constraints"):
-        configs.build(settings | {"overlap": True, "at_least": {"jpeg_size.kilobytes": {"bound": -1}}}, "test")
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_is_not_finite_in_a_part_is_shown_to_no_judge(settings, captions, monkeypatch, parts):
+    changed = {"scorers": {"slow": {"scorer": "slow_judge:Slow"}}, "prompts_per_iteration": 3, "rollout_parts": parts}
+    opened = session.open_session(configs.build(settings | captions | changed, "test"))
+    decoded = rollout.decoded
+
+    def spoilt(own, paths):
+        images = decoded(own, paths)
+        images[paths.owner == 1] = torch.nan
+        return images
+
+    monkeypatch.setattr(rollout, "decoded", spoilt)
+    bad = prompts.batch(opened.prompts, 3, 0, opened.config.seed)[1]
+    with pytest.raises(
+        guards.NonFinite, match=f"^iteration 1: decoded images not finite; prompts: {bad.id} '{bad.text}'$"
+    ):
+        train.iterate(opened, 0)
+    assert opened.scorers["slow"].answered <= parts - 1
+
+
+def test_a_part_needs_a_prompt(settings):
+    with pytest.raises(BadInput, match="rollout_parts: 9 of 8 prompts; each part needs one"):
+        configs.build(settings | {"prompts_per_iteration": 8, "rollout_parts": 9}, "test")
 
 
 def test_full_groups_teach_nothing_and_are_counted(settings, tmp_path):
@@ -97,7 +124,7 @@ def test_a_written_judgement_is_a_reward_with_its_aspects(settings):
     with chatting(answer) as (url, requests):
         judge = {"rational": {"model": "m", "url": url, "retries": 0}}
         rewards = {"rational.faithfulness": 0.7, "rational.quality": 0.3}
-        out = run(settings, rewards=rewards, scorers=judge, iterations=2, held_out=None, overlap=True)
+        out = run(settings, rewards=rewards, scorers=judge, iterations=2, held_out=None, rollout_parts=2)
         asked = len(requests)
     last = rows(out / "metrics.jsonl")[-1]
     assert last["judge/rational/calls"] == asked

@@ -28,7 +28,13 @@ FEW = {
 }  # fmt: skip
 MORE = FEW | {
     "window": dict(
-        plan="window", window=[0, 1], window_moves="random", branch_steps=None, credit="terminal", steps=6, overlap=True
+        plan="window",
+        window=[0, 1],
+        window_moves="random",
+        branch_steps=None,
+        credit="terminal",
+        steps=6,
+        rollout_parts=2,
     ),
     "srum": ODE | dict(objective="srum", alpha_range=[0, 1], background=0.0, anchor=0.5, margin=1.0),
     "rgdpo": ODE | dict(objective="rgdpo", preference_scale=10.0, intra_weight=1.0),

@@ -15,7 +15,7 @@ from mmalign.config import BadInput
 from mmalign.credit.groups import Units
 from mmalign.credit.terminal import terminal
 from mmalign.flow import plan as plans
-from mmalign.judge import Combination, judge
+from mmalign.judge import Combination, judge, score
 from reward_models import Prompt, Scores, combine
 from reward_models.types import Card
 
@@ -31,7 +31,8 @@ class Twice:
 
 def shown(combination, starts=12, prompts=3):
     paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts, prompts)
-    return paths, judge(paths, [Prompt("")] * prompts, paths.ends, {"twice": Twice()}, combination)
+    seen = score(paths.ends, [Prompt("")] * len(paths.ends), {"twice": Twice()})
+    return paths, judge(paths, seen, (8, 8), combination)
 
 
 WEIGHTS = {"twice.mean": 1.0, "twice.first": 0.5}

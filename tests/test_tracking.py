@@ -19,6 +19,7 @@ from mmalign import (
     evaluate,
     exhibit,
     lessons,
+    rollout,
     run as runs,
     session,
     tracking,
@@ -156,7 +157,7 @@ def test_the_parts_of_an_iteration_are_all_its_time(settings, monkeypatch):
     """Everything slow takes a whole number of seconds, by which each part and the total are known exactly."""
     hands, scorer = Hands(), type(load("jpeg_size"))
     slow = {
-        (train, "roll_out"): 2, (train, "of_walks"): 3, (lessons, "update"): 5, (exhibit, "write"): 7,
+        (rollout, "walk"): 2, (train, "of_walks"): 3, (lessons, "update"): 5, (exhibit, "write"): 7,
         (evaluate, "generate"): 100, (evaluate, "contact_sheet"): 11, (evaluate, "write"): 13,
         (checkpoint, "save"): 17, (disk, "append"): 1, (scorer, "__call__"): 23,
         (PipelinePolicy, "decode"): 19, (tracking.Trackers, "log"): 29,

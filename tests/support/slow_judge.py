@@ -1,6 +1,6 @@
 """A judge whose answers take time, and one that fails after a while, for whole runs."""
 
-import time
+from collections.abc import Callable
 
 import torch
 
@@ -9,18 +9,17 @@ from reward_models.scorers.shapes import Shapes
 
 
 class Slow(Shapes):
-    """`shapes`, `seconds` late; keeps when it was asked and when it answered."""
+    """`shapes`, which does `wait(number)` before it answers; keeps how often it answered."""
 
-    def __init__(self, seconds: float = 0.3):
+    def __init__(self):
         super().__init__()
-        self.seconds = seconds
-        self.times: list[tuple[float, float]] = []
+        self.answered = 0
+        self.wait: Callable[[int], None] = lambda number: None
 
     def __call__(self, images, prompts):
-        began = time.perf_counter()
-        time.sleep(self.seconds)
+        self.wait(self.answered)
         found = super().__call__(images, prompts)
-        self.times.append((began, time.perf_counter()))
+        self.answered += 1
         return found
 
 
