@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_pipelines import FAMILIES, SOME
 
-from mmalign import config as configs, doctor, judge, rollout, run as runs, session as sessions
+from mmalign import config as configs, doctor, rollout, run as runs, session as sessions
 from mmalign.cli import main
 from mmalign.flow import sample as sampling
 from mmalign.learn import update as learning
@@ -67,8 +67,8 @@ def test_density_taken_before_rounding(settings, monkeypatch):
 
 
 def test_images_and_prompts_swapped(settings, monkeypatch):
-    real = judge.score
-    monkeypatch.setattr(judge, "score", lambda images, *rest: real(images.flip(0), *rest))
+    real = rollout.score
+    monkeypatch.setattr(rollout, "score", lambda images, *rest: real(images.flip(0), *rest))
     assert "judged as shown" in bad(settings)
 
 
