@@ -112,7 +112,10 @@ def read(path: Path) -> tuple[Tensors, dict]:
         if hashlib.sha256(data).hexdigest() != digests.get(name):
             raise Broken(f"{path / name}, {len(data)} bytes, is not what was written")
     state = _object(path / STATE, files.pop(STATE))
-    return {Path(name).stem: safetensors.torch.load(data) for name, data in files.items()}, state
+    try:
+        return {Path(name).stem: safetensors.torch.load(data) for name, data in files.items()}, state
+    except safetensors.SafetensorError as error:
+        raise Broken(f"{path}: {error}") from None
 
 
 def _bytes(path: Path) -> bytes:
@@ -127,7 +130,7 @@ def _bytes(path: Path) -> bytes:
 def _object(path: Path, data: bytes) -> dict:
     try:
         found = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise Broken(f"{path}, {len(data)} bytes, is not JSON of an object")

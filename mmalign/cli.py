@@ -882,7 +882,11 @@ def report(
         raise BadInput(f"--{next(iter(given))} acts only with --serve")
     else:
         with refusing():
-            console.print(f"report: {reports.write(run)}")
+            try:
+                page = reports.write(run)
+            except OSError as error:
+                raise BadInput(f"{error.filename}: {error.strerror}") from None
+        console.print(f"report: {page}")
 
 
 def _writable(folder: Path) -> None:

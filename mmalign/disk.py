@@ -1,6 +1,5 @@
 """Bytes that are on the disk whole or not at all, whenever the process is killed or the disk is full."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -46,8 +45,17 @@ def append(path: Path, *rows: dict) -> None:
 
 def rows(path: Path) -> list[dict]:
     """The rows of a file of JSON lines, none where there is no file. Lines that a kill left half are left out."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+    return [row for row in objects(path.read_bytes()) if row is not None] if path.exists() else []
+
+
+def objects(data: bytes) -> list[dict | None]:
+    """The JSON object of each line, None where a line is none."""
+    return [_object(line) for line in data.splitlines()]
+
+
+def _object(line: bytes) -> dict | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -143,11 +143,13 @@ def dealt(ranks: Ranks, policy, prompts: Sequence[Prompt], members: int, *settin
 
 def paired(before: Float[Tensor, "N"], after: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> tuple[float, float]:
     """Mean rise and the p-value of a two-sided paired t-test over prompts (a prompt's seeds are averaged: they are not
-    independent). Images without a score on either side are left out."""
+    independent), NaN of fewer than two. Images without a score on either side are left out."""
     valid = ~(before.isnan() | after.isnan())
     rise = (after - before)[valid]
     _, number, count = prompt[valid].unique(return_inverse=True, return_counts=True)
     per_prompt = torch.zeros(len(count)).index_add_(0, number, rise) / count
+    if len(count) < 2:
+        return float(rise.mean()), float("nan")
     if float(per_prompt.std()) == 0:
         return float(rise.mean()), 1.0 if float(rise.mean()) == 0 else 0.0
     return float(rise.mean()), float(stats.ttest_1samp(per_prompt.numpy(), 0.0).pvalue)

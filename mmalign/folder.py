@@ -16,6 +16,7 @@ from reward_models import trust
 
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl", "alarms.jsonl")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+UNWRITABLE += (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # a file where a folder belongs, or the other way round
 
 
 @contextmanager
@@ -90,8 +91,10 @@ def rewind(out: Path, done: int, say: Callable[[str], None]) -> None:
     for path in (out / name for name in RECORDS):
         if not path.exists():
             continue
-        data, whole = path.read_bytes(), disk.rows(path)
-        broken = len(data.splitlines()) - len(whole)
+        data = path.read_bytes()
+        lines = disk.objects(data)
+        whole = [row for row in lines if row is not None and isinstance(row.get("iteration"), int)]
+        broken = len(lines) - len(whole)
         if broken:
             say(f"{path}: lines that are not whole and left out: {broken}")
         kept = "".join(json.dumps(row) + "\n" for row in whole if row["iteration"] <= done).encode()

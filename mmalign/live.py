@@ -7,6 +7,7 @@ The page asks for the state every other second, and for the rest when that has c
 does not know of it, and it may be started and ended at any time.
 """
 
+import html
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,8 @@ from threading import Lock
 from typing import Literal
 from urllib.parse import quote
 
-from mmalign import config as configs, disk, report
+from mmalign import folder, report, written
+from mmalign.written import Written
 
 try:
     from fastapi import FastAPI
@@ -27,7 +29,7 @@ try:
 except ModuleNotFoundError as error:
     raise ValueError(f"serving a page needs {error.name}: pip install 'mmalign[serve]'") from error
 
-RECORD = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "credit.jsonl")  # written while a run goes on
+RECORD = ("config.yaml", *folder.RECORDS)  # written while a run goes on
 PATIENCE = 60  # seconds without a sign of life that are never called an end
 SCRIPT = """
 const status = document.getElementById('status'), main = document.querySelector('main');
@@ -77,13 +79,16 @@ def state(run: Path, now: float) -> State:
     A run is stale when nothing was written for a minute and for twice as long as its longest iteration and its longest
     evaluation took together.
     """
-    written = [path.stat() for path in (run / name for name in RECORD) if path.exists()]
-    version = "-".join(f"{own.st_mtime_ns:x}.{own.st_size:x}" for own in written)
-    quiet = max(0.0, now - max(own.st_mtime for own in written))
-    c, metrics, evaluations = _read(run, version)
-    longest = max((row["seconds/total"] for row in metrics), default=0.0)
+    files = [path.stat() for path in (run / name for name in RECORD) if path.exists()]
+    version = "-".join(f"{own.st_mtime_ns:x}.{own.st_size:x}" for own in files)
+    quiet = max(0.0, now - max((own.st_mtime for own in files), default=now))
+    own = _read(run, version)
+    c, metrics, evaluations = own.config, own.metrics, own.evaluations
+    longest = max((row.get("seconds/total", 0.0) for row in metrics), default=0.0)
     longest += max((row["seconds"] for row in evaluations), default=0.0)
     done = metrics[-1]["iteration"] if metrics else 0
+    if c is None:
+        return State(version, done, "stale", quiet, f"{own.lacking[0]}; iteration {done}")
     if done == c.iterations and (not c.held_out or any(row["name"] == "after" for row in evaluations)):
         return State(version, done, "finished", quiet, f"finished: {done} iterations")
     ago = f"last written {quiet:.0f} s ago"
@@ -97,10 +102,9 @@ def state(run: Path, now: float) -> State:
 
 
 @lru_cache(1)
-def _read(run: Path, version: str) -> tuple[configs.Config, list[dict], list[dict]]:
-    """A run's config, metrics and evaluations, read once for a `version` of them."""
-    rows = (disk.rows(run / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
-    return configs.load(run / "config.yaml"), *rows
+def _read(run: Path, version: str) -> Written:
+    """What a run has written, read once for a `version` of it."""
+    return written.read(run)
 
 
 def app(run: Path, host: str = "127.0.0.1") -> FastAPI:
@@ -129,10 +133,18 @@ def app(run: Path, host: str = "127.0.0.1") -> FastAPI:
             version = state(run, time.time()).version
             if version not in drawn:
                 drawn.clear()
-                drawn[version] = report.content(run, source)
+                drawn[version] = _content(run, source)
             return drawn[version]
 
     return service
+
+
+def _content(run: Path, source: report.Source) -> str:
+    """What there is to show; or, where a run names files that are not its own, that."""
+    try:
+        return report.content(run, source)
+    except ValueError as error:
+        return f"<p>{html.escape(str(error))}</p>"
 
 
 def serve(run: Path, host: str = "127.0.0.1", port: int = 8001) -> None:

@@ -1,6 +1,6 @@
 """`report.html`: one self-contained page of what a run did. Pictures are chosen by position, not by score.
 
-The files of a run may be read while it writes them: a last line without its end counts as not there yet.
+What a run's folder lacks, or what in it is damaged, is said on the page; the rest is shown.
 """
 
 import base64
@@ -15,16 +15,16 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
-from PIL import Image
 
-from mmalign import disk
+from mmalign import written
 from mmalign.evaluate import paired
+from mmalign.written import SIDES, Row, Written
 from reward_models import heat
+from reward_models.images import size_of
 from reward_models.trust import within
 
 Source = Callable[[Path], str]  # the address of an image, for its `src`
 
-SIDES = ("before", "after")
 BY_STEP = (
     "std", "gain", "gain_std", "balance", "ratio", "clipped_low", "clipped_high", "divergence", "kl"
 )  # fmt: skip
@@ -49,22 +49,25 @@ SWITCH = """<p><label><input type=checkbox checked onchange="document.body.class
 show where it was judged right or wrong</label></p>"""
 
 
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
 def summary(run: Path) -> dict:
     """Before, after, mean rise and paired p-value of every score on the held-out prompts; and the alarms."""
-    before, after = ({row["image"]: row for row in disk.rows(run / f"images/{side}/scores.jsonl")} for side in SIDES)
+    own = written.read(run)
+    images, rises = _compared(own)
+    return {"run": str(run), "images": images, "rises": rises, "alarms": own.alarms}
+
+
+def _compared(own: Written) -> tuple[int, dict[str, dict[str, float]]]:
+    """How many images are scored on both sides, and by score what the sides have."""
+    before, after = ({row["image"]: row for row in own.scores[side]} for side in SIDES)
     shown, rises = [image for image in before if image in after], {}
     for name in before[shown[0]]["scores"] if shown else ():
         a, b = (
-            torch.tensor([float("nan") if (value := side[i]["scores"][name]) is None else value for i in shown])
+            torch.tensor([float("nan") if (value := side[i]["scores"].get(name)) is None else value for i in shown])
             for side in (before, after)
         )
         rise, p = paired(a, b, torch.tensor([before[image]["id"] for image in shown]))
         rises[name] = {"before": float(a.nanmean()), "after": float(b.nanmean()), "rise": rise, "p": p}
-    return {"run": str(run), "images": len(shown), "rises": rises, "alarms": disk.rows(run / "alarms.jsonl")}
+    return len(shown), rises
 
 
 def write(run: Path) -> Path:
@@ -90,20 +93,21 @@ def embedded(path: Path) -> str:
 
 def content(run: Path, source: Source) -> str:
     """What there is to show of a run so far, as HTML."""
-    metrics, evaluations = disk.rows(run / "metrics.jsonl"), disk.rows(run / "evaluations.jsonl")
+    own = written.read(run)
     parts = [
-        _alarms(disk.rows(run / "alarms.jsonl")),
-        _summary_table(summary(run)),
-        _by_tag(run),
-        _held_out(run, evaluations, source),
-        _credit(run, source),
+        _lacking(own.lacking),
+        _alarms(own.alarms),
+        _summary_table(*_compared(own)),
+        _by_tag(own.scores),
+        _held_out(run, own, source),
+        _credit(run, own.credit, source),
         "<h2>Curves</h2>",
-        _curves(metrics, evaluations) if metrics else "<p>No iteration yet.</p>",
-        "<h2>Step by step</h2>" + _by_step(metrics) if metrics else "",
-        _last(metrics[-1]) if metrics else "",
-        "<h2>Time and work</h2>" + _work(metrics, evaluations) if metrics else "",
+        _curves(own.metrics, own.evaluations) if own.metrics else "<p>No iteration yet.</p>",
+        "<h2>Step by step</h2>" + _by_step(own.metrics) if own.metrics else "",
+        _last(own.metrics[-1]) if own.metrics else "",
+        "<h2>Time and work</h2>" + _work(own.metrics, own.evaluations) if own.metrics else "",
         "<h2>Config</h2>",
-        f"<pre>{html.escape((run / 'config.yaml').read_text())}</pre>",
+        f"<pre>{html.escape(own.text)}</pre>",
     ]
     return "\n".join(parts)
 
@@ -114,30 +118,34 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _alarms(rows: list[dict]) -> str:
+def _lacking(lines: list[str]) -> str:
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f"<h2>Missing or damaged</h2><ul>{items}</ul>" if lines else ""
+
+
+def _alarms(rows: list[Row]) -> str:
     table = _table(["alarm", "after iteration", ""], [[r["alarm"], str(r["iteration"]), r["text"]] for r in rows])
     return f"<h2>Alarms</h2>{table}" if rows else ""
 
 
-def _summary_table(result: dict) -> str:
-    if not result["rises"]:
+def _summary_table(images: int, rises: dict[str, dict[str, float]]) -> str:
+    if not rises:
         return "<p>No held-out evaluation after training yet.</p>"
     rows = [
         [name, f"{r['before']:.3f}", f"{r['after']:.3f}", f"{r['rise']:+.3f}", f"{r['p']:.2g}"]
-        for name, r in result["rises"].items()
+        for name, r in rises.items()
     ]
-    note = f"<p>{result['images']} held-out images a side, same seeds, plain ODE sampling with the averaged adapter; "
+    note = f"<p>{images} held-out images a side, same seeds, plain ODE sampling with the averaged adapter; "
     return note + "p: paired t-test over prompts.</p>" + _table(["score", "before", "after", "rise", "p"], rows)
 
 
-def _by_tag(run: Path) -> str:
-    sides = {}
-    for side in SIDES:
-        sides[side] = defaultdict(list)
-        for row in disk.rows(run / "images" / side / "scores.jsonl"):
+def _by_tag(scores: dict[str, list[Row]]) -> str:
+    sides = {side: defaultdict(list) for side in SIDES}
+    for side, own in scores.items():
+        for row in own:
             first = next(iter(row["scores"].values()))
             if first is not None:
-                sides[side][row.get("tag", "all")].append(first)
+                sides[side][str(row.get("tag", "all"))].append(first)
     if not sides["after"]:
         return ""
     rows = [
@@ -152,57 +160,69 @@ def _by_tag(run: Path) -> str:
     return "<h2>First score by kind of prompt</h2>" + _table(["kind", "images", "before", "after"], rows)
 
 
-def _held_out(run: Path, evaluations: list[dict], source: Source) -> str:
+def _held_out(run: Path, own: Written, source: Source) -> str:
     """Images of the held-out prompts before and after, or while there are none after, the newest there are."""
-    if any(row["name"] == "after" for row in evaluations):
+    if any(row["name"] == "after" for row in own.evaluations):
         note = (
             "Held-out prompts, same seed on both sides, evenly spaced through the file. "
             "A frame is green where every check of the first score passes."
         )
-        switch = SWITCH if '"places": {"' in _text(run / "images/after/scores.jsonl") else ""
-        return f"<h2>Before and after</h2><p>{note}</p>{switch}{_pairs(run, source)}"
-    if not evaluations:
+        switch = SWITCH if any(row.get("places") for row in own.scores["after"]) else ""
+        return f"<h2>Before and after</h2><p>{note}</p>{switch}{_pairs(run, own.scores, source)}"
+    if not own.evaluations:
         return ""
-    last = evaluations[-1]
-    sheet = run / "images" / f"{last['name'] or format(last['iteration'], '06d')}.png"
-    picture = f'<img class=sheet src="{source(sheet)}" alt="">' if sheet.exists() else ""
+    last = own.evaluations[-1]
+    sheet = within(run / "images", f"{last['name'] or format(last['iteration'], '06d')}.png")
+    picture = _absent(sheet) or f'<img class=sheet src="{source(sheet)}" alt="">'
     return f"<h2>Held-out prompts after {last['iteration']} iterations</h2>{picture}"
 
 
-def _pairs(run: Path, source: Source, count: int = 20) -> str:
-    after = {row["image"]: row for row in disk.rows(run / "images/after/scores.jsonl")}
-    before = [row for row in disk.rows(run / "images/before/scores.jsonl") if row["image"] in after]
+def _pairs(run: Path, scores: dict[str, list[Row]], source: Source, count: int = 20) -> str:
+    after = {row["image"]: row for row in scores["after"]}
+    before = [row for row in scores["before"] if row["image"] in after]
     cards = []
     for row in before[:: max(1, len(before) // count)][:count]:
         figures = "".join(
-            _figure(source(within(run / "images" / side, row["image"])), side, own)
+            _figure(within(run / "images" / side, row["image"]), source, side, own)
             for side, own in (("before", row), ("after", after[row["image"]]))
         )
         cards.append(f"<div class=card><p>{html.escape(row['prompt'])}</p><div class=pair>{figures}</div></div>")
     return f"<div class=grid>{''.join(cards)}</div>"
 
 
-def _figure(src: str, caption: str, row: dict) -> str:
+def _figure(path: Path, source: Source, caption: str, row: Row) -> str:
     first = next(iter(row["scores"].values()))
     frame = "" if first is None else "good" if first >= 1 else "bad"
     over = "".join(heat.over(own, name) for name, own in [*row.get("places", {}).items()][:1])
-    return f"<figure>{_picture(src, frame, over)}{caption}</figure>"
+    return f"<figure>{_absent(path) or _picture(source(path), frame, over)}{caption}</figure>"
+
+
+def _absent(path: Path) -> str:
+    """What stands in the place of a picture that cannot be shown; nothing where it can."""
+    try:
+        size_of(path)
+    except ValueError:
+        why = "damaged" if path.exists() else "missing"
+        return f"<div class=picture>{html.escape(path.name)} is {why}</div>"
+    return ""
 
 
 def _picture(src: str, frame: str = "", over: str = "") -> str:
     return f'<div class=picture><img class="{frame}" src="{src}" alt="">{over}</div>'
 
 
-def _credit(run: Path, source: Source) -> str:
+def _credit(run: Path, kept: list[Row], source: Source) -> str:
     """The images kept of the last iteration that has any: map of the regions, and the advantage at each step."""
-    kept = disk.rows(run / "credit.jsonl")
     kept = [row for row in kept if row["iteration"] == kept[-1]["iteration"]]
     if not any(row["advantage"] or row["map"] for row in kept):
         return ""
     scale, out = credit_scale(kept), []
     for row in kept:
         path = within(run, row["image"])
-        src, size = source(path), Image.open(path).size[::-1]
+        if absent := _absent(path):
+            out.append(f"<p>{html.escape(row['prompt'])}</p>{absent}")
+            continue
+        src, size = source(path), size_of(path)
         figures = [("image", _picture(src))]
         if row["map"] and any(value is not None for line in row["map"] for value in line):
             figures.append(("map", _picture(src, over=heat.over({"size": size, "map": row["map"], "boxes": []}))))
@@ -220,13 +240,14 @@ def _credit(run: Path, source: Source) -> str:
     return f"<h2>Credit</h2>{note}{''.join(out)}"
 
 
-def credit_scale(kept: list[dict]) -> float:
+def credit_scale(kept: list[Row]) -> float:
     """The largest credit among rows of `credit.jsonl`: what full colour stands for."""
-    values = (abs(value) for row in kept for grid in row["advantage"].values() for line in grid for value in line)
+    values = (abs(v) for row in kept for grid in row["advantage"].values() for line in grid for v in line if v)
     return max(values, default=0.0) or 1e-6
 
 
 def _svg(figure) -> str:
+    figure.tight_layout()
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight")
     plt.close(figure)
@@ -234,7 +255,7 @@ def _svg(figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _curves(metrics: list[dict], evaluations: list[dict]) -> str:
+def _curves(metrics: list[Row], evaluations: list[Row]) -> str:
     """Training reward, each held-out score, and diversity, side by side against iterations."""
     skip = {"iteration", "name", "images", "seconds"}
     names = [name for name in (evaluations[0] if evaluations else {}) if name not in skip]
@@ -257,11 +278,10 @@ def _curves(metrics: list[dict], evaluations: list[dict]) -> str:
         axis.grid(alpha=0.3)
     for axis in flat[len(panels) :]:
         axis.axis("off")
-    figure.tight_layout()
     return _svg(figure)
 
 
-def _by_step(metrics: list[dict]) -> str:
+def _by_step(metrics: list[Row]) -> str:
     """Means over the last quarter of the iterations, a row per stochastic step."""
     last = metrics[-max(1, len(metrics) // 4) :]
     keys = {key for row in last for key in row if key.rpartition("/")[2].isdigit()}
@@ -277,7 +297,7 @@ def _by_step(metrics: list[dict]) -> str:
     return note + _table(["step", *(name.replace("_", " ") for name in names)], rows)
 
 
-def _last(row: dict) -> str:
+def _last(row: Row) -> str:
     """Every number of one iteration, folded."""
     values = [[name, f"{value:.6g}"] for name, value in row.items() if name != "iteration"]
     heading = f"Every number of iteration {row['iteration']}"
@@ -292,13 +312,13 @@ def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
     return out
 
 
-def _work(metrics: list[dict], evaluations: list[dict]) -> str:
+def _work(metrics: list[Row], evaluations: list[Row]) -> str:
     keys = ("rollout", "decode", "reward", "learn", "io")
     seconds = {key: sum(row.get(f"seconds/{key}", 0.0) for row in metrics) for key in keys}
     whole = sum(seconds.values())
-    rows = [[key, f"{value:.1f} s", f"{value / whole:.0%}"] for key, value in seconds.items()]
+    rows = [[key, f"{value:.1f} s", f"{value / (whole or 1):.0%}"] for key, value in seconds.items()]
     rows.append(["evaluation", f"{sum(row['seconds'] for row in evaluations):.1f} s", ""])
     counts = {key: sum(row[key] for row in metrics) for key in ("forwards", "replay_forwards", "decodes", "rewards")}
     text = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
-    rate = (counts["forwards"] + counts["replay_forwards"]) / (seconds["rollout"] + seconds["learn"])
+    rate = (counts["forwards"] + counts["replay_forwards"]) / (seconds["rollout"] + seconds["learn"] or float("nan"))
     return _table(["part", "time", "share"], rows) + f"<p>{len(metrics)} iterations: {text}; {rate:.0f} forwards/s.</p>"

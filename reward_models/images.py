@@ -4,7 +4,8 @@ Rounding is to the nearest of 256 levels, so 8-bit images survive the way there 
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,24 @@ def from_pil(images: Sequence[Image.Image]) -> Images:
 
 def from_file(place: str | Path) -> Images:
     """The picture in a file, [1, 3, H, W]. ValueError, in one line, if it cannot be read."""
+    with _reading(), Image.open(place) as picture:
+        return from_pil([picture])
+
+
+def size_of(place: str | Path) -> tuple[int, int]:
+    """Height and width of the picture in a file whose checksums are right. ValueError, in one line, if they are not."""
+    with _reading(), Image.open(place) as picture:
+        picture.verify()
+        return picture.height, picture.width
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
     try:
-        with Image.open(place) as picture:
-            return from_pil([picture])
+        yield
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from None
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"cannot be read: {why}") from None
 
 
 def png(picture: Image.Image) -> str:

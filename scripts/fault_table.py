@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -63,16 +64,15 @@ class Place:
 
     def begin(self, *options: str, plant: Plant | None = None, **changed) -> int:
         """The number of a process that trains."""
-        config, log = self.folder / "config.yaml", self.folder / "log"
+        config = self.folder / "config.yaml"
         config.write_text(yaml.safe_dump(self.settings | {"out": str(self.out)} | changed))
         child = os.fork()
         if child:
             return child
         code = 1
         try:
-            number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            os.dup2(number, 1)
-            os.dup2(number, 2)
+            for stream, name in ((1, "said"), (2, "errors")):
+                os.dup2(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), stream)
             cli.console = Console(file=sys.stdout)
             if plant:
                 plant()
@@ -88,9 +88,11 @@ class Place:
 
     def ended(self, child: int) -> tuple[int, str]:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        lines = [line for line in (self.folder / "log").read_text().splitlines() if line.strip()]
-        own = [line for line in lines if line.startswith("mmalign: ")] or ["" if code < 0 else lines[-1]]
-        return code, own[-1].removeprefix("mmalign: ").replace(str(self.out), "OUT").replace(str(self.folder), "")
+        said, errors = ((self.folder / name).read_text().splitlines() for name in ("said", "errors"))
+        refusals = [line for line in errors if line.startswith("mmalign: ")]
+        own = refusals or [line for line in said if line.strip() and code >= 0]
+        line = "".join(own[-1:]).removeprefix("mmalign: ")
+        return code, line.replace(str(self.out), "OUT").replace(str(self.folder), "")
 
     def expected(self, **changed) -> dict:
         """What the run comes to when it is left alone."""
@@ -139,25 +141,35 @@ Told = tuple[str, str, str]  # how it ended, what was lost, what came of it afte
 def ended(code: int, line: str) -> str:
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}" + (f": {line}" if code else "")
+    return f"exit code {code}" + (f": {line or 'silent'}" if code else "")
 
 
 def resumed(place: Place, plant: Plant, mend: Plant = lambda: None, expected: dict | None = None, **changed) -> Told:
     """The run with the fault, and resumed without it."""
     expected = expected or place.expected(**changed)
     code, line = place.mmalign(plant=plant, **changed)
-    done = len(disk.rows(place.out / "metrics.jsonl"))
-    saved = checkpoint.latest(place.out / "checkpoints")
-    lost = f"finished iterations: {done - int(saved.name)}" + (" and the one under way" if done == AT else "")
+    missing = lost(place.out)
     mend()
     if code == 0:
         return ended(code, line), "nothing", "finished: " + same(outcome(place.out), expected)
-    if code == 143:
-        lost = "nothing" if done == int(saved.name) else lost
     again, said = place.mmalign("--resume", **changed)
     if again:
-        return ended(code, line), lost, "resumed: " + ended(again, said)
-    return ended(code, line), lost, "resumed: " + same(outcome(place.out), expected)
+        return ended(code, line), missing, "resumed: " + ended(again, said)
+    return ended(code, line), missing, "resumed: " + same(outcome(place.out), expected)
+
+
+def lost(out: Path) -> str:
+    """What a run that has just ended did since its last checkpoint. After a signal it heeds, that is nothing."""
+    done, saved = len(disk.rows(out / "metrics.jsonl")), int(checkpoint.latest(out / "checkpoints").name)
+    if done == saved:
+        return "nothing"
+    return f"finished iterations: {done - saved}" + (" and the one under way" if done == AT else "")
+
+
+def apart(one: Path, other: Path) -> float:
+    """The greatest difference between the last adapters of two runs."""
+    a, b = (checkpoint.read(checkpoint.latest(out / "checkpoints"))[0]["adapter"] for out in (one, other))
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 # ---------------------------------------------------------------------------------------------------------- the faults
@@ -247,11 +259,7 @@ def short_of_memory(rows: int, place: Place) -> Told:
     last = disk.rows(place.out / "metrics.jsonl")[-1]
     if "fit/micro_batch" not in last:
         return told
-    tensors = [
-        checkpoint.read(checkpoint.latest(out / "checkpoints"))[0]["adapter"]
-        for out in (place.out, place.folder / "whole/run")
-    ]
-    off = max(float((tensors[0][name] - tensors[1][name]).abs().max()) for name in tensors[0])
+    off = apart(place.out, place.folder / "whole/run")
     return told[0], told[1], f"finished with micro_batch {last['fit/micro_batch']}: adapter off by at most {off:.1g}"
 
 
@@ -317,6 +325,53 @@ def infinite_scores(place: Place) -> Told:
 
 def signalled(number: int, place: Place) -> Told:
     return resumed(place, before(AT, lambda: os.kill(os.getpid(), number)))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One run by two processes that gloo joins, as a launcher would start them; `place` is theirs."""
+
+    place: Place
+
+    @property
+    def out(self) -> Path:
+        return self.place.out
+
+    def mmalign(self, *options: str, killed: int | None = None) -> list[tuple[int, str]]:
+        """The exit code and the last line of each, of which one may be `killed` before the fourth iteration."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+
+        def join(rank: int) -> None:
+            world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update(world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
+            if rank == killed:
+                before(AT, lambda: os.kill(os.getpid(), signal.SIGKILL))()
+
+        sides = [Place(self.place.folder / f"rank {rank}", self.place.settings) for rank in range(2)]
+        for side in sides:
+            side.folder.mkdir(parents=True, exist_ok=True)
+        begun = [side.begin(*options, plant=partial(join, rank), out=str(self.out)) for rank, side in enumerate(sides)]
+        return [side.ended(child) for side, child in zip(sides, begun, strict=True)]
+
+
+def one_of_two(killed: int, place: Place) -> Told:
+    """Without a launcher, which would end the other at once. What is compared is a run of two that was left alone;
+    one process adds up in another order."""
+    place.settings["patience"] = 5.0
+    pair, whole = Pair(place), Pair(Place(place.folder / "whole", place.settings))
+    if any(code for code, _ in whole.mmalign()):
+        raise RuntimeError("the run without a fault failed")
+    how = pair.mmalign(killed=killed)[1 - killed]
+    missing, kept = lost(place.out), shutil.copytree(place.out, place.folder / "kept")
+    code, line = max(pair.mmalign("--resume"), key=lambda own: abs(own[0]))
+    two = same(outcome(place.out), outcome(whole.out)) if code == 0 else ended(code, line)
+    shutil.rmtree(place.out)
+    shutil.copytree(kept, place.out)
+    code, line = place.mmalign("--resume")
+    one = f"adapter off by at most {apart(place.out, whole.out):.1g}" if code == 0 else ended(code, line)
+    return f"the other: {ended(*how)}", missing, f"resumed by two: {two}; by one: {one}"
 
 
 def clock(place: Place) -> Told:
@@ -394,7 +449,8 @@ FAULTS: dict[str, Callable[[Place], Told]] = {
     "a bit of the last checkpoint flipped": partial(damaged, flipped, slice(-1, None)),
     "a bit of every checkpoint flipped": partial(damaged, flipped, slice(None)),
     "a second run in the folder": two_runs,
-    # of many processes one killed: a row of its own once a run has many
+    "SIGKILL of one rank of two": partial(one_of_two, 1),
+    "the same, of the first": partial(one_of_two, 0),
 }
 HEAD = """# Faults
 
@@ -432,7 +488,7 @@ def main(
                 try:
                     told = provoke(place)
                 except Exception:
-                    print((place.folder / "log").read_text()[-3000:], file=sys.stderr)
+                    print(*(own.read_text()[-3000:] for own in place.folder.rglob("errors")), file=sys.stderr)
                     raise
                 lines.append(f"| {fault} | {' | '.join(cell.replace('|', '/') for cell in told)} |")
                 print(lines[-1], flush=True)

@@ -9,7 +9,7 @@ from walks import walk
 from whole_runs import rows, run
 
 from mmalign import alarms, checkpoint, config as configs, disk, guards, report, run as runs
-from mmalign.config import Failed
+from mmalign.config import BadInput, Failed
 from mmalign.flow import plan as plans
 from mmalign.guards import NonFinite, Skips
 from mmalign.judge import Combination, judge, score
@@ -99,6 +99,18 @@ def test_by_default_the_first_one_stops_with_one_line(settings, monkeypatch, tmp
     out = tmp_path / "run"
     assert len(rows(out / "metrics.jsonl")) == 2
     assert [path.name for path in checkpoint.numbered(out / "checkpoints")] == ["000002"]
+
+
+def test_a_resumed_run_meets_it_again_and_keeps_its_config(settings, monkeypatch):
+    planted(monkeypatch, "velocity", {2}, walking)
+    said = []
+    for resume in (False, True):
+        with pytest.raises(NonFinite, match=r"^iteration 3: latents not finite; prompts: \d 'a [a-z ]+'$") as stop:
+            run(settings, resume, held_out=None)
+        said.append(str(stop.value))
+    assert said[0] == said[1]
+    with pytest.raises(BadInput, match="max_skips is 2 and was 0; a run keeps its config"):
+        run(settings, True, held_out=None, max_skips=2)
 
 
 def test_spoilt_weights_stop_the_run_before_they_are_saved(settings, monkeypatch):

@@ -4,10 +4,14 @@ end for all."""
 import json
 import shutil
 from collections import defaultdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from command_line import mmalign
 from many import launch, learn
+from PIL import Image
 from safetensors.torch import load_file
 from whole_runs import rows, run
 
@@ -173,8 +177,16 @@ FSDP2 = dict(
 )  # fmt: skip
 
 
+def drawn(out: Path, *of) -> np.ndarray:
+    """What a user draws with a run's adapter or a model: 8-bit levels of two prompts and two seeds each."""
+    made = mmalign("sample", "a cross", "a circle", *of, "--seeds", "0,1", "--out", out)
+    assert made.returncode == 0, made.stderr
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))]).astype(int)
+
+
 def test_a_sharded_network_learns_what_a_whole_one_does(base, tmp_path):
-    """And saves the same matrices. The shorter share of a minibatch is replayed to the length of the longer."""
+    """And saves the same matrices, which draw the same images. The shorter share of a minibatch is replayed to the
+    length of the longer."""
     settings = over(base, dict(prompts_per_iteration=4, beta=0.01, micro_batch=3, minibatches=3, checkpoint_every=3))
     held_out = base["prompts"].replace("train", "held_out")
     runs = {
@@ -186,6 +198,11 @@ def test_a_sharded_network_learns_what_a_whole_one_does(base, tmp_path):
     same(one, many)
     assert [own["whole"][0] for own in ended] == ["done", "done"]
     assert all("does not divide among 2 processes" in own["odd"][0] for own in ended)
+    alone = run(settings, held_out=held_out, out=str(tmp_path / "alone"))
+    images = drawn(tmp_path / "images", "--adapter", tmp_path / "run")
+    from_alone = abs(images - drawn(tmp_path / "of one", "--adapter", alone)).max()
+    from_base = abs(images - drawn(tmp_path / "of none", "--model", settings["model"])).max()
+    assert from_alone <= 1 < 3 < from_base, (from_alone, from_base)
     saved = load_file(tmp_path / "run/checkpoints/000003/adapter.safetensors")
     same({f"adapter/{k}": v for k, v in saved.items()}, {k: v for k, v in one.items() if k.startswith("adapter")})
 

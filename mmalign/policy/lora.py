@@ -65,9 +65,11 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state(module: nn.Module, values: dict[str, Tensor]) -> None:
-    expected = set(get_peft_model_state_dict(module))
-    if expected != set(values):
-        odd = sorted(expected ^ set(values))
+    expected, given = (
+        {(name, *value.shape) for name, value in own.items()} for own in (get_peft_model_state_dict(module), values)
+    )
+    if expected != given:
+        odd = sorted({name for name, *_ in expected ^ given})
         raise ValueError(f"the adapter does not fit this model and rank: {len(odd)} matrices differ, e.g. {odd[0]}")
     set_peft_model_state_dict(module, values)
 
