@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmalign.config import BadInput, Failed, Layout, Rule, component, refusing
+from mmalign.config import BadInput, Failed, Layout, Orphaned, Rule, component, refusing
 from reward_models.trust import allow as allow_modules, closed
 
 # a calibration walks every step with noise and scores every state, whatever the config does with it
@@ -912,6 +912,6 @@ def main() -> None:
     try:
         app()
     except (BadInput, Failed) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of many processes one a machine speaks
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, Orphaned):  # of many one a machine speaks
             print(f"mmalign: {_line(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)

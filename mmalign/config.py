@@ -37,6 +37,7 @@ POLICY_GRADIENT = (  # what acts on steps of walks alone
     "saturated",
     "region_weight", "whole_weight", "ratio_over", "focus", "weighting", "loss", "clip", "beta", "max_kl",
 )  # fmt: skip
+GIVING_UP = ("max_skips", "max_failed", "patience")  # when a run stops; may be set anew when it is resumed
 SECRETS = {"key", "apikey", "token", "secret", "password", "credentials", "authorization", "headers", "cookie"}
 SAMPLING = (
     "kernel", "noise", "window", "branch_steps", "children", "max_forwards", "max_rewards", "cache", "rollout_parts",
@@ -54,6 +55,10 @@ class Failed(RuntimeError):
 class Lost(Failed):
     """A run that ends because of another of its processes, which failed or was waited for in vain: one line, exit
     code 1."""
+
+
+class Orphaned(Lost):
+    """Lost, and the process that speaks for all with it."""
 
 
 @contextmanager

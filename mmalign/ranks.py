@@ -33,7 +33,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
 
-from mmalign.config import BadInput, Lost, refusing
+from mmalign.config import BadInput, Lost, Orphaned, refusing
 
 T = TypeVar("T")
 FAREWELL = 10.0  # seconds a process that failed stays, so that the others can read why
@@ -219,7 +219,7 @@ class Ranks:
         try:
             yield
         except distributed.DistError as error:
-            raise Lost(f"the process that keeps the board is gone: {str(error).splitlines()[0]}") from None
+            raise Orphaned(f"the process that keeps the board is gone: {str(error).splitlines()[0]}") from None
 
     def _wait(self, what: str) -> None:
         end = time.monotonic() + self.patience

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from command_line import mmalign
+from kill_and_resume import outcome
 from walks import walk
 from whole_runs import rows, run
 
@@ -101,7 +102,7 @@ def test_by_default_the_first_one_stops_with_one_line(settings, monkeypatch, tmp
     assert [path.name for path in checkpoint.numbered(out / "checkpoints")] == ["000002"]
 
 
-def test_a_resumed_run_meets_it_again_and_keeps_its_config(settings, monkeypatch):
+def test_a_resumed_run_meets_it_again_and_leaves_it_out_when_told_to(settings, monkeypatch, tmp_path):
     planted(monkeypatch, "velocity", {2}, walking)
     said = []
     for resume in (False, True):
@@ -109,8 +110,12 @@ def test_a_resumed_run_meets_it_again_and_keeps_its_config(settings, monkeypatch
             run(settings, resume, held_out=None)
         said.append(str(stop.value))
     assert said[0] == said[1]
-    with pytest.raises(BadInput, match="max_skips is 2 and was 0; a run keeps its config"):
-        run(settings, True, held_out=None, max_skips=2)
+    resumed = run(settings, True, held_out=None, max_skips=2)
+    assert configs.load(resumed / "config.yaml").max_skips == 2
+    whole = run(settings, held_out=None, max_skips=2, out=str(tmp_path / "whole"))
+    assert outcome(resumed) == outcome(whole)
+    with pytest.raises(BadInput, match="seed is 1 and was 0; a run keeps its config"):
+        run(settings, True, held_out=None, seed=1)
 
 
 def test_spoilt_weights_stop_the_run_before_they_are_saved(settings, monkeypatch):
