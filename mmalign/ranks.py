@@ -44,8 +44,8 @@ _opened = count()
 
 @dataclass
 class Ranks:
-    """`size` processes, of which this is number `rank`. A wait takes at most `patience` seconds. `zero` holds DeepSpeed's
-    settings, where that is asked for (`mmalign.zero`)."""
+    """`size` processes, of which this is number `rank`. A wait takes at most `patience` seconds. `zero` holds the
+    settings of DeepSpeed, where it is asked for (`mmalign.zero`)."""
 
     accelerator: Accelerator
     patience: float

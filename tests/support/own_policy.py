@@ -1,4 +1,4 @@
-"""A user's own policies: the embedded model under another name, and one that breaks."""
+"""A user's own policies: the embedded model under another name, and two that break."""
 
 import os
 
@@ -26,8 +26,13 @@ class Spoilt(Mine):
     def velocity(self, x, t, cond, index):
         found = super().velocity(x, t, cond, index)
         self.learnt += torch.is_grad_enabled()
-        return found * torch.nan if torch.is_grad_enabled() and self.learnt == 2 and rank() == 1 else found
+        here = torch.is_grad_enabled() and self.learnt == 2 and os.environ.get("RANK", "1") == "1"
+        return self.spoil(found) if here else found
+
+    def spoil(self, found):
+        return found * torch.nan
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 1))
+class Broken(Spoilt):
+    def spoil(self, found):
+        raise ArithmeticError("the replay broke")
