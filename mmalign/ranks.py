@@ -259,6 +259,8 @@ def join(patience: float) -> Ranks:
     zero = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     if zero and not (is_deepspeed_available() and compare_versions("deepspeed", ">=", DEEPSPEED)):
         raise BadInput(f"DeepSpeed {DEEPSPEED} or newer is not installed; pip install 'mmalign[zero]'")
+    if zero and "LOCAL_RANK" not in os.environ:
+        raise BadInput("ACCELERATE_USE_DEEPSPEED is set without a launcher; use accelerate launch or torchrun")
     try:
         accelerator = Accelerator(cpu=bare, kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
     except distributed.DistError as error:

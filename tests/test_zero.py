@@ -18,10 +18,15 @@ ASKED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none
 ZERO2 = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="2")
 
 
-def test_missing_deepspeed_is_told(monkeypatch):
+def test_deepspeed_or_a_launcher_that_is_missing_is_told(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(ranks, "is_deepspeed_available", lambda: False)
     with pytest.raises(BadInput, match=r"^DeepSpeed 0.19.8 or newer is not installed; pip install 'mmalign\[zero\]'$"):
+        ranks.join(1.0)
+    monkeypatch.setattr(ranks, "is_deepspeed_available", lambda: True)
+    monkeypatch.setattr(ranks, "compare_versions", lambda *_: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(BadInput, match=r"^ACCELERATE_USE_DEEPSPEED is set without a launcher"):
         ranks.join(1.0)
 
 
