@@ -1,7 +1,7 @@
 """What an iteration learns from: rows, and what to replay them with, by the config's `objective`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from mmalign.objectives import rgdpo, srum
 from mmalign.objectives.matching import Finished
 from mmalign.session import Session
 from mmalign.types import Judgement, Marks, Rows, Trajectories, over
+from mmalign.zero import Zero2
 from reward_models import Prompt
 
 
@@ -116,11 +117,15 @@ def learn(run: Session, lesson: Lesson, iteration: int) -> dict[str, int | float
     c, ranks = run.config, run.ranks
     prompts = ranks.deal(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
     shares = ranks.shares(lesson.batch.index, "rows to learn from")
+    peers = Peers(shares, ranks.add_gradients, partial(ranks.tell, what="what was learnt"), ranks.replayed)
+    micro_batch = run.fits["micro_batch"]
+    if isinstance(run.optimizer, Zero2):
+        peers = replace(peers, add=run.optimizer.add, clip=run.optimizer.clip)
+        micro_batch = run.optimizer.summing(micro_batch)
     statistics = update(
         run.policy.parameters(), run.optimizer, lesson.batch, lesson.replay, needed=lesson.needed,
-        epochs=c.epochs, minibatches=c.minibatches, micro_batch=run.fits["micro_batch"], max_grad_norm=c.max_grad_norm,
-        generator=torch.Generator().manual_seed(seed_of(c.seed, "shuffle", iteration)),
-        peers=Peers(shares, ranks.add_gradients, partial(ranks.tell, what="what was learnt"), ranks.replayed),
+        epochs=c.epochs, minibatches=c.minibatches, micro_batch=micro_batch, max_grad_norm=c.max_grad_norm,
+        generator=torch.Generator().manual_seed(seed_of(c.seed, "shuffle", iteration)), peers=peers,
         may_step=partial(run.skips.may_step, iteration, prompts),
     )  # fmt: skip
     if not run.skips.reasons:

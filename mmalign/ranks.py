@@ -22,12 +22,13 @@ from typing import Any, TypeVar
 import torch
 from accelerate import (
     Accelerator,
+    DeepSpeedPlugin,
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     PartialState,
 )
-from accelerate.utils import fsdp2_prepare_model, parse_flag_from_env
+from accelerate.utils import compare_versions, fsdp2_prepare_model, is_deepspeed_available, parse_flag_from_env
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
@@ -37,16 +38,19 @@ from mmalign.config import BadInput, Lost, Orphaned, refusing
 
 T = TypeVar("T")
 FAREWELL = 10.0  # seconds a process that failed stays, so that the others can read why
+DEEPSPEED = "0.19.8"  # the oldest that adds gradients up, instead of averaging them, once a step
 _opened = count()
 
 
 @dataclass
 class Ranks:
-    """`size` processes, of which this is number `rank`. A wait takes at most `patience` seconds."""
+    """`size` processes, of which this is number `rank`. A wait takes at most `patience` seconds. `zero` holds the
+    settings of DeepSpeed, where it is asked for (`mmalign.zero`)."""
 
     accelerator: Accelerator
     patience: float
     board: distributed.Store | None = None
+    zero: DeepSpeedPlugin | None = None
     met: int = field(default=0, init=False)
 
     @property
@@ -84,7 +88,7 @@ class Ranks:
         if self.size == 1:
             return values
         own = values.to(self.accelerator.device)
-        with self._together(what):
+        with self.together(what):
             counts = self.accelerator.gather(torch.tensor([len(own)], device=own.device)).tolist()
             if max(counts) == 0:
                 return values
@@ -165,7 +169,7 @@ class Ranks:
         has = torch.tensor([float(p.grad is not None) for p in parameters])
         if self.size > 1:
             flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-            with self._together("the sum of the gradients"):
+            with self.together("the sum of the gradients"):
                 summed = self.accelerator.reduce(torch.cat([*flat, has.to(flat[0])]), "sum")
             *grads, has = summed.split([*(p.numel() for p in parameters), len(parameters)])
             for p, grad, some in zip(parameters, grads, has.tolist(), strict=True):
@@ -197,7 +201,7 @@ class Ranks:
             self._part(None)
 
     @contextmanager
-    def _together(self, what: str) -> Iterator[None]:
+    def together(self, what: str) -> Iterator[None]:
         """A collective, begun when all have come; if it breaks off, those who do not answer any more are named."""
         self.meet(what)
         try:
@@ -252,6 +256,11 @@ def join(patience: float) -> Ranks:
     did. Raises Lost where they do not all come."""
     limit, started = timedelta(seconds=patience), int(os.environ.get("WORLD_SIZE", "1"))
     bare = started > 1 and not torch.accelerator.is_available()  # else accelerate takes each process for one alone
+    zero = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if zero and not (is_deepspeed_available() and compare_versions("deepspeed", ">=", DEEPSPEED)):
+        raise BadInput(f"DeepSpeed {DEEPSPEED} or newer is not installed; pip install 'mmalign[zero]'")
+    if zero and "LOCAL_RANK" not in os.environ:
+        raise BadInput("ACCELERATE_USE_DEEPSPEED is set without a launcher; use accelerate launch or torchrun")
     try:
         accelerator = Accelerator(cpu=bare, kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
     except distributed.DistError as error:
@@ -262,14 +271,11 @@ def join(patience: float) -> Ranks:
         raise BadInput(
             f"mixed_precision: {accelerator.mixed_precision} in accelerate's settings; set `precision` in the config"
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise BadInput(
-            "DeepSpeed does not drive this training: a LoRA has few gradients and moments to shard; launch with "
-            "configs/accelerate/ddp.yaml or, for a network that is too large for one GPU, fsdp2.yaml"
-        )
     if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # accelerate passes it over without a GPU
     ranks = Ranks(accelerator, patience)
+    if zero:
+        ranks.zero = accelerator.state.deepspeed_plugin or DeepSpeedPlugin()  # the same
     if ranks.size > 1:
         store = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=limit)
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -197,9 +197,10 @@ def save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
     adapter_hash = checkpoint.fingerprint(adapter)
     run.ranks.agree(adapter_hash, f"the adapter after iteration {iteration}")
+    optimizer = checkpoint.optimizer_tensors(run.optimizer)  # of which each process may have a part
     if not run.ranks.main:
         return
-    tensors = {"adapter": adapter, "ema": run.ema, "optimizer": checkpoint.optimizer_tensors(run.optimizer)}
+    tensors = {"adapter": adapter, "ema": run.ema, "optimizer": optimizer}
     state = {"adapter_hash": adapter_hash, "multipliers": run.multipliers} | _kept(run, iteration)
     folder.sync(out)
     checkpoint.save(out / "checkpoints", iteration, tensors, state)

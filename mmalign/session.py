@@ -21,6 +21,7 @@ from mmalign.judge import Combination
 from mmalign.ranks import Ranks, join
 from mmalign.records import Records, read as read_records
 from mmalign.types import Judgement, Policy
+from mmalign.zero import Zero2
 from reward_models import Prompt, RewardModel, combine, load as load_scorer
 from reward_models.cache import Cached
 
@@ -171,6 +172,9 @@ def open_session(c: Config, ranks: Ranks | None = None) -> Session:
         raise BadInput(f"prompts_per_iteration: {c.prompts_per_iteration} for {ranks.size} processes; each needs one")
     if ranks.sharded:
         _check_sharded(c, ranks.size)
+    if ranks.zero:
+        acting = {name: bool(getattr(c, name)) for name in ("compile", "quantize", "offload")}
+        _refuse(c, acting | {"optimizer": c.optimizer != "adamw"}, "DeepSpeed")
     prompts = [] if c.records else prompt_files.read(configs.locate(c.prompts))
     held_out = prompt_files.read(configs.locate(c.held_out)) if c.held_out else []
     with configs.refusing():
@@ -202,6 +206,8 @@ def open_session(c: Config, ranks: Ranks | None = None) -> Session:
     optimizer = _optimizer(c)(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
     if ranks.sharded:
         ranks.shard(policy.pipe.transformer)
+    if ranks.zero:
+        optimizer = Zero2(policy.pipe.transformer, optimizer, ranks)
     multipliers = dict.fromkeys(c.at_least, 0.0)
     if c.cache:  # last, for it makes the file
         with configs.refusing():
@@ -237,9 +243,13 @@ def _check_sharded(c: Config, processes: int) -> None:
         )
     acting = {"window_moves": c.window_moves == "random", "objective": c.objective != "grpo"}
     acting |= {name: bool(getattr(c, name)) for name in ("records", "compile", "quantize", "offload")}
+    _refuse(c, acting, "a sharded network (FSDP2)")
+
+
+def _refuse(c: Config, acting: dict[str, bool], what: str) -> None:
     for name, acts in acting.items():
         if acts:
-            raise BadInput(f"{name}: {getattr(c, name)} does not go with a sharded network (FSDP2)")
+            raise BadInput(f"{name}: {getattr(c, name)} does not go with {what}")
 
 
 def _optimizer(c: Config) -> type[torch.optim.Optimizer]:

@@ -24,13 +24,15 @@ class Peers:
     """Those in other processes who learn from the rest of a batch; by default there are none.
 
     `own [B]` says of each row of the whole batch, in its order, whether it is here (None: all are). `add(parameters)`
-    sums up everybody's gradients and says whether there are any; `tell(value)` gives everybody's values; `replayed(n)`
-    is how many rows are replayed here, of which the first n count."""
+    sums up everybody's gradients and says whether there are any, `clip(parameters, bound)` bounds the norm of the sum
+    and says what it was; `tell(value)` gives everybody's values; `replayed(n)` is how many rows are replayed here, of
+    which the first n count."""
 
     own: Bool[Tensor, "B"] | None = None
     add: Callable[[Sequence[torch.nn.Parameter]], bool] = lambda parameters: any(p.grad is not None for p in parameters)
     tell: Callable[[Any], list[Any]] = lambda value: [value]
     replayed: Callable[[int], int] = lambda rows: rows
+    clip: Callable[[Sequence[torch.nn.Parameter], float], Any] = torch.nn.utils.clip_grad_norm_
 
 
 def transitions(
@@ -118,7 +120,7 @@ def update(
                         sums[key] += value
                         counts[key] += 1
             if peers.add(parameters):
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+                norm = float(peers.clip(parameters, max_grad_norm))
                 if may_step(batch[alive], [value for name, value, _ in found if name == "loss"], norm):
                     sums["grad_norm"] += norm
                     counts["grad_norm"] += 1

@@ -31,7 +31,7 @@ def learn(settings: dict) -> dict[str, torch.Tensor]:
 
     def step(optimizer, *_):
         grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        kept[f"gradient/{len(kept)}"] = torch.cat(grads)
+        kept[f"gradient/{len(kept)}"] = torch.cat([torch.empty(0), *grads])  # DeepSpeed leaves none where it was
 
     train.advantages = seen
     run.optimizer.register_step_pre_hook(step)
@@ -69,7 +69,7 @@ def launch(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")])
     common = {"PYTHONPATH": path, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
     started = []
