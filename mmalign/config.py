@@ -37,7 +37,7 @@ POLICY_GRADIENT = (  # what acts on steps of walks alone
     "saturated",
     "region_weight", "whole_weight", "ratio_over", "focus", "weighting", "loss", "clip", "beta", "max_kl",
 )  # fmt: skip
-GIVING_UP = ("max_skips", "max_failed", "patience")  # when a run stops; may be set anew when it is resumed
+ANEW = ("out", "max_skips", "max_failed", "patience")  # where a run lies and when it stops: its resumption may say
 SECRETS = {"key", "apikey", "token", "secret", "password", "credentials", "authorization", "headers", "cookie"}
 SAMPLING = (
     "kernel", "noise", "window", "branch_steps", "children", "max_forwards", "max_rewards", "cache", "rollout_parts",

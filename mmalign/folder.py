@@ -69,7 +69,7 @@ def check(out: Path, c: Config, resume: bool) -> None:
         with configs.refusing():
             trust.closed(out)
         now, before = c.model_dump(), configs.load(saved).model_dump()
-        changed = [key for key in now if now[key] != before[key] and key not in configs.GIVING_UP]
+        changed = [key for key in now if now[key] != before[key] and key not in configs.ANEW]
         if changed:
             key = changed[0]
             raise BadInput(f"--resume: {key} is {now[key]!r} and was {before[key]!r}; a run keeps its config")

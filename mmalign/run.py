@@ -190,7 +190,7 @@ def _kept(run: Session, iteration: int) -> dict[str, dict]:
         "random numbers": checkpoint.fingerprint({"noise": noise}),
     }
     made = run.origin | {"noise": run.levels, "reference": run.reference} | draws
-    return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude={*configs.GIVING_UP}), "made": made}))
+    return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude={*configs.ANEW}), "made": made}))
 
 
 def save(run: Session, out: Path, iteration: int) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import kill_and_resume
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 import torch
 import yaml
 from command_line import mmalign
-from whole_runs import rows, run
+from whole_runs import cut_off, rows, run
 
 from mmalign import checkpoint, config as configs, disk, folder, run as runs, session, signals
 from mmalign.config import BadInput, Failed
@@ -206,6 +207,14 @@ def test_what_a_run_is_made_of_must_not_change_under_it(settings, tmp_path):
     checkpoint.save(out / "checkpoints", state["iteration"], tensors, state)
     with pytest.raises(BadInput, match="a run keeps its order of prompts"):
         run(settings, resume=True, **changed)
+
+
+def test_a_folder_that_was_moved_is_resumed_where_it_lies(settings, tmp_path, expected):
+    with cut_off(after=3):
+        run(settings)
+    moved = Path(settings["out"]).rename(tmp_path / "moved")
+    assert kill_and_resume.outcome(run(settings, resume=True, out=str(moved))) == expected
+    assert configs.load(moved / "config.yaml").out == str(moved)
 
 
 def test_config_of_a_checkpoint_is_held_against_an_edited_folder(settings):
