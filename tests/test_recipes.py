@@ -142,6 +142,7 @@ def scaled(c: Config, folder: Path, model: str, judges) -> Config:
         scorers={name: judges(name, c.scorers.get(name, {})) for name in (*c.trained, *c.watch)},
         iterations=2,
         prompts_per_iteration=2,
+        rollout_parts=min(c.rollout_parts, 2),
         seeds=min(c.seeds, 2),
         children=c.children and min(c.children, 3),
         window_every=c.window_every and 1,

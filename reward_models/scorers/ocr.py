@@ -136,7 +136,10 @@ class Ocr:
         with loading("ocr", " and ".join(file.name for file in files)):
             checkpoint = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
             # an empty image is a warning to rapidocr; a failure reaches us as an exception
-            self.engine = rapidocr.RapidOCR(params=chosen | {"Global.use_cls": False, "Global.log_level": "critical"})
+            chosen |= {"Global.use_cls": False, "Global.log_level": "critical"}
+            # left alone onnxruntime takes every core, beside whatever torch computes
+            chosen["EngineConfig.onnxruntime.intra_op_num_threads"] = torch.get_num_threads()
+            self.engine = rapidocr.RapidOCR(params=chosen)
             for stage in (False, True):  # each model is loaded when it is first used
                 self._run(np.zeros((32, 32, 3), np.uint8), use_det=stage)
         self.grid = grid

@@ -124,14 +124,14 @@ def test_times_and_fan_out_are_checked_when_the_plan_is_built():
 
 
 def final(name, noise, steps, spread):
-    """Standard deviation of the samples over that of the data, and the error of their mean, from 512 walks of 192
+    """Standard deviation of the samples over that of the data, and the error of their mean, from 32 walks of 3,072
     independent elements: standard errors 0.0023 and 0.0032 spread."""
-    flow = GaussianFlow((12, 4, 4), spread)
+    flow = GaussianFlow((12, 16, 16), spread)
     g = torch.Generator().manual_seed(7)
-    start, index = torch.randn(512, *flow.latent_shape, generator=g), torch.zeros(512, dtype=torch.long)
+    start, index = torch.randn(32, *flow.latent_shape, generator=g), torch.zeros(32, dtype=torch.long)
     plan = plans.sde(flow.times(steps), name, noise)
     cond = flow.encode(["0.5"])
-    x = sample(flow.velocity, start, cond, index, plan, lambda *_: torch.randn(flow.latent_shape, generator=g), 512).x
+    x = sample(flow.velocity, start, cond, index, plan, lambda *_: torch.randn(flow.latent_shape, generator=g)).x
     return float(x[:, -1].std()) / spread, float(x[:, -1].mean()) - 0.5
 
 

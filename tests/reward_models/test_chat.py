@@ -77,7 +77,7 @@ def test_a_fault_costs_its_own_image_and_is_never_nought(name):
         return fault if abs(np.asarray(picture(request)).mean() / 255 - bright) < 1e-6 else said(FULL)
 
     with chatting(answer) as (url, _):
-        found = of(url, timeout=1)(IMAGES, PROMPTS)
+        found = of(url, timeout=3)(IMAGES, PROMPTS)
     assert list(found.failures) == [3]
     assert re.search(says, found.failures[3])
     assert "\n" not in found.failures[3]
