@@ -296,9 +296,7 @@ def signalled(monkeypatch, at, number, times=1):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_iteration_saves_and_leaves(settings, expected, tmp_path, monkeypatch, number, code):
-    before = signal.signal(
-        number, signal.default_int_handler
-    )  # which a background job ignores, as do its runs
+    before = signal.signal(number, signal.default_int_handler)  # which a background job ignores, as do its runs
     iterate = signalled(monkeypatch, 2, number)
     path = config_file(settings, tmp_path)
     try:
