@@ -412,6 +412,10 @@ class Config(BaseModel):
         for name, (does, owner) in acts.items():
             if getattr(self, name) is not None and not does:
                 raise ValueError(f"{name} acts only with {owner}; remove it or change that")
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_and_siblings_suit(self):
         if self.rollout_parts > self.prompts_per_iteration:
             raise ValueError(
                 f"rollout_parts: {self.rollout_parts} of {self.prompts_per_iteration} prompts; each part needs one"
@@ -454,6 +458,10 @@ class Config(BaseModel):
             and (self.children or 1) < 2
         ):
             raise ValueError("credit branch compares the children of one state and there is one; set baseline: prompt")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_are_there(self):
         if self.warmup + self.cooldown > self.iterations:
             raise ValueError(f"warmup {self.warmup} + cooldown {self.cooldown} exceed iterations {self.iterations}")
         if self.plan == "window" and not 0 <= self.window[0] < self.window[1] < self.steps:
