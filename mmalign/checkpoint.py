@@ -128,11 +128,8 @@ def _bytes(path: Path) -> bytes:
 
 
 def _object(path: Path, data: bytes) -> dict:
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+    found = disk.object_in(data)
+    if found is None:
         raise Broken(f"{path}, {len(data)} bytes, is not JSON of an object")
     return found
 

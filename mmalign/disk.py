@@ -50,12 +50,13 @@ def rows(path: Path) -> list[dict]:
 
 def objects(data: bytes) -> list[dict | None]:
     """The JSON object of each line, None where a line is none."""
-    return [_object(line) for line in data.splitlines()]
+    return [object_in(line) for line in data.splitlines()]
 
 
-def _object(line: bytes) -> dict | None:
+def object_in(data: bytes) -> dict | None:
+    """The JSON object that these bytes are, None where they are none."""
     try:
-        found = json.loads(line)
+        found = json.loads(data)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
