@@ -56,7 +56,7 @@ def roll_out(run: Session, prompts: list[Prompt], levels: Noise, iteration: int)
     ask = pool.submit if len(parts) > 1 else _now
     try:
         for part in parts:
-            wait(seen[-AHEAD:][:1] if len(seen) >= AHEAD else [])
+            wait(seen[: max(0, len(seen) + 1 - AHEAD)])
             with clock.of("rollout"):
                 paths = walk(run, prompts, cond, levels, iteration, part.tolist())
             drawn.append((paths, decoded(run, paths)))

@@ -167,7 +167,7 @@ def _progress(console: Console) -> Progress:
 
 def _size(run: Session) -> int:
     """Bytes of a checkpoint, about: adapter, average and two moments."""
-    return 4 * sum(p.numel() for p in run.policy.parameters()) * 4
+    return 4 * 4 * sum(p.numel() for p in run.policy.parameters())
 
 
 def _best(out: Path, name: str | None) -> int | None:
