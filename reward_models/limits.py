@@ -1,0 +1,8 @@
+"""What a stranger may make this project hold or wait for: one bound for each kind of thing.
+
+A bound is checked before the thing is read, decoded or waited for, and its breach is a reason or a line that names the
+value and the bound.
+"""
+
+TEXT = 2**30  # bytes of a file of text: prompts, tables, rows of a run
+PIXELS = 64 * 2**20  # pixels of a picture on disk: 8192 x 8192, 768 MiB as float32
