@@ -175,7 +175,10 @@ class Config(BaseModel):
         1, ge=1, description="parts of whole prompts, each drawn while the one before is judged; for slow judges"
     )
     batch: int = Field(
-        128, ge=1, description="rows of one forward at most; speed only; halved where memory does not suffice"
+        128,
+        ge=1,
+        description="rows of one forward at most; speed, and rounding, which a reward that jumps (jpeg_size, strict "
+        "verdicts, ocr) can turn into another reward; halved where memory does not suffice",
     )
     decode_batch: int = Field(
         32, ge=1, description="images decoded at once in training; the same; 1 is what diffusers calls slicing"
@@ -259,7 +262,8 @@ class Config(BaseModel):
     micro_batch: int = Field(
         128,
         ge=1,
-        description="rows of one forward and backward at most; speed only; halved where memory does not suffice",
+        description="rows of one forward and backward at most; speed and rounding; halved where memory does not "
+        "suffice",
     )
     max_grad_norm: float = Field(1.0, gt=0)
     ema: float = Field(0.9, ge=0, lt=1, description="decay of the averaged adapter that evaluation and export use")

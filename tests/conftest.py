@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_pipelines import sd3
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("MMALIGN_TEST_THREADS", "1")))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub would be asked in vain, and for minutes
 
 
