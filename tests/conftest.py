@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny_pipelines import sd3
 
-torch.set_num_threads(int(os.environ.get("MMALIGN_TEST_THREADS", "1")))
+THREADS = int(os.environ.get("MMALIGN_TEST_THREADS", "1"))
+torch.set_num_threads(THREADS)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub would be asked in vain, and for minutes
 
 
@@ -21,8 +22,9 @@ def allowed():
 
 @pytest.fixture(autouse=True)
 def as_it_was():
-    """The command line, tried in this process, changes how the smallest numbers are treated."""
+    """The command line, tried in this process, changes how the smallest numbers are treated; scripts set threads."""
     torch.set_flush_denormal(False)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
