@@ -7,7 +7,7 @@ Every reader takes time linear in the reply, which may be anything.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from reward_models import limits
@@ -165,8 +165,8 @@ def places(
     return regions
 
 
-def _listed(text: str, cut: bool) -> list[dict[str, Any]] | None:
-    """A row for each region; None if there is no list of them."""
+def _listed(text: str, cut: bool) -> Iterable[dict[str, Any]] | None:
+    """A row for each region, read when its turn comes; None if there is no list of them."""
     for value in values(text):
         if isinstance(value, dict):
             row = plain(value)
@@ -183,7 +183,7 @@ def _listed(text: str, cut: bool) -> list[dict[str, Any]] | None:
             blocks[-1][1].append(line)
     if blocks and cut:
         raise ValueError("the reply ends before all regions are listed")
-    return [_block(number, "\n".join(lines)) for number, lines in blocks] or None
+    return (_block(number, "\n".join(lines)) for number, lines in blocks) if blocks else None
 
 
 def _block(number: int, text: str) -> dict[str, Any]:
