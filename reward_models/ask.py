@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -244,13 +244,17 @@ def findings(
         except ValueError as error:
             cut = " (it ran out of tokens)" if reply.cut else ""
             seen = f"; the reply{cut} begins {replies.shown(reply.text)}" if reply.text else ""
-            failures[i] = f"{' '.join(str(error).split())}{seen}"
+            failures[i] = replies.printable(f"{' '.join(str(error).split())}{seen}")
             continue
         values[i] = torch.tensor([float(found.values.get(name, torch.nan)) for name in names])
-        said[i], requests[i], boxes[i] = found.said, found.request, found.regions
+        said[i], requests[i] = replies.printable(found.said), replies.printable(found.request)
+        boxes[i] = tuple(
+            replace(own, label=replies.printable(own.label), reason=replies.printable(own.reason))
+            for own in found.regions
+        )
         if maps is not None:
             maps[i] = paint(found.regions, size, (grid, grid))
-    raw = tuple(reply.text for reply in asked)
+    raw = tuple(replies.printable(reply.text) for reply in asked)
     return Scores(names, values, tuple(said), maps, failures, tuple(boxes), tuple(requests), raw)
 
 

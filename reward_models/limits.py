@@ -6,3 +6,4 @@ value and the bound.
 
 TEXT = 2**30  # bytes of a file of text: prompts, tables, rows of a run
 PIXELS = 64 * 2**20  # pixels of a picture on disk: 8192 x 8192, 768 MiB as float32
+REPLY = 2**18  # characters of a judge's reply

@@ -2,14 +2,17 @@
 
 Models leave out what they were asked for, wrap it, and put it in bold; all of that is read. What is then still unclear,
 a score without a scale, a box outside the image, is refused with a ValueError that names it: a guess would train.
+Every reader takes time linear in the reply, which may be anything.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from reward_models import limits
 from reward_models.regions import Region, inside
+from reward_models.scales import Scale
 
 Coordinates = Literal["pixels", "thousand", "unit"]
 UNITS: dict[str, str] = {
@@ -20,51 +23,126 @@ UNITS: dict[str, str] = {
 BOX, SCORE = ("box", "bbox", "bbox_2d"), ("score", "credit", "reward")
 LABEL, NUMBER = ("label", "object", "identified_object"), ("region", "region_id", "id")
 SIZE, LISTS = ("image_size", "size"), ("regions", "objects", "vlm_rewards", "rewards")
-VALUE = r"([-+−–]?\s*(?:\d+\.?\d*|\.\d+))\s*(?:/\s*(\d+(?:\.\d+)?))?"
-REGION = re.compile(r"^[\s#*>-]*region\s*(?:id)?\s*[:#\[(]?\s*(\d+)", re.IGNORECASE | re.MULTILINE)
+CREDIT = Scale(-1, 1)
+MARKS = " \t\r#*_>`~|•"  # around the words of a heading
+TITLES = ("score", "final score", "overall score")
+REGION = re.compile(r"region\s?(?:id)?\s?[:#\[(]?\s?(\d{1,9})(?!\d)", re.IGNORECASE)
 SHOWN = 120  # letters of a reply in an error
+OPENING = re.compile(r"[\[{]")
+TRIES = 1000  # brackets of a reply that are tried as the beginning of JSON
 
 
-def answer(reply: str) -> str:
-    """The reply without what was thought before it. ValueError if the thinking has no end."""
+def answer(reply: str, cut: bool = False) -> str:
+    """The reply without what was thought before it; of one that was `cut` off, without its last line, which may have
+    lost its end. ValueError if the thinking has no end, or the reply is longer than `limits.REPLY`."""
+    if len(reply) > limits.REPLY:
+        raise ValueError(f"the reply has {len(reply)} characters; at most {limits.REPLY} are read")
     _, end, rest = reply.rpartition("</think>")
     if not end and "<think>" in reply:
         raise ValueError("the reply ends before it has thought to an end")
-    return (rest if end else reply).strip()
+    text = rest if end else reply
+    return (text.rpartition("\n")[0] if cut else text).strip()
 
 
 def shown(reply: str) -> str:
     """The beginning of a reply, in one line."""
-    line = " ".join(reply.split())
-    return repr(line[:SHOWN] + ("…" if len(line) > SHOWN else ""))
+    line = " ".join(reply[: 10 * SHOWN].split())
+    return repr(line[:SHOWN] + ("…" if len(line) > SHOWN or len(reply) > 10 * SHOWN else ""))
+
+
+def printable(text: str) -> str:
+    """The text with half surrogate pairs, which no file can hold, replaced."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def values(text: str) -> Iterator[Any]:
-    """The JSON objects and lists in a text, outermost ones, in order."""
-    decoder, place = json.JSONDecoder(), 0
-    while (start := re.compile(r"[\[{]").search(text, place)) is not None:
+    """The JSON objects and lists in a text, outermost ones, in order. What stands in one that breaks off is not taken
+    for one of its own, and what is nested too deeply for the parser ends the search."""
+    decoder, place = json.JSONDecoder(parse_int=_whole), 0
+    for _ in range(TRIES):  # an error counts the lines before it, so its price grows with the text
+        start = OPENING.search(text, place)
+        if start is None:
+            return
         try:
-            found, place = decoder.raw_decode(text, start.start())
-        except (ValueError, RecursionError):
-            place = start.end()
+            value, place = decoder.raw_decode(text, start.start())
+        except json.JSONDecodeError as error:
+            place = max(start.end(), error.pos)  # all before was looked at; to look again would take quadratic time
             continue
-        yield found
+        except RecursionError:
+            return
+        yield value
 
 
-def overall(reply: str) -> tuple[float, str]:
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) < 20 else float(digits)
+
+
+def heading(line: str) -> tuple[str, str]:
+    """Title and remainder of a line such as `**2. Visual Quality (1-4):** 3.5`: the title in lower case, without
+    number, marks and note, the remainder as it is. A line without a colon is all title."""
+    text = line.lstrip(MARKS + "-–").rstrip()
+    if number := re.match(r"\d{1,3}\s?[.):]", text):
+        text = text[number.end() :].lstrip(MARKS)
+    ends = [place for mark in ":=：" if (place := text.find(mark)) >= 0]
+    rest = ""
+    if ends:
+        text, rest = text[: min(ends)], text[min(ends) + 1 :]
+    elif dash := re.search(r" [-–—] ", text):
+        text, rest = text[: dash.start()], text[dash.end() :]
+    title = text.strip(MARKS)
+    if title.endswith(")"):
+        title = title[: title.rfind("(")] if "(" in title else title
+    return named(title), rest
+
+
+def named(title: str) -> str:
+    """A title as titles are compared: lower case, words joined by single spaces."""
+    return re.sub(r"[\s_&-]+", " ", title).strip(MARKS + ":.").lower()
+
+
+def after(lines: Sequence[str], number: int, rest: str) -> str:
+    """What a heading at `lines[number]` introduces: the remainder of its line, or the next line that is not empty."""
+    if rest.strip(MARKS):
+        return rest
+    return next((line for line in lines[number + 1 : number + 4] if line.strip(MARKS)), "")
+
+
+def titled(text: str, titles: Sequence[str]) -> list[str]:
+    """What each heading with one of the titles introduces, in order."""
+    lines = text.split("\n")
+    heads = ((number, *heading(line)) for number, line in enumerate(lines))
+    return [after(lines, number, rest) for number, title, rest in heads if title in titles]
+
+
+def score_of(text: str, scale: Scale, titles: Sequence[str] = TITLES, what: str = "the score") -> float | None:
+    """The score that the headings `titles` of a text give. ValueError, naming `what`, for none, for one that is not
+    alone on the scale, and for two."""
+    scores = [scale.read(line, what) for line in titled(text, titles)]
+    if not scores:
+        return scale.read(None, what)
+    if any(score != scores[0] for score in scores):
+        raise ValueError(f"{what} is given twice: {' and '.join(map(str, dict.fromkeys(scores)))}")
+    return scores[0]
+
+
+def overall(reply: str, cut: bool = False) -> tuple[float, str]:
     """The score in [-1, 1] of the whole image and the reason for it."""
-    text = answer(reply)
-    for found in values(text):
-        if isinstance(found, dict):
-            own = plain(found)
-            score = one_of(own, SCORE)
+    text = answer(reply, cut)
+    for value in values(text):
+        if isinstance(value, dict):
+            row = plain(value)
+            score = one_of(row, SCORE)
             if score is not None:
-                return _in_range(score), str(own.get("reason") or "")
-    return _in_range(*_after(text, "score")), _line(text, "reason")
+                return CREDIT.read(score), str(row.get("reason") or "")
+    return score_of(text, CREDIT), _line(text, "reason")
 
 
 def places(
-    reply: str, size: tuple[int, int], coordinates: str = "pixels", proposed: Sequence[Sequence[int | float]] = ()
+    reply: str,
+    size: tuple[int, int],
+    coordinates: str = "pixels",
+    proposed: Sequence[Sequence[int | float]] = (),
+    cut: bool = False,
 ) -> list[Region]:
     """The regions a judge names in an image of `size` (height, width). `coordinates`: what boxes count in, see `UNITS`.
     With `proposed` boxes, in pixels, a region is named by its number, from 1. ValueError names the region that cannot
@@ -72,7 +150,7 @@ def places(
     if coordinates not in UNITS:
         raise ValueError(f"no coordinates called {coordinates!r}; known: {', '.join(UNITS)}")
     text = answer(reply)
-    rows = _listed(text)
+    rows = _listed(text, cut)
     if rows is None:
         raise ValueError("the reply names no regions")
     regions = []
@@ -87,30 +165,35 @@ def places(
     return regions
 
 
-def _listed(text: str) -> list[dict[str, Any]] | None:
-    """A row for each region; None if there is no list of them."""
-    for found in values(text):
-        if isinstance(found, dict):
-            own = plain(found)
-            inner = one_of(own, LISTS)
-            found = inner if isinstance(inner, list) else [found] if one_of(own, SCORE) is not None else None
-        if isinstance(found, list) and all(isinstance(row, dict) for row in found):
-            return [plain(row) for row in found]
-    heads = [*REGION.finditer(text)]
-    if not heads:
-        return None
-    ends = [head.start() for head in heads[1:]] + [len(text)]
-    blocks = [(int(head[1][:9]), text[head.end() : end]) for head, end in zip(heads, ends, strict=True)]
-    return [_block(number, block) for number, block in blocks]
+def _listed(text: str, cut: bool) -> Iterable[dict[str, Any]] | None:
+    """A row for each region, read when its turn comes; None if there is no list of them."""
+    for value in values(text):
+        if isinstance(value, dict):
+            row = plain(value)
+            inner = one_of(row, LISTS)
+            value = inner if isinstance(inner, list) else [value] if one_of(row, SCORE) is not None else None
+        if isinstance(value, list) and all(isinstance(row, dict) for row in value):
+            return [plain(row) for row in value]
+    blocks: list[tuple[int, list[str]]] = []
+    for line in text.split("\n"):
+        head = REGION.match(line.lstrip(MARKS + "-"))
+        if head:
+            blocks.append((int(head[1]), []))
+        elif blocks:
+            blocks[-1][1].append(line)
+    if blocks and cut:
+        raise ValueError("the reply ends before all regions are listed")
+    return (_block(number, "\n".join(lines)) for number, lines in blocks) if blocks else None
 
 
 def _block(number: int, text: str) -> dict[str, Any]:
     row: dict[str, Any] = {"region": number, "reason": _line(text, "reason")}
     row["label"] = _line(text, "identified object") or _line(text, "label")
-    box = re.search(r"box[^\[(\n]*[\[(]([^\])\n]*)[\])]", text, re.IGNORECASE)
-    if box:
-        row["box"] = [_number(part) for part in box[1].split(",")]
-    row["score"] = _after(text, "score")
+    for line in titled(text, (*BOX, "bounding box"))[:1]:
+        _, opened, inner = line.replace("(", "[").replace(")", "]").partition("[")
+        row["box"] = [_number(part) for part in inner.partition("]")[0].split(",")] if opened else line
+    scores = titled(text, TITLES)
+    row["score"] = score_of(text, CREDIT) if scores else None
     return row
 
 
@@ -121,10 +204,9 @@ def _region(
     coordinates: str,
     proposed: Sequence[Sequence[int | float]],
 ) -> Region:
-    score = one_of(row, SCORE)
-    credit = _in_range(*score) if isinstance(score, tuple) else _in_range(score)
+    credit = CREDIT.read(one_of(row, SCORE))
     if proposed:
-        if not isinstance(number, int) or not 1 <= number <= len(proposed):
+        if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= len(proposed):
             raise ValueError(f"there is no region {number!r}; {len(proposed)} were given")
         box = proposed[number - 1]
     else:
@@ -162,27 +244,6 @@ def _number(text: str) -> float | str:
         return text.strip()
 
 
-def _after(text: str, name: str) -> tuple[str | None, str | None]:
-    """The number after a heading, as written, and what it is out of."""
-    found = re.search(rf"{name}\s*\W*?[:=]\W*?\s*{VALUE}", text, re.IGNORECASE)
-    return (found[1], found[2]) if found else (None, None)
-
-
-def _line(text: str, name: str) -> str:
-    """What stands after a heading on its line, without stars."""
-    found = re.search(rf"^[\s#*>-]*{name}\s*\**\s*:\s*(.*)$", text, re.IGNORECASE | re.MULTILINE)
-    return found[1].strip(" *\"'") if found else ""
-
-
-def _in_range(value: Any, out_of: Any = None) -> float:
-    """A score in [-1, 1], of a number, or of text that may say it is out of 1."""
-    if isinstance(value, str):
-        pair = re.fullmatch(rf"\W*?{VALUE}\W*", value)
-        value, out_of = (_number(pair[1]), pair[2] or out_of) if pair else (value, out_of)
-    if value is None:
-        raise ValueError("the score is missing")
-    if out_of is not None and float(out_of) != 1:
-        raise ValueError(f"the score is {value} out of {out_of}; the scale is -1 to 1")
-    if not _is_number(value) or not -1 <= value <= 1:
-        raise ValueError(f"the score is {value!r:.40}; a number from -1 to 1 is needed")
-    return float(value)
+def _line(text: str, title: str) -> str:
+    """What the first heading of a title introduces, without marks."""
+    return next(iter(titled(text, (title,))), "").strip(MARKS + "\"'")

@@ -2,8 +2,9 @@
 
 Criteria are binary, for judges that grade as a whole are easier to please. They come from `Prompt.wants["criteria"]`,
 else by rule from GenEval's layout (`include`, `text`), else from the model itself, which writes them once per prompt;
-`written` keeps those in a file. A criterion that depends on one that failed has failed; one without an answer is left
-out of the count. Components, shares of weight in [0, 1], higher is better, roughly comparable across prompts:
+`written` keeps those in a file. A criterion that depends on one that failed has failed; a reply that leaves one without
+an answer fails the image, for the share of the others would be another number. Components, shares of weight in [0, 1],
+higher is better, roughly comparable across prompts:
 
 - `share`: of all criteria.
 - `object`, `count`, `attribute`, `relation`, `text`, `style`: of those of a kind, NaN where there are none.
@@ -24,7 +25,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from reward_models import ask, replies
+from reward_models import ask, replies, scales
 from reward_models.regions import Region, inside
 from reward_models.remote import first
 from reward_models.scoring import each
@@ -53,6 +54,7 @@ VERDICTS = {
     "required": ["verdicts"],
     "additionalProperties": False,
 }
+NUMBERED = re.compile(r"(\d{1,3})\s?[.):](.*)")
 YES, NO = {"yes", "true", "pass", "passed", "1", "y"}, {"no", "false", "fail", "failed", "0", "n"}
 
 
@@ -119,23 +121,21 @@ def by_rule(wants: Mapping[str, Any]) -> list[Criterion]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """True, False or None (no answer); why; and where, in pixels, if the judge says so."""
+    """The answer; why; and where, in pixels, if the judge says so."""
 
-    answer: bool | None
+    answer: bool
     why: str = ""
     box: tuple[int | float, ...] | None = None
 
 
-def read(text: str, count: int, size: tuple[int, int], coordinates: str = "pixels") -> list[Verdict]:
-    """The verdicts on `count` criteria in a reply about a picture of `size` (height, width). ValueError if there is
-    none, one criterion has two, or a box is not in the picture."""
-    found: dict[int, Verdict] = {}
-    for number, row in _listed(replies.answer(text)):
+def read(text: str, count: int, size: tuple[int, int], coordinates: str = "pixels", cut: bool = False) -> list[Verdict]:
+    """The verdicts on `count` criteria in a reply about a picture of `size` (height, width). ValueError if a criterion
+    has no answer or two, or a box is not in the picture."""
+    verdicts: dict[int, Verdict] = {}
+    for number, row in _listed(replies.answer(text, cut)):
         if not 1 <= number <= count:
             raise ValueError(f"there is no criterion {number}; {count} were given")
-        given = str(replies.one_of(row, ("answer", "verdict", "pass", "satisfied"))).strip(" *.").lower()
-        if given not in YES | NO:
-            raise ValueError(f"criterion {number}: the answer is {given!r:.40}; yes or no is needed")
+        answer = _answer(replies.one_of(row, ("answer", "verdict", "pass", "satisfied")), number)
         box = row.get("box")
         try:
             place = None if not box else tuple(replies.scaled(box, size, coordinates))
@@ -144,13 +144,29 @@ def read(text: str, count: int, size: tuple[int, int], coordinates: str = "pixel
         except ValueError as error:
             raise ValueError(f"criterion {number}: {error}") from None
         why = str(replies.one_of(row, ("evidence", "why", "reason")) or "")
-        verdict = Verdict(given in YES, why, place)
-        if number in found and found[number].answer != verdict.answer:
+        if verdicts.setdefault(number, verdict := Verdict(answer, why, place)).answer != verdict.answer:
             raise ValueError(f"criterion {number} has two answers")
-        found[number] = verdict
-    if not found:
+    if not verdicts:
         raise ValueError("the reply answers no criterion")
-    return [found.get(number, Verdict(None)) for number in range(1, count + 1)]
+    missing = [number for number in range(1, count + 1) if number not in verdicts]
+    if missing:
+        raise ValueError(f"criterion {missing[0]} has no answer")
+    return [verdicts[number] for number in range(1, count + 1)]
+
+
+def _answer(value: Any, number: int) -> bool:
+    """Yes or no alone, perhaps with a note behind it."""
+    words = " ".join(scales.unwrapped(str(value)).lower().split())
+    head = re.match(r"\w+", words)
+    rest = words[head.end() :] if head else words
+    if (
+        head is None
+        or head[0] not in YES | NO
+        or not re.fullmatch(r"(?s)(?:[.,;:(!].*| [-–—] .*)?", rest)
+        or " or " in rest
+    ):
+        raise ValueError(f"criterion {number}: the answer is {words[:99]!r:.40}; yes or no is needed")
+    return head[0] in YES
 
 
 def _listed(text: str) -> list[tuple[int, dict[str, Any]]]:
@@ -165,33 +181,32 @@ def _listed(text: str) -> list[tuple[int, dict[str, Any]]]:
             numbers = [replies.one_of(row, ("id", "number", "criterion")) for row in rows]
             if all(isinstance(number, int) for number in numbers):
                 return [*zip(numbers, rows, strict=True)]
-    lines = re.findall(r"^[\s#*_>-]*(\d{1,3})\s*[.):]\s*[*_]*\s*(yes|no|true|false|pass|fail)\b", text, re.I | re.M)
-    return [(int(number), {"answer": answer}) for number, answer in lines]
+    heads = (NUMBERED.match(line.lstrip(replies.MARKS + "-")) for line in text.split("\n"))
+    return [(int(head[1]), {"answer": head[2]}) for head in heads if head]
 
 
 def judged(criteria: Sequence[Criterion], verdicts: Sequence[Verdict]) -> ask.Finding:
     """What verdicts on criteria come to."""
-    passed: list[bool | None] = []
-    for own, verdict in zip(criteria, verdicts, strict=True):
-        lost = any(passed[parent - 1] is False for parent in own.depends)
-        passed.append(False if lost else verdict.answer)
+    passed: list[bool] = []
+    for criterion, verdict in zip(criteria, verdicts, strict=True):
+        passed.append(verdict.answer and all(passed[parent - 1] for parent in criterion.depends))
     values = {}
     for name in ("share", *KINDS):
         counted = [
-            (own.weight, answer)
-            for own, answer in zip(criteria, passed, strict=True)
-            if answer is not None and name in ("share", own.kind)
+            (criterion.weight, answer)
+            for criterion, answer in zip(criteria, passed, strict=True)
+            if name in ("share", criterion.kind)
         ]
         if counted:
             values[name] = sum(weight * answer for weight, answer in counted) / sum(weight for weight, _ in counted)
-    failed = [own for own, answer in zip(criteria, passed, strict=True) if answer is False]
+    failed = [criterion for criterion, answer in zip(criteria, passed, strict=True) if not answer]
     regions = tuple(
-        Region(verdict.box, 1.0 if answer else -1.0, own.question, verdict.why)
-        for own, verdict, answer in zip(criteria, verdicts, passed, strict=True)
-        if verdict.box and answer is not None
+        Region(verdict.box, 1.0 if answer else -1.0, criterion.question, verdict.why)
+        for criterion, verdict, answer in zip(criteria, verdicts, passed, strict=True)
+        if verdict.box
     )
-    said = "; ".join(f"no: {own.question}" for own in failed) or "every criterion is met"
-    return ask.Finding(values, said, ", ".join(own.fix for own in failed if own.fix), regions)
+    critique = "; ".join(f"no: {criterion.question}" for criterion in failed) or "every criterion is met"
+    return ask.Finding(values, critique, ", ".join(criterion.fix for criterion in failed if criterion.fix), regions)
 
 
 class Checklist:
@@ -242,9 +257,7 @@ class Checklist:
             return self.template.fill(**given, criteria=numbered, coordinates=units)
 
         def finding(i: int, reply: ask.Reply) -> ask.Finding:
-            verdicts = read(reply.text, len(lists[i]), size, self.coordinates)
-            if reply.cut and any(own.answer is None for own in verdicts):
-                raise ValueError("the reply ends before all criteria are answered")
+            verdicts = read(reply.text, len(lists[i]), size, self.coordinates, reply.cut)
             found = judged(lists[i], verdicts)
             request = f"{prompts[i].text}; {found.request}" if found.request else ""
             return ask.Finding(found.values, found.said, request, found.regions)

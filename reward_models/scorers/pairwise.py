@@ -19,37 +19,53 @@ from typing import Any
 
 import torch
 
-from reward_models import ask, replies
+from reward_models import ask, replies, scales
 from reward_models.images import to_uint8
 from reward_models.scoring import each
 from reward_models.types import Images, Prompt, Scores
 
 ORDERS = ("random", "both")
-WINNER = r"(?:image|picture|option)?\s*[*_`\"']*\s*(1|2|a|b|one|two|first|second|tie|draw|equal|neither|both)\b"
 SIDES = {"1": 0, "a": 0, "one": 0, "first": 0, "2": 1, "b": 1, "two": 1, "second": 1}
+SIDE = re.compile(rf"(?:the )?(?:image|picture|option)? ?({'|'.join(SIDES)})(?: (?:image|picture|option))?\b", re.I)
+TIE = re.compile(r"(?:it is |it's )?(?:a )?(?:tie|draw|equal|neither|both)\b", re.I)
+WINS = re.compile(r" (?:is (?:the )?(?:better|winner)|wins)\b", re.I)
 
 
-def read(text: str) -> int | None:
+def read(text: str, cut: bool = False) -> int | None:
     """Which of two pictures won: 0 the first, 1 the second, None for a tie. ValueError if the reply does not say, or
     says two things."""
-    text = replies.answer(text)
-    said = re.findall(r"<answer>(.*?)</answer>", text, re.I | re.S)
-    for found in replies.values(text):
-        own = replies.plain(found) if isinstance(found, dict) else {}
-        said += [str(own[key]) for key in ("winner", "better", "answer") if own.get(key) is not None]
-    if not said:
-        said = re.findall(r"^[\s#*_>`-]*(?:winner|answer|better)\b[*_`\s]*[:=]\s*(.*)$", text, re.I | re.M)
-    if not said:
-        said = re.findall(r"^[\s*_`]*((?:the\s+)?(?:image|picture)\s+\w+ (?:is better|wins)).*$", text, re.I | re.M)
-    winners = set()
-    for own in said:
-        found = re.match(rf"^[\s*_`\"']*(?:the\s+)?{WINNER}", own, re.I)
-        if found is None:
-            raise ValueError(f"the winner is {own.strip()!r:.40}; picture 1, picture 2 or tie is needed")
-        winners.add(SIDES.get(found[1].lower()))
+    text = replies.answer(text, cut)
+    answers = [
+        part[: part.lower().index("</answer>")]
+        for part in re.split("<answer>", text, flags=re.I)[1:]
+        if "</answer>" in part.lower()
+    ]
+    for value in replies.values(text):
+        row = replies.plain(value) if isinstance(value, dict) else {}
+        answers += [str(row[key]) for key in ("winner", "better", "answer") if row.get(key) is not None]
+    answers = answers or replies.titled(text, ("winner", "answer", "better"))
+    if not answers:
+        lines = (scales.unwrapped(line) for line in text.split("\n"))
+        answers = [line for line in lines if (side := SIDE.match(line)) and WINS.match(line[side.end() :])]
+    winners = set(map(_winner, answers))
     if len(winners) != 1:
         raise ValueError("the reply names two winners" if winners else "the reply names no winner")
     return winners.pop()
+
+
+def _winner(answer: str) -> int | None:
+    """The side that an answer names and nothing else: no choice between two, no other words before a note."""
+    text = " ".join(scales.unwrapped(answer).split())
+    tie = TIE.match(text)
+    side = tie or SIDE.match(text)
+    rest = text[side.end() :] if side else text
+    if (
+        side
+        and (WINS.match(rest) or re.match(r" ?(?:$|[.,;:(]| [-–—] )", rest))
+        and not re.search(r"\bor\b", rest, re.I)
+    ):
+        return None if tie else SIDES[side[1].lower()]
+    raise ValueError(f"the winner is {answer.strip()[:99]!r:.40}; picture 1, picture 2 or tie is needed")
 
 
 class Pairwise:
@@ -96,7 +112,7 @@ class Pairwise:
             try:
                 if reply.failure:
                     raise ValueError(reply.failure)
-                side = read(reply.text)
+                side = read(reply.text, reply.cut)
             except ValueError as error:
                 why |= dict.fromkeys(pair, f"{error}; the reply begins {replies.shown(reply.text)}")
                 continue

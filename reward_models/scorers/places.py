@@ -92,11 +92,11 @@ class Places:
         asked = self.judge.ask(questions, self.tokens)
 
         def whole(i: int, reply: ask.Reply) -> ask.Finding:
-            score, said = replies.overall(reply.text)
+            score, said = replies.overall(reply.text, reply.cut)
             return ask.Finding({"overall": score}, said)
 
         def local(i: int, reply: ask.Reply) -> ask.Finding:
-            regions = tuple(replies.places(reply.text, size, self.coordinates, proposed[i]))
+            regions = tuple(replies.places(reply.text, size, self.coordinates, proposed[i], reply.cut))
             return ask.Finding({"local": mean(regions)}, regions=regions)
 
         one = ask.findings(self.names, asked[:count], whole)

@@ -2,9 +2,12 @@
 
 Aspects have a score from 1 to 4, or N/A. Components, in [0, 1], higher is better:
 
-- `overall`: (mean - 1) / 3 over the aspects that have a score. With text in the request it is a mean over one aspect
-  more, so that it compares images of one prompt, not prompts.
-- `faithfulness`, `quality`, `text`, and in edits `preservation`: (score - 1) / 3, NaN where it does not apply.
+- `overall`: (mean - 1) / 3 over the aspects that apply. With text in the request it is a mean over one aspect more, so
+  that it compares images of one prompt, not prompts.
+- `faithfulness`, `quality`, `text`, and in edits `preservation`: (score - 1) / 3; `text` is NaN where the judge writes
+  N/A.
+
+An aspect without a readable score fails the image, for the mean of the others would be another number.
 
 The critique is in `Scores.critiques`, the refined request in `Scores.requests`. An edit has the picture it began from
 in `Prompt.wants["source"]`, a file. The words are ours (`reward_models/instructions/rational*.txt`); the form of the
@@ -87,11 +90,11 @@ class Rational:
         return self.template.fill(**given)
 
     def _read(self, reply: ask.Reply, prompt: str) -> ask.Finding:
-        found = critiques.read(reply.text, self.aspects)
-        missing = [name for name in self.aspects if name not in found.scores and name not in OPTIONAL]
-        if reply.cut and missing:
-            raise ValueError(f"the reply ends before {', '.join(missing)}")
-        span = critiques.HIGH - critiques.LOW
-        values = {name: (score - critiques.LOW) / span for name, score in found.scores.items()}
-        request = "" if found.request == prompt else found.request
-        return ask.Finding({"overall": found.overall, **values}, str(found), request)
+        critique = critiques.read(reply.text, self.aspects, reply.cut)
+        for name, score in critique.scores.items():
+            if score is None and name not in OPTIONAL:
+                raise ValueError(f"the score of {name} is N/A; it applies to every image")
+        low, span = critiques.SCALE.low, critiques.SCALE.high - critiques.SCALE.low
+        values = {name: (score - low) / span for name, score in critique.scores.items() if score is not None}
+        request = "" if critique.request == prompt else critique.request
+        return ask.Finding({"overall": critique.overall, **values}, str(critique), request)

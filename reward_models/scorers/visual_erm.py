@@ -15,9 +15,11 @@ from typing import Any
 
 from reward_models import ask, replies
 from reward_models.regions import Region, inside
+from reward_models.scales import Scale
 from reward_models.scoring import each
 from reward_models.types import Images, Prompt, Scores
 
+SEVERITY = Scale(1, 3)
 LISTS = ("errors", "discrepancies", "differences")
 
 
@@ -32,13 +34,12 @@ def read(text: str, size: tuple[int, int], worst: int | float, coordinates: str 
         raise ValueError("the reply lists no errors")
     total, said, regions = 0, [], []
     for number, row in enumerate(map(replies.plain, listed), 1):
-        severity = row.get("severity")
-        severity = int(severity) if isinstance(severity, str) and severity.strip() in ("1", "2", "3") else severity
-        if isinstance(severity, bool) or severity not in (1, 2, 3):
-            raise ValueError(f"error {number}: severity is {severity!r:.40}; 1, 2 or 3 is needed")
+        severity = SEVERITY.read(row.get("severity"), f"error {number}: severity")
+        if severity not in (1, 2, 3):
+            raise ValueError(f"error {number}: severity is {severity:g}; 1, 2 or 3 is needed")
         total += int(severity)
         what = " ".join(str(row.get(key) or "") for key in ("location", "description")).strip()
-        said.append(f"{row.get('category') or 'error'} ({severity}): {what}".strip(": "))
+        said.append(f"{row.get('category') or 'error'} ({severity:g}): {what}".strip(": "))
         box = replies.one_of(row, replies.BOX)
         if box is not None:
             try:

@@ -100,7 +100,16 @@ def test_a_reply_that_was_cut_off_before_an_aspect_is_no_score():
     made, _ = judged("rational", lambda question: Reply(cut, cut=True))
     assert "ends before quality" in made(IMAGES[:1], PROMPTS[:1]).failures[0]
     made, _ = judged("rational", lambda question: Reply(FULL.split("3. Text")[0], cut=True))
-    assert not made(IMAGES[:1], PROMPTS[:1]).failures
+    assert "ends before text" in made(IMAGES[:1], PROMPTS[:1]).failures[0]
+
+
+def test_a_number_at_the_end_of_a_reply_that_was_cut_off_is_no_score():
+    """It may have been the beginning of another one."""
+    end = FULL.replace("N/A", "1").partition("## Score: 1")
+    made, _ = judged("rational", lambda question: Reply(end[0] + end[1], cut=True))
+    assert "ends before text" in made(IMAGES[:1], PROMPTS[:1]).failures[0]
+    made, _ = judged("rational", lambda question: Reply(f"{end[0]}{end[1]}\n# Summ", cut=True))
+    assert made(IMAGES[:1], PROMPTS[:1]).column("text").tolist() == [0.0]
 
 
 def test_one_failure_costs_one_image_and_is_never_nought():
@@ -158,9 +167,11 @@ def test_a_checklist_counts_by_weight_and_by_what_depends_on_what():
         ]
     }
     made, judge = judged("checklist", lambda question: json.dumps(reply), grid=2)
-    found = made(IMAGES[:1], [Prompt("a red cat at night", {"criteria": criteria})])
+    assert "criterion 4 has no answer" in made(IMAGES[:1], [Prompt("a cat", {"criteria": criteria})]).failures[0]
+    judge.asked.clear()
+    found = made(IMAGES[:1], [Prompt("a red cat at night", {"criteria": criteria[:3]})])
     share = dict(zip(found.names, found.values[0].tolist(), strict=True))
-    assert share["share"] == pytest.approx(2 / (3 + 1 + 2))  # the moon has no answer and does not count
+    assert share["share"] == pytest.approx(2 / (3 + 1 + 2))
     assert share["attribute"] == 0.0  # red, but of a cat that is not there
     assert (share["object"], share["style"]) == (0.0, 1.0)
     assert found.column("text").isnan().all()

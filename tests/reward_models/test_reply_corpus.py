@@ -6,19 +6,18 @@ import contextlib
 import hypothesis
 import pytest
 from hypothesis import strategies as st
-from judge_texts import FULL
+from judge_texts import EDIT, FULL, IMAGE, READERS
 
-from reward_models import critiques, replies
-from reward_models.scorers import checklist, pairwise, rational, unified, visual_erm
+from reward_models import critiques
+from reward_models.scorers import checklist, pairwise, unified, visual_erm
 
-IMAGE = {name: rational.ASPECTS[name] for name in rational.TASKS["image"]}
-EDIT = rational.ASPECTS
 A, B = {"faithfulness": 3.5, "quality": 3.0}, "a large red circle on a plain ground"
 
 
-def aspects(text, **more):
-    found = critiques.read(text, IMAGE)
-    return found.scores, found.request
+def aspects(text):
+    """The scores given, without what does not apply, and the request."""
+    critique = critiques.read(text, IMAGE)
+    return {name: score for name, score in critique.scores.items() if score is not None}, critique.request
 
 
 RATIONAL = [
@@ -44,9 +43,7 @@ RATIONAL = [
     (FULL.replace("# Summary: good", "# Summary: Score: 1"), A, B),
     (FULL.replace("## Justification: Slight fringe.\n## Score: 3", "## Score: 3\n## Justification: Slight fringe."), A, B),
     (FULL.replace("\n", "\r\n"), A, B),
-    (FULL.split("3. Text Rendering")[0], A, ""),
     (FULL.split("# Summary")[0], A, ""),
-    (FULL.split("2. Physical")[0], {"faithfulness": 3.5}, ""),
     (FULL.replace("N/A", "4"), A | {"text": 4.0}, B),
     (FULL.replace("N/A", "not applicable"), A, B),
     (FULL.replace("3.5", "4.2"), A | {"faithfulness": 4.0}, B),
@@ -58,10 +55,10 @@ RATIONAL = [
     (FULL.replace(B, "No change."), A, ""),
     (FULL.replace(B, "<the request, in one line>"), A, ""),
     ("1. Text Faithfulness: 3.5/4\n2. Physical Quality: 3/4\n3. Text Rendering: N/A", A, ""),
-    ("3. Physical Quality: Score: 3\n1. Text Faithfulness:\nScore: 3.5", A, ""),
+    ("3. Physical Quality:\nScore: 3\n1. Text Faithfulness:\nScore: 3.5\n2. Text Rendering: N/A", A, ""),
     ('{"faithfulness": {"justification": "x", "score": 3.5}, "quality": {"score": 3}, "text": {"score": null}}', A, ""),
-    ('```json\n{"Text Faithfulness": 3.5, "Visual Quality": "3/4", "refined_request": "b"}\n```', A, "b"),
-    ('Sure:\n{"aspects": [{"name": "Text Faithfulness", "score": 3.5}, {"aspect": "2. Visual Quality", "score": "3"}]}', A, ""),
+    ('```json\n{"Text Faithfulness": 3.5, "Visual Quality": "3/4", "Text Rendering": null, "refined_request": "b"}\n```', A, "b"),
+    ('Sure:\n{"aspects": [{"name": "Text Faithfulness", "score": 3.5}, {"aspect": "2. Visual Quality", "score": "3"}, {"name": "Text Rendering", "score": "N/A"}]}', A, ""),
     # the picture's own words, quoted in a justification, are no score
     (FULL.replace("Slight fringe.", 'The caption in the picture says "Score: 4".'), A, B),
     (FULL.replace("Slight fringe.", "It reads: score 4."), A, B),
@@ -80,7 +77,14 @@ BROKEN = [
     ("Score: 4", "no aspect has a score"),
     ("<think>" + FULL, "before it has thought to an end"),
     (FULL.split("## Score")[0], "no aspect has a score"),
-    (FULL.replace("3.5", "excellent").replace("## Score: 3\n", "## Score: high\n"), "no aspect has a score"),
+    (FULL.replace("3.5", "excellent").replace("## Score: 3\n", "## Score: high\n"), "the score of faithfulness is 'excellent'"),
+    # the mean over the other aspects would be another number
+    (FULL.split("3. Text Rendering")[0], "there is no score of text"),
+    (FULL.split("2. Physical")[0], "there is no score of quality, text"),
+    (FULL.replace("## Score: N/A\n", ""), "there is no score of text"),
+    ("3. Physical Quality: Score: 3\n1. Text Faithfulness:\nScore: 3.5\n2. Text Rendering: N/A", "no score of quality"),
+    ('{"Text Faithfulness": 3.5, "Visual Quality": "3/4"}', "there is no score of text"),
+    ('{"faithfulness": {"justification": "x"}, "quality": 3, "text": null}', "the score of faithfulness is ''"),
     (FULL.replace("3.5", "9"), "the score of faithfulness is 9; the scale is 1 to 4"),
     (FULL.replace("3.5", "-3"), "the scale is 1 to 4"),
     (FULL.replace("3.5", "4/5"), "is 4 out of 5; the scale is 1 to 4"),
@@ -102,7 +106,7 @@ def test_what_cannot_be_a_critique_is_refused(text, says):
         aspects(text)
 
 
-def test_the_reward_is_the_mean_over_the_aspects_that_have_a_score():
+def test_the_reward_is_the_mean_over_the_aspects_that_apply():
     assert critiques.read(FULL, IMAGE).overall == pytest.approx(((3.5 + 3) / 2 - 1) / 3)
     assert critiques.read(FULL.replace("N/A", "4"), IMAGE).overall == pytest.approx(((3.5 + 3 + 4) / 3 - 1) / 3)
 
@@ -111,13 +115,13 @@ def test_an_edit_has_one_aspect_more():
     text = FULL.replace("2. Physical", "2. Image Faithfulness:\n## Score: 2\n3. Physical").replace(
         "3. Text R", "4. Text R"
     )
-    assert critiques.read(text, EDIT).scores == {"faithfulness": 3.5, "preservation": 2.0, "quality": 3.0}
+    assert critiques.read(text, EDIT).scores == {"faithfulness": 3.5, "preservation": 2.0, "quality": 3.0, "text": None}
 
 
 UNIFIED = [
     (2, "Alignment Score (1-5): 4\nCoherence Score (1-5): 3.5\nStyle Score (1-5): 2", {"alignment": 4, "coherence": 3.5, "style": 2}),
-    (2, "**Alignment:** 4/5\n**Style:** 2/5", {"alignment": 4, "style": 2}),
-    (2, "1. Alignment Score: 4.0\n2. Coherence: 5\nwords", {"alignment": 4, "coherence": 5}),
+    (2, "**Alignment:** 4/5\n**Style:** 2/5\n**Coherence** - 3", {"alignment": 4, "coherence": 3, "style": 2}),
+    (2, "1. Alignment Score: 4.0\n2. Coherence: 5\n3. Style:\nfour\nwords", {"alignment": 4, "coherence": 5, "style": 4}),
     (1, "It fits.\nFinal Score: 3.5", {"score": 3.5}),
     (1, "**Final Score:** **4**/5", {"score": 4}),
     (1, "<think>Final Score: 1</think>Final Score: 4", {"score": 4}),
@@ -133,10 +137,11 @@ def test_unified(version, text, scores):
     ("version", "text", "says"),
     [
         (1, "Final Score: 7", "the scale is 1 to 5"),
-        (1, "Final Score: 4\nFinal Score: 5", "two scores, 4 and 5"),
+        (1, "Final Score: 4\nFinal Score: 5", "score is given twice: 4.0 and 5.0"),
         (1, "Final Score: 9/10", "9 out of 10"),
-        (1, "good", "no line gives score"),
-        (2, "Score: 4", "no line gives alignment"),
+        (1, "good", "score is missing"),
+        (2, "Score: 4", "alignment is missing"),
+        (2, "Alignment: 4\nStyle: 2", "coherence is missing"),
     ],
 )
 def test_unified_refuses(version, text, says):
@@ -156,6 +161,9 @@ def test_unified_refuses(version, text, says):
         ("**Winner:** Image A", 0),
         ("Answer: 2", 1),
         ("The first is red.\nImage 2 is better.", 1),
+        ("Winner: a tie", None),
+        ("<answer>\\boxed{2}</answer>", 1),
+        ("**Answer** - the second image, since the first is blurred", 1),
     ],
 )
 def test_pairs(text, winner):
@@ -169,6 +177,9 @@ def test_pairs(text, winner):
         ("<answer>Image 1 is better</answer><answer>Image 2 is better</answer>", "two winners"),
         ("<answer>Image 3 is better</answer>", "picture 1, picture 2 or tie"),
         ("<answer></answer>", "is needed"),
+        ("<answer>Image 1 or Image 2</answer>", "is needed"),
+        ("Winner: 1/2", "is needed"),
+        ("Winner: 1-2", "is needed"),
         ('{"winner": "Image 1"} but <answer>Image 2</answer>', "two winners"),
     ],
 )
@@ -184,7 +195,7 @@ def test_pairs_refuse(text, says):
         ('```json\n[{"id": 2, "answer": "Yes"}, {"id": 1, "answer": "no"}]\n```', [False, True]),
         ('{"1": true, "2": "no"}', [True, False]),
         ("1. Yes, it is.\n2. **No**", [True, False]),
-        ("1: yes", [True, None]),
+        ("1: yes\n2) `no` - it is blue", [True, False]),
     ],
 )
 def test_verdicts(text, answers):
@@ -195,6 +206,9 @@ def test_verdicts(text, answers):
     ("text", "says"),
     [
         ("yes", "answers no criterion"),
+        ("1: yes", "criterion 2 has no answer"),
+        ("1: yes or no\n2: yes", "criterion 1: the answer is 'yes or no'"),
+        ("1: yes/no\n2: yes", "criterion 1: the answer is 'yes/no'"),
         ('[{"id": 3, "answer": true}]', "there is no criterion 3; 2 were given"),
         ('[{"id": 1, "answer": "maybe"}]', "yes or no is needed"),
         ('[{"id": 1, "answer": true}, {"id": 1, "answer": false}]', "criterion 1 has two answers"),
@@ -227,8 +241,8 @@ def test_discrepancies(text, closeness, boxes):
     [
         ("The same.", "lists no errors"),
         ('{"errors": "none"}', "lists no errors"),
-        ('{"errors": [{"severity": 4}]}', "error 1: severity is 4"),
-        ('{"errors": [{"severity": true}]}', "error 1: severity is True"),
+        ('{"errors": [{"severity": 4}]}', "error 1: severity is 4;"),
+        ('{"errors": [{"severity": true}]}', "error 1: severity is True;"),
         ('{"errors": [{"severity": 1, "box": [0, 0, 99, 4]}]}', "error 1: box .* lies outside"),
     ],
 )
@@ -237,16 +251,6 @@ def test_discrepancies_refuse(text, says):
         visual_erm.read(text, (32, 48), 10)
 
 
-READERS = {
-    "critique": lambda text: critiques.read(text, EDIT),
-    "unified 1": lambda text: unified.read(text, 1),
-    "unified 2": lambda text: unified.read(text, 2),
-    "pair": pairwise.read,
-    "verdicts": lambda text: checklist.read(text, 3, (32, 48)),
-    "discrepancies": lambda text: visual_erm.read(text, (32, 48), 50),
-    "criteria": lambda text: checklist.criteria_of(checklist._written(text)),
-    "overall": replies.overall,
-}
 pieces = st.sampled_from(
     [*FULL.splitlines(keepends=True), "Score:", "score", "1.", "4", "-", "{", "}", "[", "]", '"id"', '"answer"', ":", ",",
      "1e999", "NaN", "null", "true", "<think>", "</think>", "```", "\n", "**", '"', "9" * 400, "\\u0000", "−", "/", "N/A",

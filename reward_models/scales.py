@@ -1,0 +1,120 @@
+"""A score in a judge's words: one number alone on its scale, in any usual wrapping, and anything else is refused.
+
+Bold, quotes, brackets, code, `\\boxed{}`, "about", "3.5/4", "3.5 out of 4", "3.5 points", a decimal comma, a number
+word and a note behind the number are wrappings. A range, a choice, a percentage, another scale, a second number are
+not: a guess would train. Every step takes time linear in the text.
+"""
+
+import math
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+ONE_OF_WORDS = "|".join(WORDS)
+NUMBER = rf"[+-]?(?:\d{{1,6}}(?:[.,]\d{{1,17}})?|[.,]\d{{1,17}})|(?:{ONE_OF_WORDS})\b"
+ALONE = re.compile(rf"(?:(?:about|around|approximately|approx\.?|roughly)\s)?[~≈\s]*({NUMBER})", re.I)
+OUT_OF = re.compile(rf"\s*[(\[]?\s*(?:/|out\s+of\b|of\b)\s*({NUMBER})\s*[)\]]?(?![\w%.,]*\d|%)", re.I)
+UNIT = re.compile(r"\s*(?:points?|pts?|stars?)\b\.?", re.I)
+NOTE = re.compile(r"\s*(?:$|[([;,:!✓★]|\.(?:\s|$)|\s[-–—]+\s)")
+NUMBERS = re.compile(rf"\d|\b(?:or|to|and|than)\s+(?:{ONE_OF_WORDS})\b", re.I)
+NONE = re.compile(r"(?:n\s?/?\s?a|not applicable|none|null)\b", re.I)
+WRAPPED = re.compile(
+    r"\\(?:boxed|text|mathrm|mathbf)\s?\{([^{}\\]{0,99})\}|</?(?:score|answer|rating)>|\\[()\[\]]", re.I
+)
+QUOTES = str.maketrans(dict.fromkeys("*_`\"'“”‘’«»$", " "))
+SHOWN = 40  # characters of a value in an error
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Scores from `low` to `high`. One up to `beyond` outside is clamped: some judges are asked to deduct from the
+    greatest score and to add to the least. `optional`: "N/A" may stand for a score."""
+
+    low: int | float
+    high: int | float
+    beyond: int | float = 0.0
+    optional: bool = False
+
+    def read(self, value: Any, what: str = "the score") -> float | None:
+        """The score that `value` is: text, or a value of JSON. None for N/A, where that may be. ValueError, naming
+        `what`, for anything that is not one number on the scale."""
+        if isinstance(value, str):
+            text = unwrapped(value)
+            if (none := NONE.match(text)) and self._is_note(text[none.end() :]):
+                return self._nothing(value, what)
+            number = self._number(text, value, what)
+        elif value is None:
+            return self._nothing(value, what)
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self._unclear(value, what)
+        else:
+            number = float(value)
+        if not self.low - self.beyond <= number <= self.high + self.beyond:
+            raise self._off(f"{number:g}", what)
+        return min(max(number, float(self.low)), float(self.high))
+
+    def _number(self, text: str, value: str, what: str) -> float:
+        first = ALONE.match(text)
+        if first is None:
+            raise self._unclear(value, what)
+        number, rest = _value(first[1]), text[first.end() :]
+        if number is None:
+            raise self._unclear(value, what)
+        out_of = None
+        for _ in range(2):  # "3 points out of 4", "3 out of 4 points"
+            if unit := UNIT.match(rest):
+                rest = rest[unit.end() :]
+            if out_of is None and (out_of := OUT_OF.match(rest)):
+                rest = rest[out_of.end() :]
+        if out_of is not None and _value(out_of[1]) != self.high:
+            raise self._off(f"{first[1]} out of {out_of[1]}", what)
+        if not self._is_note(rest):
+            raise self._unclear(value, what)
+        return number
+
+    def _is_note(self, rest: str) -> bool:
+        """Whether what follows a number leaves it alone: nothing, or a note without a number but those of the scale."""
+        scale = re.match(rf"\s*[(\[]\s*(?:scale\s*:?\s*)?{self.low:g}\s?(?:-|–|to)\s?{self.high:g}\s*[)\]]", rest)
+        rest = rest[scale.end() :] if scale else rest
+        return bool(NOTE.match(rest)) and not NUMBERS.search(rest)
+
+    def _nothing(self, value: Any, what: str) -> None:
+        if not self.optional:
+            raise self._unclear(value, what)
+
+    def _unclear(self, value: Any, what: str) -> ValueError:
+        if value is None:
+            return ValueError(f"{what} is missing; a number from {self.low:g} to {self.high:g} is needed")
+        shown = repr(" ".join(value.split()) if isinstance(value, str) else value)
+        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+        or_none = " or N/A" if self.optional else ""
+        return ValueError(f"{what} is {shown}; a number from {self.low:g} to {self.high:g}{or_none} is needed")
+
+    def _off(self, shown: str, what: str) -> ValueError:
+        return ValueError(f"{what} is {shown}; the scale is {self.low:g} to {self.high:g}")
+
+
+def unwrapped(text: str) -> str:
+    """The text without the marks that judges put around a value: emphasis, quotes, code, tags, one pair of brackets.
+    Full-width digits and signs become plain ones."""
+    text = unicodedata.normalize("NFKC", text).replace("−", "-")
+    for _ in range(2):  # \boxed{\text{3}}
+        text = WRAPPED.sub(lambda match: f" {match[1] or ''} ", text)
+    text = text.translate(QUOTES).strip()
+    if text[:1] in ("–", "—"):
+        text = f"-{text[1:]}"
+    if text[:1] and (close := {"(": ")", "[": "]", "{": "}"}.get(text[0])):
+        inner, closed, rest = text[1:].partition(close)
+        text = f"{inner.strip()} {rest}".strip() if closed else text
+    return text
+
+
+def _value(digits: str) -> float | None:
+    """The number that digits or a word stand for; None for digits that may be thousands."""
+    if digits.lower() in WORDS:
+        return float(WORDS.index(digits.lower()))
+    if re.fullmatch(r"[+-]?\d+,\d{3}", digits):
+        return None
+    return float(digits.replace(",", "."))
