@@ -5,4 +5,5 @@ value and the bound.
 """
 
 TEXT = 2**30  # bytes of a file of text: prompts, tables, rows of a run
-PIXELS = 64 * 2**20  # pixels of a picture on disk: 8192 x 8192, 768 MiB as float32
+PICTURE = 2**28  # bytes of a picture file
+PIXELS = 2**25  # pixels of a picture on disk: 8192 x 4096, 384 MiB as float32
