@@ -196,7 +196,7 @@ def striking(secret: str) -> Callable[[str], str]:
 def _forms(letter: str) -> str:
     code = ord(letter)
     hexadecimal = "".join(f"[{own}{own.upper()}]" if own.isalpha() else own for own in f"{code:02x}")
-    forms = [rf"\\{{0,3}}{re.escape(letter)}", rf"\\{{1,4}}u00{hexadecimal}", rf"%(?:25)*{hexadecimal}"]
+    forms = [rf"\\{{0,16}}{re.escape(letter)}", rf"\\{{1,16}}u00{hexadecimal}", rf"%(?:25)*{hexadecimal}"]
     forms += [rf"&#0*{code};", rf"&#[xX]0*{hexadecimal};"]
     forms += [{"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", " ": r"\+"}[letter]] if letter in '&<>" ' else []
     return f"(?:{'|'.join(forms)})"
