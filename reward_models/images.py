@@ -52,7 +52,7 @@ def to_uint8(images: Images) -> UInt8[Tensor, "N 3 H W"]:
     """Levels 0..255 of images in [0, 1]; values outside are clipped. ValueError if a value is not finite."""
     if not torch.isfinite(images).all():
         raise ValueError("an image holds values that are not finite; it has no 8-bit form")
-    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return images.float().clamp(0, 1).mul_(255).round_().to(torch.uint8)  # one copy: clamp makes it
 
 
 def rounded(images: Images) -> Images:
