@@ -11,6 +11,7 @@ PIXELS = 2**25  # pixels of a picture on disk: 8192 x 4096, 384 MiB as float32
 # the reward service
 IMAGE = 2048 * 2048  # pixels of one image in a request
 TOGETHER = 2**25  # pixels of the images of one request, and of one batch: 384 MiB as float32
+AT_ONCE = 2**23  # pixels that a scorer is shown at once, if its images do not depend on each other, or one image
 QUEUED = 2**29  # pixels of the images that wait
 BODY = 2**27  # bytes of a request
 BODIES = 2**28  # bytes of all requests that have no answer yet

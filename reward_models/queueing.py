@@ -152,7 +152,7 @@ class Batcher:
 
 class Isolated:
     """A scorer that costs no caller a score because of another's image or prompt. Where images do not depend on each
-    other, those it fails on are found by halving, as `each` does it, `batch` at a time."""
+    other, those it fails on are found by halving, as `each` does it, `batch` or `limits.AT_ONCE` pixels at a time."""
 
     def __init__(self, scorer: RewardModel, batch: int):
         self.scorer, self.batch, self.names, self.card = scorer, batch, scorer.names, scorer.card
@@ -160,7 +160,8 @@ class Isolated:
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         if self.card.groupwise:
             return self._look(images, prompts)
-        return each(images, prompts, self.names, self._look, self.batch)
+        fitting = limits.AT_ONCE // images[0, 0].numel() if len(images) else 1
+        return each(images, prompts, self.names, self._look, max(1, min(self.batch, fitting)))
 
     def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         try:
