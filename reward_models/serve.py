@@ -102,7 +102,7 @@ class Gate:
                 raise HTTPException(413, self._too_large(), CLOSE)
             if values > limits.VALUES:
                 raise HTTPException(413, f"a request has at most {limits.VALUES} values; send fewer images", CLOSE)
-            if self.held > limits.BODIES:
+            if self.held > max(limits.BODIES, self.body):
                 raise HTTPException(503, "too much is being sent at once", CLOSE | AGAIN)
             return message
 

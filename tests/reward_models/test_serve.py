@@ -413,7 +413,7 @@ def test_a_service_that_ends_takes_no_more_and_says_so():
 
 # ------------------------------------------------------------------------------------------------------ hostile callers
 
-MOST = 3 * 2**30  # bytes of memory that a service may take beside its scorers' weights, as docs/scorers.md says
+MOST = 3 * 2**30  # bytes of memory, one request after another; docs/scorers.md says how much more many at once take
 
 
 def most_memory(process) -> int:
@@ -530,7 +530,7 @@ def test_who_does_not_send_a_whole_body_is_told_and_left(monkeypatch, length):
 def test_bodies_are_bounded_together_whoever_sends_them(monkeypatch):
     monkeypatch.setattr(limits, "BODIES", 100_000)
     part = requests.request(b" " * 40_000, length=90_000)
-    with running({"mean": Mean()}) as url:
+    with running({"mean": Mean()}, body=100_000) as url:
         halves = [beginning(url, part), beginning(url, part)]
         until(lambda: httpx.post(f"{url}/score", content=b" " * 40_000).status_code == 503)
         refused = httpx.post(f"{url}/score", content=b" " * 40_000)
