@@ -761,7 +761,7 @@ def serve(
     cache: Annotated[Path | None, typer.Option(help="file of scores had before; made if it is not there")] = None,
     batch: Annotated[int, typer.Option(min=1, help="images scored together at most, whoever sent them")] = 64,
     queue: Annotated[int, typer.Option(min=1, help="images that may wait; more are refused with 503")] = 512,
-    body: Annotated[int, typer.Option(min=1, help="largest request in bytes; more is refused with 413")] = 128 * 2**20,
+    body: Annotated[int, typer.Option(min=1, help="largest request in bytes; more is refused with 413")] = 2**27,
     allow: Allow = None,
 ) -> None:
     """Serve scorers over HTTP until SIGTERM or Ctrl-C; the client is the scorer `remote`. /docs describes it."""

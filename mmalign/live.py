@@ -22,10 +22,9 @@ from mmalign.written import Written
 try:
     from fastapi import FastAPI
     from fastapi.responses import HTMLResponse
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.staticfiles import StaticFiles
 
-    from reward_models.serve import listen, loopback
+    from reward_models.serve import Named, listen, loopback
 except ModuleNotFoundError as error:
     raise ValueError(f"serving a page needs {error.name}: pip install 'mmalign[serve]'") from error
 
@@ -112,7 +111,7 @@ def app(run: Path, host: str = "127.0.0.1") -> FastAPI:
     name: a web page elsewhere that calls itself by this address cannot read the run."""
     service = FastAPI(title="mmalign run", docs_url=None, redoc_url=None, openapi_url=None)
     if loopback(host):
-        service.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host])
+        service.add_middleware(Named)
     service.mount("/files", StaticFiles(directory=run))
     drawing, drawn = Lock(), {}  # curves are drawn one at a time, and once for all who look
 

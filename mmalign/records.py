@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from mmalign.config import BadInput
 from mmalign.judge import marked
 from mmalign.objectives.matching import Finished
 from reward_models import Prompt
-from reward_models.images import from_pil
+from reward_models.images import from_file, size_of
 from reward_models.regions import Region, inside, paint
 
 
@@ -53,8 +52,7 @@ class Records:
         found = [record for record in self.records if record.prompt in row]
         for record in found:
             if record.image not in self.latents:
-                with Image.open(record.image) as picture:
-                    self.latents[record.image] = policy.encode_images(from_pil([picture]).to(policy.device))[0]
+                self.latents[record.image] = policy.encode_images(from_file(record.image).to(policy.device))[0]
         owner = torch.tensor([row[record.prompt] for record in found])
         places = [paint(record.regions, self.size, grid) for record in found]
         return Finished(
@@ -99,8 +97,10 @@ def _record(row: Any, folder: Path, size: tuple[int, int], prompts: dict[str, Pr
     whole = row["score"] if "score" in row else row["global"]["score"]
     if not isinstance(whole, int | float) or whole != whole or abs(whole) == float("inf"):
         raise ValueError(f"the score of the whole image is {whole!r}; a number is needed")
-    with Image.open(image) as picture:
-        width, height = picture.size
+    try:
+        height, width = size_of(image)
+    except ValueError as error:
+        raise ValueError(f"{image.name} {error}") from None
     if (height, width) != size:
         raise ValueError(f"{image.name} is {width} x {height} pixels; the model makes {size[1]} x {size[0]}")
     if "size" in row and list(row["size"]) != [width, height]:

@@ -42,6 +42,7 @@ svg{max-width:100%;height:auto}
 .sheet{max-width:100%}
 .plain .heat{display:none} .walk{display:flex;gap:10px;flex-wrap:wrap} .walk figure{width:118px}
 .walk img{width:112px;height:112px;image-rendering:pixelated;border:3px solid #bbb;border-radius:3px}
+img{background:#fff}
 .walk .picture{width:118px;height:118px}
 .pair .picture{width:88px;height:88px} .pair img.good{border-color:#2a9d4a} .pair img.bad{border-color:#d1495b}
 """

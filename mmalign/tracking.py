@@ -15,13 +15,13 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from jaxtyping import UInt8
-from PIL import Image
 from rich.console import Console
 
 from mmalign import config as configs, disk
 from mmalign.config import BadInput, Config
 from mmalign.report import credit_scale
 from reward_models import heat
+from reward_models.images import levels
 
 PROJECT = "mmalign"
 Pictures = Mapping[str, UInt8[np.ndarray, "n H W 3"]]
@@ -96,7 +96,7 @@ def _flat(c: Config) -> dict[str, Any]:
 
 def sheet(path: Path) -> dict[str, UInt8[np.ndarray, "n H W 3"]]:
     """The contact sheet of an evaluation."""
-    return {"held_out": np.asarray(Image.open(path).convert("RGB"))[None]}
+    return {"held_out": levels(path)[None]}
 
 
 def credit(out: Path, iteration: int) -> dict[str, UInt8[np.ndarray, "n H W 3"]]:
@@ -105,7 +105,7 @@ def credit(out: Path, iteration: int) -> dict[str, UInt8[np.ndarray, "n H W 3"]]
     rows = [row for row in disk.rows(out / "credit.jsonl") if row["iteration"] == iteration]
     scale, pictures = credit_scale(rows), {}
     for row in rows:
-        image = np.asarray(Image.open(out / row["image"]).convert("RGB"))
+        image = levels(out / row["image"])
         shown = {"image": image}
         if row["map"]:
             shown["map"] = heat.tinted(image, row["map"])

@@ -1,4 +1,5 @@
-"""A page of scored images, best first, that sorts by any score. It shows the files where they lie; it copies none."""
+"""A page of scored images, best first, that sorts by any score. It shows the files where they lie; those that a
+browser would show otherwise than they were scored (animated, turned, in colours of print) it shows as small copies."""
 
 import html
 import json
@@ -9,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from reward_models import heat
+from reward_models.images import for_page
 
 STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:1.5em;color:#222} h1{font-size:1.3em}
@@ -36,7 +38,8 @@ for (const img of document.images) img.onload = () => { if (img.naturalWidth < 1
 
 
 def _card(row: Mapping[str, Any], where: Path, page: Path) -> str:
-    source = quote(os.path.relpath(where / row["image"], page.parent))
+    picture = where / row["image"]
+    source = for_page(picture) or quote(os.path.relpath(picture, page.parent))
     scores = "".join(
         f"<br>{html.escape(name)} {'none' if value is None else f'{value:.4g}'}"
         for name, value in row["scores"].items()

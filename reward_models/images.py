@@ -1,31 +1,58 @@
-"""The only place that converts between [0, 1] tensors, 8-bit pixels and PIL images, and that resizes them.
+"""The only place that turns files into images, that converts between [0, 1] tensors, 8-bit pixels and PIL images, and
+that resizes them.
 
 Rounding is to the nearest of 256 levels, so 8-bit images survive the way there and back exactly.
+
+A file becomes the picture that a viewer shows of it on a white page: turned as its EXIF orientation says, laid over
+white where it is transparent, the first picture of an animation or of several pages, grey of 16 bits rounded to 8,
+the upper 8 bits of deeper colours. Colour profiles are not applied. What no viewer agrees on (floating-point and
+32-bit pixels), what is cut off or damaged, and what has more than `limits.PIXELS` pixels by its header is refused.
 """
 
 import base64
+import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BytesIO
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import center_crop
 
+from reward_models import files, limits
 from reward_models.types import Images
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")  # no EPS: it starts Ghostscript
+BROWSERS = {"PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP"}  # formats that browsers show as they are read here
+ORIENTATION = 0x0112  # EXIF's number for it
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what undoes each orientation
+BITS, PHOTOMETRIC = 258, 262  # TIFF's tags: bits of a pixel, and whether 0 is white
+SHOWN = 512  # px, the longer side of a picture within a page
+# what Pillow warns of is refused or passed over here
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Corrupt EXIF data")
 
 
 def to_uint8(images: Images) -> UInt8[Tensor, "N 3 H W"]:
     """Levels 0..255 of images in [0, 1]; values outside are clipped. ValueError if a value is not finite."""
     if not torch.isfinite(images).all():
         raise ValueError("an image holds values that are not finite; it has no 8-bit form")
-    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return images.float().clamp(0, 1).mul_(255).round_().to(torch.uint8)  # one copy: clamp makes it
 
 
 def rounded(images: Images) -> Images:
@@ -43,34 +70,162 @@ def to_pil(images: Images) -> list[Image.Image]:
 
 
 def from_pil(images: Sequence[Image.Image]) -> Images:
-    """[N, 3, H, W] float32 in [0, 1]; other modes are converted to RGB. ValueError unless all have one size."""
-    sizes = sorted({image.size for image in images})
+    """[N, 3, H, W] float32 in [0, 1], of pictures in any mode. ValueError unless all have one size, and for pixels
+    that have no agreed white."""
+    pictures = [upright(image) for image in images]
+    sizes = sorted({picture.size for picture in pictures})
     if len(sizes) != 1:
         raise ValueError(f"images of one size (width, height) are needed, got {sizes or 'none'}")
     # numpy, for torch would start its own threads in each thread that reads files
-    pixels = np.stack([np.asarray(image.convert("RGB")).transpose(2, 0, 1) for image in images])
-    return torch.from_numpy(pixels.astype(np.float32) / np.float32(255))
+    out = np.empty((len(pictures), 3, *reversed(sizes[0])), np.float32)
+    for place, picture in zip(out, pictures, strict=True):
+        np.divide(np.asarray(picture).transpose(2, 0, 1), np.float32(255), out=place)
+    return torch.from_numpy(out)
 
 
-def from_file(place: str | Path) -> Images:
-    """The picture in a file, [1, 3, H, W]. ValueError, in one line, if it cannot be read."""
-    with _reading(), Image.open(place) as picture:
-        return from_pil([picture])
+# ------------------------------------------------------------------------------------------------------ files to images
 
 
-def size_of(place: str | Path) -> tuple[int, int]:
-    """Height and width of the picture in a file whose checksums are right. ValueError, in one line, if they are not."""
-    with _reading(), Image.open(place) as picture:
-        picture.verify()
-        return picture.height, picture.width
+def from_file(path: str | Path, most: int = limits.PIXELS) -> Images:
+    """The picture in a file, [1, 3, H, W], of at most `most` pixels. ValueError, in one line, if there is none."""
+    with _reading(), files.opened(path) as file:
+        return from_pil([decoded(file, most)])
+
+
+def levels(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
+    """The 8-bit pixels of the picture in a file. ValueError, in one line, if there is none."""
+    with _reading(), files.opened(path) as file:
+        return np.asarray(decoded(file))
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Height and width of the picture in a file, as `from_file` has them, without decoding it. ValueError, in one line,
+    if it cannot be read or its checksums are wrong."""
+    with _reading(), files.opened(path) as file:
+        picture = _header(file, limits.PIXELS, FORMATS)
+        width, height = picture.size
+        return (width, height) if _orientation(picture) in (5, 6, 7, 8) else (height, width)
+
+
+def from_base64(text: str, most: int, formats: Sequence[str] = ("PNG",)) -> Image.Image:
+    """The picture, RGB, in a base64 text of a file of one of `formats`. ValueError, in one line, if there is none."""
+    with _reading():
+        return decoded(BytesIO(base64.b64decode(text, validate=True)), most, formats)
+
+
+def decoded(file: BufferedIOBase, most: int = limits.PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """The picture in a file, RGB, upright. ValueError for more than `most` pixels, before any is decoded; whatever
+    Pillow raises for a broken file."""
+    return upright(_header(file, most, formats))
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB, turned as its EXIF orientation says, laid over white. ValueError for pixels that
+    have no agreed white."""
+    turn, clear = TURNS.get(_orientation(picture)), _clear(picture)
+    picture.load()
+    if picture.mode[0] in "IF":
+        picture = _shallow(picture, clear)
+    elif clear is not None:
+        picture = picture.copy()
+        picture.info["transparency"] = clear
+    if picture.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        picture = ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB")
+    elif picture.has_transparency_data:
+        colours = picture.convert("RGBA")
+        picture = Image.new("RGB", picture.size, "white")
+        picture.paste(colours, mask=colours.getchannel("A"))
+    elif picture.mode != "RGB":
+        picture = picture.convert("RGB")
+    if turn is not None:
+        picture = picture.transpose(turn)
+        picture.info.pop("exif", None)  # it must not be turned again
+    return picture
+
+
+def _header(file: BufferedIOBase, most: int, formats: Sequence[str]) -> Image.Image:
+    """The picture in a file before its pixels are decoded, once its size and its checksums are known to be right."""
+    size = file.seek(0, os.SEEK_END)
+    if size > limits.PICTURE:
+        raise ValueError(f"{size} bytes, more than the {limits.PICTURE} allowed")
+    for last in (False, True):
+        file.seek(0)
+        picture = Image.open(file, formats=formats)
+        if picture.width * picture.height > most:
+            raise ValueError(f"{picture.width} x {picture.height} pixels, more than the {most} allowed")
+        if not last and picture.format == "PNG":
+            picture.verify()  # and it cannot be decoded after that
+        else:
+            break
+    return picture
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8, where it stands before the pixels; 1 where there is none or it cannot be read, as in
+    browsers. TIFF's own is Pillow's work."""
+    if picture.format == "TIFF" or "exif" not in picture.info:
+        return 1
+    exif = Image.Exif()
+    try:
+        exif.load(picture.info["exif"])
+        return int(exif.get(ORIENTATION, 1))
+    except Exception:  # broken EXIF raises almost anything
+        return 1
+
+
+def _clear(picture: Image.Image) -> int | tuple[int, ...] | None:
+    """The grey or the colour that a PNG calls transparent, on the scale that its pixels will have once decoded; None
+    where there is none, or Pillow has it right."""
+    key, raw = picture.info.get("transparency"), picture.tile[0].args if getattr(picture, "tile", None) else ""
+    if picture.format != "PNG" or key is None:
+        return None
+    if raw in ("L;2", "L;4"):
+        return key * (85 if raw == "L;2" else 17)
+    if raw == "RGB;16B":
+        return tuple(level >> 8 for level in key)
+    return key if raw == "I;16B" else None
+
+
+def _shallow(picture: Image.Image, clear: int | None) -> Image.Image:
+    """Grey of 12 or 16 bits as grey of 8, with alpha where one grey is transparent."""
+    if not (picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))):
+        raise ValueError(f"pixels of mode {picture.mode} have no agreed white; save the picture with 8 or 16 bits")
+    tags, pixels = getattr(picture, "tag_v2", {}), np.asarray(picture)
+    top = 2 ** tags.get(BITS, (16,))[0] - 1
+    nearest = ((np.arange(top + 1) * 510 + top) // (2 * top)).astype(np.uint8)
+    grey = Image.fromarray((nearest[::-1] if tags.get(PHOTOMETRIC) == 0 else nearest)[pixels])
+    if clear is not None:
+        grey.putalpha(Image.fromarray(np.where(pixels == clear, np.uint8(0), np.uint8(255))))
+    return grey
+
+
+def for_page(path: str | Path) -> str | None:
+    """A small PNG, as a data URI, of a picture that a browser would show otherwise than it was read here: animated,
+    turned by other EXIF than a JPEG's, in colours of print, or in a format that it may not know. None for any other,
+    and where there is no picture."""
+    try:
+        with _reading(), files.opened(path) as file:
+            picture = _header(file, limits.PIXELS, FORMATS)
+            still = picture.format == "MPO" or not getattr(picture, "is_animated", False)
+            level = picture.format in ("JPEG", "MPO") or _orientation(picture) == 1
+            if still and level and picture.format in BROWSERS and picture.mode not in ("CMYK", "LAB"):
+                return None
+            picture = decoded(file)
+    except ValueError:
+        return None
+    picture.thumbnail((SHOWN, SHOWN))
+    return f"data:image/png;base64,{png(picture)}"
 
 
 @contextmanager
 def _reading() -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+    except UnidentifiedImageError:
+        raise ValueError(f"cannot be read: cannot identify image file; known are {', '.join(FORMATS)}") from None
+    except Exception as error:  # broken files raise almost anything
+        why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot be read: {why}") from None
 
 

@@ -6,30 +6,34 @@ reason instead, and the others are scored.
 """
 
 import base64
+import struct
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from io import BytesIO
+from itertools import islice
 from threading import Condition, Thread
 
 from PIL import Image
 
-from reward_models.images import from_pil
-from reward_models.scoring import Picture, each, score_pictures
+from reward_models import limits
+from reward_models.images import from_base64, from_pil
+from reward_models.scoring import each, score_pictures
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # how the file begins, before its width and height
 READERS = 4  # threads that decode
 
 
 @dataclass(eq=False)
 class Shot:
-    """One image: its PNG in base64, its picture, or why there is none, once somebody reads it, and what has been found:
-    see `score_pictures`."""
+    """One image: its PNG in base64, how many pixels its header promises, its picture (RGB), or why there is none, once
+    somebody reads it, and what has been found: see `score_pictures`."""
 
     png: str
     prompt: Prompt
-    picture: Future[Picture | str] | None = None
+    pixels: int
+    picture: Future[Image.Image | str] | None = None
     scores: dict[str, float | None] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     critiques: dict[str, str] = field(default_factory=dict)
@@ -43,13 +47,17 @@ class Job:
     scorers: Sequence[str]
     done: Future[None] = field(default_factory=Future)
 
+    @property
+    def pixels(self) -> int:
+        return sum(shot.pixels for shot in self.shots)
+
 
 class Batcher:
     """The queue and its thread.
 
-    A batch is what came within `wait` seconds, in order of arrival: at most `batch` images, or one larger job alone.
-    At most `queue` images wait. One of more than `pixels` pixels is not read. `watch` is called with the jobs of each
-    batch once they are scored.
+    A batch is what came within `wait` seconds, in order of arrival: at most `batch` images of `limits.TOGETHER` pixels,
+    or one larger job alone. At most `queue` images of `limits.QUEUED` pixels wait. `watch` is called with the jobs of
+    each batch once they are scored.
     """
 
     def __init__(
@@ -58,13 +66,12 @@ class Batcher:
         batch: int,
         wait: int | float,
         queue: int,
-        pixels: int,
         watch: Callable[[Sequence[Job]], None],
     ):
         self.scorers = {name: Isolated(scorer, batch) for name, scorer in scorers.items()}
-        self.batch, self.wait, self.queue, self.pixels, self.watch = batch, wait, queue, pixels, watch
+        self.batch, self.wait, self.queue, self.watch = batch, wait, queue, watch
         self.jobs: deque[Job] = deque()
-        self.waiting, self.closed, self.changed = 0, False, Condition()
+        self.waiting, self.pixels, self.closed, self.changed = 0, 0, False, Condition()
         self.readers = ThreadPoolExecutor(READERS)
         self.thread = Thread(target=self._work, daemon=True)  # a scorer that hangs must not keep the process alive
         self.thread.start()
@@ -72,10 +79,12 @@ class Batcher:
     def submit(self, job: Job) -> bool:
         """Whether the job was taken: there was room in the queue, and somebody there to empty it."""
         with self.changed:
-            if self.closed or self.waiting + len(job.shots) > self.queue:
+            full = self.waiting + len(job.shots) > self.queue or self.pixels + job.pixels > limits.QUEUED
+            if self.closed or full:
                 return False
             self.jobs.append(job)
             self.waiting += len(job.shots)
+            self.pixels += job.pixels
             self._read_ahead()
             self.changed.notify()
         return True
@@ -104,30 +113,36 @@ class Batcher:
         with self.changed:
             self.changed.wait_for(lambda: self.jobs or self.closed)
             self.changed.wait_for(lambda: self.waiting >= self.batch or self.closed, self.wait)
-            taken, count = [], 0
-            while self.jobs and (not taken or count + len(self.jobs[0].shots) <= self.batch):
-                taken.append(self.jobs.popleft())
-                count += len(taken[-1].shots)
-            self.waiting -= count
+            taken = [self.jobs.popleft() for _ in range(self._first_batch())]
+            self.waiting -= sum(len(job.shots) for job in taken)
+            self.pixels -= sum(job.pixels for job in taken)
             self._read_ahead()
         return taken
 
-    def _read_ahead(self) -> None:
-        """Have the next batch decoded while one is scored; but no more, for pictures take up to 100 times their PNG."""
-        count = 0
+    def _first_batch(self) -> int:
+        """How many of the jobs that wait are scored together next."""
+        number = images = pixels = 0
         for job in self.jobs:
-            if count >= self.batch:
-                return
-            count += len(job.shots)
+            images, pixels = images + len(job.shots), pixels + job.pixels
+            if number and (images > self.batch or pixels > limits.TOGETHER):
+                break
+            number += 1
+        return number
+
+    def _read_ahead(self) -> None:
+        """Have the next batch decoded while one is scored; but no more, for pictures take up to 10,000 times their
+        PNG."""
+        for job in islice(self.jobs, self._first_batch()):
             for shot in job.shots:
-                shot.picture = shot.picture or self.readers.submit(decode, shot.png, self.pixels)
+                shot.picture = shot.picture or self.readers.submit(decode, shot.png, shot.pixels)
 
     def _score(self, jobs: Sequence[Job]) -> None:
         for name, scorer in self.scorers.items():
             asking = [job for job in jobs if name in job.scorers]
             for together in [[job] for job in asking] if scorer.card.groupwise else [asking]:
                 shots = [shot for job in together for shot in job.shots]
-                pictures = [shot.picture.result() for shot in shots]
+                read = [shot.picture.result() for shot in shots]
+                pictures = [own if isinstance(own, str) else from_pil([own]) for own in read]
                 found = score_pictures(pictures, [shot.prompt for shot in shots], {name: scorer})
                 for shot, own in zip(shots, found, strict=True):
                     shot.scores |= own["scores"]
@@ -137,7 +152,7 @@ class Batcher:
 
 class Isolated:
     """A scorer that costs no caller a score because of another's image or prompt. Where images do not depend on each
-    other, those it fails on are found by halving, as `each` does it, `batch` at a time."""
+    other, those it fails on are found by halving, as `each` does it, `batch` or `limits.AT_ONCE` pixels at a time."""
 
     def __init__(self, scorer: RewardModel, batch: int):
         self.scorer, self.batch, self.names, self.card = scorer, batch, scorer.names, scorer.card
@@ -145,7 +160,8 @@ class Isolated:
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         if self.card.groupwise:
             return self._look(images, prompts)
-        return each(images, prompts, self.names, self._look, self.batch)
+        fitting = limits.AT_ONCE // images[0, 0].numel() if len(images) else 1
+        return each(images, prompts, self.names, self._look, max(1, min(self.batch, fitting)))
 
     def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         try:
@@ -159,12 +175,32 @@ class Isolated:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
-def decode(png: str, pixels: int) -> Picture | str:
-    """The picture in a base64 PNG, or why there is none, such as more than `pixels` pixels."""
+def shot(png: str, prompt: Prompt, most: int) -> Shot:
+    """An image as it was sent. One of more than `most` pixels by its header, or in no ASCII, is let go of at once."""
+    width, height = promised(png)
+    if width * height > most:
+        why = f"cannot be read: {width} x {height} pixels, more than the {most} allowed"
+    elif not png.isascii():
+        why = "cannot be read: only ASCII stands for base64"
+    else:
+        return Shot(png, prompt, width * height)
+    refused: Future[Image.Image | str] = Future()
+    refused.set_result(why)
+    return Shot("", prompt, 0, refused)
+
+
+def promised(png: str) -> tuple[int, int]:
+    """Width and height by the header of a base64 PNG; 0, 0 where it is no such header."""
     try:
-        with Image.open(BytesIO(base64.b64decode(png, validate=True)), formats=["PNG"]) as picture:
-            if picture.width * picture.height > pixels:  # so far only the header has been read
-                raise ValueError(f"{picture.width} x {picture.height} pixels, more than the {pixels} allowed")
-            return from_pil([picture])
-    except Exception as error:  # broken files raise almost anything
-        return f"cannot be read: {' '.join(str(error).split())}"
+        head = base64.b64decode(png[:32], validate=True)
+    except ValueError:
+        return 0, 0
+    return struct.unpack(">II", head[16:]) if len(head) == 24 and head.startswith(PNG) else (0, 0)
+
+
+def decode(png: str, pixels: int) -> Image.Image | str:
+    """The picture in a base64 PNG, or why there is none, such as more than the `pixels` that were promised."""
+    try:
+        return from_base64(png, pixels)
+    except ValueError as error:
+        return str(error)

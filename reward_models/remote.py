@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from PIL import Image
@@ -25,13 +26,14 @@ from reward_models.types import Card, Images, Prompt, Scores
 
 
 class Remote:
-    """The scorer. A call becomes requests of `batch` images, `workers` of them under way at once; where a scorer is
-    groupwise, the images of a prompt stay in one request.
+    """The scorer. A call becomes requests of `batch` images, or of fewer where the service takes no more pixels,
+    `workers` of them under way at once; where a scorer is groupwise, the images of a prompt stay in one request.
 
-    `token`: by default the environment variable MMALIGN_TOKEN. `scorers`: which of the service's; by default all.
-    `timeout`: seconds for an answer. `retries`: further tries when the service cannot be reached, is late or busy.
-    `faults`: failed requests in a row after which all fail at once for `rest` seconds. ValueError, in a line with the
-    URL, if no reward service answers there, it refuses the token or has no such scorer, or a setting makes no sense.
+    `token`: by default the environment variable MMALIGN_TOKEN; it is struck out of whatever comes back. `scorers`:
+    which of the service's; by default all. `timeout`: seconds for a request and its whole answer. `retries`: further
+    tries when the service cannot be reached, is late or busy. `faults`: failed requests in a row after which all fail
+    at once for `rest` seconds. ValueError, in a line with the URL, if no reward service answers there, it refuses the
+    token or has no such scorer, or a setting makes no sense.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Remote:
             raise ValueError("remote: batch, workers, faults and timeout are above 0, retries and rest not below")
         self.link = Link(url, token or os.environ.get("MMALIGN_TOKEN", ""), timeout, retries, faults, rest)
         try:
-            info = wire.Info.model_validate_json(self.link.get("/info"))
+            info = wire.Info.model_validate(self.link.get("/info"))
         except Fault as fault:
             raise ValueError(f"remote: {url}: {fault}") from None
         except ValidationError:
@@ -60,7 +62,7 @@ class Remote:
             raise ValueError(f"remote: {url}: it has {', '.join(info.scorers)}; asked for {', '.join(asked) or 'none'}")
         about = {name: info.scorers[name] for name in asked}
         cards = [own.card for own in about.values()]
-        self.batch, self.workers = min(batch, info.limits.images), workers
+        self.batch, self.pixels, self.workers = min(batch, info.limits.images), info.limits.together, workers
         self.components = {name: own.names for name, own in about.items()}
         self.names = tuple(f"{name}.{component}" for name, own in about.items() for component in own.names)
         self.card = Card(
@@ -88,7 +90,8 @@ class Remote:
                 groups[(prompt.id, prompt.text) if self.card.groupwise else i].append(i)
             except ValidationError as error:
                 failures[i] = f"the prompt has no JSON form: {first(error)}"
-        parts = packed(groups.values(), self.batch)
+        size = min(self.batch, self.pixels // images[0, 0].numel()) if len(images) else self.batch
+        parts = packed(groups.values(), max(1, size))
         with ThreadPoolExecutor(self.workers) as pool:
             answers = pool.map(lambda rows: self._ask([pictures[i] for i in rows], [sent[i] for i in rows]), parts)
             for rows, found in zip(parts, answers, strict=True):
@@ -102,15 +105,17 @@ class Remote:
         """What one request brings."""
         ask = wire.Ask(images=[png(picture) for picture in pictures], prompts=prompts, scorers=list(self.components))
         try:
-            return self.link.post("/score", ask.model_dump_json().encode(), lambda body: self._read(body, len(prompts)))
+            return self.link.post(
+                "/score", ask.model_dump_json().encode(), lambda found: self._read(found, len(prompts))
+            )
         except Fault as fault:
             values = torch.full((len(prompts), len(self.names)), torch.nan)
             return Scores(self.names, values, failures=dict.fromkeys(range(len(prompts)), str(fault)))
 
-    def _read(self, body: bytes, count: int) -> Scores:
+    def _read(self, found: Any, count: int) -> Scores:
         """The scores of `count` images in an answer. Fault if anything in it is not as it should be."""
         try:
-            answer = wire.Answer.model_validate_json(body)
+            answer = wire.Answer.model_validate(found)
         except ValidationError as error:
             raise Fault(f"the answer makes no sense: {first(error)}") from None
         lengths = [len(answer.scores), len(answer.failures), len(answer.critiques)]

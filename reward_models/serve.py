@@ -4,12 +4,17 @@
     GET  /info      what each score means                GET /metrics    for Prometheus
     GET  /docs      all of this, from OpenAPI (no token)
 
+Whatever is sent, memory stays bounded (`limits`): bodies by bytes, one by one and together; JSON by its values; images
+by the pixels that their headers promise, in a request, a batch and the queue. Nobody is waited for without end: not for
+a head, a body, or one who does not take the answer.
+
 Left out: TLS and users (a proxy's work), several processes (start several services), region maps (large, and only the
 embedded world's scorer draws them).
 """
 
 import asyncio
 import json
+import re
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -17,8 +22,10 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from hmac import compare_digest
 from ipaddress import ip_address
+from typing import Any
 
-from reward_models.queueing import Batcher, Job, Shot
+from reward_models import limits
+from reward_models.queueing import Batcher, Job, shot
 from reward_models.types import Prompt, RewardModel
 from reward_models.wire import About, Answer, Ask, Health, Info, Limits, Problem
 
@@ -31,6 +38,7 @@ try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from starlette.datastructures import Headers
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise ValueError(f"the reward service needs {error.name}: pip install 'mmalign[serve]'") from error
 
@@ -38,10 +46,15 @@ OPEN = ("/health", "/docs", "/openapi.json")  # paths that ask for no token
 REFUSALS = {
     400: "a body that cannot be parsed",
     401: "no token, or another one",
-    413: "the body is too large",
-    422: "not what `Ask` says",
+    408: "the body did not arrive in time",
+    413: "the body is too large, or holds too many values",
+    422: "not what `Ask` says, or too many images or pixels",
     503: "the queue is full; `Retry-After` says in how many seconds to try again",
 }
+
+
+CLOSE = {"Connection": "close"}  # after it the rest of a body is not read
+AGAIN = {"Retry-After": "1"}
 
 
 class Meters:
@@ -62,27 +75,35 @@ class Meters:
         shots = [shot for job in jobs for shot in job.shots]
         self.batch.observe(len(shots))
         self.images.inc(len(shots))
-        for name in (name for shot in shots for name in shot.failures):
+        for name in (name for own in shots for name in own.failures):
             self.failures.labels(name).inc()
 
 
 class Gate:
-    """What a request meets first: who asks, how much they send, and at its end, the meters. It holds no body."""
+    """What a request meets first: who asks, how much they send and how long they take, and at its end, the meters. It
+    holds no body, and knows how many bytes of them there are."""
 
     def __init__(self, app: ASGIApp, token: str | None, body: int, meters: Meters):
-        self.app, self.token, self.body, self.meters = app, token, body, meters
+        self.app, self.token, self.body, self.meters, self.held = app, token, body, meters, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        start, status, received = time.perf_counter(), 500, 0
+        start, status, received, values, arriving = time.perf_counter(), 500, 0, 0, True
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
+            nonlocal received, values, arriving
+            message = await self._in_time(receive, start) if arriving else await receive()
+            part, arriving = message.get("body", b""), message.get("more_body", False)
+            received += len(part)
+            self.held += len(part)
+            values += sum(map(part.count, (b",", b":", b"[", b"{")))  # base64 has none of them
             if received > self.body:  # the length may not have been told, or not truly
-                raise HTTPException(413, self._too_large())
+                raise HTTPException(413, self._too_large(), CLOSE)
+            if values > limits.VALUES:
+                raise HTTPException(413, f"a request has at most {limits.VALUES} values; send fewer images", CLOSE)
+            if self.held > max(limits.BODIES, self.body):
+                raise HTTPException(503, "too much is being sent at once", CLOSE | AGAIN)
             return message
 
         async def watched(message: Message) -> None:
@@ -97,13 +118,22 @@ class Gate:
                 refusal = refused(401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
                 await refusal(scope, receive, watched)
             elif length.isdecimal() and int(length) > self.body:
-                await refused(413, self._too_large())(scope, receive, watched)
+                await refused(413, self._too_large(), CLOSE)(scope, receive, watched)
             else:
                 await self.app(scope, counted, watched)
         finally:
+            self.held -= received
             if scope["path"] == "/score":
                 self.meters.requests.labels(status).inc()
                 self.meters.seconds.observe(time.perf_counter() - start)
+
+    async def _in_time(self, receive: Receive, start: float) -> Message:
+        """The next part of a body that began to arrive at `start`."""
+        try:
+            async with asyncio.timeout(start + limits.ARRIVAL - time.perf_counter()):
+                return await receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not arrive within {limits.ARRIVAL} s", CLOSE) from None
 
     def _admits(self, authorization: str) -> bool:
         scheme, _, given = authorization.partition(" ")
@@ -134,22 +164,25 @@ def app(
     scorers: Mapping[str, RewardModel],
     *,
     token: str | None = None,
+    host: str | None = None,
     batch: int = 64,
     wait: int | float = 0.01,
     queue: int = 512,
-    body: int = 128 * 2**20,
-    pixels: int = 2048 * 2048,
+    body: int = limits.BODY,
+    pixels: int = limits.IMAGE,
 ) -> FastAPI:
     """The service as an ASGI application.
 
-    `token`: what callers must show, if anything. `batch`: images scored together, at most. `wait`: seconds a batch
+    `token`: what callers must show, if anything. `host`: the address it will listen on; one that only this machine
+    reaches answers to no other name. `batch`: images scored together, at most. `wait`: seconds a batch
     waits for more of them. `queue`: images that may wait, and that one request may hold. `body`: bytes of a request.
-    `pixels`: pixels of an image. ValueError without scorers, or for limits under 1.
+    `pixels`: pixels of an image; those of a request have at most `limits.TOGETHER`. ValueError without scorers, or for
+    limits under 1.
     """
     if not scorers or min(batch, queue, body, pixels) < 1 or wait < 0:
         raise ValueError("a service needs a scorer, and limits above 0")
     meters = Meters()
-    batcher = Batcher(scorers, batch, wait, queue, pixels, meters.watch)
+    batcher = Batcher(scorers, batch, wait, queue, meters.watch)
     meters.waiting.set_function(lambda: batcher.waiting)
     about = {name: described(scorer) for name, scorer in scorers.items()}
 
@@ -161,6 +194,8 @@ def app(
     service = FastAPI(title="mmalign reward service", lifespan=lifespan, redoc_url=None)
     service.add_exception_handler(RequestValidationError, invalid)
     service.add_middleware(Gate, token=token, body=body, meters=meters)
+    if host and loopback(host):
+        service.add_middleware(Named)
     refusals = {code: {"model": Problem, "description": why} for code, why in REFUSALS.items()}
     guarded = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if token else []}  # for OpenAPI; `Gate` guards
 
@@ -175,10 +210,13 @@ def app(
         if len(ask.images) > queue:
             raise HTTPException(422, f"{len(ask.images)} images in one request; at most {queue} are taken")
         prompts = [Prompt(**dict(prompt)) for prompt in ask.prompts]
-        job = Job([Shot(*both) for both in zip(ask.images, prompts, strict=True)], asked)
+        job = Job([shot(*both, pixels) for both in zip(ask.images, prompts, strict=True)], asked)
+        if job.pixels > limits.TOGETHER:
+            why = f"{job.pixels} pixels in one request; at most {limits.TOGETHER} are taken: send fewer images"
+            raise HTTPException(422, why)
         if not batcher.submit(job):
             why = "the service is ending" if batcher.closed else f"{batcher.waiting} images are waiting"
-            raise HTTPException(503, why, {"Retry-After": "1"})
+            raise HTTPException(503, why, AGAIN)
         await asyncio.wrap_future(job.done)
         return Answer(
             names={name: about[name].names for name in asked},
@@ -190,7 +228,7 @@ def app(
     @service.get("/info", responses={401: refusals[401]}, **guarded)
     async def info() -> Info:
         """What each score means, and how much is taken at once."""
-        return Info(scorers=about, limits=Limits(images=queue, body=body, pixels=pixels))
+        return Info(scorers=about, limits=Limits(images=queue, body=body, pixels=pixels, together=limits.TOGETHER))
 
     @service.get("/health")
     async def health() -> Health:
@@ -212,21 +250,20 @@ def serve(
     *,
     token: str | None = None,
     grace: int = 30,
-    **limits: int | float,
+    **settings: int | float,
 ) -> None:
     """Run the service until SIGTERM or SIGINT; then take no more, finish what waits within `grace` seconds, and return.
 
-    `port` 0 is any free one. `limits` are those of `app`. ValueError for a host others can reach, without a token.
+    `port` 0 is any free one. `settings` are those of `app`. ValueError for a host others can reach, without a token.
     """
     if not token and not loopback(host):
         raise ValueError(f"others can reach host {host}: set a token, or stay on 127.0.0.1")
-    listen(app(scorers, token=token, **limits), host, port, grace)
+    listen(app(scorers, token=token, host=host, **settings), host, port, grace)
 
 
 def listen(service: ASGIApp, host: str, port: int, grace: int) -> None:
     """Serve an application until SIGTERM or SIGINT; then finish what has begun within `grace` seconds, and return."""
-    settings = {"timeout_graceful_shutdown": grace, "access_log": False, "server_header": False}
-    server = uvicorn.Server(uvicorn.Config(service, host, port, **settings))
+    server = uvicorn.Server(configured(service, host, port, grace))
 
     def stop(*_) -> None:
         server.should_exit = True
@@ -239,6 +276,60 @@ def listen(service: ASGIApp, host: str, port: int, grace: int) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def configured(service: ASGIApp, host: str, port: int, grace: int = 30, **settings: Any) -> uvicorn.Config:
+    """How an application is served: bounded in connections and in patience."""
+    return uvicorn.Config(
+        service, host, port, http=Patient, ws="none", timeout_graceful_shutdown=grace, access_log=False,
+        server_header=False, **settings,
+    )  # fmt: skip
+
+
+class Patient(H11Protocol):
+    """A connection that waits `limits.HEAD` seconds for the head of each request and for its answer to be taken, and
+    that is closed at once where there are `limits.CONNECTIONS` others."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > limits.CONNECTIONS:
+            transport.abort()
+        self.patience = self.loop.call_later(limits.HEAD, self._give_up, None)
+
+    def on_response_complete(self) -> None:
+        answered = self.cycle
+        super().on_response_complete()
+        self.patience.cancel()
+        self.patience = self.loop.call_later(limits.HEAD, self._give_up, answered)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.patience.cancel()
+        super().connection_lost(exc)
+
+    def _give_up(self, last: Any) -> None:
+        """Close, unless a request has begun since the `last`."""
+        if self.cycle is last:
+            self.transport.abort()
+
+
+class Named:
+    """Answers to the names of this machine alone: a web page elsewhere that has its own name stand for this address
+    cannot read what is served here."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not local(Headers(scope=scope).get("host", "")):
+            own = "use http://127.0.0.1, http://localhost or http://[::1]"
+            return await refused(400, f"the header Host names another machine; {own}", CLOSE)(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+def local(header: str) -> bool:
+    """Whether a Host header, with or without a port, names this machine."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/?#\s]+)(:\d{0,5})?", header)
+    return match is not None and loopback(match[1].strip("[]").lower())
 
 
 def loopback(host: str) -> bool:

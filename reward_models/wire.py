@@ -3,11 +3,14 @@
 A score is null where there is none: the scorer has no opinion, or failed, and `failures` says why.
 """
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, model_validator
 
-Scorer = Annotated[str, Field(description="a scorer's name")]
+from reward_models import limits
+
+Scorer = Annotated[str, Field(description="a scorer's name", max_length=limits.NAMES)]
 
 
 class Wire(BaseModel):
@@ -17,22 +20,37 @@ class Wire(BaseModel):
 class Prompt(Wire):
     """`reward_models.Prompt`. Images of equal `id` and text are siblings."""
 
-    text: str
-    wants: dict[str, JsonValue] = Field({}, description="ground truth for scorers that can check one")
+    text: str = Field(max_length=limits.PROMPT)
+    wants: dict[str, JsonValue] = Field(
+        {},
+        description=f"ground truth for scorers that can check one; at most {limits.WANTS} bytes of JSON, nested "
+        f"at most {limits.DEPTH} deep",
+    )
     id: int = Field(0, ge=-(2**63), lt=2**63)
 
     @model_validator(mode="after")
-    def has_utf8(self):
-        self.model_dump_json()  # ValueError for half a surrogate pair, which a Python string can hold
+    def is_bounded(self):
+        if deeper(self.wants, limits.DEPTH):
+            raise ValueError(f"wants are nested deeper than {limits.DEPTH}")
+        self.text.encode()  # ValueError for half a surrogate pair, which a Python string can hold
+        size = len(json.dumps(self.wants, ensure_ascii=False).encode())
+        if size > limits.WANTS:
+            raise ValueError(f"wants take {size} bytes of JSON, more than the {limits.WANTS} allowed")
         return self
+
+
+def deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects lie within each other more than `most` deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (most == 0 or any(deeper(own, most - 1) for own in inner))
 
 
 class Ask(Wire):
     """Images to score, each with its prompt. Sizes may differ."""
 
-    images: list[str] = Field(description="PNG files, base64")
-    prompts: list[Prompt] = Field(description="one per image")
-    scorers: list[Scorer] | None = Field(None, description="which to ask; all if null")
+    images: Annotated[list[str], FailFast()] = Field(description="PNG files, base64")
+    prompts: Annotated[list[Prompt], FailFast()] = Field(description="one per image")
+    scorers: list[Scorer] | None = Field(None, description="which to ask; all if null", max_length=limits.NAMES)
 
 
 class Answer(Wire):
@@ -76,6 +94,7 @@ class Limits(Wire):
     images: int = Field(description="images in a request, and waiting in all")
     body: int = Field(description="bytes of a request")
     pixels: int = Field(description="pixels of an image")
+    together: int = Field(limits.TOGETHER, description="pixels of the images of a request")
 
 
 class Info(Wire):

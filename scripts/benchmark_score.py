@@ -18,11 +18,10 @@ from typing import Annotated
 import open_clip
 import torch
 import typer
-from PIL import Image
 from safetensors.torch import save_file
 
 from reward_models import batch as batches, load
-from reward_models.images import from_pil, to_pil
+from reward_models.images import from_file, to_pil
 
 
 def random_model(architecture: str, folder: Path) -> Path:
@@ -59,7 +58,7 @@ def main(
         parts = [items[i : i + batch] for i in range(0, count, batch)]
         ready = [
             (
-                scorer.prepared(from_pil([Image.open(item.path) for item in part])),
+                scorer.prepared(torch.cat([from_file(item.path) for item in part])),
                 scorer.tokenizer([*dict.fromkeys(item.prompt.text for item in part)]).to(device),
             )
             for part in parts

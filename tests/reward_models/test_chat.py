@@ -44,12 +44,12 @@ def test_pictures_arrive_as_they_are_after_the_rules():
 
 
 FAULTS = {
-    "hang": (HANG, "did not answer in time"),
+    "hang": (HANG, r"^http://127\.0\.0\.1:\d+/v1: no answer within 3 s$"),
     "500": ((500, {}, {"error": {"message": "out of memory"}}), "the server answered 500: .*out of memory"),
     "429": ((429, {}, {"error": {"message": "slow down"}}), "the server answered 429"),
     "401": ((401, {}, {"error": {"message": "wrong key"}}), "the server answered 401: .*wrong key"),
     "404": ((404, {}, {"error": {"message": "no model m"}}), "the server answered 404: .*no model m"),
-    "cut": (CUT, "no answer from the server"),
+    "cut": (CUT, "cannot be reached: peer closed connection"),
     "no choices": (said("x") | {"choices": []}, "no choices"),
     "null choices": (said("x") | {"choices": None}, "no choices"),
     "refusal": (
@@ -107,7 +107,9 @@ def test_a_server_that_is_not_there():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    assert set(of(url)(IMAGES, PROMPTS).failures.values()) == {"no answer from the server"}
+    (why,) = set(of(url)(IMAGES, PROMPTS).failures.values())
+    assert why.startswith(f"{url}: cannot be reached: ")
+    assert "Connect call failed" in why
 
 
 def test_no_more_requests_at_once_than_asked_for():
@@ -206,3 +208,132 @@ def test_a_real_server_of_a_babbling_model_scores_nothing(served):
     assert all(found.replies)
     odds = load("vlm_yes_no", model=str(folder), url=url, retries=1)(IMAGES[:1], PROMPTS[:1])
     assert "gives no probabilities" in odds.failures[0]
+
+
+# ------------------------------------------------------------------------------------------------ servers as they are
+
+PARTS = [
+    {"type": "thinking", "thinking": "hm"},
+    {"type": "text", "text": FULL[:20]},
+    {"type": "text", "text": FULL[20:]},
+]
+
+
+@pytest.mark.parametrize("content", [PARTS, [FULL], [{"type": "output_text", "text": FULL}]])
+def test_a_reply_in_parts_is_one_text(content):
+    with chatting(lambda request: said(None, message={"content": content})) as (url, _):
+        found = of(url)(IMAGES[:1], PROMPTS[:1])
+    assert found.column("overall").tolist() == pytest.approx([0.75])
+    assert found.replies == (FULL,)
+
+
+WITHOUT = {
+    "reasoning of one server": (said(None, message={"content": None, "reasoning_content": "hm, 3"}), "reasoning alone"),
+    "reasoning of another": (
+        said(None, message={"content": "", "reasoning": "hm, 3"}, finish_reason="length"),
+        "reasoning alone, for it ran out of tokens",
+    ),
+    "reasoning in parts": (said(None, message={"content": [{"type": "thinking", "thinking": "3"}]}), "reasoning alone"),
+    "no parts": (said(None, message={"content": []}), "the reply is empty"),
+    "a picture": (said(None, message={"content": [{"type": "image_url"}]}), "no text but {'type': 'image_url'}"),
+    "a refusal in parts": (
+        said(None, message={"content": [{"type": "refusal", "refusal": "I will not"}]}), "refused: I will not",
+    ),
+    "a number in parts": (said(None, message={"content": [7]}), "no text but 7"),
+    "a web page": ((200, {"Content-Type": "text/html"}, "<html>log in</html>"), "200 with no JSON: '<html>log in"),
+    "an event stream": (
+        (200, {"Content-Type": "text/event-stream"}, 'data: {"choices": []}'),
+        "status 200 with an event stream, where one answer was asked for: 'data: ",
+    ),
+    "an error with 200": (said("x") | {"choices": None, "error": {"message": "no GPU"}}, "begins .*no GPU"),
+    "a redirect": ((308, {"Location": "https://elsewhere.example/v1"}, ""), "answered 308 .it points to https://elsewhere"),
+    "an unknown path": ((404, {}, {"detail": "Not Found"}), "the server answered 404: .*Not Found"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_reason_names_url_status_and_what_came(name):
+    answer, says = WITHOUT[name]
+    with chatting(lambda request: answer) as (url, _):
+        found = of(url)(IMAGES[:1], PROMPTS[:1])
+    assert found.values.isnan().all()
+    assert found.failures[0].startswith(f"{url}: ")
+    assert re.search(says, found.failures[0])
+    assert re.search(r"status 200|answered \d{3}", found.failures[0])
+    assert "\n" not in found.failures[0]
+
+
+@pytest.mark.parametrize(("path", "hinted"), [("", True), ("/v1", False), ("/v1/", False), ("/api", True)])
+def test_an_address_without_v1_is_told(path, hinted):
+    with chatting(lambda request: (404, {}, {"detail": "Not Found"})) as (url, _):
+        why = of(url.removesuffix("/v1") + path)(IMAGES[:1], PROMPTS[:1]).failures[0]
+    assert ("(perhaps it is " in why) == hinted
+    if hinted:
+        assert why.endswith(f"(perhaps it is {url.removesuffix('/v1')}{path}/v1)")
+
+
+def refusing(*names: str, status: int = 400):
+    """A server that takes none of these fields, and says of the first it meets that it does not."""
+
+    def answer(request):
+        for name in names:
+            if name in request:
+                return status, {}, {"error": {"message": f"Unsupported parameter: '{name}' is not supported"}}
+        return said(FULL)
+
+    return answer
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_another_name_for_the_bound_on_tokens_is_tried_and_remembered(status):
+    with chatting(refusing("max_tokens", status=status)) as (url, requests):
+        scorer = of(url, concurrency=1, tokens=321)
+        assert not scorer(IMAGES[:3], PROMPTS[:3]).failures
+    assert [request.get("max_tokens") for request in requests] == [321, None, None, None]
+    assert [request.get("max_completion_tokens") for request in requests] == [None, 321, 321, 321]
+
+
+def test_a_bound_that_is_too_large_is_no_other_name():
+    """The refusal names the field too; what helped nobody is not remembered."""
+    refusal = (400, {}, {"error": {"message": "max_tokens is too large: 5000"}})
+    with chatting(lambda request: refusal) as (url, requests):
+        scorer = of(url, concurrency=1)
+        assert "max_tokens is too large" in scorer(IMAGES[:1], PROMPTS[:1]).failures[0]
+        assert "max_tokens is too large" in scorer(IMAGES[:1], PROMPTS[:1]).failures[0]
+    assert ["max_tokens" in request for request in requests] == [True, False] * 2
+
+
+def test_a_server_without_temperatures_is_asked_without_and_that_is_said():
+    with chatting(refusing("temperature", "max_tokens", "response_format")) as (url, requests):
+        scorer = of(url, concurrency=1, form="json")
+        with pytest.warns(UserWarning, match="the server takes no temperature; replies are drawn at its own"):
+            assert not scorer(IMAGES[:2], PROMPTS[:2]).failures
+    assert [sorted({"temperature", "max_tokens", "response_format"} & set(request)) for request in requests] == [
+        ["max_tokens", "response_format", "temperature"],
+        ["max_tokens", "response_format"],
+        ["response_format"],
+        [],
+        [],
+    ]
+
+
+def test_a_server_that_fails_on_a_schema_is_tried_once_without():
+    def answer(request):
+        return (500, {}, {"error": {"message": "grammar"}}) if "response_format" in request else said(FULL)
+
+    with chatting(answer) as (url, requests):
+        scorer = of(url, form="json", concurrency=1, retries=3)
+        assert not scorer(IMAGES[:2], PROMPTS[:2]).failures
+    assert ["response_format" in request for request in requests] == [True, False, False]
+
+
+def test_what_the_server_may_list_of_odds_is_checked():
+    bad = [
+        [{"token": "Yes", "logprob": "x"}, {"token": "No", "logprob": 0}], [{"token": 1, "logprob": 0}], [{}], [7], "x",
+        [{"token": "Yes", "logprob": 1e308}, {"token": "No", "logprob": 0}], {"a": 1},
+    ]  # fmt: skip
+    answers = iter(bad)
+    with chatting(lambda request: said("Yes", logprobs={"content": [{"top_logprobs": next(answers)}]})) as (url, _):
+        scorer = of(url, "vlm_yes_no", questions={"one": "Is it?"})
+        for _ in bad:
+            assert "the answer makes no sense" in scorer(IMAGES[:1], PROMPTS[:1]).failures[0]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from services import INFO, Crowd, Faulty, Mean, asked, plain, running, start
 
-from reward_models import Prompt, link, load
+from reward_models import Prompt, limits, link, load
 from reward_models.images import from_pil, to_uint8
 from reward_models.remote import Remote, packed
 
@@ -179,7 +179,7 @@ def test_a_service_that_asks_for_more_time_than_there_is_is_not_asked_again(faul
 
 
 def test_an_answer_without_an_end_is_cut(faulty, monkeypatch):
-    monkeypatch.setattr(link, "LARGEST", 10_000)
+    monkeypatch.setattr(limits, "ANSWER", 10_000)
     faulty.reply = lambda sent: (200, {}, repeat(b" " * 1000))
     found = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
     assert found.failures == {0: "the answer is larger than 10000 bytes"}
@@ -190,10 +190,8 @@ def test_an_answer_without_an_end_is_cut(faulty, monkeypatch):
 
 def test_a_service_that_hangs_or_hangs_up_is_a_reason(faulty):
     release = threading.Event()
-    faulty.reply = lambda sent: release.wait(5) and None
-    start_ = time.monotonic()
+    faulty.reply = lambda sent: release.wait(60) and None
     found = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
-    assert time.monotonic() - start_ < 4
     assert found.failures == {0: "no answer within 0.4 s"}
     release.set()
     faulty.reply = lambda sent: None
@@ -222,28 +220,36 @@ def test_what_failed_over_there_keeps_its_reason_and_has_no_number(faulty):
     assert found.failures == {0: "out of memory", 2: "cannot be read"}
 
 
-def test_the_breaker_spares_a_service_that_is_down_and_tries_again_later(faulty):
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that breakers go by, in seconds; it stands still unless told."""
+    now = [0.0]
+    monkeypatch.setattr(link, "clock", lambda: now[0])
+    return now
+
+
+def test_the_breaker_spares_a_service_that_is_down_and_tries_again_later(faulty, clock):
     faulty.reply = lambda sent: (500, {}, b"")
     remote = Remote(faulty.url, batch=1, workers=1, retries=0, faults=3, rest=0.3)
     found = remote(plain([0.1] * 8), FINE)
     assert len(faulty.asks) == 3
     assert found.values.isnan().all()
     assert found.failures[7] == "not asked, since 3 requests in a row failed; the last: the service answered 500"
-    time.sleep(0.35)
+    clock[0] = 0.35
     remote(plain([0.1] * 4), FINE[:4])
     assert len(faulty.asks) == 4  # one trial
-    time.sleep(0.35)
+    clock[0] = 0.7
     faulty.reply = faulty.well
     assert remote(plain([0.1] * 8), FINE).values.tolist() == [[0.5]] * 8
 
 
-def test_one_request_tries_a_broken_service_however_long_it_takes():
+def test_one_request_tries_a_broken_service_however_long_it_takes(clock):
     breaker = link.Breaker(1, rest=0.05)
     with pytest.raises(link.Fault, match="down"), breaker:
         raise link.Fault("down")
-    time.sleep(0.06)
+    clock[0] = 0.06
     with breaker:
-        time.sleep(0.06)
+        clock[0] = 0.12
         with pytest.raises(link.Fault, match="the last: down"), breaker:
             pass
     with breaker:  # it went well

@@ -27,7 +27,7 @@ import uvicorn
 from reward_models import Card, Prompt, Scores, load
 from reward_models.images import to_pil
 from reward_models.scoring import each
-from reward_models.serve import app, serve
+from reward_models.serve import app, configured, serve
 from reward_models.world import caption, draw, requests
 
 # ------------------------------------------------------------------------------------------------------------- material
@@ -103,7 +103,7 @@ class Crowd:
 @contextmanager
 def running(scorers, **settings: Any) -> Iterator[str]:
     """The URL of a service in a thread of this process."""
-    server = uvicorn.Server(uvicorn.Config(app(scorers, **settings), port=0, log_level="warning"))
+    server = uvicorn.Server(configured(app(scorers, host="127.0.0.1", **settings), "127.0.0.1", 0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
