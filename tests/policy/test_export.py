@@ -74,7 +74,7 @@ def test_the_comfyui_file_has_two_matrices_and_an_alpha_for_each_layer(folders, 
     adapted = [n for n, m in policy.pipe.transformer.named_modules() if hasattr(m, "base_layer")]
     parts = ("lora_A.weight", "lora_B.weight", "alpha")
     assert set(tensors) == {f"{prefix}.{layer}.{part}" for layer in adapted for part in parts}
-    assert {float(value) for key, value in tensors.items() if key.endswith("alpha")} == {8.0}
+    assert {float(value) for key, value in tensors.items() if key.endswith("alpha")} == {4.0}
 
 
 @pytest.mark.parametrize("form", exports.FORMATS)
@@ -84,11 +84,11 @@ def test_the_header_says_what_a_file_is_of(small, form, tmp_path):
     assert len(said.pop("mmalign.weights_hash")) == 16
     assert said == {
         "mmalign.base_hash": small.fingerprint(), "mmalign.pipeline": "StableDiffusion3Pipeline",
-        "mmalign.family": "SD3Policy", "mmalign.rank": "4", "mmalign.alpha": "8.0", "mmalign.guidance": "1.0",
-        "mmalign.iteration": "7", "mmalign.config": '{"seed": 3}',
+        "mmalign.family": "SD3Policy", "mmalign.rank": "4", "mmalign.alpha": "4", "mmalign.guidance": "1.0",
+        "mmalign.size": "[32, 32]", "mmalign.iteration": "7", "mmalign.config": '{"seed": 3}',
     }  # fmt: skip
     if form == "diffusers":
-        assert json.loads(header(path)["lora_adapter_metadata"])["transformer.lora_alpha"] == 8.0
+        assert json.loads(header(path)["lora_adapter_metadata"])["transformer.lora_alpha"] == 4
 
 
 def test_the_fingerprint_is_of_the_base_alone(random_model):
@@ -168,7 +168,7 @@ LAYER = "transformer.transformer_blocks.0.attn.to_q"
         (lambda t: t.pop(f"{LAYER}.lora_B.weight"), "transformer_blocks.0.attn.to_q has no lora_B.weight"),
         (lambda t: t.pop(f"{LAYER}.alpha"), "transformer_blocks.0.attn.to_q has no alpha"),
         (lambda t: [t.pop(key) for key in [*t] if key.startswith(LAYER)], "changes the velocity by"),
-        (lambda t: t.update({f"{LAYER}.alpha": torch.tensor(4.0)}), "changes the velocity by"),
+        (lambda t: t.update({f"{LAYER}.alpha": torch.tensor(2.0)}), "changes the velocity by"),
         (lambda t: t[f"{LAYER}.lora_A.weight"].fill_(torch.nan), "its matrices are not finite"),
         (lambda t: t.update({f"{LAYER}.lora_A.weight": torch.ones(4, 5)}), r"a change of shape \[32, 5\]"),
         (lambda t: t.update({f"{LAYER}.lora_A.weight": torch.ones(3, 32)}), "are no LoRA's A, B and alpha"),
@@ -186,8 +186,8 @@ def test_matrices_that_do_not_give_our_model_are_refused(small, change, says, tm
 
 def test_layers_and_families_that_comfyui_has_no_names_for_are_refused(folders, random_model, tmp_path):
     policy = opened(folders, "FLUX.2-klein", 1.0)
-    policy.attach_lora(4, 8.0, ["to_q", "norm_out.linear"], seed=0)
-    with pytest.raises(ValueError, match=r"ComfyUI knows no layer 'norm_out\.linear' of a Flux2KleinPipeline"):
+    policy.attach_lora(4, 8.0, ["to_q", "single_stream_modulation.linear"], seed=0)
+    with pytest.raises(ValueError, match=r"ComfyUI knows no layer .single_stream_modulation\.linear. of a Flux2Klein"):
         policy.export(tmp_path, "comfyui")
     policy.export(tmp_path)
     policy.check_export(tmp_path)
@@ -209,7 +209,7 @@ def test_layers_and_families_that_comfyui_has_no_names_for_are_refused(folders, 
             {
                 "time_guidance_embed.timestep_embedder.linear_1", "time_guidance_embed.timestep_embedder.linear_2",
                 "double_stream_modulation_img.linear", "double_stream_modulation_txt.linear",
-                "single_stream_modulation.linear", "norm_out.linear",
+                "single_stream_modulation.linear",
             },
         ),
     ],
