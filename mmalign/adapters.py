@@ -151,14 +151,14 @@ def of_file(file: Path) -> Adapter:
             {name.removeprefix("mmalign."): value for name, value in said.items() if name.startswith("mmalign.")}
         )
         prefix, names = _names(tensors)
-        ranks = {layer: len(names[f"{layer}.lora_A.weight"]) for layer in lora.layers(names)}
-        if prefix == PREFIXES[2] and os.path.lexists(file.with_name(PEFT_CONFIG)):
-            names |= _alphas(_peft(file.with_name(PEFT_CONFIG)), ranks)
-        elif "lora_adapter_metadata" in said:
-            _agree(said["lora_adapter_metadata"], names, ranks)
         matrices = lora.matrices(names)
         if not matrices:
             raise ValueError("no matrix of a LoRA")
+        ranks = {layer: len(a) for layer, (a, _) in matrices.items()}
+        if prefix == PREFIXES[2] and os.path.lexists(file.with_name(PEFT_CONFIG)):
+            matrices = lora.matrices(_alphas(_peft(file.with_name(PEFT_CONFIG)), ranks) | names)
+        elif "lora_adapter_metadata" in said:
+            _agree(said["lora_adapter_metadata"], names, ranks)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{file}: its header's {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -200,11 +200,11 @@ def _file(path: Path) -> Path:
 
 def _names(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     """How all names begin, and the tensors by what follows."""
-    first = next(iter(tensors), "")
+    first = min(tensors, default="")
     prefix = next((own for own in PREFIXES if first.startswith(own)), None)
     if prefix is None:
         raise ValueError(f"{first!r} begins with none of {', '.join(PREFIXES)}")
-    foreign = [name for name in tensors if not name.startswith(prefix)]
+    foreign = sorted(name for name in tensors if not name.startswith(prefix))
     if foreign:
         raise ValueError(f"{foreign[0]!r} does not begin with {prefix!r}")
     return prefix, {name.removeprefix(prefix): value for name, value in tensors.items()}

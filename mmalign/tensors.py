@@ -15,7 +15,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with files.opened(path) as file:
             start = file.read(8 + limits.TENSORS_HEADER)
             about = _said(_header(start))
-            data = start + file.read(limits.TENSORS + 1 - len(start))
+            data = start + file.read(max(0, limits.TENSORS + 1 - len(start)))
         if len(data) > limits.TENSORS:
             raise ValueError(f"longer than {limits.TENSORS} bytes")
         return parsed(data), about

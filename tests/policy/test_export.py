@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import FAMILIES, SOME, stock_images
@@ -29,7 +31,7 @@ def small(random_model):
 
 @pytest.mark.parametrize("name", SOME)
 def test_every_format_gives_our_images_in_the_stock_pipeline(folders, name, tmp_path):
-    """The diffusers format's images are in test_conformance."""
+    """The diffusers format's file, header and all, is in test_conformance."""
     family, guidance = FAMILIES[name], FAMILIES[name].guidances[-1]
     policy = moved(opened(folders, name, guidance))
     images = policy.decode(latents(policy))
@@ -40,11 +42,16 @@ def test_every_format_gives_our_images_in_the_stock_pipeline(folders, name, tmp_
     for form in exports.FORMATS:
         policy.export(tmp_path, form)
         policy.check_export(tmp_path, form)
-    assert torch.equal(policy.decode(latents(policy)), images)  # neither leaves a trace
+    assert torch.equal(policy.decode(latents(policy)), images)  # none leaves a trace
 
-    single = tmp_path / "comfyui_lora.safetensors"
     pipe = family.stock(folders(name))
     assert not is_ours(pipe)
+    pipe.load_lora_weights(
+        load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    )  # as loaders do that read no header
+    assert is_ours(pipe)
+    pipe.unload_lora_weights()
+    single = tmp_path / "comfyui_lora.safetensors"
     if name in READS_COMFYUI:
         pipe.load_lora_weights(tmp_path, weight_name=single.name)
         assert is_ours(pipe)
@@ -52,19 +59,75 @@ def test_every_format_gives_our_images_in_the_stock_pipeline(folders, name, tmp_
     else:
         with pytest.raises(ValueError, match="Invalid"):
             pipe.load_lora_weights(tmp_path, weight_name=single.name)
-    apply(pipe.transformer, load_file(single))
+    plain = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
+    for form in ("diffusers", "comfyui", "peft"):
+        pipe.transformer.load_state_dict(plain)
+        apply(pipe.transformer, load_file(tmp_path / exports.FORMATS[form].name))
+        assert is_ours(pipe), form
+    pipe = family.stock(folders(name))
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, tmp_path).base_model.model
     assert is_ours(pipe)
     assert is_ours(family.stock(str(tmp_path / "merged")))
 
 
 def apply(transformer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """The LoRA convention by key names alone: W + alpha / rank B A."""
+    """The LoRA convention by key names alone: W + alpha / rank B A, and where there is no alpha W + B A."""
+    names = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     for key in tensors:
-        if key.endswith(".alpha"):
-            layer = key.removesuffix(".alpha")
-            a, b = (tensors[f"{layer}.lora_{side}.weight"] for side in "AB")
+        if key.endswith(".lora_A.weight"):
+            path = key.removesuffix(".lora_A.weight")
+            layer = next(name for name in names if path.endswith("." + name) and path.count(".") - name.count(".") < 3)
+            a, b = (tensors[f"{path}.lora_{side}.weight"] for side in "AB")
             with torch.no_grad():
-                transformer.get_submodule(layer.partition(".")[2]).weight += tensors[key] / a.shape[0] * b @ a
+                transformer.get_submodule(layer).weight += tensors.get(f"{path}.alpha", len(a)) / len(a) * b @ a
+
+
+@pytest.mark.parametrize("alpha", [1.0, 3.0, 4.0, 13.0])
+@pytest.mark.parametrize("form", ["diffusers", "comfyui", "peft"])
+def test_the_strength_is_in_the_matrices(random_model, form, alpha, tmp_path):
+    """Alpha over rank, 4, whatever it is: B A as saved is the change of the weight."""
+    policy = policies.load(random_model)
+    policy.attach_lora(4, alpha, None, seed=0)
+    layer = policy.pipe.transformer.transformer_blocks[0].attn.to_q
+    with torch.no_grad():
+        layer.lora_B["default"].weight.fill_(0.5)
+    tensors = load_file(policy.export(tmp_path, form))
+    a, b = (next(v for k, v in tensors.items() if f"blocks.0.attn.to_q.lora_{side}" in k) for side in "AB")
+    torch.testing.assert_close(b @ a, layer.get_delta_weight("default"))
+    assert {float(value) for key, value in tensors.items() if key.endswith("alpha")} <= {4.0}
+    policy.check_export(tmp_path, form)
+
+
+def test_pefts_settings_name_each_layer(folders, tmp_path):
+    """By its whole name: `to_out` is the end of what peft cannot adapt, too."""
+    policy = moved(opened(folders, "FLUX.2-klein", 1.0))
+    policy.export(tmp_path, "peft")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    adapted = sorted(n for n, m in policy.pipe.transformer.named_modules() if hasattr(m, "base_layer"))
+    assert settings["target_modules"] == adapted
+    assert (settings["peft_type"], settings["r"], settings["lora_alpha"]) == ("LORA", 4, 4)
+    assert settings["inference_mode"] is True
+
+
+def test_the_halves_of_flux2s_norm_out_are_swapped_as_comfyui_expects(folders, tmp_path):
+    """The released weights have the shift first, diffusers the scale. ComfyUI adds the change with its halves swapped
+    to the released weight; what diffusers makes of that weight is our layer's."""
+    policy = opened(folders, "FLUX.2-klein", 1.0)
+    policy.attach_lora(4, 8.0, ["norm_out.linear"], seed=0)
+    layer = policy.pipe.transformer.norm_out.linear
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(0))
+    policy.export(tmp_path, "comfyui")
+    policy.check_export(tmp_path, "comfyui")
+    tensors = load_file(tmp_path / "comfyui_lora.safetensors")
+    name = "transformer.norm_out.linear"
+    a, b = (tensors[f"{name}.lora_{side}.weight"] for side in "AB")
+    assert float(tensors[f"{name}.alpha"]) == len(a)
+    released = layer.base_layer.weight.detach().roll(len(b) // 2, 0) + (b @ a).roll(len(b) // 2, 0)
+    made = convert_flux2_transformer_checkpoint_to_diffusers({"final_layer.adaLN_modulation.1.weight": released})
+    torch.testing.assert_close(
+        made["norm_out.linear.weight"], layer.base_layer.weight + layer.get_delta_weight("default")
+    )
 
 
 @pytest.mark.parametrize(("name", "prefix"), [("Stable Diffusion 3", "transformer"), ("Z-Image", "diffusion_model")])
