@@ -211,7 +211,7 @@ def save(run: Session, out: Path, iteration: int) -> None:
         return
     tensors = {"adapter": adapter, "ema": run.ema, "optimizer": optimizer}
     state = {"adapter_hash": adapter_hash, "multipliers": run.multipliers, "machine": _machine(run)}
-    state |= _kept(run, iteration)
+    state |= {"learnt": states.learnt(optimizer)} | _kept(run, iteration)
     folder.sync(out)
     checkpoint.save(out / "checkpoints", iteration, tensors, state)
     _prune(run.config, out, iteration)
@@ -237,9 +237,8 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
     tensors, state = states.read(path)
     done = _held(run, path, state)
     states.fit(path, tensors, run.ema)
+    states.whole(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_of(run.config))
     run.policy.load_adapter(tensors["adapter"])
-    learnt = dict(zip(run.policy.adapter_names(), run.policy.parameters(), strict=True))
-    states.whole(path, tensors["optimizer"], learnt, optimizer_of(run.config), lr=run.config.learning_rate)
     checkpoint.load_optimizer(run.optimizer, tensors["optimizer"])
     run.multipliers.update(state.multipliers)
     for name, value in tensors["ema"].items():

@@ -7,13 +7,13 @@ was learnt; the state names what the run is made of. What does not hold is refus
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 from mmalign import checkpoint
@@ -29,7 +29,8 @@ COUNTED = {"threads": "thread", "processes": "process"}
 
 class State(BaseModel):
     """`state.json`. `config` and `made` are what the run must go on with (`mmalign.run`), `machine` what the bits of
-    results depend on besides, which older checkpoints do not say."""
+    results depend on besides, `learnt` the numbers of the matrices that the optimiser has moments of; older checkpoints
+    have neither of the last two."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -39,6 +40,13 @@ class State(BaseModel):
     config: dict[str, Any]
     made: dict[str, Any]
     machine: dict[str, int | str] | None = None
+    learnt: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _of_one_age(self) -> "State":
+        if (self.machine is None) != (self.learnt is None):
+            raise ValueError(f"no {'machine' if self.machine is None else 'learnt'}")
+        return self
 
     @field_validator("made")
     @classmethod
@@ -60,7 +68,7 @@ def read(path: Path) -> tuple[Tensors, State]:
     except ValidationError as error:
         first = error.errors()[0]
         why = first["msg"].removeprefix("Value error, ")
-        raise refused(file, f"{'.'.join(map(str, first['loc']))}: {why}") from None
+        raise refused(file, ": ".join(filter(None, [".".join(map(str, first["loc"])), why]))) from None
     if state.iteration != int(path.name):
         raise refused(file, f"iteration: {state.iteration}, in the folder of {int(path.name)}")
     if missing := sorted(TENSORS - set(tensors)):
@@ -106,47 +114,45 @@ def same(path: Path, state: State, config: Mapping[str, Any]) -> None:
             raise refused(path / checkpoint.STATE, f"config: {key} is {was}, and {now} in the run's config.yaml")
 
 
-def whole(
-    path: Path, moments: Mapping[str, Tensor], learnt: Mapping[str, nn.Parameter], like: type, **settings
-) -> None:
-    """BadInput unless an optimiser's state, as `checkpoint.optimizer_tensors` names it, is that of the `learnt`
-    parameters by name, in their order: of each layer of all its matrices or, if none has moved, of none; with all that
-    an optimiser of the class `like` keeps of one, finite."""
-    file, kept = path / "optimizer.safetensors", defaultdict(dict)
+def whole(path: Path, state: State, moments: Mapping[str, Tensor], adapter: Sequence[nn.Parameter], like: type) -> None:
+    """BadInput unless an optimiser's state, as `checkpoint.optimizer_tensors` names it, is of the matrices of the
+    `adapter` that the state says were learnt: of each all that an optimiser of the class `like` keeps, finite."""
+    file, kept, known = path / "optimizer.safetensors", defaultdict(dict), {}
     for key, value in moments.items():
-        number, _, name = key.partition(".")
-        if not re.fullmatch(r"0|[1-9][0-9]{0,8}", number) or int(number) >= len(learnt):
-            raise refused(file, f"{key!r} is of none of the {len(learnt)} matrices")
-        kept[int(number)][name] = value
-    needed, known = _needed(learnt, kept), {}
-    for i, (matrix, p) in enumerate(learnt.items()):
-        if i not in kept and i not in needed:
-            continue
-        if p.shape not in known:
-            known[p.shape] = _moments(p, like, settings)
-        expected = known[p.shape]
-        if odd := sorted(expected.keys() ^ kept[i].keys()):
-            raise refused(file, f"{matrix} {'has no' if odd[0] in expected else 'has an odd'} {odd[0]!r}")
-        for name, value in kept[i].items():
-            if (value.shape, value.dtype) != (expected[name].shape, expected[name].dtype):
-                raise refused(file, f"{name} of {matrix} is {_kind(value)}, not {_kind(expected[name])}")
+        kept[_number(key)][key.partition(".")[2]] = value
+    if odd := kept.keys() - {*range(len(adapter))}:
+        raise refused(file, f"moments of {len(odd)} matrices that the adapter, of {len(adapter)}, does not have")
+    if state.learnt is not None and (odd := kept.keys() ^ {*state.learnt}):
+        raise refused(file, f"{len(kept)} matrices have moments, and {len(state.learnt)} were learnt, e.g. {min(odd)}")
+    for i, own in sorted(kept.items()):
+        shape = adapter[i].shape
+        if shape not in known:
+            known[shape] = _moments(adapter[i], like)
+        if odd := sorted(known[shape].keys() ^ own.keys()):
+            raise refused(file, f"matrix {i} {'has no' if odd[0] in known[shape] else 'has an odd'} {odd[0]!r}")
+        for name, value in own.items():
+            if (value.shape, value.dtype) != (known[shape][name].shape, known[shape][name].dtype):
+                raise refused(file, f"{i}.{name} is {_kind(value)}, not {_kind(known[shape][name])}")
             if not bool(value.isfinite().all()) or (name in SQUARES and bool((value < 0).any())):
-                raise refused(file, f"{name} of {matrix} is not finite, or below 0")
+                raise refused(file, f"{i}.{name} is not finite, or below 0")
 
 
-def _needed(learnt: Mapping[str, nn.Parameter], kept: Mapping[int, Any]) -> set[int]:
-    """The numbers of the matrices whose layer has moments or is no longer as it began, when B was 0."""
-    layers = [name.partition(".lora_")[0] for name in learnt]
-    moved = {layer for layer, (name, p) in zip(layers, learnt.items(), strict=True) if ".lora_B" in name and p.any()}
-    moved |= {layers[i] for i in kept}
-    return {i for i, layer in enumerate(layers) if layer in moved}
+def learnt(moments: Mapping[str, Tensor]) -> list[int]:
+    """The numbers of the matrices that an optimiser's state is of."""
+    return sorted({_number(key) for key in moments})
 
 
-def _moments(p: nn.Parameter, like: type, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+def _number(key: str) -> int:
+    """The number that a key begins with, -1 where that is none."""
+    number = key.partition(".")[0]
+    return int(number) if re.fullmatch("0|[1-9][0-9]{0,8}", number) else -1
+
+
+def _moments(p: nn.Parameter, like: type) -> dict[str, Tensor]:
     """What an optimiser keeps of a parameter of that shape."""
     twin = nn.Parameter(torch.zeros_like(p))
     twin.grad = torch.zeros_like(p)
-    optimizer = like([twin], **settings)
+    optimizer = like([twin])
     optimizer.step()
     return {key.partition(".")[2]: value for key, value in checkpoint.optimizer_tensors(optimizer).items()}
 
