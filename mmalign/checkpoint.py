@@ -1,13 +1,14 @@
 """Checkpoints: folders of safetensors and JSON that are whole, or known not to be.
 
 A checkpoint is written beside its place, flushed to the disk and then renamed; `manifest.json` holds the SHA-256 of its
-other files. What a kill left half written has another name (`.partial`) and goes at the next save; what the disk or a
-hand has damaged since does not match its manifest, and the one before it is used.
+other files. What a kill left half written, or half removed, has another name (`.partial`) and goes at the next start or
+save; what the disk or a hand has damaged since does not match its manifest, and the one before it is used.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,9 +18,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mmalign import disk
+from mmalign import disk, tensors as safe
+from reward_models import files, limits
 
 MANIFEST, STATE = "manifest.json", "state.json"
+FILES = re.compile(r"(adapter|ema|optimizer)\.safetensors|state\.json")  # what a manifest may name
 Tensors = dict[str, dict[str, Tensor]]  # by file and name
 
 
@@ -34,8 +37,7 @@ def save(folder: Path, iteration: int, tensors: Tensors, state: dict) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     disk.sync(folder.parent)
-    for left in folder.glob(".*.partial"):
-        shutil.rmtree(left)
+    tidy(folder)
     final, partial = folder / f"{iteration:06d}", folder / f".{iteration:06d}.partial"
     try:
         partial.mkdir()
@@ -70,9 +72,23 @@ def _discard(path: Path) -> None:
     shutil.rmtree(gone)
 
 
+def tidy(folder: Path) -> None:
+    """Remove what a kill left half written or half removed in a folder."""
+    for path in folder.glob(".*.partial"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def is_one(path: Path) -> bool:
+    """Whether this is the name of a checkpoint: a number."""
+    return path.name.isascii() and path.name.isdigit()
+
+
 def numbered(folder: Path) -> list[Path]:
     """The checkpoints under their names, oldest first, whole or not."""
-    return sorted((path for path in folder.glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
+    return sorted(filter(is_one, folder.glob("*")), key=lambda path: int(path.name))
 
 
 def prune(folder: Path, newest: int, keep: int, best: int | None) -> None:
@@ -106,32 +122,44 @@ def latest(folder: Path, say: Callable[[str], None] = _warn) -> Path | None:
 
 def read(path: Path) -> tuple[Tensors, dict]:
     """The tensors by file, and the state. Raises Broken where a file is not what was written."""
-    digests = _object(path / MANIFEST, _bytes(path / MANIFEST))
-    files = {name: _bytes(path / name) for name in digests | {STATE: ""}}
-    for name, data in files.items():
+    digests = _object(path / MANIFEST, _bytes(path / MANIFEST, limits.STATE))
+    odd = [name for name in digests if not FILES.fullmatch(name)]
+    if odd:
+        raise Broken(f"{path / MANIFEST}: {odd[0]!r} is no file of a checkpoint")
+    found = {name: _bytes(path / name, limits.STATE if name == STATE else limits.TENSORS) for name in [*digests, STATE]}
+    for name, data in found.items():
         if hashlib.sha256(data).hexdigest() != digests.get(name):
             raise Broken(f"{path / name}, {len(data)} bytes, is not what was written")
-    state = _object(path / STATE, files.pop(STATE))
-    try:
-        return {Path(name).stem: safetensors.torch.load(data) for name, data in files.items()}, state
-    except safetensors.SafetensorError as error:
-        raise Broken(f"{path}: {error}") from None
+    state = _object(path / STATE, found.pop(STATE))
+    return {Path(name).stem: _tensors(path / name, data) for name, data in found.items()}, state
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, most: int) -> bytes:
     try:
-        return path.read_bytes()
+        return files.content(path, most)
     except FileNotFoundError:
         raise Broken(f"{path} is missing") from None
     except OSError as error:
         raise Broken(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise Broken(f"{path} is {error}") from None
 
 
 def _object(path: Path, data: bytes) -> dict:
-    found = disk.object_in(data)
-    if found is None:
+    try:
+        found = files.parsed(data)
+    except ValueError as error:
+        raise Broken(f"{path}, {len(data)} bytes, is not JSON: {error}") from None
+    if not isinstance(found, dict):
         raise Broken(f"{path}, {len(data)} bytes, is not JSON of an object")
     return found
+
+
+def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        return safe.parsed(data)
+    except ValueError as error:
+        raise Broken(f"{path}: {error}") from None
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

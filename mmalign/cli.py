@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmalign.config import BadInput, Failed, Layout, Orphaned, Rule, component, refusing
-from reward_models.trust import allow as allow_modules, closed
+from reward_models.trust import allow as allow_modules
 
 # a calibration walks every step with noise and scores every state, whatever the config does with it
 CALIBRATION = [
@@ -38,7 +38,14 @@ def _allow(names: list[str] | None) -> None:
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, each replacing one key of the file")]
-Form = Literal["diffusers", "comfyui", "merged"]
+Form = Literal["diffusers", "comfyui", "peft", "merged"]
+AdapterOf = Annotated[
+    Path | None,
+    typer.Option(
+        help="folder of a run or of one of its checkpoints, whose model and averaged adapter are used; or a LoRA file, "
+        "or folder of one, of diffusers, ComfyUI or peft, for --model"
+    ),
+]
 Run = Annotated[Path, typer.Argument(help="folder of a run")]
 Allow = Annotated[
     list[str] | None,
@@ -189,48 +196,30 @@ def _rises(summary: dict) -> Table:
     return table
 
 
-def _saved(run: Path):
-    """The config of a run, and its newest checkpoint; or that checkpoint, where `run` is the folder of one."""
-    from mmalign import checkpoint, config as configs
-
-    one = run.name.isdigit() and run.parent.name == "checkpoints"
-    c = configs.load(_config_of(run.parents[1] if one else run))
-    newest = run if one else checkpoint.latest(run / "checkpoints")
-    if newest is None:
-        raise BadInput(f"{run}: the run has no whole checkpoint yet")
-    return c, newest
-
-
-def _policy(model: str, guidance: float | None, run: Path | None):
-    """A policy for inference: a model as it is, or a run's model, guidance and averaged adapter. `run` is a run's
-    folder, for its newest checkpoint, or that of one of its checkpoints."""
+def _policy(model: str, guidance: float | None, adapter: Path | None):
+    """A policy for inference: a model as it is, or with an adapter (`mmalign.adapters`), which may name the model, and
+    has a guidance of its own."""
     import torch
 
-    from mmalign import checkpoint, config as configs, policy as policies
+    from mmalign import config as configs, policy as policies
 
     policies.quiet()
-    precision, c = "float32", None
-    if run is not None:
-        c, newest = _saved(run)
-        model, precision, guidance = c.model, c.precision, c.guidance if guidance is None else guidance
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from mmalign import adapters
+
+    chosen = None if adapter is None else adapters.read(adapter)
+    if chosen is not None:
+        model, guidance = chosen.model or model, chosen.guidance if guidance is None else guidance
     with configs.refusing():
         policy = policies.load(
-            configs.locate(model), dtype=precision, device=device, guidance=1.0 if guidance is None else guidance,
-            size=c.size if c else None,
-        )  # fmt: skip
-        if c is not None:
-            policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, 0)
-            policy.load_adapter(checkpoint.read(newest)[0]["ema"])
+            configs.locate(model),
+            dtype=chosen.precision if chosen else "float32",
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            guidance=1.0 if guidance is None else guidance,
+            size=chosen.size if chosen else None,
+        )
+        if chosen is not None:
+            chosen.attach(policy)
     return policy
-
-
-def _config_of(run: Path) -> Path:
-    if not (run / "config.yaml").is_file():
-        raise BadInput(f"{run}: no run there (config.yaml is missing)")
-    with refusing():
-        closed(run)
-    return run / "config.yaml"
 
 
 @app.command()
@@ -238,10 +227,7 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Argument(help="prompts, each in quotes")] = None,
     prompts: Annotated[str | None, typer.Option(help=PROMPTS)] = None,
     model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
-    adapter: Annotated[
-        Path | None,
-        typer.Option(help="folder of a run, or of one of its checkpoints, whose model and averaged adapter are used"),
-    ] = None,
+    adapter: AdapterOf = None,
     seeds: Annotated[str, typer.Option(help="comma-separated, one image per prompt and seed")] = "0",
     steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 10,
     guidance: Annotated[
@@ -385,10 +371,7 @@ def evaluate(
     prompts: Annotated[str, typer.Option(help=PROMPTS)] = "assets/prompts/held_out.jsonl",
     rewards: Annotated[str, typer.Option(help="comma-separated scorers")] = "shapes",
     model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
-    adapter: Annotated[
-        Path | None,
-        typer.Option(help="folder of a run, or of one of its checkpoints, whose model and averaged adapter are used"),
-    ] = None,
+    adapter: AdapterOf = None,
     members: Annotated[int, typer.Option("--seeds", min=1, help="images per prompt")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 10,
     guidance: Annotated[
@@ -538,7 +521,7 @@ def refine(
     cut: Annotated[float, typer.Option(help="time in (0, 1) that the move `cut` begins from")] = 0.9,
     strength: Annotated[float, typer.Option(min=0, help="of the adapter, for the move `strength`")] = 1.5,
     model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
-    adapter: Annotated[Path | None, typer.Option(help="folder of a run whose model and adapter are used")] = None,
+    adapter: AdapterOf = None,
     steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 10,
     guidance: Annotated[
         float | None, typer.Option(help="classifier-free guidance; default: the run's, or none")
@@ -818,22 +801,26 @@ def _short(value: int | float | None) -> str:
 @app.command()
 def export(
     run: Run,
-    out: Annotated[Path, typer.Option(help="folder for the file, or for the folder `merged`")] = Path("lora"),
+    out: Annotated[Path, typer.Option(help="folder for the files, or for the folder `merged`")] = Path("lora"),
     form: Annotated[
         Form,
         typer.Option(
             "--format",
-            help="diffusers: LoRA for load_lora_weights; comfyui: one LoRA file; merged: the whole pipeline with it",
+            help="diffusers: LoRA for load_lora_weights; comfyui: one LoRA file; peft: LoRA for "
+            "PeftModel.from_pretrained; merged: the whole pipeline with it",
         ),
     ] = "diffusers",
     allow: Allow = None,
 ) -> None:
     """Write a run's averaged adapter for other programs, and read it back once to be sure."""
-    from mmalign import checkpoint, config as configs
+    from mmalign import config as configs, policy as policies
 
-    policy, (c, newest) = _policy("", None, run), _saved(run)
-    state = checkpoint.read(newest)[1]
-    if not c.quantize and state["made"]["model"] != policy.fingerprint():  # weights are exported unquantised
+    policies.quiet()
+    from mmalign import adapters, state as states
+
+    c, newest = adapters.saved(run)
+    policy, state = _policy("", None, newest), states.read(newest)[1]
+    if not c.quantize and state.made["model"] != policy.fingerprint():  # weights are exported unquantised
         raise BadInput(f"the weights of {c.model} are not those that {run} was trained on")
     _writable(out)
     with configs.refusing():
@@ -846,7 +833,7 @@ def export(
     console.print(f"{path}: read back, and it gives the same velocity", highlight=False, soft_wrap=True)
 
 
-def _about(c, policy, state: dict) -> dict[str, str]:
+def _about(c, policy, state) -> dict[str, str]:
     """What the header of an exported file says of the run."""
     from importlib.metadata import version
 
@@ -855,7 +842,7 @@ def _about(c, policy, state: dict) -> dict[str, str]:
     own = configs.public(c.model_dump(mode="json"))
     lists = {"sigmas": policy.times(c.steps).tolist(), "config": own}
     return {
-        "version": version("mmalign"), "base_model": own["model"], "iteration": str(state["iteration"]),
+        "version": version("mmalign"), "base_model": own["model"], "iteration": str(state.iteration),
         "steps": str(c.steps), "precision": c.precision,
     } | {name: json.dumps(value) for name, value in lists.items()}  # fmt: skip
 
@@ -870,9 +857,9 @@ def report(
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="--serve: 0 is any free one [8001]")] = None,
 ) -> None:
     """Write a run's report.html again, or serve a page that follows the run while it goes on."""
-    from mmalign import config as configs, report as reports
+    from mmalign import adapters, config as configs, report as reports
 
-    _config_of(run)
+    adapters.config_of(run)
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     if serve:
         with configs.refusing():

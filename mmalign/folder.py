@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mmalign import config as configs, disk
+from mmalign import checkpoint, config as configs, disk
 from mmalign.config import BadInput, Config, Failed
 from reward_models import trust
 
@@ -49,7 +49,7 @@ def _lock(lock: int, out: Path, say: Callable[[str], None]) -> None:
             say(f"{out}: no locks here ({error.strerror}); see to it that no second run writes in this folder")
             return
         holder = {"pid": "?", "host": "?"}
-        with suppress(ValueError):  # it has hardly begun
+        with suppress(ValueError, TypeError):  # it has hardly begun
             holder |= json.loads(os.read(lock, 1000))
         raise BadInput(
             f"out: another run, process {holder['pid']} on {holder['host']}, is writing in {out}; "
@@ -64,7 +64,7 @@ def check(out: Path, c: Config, resume: bool) -> None:
     """Refuse a folder that holds another run, or none to resume."""
     saved = out / "config.yaml"
     if resume:
-        if not saved.exists():
+        if not saved.is_file():
             raise BadInput(f"--resume: {out} holds no run")
         with configs.refusing():
             trust.closed(out)
@@ -75,6 +75,12 @@ def check(out: Path, c: Config, resume: bool) -> None:
             raise BadInput(f"--resume: {key} is {now[key]!r} and was {before[key]!r}; a run keeps its config")
     elif saved.exists():
         raise BadInput(f"{out} already holds a run; go on with --resume or choose another `out`")
+
+
+def tidy(out: Path) -> None:
+    """Remove what a killed run left half written or half removed."""
+    for place in (out, out / "checkpoints"):
+        checkpoint.tidy(place)
 
 
 def room(out: Path, needed: int) -> None:

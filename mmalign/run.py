@@ -7,6 +7,7 @@ never interrupted.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,12 +27,13 @@ from mmalign import (
     guards,
     planner,
     prompts as prompt_files,
+    state as states,
     tracking,
 )
 from mmalign.config import BadInput, Config
 from mmalign.flow.sample import gaussian, seed_of
 from mmalign.ranks import Ranks, join
-from mmalign.session import Session, open_session
+from mmalign.session import Session, open_session, optimizer_of
 from mmalign.signals import Stop, Stopped, stopping
 from mmalign.tracking import Trackers
 from mmalign.train import iterate
@@ -52,6 +54,8 @@ def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
     with folder.held(out, say) if ranks.main else nullcontext(), guards.failing():
         if ranks.main:
             folder.check(out, c, resume)
+            with folder.failing(out):
+                folder.tidy(out)
             tracking.check(c.trackers)
         ranks.meet("the check of the folder")
         run = open_session(c, ranks)
@@ -66,6 +70,7 @@ def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
             if ranks.main:
                 disk.replace(out / "config.yaml", configs.dump(c).encode())
                 folder.rewind(out, done, say)
+                _prune(c, out, done)
             ranks.meet("the run's folder")
             _go_on(run, out, done, trackers, stop, alarms.Watch(c, out, say, ranks.main), console)
         best = _best(out, c.best_by)
@@ -193,6 +198,10 @@ def _kept(run: Session, iteration: int) -> dict[str, dict]:
     return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude={*configs.ANEW}), "made": made}))
 
 
+def _machine(run: Session) -> dict[str, int | str]:
+    return states.machine(run.ranks.size, run.ranks.accelerator.device)
+
+
 def save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
     adapter_hash = checkpoint.fingerprint(adapter)
@@ -201,10 +210,19 @@ def save(run: Session, out: Path, iteration: int) -> None:
     if not run.ranks.main:
         return
     tensors = {"adapter": adapter, "ema": run.ema, "optimizer": optimizer}
-    state = {"adapter_hash": adapter_hash, "multipliers": run.multipliers} | _kept(run, iteration)
+    state = {"adapter_hash": adapter_hash, "multipliers": run.multipliers, "machine": _machine(run)}
+    state |= {"learnt": states.learnt(optimizer)} | _kept(run, iteration)
     folder.sync(out)
     checkpoint.save(out / "checkpoints", iteration, tensors, state)
-    checkpoint.prune(out / "checkpoints", iteration, run.config.keep_checkpoints, _best(out, run.config.best_by))
+    _prune(run.config, out, iteration)
+
+
+def _prune(c: Config, out: Path, done: int) -> None:
+    """Keep the checkpoints that are to be kept, where the newest is that of `done` iterations: one that is passed over,
+    for it is broken, stays until a run is further."""
+    saved = checkpoint.numbered(out / "checkpoints")
+    if saved and int(saved[-1].name) <= done:
+        checkpoint.prune(out / "checkpoints", done, c.keep_checkpoints, _best(out, c.best_by))
 
 
 def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
@@ -216,15 +234,34 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
     if path is None:
         say(f"--resume: {out} has no checkpoint yet; starting from the beginning")
         return 0
-    tensors, state = checkpoint.read(path)
-    done = state["iteration"]
-    for kind, now in _kept(run, done).items():
-        for what, was in state[kind].items():
-            if now.get(what) != was:
-                raise BadInput(f"--resume: {what} was {was} and is {now.get(what)} now; a run keeps its {what}")
-    run.multipliers.update(state["multipliers"])
+    tensors, state = states.read(path)
+    done = _held(run, path, state)
+    states.fit(path, tensors, run.ema)
+    states.whole(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_of(run.config))
+    run.policy.load_adapter(tensors["adapter"])
     checkpoint.load_optimizer(run.optimizer, tensors["optimizer"])
+    run.multipliers.update(state.multipliers)
     for name, value in tensors["ema"].items():
         run.ema[name].copy_(value)
-    run.policy.load_adapter(tensors["adapter"])
+    changed = states.elsewhere(state.machine, _machine(run))
+    if changed and run.ranks.main:
+        print(f"mmalign: {changed}", file=sys.stderr)
+    return done
+
+
+def _held(run: Session, path: Path, state: states.State) -> int:
+    """The iteration of a checkpoint of this run. BadInput for one of another."""
+    file, done = path / checkpoint.STATE, state.iteration
+    if done > run.config.iterations:
+        raise states.refused(file, f"iteration: {done}, of a run of {run.config.iterations}")
+    if state.multipliers.keys() != run.multipliers.keys():
+        odd = min(state.multipliers.keys() ^ run.multipliers.keys())
+        raise states.refused(file, f"multipliers: {odd!r} is in one of checkpoint and config alone")
+    for kind, now in _kept(run, done).items():
+        saved = getattr(state, kind)
+        for what in dict.fromkeys([*saved, *now]):
+            if what not in saved or what not in now:
+                raise states.refused(file, f"{kind}: {'no' if what in now else 'unknown key'} {what!r}")
+            if json.dumps(saved[what], sort_keys=True) != json.dumps(now[what], sort_keys=True):
+                raise BadInput(f"--resume: {what} was {saved[what]} and is {now[what]} now; a run keeps its {what}")
     return done

@@ -203,7 +203,7 @@ def open_session(c: Config, ranks: Ranks | None = None) -> Session:
         policy.compile()
     if not policy.parameters():
         raise BadInput(f"lora_targets {c.lora_targets}: nothing is trained; is the adapter switched off?")
-    optimizer = _optimizer(c)(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
+    optimizer = optimizer_of(c)(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
     if ranks.sharded:
         ranks.shard(policy.pipe.transformer)
     if ranks.zero:
@@ -252,7 +252,8 @@ def _refuse(c: Config, acting: dict[str, bool], what: str) -> None:
             raise BadInput(f"{name}: {getattr(c, name)} does not go with {what}")
 
 
-def _optimizer(c: Config) -> type[torch.optim.Optimizer]:
+def optimizer_of(c: Config) -> type[torch.optim.Optimizer]:
+    """The class of a config's optimiser. BadInput where its package is not there."""
     if c.optimizer == "adamw":
         return torch.optim.AdamW
     try:

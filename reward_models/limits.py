@@ -27,3 +27,8 @@ CONNECTIONS = 512  # at once
 # clients of services and judges
 ANSWER = 2**22  # bytes of an answer
 REPLY = 2**18  # characters of a judge's reply
+
+# adapters and checkpoints
+TENSORS = 2**33  # bytes of a safetensors file: an adapter, its average, its optimiser's state
+TENSORS_HEADER = 2**24  # bytes of such a file's header, which names each tensor: about 100 for one
+STATE = 2**26  # bytes of a checkpoint's state and manifest, and of an adapter's config

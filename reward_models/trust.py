@@ -55,7 +55,11 @@ def imported(path: str, what: str, ours: bool = False) -> Any:
 def within(folder: str | Path, name: str) -> Path:
     """The file called `name` in `folder`. ValueError if that is outside of it, be it by `..`, a root or a link."""
     path = Path(folder) / name
-    if not path.resolve().is_relative_to(Path(folder).resolve()):
+    try:
+        end = path.resolve()
+    except (OSError, RuntimeError):
+        raise ValueError(f"{folder}: {name!r} is a link in a circle") from None
+    if not end.is_relative_to(Path(folder).resolve()):
         raise ValueError(f"{folder}: {name!r} leads out of that folder; it is not touched")
     return path
 

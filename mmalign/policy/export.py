@@ -1,10 +1,14 @@
 """A run's adapter for other programs, in a table of formats; what was written is read back and held to the policy.
 
+A LoRA's strength, alpha over rank, is in its matrices: the alpha of a file equals its rank, so that a loader may read
+alpha, guess it or leave it out. No header is needed to read one back.
+
 Every safetensors file tells in its header where it comes from, as strings: `mmalign.base_hash` (of the untouched model,
-in the precision it was loaded in), `.pipeline`, `.family`, `.rank`, `.alpha`, `.guidance`, `.weights_hash` (of the
-tensors in the file), and what the caller adds.
+in the precision it was loaded in), `.pipeline`, `.family`, `.rank`, `.alpha` (the file's: the rank), `.guidance`,
+`.size` (height and width in pixels), `.weights_hash` (of the tensors in the file), and what the caller adds.
 """
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +25,7 @@ from mmalign.checkpoint import fingerprint
 from mmalign.policy import lora
 
 # ComfyUI's names: how its keys begin, and which of diffusers' layers it finds by them. Where it takes either prefix,
-# the one that diffusers reads too. Without FLUX.2's `norm_out`: whether its rows are in the same order is not known.
+# the one that diffusers reads too. diffusers swaps the halves of the released `norm_out`; ComfyUI those of its change.
 BLOCK = r"transformer_blocks\.\d+\."
 JOINT = r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 FORWARD = r"ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear"
@@ -37,7 +41,8 @@ COMFYUI = {
     ),
     "Flux2KleinPipeline": (
         "transformer",
-        rf"{BLOCK}({JOINT}|ff(_context)?\.linear_(in|out))|single_{BLOCK}attn\.(to_qkv_mlp_proj|to_out)|{ENDS}",
+        rf"{BLOCK}({JOINT}|ff(_context)?\.linear_(in|out))|single_{BLOCK}attn\.(to_qkv_mlp_proj|to_out)|{ENDS}|"
+        r"norm_out\.linear",
     ),
     "QwenImagePipeline": ("diffusion_model", r".*"),
     "ZImagePipeline": (
@@ -47,6 +52,7 @@ COMFYUI = {
         r"all_x_embedder\.2-1|all_final_layer\.2-1\.(linear|adaLN_modulation\.1)|cap_embedder\.1|t_embedder\.mlp\.[02]",
     ),
 }  # fmt: skip
+PEFT, PEFT_CONFIG = "base_model.model.", "adapter_config.json"  # how peft's keys begin, and the name of its settings
 MOST = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # change of the velocity that rounding may make, of its largest
 
 
@@ -69,7 +75,7 @@ def export(policy, folder: Path, form: str, about: Mapping[str, str]) -> Path:
     config = policy.pipe.transformer.peft_config["default"]
     own = {
         "base_hash": policy.fingerprint(), "pipeline": type(policy.pipe).__name__, "family": type(policy).__name__,
-        "rank": config.r, "alpha": config.lora_alpha, "guidance": policy.guidance,
+        "rank": config.r, "alpha": config.r, "guidance": policy.guidance, "size": json.dumps([*policy.image_size]),
     }  # fmt: skip
     header = {f"mmalign.{name}": str(value) for name, value in (own | dict(about)).items()}
     for file in tensor_files(path):
@@ -114,7 +120,7 @@ def _stamp(file: Path, about: Mapping[str, str]) -> None:
     """Add to a file's header; the file is replaced at once, for its tensors may be mapped from it."""
     with safe_open(file, "pt") as opened:
         kept = opened.metadata() or {}
-    tensors, partial = load_file(file), file.with_suffix(".partial")
+    tensors, partial = load_file(file), file.with_name(f".{file.name}.partial")
     save_file(tensors, partial, kept | dict(about) | {"mmalign.weights_hash": fingerprint(tensors)})
     os.replace(partial, file)
 
@@ -142,44 +148,67 @@ def _velocity(policy) -> Tensor:
 
 def _write_diffusers(policy, path: Path) -> None:
     save: Callable = type(policy.pipe).save_lora_weights
+    network = policy.pipe.transformer
     save(
         path.parent,
         weight_name=path.name,
-        transformer_lora_layers={name: value.contiguous() for name, value in policy.adapter().items()},
-        transformer_lora_adapter_metadata=policy.pipe.transformer.peft_config["default"].to_dict(),
+        transformer_lora_layers=lora.named(lora.folded(network)),
+        transformer_lora_adapter_metadata=lora.config(network),
     )
 
 
 @contextmanager
 def _opened_diffusers(policy, path: Path) -> Iterator[None]:
-    policy.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="exported")
-    try:
-        policy.pipe.transformer.set_adapter("exported")
+    """A stock network that the pipeline's own loader gives the tensors, and nothing beside them."""
+    with _instead(policy.pipe, lora.changed(policy.pipe.transformer, {})):
+        policy.pipe.load_lora_weights(load_file(path))
         yield
-    finally:
-        policy.pipe.transformer.set_adapter("default")
-        policy.pipe.delete_adapters("exported")
 
 
 def _write_comfyui(policy, path: Path) -> None:
     prefix, known = _comfyui(policy)
-    tensors = lora.with_alphas(policy.pipe.transformer)
-    for layer in lora.layers(tensors):
+    matrices = lora.folded(policy.pipe.transformer)
+    for layer in matrices:
         if not re.fullmatch(known, layer):
             raise ValueError(f"format comfyui: ComfyUI knows no layer {layer!r} of a {policy.pipeline}")
-    save_file({f"{prefix}.{name}": value.contiguous() for name, value in tensors.items()}, path)
+    save_file(lora.named(matrices, f"{prefix}.", alphas=True), path)
 
 
 @contextmanager
 def _opened_comfyui(policy, path: Path) -> Iterator[None]:
-    prefix = _comfyui(policy)[0] + "."
-    tensors = load_file(path)
+    tensors = _within(load_file(path), _comfyui(policy)[0] + ".", path)
+    for layer in lora.layers(tensors):
+        if f"{layer}.alpha" not in tensors:
+            raise ValueError(f"{layer} has no alpha")
+    with _adapted(policy, tensors):
+        yield
+
+
+def _write_peft(policy, path: Path) -> None:
+    network = policy.pipe.transformer
+    save_file(lora.named(lora.folded(network), PEFT), path)
+    config = lora.config(network) | {"inference_mode": True, "base_model_name_or_path": None}
+    path.with_name(PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _opened_peft(policy, path: Path) -> Iterator[None]:
+    with _adapted(policy, _within(load_file(path), PEFT, path)):
+        yield
+
+
+def _within(tensors: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
+    """The tensors without the prefix that all their names must have."""
     foreign = [name for name in tensors if not name.startswith(prefix)]
     if foreign:
         raise ValueError(f"{path}: {foreign[0]!r} does not begin with {prefix!r}")
-    changes = lora.changes({name.removeprefix(prefix): value for name, value in tensors.items()})
-    with _instead(policy.pipe, lora.changed(policy.pipe.transformer, changes)):
-        yield
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def _adapted(policy, tensors: Mapping[str, Tensor]) -> AbstractContextManager:
+    """The policy with a stock network to whose weights the matrices are added."""
+    network = policy.pipe.transformer
+    return _instead(policy.pipe, lora.changed(network, lora.changes(lora.matrices(tensors))))
 
 
 def _comfyui(policy) -> tuple[str, str]:
@@ -190,7 +219,7 @@ def _comfyui(policy) -> tuple[str, str]:
 
 def _write_merged(policy, path: Path) -> None:
     transformer = policy.pipe.transformer
-    with _instead(policy.pipe, lora.changed(transformer, lora.changes(lora.with_alphas(transformer)))):
+    with _instead(policy.pipe, lora.changed(transformer, lora.changes(lora.folded(transformer)))):
         policy.pipe.save_pretrained(path)
 
 
@@ -215,5 +244,6 @@ def _instead(pipe, network: nn.Module) -> Iterator[None]:
 FORMATS = {
     "diffusers": Format("pytorch_lora_weights.safetensors", _write_diffusers, _opened_diffusers),
     "comfyui": Format("comfyui_lora.safetensors", _write_comfyui, _opened_comfyui),
+    "peft": Format("adapter_model.safetensors", _write_peft, _opened_peft),
     "merged": Format("merged", _write_merged, _opened_merged),
 }

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
-from mmalign.policy.pipeline import PipelinePolicy
+from mmalign.policy.pipeline import ATTENTION, PipelinePolicy
 from mmalign.types import Latents
 
 
 class Flux2KleinPolicy(PipelinePolicy):
     pipeline = "Flux2KleinPipeline"
+    targets = (*ATTENTION, "to_qkv_mlp_proj", "to_out")  # the last two: of the single blocks, with the feed-forward's
 
     def __init__(self, pipe, guidance: float = 1.0, size: tuple[int, int] | None = None):
         super().__init__(pipe, guidance, size)

@@ -1,7 +1,10 @@
 """LoRA on a diffusers transformer, through peft. The reference policy is the same network with the adapter off."""
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -9,6 +12,9 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+
+Matrices = Mapping[str, tuple[Tensor, Tensor]]  # of a layer A [rank, in] and B [out, rank]; B A is added to its weight
+TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def attach(module: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
@@ -18,16 +24,50 @@ def attach(module: nn.Module, rank: int, alpha: float, targets: Sequence[str], s
     match nothing.
     """
     module.requires_grad_(False)
-    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    layers = linear(module)
     for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in names):
+        if not any(_ends(layer, target) for layer in layers):
             raise ValueError(
-                f"lora_targets: {target!r} matches no linear layer; names end like {', '.join(sorted(names)[:6])}"
+                f"lora_targets: {target!r} matches no linear layer; names end like {', '.join(sorted(layers)[:6])}"
             )
+    # whole names: a target may be the end of another kind of module's name too, which peft would refuse
+    adapted = [layer for layer in layers if any(_ends(layer, target) for target in targets)]
+    _add(module, seed, r=rank, lora_alpha=alpha, target_modules=adapted)
+
+
+def insert(module: nn.Module, matrices: Matrices) -> None:
+    """Freeze `module` and add an adapter of these matrices; layers may differ in rank. Raises ValueError for a layer
+    that is not there or of another shape."""
+    module.requires_grad_(False)
+    layers = linear(module)
+    for layer, (a, b) in matrices.items():
+        if layer not in layers:
+            raise ValueError(f"the model has no linear layer {layer!r}")
+        wide, high = layers[layer].in_features, layers[layer].out_features
+        if (a.shape[1], len(b)) != (wide, high):
+            raise ValueError(
+                f"{layer}: a change of shape {[len(b), a.shape[1]]}, and the model's weight is {[high, wide]}"
+            )
+    ranks = {layer: len(a) for layer, (a, _) in matrices.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{re.escape(layer)}": own for layer, own in ranks.items() if own != rank}
+    _add(module, 0, r=rank, lora_alpha=rank, target_modules=[*matrices], rank_pattern=others, alpha_pattern=others)
+    load_state(module, named(matrices))
+
+
+def linear(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers by name."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+
+
+def _ends(layer: str, target: str) -> bool:
+    return layer == target or layer.endswith("." + target)
+
+
+def _add(module: nn.Module, seed: int, **settings) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
-        module.add_adapter(config)
+        module.add_adapter(LoraConfig(init_lora_weights="gaussian", **settings))
     for p in parameters(module):
         p.data = p.data.float()
 
@@ -80,35 +120,71 @@ def base(module: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): value for name, value in own if ".lora_" not in name}
 
 
-def with_alphas(module: nn.Module) -> dict[str, Tensor]:
-    """Of each adapted layer `lora_A.weight [rank, in]`, `lora_B.weight [out, rank]` and the scalar `alpha`."""
-    tensors, alpha = state(module), float(module.peft_config["default"].lora_alpha)
-    return tensors | {f"{layer}.alpha": torch.tensor(alpha) for layer in layers(tensors)}
+def folded(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """The adapter's matrices with its strength, alpha over rank, in B."""
+    adapted = {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+    tensors = state(module)
+    return {
+        layer: (
+            tensors[f"{layer}.lora_A.weight"],
+            adapted[layer].scaling["default"] * tensors[f"{layer}.lora_B.weight"],
+        )
+        for layer in layers(tensors)
+    }
 
 
-def layers(tensors: dict[str, Tensor]) -> list[str]:
+def config(module: nn.Module) -> dict[str, Any]:
+    """peft's settings of the adapter whose matrices `folded` gives: each layer by its name, alpha equal to the rank."""
+    own = module.peft_config["default"]
+    adapted = sorted(name for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer))
+    settings = own.to_dict() | {"target_modules": adapted, "lora_alpha": own.r, "alpha_pattern": own.rank_pattern}
+    return settings | {"peft_type": own.peft_type.value}
+
+
+def named(matrices: Matrices, prefix: str = "", alphas: bool = False) -> dict[str, Tensor]:
+    """As `lora_A.weight` and `lora_B.weight` of each layer, with an `alpha` that equals the rank or without."""
+    tensors = {}
+    for layer, (a, b) in matrices.items():
+        tensors |= {f"{prefix}{layer}.lora_A.weight": a.contiguous(), f"{prefix}{layer}.lora_B.weight": b.contiguous()}
+        if alphas:
+            tensors[f"{prefix}{layer}.alpha"] = torch.tensor(float(len(a)))
+    return tensors
+
+
+def layers(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name})
 
 
-def changes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The change of each layer's weight, `alpha / rank B A [out, in]` in float32, from matrices named as `with_alphas`
-    names them. ValueError for one that is missing, foreign, not finite, or of a shape that does not fit."""
+def matrices(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The reverse of `named`, in float32; an `alpha` other than the rank is folded into B. ValueError for a matrix that
+    is missing, foreign, not finite, or of a shape or type that does not fit."""
     found, left = {}, dict(tensors)
     for layer in layers(tensors):
-        for part in ("lora_A.weight", "lora_B.weight", "alpha"):
+        for part in ("lora_A.weight", "lora_B.weight"):
             if f"{layer}.{part}" not in left:
                 raise ValueError(f"{layer} has no {part}")
-        a, b, alpha = (left.pop(f"{layer}.{part}").float() for part in ("lora_A.weight", "lora_B.weight", "alpha"))
-        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or alpha.numel() != 1:
+        a, b = (left.pop(f"{layer}.lora_{side}.weight") for side in "AB")
+        alpha = left.pop(f"{layer}.alpha", torch.tensor(float(a.shape[0] if a.ndim else 0)))
+        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a) or alpha.numel() != 1:
             raise ValueError(
                 f"{layer}: shapes {[*a.shape]}, {[*b.shape]}, {[*alpha.shape]} are no LoRA's A, B and alpha"
             )
-        found[layer] = alpha.to(b.device) / len(a) * (b @ a)
-        if not bool(found[layer].isfinite().all()):
+        odd = [str(own.dtype) for own in (a, b, alpha) if own.dtype not in TYPES]
+        if odd:
+            raise ValueError(f"{layer}: its matrices are of {odd[0]}; float16, bfloat16, float32 or float64 are needed")
+        a, b = a.float(), b.float() * (float(alpha) / len(a))
+        size = float(a.double().norm() * b.double().norm())  # no number of B A is larger
+        if not size <= torch.finfo(torch.float32).max:
             raise ValueError(f"{layer}: its matrices are not finite")
+        found[layer] = (a, b)
     if left:
         raise ValueError(f"{min(left)!r} is no matrix of a LoRA")
     return found
+
+
+def changes(matrices: Matrices) -> dict[str, Tensor]:
+    """The change of each layer's weight [out, in]."""
+    return {layer: b @ a for layer, (a, b) in matrices.items()}
 
 
 def changed(module: nn.Module, changes: dict[str, Tensor]) -> nn.Module:

@@ -302,6 +302,10 @@ class PipelinePolicy(ABC):
     def attach_lora(self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> None:
         lora.attach(self.pipe.transformer, rank, alpha, targets or self.targets, seed)
 
+    def insert_lora(self, matrices: lora.Matrices) -> None:
+        """An adapter of these matrices. ValueError where they do not fit the model."""
+        lora.insert(self.pipe.transformer, matrices)
+
     def save_memory(self, gradients: bool = False, tiling: bool = False, texts: int = 1000) -> None:
         """With `gradients` (gradient checkpointing), activations are computed again in the backward pass; with `tiling`
         images are decoded tile by tile; the embeddings of the last `texts` prompts are kept, in main memory."""

@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import FAMILIES, SOME, stock_images
@@ -29,7 +31,7 @@ def small(random_model):
 
 @pytest.mark.parametrize("name", SOME)
 def test_every_format_gives_our_images_in_the_stock_pipeline(folders, name, tmp_path):
-    """The diffusers format's images are in test_conformance."""
+    """The diffusers format's file, header and all, is in test_conformance."""
     family, guidance = FAMILIES[name], FAMILIES[name].guidances[-1]
     policy = moved(opened(folders, name, guidance))
     images = policy.decode(latents(policy))
@@ -40,11 +42,16 @@ def test_every_format_gives_our_images_in_the_stock_pipeline(folders, name, tmp_
     for form in exports.FORMATS:
         policy.export(tmp_path, form)
         policy.check_export(tmp_path, form)
-    assert torch.equal(policy.decode(latents(policy)), images)  # neither leaves a trace
+    assert torch.equal(policy.decode(latents(policy)), images)  # none leaves a trace
 
-    single = tmp_path / "comfyui_lora.safetensors"
     pipe = family.stock(folders(name))
     assert not is_ours(pipe)
+    pipe.load_lora_weights(
+        load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    )  # as loaders do that read no header
+    assert is_ours(pipe)
+    pipe.unload_lora_weights()
+    single = tmp_path / "comfyui_lora.safetensors"
     if name in READS_COMFYUI:
         pipe.load_lora_weights(tmp_path, weight_name=single.name)
         assert is_ours(pipe)
@@ -52,19 +59,75 @@ def test_every_format_gives_our_images_in_the_stock_pipeline(folders, name, tmp_
     else:
         with pytest.raises(ValueError, match="Invalid"):
             pipe.load_lora_weights(tmp_path, weight_name=single.name)
-    apply(pipe.transformer, load_file(single))
+    plain = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
+    for form in ("diffusers", "comfyui", "peft"):
+        pipe.transformer.load_state_dict(plain)
+        apply(pipe.transformer, load_file(tmp_path / exports.FORMATS[form].name))
+        assert is_ours(pipe), form
+    pipe = family.stock(folders(name))
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, tmp_path).base_model.model
     assert is_ours(pipe)
     assert is_ours(family.stock(str(tmp_path / "merged")))
 
 
 def apply(transformer: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """The LoRA convention by key names alone: W + alpha / rank B A."""
+    """The LoRA convention by key names alone: W + alpha / rank B A, and where there is no alpha W + B A."""
+    names = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     for key in tensors:
-        if key.endswith(".alpha"):
-            layer = key.removesuffix(".alpha")
-            a, b = (tensors[f"{layer}.lora_{side}.weight"] for side in "AB")
+        if key.endswith(".lora_A.weight"):
+            path = key.removesuffix(".lora_A.weight")
+            layer = next(name for name in names if path.endswith("." + name) and path.count(".") - name.count(".") < 3)
+            a, b = (tensors[f"{path}.lora_{side}.weight"] for side in "AB")
             with torch.no_grad():
-                transformer.get_submodule(layer.partition(".")[2]).weight += tensors[key] / a.shape[0] * b @ a
+                transformer.get_submodule(layer).weight += tensors.get(f"{path}.alpha", len(a)) / len(a) * b @ a
+
+
+@pytest.mark.parametrize("alpha", [1.0, 3.0, 4.0, 13.0])
+@pytest.mark.parametrize("form", ["diffusers", "comfyui", "peft"])
+def test_the_strength_is_in_the_matrices(random_model, form, alpha, tmp_path):
+    """Alpha over rank, 4, whatever it is: B A as saved is the change of the weight."""
+    policy = policies.load(random_model)
+    policy.attach_lora(4, alpha, None, seed=0)
+    layer = policy.pipe.transformer.transformer_blocks[0].attn.to_q
+    with torch.no_grad():
+        layer.lora_B["default"].weight.fill_(0.5)
+    tensors = load_file(policy.export(tmp_path, form))
+    a, b = (next(v for k, v in tensors.items() if f"blocks.0.attn.to_q.lora_{side}" in k) for side in "AB")
+    torch.testing.assert_close(b @ a, layer.get_delta_weight("default"))
+    assert {float(value) for key, value in tensors.items() if key.endswith("alpha")} <= {4.0}
+    policy.check_export(tmp_path, form)
+
+
+def test_pefts_settings_name_each_layer(folders, tmp_path):
+    """By its whole name: `to_out` is the end of what peft cannot adapt, too."""
+    policy = moved(opened(folders, "FLUX.2-klein", 1.0))
+    policy.export(tmp_path, "peft")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    adapted = sorted(n for n, m in policy.pipe.transformer.named_modules() if hasattr(m, "base_layer"))
+    assert settings["target_modules"] == adapted
+    assert (settings["peft_type"], settings["r"], settings["lora_alpha"]) == ("LORA", 4, 4)
+    assert settings["inference_mode"] is True
+
+
+def test_the_halves_of_flux2s_norm_out_are_swapped_as_comfyui_expects(folders, tmp_path):
+    """The released weights have the shift first, diffusers the scale. ComfyUI adds the change with its halves swapped
+    to the released weight; what diffusers makes of that weight is our layer's."""
+    policy = opened(folders, "FLUX.2-klein", 1.0)
+    policy.attach_lora(4, 8.0, ["norm_out.linear"], seed=0)
+    layer = policy.pipe.transformer.norm_out.linear
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(0))
+    policy.export(tmp_path, "comfyui")
+    policy.check_export(tmp_path, "comfyui")
+    tensors = load_file(tmp_path / "comfyui_lora.safetensors")
+    name = "transformer.norm_out.linear"
+    a, b = (tensors[f"{name}.lora_{side}.weight"] for side in "AB")
+    assert float(tensors[f"{name}.alpha"]) == len(a)
+    released = layer.base_layer.weight.detach().roll(len(b) // 2, 0) + (b @ a).roll(len(b) // 2, 0)
+    made = convert_flux2_transformer_checkpoint_to_diffusers({"final_layer.adaLN_modulation.1.weight": released})
+    torch.testing.assert_close(
+        made["norm_out.linear.weight"], layer.base_layer.weight + layer.get_delta_weight("default")
+    )
 
 
 @pytest.mark.parametrize(("name", "prefix"), [("Stable Diffusion 3", "transformer"), ("Z-Image", "diffusion_model")])
@@ -74,7 +137,7 @@ def test_the_comfyui_file_has_two_matrices_and_an_alpha_for_each_layer(folders, 
     adapted = [n for n, m in policy.pipe.transformer.named_modules() if hasattr(m, "base_layer")]
     parts = ("lora_A.weight", "lora_B.weight", "alpha")
     assert set(tensors) == {f"{prefix}.{layer}.{part}" for layer in adapted for part in parts}
-    assert {float(value) for key, value in tensors.items() if key.endswith("alpha")} == {8.0}
+    assert {float(value) for key, value in tensors.items() if key.endswith("alpha")} == {4.0}
 
 
 @pytest.mark.parametrize("form", exports.FORMATS)
@@ -84,11 +147,11 @@ def test_the_header_says_what_a_file_is_of(small, form, tmp_path):
     assert len(said.pop("mmalign.weights_hash")) == 16
     assert said == {
         "mmalign.base_hash": small.fingerprint(), "mmalign.pipeline": "StableDiffusion3Pipeline",
-        "mmalign.family": "SD3Policy", "mmalign.rank": "4", "mmalign.alpha": "8.0", "mmalign.guidance": "1.0",
-        "mmalign.iteration": "7", "mmalign.config": '{"seed": 3}',
+        "mmalign.family": "SD3Policy", "mmalign.rank": "4", "mmalign.alpha": "4", "mmalign.guidance": "1.0",
+        "mmalign.size": "[32, 32]", "mmalign.iteration": "7", "mmalign.config": '{"seed": 3}',
     }  # fmt: skip
     if form == "diffusers":
-        assert json.loads(header(path)["lora_adapter_metadata"])["transformer.lora_alpha"] == 8.0
+        assert json.loads(header(path)["lora_adapter_metadata"])["transformer.lora_alpha"] == 4
 
 
 def test_the_fingerprint_is_of_the_base_alone(random_model):
@@ -168,7 +231,7 @@ LAYER = "transformer.transformer_blocks.0.attn.to_q"
         (lambda t: t.pop(f"{LAYER}.lora_B.weight"), "transformer_blocks.0.attn.to_q has no lora_B.weight"),
         (lambda t: t.pop(f"{LAYER}.alpha"), "transformer_blocks.0.attn.to_q has no alpha"),
         (lambda t: [t.pop(key) for key in [*t] if key.startswith(LAYER)], "changes the velocity by"),
-        (lambda t: t.update({f"{LAYER}.alpha": torch.tensor(4.0)}), "changes the velocity by"),
+        (lambda t: t.update({f"{LAYER}.alpha": torch.tensor(2.0)}), "changes the velocity by"),
         (lambda t: t[f"{LAYER}.lora_A.weight"].fill_(torch.nan), "its matrices are not finite"),
         (lambda t: t.update({f"{LAYER}.lora_A.weight": torch.ones(4, 5)}), r"a change of shape \[32, 5\]"),
         (lambda t: t.update({f"{LAYER}.lora_A.weight": torch.ones(3, 32)}), "are no LoRA's A, B and alpha"),
@@ -186,8 +249,8 @@ def test_matrices_that_do_not_give_our_model_are_refused(small, change, says, tm
 
 def test_layers_and_families_that_comfyui_has_no_names_for_are_refused(folders, random_model, tmp_path):
     policy = opened(folders, "FLUX.2-klein", 1.0)
-    policy.attach_lora(4, 8.0, ["to_q", "norm_out.linear"], seed=0)
-    with pytest.raises(ValueError, match=r"ComfyUI knows no layer 'norm_out\.linear' of a Flux2KleinPipeline"):
+    policy.attach_lora(4, 8.0, ["to_q", "single_stream_modulation.linear"], seed=0)
+    with pytest.raises(ValueError, match=r"ComfyUI knows no layer .single_stream_modulation\.linear. of a Flux2Klein"):
         policy.export(tmp_path, "comfyui")
     policy.export(tmp_path)
     policy.check_export(tmp_path)
@@ -209,7 +272,7 @@ def test_layers_and_families_that_comfyui_has_no_names_for_are_refused(folders, 
             {
                 "time_guidance_embed.timestep_embedder.linear_1", "time_guidance_embed.timestep_embedder.linear_2",
                 "double_stream_modulation_img.linear", "double_stream_modulation_txt.linear",
-                "single_stream_modulation.linear", "norm_out.linear",
+                "single_stream_modulation.linear",
             },
         ),
     ],

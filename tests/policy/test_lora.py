@@ -1,0 +1,92 @@
+"""Which layers a LoRA is put on, of each family."""
+
+import re
+
+import pytest
+import torch
+from tiny_pipelines import FAMILIES
+from tiny_policies import opened
+from torch import nn
+
+from mmalign.config import ROOT
+from mmalign.policy import lora, meta
+
+SIDES = "to_q|to_k|to_v|add_q_proj|add_k_proj|add_v_proj|to_qkv_mlp_proj"
+OUT = r"to_out(\.0)?|to_add_out"
+PROJECTION = re.compile(rf".*\.(attn2?|attention)\.({SIDES}|{OUT})")
+BLOCK = re.compile(r"((single_)?transformer_blocks|layers|noise_refiner|context_refiner)\.\d+\.")
+
+
+def linear(network) -> set[str]:
+    return {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+
+
+def adapted(network) -> set[str]:
+    return {name for name, module in network.named_modules() if hasattr(module, "base_layer")}
+
+
+def blocks(names) -> set[str]:
+    return {found[0] for name in names if (found := BLOCK.match(name))}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_attention_projection_of_every_block_is_adapted(folders, name):
+    policy = opened(folders, name, 1.0)
+    every = linear(policy.pipe.transformer)
+    projections = {layer for layer in every if PROJECTION.fullmatch(layer)}
+    assert projections == {layer for layer in every if re.search(r"\.(attn2?|attention)\.", layer)}
+    policy.attach_lora(4, 8.0, None, seed=0)
+    assert adapted(policy.pipe.transformer) == projections
+    assert blocks(projections) == blocks(every) != set()
+    assert len(policy.adapter()) == 2 * len(projections)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "of"),
+    [
+        ("stable_diffusion_3.5_medium", 24 * 8 - 1 + 13 * 4, 24 * 14 - 3 + 13 * 4 + 7),
+        ("flux.1_dev", 19 * 8 + 38 * 3, 504),
+        ("flux.2_klein_base_4b", 5 * 8 + 20 * 2, 109),
+        ("qwen_image", 60 * 8, 846),
+        ("z_image", (30 + 2 + 2) * 4, 276),
+    ],
+)
+def test_the_released_models_have_as_many_by_default(architecture, layers, of):
+    policy = meta.load(str(ROOT / "assets/architectures" / architecture), dtype="bfloat16")
+    assert len(linear(policy.pipe.transformer)) == of
+    policy.attach_lora(16, 32.0, None, seed=0)
+    assert len(adapted(policy.pipe.transformer)) == layers
+
+
+def test_targets_are_ends_of_names_of_linear_layers_alone():
+    """`to_out` is a linear layer's name in one block and a list's in another."""
+    listed, plain = (
+        {"to_out": nn.ModuleList([nn.Linear(4, 4)])},
+        {"to_out": nn.Linear(4, 4), "auto_out": nn.Linear(4, 4)},
+    )
+    network = nn.ModuleDict({"one": nn.ModuleDict(listed), "two": nn.ModuleDict(plain)})
+    assert [*lora.linear(network)] == ["one.to_out.0", "two.to_out", "two.auto_out"]
+    assert [layer for layer in lora.linear(network) if lora._ends(layer, "to_out")] == ["two.to_out"]
+
+
+def test_layers_of_unlike_rank_are_put_in_as_they_are(folders):
+    policy = opened(folders, "FLUX.2-klein", 1.0)
+    generator = torch.Generator().manual_seed(0)
+    layers = lora.linear(policy.pipe.transformer)
+    chosen = {"transformer_blocks.0.attn.to_q": 3, "single_transformer_blocks.0.attn.to_out": 5, "norm_out.linear": 5,
+              "single_transformer_blocks.1.attn.to_qkv_mlp_proj": 1}  # fmt: skip
+    matrices = {
+        name: (torch.randn(rank, layers[name].in_features, generator=generator),
+               torch.randn(layers[name].out_features, rank, generator=generator))
+        for name, rank in chosen.items()
+    }  # fmt: skip
+    before = torch.get_rng_state()
+    policy.insert_lora(matrices)
+    assert torch.equal(torch.get_rng_state(), before)
+    network = policy.pipe.transformer
+    assert adapted(network) == set(chosen)
+    for name, (a, b) in matrices.items():
+        torch.testing.assert_close(network.get_submodule(name).get_delta_weight("default"), b @ a)
+    torch.testing.assert_close(dict(lora.folded(network)), matrices)
+    with pytest.raises(ValueError, match=r"norm_out\.linear: a change of shape \[2, 2\], and the model's weight is \["):
+        opened(folders, "FLUX.2-klein", 1.0).insert_lora({"norm_out.linear": (torch.ones(1, 2), torch.ones(2, 1))})
