@@ -11,16 +11,19 @@ through 8-bit pixels, and without leaving the device. Licence: the model's own; 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from reward_models import files, limits, model_folders
 from reward_models.images import resized
+from reward_models.model_folders import loading
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, loading, named
+from reward_models.weights import counted, fingerprint, named
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny_clip"
 
@@ -41,6 +44,29 @@ def _known(model: str, pretrained: str | None) -> str:
         asked = f"{pretrained!r} is neither a tag nor a file of weights" if pretrained else "`pretrained` is missing"
         raise ValueError(f"clip: {asked}; tags of {name}: {', '.join(tags) or 'none'}")
     return name
+
+
+def opened(name: str, pretrained: str | None = None, **settings: Any) -> tuple[nn.Module, Callable]:
+    """A model of open_clip with its weights, and its tokenizer. What a folder or hub repository says of itself is
+    looked at first (`reward_models.model_folders`), and so is the text model of the hub that it may name."""
+    kind, _, place = name.rpartition(":")
+    if kind:
+        folder = model_folders.configs(place, named(place))
+        config = files.parsed(files.text(folder / "open_clip_config.json", limits.CONFIG))["model_cfg"]
+        text, vision = config["text_cfg"], config["vision_cfg"]
+        names = [text.get("hf_model_name"), kind == "hf-hub" and text.get("hf_tokenizer_name")]
+        for other in filter(None, names):
+            if Path(other).exists():
+                raise ValueError(
+                    f"hf_model_name: {other!r} leads to another place; a model is read from its own folder"
+                )
+            model_folders.configs(other, other)
+        if kind == "local-dir" and not text.get("hf_model_name") and not vision.get("timm_model_name"):
+            with torch.device("meta"):
+                empty = open_clip.create_model(name, load_weights=False, device="meta")
+            model_folders.check_size(counted(empty), place, named(place))
+    loaded = open_clip.create_model(name, pretrained, require_pretrained=True, **settings)
+    return loaded, open_clip.get_tokenizer(name)
 
 
 class Clip:
@@ -80,8 +106,9 @@ def clip(model: str | None = None, pretrained: str | None = None, device: str = 
         raise ValueError(f"clip: the embedded model is not at {TINY}; build it with scripts/build_tiny_clip.py")
     name = _known(str(model or TINY), pretrained)
     with loading("clip", name):
-        loaded = open_clip.create_model(name, pretrained, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(name)
+        # the tag knows how its weights were trained; the model's name alone does not
+        quick = bool(pretrained and open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
+        loaded, tokenizer = opened(name, pretrained, force_quick_gelu=quick)
     shown = " ".join(named(part) for part in (model or str(TINY), pretrained) if part)
     card = Card(
         "clip",
@@ -91,6 +118,7 @@ def clip(model: str | None = None, pretrained: str | None = None, device: str = 
         high=1,
         size=described(loaded),
         checkpoint=fingerprint(loaded),
+        settings={"quick_gelu": True} if quick else {},
     )
     return Clip(loaded, tokenizer, card, "cosine", device, batch)
 

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_models.images import to_uint8
+from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, loading, named, pretrained
+from reward_models.weights import fingerprint, named, pretrained
 
 
 class PickScore:
@@ -34,8 +35,9 @@ class PickScore:
 
         with loading("pickscore", f"{model} with {processor}"):
             self.model = pretrained(CLIPModel, model, dtype=torch.float32).to(device)
-            self.image_processor = AutoImageProcessor.from_pretrained(processor, trust_remote_code=False)
-            self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
+            same = pinned(processor, named(processor))
+            self.image_processor = AutoImageProcessor.from_pretrained(processor, trust_remote_code=False, **same)
+            self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False, **same)
         self.device, self.batch = device, batch
         self.card = Card(
             "pickscore",
