@@ -906,6 +906,7 @@ def _line(text: str) -> str:
 
 def main() -> None:
     """Run the command line; a user's mistake becomes one line on stderr."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes that libraries start import nothing from the current folder either
     import torch
 
     torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower

@@ -140,13 +140,16 @@ def _bounded(path: Path, where: str) -> None:
 
 def configs(place: str, what: str) -> Path:
     """The folder that holds a model's settings, looked at: `place` itself, or for a hub id the snapshot to which its
-    JSON files and templates are downloaded. ValueError as `check`; whatever the hub raises if it has no such model."""
+    JSON files and templates are downloaded. ValueError as `check`, and if there is no such model."""
     if os.path.exists(place):
         folder = Path(place)
     else:
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(place, allow_patterns=["*.json", "*.jinja"], ignore_patterns=["*/*/*"]))
+        try:
+            folder = Path(snapshot_download(place, allow_patterns=["*.json", "*.jinja"], ignore_patterns=["*/*/*"]))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{what} is neither a folder here nor a model the hub knows: {error}") from None
     check(folder, what)
     return folder
 
@@ -174,7 +177,7 @@ def loading(who: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _mistake(error):
+        if _mistake(error) or (isinstance(error, ValueError) and str(error).startswith(f"{who}: ")):
             raise
         words = " ".join(str(error).split())[:500]
         plain = isinstance(error, (OSError, RuntimeError, ValueError, ImportError)) and words

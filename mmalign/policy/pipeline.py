@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from mmalign.checkpoint import fingerprint
 from mmalign.policy import export as exports, lora
 from mmalign.types import Latents
+from reward_models.model_folders import LIBRARIES, check_size, loading, pinned
+from reward_models.trust import imported
+from reward_models.weights import complete, counted
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # Flow-GRPO's
 
@@ -91,21 +94,25 @@ class PipelinePolicy(ABC):
         quantize: str | None = None,
         offload: bool = False,
     ):
-        kind, more = getattr(diffusers, cls.pipeline), {}
         if offload and device == "cpu":
             raise ValueError("offload: the model is on the CPU, where there is nothing to make room on; remove it")
-        try:
-            if quantize:
-                own = {"transformer": QUANTIZED[quantize](dtype)}
-                more["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=own)
-            more |= cls.absent(kind.load_config(model))
-            pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, **more)
-        except OSError as error:
-            raise ValueError(f"model {model!r}: its weights are needed as safetensors: {error}") from None
-        except (ImportError, RuntimeError) as error:
-            if quantize:
-                raise ValueError(f"quantize: {quantize}: {error}") from None
-            raise
+        from mmalign.policy import meta  # it is made of this module's
+
+        what, kind = f"model {model!r}", getattr(diffusers, cls.pipeline)
+        empty = meta.load(model, dtype="float32", guidance=guidance, size=size)
+        with loading(what, "it"):
+            same = pinned(model, what)
+            folder = Path(kind.download(model, use_safetensors=True, **same)) if same else Path(model)
+            index = kind.load_config(folder)
+            parts = dict(cls.absent(index))
+        for name, part in empty.pipe.components.items():
+            if isinstance(part, nn.Module) and index[name][0] in LIBRARIES:
+                config = QUANTIZED[quantize](dtype) if quantize and name == "transformer" else None
+                check_size(counted(part), folder / name, what)
+                with loading(what if config is None else f"quantize: {quantize}", f"its {name}"):
+                    parts[name] = _loaded(class_of(name, index[name]), folder, name, dtype, config, what)
+        with loading(what, "its tokenizers and scheduler"):
+            pipe = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, **parts)
         pipe.set_progress_bar_config(disable=True)
         for name, part in pipe.components.items():
             placed = name == "transformer" and quantize in ("llm_int8", "nf4")  # bitsandbytes loads to the GPU
@@ -113,12 +120,23 @@ class PipelinePolicy(ABC):
                 part.to(device)
         policy = cls(pipe, guidance, size)
         policy.offload = offload
+        with loading(what, "its text encoders"):
+            policy.check_texts()
         return policy
 
     @classmethod
     def absent(cls, index: dict[str, Any]) -> dict[str, None]:
         """Parts of the pipeline that were saved without; by default all are there."""
         return {}
+
+    def check_texts(self) -> None:
+        """ValueError unless the embeddings of a text are finite and of the width that the transformer takes."""
+        shapes = self.text_shapes()
+        for name, value in self.encode([""]).empty.items():
+            if value.shape[2:] != shapes[name][1:] if name != "pooled" else value.shape[1:] != shapes[name]:
+                raise ValueError(f"{name} are {list(value.shape[1:])} wide, the transformer takes {list(shapes[name])}")
+            if not value.isfinite().all():
+                raise ValueError(f"{name} of a text are not finite")
 
     # -------------------------------------------------------------------------------- what a family says of itself
 
@@ -365,6 +383,39 @@ class PipelinePolicy(ABC):
     def check_export(self, folder: Path, form: str = "diffusers") -> None:
         """Read what `export` wrote and compare one velocity with ours; raises ValueError."""
         exports.check(self, folder, form)
+
+
+def is_part(kind: type, name: str, own: Any) -> bool:
+    """Whether a name in a pipeline's index is that of a part, which it then gives by library and class. ValueError if
+    it does not."""
+    if name not in kind._get_signature_keys(kind)[0]:
+        return False
+    if own is not None and not (
+        isinstance(own, list | tuple) and len(own) == 2 and all(part is None or isinstance(part, str) for part in own)
+    ):
+        raise ValueError(f"model_index.json: {name}: {str(own)[:100]!r} is not the library and the class of a part")
+    return True
+
+
+def class_of(name: str, own: Sequence[str]) -> type:
+    """The class that a pipeline's index names for a part. ValueError if there is none such, or it is none of a part."""
+    kind = imported(f"{own[0]}:{own[1]}", name, ours=own[0] in LIBRARIES)
+    if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
+        raise ValueError(f"model_index.json: {name}: {own[1]!r} is no class of a part")
+    return kind
+
+
+def _loaded(kind: type, folder: Path, name: str, dtype: torch.dtype, quantization: Any, what: str) -> nn.Module:
+    """A part of a pipeline with all of its weights. transformers would make up what is missing."""
+    more = {} if quantization is None else {"quantization_config": quantization}
+    try:
+        part, info = kind.from_pretrained(
+            folder, subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True, **more
+        )
+    except OSError as error:
+        raise ValueError(f"{what}: its weights are needed as safetensors: {' '.join(str(error).split())}") from None
+    complete(part, info)
+    return part
 
 
 def stored(value: Tensor) -> list[Tensor]:

@@ -49,17 +49,18 @@ def _known(model: str, pretrained: str | None) -> str:
 def opened(name: str, pretrained: str | None = None, **settings: Any) -> tuple[nn.Module, Callable]:
     """A model of open_clip with its weights, and its tokenizer. What a folder or hub repository says of itself is
     looked at first (`reward_models.model_folders`), and so is the text model of the hub that it may name."""
-    kind, _, place = name.rpartition(":")
-    if kind:
+    kind, colon, place = name.partition(":")
+    if colon:
         folder = model_folders.configs(place, named(place))
-        config = files.parsed(files.text(folder / "open_clip_config.json", limits.CONFIG))["model_cfg"]
-        text, vision = config["text_cfg"], config["vision_cfg"]
+        config = files.parsed(files.text(folder / "open_clip_config.json", limits.CONFIG))
+        model = config.get("model_cfg")
+        text, vision = (model.get(key) if isinstance(model, dict) else None for key in ("text_cfg", "vision_cfg"))
+        if not isinstance(text, dict) or not isinstance(vision, dict):
+            raise ValueError("open_clip_config.json describes no text_cfg and vision_cfg in a model_cfg")
         names = [text.get("hf_model_name"), kind == "hf-hub" and text.get("hf_tokenizer_name")]
         for other in filter(None, names):
-            if Path(other).exists():
-                raise ValueError(
-                    f"hf_model_name: {other!r} leads to another place; a model is read from its own folder"
-                )
+            if not isinstance(other, str) or Path(other).exists():
+                raise ValueError(f"hf_model_name: {other!r} is no model of the hub")
             model_folders.configs(other, other)
         if kind == "local-dir" and not text.get("hf_model_name") and not vision.get("timm_model_name"):
             with torch.device("meta"):
