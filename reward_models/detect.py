@@ -179,6 +179,12 @@ def _instances(kinds: Float[Tensor, "Q C"], masks: Float[Tensor, "Q H W"], confi
 def detector(model: str, confidence: int | float, device: str = "cpu") -> ClosedSet | OpenSet:
     """The detector in a folder or hub repository; it reports objects it is more than `confidence` sure of. ValueError
     if it is of no kind that is known here; whatever transformers raises if it cannot be had."""
+    finder = _opened(model, confidence, device)
+    finder.detect(torch.full((1, 3, 64, 64), 0.5), [["cat"]])  # a folder may describe images that its model cannot take
+    return finder
+
+
+def _opened(model: str, confidence: int | float, device: str) -> ClosedSet | OpenSet:
     from transformers import (
         MODEL_FOR_OBJECT_DETECTION_MAPPING,
         MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING,

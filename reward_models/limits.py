@@ -9,5 +9,6 @@ PIXELS = 64 * 2**20  # pixels of a picture on disk: 8192 x 8192, 768 MiB as floa
 CONFIG = 16 * 2**20  # bytes of a JSON file of settings in a model's folder
 TEMPLATE = 2**20  # bytes of a chat template
 VOCABULARY = 256 * 2**20  # bytes of a tokenizer's file
+SIDE = 8192  # pixels of a side of the images that a model is shown
 LAYERS = 1000  # layers, blocks or levels that a model's config may ask for
 STEPS = 100_000  # training steps that a scheduler may count

@@ -188,7 +188,7 @@ def loading(who: str, what: str) -> Iterator[None]:
 
 def _mistake(error: Exception) -> bool:
     """Whether an error is of a kind that only wrong code has, and arose in this project's own lines."""
-    if isinstance(error, (OSError, RuntimeError, ValueError, KeyError, ImportError, MemoryError)):
+    if isinstance(error, (OSError, RuntimeError, ValueError, LookupError, ImportError, MemoryError)):
         return False
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     ours = frames[-1].partition(".")[0] in ("reward_models", "mmalign")

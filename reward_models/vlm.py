@@ -39,7 +39,9 @@ def load(scorer: str, model: str, device: str, dtype: str) -> tuple[nn.Module, o
 
     kind = type_of(scorer, dtype)
     with loading(scorer, model):
-        return pretrained(AutoModelForImageTextToText, model, dtype=kind).to(device), processor_of(model)
+        processor = processor_of(model)
+        asked(processor, about(torch.full((1, 3, 64, 64), 0.5), ["a"]), "cpu")  # a folder may describe what cannot be
+        return pretrained(AutoModelForImageTextToText, model, dtype=kind).to(device), processor
 
 
 def about(images: Images, texts: Sequence[str]) -> list[tuple[Any, ...]]:

@@ -1,7 +1,7 @@
 """Find, read and name the weights of a scorer."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reward_models import model_folders
+from reward_models.types import Prompt
 
 
 def named(place: str) -> str:
@@ -72,6 +73,13 @@ def complete(model: nn.Module, info: Mapping) -> None:
     for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
         if names := sorted(map(str, info.get(key) or ())):
             raise RuntimeError(f"the checkpoint {what} {len(names)} weights of {type(model).__name__}, e.g. {names[0]}")
+
+
+def tried(look: Callable) -> None:
+    """ValueError unless a scorer's `look` has a number for a grey image; whatever the libraries raise otherwise. A
+    folder can be whole and yet describe images that its model does not take."""
+    if not look(torch.full((1, 3, 64, 64), 0.5), [Prompt("a")]).isfinite().all():
+        raise ValueError("its score of a grey image is not finite")
 
 
 def counted(model: nn.Module) -> int:

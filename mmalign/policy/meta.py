@@ -43,10 +43,9 @@ def load(
     folder, _ = policies.opened(model)
     with loading(f"model {model!r}", "its configs"):
         pipe = _pipeline(folder, family, getattr(torch, dtype))
-    policy = family(pipe, guidance, size)
-    with loading(f"model {model!r}", "its configs"):
-        _try(policy)
-    return policy
+        smallest = family.pixels_of(pipe) * family.grain_of(pipe)
+        _try(family(pipe, 1.0, (smallest, smallest)))
+    return family(pipe, guidance, size)
 
 
 def _pipeline(folder: Path, family: type[PipelinePolicy], dtype: torch.dtype):
@@ -94,7 +93,6 @@ def _try(policy: PipelinePolicy) -> None:
         image = policy.pixels(policy.unscaled(x).to(policy.pipe.vae.dtype))
     if v.shape != x.shape or image.shape != (1, 3, *policy.image_size):
         raise ValueError(f"latents {list(x.shape)} become {list(v.shape)} and images {list(image.shape)}")
-    policy.spent.clear()
 
 
 def weights(policy: PipelinePolicy) -> dict[str, int]:

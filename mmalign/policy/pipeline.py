@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmalign.checkpoint import fingerprint
 from mmalign.policy import export as exports, lora
 from mmalign.types import Latents
+from reward_models import limits
 from reward_models.model_folders import LIBRARIES, check_size, loading, pinned
 from reward_models.trust import imported
 from reward_models.weights import complete, counted
@@ -71,7 +72,7 @@ class PipelinePolicy(ABC):
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
         factor = self.pixels_of(pipe)
-        height, width = size or (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
+        height, width = size or self._usual_size(pipe)
         unit = factor * self.grain_of(pipe)
         if height % unit or width % unit:
             raise ValueError(f"size {height}x{width} must be a multiple of {unit} pixels")
@@ -124,6 +125,14 @@ class PipelinePolicy(ABC):
             policy.check_texts()
         return policy
 
+    @staticmethod
+    def _usual_size(pipe) -> tuple[int, int]:
+        """Of the images that the model was trained on. ValueError if its config has no size that can be drawn."""
+        sample = pipe.default_sample_size
+        if not isinstance(sample, int) or not 0 < (sample * pipe.vae_scale_factor) ** 2 <= limits.PIXELS:
+            raise ValueError(f"the model's config has sample_size {sample!r}, which is no size of images; give a size")
+        return (sample * pipe.vae_scale_factor,) * 2
+
     @classmethod
     def absent(cls, index: dict[str, Any]) -> dict[str, None]:
         """Parts of the pipeline that were saved without; by default all are there."""
@@ -137,6 +146,8 @@ class PipelinePolicy(ABC):
                 raise ValueError(f"{name} are {list(value.shape[1:])} wide, the transformer takes {list(shapes[name])}")
             if not value.isfinite().all():
                 raise ValueError(f"{name} of a text are not finite")
+        self._known.clear()
+        self.spent.clear()
 
     # -------------------------------------------------------------------------------- what a family says of itself
 

@@ -18,7 +18,7 @@ from reward_models.images import to_uint8
 from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, linear_chain, located, named, pretrained, read
+from reward_models.weights import fingerprint, linear_chain, located, named, pretrained, read, tried
 
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 
@@ -54,6 +54,8 @@ class Aesthetic:
             size="224 px, shortest, bicubic, as its processor has it",
             checkpoint=fingerprint(self.model, self.head),
         )
+        with loading("aesthetic", f"{head} on {model}"):
+            tried(self._look)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look, self.batch)

@@ -8,7 +8,9 @@ Images stay tensors: they are resized and normalised as the model's own preproce
 through 8-bit pixels, and without leaving the device. Licence: the model's own; the embedded one is Apache-2.0.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from reward_models.images import resized
 from reward_models.model_folders import loading
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import counted, fingerprint, named
+from reward_models.weights import counted, fingerprint, named, tried
 
+INTERPOLATIONS = ("bicubic", "bilinear", "random")
+RESIZE_MODES = ("shortest", "longest", "squash")
 TINY = Path(__file__).parents[2] / "assets" / "tiny_clip"
 
 
@@ -63,11 +67,37 @@ def opened(name: str, pretrained: str | None = None, **settings: Any) -> tuple[n
                 raise ValueError(f"hf_model_name: {other!r} is no model of the hub")
             model_folders.configs(other, other)
         if kind == "local-dir" and not text.get("hf_model_name") and not vision.get("timm_model_name"):
-            with torch.device("meta"):
+            with torch.device("meta"), _hushed():
                 empty = open_clip.create_model(name, load_weights=False, device="meta")
             model_folders.check_size(counted(empty), place, named(place))
-    loaded = open_clip.create_model(name, pretrained, require_pretrained=True, **settings)
-    return loaded, open_clip.get_tokenizer(name)
+    with _hushed():
+        loaded = open_clip.create_model(name, pretrained, require_pretrained=True, **settings)
+        return loaded, open_clip.get_tokenizer(name)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without open_clip's warnings, which it gives by the root logger: what is wrong it raises as well."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _check_preprocessing(config: dict[str, Any]) -> None:
+    """ValueError for a setting of the images that a model is shown that none can be made by."""
+    sides = config["size"] if isinstance(config["size"], (tuple, list)) else [config["size"]] * 2
+    numbers = {"mean": config["mean"], "std": config["std"], "fill_color": [config["fill_color"]] * 3}
+    for name, three in numbers.items():
+        if not isinstance(three, (tuple, list)) or [type(own) in (int, float) for own in three] != [True] * 3:
+            raise ValueError(f"preprocess_cfg: {name} {str(three)[:60]} is not one number for each colour")
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= limits.SIDE for side in sides):
+        raise ValueError(f"preprocess_cfg: size {str(config['size'])[:60]} is not from 1 to {limits.SIDE} pixels")
+    for name, known in (("interpolation", INTERPOLATIONS), ("resize_mode", RESIZE_MODES)):
+        if config[name] not in known:
+            raise ValueError(f"preprocess_cfg: {name} {str(config[name])[:60]!r} is not one of {', '.join(known)}")
 
 
 class Clip:
@@ -110,18 +140,20 @@ def clip(model: str | None = None, pretrained: str | None = None, device: str = 
         # the tag knows how its weights were trained; the model's name alone does not
         quick = bool(pretrained and open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
         loaded, tokenizer = opened(name, pretrained, force_quick_gelu=quick)
-    shown = " ".join(named(part) for part in (model or str(TINY), pretrained) if part)
-    card = Card(
-        "clip",
-        model=shown,
-        licence="the model's own" if model else "Apache-2.0",
-        low=-1,
-        high=1,
-        size=described(loaded),
-        checkpoint=fingerprint(loaded),
-        settings={"quick_gelu": True} if quick else {},
-    )
-    return Clip(loaded, tokenizer, card, "cosine", device, batch)
+        card = Card(
+            "clip",
+            model=" ".join(named(part) for part in (model or str(TINY), pretrained) if part),
+            licence="the model's own" if model else "Apache-2.0",
+            low=-1,
+            high=1,
+            size=described(loaded),
+            checkpoint=fingerprint(loaded),
+            settings={"quick_gelu": True} if quick else {},
+        )
+        _check_preprocessing(open_clip.get_model_preprocess_cfg(loaded))
+        scorer = Clip(loaded, tokenizer, card, "cosine", device, batch)
+        tried(scorer._look)
+    return scorer
 
 
 def described(model: nn.Module) -> str:

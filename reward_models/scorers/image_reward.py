@@ -22,7 +22,7 @@ from reward_models.images import resized
 from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, linear_chain, located, named, read
+from reward_models.weights import fingerprint, linear_chain, located, named, read, tried
 
 SHIFT, SPREAD = 0.16717362830052426, 1.0333394966054072  # mean and standard deviation of raw scores on their data
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -140,6 +140,8 @@ class ImageReward:
             checkpoint=fingerprint(self.vision, self.text, self.head),
             settings={"tokenizer": named(tokenizer)},
         )
+        with loading("image_reward", f"{weights} with {tokenizer}"):
+            tried(self._look)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look, self.batch)

@@ -15,7 +15,7 @@ from reward_models.images import to_uint8
 from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, named, pretrained
+from reward_models.weights import fingerprint, named, pretrained, tried
 
 
 class PickScore:
@@ -47,6 +47,8 @@ class PickScore:
             checkpoint=fingerprint(self.model),
             settings={"processor": named(processor)},
         )
+        with loading("pickscore", f"{model} with {processor}"):
+            tried(self._look)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look, self.batch)
