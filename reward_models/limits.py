@@ -10,5 +10,5 @@ CONFIG = 16 * 2**20  # bytes of a JSON file of settings in a model's folder
 TEMPLATE = 2**20  # bytes of a chat template
 VOCABULARY = 256 * 2**20  # bytes of a tokenizer's file
 SIDE = 8192  # pixels of a side of the images that a model is shown
-LAYERS = 1000  # layers, blocks or levels that a model's config may ask for
+LAYERS = 200  # layers, blocks or levels that a model's config may ask for
 STEPS = 100_000  # training steps that a scheduler may count

@@ -39,9 +39,12 @@ def load(scorer: str, model: str, device: str, dtype: str) -> tuple[nn.Module, o
 
     kind = type_of(scorer, dtype)
     with loading(scorer, model):
-        processor = processor_of(model)
-        asked(processor, about(torch.full((1, 3, 64, 64), 0.5), ["a"]), "cpu")  # a folder may describe what cannot be
-        return pretrained(AutoModelForImageTextToText, model, dtype=kind).to(device), processor
+        network, processor = pretrained(AutoModelForImageTextToText, model, dtype=kind).to(device), processor_of(model)
+        with torch.no_grad():  # a folder may be whole and describe what its model cannot read
+            logits = network(**asked(processor, [(torch.full((3, 64, 64), 0.5), "a")], device)).logits
+        if not logits.isfinite().all():
+            raise ValueError("what it would say of a grey image is not finite")
+        return network, processor
 
 
 def about(images: Images, texts: Sequence[str]) -> list[tuple[Any, ...]]:

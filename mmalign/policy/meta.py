@@ -40,23 +40,23 @@ def load(
     if ":" in model and not Path(model).exists():
         raise ValueError(f"model {model!r} loads itself; only a pipeline's configs can be read without its weights")
     family = policies.family(model)
-    folder, _ = policies.opened(model)
-    with loading(f"model {model!r}", "its configs"):
-        pipe = _pipeline(folder, family, getattr(torch, dtype))
+    (folder, _), what = policies.opened(model), f"model {model!r}"
+    with loading(what, "its configs"):
+        pipe = _pipeline(folder, family, getattr(torch, dtype), what)
         smallest = family.pixels_of(pipe) * family.grain_of(pipe)
         _try(family(pipe, 1.0, (smallest, smallest)))
     return family(pipe, guidance, size)
 
 
-def _pipeline(folder: Path, family: type[PipelinePolicy], dtype: torch.dtype):
+def _pipeline(folder: Path, family: type[PipelinePolicy], dtype: torch.dtype, what: str):
     """A pipeline with the parts that its index names, without weights, tokenizers and processors."""
     kind = getattr(diffusers, family.pipeline)
     index = kind.load_config(folder)
-    parts = {
-        name: own if not is_part(kind, name, own) else _part(folder, name, own)
-        for name, own in (index | family.absent(index)).items()
-        if not name.startswith("_")
-    }
+    parts = {}
+    for name, own in (index | family.absent(index)).items():
+        if not name.startswith("_"):
+            with loading(what, f"its {name}"):
+                parts[name] = _part(folder, name, own) if is_part(kind, name, own) else own
     pipe = kind(**parts)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -78,19 +78,16 @@ def _part(folder: Path, name: str, own: Sequence[str | None] | None):
 
 
 def _try(policy: PipelinePolicy) -> None:
-    """One velocity and one image in shapes alone. ValueError for parts that do not fit each other, and for numbers
-    that nothing can be drawn with; whatever the libraries raise for other faults."""
+    """One velocity and one image in shapes alone. ValueError for parts that do not fit each other, and for times that
+    nothing can be drawn with; whatever the libraries raise for other faults."""
     times = policy.times(4)
     if not times.isfinite().all() or times[0] > 1 or not (times.diff() < 0).all() or times[-1] != 0:
         raise ValueError(f"its scheduler's times do not fall from 1 to 0: {[round(t, 4) for t in times.tolist()]}")
     x = torch.empty(1, *policy.latent_shape, device="meta", dtype=policy.pipe.transformer.dtype)
-    units = [torch.as_tensor(value, dtype=torch.float32) for value in policy.units(x)]
-    if not all(value.is_meta or value.isfinite().all() for value in units) or not (units[1].is_meta or units[1].all()):
-        raise ValueError(f"its autoencoder's shift and scale are {units[0].tolist()} and {units[1].tolist()}")
     cond = Conditioning(texts(policy, 1), texts(policy, 1))
     with torch.no_grad():
         v = policy.velocity(x, torch.empty(1, device="meta"), cond, torch.zeros(1, dtype=torch.long))
-        image = policy.pixels(policy.unscaled(x).to(policy.pipe.vae.dtype))
+        image = policy.pixels(x.to(policy.pipe.vae.dtype))
     if v.shape != x.shape or image.shape != (1, 3, *policy.image_size):
         raise ValueError(f"latents {list(x.shape)} become {list(v.shape)} and images {list(image.shape)}")
 

@@ -20,6 +20,7 @@ from mmalign.checkpoint import fingerprint
 from mmalign.policy import export as exports, lora
 from mmalign.types import Latents
 from reward_models import limits
+from reward_models.lengths import Reader
 from reward_models.model_folders import LIBRARIES, check_size, loading, pinned
 from reward_models.trust import imported
 from reward_models.weights import complete, counted
@@ -106,6 +107,9 @@ class PipelinePolicy(ABC):
             folder = Path(kind.download(model, use_safetensors=True, **same)) if same else Path(model)
             index = kind.load_config(folder)
             parts = dict(cls.absent(index))
+        for name, own in index.items():
+            if is_part(kind, name, own) and own and own[0] and name not in parts and not (folder / name).is_dir():
+                raise ValueError(f"{what}: it has no folder {name!r}")  # diffusers would look for the part beside it
         for name, part in empty.pipe.components.items():
             if isinstance(part, nn.Module) and index[name][0] in LIBRARIES:
                 config = QUANTIZED[quantize](dtype) if quantize and name == "transformer" else None
@@ -121,8 +125,8 @@ class PipelinePolicy(ABC):
                 part.to(device)
         policy = cls(pipe, guidance, size)
         policy.offload = offload
-        with loading(what, "its text encoders"):
-            policy.check_texts()
+        with loading(what, "it"):
+            policy.check_numbers()
         return policy
 
     @staticmethod
@@ -138,8 +142,18 @@ class PipelinePolicy(ABC):
         """Parts of the pipeline that were saved without; by default all are there."""
         return {}
 
-    def check_texts(self) -> None:
-        """ValueError unless the embeddings of a text are finite and of the width that the transformer takes."""
+    def check_numbers(self) -> None:
+        """ValueError unless latents can be scaled and back, and the embeddings of a text are finite and of the width
+        that the transformer takes."""
+        x = torch.zeros(1, *self.latent_shape, device=self.device)
+        try:
+            units = [torch.as_tensor(value, dtype=torch.float32) for value in self.units(x)]
+        except (TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"its autoencoder's shift and scale are no numbers: {error}") from None
+        if not all(value.isfinite().all() for value in (*units, 1 / units[1])):
+            raise ValueError(f"its autoencoder's shift and scale are {units[0].tolist()} and {units[1].tolist()}")
+        if self.unscaled(x).shape != x.shape:
+            raise ValueError(f"its autoencoder's shift and scale are not those of {len(x[0])} channels")
         shapes = self.text_shapes()
         for name, value in self.encode([""]).empty.items():
             if value.shape[2:] != shapes[name][1:] if name != "pooled" else value.shape[1:] != shapes[name]:
@@ -169,6 +183,10 @@ class PipelinePolicy(ABC):
     @abstractmethod
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of texts by name, a row each."""
+
+    def readers(self) -> list[Reader]:
+        """The text encoders that read a text of a limited length."""
+        return []
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each of `texts`' embeddings, of one text of the greatest length. Asked where there are no
@@ -424,7 +442,8 @@ def _loaded(kind: type, folder: Path, name: str, dtype: torch.dtype, quantizatio
             folder, subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True, **more
         )
     except OSError as error:
-        raise ValueError(f"{what}: its weights are needed as safetensors: {' '.join(str(error).split())}") from None
+        why = " ".join(str(error).split())
+        raise ValueError(f"{what}: its weights are needed as safetensors: {name}: {why}") from None
     complete(part, info)
     return part
 
@@ -434,6 +453,18 @@ def stored(value: Tensor) -> list[Tensor]:
     if not hasattr(value, "__tensor_flatten__"):
         return [value]
     return [plain for name in value.__tensor_flatten__()[0] for plain in stored(getattr(value, name))]
+
+
+def chat(tokenizer, thinking: bool) -> Callable[[str], str]:
+    """The message in which some families' text encoders are given a text."""
+
+    def worded(text: str) -> str:
+        message = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+
+    return worded
 
 
 def ragged(rows: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from reward_models import files, limits, model_folders
 from reward_models.images import resized
+from reward_models.lengths import Reader
 from reward_models.model_folders import loading
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
@@ -107,6 +108,13 @@ class Clip:
     def __init__(self, model: nn.Module, tokenizer: Callable, card: Card, name: str, device: str, batch: int):
         self.model, self.tokenizer, self.device, self.batch = model.to(device).eval(), tokenizer, device, batch
         self.names, self.card = (name,), card
+
+    def readers(self) -> list[Reader]:
+        """The text model; a text that has more than its tokens fills the one behind them too."""
+        most = self.tokenizer.context_length
+        empty = self.tokenizer([""], context_length=most + 1)[0, -1]
+        more = lambda text: bool(self.tokenizer([text], context_length=most + 1)[0, -1] != empty)  # noqa: E731
+        return [Reader(self.card.scorer, most, more)]
 
     def prepared(self, images: Images) -> Float[Tensor, "N 3 h w"]:
         """Resized and normalised as the model's own evaluation transform does it."""

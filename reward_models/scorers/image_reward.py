@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from reward_models import files
 from reward_models.images import resized
+from reward_models.lengths import Reader, reader
 from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
@@ -142,6 +143,9 @@ class ImageReward:
         )
         with loading("image_reward", f"{weights} with {tokenizer}"):
             tried(self._look)
+
+    def readers(self) -> list[Reader]:
+        return [reader("image_reward", self.tokenizer, TOKENS)]
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look, self.batch)
