@@ -286,6 +286,7 @@ def sample(
     elif keep or after or settings:
         raise BadInput("--keep, --after and --set belong to --best scorer.component")
     policy = _policy(model, guidance, adapter)
+    _say_cut([own.text for own in wanted], policy, *([scorer] if best is not None else []))
     if best is not None:
         _sample_best(policy, wanted, numbers, steps, scorer, best, batch, keep, after, out, as_json)
         return
@@ -404,6 +405,7 @@ def evaluate(
     with configs.refusing():
         scorers = {name: load_scorer(name) for name in rewards.split(",")}
     policy = _policy(model, guidance, adapter)
+    _say_cut([own.text for own in wanted], policy, *scorers.values())
     if out is not None:
         _writable(out)
     result = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
@@ -470,6 +472,7 @@ def score(
             raise BadInput(f"--out {out} is there already; choose another name or remove it")
         _writable(out.parent)
         done, left = batches.resume(record, items, scorers)
+    _say_cut([item.prompt.text for item in items if item.prompt], *scorers.values())
     with record.open("a") as file:
         found = batches.score(left, scorers, batch)
         for row in track(found, "scoring", len(left), console=Console(stderr=True), disable=not left):
@@ -557,6 +560,7 @@ def refine(
         raise BadInput(f"--by {by!r}: {critic} gives {', '.join(scorer.names)}")
     policy = _policy(model, guidance, adapter)
     wanted, begin = _begun(prompt, prompts, images, policy.image_size)
+    _say_cut([own.text for own in wanted], policy, scorer)
     asked = refining.Settings(
         given, by or scorer.names[0], good, rounds, forwards, patience, cut, strength, policy.guidance, steps, seed
     )
@@ -886,6 +890,14 @@ def _writable(folder: Path) -> None:
         raise BadInput(f"cannot write in {folder}: {error.strerror}") from None
 
 
+def _say_cut(texts, *models) -> None:
+    """Say once how many prompts are longer than what a model or scorer reads."""
+    from reward_models.lengths import cut
+
+    for line in cut(models, texts):
+        print(f"mmalign: {_line(line)}", file=sys.stderr)
+
+
 def _line(text: str) -> str:
     """Without line ends and control characters, which a file's name can hold."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -893,6 +905,7 @@ def _line(text: str) -> str:
 
 def main() -> None:
     """Run the command line; a user's mistake becomes one line on stderr."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes that libraries start import nothing from the current folder either
     import torch
 
     torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower

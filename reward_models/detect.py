@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reward_models.images import to_uint8
+from reward_models.model_folders import pinned
 from reward_models.types import Images
-from reward_models.weights import pretrained
+from reward_models.weights import named, pretrained
 
 SAME = {  # a name used in prompts or in other listings of COCO's classes: COCO's own
     "aeroplane": "airplane",
@@ -178,6 +179,12 @@ def _instances(kinds: Float[Tensor, "Q C"], masks: Float[Tensor, "Q H W"], confi
 def detector(model: str, confidence: int | float, device: str = "cpu") -> ClosedSet | OpenSet:
     """The detector in a folder or hub repository; it reports objects it is more than `confidence` sure of. ValueError
     if it is of no kind that is known here; whatever transformers raises if it cannot be had."""
+    finder = _opened(model, confidence, device)
+    finder.detect(torch.full((1, 3, 64, 64), 0.5), [["cat"]])  # a folder may describe images that its model cannot take
+    return finder
+
+
+def _opened(model: str, confidence: int | float, device: str) -> ClosedSet | OpenSet:
     from transformers import (
         MODEL_FOR_OBJECT_DETECTION_MAPPING,
         MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING,
@@ -189,17 +196,18 @@ def detector(model: str, confidence: int | float, device: str = "cpu") -> Closed
         AutoProcessor,
     )
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    same = pinned(model, named(model))
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False, **same)
     if type(config) in MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING:
         loaded = pretrained(AutoModelForZeroShotObjectDetection, model, dtype=torch.float32)
-        return OpenSet(loaded, AutoProcessor.from_pretrained(model, trust_remote_code=False), confidence, device)
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=False, **same)
+        return OpenSet(loaded, processor, confidence, device)
     if type(config) in MODEL_FOR_OBJECT_DETECTION_MAPPING:
         loaded = pretrained(AutoModelForObjectDetection, model, dtype=torch.float32)
-        processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False, **same)
         return ClosedSet(loaded, processor, boxed(processor, confidence), device)
     if config.model_type in MASKS:
         loaded = pretrained(AutoModelForUniversalSegmentation, model, dtype=torch.float32)
-        return ClosedSet(
-            loaded, AutoImageProcessor.from_pretrained(model, trust_remote_code=False), masked(confidence), device
-        )
+        processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False, **same)
+        return ClosedSet(loaded, processor, masked(confidence), device)
     raise ValueError(f"{type(config).__name__} belongs to no detector known here")

@@ -32,3 +32,11 @@ REPLY = 2**18  # characters of a judge's reply
 TENSORS = 2**33  # bytes of a safetensors file: an adapter, its average, its optimiser's state
 TENSORS_HEADER = 2**24  # bytes of such a file's header, which names each tensor: about 100 for one
 STATE = 2**26  # bytes of a checkpoint's state and manifest, and of an adapter's config
+
+# model folders
+CONFIG = 16 * 2**20  # bytes of a JSON file of settings in a model's folder
+TEMPLATE = 2**20  # bytes of a chat template
+VOCABULARY = 256 * 2**20  # bytes of a tokenizer's file
+SIDE = 8192  # pixels of a side of the images that a model is shown
+LAYERS = 200  # layers, blocks or levels that a model's config may ask for
+STEPS = 100_000  # training steps that a scheduler may count

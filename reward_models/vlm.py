@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reward_models.images import to_pil
+from reward_models.model_folders import loading, pinned
 from reward_models.types import Images
-from reward_models.weights import loading, pretrained
+from reward_models.weights import named, pretrained
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,7 +26,7 @@ def processor_of(place: str):
     end at the same place."""
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(place, trust_remote_code=False)
+    processor = AutoProcessor.from_pretrained(place, trust_remote_code=False, **pinned(place, named(place)))
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -38,7 +39,12 @@ def load(scorer: str, model: str, device: str, dtype: str) -> tuple[nn.Module, o
 
     kind = type_of(scorer, dtype)
     with loading(scorer, model):
-        return pretrained(AutoModelForImageTextToText, model, dtype=kind).to(device), processor_of(model)
+        network, processor = pretrained(AutoModelForImageTextToText, model, dtype=kind).to(device), processor_of(model)
+        with torch.no_grad():  # a folder may be whole and describe what its model cannot read
+            logits = network(**asked(processor, [(torch.full((3, 64, 64), 0.5), "a")], device)).logits
+        if not logits.isfinite().all():
+            raise ValueError("what it would say of a grey image is not finite")
+        return network, processor
 
 
 def about(images: Images, texts: Sequence[str]) -> list[tuple[Any, ...]]:
@@ -71,7 +77,8 @@ def asked(processor, questions: Sequence[Any], device: str, answering: bool = Tr
 def written(model: nn.Module, processor, inputs, tokens: int) -> tuple[list[str], list[bool], int]:
     """What the model replies to each row, the likeliest token each time, at most `tokens` of them; whether each ran out
     of them; and how many were written."""
-    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    one = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}  # whatever the model's folder asks for
+    out = model.generate(**inputs, max_new_tokens=tokens, **one)[:, inputs["input_ids"].shape[1] :]
     ends = model.generation_config.eos_token_id
     ends = torch.tensor(
         ends if isinstance(ends, list) else [processor.tokenizer.eos_token_id if ends is None else ends]

@@ -1,8 +1,7 @@
 """Find, read and name the weights of a scorer."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,14 +9,8 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
-
-@contextmanager
-def loading(scorer: str, what: str) -> Iterator[None]:
-    """Whatever goes wrong while `what` is loaded is a ValueError of one line."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{scorer}: {what} could not be loaded: {' '.join(str(error).split())}") from error
+from reward_models import model_folders
+from reward_models.types import Prompt
 
 
 def named(place: str) -> str:
@@ -33,6 +26,7 @@ def located(place: str, file: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
+        model_folders.check(path, named(place))
         if not (path / file).is_file():
             raise ValueError(f"no {file} in {place}")
         return path / file
@@ -47,22 +41,50 @@ def read(path: Path) -> dict[str, Tensor]:
 
         return load_file(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        values = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(f"{path.name} holds more than tensors, or none; it is not read") from error
     for key in ("state_dict", "model"):
-        found = found[key] if isinstance(found.get(key), Mapping) else found
-    return dict(found)
+        values = values[key] if isinstance(values, Mapping) and isinstance(values.get(key), Mapping) else values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path.name} holds no tensors by name")
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def pretrained(kind: type, place: str, **settings) -> nn.Module:
     """A transformers model of `kind` from a folder or hub id, ready to look at things. RuntimeError if the checkpoint
     lacks weights: transformers would fill them with random numbers and only say so in a warning."""
-    model, info = kind.from_pretrained(place, output_loading_info=True, trust_remote_code=False, **settings)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise RuntimeError(f"the checkpoint lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[0]}")
+    from transformers import AutoConfig
+
+    same = model_folders.pinned(place, named(place))
+    if not same:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+        with torch.device("meta"):
+            model_folders.check_size(counted(build(config)), place, named(place))
+    model, info = kind.from_pretrained(place, output_loading_info=True, trust_remote_code=False, **same, **settings)
+    complete(model, info)
     return model.eval()
+
+
+def complete(model: nn.Module, info: Mapping) -> None:
+    """RuntimeError if a library says, in the `info` on what it loaded, that weights of a model were not there or had
+    other shapes."""
+    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
+        if names := sorted(map(str, info.get(key) or ())):
+            raise RuntimeError(f"the checkpoint {what} {len(names)} weights of {type(model).__name__}, e.g. {names[0]}")
+
+
+def tried(look: Callable) -> None:
+    """ValueError unless a scorer's `look` has a number for a grey image; whatever the libraries raise otherwise. A
+    folder can be whole and yet describe images that its model does not take."""
+    if not look(torch.full((1, 3, 64, 64), 0.5), [Prompt("a")]).isfinite().all():
+        raise ValueError("its score of a grey image is not finite")
+
+
+def counted(model: nn.Module) -> int:
+    """How many numbers a model has, in parameters and buffers; shared ones once."""
+    return sum(value.numel() for value in {id(v): v for v in (*model.parameters(), *model.buffers())}.values())
 
 
 def fingerprint(*models: nn.Module) -> str:

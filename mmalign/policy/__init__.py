@@ -4,13 +4,13 @@ A policy gets texts and latents, never prompts or scores. Add a family: `texts` 
 (`mmalign.policy.pipeline` says what else can differ), and a line in the table.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reward_models.trust import check, imported
+from reward_models import files, limits, model_folders
+from reward_models.trust import imported
 
 POLICIES = {  # a pipeline's class -> ours
     "StableDiffusion3Pipeline": "mmalign.policy.sd3:SD3Policy",
@@ -19,8 +19,6 @@ POLICIES = {  # a pipeline's class -> ours
     "Flux2KleinPipeline": "mmalign.policy.flux2:Flux2KleinPolicy",
     "FluxPipeline": "mmalign.policy.flux:FluxPolicy",
 }
-
-LIBRARIES = ("diffusers", "transformers")  # whose classes a pipeline's parts are
 
 
 def load(
@@ -47,57 +45,40 @@ def load(
     )
     if ":" in model and not os.path.exists(model):
         return imported(model, f"model {model!r}").load(model, **settings)
-    try:
-        return family(model).load(model, **settings)
-    except OSError as error:
-        raise ValueError(f"model {model!r}: {error}") from None
+    return family(model).load(model, **settings)
 
 
 def family(model: str) -> type:
-    """The policy's class for a local folder or a hub id of a diffusers pipeline."""
-    name = _pipeline_class(model)
+    """The policy's class for a local folder or a hub id of a diffusers pipeline. Its settings are looked at first
+    (`reward_models.model_folders`)."""
+    _, index = opened(model)
+    name = index.get("_class_name")
+    if not isinstance(name, str):
+        raise ValueError(f"model {model!r}: its model_index.json names no pipeline")
     if name not in POLICIES:
         raise ValueError(f"model {model!r} is a {name}; known families: {', '.join(POLICIES)}")
     return imported(POLICIES[name], name, ours=True)
 
 
+def opened(model: str) -> tuple[Path, Mapping[str, Any]]:
+    """The folder of a pipeline's settings, here or the hub's snapshot, and its index, both looked at."""
+    if os.path.exists(model) and not (Path(model) / "model_index.json").is_file():
+        raise ValueError(f"model {model!r}: no model_index.json in that folder; a diffusers pipeline is needed")
+    folder = model_folders.configs(model, f"model {model!r}")
+    return folder, files.parsed(files.text(folder / "model_index.json", limits.CONFIG))
+
+
 def quiet() -> None:
-    """Only errors from the model libraries, and none of their progress bars: the command line has its own."""
+    """Nothing from the model libraries, and none of their progress bars: the command line has its own, and what they
+    log as an error they raise as well."""
     import logging
+
+    for name in ("torch.utils._pytree", "bitsandbytes", "torchao"):  # what they say when peft imports them
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
     for library in (of_diffusers, of_transformers):
-        library.set_verbosity_error()
+        library.set_verbosity(logging.CRITICAL)
         library.disable_progress_bar()
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's, when peft imports it
-
-
-def _pipeline_class(model: str) -> str:
-    """`_class_name` of a pipeline's index, read before any weights. The index names a module for each part, which
-    diffusers imports: others than its own must be allowed."""
-    index = _index(model)
-    for part, own in index.items():
-        if isinstance(own, list) and own and own[0] is not None and own[0] not in LIBRARIES:
-            check(str(own[0]), f"model {model!r}: the part {part!r}")
-    if not isinstance(index.get("_class_name"), str):
-        raise ValueError(f"model {model!r}: its model_index.json names no pipeline")
-    return index["_class_name"]
-
-
-def _index(model: str) -> Mapping[str, Any]:
-    if os.path.exists(model):
-        place = Path(model) / "model_index.json"
-        if not place.is_file():
-            raise ValueError(f"model {model!r}: no model_index.json in that folder; a diffusers pipeline is needed")
-        index = json.loads(place.read_text())
-        if not isinstance(index, dict):
-            raise ValueError(f"model {model!r}: its model_index.json is no JSON object")
-        return index
-    from diffusers import DiffusionPipeline
-
-    try:
-        return DiffusionPipeline.load_config(model)
-    except OSError as error:
-        raise ValueError(f"model {model!r} is neither a folder here nor a model the hub knows: {error}") from None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmalign.policy.pipeline import PipelinePolicy
+from reward_models.lengths import Reader, reader
 
 
 class FluxPolicy(PipelinePolicy):
@@ -35,6 +36,13 @@ class FluxPolicy(PipelinePolicy):
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         tokens, pooled, _ = self.pipe.encode_prompt([*texts], None, self.device, max_sequence_length=self.length)
         return {"tokens": tokens, "pooled": pooled}
+
+    def readers(self) -> list[Reader]:
+        pipe = self.pipe
+        return [
+            reader("text_encoder", pipe.tokenizer, pipe.tokenizer_max_length),
+            reader("text_encoder_2", pipe.tokenizer_2, self.length),
+        ]
 
     def stock_settings(self, count: int) -> dict[str, Any]:
         return {"guidance_scale": self.guidance, "max_sequence_length": self.length}

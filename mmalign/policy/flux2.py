@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
-from mmalign.policy.pipeline import ATTENTION, PipelinePolicy
+from mmalign.policy.pipeline import ATTENTION, PipelinePolicy, chat
 from mmalign.types import Latents
+from reward_models.lengths import Reader, reader
 
 
 class Flux2KleinPolicy(PipelinePolicy):
@@ -37,6 +38,10 @@ class Flux2KleinPolicy(PipelinePolicy):
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         tokens, _ = self.pipe.encode_prompt([*texts], self.device)
         return {"tokens": tokens}
+
+    def readers(self) -> list[Reader]:
+        pipe = self.pipe
+        return [reader("text_encoder", pipe.tokenizer, pipe.tokenizer_max_length, chat(pipe.tokenizer, thinking=False))]
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"tokens": (self.pipe.tokenizer_max_length, self.pipe.transformer.config.joint_attention_dim)}

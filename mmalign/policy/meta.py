@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmalign import policy as policies
-from mmalign.policy.pipeline import Conditioning, PipelinePolicy
-from reward_models.trust import imported
+from mmalign.policy.pipeline import Conditioning, PipelinePolicy, class_of, is_part
+from reward_models.model_folders import loading
 
 ARCHITECTURES = {  # hub id -> folder of configs below assets/architectures, for models that are not here yet
     "stabilityai/stable-diffusion-3.5-medium": "stable_diffusion_3.5_medium",
@@ -40,30 +40,56 @@ def load(
     if ":" in model and not Path(model).exists():
         raise ValueError(f"model {model!r} loads itself; only a pipeline's configs can be read without its weights")
     family = policies.family(model)
-    kind = getattr(diffusers, family.pipeline)
-    index = kind.load_config(model) | family.absent(kind.load_config(model))
-    parts = {name: _part(model, name, own) for name, own in index.items() if not name.startswith("_")}
-    pipe = kind(**parts)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            part.to(getattr(torch, dtype))
+    (folder, _), what = policies.opened(model), f"model {model!r}"
+    with loading(what, "its configs"):
+        pipe = _pipeline(folder, family, getattr(torch, dtype), what)
+        smallest = family.pixels_of(pipe) * family.grain_of(pipe)
+        _try(family(pipe, 1.0, (smallest, smallest)))
     return family(pipe, guidance, size)
 
 
-def _part(model: str, name: str, own):
-    """A part of a pipeline as its index has it: a setting, or the library and class of a component."""
-    if not isinstance(own, list | tuple):
-        return own
-    library, cls = own
-    if library is None or name.startswith(("tokenizer", "processor", "feature_extractor")):
+def _pipeline(folder: Path, family: type[PipelinePolicy], dtype: torch.dtype, what: str):
+    """A pipeline with the parts that its index names, without weights, tokenizers and processors."""
+    kind = getattr(diffusers, family.pipeline)
+    index = kind.load_config(folder)
+    parts = {}
+    for name, own in (index | family.absent(index)).items():
+        if not name.startswith("_"):
+            with loading(what, f"its {name}"):
+                parts[name] = _part(folder, name, own) if is_part(kind, name, own) else own
+    pipe = kind(**parts)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.to(dtype)
+    return pipe
+
+
+def _part(folder: Path, name: str, own: Sequence[str | None] | None):
+    """A part of a pipeline as its index has it, the library and class of a component, without its weights."""
+    if own is None or own[0] is None or name.startswith(("tokenizer", "processor", "feature_extractor")):
         return None
-    kind = imported(f"{library}:{cls}", f"{model}: {name}", ours=library in policies.LIBRARIES)
+    kind = class_of(name, own)
     if name == "scheduler":
-        return kind.from_pretrained(model, subfolder=name)
+        return kind.from_pretrained(folder, subfolder=name)
     with torch.device("meta"):
-        if library == "diffusers":
-            return kind.from_config(kind.load_config(model, subfolder=name))
-        return kind(kind.config_class.from_pretrained(model, subfolder=name))
+        if own[0] == "diffusers":
+            return kind.from_config(kind.load_config(folder, subfolder=name))
+        return kind(kind.config_class.from_pretrained(folder, subfolder=name))
+
+
+def _try(policy: PipelinePolicy) -> None:
+    """One velocity and one image in shapes alone. ValueError for parts that do not fit each other, and for times that
+    nothing can be drawn with; whatever the libraries raise for other faults."""
+    times = policy.times(4)
+    if not times.isfinite().all() or times[0] > 1 or not (times.diff() < 0).all() or times[-1] != 0:
+        raise ValueError(f"its scheduler's times do not fall from 1 to 0: {[round(t, 4) for t in times.tolist()]}")
+    x = torch.empty(1, *policy.latent_shape, device="meta", dtype=policy.pipe.transformer.dtype)
+    cond = Conditioning(texts(policy, 1), texts(policy, 1))
+    with torch.no_grad():
+        v = policy.velocity(x, torch.empty(1, device="meta"), cond, torch.zeros(1, dtype=torch.long))
+        image = policy.pixels(x.to(policy.pipe.vae.dtype))
+    if v.shape != x.shape or image.shape != (1, 3, *policy.image_size):
+        raise ValueError(f"latents {list(x.shape)} become {list(v.shape)} and images {list(image.shape)}")
 
 
 def weights(policy: PipelinePolicy) -> dict[str, int]:

@@ -19,6 +19,11 @@ from torch import Tensor, nn
 from mmalign.checkpoint import fingerprint
 from mmalign.policy import export as exports, lora
 from mmalign.types import Latents
+from reward_models import limits
+from reward_models.lengths import Reader
+from reward_models.model_folders import LIBRARIES, check_size, loading, pinned
+from reward_models.trust import imported
+from reward_models.weights import complete, counted
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # Flow-GRPO's
 
@@ -68,7 +73,7 @@ class PipelinePolicy(ABC):
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
         factor = self.pixels_of(pipe)
-        height, width = size or (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
+        height, width = size or self._usual_size(pipe)
         unit = factor * self.grain_of(pipe)
         if height % unit or width % unit:
             raise ValueError(f"size {height}x{width} must be a multiple of {unit} pixels")
@@ -91,21 +96,28 @@ class PipelinePolicy(ABC):
         quantize: str | None = None,
         offload: bool = False,
     ):
-        kind, more = getattr(diffusers, cls.pipeline), {}
         if offload and device == "cpu":
             raise ValueError("offload: the model is on the CPU, where there is nothing to make room on; remove it")
-        try:
-            if quantize:
-                own = {"transformer": QUANTIZED[quantize](dtype)}
-                more["quantization_config"] = diffusers.PipelineQuantizationConfig(quant_mapping=own)
-            more |= cls.absent(kind.load_config(model))
-            pipe = kind.from_pretrained(model, dtype=dtype, use_safetensors=True, **more)
-        except OSError as error:
-            raise ValueError(f"model {model!r}: its weights are needed as safetensors: {error}") from None
-        except (ImportError, RuntimeError) as error:
-            if quantize:
-                raise ValueError(f"quantize: {quantize}: {error}") from None
-            raise
+        from mmalign.policy import meta  # it is made of this module's
+
+        what, kind = f"model {model!r}", getattr(diffusers, cls.pipeline)
+        empty = meta.load(model, dtype="float32", guidance=guidance, size=size)
+        with loading(what, "it"):
+            same = pinned(model, what)
+            folder = Path(kind.download(model, use_safetensors=True, **same)) if same else Path(model)
+            index = kind.load_config(folder)
+            parts = dict(cls.absent(index))
+        for name, own in index.items():
+            if is_part(kind, name, own) and own and own[0] and name not in parts and not (folder / name).is_dir():
+                raise ValueError(f"{what}: it has no folder {name!r}")  # diffusers would look for the part beside it
+        for name, part in empty.pipe.components.items():
+            if isinstance(part, nn.Module) and index[name][0] in LIBRARIES:
+                config = QUANTIZED[quantize](dtype) if quantize and name == "transformer" else None
+                check_size(counted(part), folder / name, what)
+                with loading(what if config is None else f"quantize: {quantize}", f"its {name}"):
+                    parts[name] = _loaded(class_of(name, index[name]), folder, name, dtype, config, what)
+        with loading(what, "its tokenizers and scheduler"):
+            pipe = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, **parts)
         pipe.set_progress_bar_config(disable=True)
         for name, part in pipe.components.items():
             placed = name == "transformer" and quantize in ("llm_int8", "nf4")  # bitsandbytes loads to the GPU
@@ -113,12 +125,43 @@ class PipelinePolicy(ABC):
                 part.to(device)
         policy = cls(pipe, guidance, size)
         policy.offload = offload
+        with loading(what, "it"):
+            policy.check_numbers()
         return policy
+
+    @staticmethod
+    def _usual_size(pipe) -> tuple[int, int]:
+        """Of the images that the model was trained on. ValueError if its config has no size that can be drawn."""
+        sample = pipe.default_sample_size
+        if not isinstance(sample, int) or not 0 < (sample * pipe.vae_scale_factor) ** 2 <= limits.PIXELS:
+            raise ValueError(f"the model's config has sample_size {sample!r}, which is no size of images; give a size")
+        return (sample * pipe.vae_scale_factor,) * 2
 
     @classmethod
     def absent(cls, index: dict[str, Any]) -> dict[str, None]:
         """Parts of the pipeline that were saved without; by default all are there."""
         return {}
+
+    def check_numbers(self) -> None:
+        """ValueError unless latents can be scaled and back, and the embeddings of a text are finite and of the width
+        that the transformer takes."""
+        x = torch.zeros(1, *self.latent_shape, device=self.device)
+        try:
+            units = [torch.as_tensor(value, dtype=torch.float32) for value in self.units(x)]
+        except (TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"its autoencoder's shift and scale are no numbers: {error}") from None
+        if not all(value.isfinite().all() for value in (*units, 1 / units[1])):
+            raise ValueError(f"its autoencoder's shift and scale are {units[0].tolist()} and {units[1].tolist()}")
+        if self.unscaled(x).shape != x.shape:
+            raise ValueError(f"its autoencoder's shift and scale are not those of {len(x[0])} channels")
+        shapes = self.text_shapes()
+        for name, value in self.encode([""]).empty.items():
+            if value.shape[2:] != shapes[name][1:] if name != "pooled" else value.shape[1:] != shapes[name]:
+                raise ValueError(f"{name} are {list(value.shape[1:])} wide, the transformer takes {list(shapes[name])}")
+            if not value.isfinite().all():
+                raise ValueError(f"{name} of a text are not finite")
+        self._known.clear()
+        self.spent.clear()
 
     # -------------------------------------------------------------------------------- what a family says of itself
 
@@ -140,6 +183,10 @@ class PipelinePolicy(ABC):
     @abstractmethod
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of texts by name, a row each."""
+
+    def readers(self) -> list[Reader]:
+        """The text encoders that read a text of a limited length."""
+        return []
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each of `texts`' embeddings, of one text of the greatest length. Asked where there are no
@@ -371,11 +418,57 @@ class PipelinePolicy(ABC):
         exports.check(self, folder, form)
 
 
+def is_part(kind: type, name: str, own: Any) -> bool:
+    """Whether a name in a pipeline's index is that of a part, which it then gives by library and class. ValueError if
+    it does not."""
+    if name not in kind._get_signature_keys(kind)[0]:
+        return False
+    if own is not None and not (
+        isinstance(own, list | tuple) and len(own) == 2 and all(part is None or isinstance(part, str) for part in own)
+    ):
+        raise ValueError(f"model_index.json: {name}: {str(own)[:100]!r} is not the library and the class of a part")
+    return True
+
+
+def class_of(name: str, own: Sequence[str]) -> type:
+    """The class that a pipeline's index names for a part. ValueError if there is none such, or it is none of a part."""
+    kind = imported(f"{own[0]}:{own[1]}", name, ours=own[0] in LIBRARIES)
+    if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
+        raise ValueError(f"model_index.json: {name}: {own[1]!r} is no class of a part")
+    return kind
+
+
+def _loaded(kind: type, folder: Path, name: str, dtype: torch.dtype, quantization: Any, what: str) -> nn.Module:
+    """A part of a pipeline with all of its weights. transformers would make up what is missing."""
+    more = {} if quantization is None else {"quantization_config": quantization}
+    try:
+        part, info = kind.from_pretrained(
+            folder, subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True, **more
+        )
+    except OSError as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{what}: its weights are needed as safetensors: {name}: {why}") from None
+    complete(part, info)
+    return part
+
+
 def stored(value: Tensor) -> list[Tensor]:
     """The plain tensors that a tensor is made of: itself, or of a quantised one the parts."""
     if not hasattr(value, "__tensor_flatten__"):
         return [value]
     return [plain for name in value.__tensor_flatten__()[0] for plain in stored(getattr(value, name))]
+
+
+def chat(tokenizer, thinking: bool) -> Callable[[str], str]:
+    """The message in which some families' text encoders are given a text."""
+
+    def worded(text: str) -> str:
+        message = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+
+    return worded
 
 
 def ragged(rows: Sequence[Tensor]) -> dict[str, Tensor]:

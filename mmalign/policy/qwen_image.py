@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmalign.policy.pipeline import PipelinePolicy, ragged
 from mmalign.types import Latents
+from reward_models.lengths import Reader, reader
 
 BLANK = " "  # what the model was trained with in place of no text
 
@@ -25,6 +26,11 @@ class QwenImagePolicy(PipelinePolicy):
         tokens, mask = self.pipe.encode_prompt([text or BLANK for text in texts], self.device)
         mask = torch.ones(tokens.shape[:2], device=tokens.device) if mask is None else mask
         return ragged([row[there.bool()] for row, there in zip(tokens, mask, strict=True)])
+
+    def readers(self) -> list[Reader]:
+        pipe = self.pipe
+        most = pipe.tokenizer_max_length + pipe.prompt_template_encode_start_idx  # the frame's words count
+        return [reader("text_encoder", pipe.tokenizer, most, pipe.prompt_template_encode.format)]
 
     def stock_settings(self, count: int) -> dict[str, Any]:
         if not self.true_guidance:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from mmalign.policy.pipeline import PipelinePolicy
+from reward_models.lengths import Reader, reader
 
 
 class SD3Policy(PipelinePolicy):
@@ -31,6 +32,11 @@ class SD3Policy(PipelinePolicy):
             [*texts], None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.length
         )
         return {"tokens": tokens, "pooled": pooled}
+
+    def readers(self) -> list[Reader]:
+        pipe, most = self.pipe, self.pipe.tokenizer_max_length
+        own = [reader("text_encoder", pipe.tokenizer, most), reader("text_encoder_2", pipe.tokenizer_2, most)]
+        return own + ([reader("text_encoder_3", pipe.tokenizer_3, self.length)] if self.length else [])
 
     def stock_settings(self, count: int) -> dict[str, Any]:
         return {"guidance_scale": self.guidance, "max_sequence_length": self.length}

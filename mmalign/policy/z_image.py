@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.policy.pipeline import PipelinePolicy, ragged
+from mmalign.policy.pipeline import PipelinePolicy, chat, ragged
+from reward_models.lengths import Reader, reader
 
 LENGTH = 512  # tokens of a text at most
 
@@ -36,6 +37,9 @@ class ZImagePolicy(PipelinePolicy):
             [*texts], self.device, do_classifier_free_guidance=False, max_sequence_length=LENGTH
         )
         return ragged(rows)
+
+    def readers(self) -> list[Reader]:
+        return [reader("text_encoder", self.pipe.tokenizer, LENGTH, chat(self.pipe.tokenizer, thinking=True))]
 
     def stock_settings(self, count: int) -> dict[str, Any]:
         return {"guidance_scale": self.guidance - 1}

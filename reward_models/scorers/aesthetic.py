@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reward_models.images import to_uint8
+from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, linear_chain, loading, located, named, pretrained, read
+from reward_models.weights import fingerprint, linear_chain, located, named, pretrained, read, tried
 
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 
@@ -34,7 +35,9 @@ class Aesthetic:
 
         with loading("aesthetic", f"{head} on {model}"):
             self.model = pretrained(CLIPModel, model, dtype=torch.float32).to(device)
-            self.image_processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
+            self.image_processor = AutoImageProcessor.from_pretrained(
+                model, trust_remote_code=False, **pinned(model, named(model))
+            )
             self.head = linear_chain(read(located(head, FILE))).to(device)
             if self.head[0].in_features != self.model.config.projection_dim:
                 raise ValueError(
@@ -51,6 +54,8 @@ class Aesthetic:
             size="224 px, shortest, bicubic, as its processor has it",
             checkpoint=fingerprint(self.model, self.head),
         )
+        with loading("aesthetic", f"{head} on {model}"):
+            tried(self._look)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look, self.batch)

@@ -8,20 +8,28 @@ Images stay tensors: they are resized and normalised as the model's own preproce
 through 8-bit pixels, and without leaving the device. Licence: the model's own; the embedded one is Apache-2.0.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from reward_models import files, limits, model_folders
 from reward_models.images import resized
+from reward_models.lengths import Reader
+from reward_models.model_folders import loading
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, loading, named
+from reward_models.weights import counted, fingerprint, named, tried
 
+INTERPOLATIONS = ("bicubic", "bilinear", "random")
+RESIZE_MODES = ("shortest", "longest", "squash")
 TINY = Path(__file__).parents[2] / "assets" / "tiny_clip"
 
 
@@ -43,6 +51,56 @@ def _known(model: str, pretrained: str | None) -> str:
     return name
 
 
+def opened(name: str, pretrained: str | None = None, **settings: Any) -> tuple[nn.Module, Callable]:
+    """A model of open_clip with its weights, and its tokenizer. What a folder or hub repository says of itself is
+    looked at first (`reward_models.model_folders`), and so is the text model of the hub that it may name."""
+    kind, colon, place = name.partition(":")
+    if colon:
+        folder = model_folders.configs(place, named(place))
+        config = files.parsed(files.text(folder / "open_clip_config.json", limits.CONFIG))
+        model = config.get("model_cfg")
+        text, vision = (model.get(key) if isinstance(model, dict) else None for key in ("text_cfg", "vision_cfg"))
+        if not isinstance(text, dict) or not isinstance(vision, dict):
+            raise ValueError("open_clip_config.json describes no text_cfg and vision_cfg in a model_cfg")
+        names = [text.get("hf_model_name"), kind == "hf-hub" and text.get("hf_tokenizer_name")]
+        for other in filter(None, names):
+            if not isinstance(other, str) or Path(other).exists():
+                raise ValueError(f"hf_model_name: {other!r} is no model of the hub")
+            model_folders.configs(other, other)
+        if kind == "local-dir" and not text.get("hf_model_name") and not vision.get("timm_model_name"):
+            with torch.device("meta"), _hushed():
+                empty = open_clip.create_model(name, load_weights=False, device="meta")
+            model_folders.check_size(counted(empty), place, named(place))
+    with _hushed():
+        loaded = open_clip.create_model(name, pretrained, require_pretrained=True, **settings)
+        return loaded, open_clip.get_tokenizer(name)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without open_clip's warnings, which it gives by the root logger: what is wrong it raises as well."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _check_preprocessing(config: dict[str, Any]) -> None:
+    """ValueError for a setting of the images that a model is shown that none can be made by."""
+    sides = config["size"] if isinstance(config["size"], (tuple, list)) else [config["size"]] * 2
+    numbers = {"mean": config["mean"], "std": config["std"], "fill_color": [config["fill_color"]] * 3}
+    for name, three in numbers.items():
+        if not isinstance(three, (tuple, list)) or [type(own) in (int, float) for own in three] != [True] * 3:
+            raise ValueError(f"preprocess_cfg: {name} {str(three)[:60]} is not one number for each colour")
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= limits.SIDE for side in sides):
+        raise ValueError(f"preprocess_cfg: size {str(config['size'])[:60]} is not from 1 to {limits.SIDE} pixels")
+    for name, known in (("interpolation", INTERPOLATIONS), ("resize_mode", RESIZE_MODES)):
+        if config[name] not in known:
+            raise ValueError(f"preprocess_cfg: {name} {str(config[name])[:60]!r} is not one of {', '.join(known)}")
+
+
 class Clip:
     """A loaded open_clip model as a scorer: `scale` times the cosine of image and text. `batch` is how many images or
     texts are encoded at once."""
@@ -50,6 +108,13 @@ class Clip:
     def __init__(self, model: nn.Module, tokenizer: Callable, card: Card, name: str, device: str, batch: int):
         self.model, self.tokenizer, self.device, self.batch = model.to(device).eval(), tokenizer, device, batch
         self.names, self.card = (name,), card
+
+    def readers(self) -> list[Reader]:
+        """The text model; a text that has more than its tokens fills the one behind them too."""
+        most = self.tokenizer.context_length
+        empty = self.tokenizer([""], context_length=most + 1)[0, -1]
+        more = lambda text: bool(self.tokenizer([text], context_length=most + 1)[0, -1] != empty)  # noqa: E731
+        return [Reader(self.card.scorer, most, more)]
 
     def prepared(self, images: Images) -> Float[Tensor, "N 3 h w"]:
         """Resized and normalised as the model's own evaluation transform does it."""
@@ -80,19 +145,23 @@ def clip(model: str | None = None, pretrained: str | None = None, device: str = 
         raise ValueError(f"clip: the embedded model is not at {TINY}; build it with scripts/build_tiny_clip.py")
     name = _known(str(model or TINY), pretrained)
     with loading("clip", name):
-        loaded = open_clip.create_model(name, pretrained, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(name)
-    shown = " ".join(named(part) for part in (model or str(TINY), pretrained) if part)
-    card = Card(
-        "clip",
-        model=shown,
-        licence="the model's own" if model else "Apache-2.0",
-        low=-1,
-        high=1,
-        size=described(loaded),
-        checkpoint=fingerprint(loaded),
-    )
-    return Clip(loaded, tokenizer, card, "cosine", device, batch)
+        # the tag knows how its weights were trained; the model's name alone does not
+        quick = bool(pretrained and open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
+        loaded, tokenizer = opened(name, pretrained, force_quick_gelu=quick)
+        card = Card(
+            "clip",
+            model=" ".join(named(part) for part in (model or str(TINY), pretrained) if part),
+            licence="the model's own" if model else "Apache-2.0",
+            low=-1,
+            high=1,
+            size=described(loaded),
+            checkpoint=fingerprint(loaded),
+            settings={"quick_gelu": True} if quick else {},
+        )
+        _check_preprocessing(open_clip.get_model_preprocess_cfg(loaded))
+        scorer = Clip(loaded, tokenizer, card, "cosine", device, batch)
+        tried(scorer._look)
+    return scorer
 
 
 def described(model: nn.Module) -> str:

@@ -29,11 +29,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_models.detect import Detector, Found, detector, known_as, surest
+from reward_models.model_folders import loading
 from reward_models.regions import Region, paint
 from reward_models.scorers.clip import Clip, clip
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, loading, named
+from reward_models.weights import fingerprint, named
 
 PALETTE = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 SENTENCES = ("a photo of a {colour} {label}", "a {colour} {label}", "something {colour}")

@@ -23,10 +23,11 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import nms
 
 from reward_models.detect import Detector, Found, detector
+from reward_models.model_folders import loading
 from reward_models.regions import Region, paint
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, loading, named
+from reward_models.weights import fingerprint, named
 
 
 def phrases(wants: Mapping[str, Any]) -> list[str]:

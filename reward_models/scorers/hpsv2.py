@@ -5,11 +5,10 @@ higher is better. The longer side is scaled to 224 px and the rest padded with b
 Not checked against the released weights.
 """
 
-import open_clip
-
-from reward_models.scorers.clip import Clip, described
+from reward_models.model_folders import loading
+from reward_models.scorers.clip import Clip, described, opened
 from reward_models.types import Card
-from reward_models.weights import fingerprint, loading, located, named
+from reward_models.weights import fingerprint, located, named, tried
 
 FILE = "HPS_v2.1_compressed.pt"
 
@@ -19,15 +18,16 @@ def hpsv2(weights: str = "xswu/HPSv2", model: str = "ViT-H-14", device: str = "c
     open_clip architecture they are for. ValueError if they do not fit or cannot be had."""
     with loading("hpsv2", f"{weights} on {model}"):
         file = located(weights, FILE)
-        loaded = open_clip.create_model(model, str(file), force_preprocess_cfg={"resize_mode": "longest"})
-        tokenizer = open_clip.get_tokenizer(model)
-    card = Card(
-        "hpsv2",
-        model=named(weights),
-        licence="Apache-2.0",
-        low=-1,
-        high=1,
-        size=described(loaded),
-        checkpoint=fingerprint(loaded),
-    )
-    return Clip(loaded, tokenizer, card, "cosine", device, batch)
+        loaded, tokenizer = opened(model, str(file), force_preprocess_cfg={"resize_mode": "longest"})
+        card = Card(
+            "hpsv2",
+            model=named(weights),
+            licence="Apache-2.0",
+            low=-1,
+            high=1,
+            size=described(loaded),
+            checkpoint=fingerprint(loaded),
+        )
+        scorer = Clip(loaded, tokenizer, card, "cosine", device, batch)
+        tried(scorer._look)
+    return scorer

@@ -5,23 +5,59 @@ One score per image, the mean of a Gaussian the network gives (its spread is not
 Images are scaled to about 256 x 28 x 28 pixels. Weights: MizzenAI/HPSv3 on the architecture and processor of
 Qwen/Qwen2-VL-7B-Instruct; licences: the models' own. Not checked against the released weights.
 
-The scores depend on the very words the model was trained with, which belong to its authors and are not shipped here:
-give them as `instruction`, a text file with `{prompt}` where the prompt goes and `<|Reward|>` where the score is read.
+The words that the model was trained with are its authors': they are read from their package `hpsv3`, of which nothing
+is run, if it is installed (`pip install --no-deps hpsv3`), or given as `instruction`, a text file with `{prompt}` where
+the prompt goes and `<|Reward|>` where the score is read. In the authors' package every token of a row, those of the
+image included, has the next whole number for its position; so it has here, where transformers would number an image's
+tokens by row and column.
 """
 
+import ast
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from reward_models import vlm
+from reward_models import files, limits, vlm
+from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, linear_chain, loading, located, named, read
+from reward_models.weights import fingerprint, linear_chain, located, named, read
 
 FILE, TOKEN, HEAD = "HPSv3.safetensors", "<|Reward|>", "rm_head."
+SOURCE = "hpsv3/dataset/data_collator_qwen.py"  # of the authors' package, where its words are
+WORDS = ("INSTRUCTION", "prompt_with_special_token")  # the first holds {text_prompt} and stands before the second
+
+
+def authors_words() -> str:
+    """The words that the released model was trained with, `{prompt}` for the prompt, from the installed package
+    `hpsv3`: its source is read and not run. ValueError if it is not there, or does not have them."""
+    try:
+        path = Path(distribution("hpsv3").locate_file(SOURCE))
+    except PackageNotFoundError:
+        raise ValueError(
+            "hpsv3: the words that the model was trained with are not here; pip install --no-deps hpsv3, or give "
+            f"`instruction`, a text file with {{prompt}} and {TOKEN} in it"
+        ) from None
+    constants = {
+        line.targets[0].id: line.value.value
+        for line in ast.parse(files.text(path)).body
+        if isinstance(line, ast.Assign)
+        and isinstance(line.targets[0], ast.Name)
+        and isinstance(line.value, ast.Constant)
+    }
+    words = [constants.get(name) for name in WORDS]
+    if not all(isinstance(part, str) for part in words) or "{text_prompt}" not in words[0]:
+        raise ValueError(f"hpsv3: {path} does not hold {' and '.join(WORDS)} as version 1.0.0 does; give `instruction`")
+    return "".join(words).replace("{text_prompt}", "{prompt}")
+
+
+def positions(mask: Int[Tensor, "N L"]) -> Int[Tensor, "N L"]:
+    """The number of each token among those of its row that are there, from 0, whichever side is padded."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def reward_model(weights: dict[str, Tensor], base: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
@@ -31,7 +67,7 @@ def reward_model(weights: dict[str, Tensor], base: str, dtype: torch.dtype) -> t
 
     head = linear_chain(weights, HEAD, nn.ReLU)
     rest = {name: value for name, value in weights.items() if not name.startswith(HEAD)}
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False, **pinned(base, named(base)))
     rows = [len(value) for name, value in rest.items() if name.endswith("embed_tokens.weight")]
     if not rows:
         raise RuntimeError("no token embeddings in the weights")
@@ -46,7 +82,7 @@ def reward_model(weights: dict[str, Tensor], base: str, dtype: torch.dtype) -> t
 
 
 class Hpsv3:
-    """The scorer. `instruction`: a text file, see above. `weights`: a file, or a folder or hub repository with
+    """The scorer. `instruction`: a text file in place of the authors' words. `weights`: a file, or a folder or hub repository with
     `HPSv3.safetensors`; `base`: folder or hub id of the configuration and processor. `pixels` an image is scaled to.
     ValueError if any of it cannot be had or does not fit."""
 
@@ -62,14 +98,10 @@ class Hpsv3:
         dtype: str = "bfloat16",
         batch: int = 8,
     ):
-        if not Path(instruction).is_file():
-            raise ValueError(
-                f"hpsv3: instruction={instruction!r} is no file; one with the authors' words is needed, with "
-                f"{{prompt}} and {TOKEN} in them"
-            )
-        self.instruction = Path(instruction).read_text()
+        with loading("hpsv3", f"instruction={instruction!r}"):
+            self.instruction = files.text(instruction, limits.TEMPLATE) if instruction else authors_words()
         if "{prompt}" not in self.instruction or self.instruction.count(TOKEN) != 1:
-            raise ValueError(f"hpsv3: {instruction} must hold {{prompt}}, and {TOKEN} once")
+            raise ValueError(f"hpsv3: {instruction or SOURCE} must hold {{prompt}}, and {TOKEN} once")
         kind = vlm.type_of("hpsv3", dtype)
         with loading("hpsv3", f"{weights} on {base}"):
             model, head = reward_model(read(located(weights, FILE)), base, kind)
@@ -85,7 +117,12 @@ class Hpsv3:
             licence="the model's own",
             size=f"scaled to about {pixels} pixels",
             checkpoint=fingerprint(self.model, self.head),
-            settings={"instruction": self.instruction, "base": named(base), "dtype": dtype},
+            settings={
+                "instruction": self.instruction,
+                "base": named(base),
+                "dtype": dtype,
+                "positions": "one after another",
+            },
         )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
@@ -95,5 +132,6 @@ class Hpsv3:
     def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         texts = [self.instruction.replace("{prompt}", p.text.replace(TOKEN, "")) for p in prompts]
         inputs = vlm.asked(self.processor, vlm.about(images, texts), self.device, answering=False)
-        hidden = self.model.model(**inputs).last_hidden_state
+        places = positions(inputs.attention_mask)
+        hidden = self.model.model(**inputs, position_ids=places).last_hidden_state
         return self.head(hidden[inputs.input_ids == self.token].float())[:, :1]

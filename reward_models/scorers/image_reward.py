@@ -10,7 +10,6 @@ the original's and not transformers' defaults: layer norms of the image encoder 
 encoder (as `med_config.json` says).
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 
@@ -18,10 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from reward_models import files
 from reward_models.images import resized
+from reward_models.lengths import Reader, reader
+from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, linear_chain, loading, located, named, read
+from reward_models.weights import fingerprint, linear_chain, located, named, read, tried
 
 SHIFT, SPREAD = 0.16717362830052426, 1.0333394966054072  # mean and standard deviation of raw scores on their data
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -121,13 +123,15 @@ class ImageReward:
         from transformers import AutoTokenizer
 
         with loading("image_reward", f"{weights} with {tokenizer}"):
-            config = json.loads(located(weights, "med_config.json").read_text())
+            config = files.parsed(files.text(located(weights, "med_config.json")))
             found = read(located(weights, "ImageReward.pt"))
             self.vision = image_encoder(below(found, "blip.visual_encoder."), heads).to(device)
             wide = self.vision.config.hidden_size
             self.text = text_encoder(below(found, "blip.text_encoder."), config, wide).to(device)
             self.head = linear_chain(below(found, "mlp.")).to(device)
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                tokenizer, trust_remote_code=False, **pinned(tokenizer, named(tokenizer))
+            )
         self.device, self.batch, self.side = device, batch, self.vision.config.image_size
         self.card = Card(
             "image_reward",
@@ -137,6 +141,11 @@ class ImageReward:
             checkpoint=fingerprint(self.vision, self.text, self.head),
             settings={"tokenizer": named(tokenizer)},
         )
+        with loading("image_reward", f"{weights} with {tokenizer}"):
+            tried(self._look)
+
+    def readers(self) -> list[Reader]:
+        return [reader("image_reward", self.tokenizer, TOKENS)]
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look, self.batch)

@@ -27,11 +27,11 @@ import torch
 from jaxtyping import UInt8
 
 from reward_models.images import to_uint8
+from reward_models.model_folders import loading
 from reward_models.regions import Region, paint
 from reward_models.scorers.shapes import edit_distance
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import loading
 
 DETECTOR, READER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"  # in rapidocr's wheel
 QUOTED = re.compile('["“”„‟]([^"“”„‟]*)["“”‟]')

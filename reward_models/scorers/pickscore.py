@@ -12,9 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_models.images import to_uint8
+from reward_models.lengths import Reader, reader
+from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, loading, named, pretrained
+from reward_models.weights import fingerprint, named, pretrained, tried
 
 
 class PickScore:
@@ -34,8 +36,9 @@ class PickScore:
 
         with loading("pickscore", f"{model} with {processor}"):
             self.model = pretrained(CLIPModel, model, dtype=torch.float32).to(device)
-            self.image_processor = AutoImageProcessor.from_pretrained(processor, trust_remote_code=False)
-            self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
+            same = pinned(processor, named(processor))
+            self.image_processor = AutoImageProcessor.from_pretrained(processor, trust_remote_code=False, **same)
+            self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False, **same)
         self.device, self.batch = device, batch
         self.card = Card(
             "pickscore",
@@ -45,6 +48,16 @@ class PickScore:
             checkpoint=fingerprint(self.model),
             settings={"processor": named(processor)},
         )
+        with loading("pickscore", f"{model} with {processor}"):
+            tried(self._look)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a text that are read."""
+        return self.model.config.text_config.max_position_embeddings
+
+    def readers(self) -> list[Reader]:
+        return [reader("pickscore", self.tokenizer, self.length)]
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look, self.batch)
@@ -52,8 +65,7 @@ class PickScore:
     @torch.no_grad()
     def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         row = {text: i for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(row), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens = self.tokenizer(list(row), padding=True, truncation=True, max_length=self.length, return_tensors="pt")
         text = self.model.get_text_features(
             input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device)
         ).pooler_output[[row[p.text] for p in prompts]]

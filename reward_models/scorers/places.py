@@ -20,10 +20,11 @@ import torch
 
 from reward_models import ask, replies
 from reward_models.detect import detector
+from reward_models.model_folders import loading
 from reward_models.regions import Region, paint
 from reward_models.scoring import each
 from reward_models.types import Images, Prompt, Scores
-from reward_models.weights import fingerprint, loading, named
+from reward_models.weights import fingerprint, named
 
 MOST = 10  # regions proposed; SRUM's number
 Box = tuple[int | float, int | float, int | float, int | float]

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 from tiny_scorers import before_version_5, settings
 
-from reward_models import Prompt, load
+from reward_models import Prompt, load, vlm
+from reward_models.scorers.hpsv3 import positions
 from reward_models.weights import read
 
 PROMPTS = [
@@ -133,6 +134,67 @@ def test_hpsv3_sees_nothing_after_its_token_and_all_before(images, made, tmp_pat
     assert not torch.allclose(score("Rank {prompt}: <|Reward|> end"), one, atol=1e-4)
 
 
+def test_hpsv3_numbers_all_tokens_one_after_another(images, made):
+    """As the released model was trained: transformers' own numbers, by row and column of the image, score otherwise."""
+    scorer = load("hpsv3", **made["hpsv3"])
+    scores, expected, others = scorer(images, PROMPTS).values, [], []
+    for image, prompt in zip(images, PROMPTS, strict=True):
+        words = scorer.instruction.replace("{prompt}", prompt.text)
+        inputs = vlm.asked(scorer.processor, [(image, words)], "cpu", answering=False)
+        at = inputs.input_ids[0].tolist().index(scorer.token)
+        number = torch.arange(inputs.input_ids.shape[1])
+        with torch.no_grad():
+            for rows, own in ((expected, {"position_ids": number.expand(3, 1, -1)}), (others, {})):
+                rows.append(scorer.head(scorer.model.model(**inputs, **own).last_hidden_state[0, at].float())[:1])
+    torch.testing.assert_close(scores, torch.stack(expected), rtol=0, atol=1e-4)
+    assert (scores - torch.stack(others)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("mask", "numbers"),
+    [
+        ([[1, 1, 1]], [[0, 1, 2]]),
+        ([[0, 0, 1, 1], [1, 1, 1, 1]], [[0, 0, 0, 1], [0, 1, 2, 3]]),
+        ([[1, 1, 0, 0]], [[0, 1, 1, 1]]),
+    ],
+)
+def test_padding_has_no_number(mask, numbers):
+    assert positions(torch.tensor(mask)).tolist() == numbers
+
+
+COLLATOR = "import nowhere\nraise SystemExit('run')\nINSTRUCTION = {one!r}\nprompt_with_special_token = {two!r}\n"
+
+
+def authors_package(folder, one, two):
+    """What `pip install --no-deps hpsv3` leaves, with other words."""
+    (folder / "hpsv3-1.0.0.dist-info").mkdir()
+    (folder / "hpsv3-1.0.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: hpsv3\nVersion: 1.0.0\n")
+    (folder / "hpsv3/dataset").mkdir(parents=True)
+    (folder / "hpsv3/__init__.py").write_text("raise SystemExit('run')")
+    (folder / "hpsv3/dataset/data_collator_qwen.py").write_text(COLLATOR.format(one=one, two=two))
+
+
+def test_hpsv3_reads_the_authors_words_and_runs_none(images, made, tmp_path, monkeypatch):
+    authors_package(tmp_path, "Rate {text_prompt} ({text_prompt}).\n", "Overall: <|Reward|>\nEND\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {name: value for name, value in made["hpsv3"].items() if name != "instruction"}
+    scorer = load("hpsv3", **settings)
+    assert scorer.instruction == "Rate {prompt} ({prompt}).\nOverall: <|Reward|>\nEND\n"
+    (tmp_path / "words.txt").write_text(scorer.instruction)
+    same = load("hpsv3", **settings, instruction=str(tmp_path / "words.txt"))
+    assert same.card.version == scorer.card.version
+    assert torch.equal(same(images, PROMPTS).values, scorer(images, PROMPTS).values)
+
+
+def test_hpsv3_says_that_the_package_has_other_words(tmp_path, monkeypatch):
+    authors_package(tmp_path, "Rate it.", "Overall: <|Reward|>")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"hpsv3: .* does not hold INSTRUCTION and prompt_with_special_token as version"
+    ):
+        load("hpsv3")
+
+
 def test_hpsv3_reads_a_prompt_that_holds_its_token(images, made):
     scorer = load("hpsv3", **made["hpsv3"])
     found = scorer(images[:2], [Prompt("a <|Reward|>fox"), Prompt("a fox")])
@@ -178,8 +240,10 @@ def test_hpsv3_refuses_weights_that_do_not_fit(made, tmp_path, drop, add, says):
 
 
 def test_hpsv3_says_that_it_needs_the_authors_words(made, tmp_path):
-    with pytest.raises(ValueError, match="hpsv3: instruction='' is no file; one with the authors' words is needed"):
+    with pytest.raises(ValueError, match=r"hpsv3: the words .* are not here; pip install --no-deps hpsv3, or give"):
         load("hpsv3")
+    with pytest.raises(ValueError, match=r"hpsv3: instruction='nowhere.txt' could not be loaded: .*No such file"):
+        load("hpsv3", **made["hpsv3"] | {"instruction": "nowhere.txt"})
     (tmp_path / "words.txt").write_text("Rate {prompt}.")
     with pytest.raises(ValueError, match=r"must hold \{prompt\}, and <\|Reward\|> once"):
         load("hpsv3", **made["hpsv3"] | {"instruction": str(tmp_path / "words.txt")})

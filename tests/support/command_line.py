@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -20,7 +21,8 @@ def mmalign(*args) -> Result:
     """The command line in this process: an uncaught exception fails the test as a traceback would fail the user."""
     out, err = io.StringIO(), io.StringIO()
     argv = ["mmalign", *map(str, args)]
-    with patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    as_before = (patch.object(sys, "argv", argv), patch.dict(os.environ))
+    with as_before[0], as_before[1], contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             cli.main()
             code = 0

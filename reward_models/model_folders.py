@@ -1,0 +1,201 @@
+"""What a stranger's model may ask a library to do: read numbers and names, and nothing else.
+
+open_clip, diffusers, transformers and peft take their orders from JSON files in a model's folder. Some keys of these
+name code: a module of the folder, a kernel of the hub, another model. Before a library is handed a folder or a hub id,
+its files are looked at here, and what would run code, lead elsewhere or grow without bound is refused by name. Python
+files may lie there; nothing imports them.
+"""
+
+import os
+import re
+import stat
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from reward_models import files, limits
+from reward_models.trust import check as check_module
+
+LIBRARIES = ("diffusers", "transformers")  # whose classes a pipeline's parts are
+CODE = {  # keys whose value, if there is one, stands for code
+    "auto_map", "auto_mapping", "custom_generate", "custom_pipeline", "custom_pipelines", "import_allowlist",
+    "kernel_config", "parent_library", "trust_remote_code", "use_kernels",
+}  # fmt: skip
+ATTENTION = {"eager", "sdpa", "flex_attention"}  # implementations that need no code from elsewhere
+OTHERS = {"backbone", "base_model_name_or_path", "hf_model_name", "hf_tokenizer_name", "timm_model_name"}
+PLACES = ("/", ".", "~", "hf-hub:", "hf_hub:", "local-dir:")  # how a name begins that stands for a place
+CLASSES = {
+    "tokenizer_class", "processor_class", "image_processor_type", "image_processor_class", "feature_extractor_type",
+    "feature_extractor_class", "video_processor_type", "video_processor_class", "model_type", "_class_name",
+}  # fmt: skip
+QUANTISED = {"awq", "bitsandbytes", "compressed-tensors", "gptq"}  # methods that an installed package reads alone
+TOKENIZING = {"clean", "strip_sep_token", "reduction_mask", "context_length"}  # what open_clip may tell a tokenizer
+VOCABULARIES = {"tokenizer.json", "vocab.json", "tekken.json"}  # read by tokenizers; words are no settings
+TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+COUNTS = re.compile(r"(^|_)(n_)?(layers|depths?|num_\w*blocks|num_single_blocks|levels)($|_per_block)")
+
+
+def check(folder: str | Path, what: str) -> None:
+    """Look at the files that libraries read in a model's folder and in the folders of its parts. `what` names the
+    model. ValueError, in one line, for a file that cannot be read, and for a setting that is refused."""
+    for path in _files(Path(folder), what):
+        where = f"{what}: {path.relative_to(folder)}"
+        if path.suffix in TEXTS:
+            _bounded(path, where)
+        if path.suffix == ".json" and path.name not in VOCABULARIES:
+            try:
+                value = files.parsed(files.content(path, limits.CONFIG))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
+            if path.name == "model_index.json":
+                _check_index(value, what)
+            if path.name.endswith(("config.json", "index.json")) and not isinstance(value, dict):
+                raise ValueError(f"{where} is no JSON object")
+            check_settings(value, where)
+
+
+def check_settings(value: Any, where: str) -> None:
+    """ValueError for a setting, at any depth of a JSON value, that would run code or lead elsewhere."""
+    waiting = [("", value)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += [(name, part) for part in value]
+        if why := _refused(name, value):
+            raise ValueError(f"{where}: {name}: {str(value)[:100]!r} {why}")
+
+
+def _refused(name: str, value: Any) -> str:
+    """Why a setting is refused; empty if it is not."""
+    if name in CODE and value:
+        return "stands for code; the code of a model is never run"
+    if "attn_implementation" in name or "experts_implementation" in name:
+        asked = {*value.values()} if isinstance(value, dict) and all(map(_plain, value.values())) else {str(value)}
+        if value is not None and not asked - {None} <= ATTENTION:
+            return f"is not {', '.join(sorted(ATTENTION))}; kernels from elsewhere are never run"
+    if isinstance(value, str):
+        if name in OTHERS and (value.startswith(PLACES) or ".." in value):
+            return "leads to another place; a model is read from its own folder"
+        if value.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+            return "leads to another place; a model is read from its own folder"
+        if name in CLASSES and value and not re.fullmatch(r"[\w-]+", value):
+            return "is no name of a class"
+        if name == "chat_template" and len(value) > limits.TEMPLATE:
+            return f"is longer than {limits.TEMPLATE} characters"
+    if name == "base_model_name_or_path" and value:
+        return "means that this is an adapter of another model; a whole model is needed"
+    if name in ("quantization_config", "compression_config") and value:
+        method = value.get("quant_method", "bitsandbytes") if isinstance(value, dict) else value
+        if not _plain(method) or method not in QUANTISED:
+            return f"asks for a method that is not {', '.join(sorted(QUANTISED))}; give the model unquantised"
+    if name == "tokenizer_kwargs" and value and (not isinstance(value, dict) or set(value) - TOKENIZING):
+        return f"may hold {', '.join(sorted(TOKENIZING))} alone"
+    if name == "reduction_mask" and value == "syntax":
+        return "needs a model of another library"
+    if isinstance(value, int) and not isinstance(value, bool):
+        if COUNTS.search(name) and value > limits.LAYERS:
+            return f"is more than {limits.LAYERS} layers"
+        if name == "num_train_timesteps" and not 0 < value <= limits.STEPS:
+            return f"is not a number from 1 to {limits.STEPS}"
+    return ""
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _check_index(index: Any, what: str) -> None:
+    """The modules that a pipeline's index names for its parts, which diffusers imports."""
+    if not isinstance(index, dict):
+        raise ValueError(f"{what}: its model_index.json is no JSON object")
+    for part, own in index.items():
+        if isinstance(own, list) and own and own[0] is not None and own[0] not in LIBRARIES:
+            check_module(str(own[0]), f"{what}: the part {part!r}")
+
+
+def _files(folder: Path, what: str) -> Iterator[Path]:
+    """The files of a folder and of those in it, where libraries look. ValueError for what is no regular file."""
+    try:
+        within = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+        for path in (path for place in within for path in sorted(place.iterdir())):
+            mode = path.stat().st_mode
+            if stat.S_ISREG(mode):
+                yield path
+            elif not stat.S_ISDIR(mode):
+                raise ValueError(f"{what}: {path.relative_to(folder)} is no regular file")
+    except OSError as error:
+        raise ValueError(f"{what}: {error.filename}: {error.strerror}") from None
+
+
+def _bounded(path: Path, where: str) -> None:
+    most = limits.TEMPLATE if path.suffix == ".jinja" else limits.VOCABULARY
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{where} has {size} bytes; {most} are read at most")
+
+
+def configs(place: str, what: str) -> Path:
+    """The folder that holds a model's settings, looked at: `place` itself, or for a hub id the snapshot to which its
+    JSON files and templates are downloaded. ValueError as `check`, and if there is no such model."""
+    if os.path.exists(place):
+        folder = Path(place)
+    else:
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(place, allow_patterns=["*.json", "*.jinja"], ignore_patterns=["*/*/*"]))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{what} is neither a folder here nor a model the hub knows: {error}") from None
+    check(folder, what)
+    return folder
+
+
+def pinned(place: str, what: str) -> dict[str, str]:
+    """What `from_pretrained` of a model is told so that it reads just what was looked at: nothing for a folder, the
+    commit of a hub repository. Raises as `configs`."""
+    folder = configs(place, what)
+    return {} if os.path.exists(place) else {"revision": folder.name}
+
+
+def check_size(numbers: int, folder: str | Path, what: str) -> None:
+    """ValueError if a model of so many numbers cannot have its weights in `folder`: a library would make up the rest,
+    which might not fit in memory."""
+    held = sum(path.stat().st_size for path in _files(Path(folder), what) if path.suffix not in TEXTS)
+    if numbers > 2 * held + 2**24:  # the smallest are stored with half a byte each; buffers may not be stored at all
+        raise ValueError(f"{what}: its config describes {numbers:,} numbers, its weights are {held:,} bytes")
+
+
+@contextmanager
+def loading(who: str, what: str) -> Iterator[None]:
+    """Whatever a library raises while it loads `what` is a ValueError of one line: a parser that is fed a stranger's
+    file may raise anything. A mistake of this project's own code is raised as it is."""
+    _never_ask()
+    try:
+        yield
+    except Exception as error:
+        if _mistake(error) or (isinstance(error, ValueError) and str(error).startswith(f"{who}: ")):
+            raise
+        words = " ".join(str(error).split())[:500]
+        plain = isinstance(error, (OSError, RuntimeError, ValueError, ImportError)) and words
+        raise ValueError(
+            f"{who}: {what} could not be loaded: {words if plain else f'{type(error).__name__} {words}'.strip()}"
+        ) from error
+
+
+def _mistake(error: Exception) -> bool:
+    """Whether an error is of a kind that only wrong code has, and arose in this project's own lines."""
+    if isinstance(error, (OSError, RuntimeError, ValueError, LookupError, ImportError, MemoryError)):
+        return False
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = frames[-1].partition(".")[0] in ("reward_models", "mmalign")
+    return ours and type(error).__module__ == "builtins"
+
+
+def _never_ask() -> None:
+    """transformers would ask on the terminal whether to run a model's code; without time to answer it refuses."""
+    if module := sys.modules.get("transformers.dynamic_module_utils"):
+        module.TIME_OUT_REMOTE_CODE = 0
