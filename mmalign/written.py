@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from mmalign import checkpoint, config as configs, disk
 from mmalign.config import BadInput, Config
+from reward_models import files, limits
 
 SIDES = ("before", "after")
 
@@ -107,7 +108,7 @@ def read(run: Path) -> Written:
 
     text, c = "", None
     try:
-        text = (run / "config.yaml").read_text(errors="replace")
+        text = files.content(run / "config.yaml", configs.LONGEST).decode(errors="replace")
         c = configs.load(run / "config.yaml")
     except OSError as error:
         lacking.append(f"config.yaml: {error.strerror}")
@@ -132,11 +133,13 @@ def read(run: Path) -> Written:
 def _rows(path: Path, shape: type[_Shape], needed: bool) -> tuple[list[Row], list[str]]:
     """The rows of a file that have the shape, and what there is to say of it, in a line at most."""
     try:
-        lines = disk.objects(path.read_bytes())
+        lines = disk.objects(files.content(path, limits.TEXT))
     except FileNotFoundError:
         return [], ["missing"] if needed else []
     except OSError as error:
         return [], [f"cannot be read: {error.strerror}"]
+    except ValueError as error:
+        return [], [str(error)]
     if needed and not lines:
         return [], ["empty"]
     found, wrong = [], []

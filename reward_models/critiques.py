@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reward_models import replies
+from reward_models.files import lines
 
 LOW, HIGH = 1.0, 4.0
 BEYOND = 0.5  # a score this far outside is meant on the scale and clamped; further out it is another scale
@@ -160,6 +161,6 @@ def _shown(score: float | None) -> str:
 
 def _request(text: str) -> str:
     """The refined request, in one line; "" for none, and for a form that was left as it was."""
-    line = next((own for own in text.splitlines() if own.strip(" *_`")), "").strip(" *_`")
+    line = next((own for own in lines(text) if own.strip(" *_`")), "").strip(" *_`")
     line = line[1:-1].strip() if len(line) > 1 and (line[0], line[-1]) in {('"', '"'), ("'", "'"), ("“", "”")} else line
     return "" if line.lower().rstrip(".") in NOTHING or re.fullmatch(r"[<\[{].*[>\]}]", line) else line

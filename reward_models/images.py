@@ -58,6 +58,12 @@ def from_file(place: str | Path) -> Images:
         return from_pil([picture])
 
 
+def from_bytes(data: bytes) -> Images:
+    """The picture that a file of these bytes holds, [1, 3, H, W]. ValueError, in one line, if there is none."""
+    with _reading(), Image.open(BytesIO(data)) as picture:
+        return from_pil([picture])
+
+
 def size_of(place: str | Path) -> tuple[int, int]:
     """Height and width of the picture in a file whose checksums are right. ValueError, in one line, if they are not."""
     with _reading(), Image.open(place) as picture:

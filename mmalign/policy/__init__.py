@@ -4,12 +4,12 @@ A policy gets texts and latents, never prompts or scores. Add a family: `texts` 
 (`mmalign.policy.pipeline` says what else can differ), and a line in the table.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reward_models import files
 from reward_models.trust import check, imported
 
 POLICIES = {  # a pipeline's class -> ours
@@ -91,7 +91,7 @@ def _index(model: str) -> Mapping[str, Any]:
         place = Path(model) / "model_index.json"
         if not place.is_file():
             raise ValueError(f"model {model!r}: no model_index.json in that folder; a diffusers pipeline is needed")
-        index = json.loads(place.read_text())
+        index = files.parsed(files.text(place))
         if not isinstance(index, dict):
             raise ValueError(f"model {model!r}: its model_index.json is no JSON object")
         return index

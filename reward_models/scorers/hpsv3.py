@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reward_models import vlm
+from reward_models import files, vlm
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import fingerprint, linear_chain, loading, located, named, read
@@ -67,7 +67,7 @@ class Hpsv3:
                 f"hpsv3: instruction={instruction!r} is no file; one with the authors' words is needed, with "
                 f"{{prompt}} and {TOKEN} in them"
             )
-        self.instruction = Path(instruction).read_text()
+        self.instruction = files.text(instruction)
         if "{prompt}" not in self.instruction or self.instruction.count(TOKEN) != 1:
             raise ValueError(f"hpsv3: {instruction} must hold {{prompt}}, and {TOKEN} once")
         kind = vlm.type_of("hpsv3", dtype)

@@ -10,7 +10,6 @@ the original's and not transformers' defaults: layer norms of the image encoder 
 encoder (as `med_config.json` says).
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from reward_models import files
 from reward_models.images import resized
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
@@ -121,7 +121,7 @@ class ImageReward:
         from transformers import AutoTokenizer
 
         with loading("image_reward", f"{weights} with {tokenizer}"):
-            config = json.loads(located(weights, "med_config.json").read_text())
+            config = files.parsed(files.text(located(weights, "med_config.json")))
             found = read(located(weights, "ImageReward.pt"))
             self.vision = image_encoder(below(found, "blip.visual_encoder."), heads).to(device)
             wide = self.vision.config.hidden_size
