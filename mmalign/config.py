@@ -503,9 +503,11 @@ def parse(text: str, source: str) -> Any:
 
 def _read(path: Path) -> str:
     try:
-        return files.text(path, LONGEST)
+        return files.decoded(files.content(path, LONGEST))
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
     except ValueError as error:
-        raise BadInput(f"{error}; a config is needed") from None
+        raise BadInput(f"{path}: not YAML: {error}") from None
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

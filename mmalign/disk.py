@@ -21,7 +21,7 @@ def objects(data: bytes) -> list[dict | None]:
 def object_in(data: bytes) -> dict | None:
     """The JSON object that these bytes are, None where they are none. Its numbers may be NaN or infinite."""
     try:
-        found = parsed(data, finite=False)
+        found = parsed(data, strict=False)
     except ValueError:
         return None
     return found if isinstance(found, dict) else None

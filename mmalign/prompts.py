@@ -58,6 +58,7 @@ def _prompts(source: str) -> Iterator[Prompt]:
         path = Path(files.home(parts["name"]))
         return _of_table(tables.read(path), parts["column"], path.parent.absolute())
     path = Path(files.home(source))
+    files.opened(path).close()  # that it is not there comes before what it is called
     if path.suffix.lower() != ".txt":
         raise ValueError(f"a list of prompts is .txt, with a prompt a line, or a table: {', '.join(tables.ENDINGS)}")
     return _of_lines(files.decoded(files.content(path, limits.TEXT)))

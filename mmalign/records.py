@@ -78,7 +78,7 @@ def read(path: str | Path, size: tuple[int, int]) -> Records:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                record = _record(files.parsed(line, finite=False), path.parent, size, prompts)
+                record = _record(files.parsed(line, strict=False), path.parent, size, prompts)
             except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
                 why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
                 refused.append(f"record {number}: {why}")

@@ -69,15 +69,15 @@ def lines(text: str) -> list[str]:
     return [part.removesuffix("\r") for part in parts]
 
 
-def parsed(text: str | bytes, finite: bool = True) -> Any:
+def parsed(text: str | bytes, strict: bool = True) -> Any:
     """The value that a JSON text stands for. ValueError, in one line, for anything else, and for what JSON does not
     have or no one can compute with: an object with a key twice, NaN, infinities, numbers too large to be finite, half a
-    surrogate pair, nesting deeper than the parser goes. `finite` False: NaN and infinities are taken, as a run's own
-    metrics hold them."""
+    surrogate pair, nesting deeper than the parser goes. `strict` False: the first three are taken, for a run's own
+    metrics hold NaN."""
     text = decoded(text) if isinstance(text, bytes) else text
-    numbers = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
+    checks = {"object_pairs_hook": _once, "parse_constant": _no_constant, "parse_float": _finite} if strict else {}
     try:
-        value = json.loads(text, object_pairs_hook=_once, **numbers)
+        value = json.loads(text, **checks)
         if "\\u" in text:  # only an escape can stand for half a surrogate pair
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
