@@ -4,11 +4,12 @@ A file may be read while it is written, or long after a disk or a hand has damag
 a text where a number belongs is left out and named; nothing that is left whole is lost with it.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from mmalign import checkpoint, config as configs, disk
 from mmalign.config import BadInput, Config
@@ -17,6 +18,16 @@ from reward_models import files, limits
 SIDES = ("before", "after")
 
 Row = dict[str, Any]
+Count = Annotated[int, Field(ge=0, le=10**12)]  # more is no count of a run, and cannot be drawn
+
+
+def _drawable(value: float) -> float:
+    if math.isfinite(value) and abs(value) > 1e100:
+        raise ValueError(f"{value:g} is too large to be drawn")
+    return value
+
+
+Number = Annotated[float, AfterValidator(_drawable)]
 Grid = Annotated[list[Annotated[list[float | None], Field(min_length=1)]], Field(min_length=1)]
 
 
@@ -27,33 +38,33 @@ class _Shape(BaseModel):
 
 
 class _Numbers(_Shape):
-    __pydantic_extra__: dict[str, float]
+    __pydantic_extra__: dict[str, Number]
 
-    iteration: int
+    iteration: Count
 
 
 class _Iteration(_Numbers):
-    reward: float
-    forwards: int
-    replay_forwards: int
-    decodes: int
-    rewards: int
+    reward: Number
+    forwards: Count
+    replay_forwards: Count
+    decodes: Count
+    rewards: Count
 
 
 class _Evaluation(_Numbers):
     name: str | None
-    images: int
-    seconds: float
+    images: Count
+    seconds: Number
 
 
 class _Alarm(_Shape):
-    iteration: int
+    iteration: Count
     alarm: str
     text: str
 
 
 class _Credit(_Shape):
-    iteration: int
+    iteration: Count
     image: str
     prompt: str
     reward: float | None

@@ -11,6 +11,7 @@ embedded world's scorer draws them).
 import asyncio
 import json
 import signal
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -226,6 +227,7 @@ def serve(
 def listen(service: ASGIApp, host: str, port: int, grace: int) -> None:
     """Serve an application until SIGTERM or SIGINT; then finish what has begun within `grace` seconds, and return."""
     settings = {"timeout_graceful_shutdown": grace, "access_log": False, "server_header": False}
+    reachable(host, port)
     server = uvicorn.Server(uvicorn.Config(service, host, port, **settings))
 
     def stop(*_) -> None:
@@ -239,6 +241,17 @@ def listen(service: ASGIApp, host: str, port: int, grace: int) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def reachable(host: str, port: int) -> None:
+    """ValueError, in one line, where no service can listen: there is no such address, or its port is taken."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as place:
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host {host!r} --port {port}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def loopback(host: str) -> bool:
