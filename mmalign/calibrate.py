@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.config import BadInput, Config, Rule
+from reward_models import files
 
 
 def next_levels(
@@ -82,13 +83,22 @@ def identity(c: Config, times: Float[Tensor, "states"]) -> dict:
 
 def save(path: Path, c: Config, times: Float[Tensor, "states"], rows: list[dict], rule: Rule) -> None:
     record = identity(c, times) | {"rule": rule, "noise": settled(rows, rule), "rounds": rows}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    files.write(path, json.dumps(record, indent=1) + "\n")
+
+
+def ours(text: str) -> bool:
+    """Whether a text is one that `save` wrote."""
+    try:
+        record = files.parsed(text)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and {"times", "rule", "noise", "rounds"} <= record.keys()
 
 
 def load(path: str, c: Config, times: Float[Tensor, "states"]) -> list[float]:
     """The calibrated noise of each step. Raises BadInput where it belongs to something else."""
     try:
-        record = json.loads(Path(path).read_text())
+        record = files.parsed(files.text(path))
         levels = [float(level) for level in record["noise"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"noise: {path} is no file written by `mmalign calibrate`") from None
@@ -108,7 +118,7 @@ def plot(path: Path, record: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = json.loads(record.read_text())
+    found = files.parsed(files.text(record))
     rows, t = found["rounds"], found["times"][:-2]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     left.plot(t, rows[0]["noise"][:-1], "o--", color="#888", label="start")

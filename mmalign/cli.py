@@ -1,9 +1,14 @@
 """The command line. Exit code 0: done; 2: bad input, told in one line; 1: a failure while running; 143 or 130: a run
 that SIGTERM or Ctrl-C stopped and that is saved."""
 
+import io
 import json
 import os
+import re
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmalign.config import BadInput, Failed, Layout, Orphaned, Rule, component, refusing
+from reward_models import files
 from reward_models.trust import allow as allow_modules
 
 # a calibration walks every step with noise and scores every state, whatever the config does with it
@@ -25,9 +31,28 @@ CALIBRATION = [
 ]  # fmt: skip
 
 # what `prompts.read` takes
-PROMPTS = "file (.txt, .jsonl, .parquet) or dataset (hf:NAME:SPLIT, hf:NAME/CONFIG:SPLIT); with :COLUMN, that alone"
+PROMPTS = (
+    "file (.txt, .jsonl, .json, .csv, .tsv, .parquet) or dataset (hf:NAME:SPLIT, hf:NAME/CONFIG:SPLIT); with :COLUMN, "
+    "that alone"
+)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+class _Command(typer.core.TyperCommand):
+    """A command whose paths may begin with `~`, the home folder."""
+
+    def invoke(self, ctx):
+        with refusing():
+            homes = {key: Path(files.home(str(own))) for key, own in ctx.params.items() if isinstance(own, Path)}
+        ctx.params |= homes
+        return super().invoke(ctx)
+
+
+class _Commands(typer.Typer):
+    def command(self, *names, **settings):
+        return super().command(*names, **{"cls": _Command} | settings)
+
+
+app = _Commands(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console(markup=False)  # names and words from files are shown as they are
 
 
@@ -103,6 +128,9 @@ def calibrate(
     policies.quiet()
     if out.suffix != ".json" or not out.parent.is_dir():
         raise BadInput(f"--out {out}: a .json file in a folder that exists is needed")
+    _may_write(out, "--out", calibration.ours)
+    if not out.exists():  # the plot of a file of ours is ours
+        _may_write(out.with_suffix(".png"), "--out")
     c = configs.load(config, [*(overrides or []), *CALIBRATION])
     run = session.open_session(c)
     if run.ranks.size > 1:
@@ -229,7 +257,7 @@ def sample(
     model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
     adapter: AdapterOf = None,
     seeds: Annotated[str, typer.Option(help="comma-separated, one image per prompt and seed")] = "0",
-    steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 10,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="ODE steps")] = 10,
     guidance: Annotated[
         float | None, typer.Option(help="classifier-free guidance; default: the run's, or none")
     ] = None,
@@ -267,12 +295,9 @@ def sample(
     wanted = (
         prompt_files.read(configs.locate(prompts))
         if prompts
-        else [Prompt(text, {}, i) for i, text in enumerate(prompt)]
+        else [Prompt(_worded(text), {}, i) for i, text in enumerate(prompt)]
     )
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise BadInput(f"--seeds {seeds!r}: whole numbers separated by commas are needed") from None
+    numbers = _seeds(seeds)
     if adapter is None and (strength is not None or boxes):
         raise BadInput("--strength and --box say how much of an adapter acts, and where; give --adapter RUN")
     if edge and not boxes:
@@ -301,6 +326,26 @@ def sample(
         print(json.dumps(files))
     else:
         console.print(f"{len(files)} images in {out}")
+
+
+def _seeds(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    numbers = [int(word) for word in words if re.fullmatch(r"[0-9]{1,19}", word)]
+    if len(numbers) < len(words) or max(numbers) >= 2**63:
+        raise BadInput(f"--seeds {text[:60]!r}: whole numbers from 0 to 2**63 - 1 are needed, separated by commas")
+    if len(set(numbers)) < len(numbers):
+        raise BadInput(f"--seeds {text[:60]!r}: a seed is there twice, and would give the same image")
+    return numbers
+
+
+def _worded(text: str) -> str:
+    """A prompt of the command line: UTF-8 where its bytes are, whatever the locale."""
+    from reward_models import tables
+
+    with suppress(UnicodeError):
+        text = os.fsencode(text).decode()
+    with refusing():
+        return tables.wording(text)
 
 
 def _best_settings(best: str, seeds: int, keep: int | None, after: int | None, steps: int, strength, boxes) -> None:
@@ -373,8 +418,8 @@ def evaluate(
     rewards: Annotated[str, typer.Option(help="comma-separated scorers")] = "shapes",
     model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
     adapter: AdapterOf = None,
-    members: Annotated[int, typer.Option("--seeds", min=1, help="images per prompt")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 10,
+    members: Annotated[int, typer.Option("--seeds", min=1, max=10_000, help="images per prompt")] = 2,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="ODE steps")] = 10,
     guidance: Annotated[
         float | None, typer.Option(help="classifier-free guidance; default: the run's, or none")
     ] = None,
@@ -407,12 +452,13 @@ def evaluate(
     policy = _policy(model, guidance, adapter)
     _say_cut([own.text for own in wanted], policy, *scorers.values())
     if out is not None:
-        _writable(out)
+        _may_write(out / "scores.jsonl", "--out", _rows_of("image", "prompt", "id", "scores", "places"))
+    if reference is not None:
+        _may_write(reference, "--reference", references.ours)
     result = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
     if out is not None:
         evaluation.write(result, wanted, out, layout)
     if reference is not None:
-        _writable(reference.parent)
         references.save(reference, policy.fingerprint(), result, scorers)
         if len(result.images) < references.ENOUGH:
             print(
@@ -438,7 +484,8 @@ def evaluate(
 @app.command()
 def score(
     source: Annotated[
-        Path, typer.Argument(help="folder of pictures, or a table (JSONL, CSV, Parquet) of image and prompt")
+        Path,
+        typer.Argument(help="folder of pictures, or a table (JSONL, JSON, CSV, TSV, Parquet) of image and prompt"),
     ],
     rewards: Annotated[str, typer.Option(help="comma-separated scorers")] = "clip",
     out: Annotated[Path, typer.Option(help="JSONL, CSV or Parquet; rows already there are not scored again")] = Path(
@@ -457,36 +504,44 @@ def score(
     """Score images on disk. Exit code 1 if any image could not be scored; its row says why."""
     from rich.progress import track
 
-    from mmalign import config as configs
+    from mmalign import config as configs, folder
     from reward_models import batch as batches, gallery
 
+    ending = out.suffix.lower()
+    if ending not in batches.OUTPUTS:
+        raise BadInput(f"--out {out}: a name that ends in {', '.join(batches.OUTPUTS)} is needed")
+    record = Path(os.path.realpath(out if ending == ".jsonl" else out.with_suffix(".partial.jsonl")))
+    if ending != ".jsonl" and os.path.lexists(out):
+        raise BadInput(f"--out {out} is there already; choose another name or remove it")
     with configs.refusing():
-        items, choices = batches.read(source, prompt)
+        items, choices = batches.read(source, prompt and _worded(prompt), out)
         scorers = _scorers(rewards, settings or [], cache)
         if any(item.prompt is None for item in items) and (blind := batches.needs_prompts(scorers)):
             raise BadInput(f"{blind[0]} looks at the prompt, and {source} has none for some images; give --prompt TEXT")
-        if out.suffix not in batches.TABLES:
-            raise BadInput(f"--out {out}: a name that ends in {', '.join(batches.TABLES)} is needed")
-        record = out if out.suffix == ".jsonl" else out.with_suffix(".partial.jsonl")
-        if record != out and out.exists():
-            raise BadInput(f"--out {out} is there already; choose another name or remove it")
+        if page is not None:
+            _may_write(page, "--html", gallery.ours)
         _writable(out.parent)
-        done, left = batches.resume(record, items, scorers)
+        with folder.failing(out, folder.ROWS_ARE_WHOLE):
+            done, left = batches.resume(record, items, scorers)
+    if aside := batches.left_out(source, items):
+        print(f"mmalign: left out of {source}: {aside}", file=sys.stderr)
     _say_cut([item.prompt.text for item in items if item.prompt], *scorers.values())
-    with record.open("a") as file:
-        found = batches.score(left, scorers, batch)
-        for row in track(found, "scoring", len(left), console=Console(stderr=True), disable=not left):
-            file.write(json.dumps(row) + "\n")
-            done[row["image"], row["prompt"]] = row
+    scored = batches.score(left, scorers, batch)
+    for row in track(scored, "scoring", len(left), console=Console(stderr=True), disable=not left):
+        with folder.failing(out, folder.ROWS_ARE_WHOLE):
+            files.append(record, row)
+        done[row["image"], row["prompt"]] = row
     rows = [done[item.key] for item in items]
-    if record != out:
-        batches.write(rows, out)
+    if ending != ".jsonl":
+        with folder.failing(out, folder.ROWS_ARE_WHOLE):
+            batches.write(rows, out)
         record.unlink()
     summary = batches.summarise(rows, choices)
     if cache is not None:
         summary["cache"] = {name: {"asked": own.asked, "hits": own.hits} for name, own in scorers.items()}
     if page is not None:
-        gallery.write(rows, summary, source if source.is_dir() else source.parent, page)
+        with folder.failing(page, folder.ROWS_ARE_WHOLE):
+            gallery.write(rows, summary, source if source.is_dir() else source.parent, page)
     if as_json:
         print(json.dumps(summary | {"out": str(out)}))
     else:
@@ -525,7 +580,7 @@ def refine(
     strength: Annotated[float, typer.Option(min=0, help="of the adapter, for the move `strength`")] = 1.5,
     model: Annotated[str, typer.Option(help="folder or hub id of a diffusers pipeline")] = "assets/tiny_sd3",
     adapter: AdapterOf = None,
-    steps: Annotated[int, typer.Option(min=1, help="ODE steps")] = 10,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="ODE steps")] = 10,
     guidance: Annotated[
         float | None, typer.Option(help="classifier-free guidance; default: the run's, or none")
     ] = None,
@@ -544,16 +599,20 @@ def refine(
 
     from rich.progress import track
 
-    from mmalign import config as configs, refine as refining, stories
-    from mmalign.rounds import write as write_page
+    from mmalign import config as configs, folder, refine as refining, rounds as rounds_page, stories
 
     if sum(map(bool, (prompt, prompts, images))) != 1:
         raise BadInput("give prompts in quotes, --prompts SOURCE or --images FOLDER, one of the three")
     given = tuple(own.strip() for own in moves.split(",") if own.strip())
     _check_moves(given, adapter, cut, steps)
-    for file in (page, pairs, requests):
+    outputs = {
+        "--html": (page, rounds_page.ours),
+        "--pairs": (pairs, _rows_of("image_a", "image_b", "chosen", "gap")),
+        "--requests": (requests, _rows_of("id", "prompt", "first")),
+    }
+    for option, (file, ours) in outputs.items():
         if file is not None:
-            _writable(file.parent)
+            _may_write(file, option, ours)
     with configs.refusing():
         scorer = _scorers(critic, settings or [], cache)[critic]
     if by and by not in scorer.names:
@@ -566,7 +625,8 @@ def refine(
     )
     _writable(out)
     about = {"critic": critic, "version": scorer.card.version, "model": str(model), "adapter": str(adapter or "")}
-    rows = stories.opened(out, asdict(asked) | about | {"images_from": str(images or "")}, wanted)
+    with folder.failing(out, folder.ROWS_ARE_WHOLE):
+        rows = stories.opened(out, asdict(asked) | about | {"images_from": str(images or "")}, wanted)
     left = [own for own in wanted if own.id not in rows]
 
     def refined(some):
@@ -583,12 +643,13 @@ def refine(
     spent = getattr(getattr(scorer, "judge", None), "spent", None)
     if spent is not None:
         result["judge"] = dict(spent)
-    if page is not None:
-        write_page(ordered, result, asked.by, out, page)
-    if pairs is not None:
-        stories.export(stories.pairs(ordered, asked.by, os.path.relpath(out, pairs.parent)), pairs)
-    if requests is not None:
-        stories.export(stories.requests(ordered, asked.by), requests)
+    with folder.failing(out, folder.ROWS_ARE_WHOLE):
+        if page is not None:
+            rounds_page.write(ordered, result, asked.by, out, page)
+        if pairs is not None:
+            stories.export(stories.pairs(ordered, asked.by, os.path.relpath(out, pairs.parent)), pairs)
+        if requests is not None:
+            stories.export(stories.requests(ordered, asked.by), requests)
     if as_json:
         print(json.dumps(result))
     else:
@@ -618,19 +679,21 @@ def _begun(prompt: list[str] | None, prompts: str | None, images: Path | None, s
 
     from mmalign import config as configs, prompts as prompt_files
     from reward_models import Prompt, batch as batches
-    from reward_models.images import from_file
 
     if prompts:
         return prompt_files.read(configs.locate(prompts)), None
     if prompt:
-        return [Prompt(text, {}, i) for i, text in enumerate(prompt)], None
+        return [Prompt(_worded(text), {}, i) for i, text in enumerate(prompt)], None
     with configs.refusing():
         items, _ = batches.read(images, None)
         if any(item.prompt is None for item in items):
             raise BadInput(f"{images} has no prompt for {next(item.name for item in items if item.prompt is None)}")
         pictures = {}
         for number, item in enumerate(items):
-            pictures[number] = from_file(item.path)
+            try:
+                pictures[number] = batches.picture(item)
+            except ValueError as error:
+                raise BadInput(f"{item.name} {error}") from None
             if tuple(pictures[number].shape[2:]) != size:
                 had, needed = (f"{wide} x {high}" for high, wide in (pictures[number].shape[2:], size))
                 raise BadInput(f"{item.name} has {had} pixels; the model draws {needed}")
@@ -678,7 +741,7 @@ def doctor(
     from reward_models import health
 
     if out is not None:
-        _writable(out.parent)
+        _may_write(out, "--out", lambda text: health.HEADING in text)
     if rewards is None:
         _doctor_of_run(source, overrides or [], settings, out, as_json)
         return
@@ -691,7 +754,7 @@ def doctor(
         name: health.examine(scorer, images, prompts, health.chosen(scorer, pairs)) for name, scorer in scorers.items()
     }
     if out is not None:
-        out.write_text(health.markdown(reports, len(images)))
+        files.write(out, health.markdown(reports, len(images)))
     if as_json:
         print(json.dumps({name: [asdict(own) for own in rows] for name, rows in reports.items()}))
     else:
@@ -717,7 +780,7 @@ def _doctor_of_run(config: Path, overrides: list[str], settings: list[str] | Non
             found.append(own)
             status.update(f"{own.check} done")
     if out is not None:
-        out.write_text(doctors.page(c, found))
+        files.write(out, doctors.page(c, found))
     if as_json:
         print(json.dumps([asdict(own) for own in found]))
     else:
@@ -773,7 +836,7 @@ def _scorers(rewards: str, settings: list[str], cache: Path | None) -> dict:
 
 
 def _settings(given: list[str], names: list[str]) -> dict[str, dict]:
-    import yaml
+    from mmalign.config import parse
 
     own: dict[str, dict] = {name: {} for name in names}
     for setting in given:
@@ -781,7 +844,7 @@ def _settings(given: list[str], names: list[str]) -> dict[str, dict]:
         name, _, key = where.rpartition(".")
         if not equals or name not in own:
             raise BadInput(f"--set {setting!r} must look like scorer.key=value, with one of {', '.join(own)}")
-        own[name][key] = yaml.safe_load(value)
+        own[name][key] = parse(value, f"--set {setting!r}")
     return own
 
 
@@ -868,7 +931,8 @@ def report(
     if serve:
         with configs.refusing():
             from mmalign import live
-        live.serve(run, **given)
+
+            live.serve(run, **given)
     elif given:
         raise BadInput(f"--{next(iter(given))} acts only with --serve")
     else:
@@ -881,11 +945,10 @@ def report(
 
 
 def _writable(folder: Path) -> None:
+    """Make a folder; BadInput where nothing can be written in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise BadInput(f"cannot write in {folder}: {error.strerror}") from None
 
@@ -898,9 +961,75 @@ def _say_cut(texts, *models) -> None:
         print(f"mmalign: {_line(line)}", file=sys.stderr)
 
 
+def _may_write(file: Path, option: str, ours: Callable[[str], bool] = lambda text: False) -> None:
+    """Make the folder of a file that is to be written. BadInput where it cannot be, or holds a text that is not `ours`,
+    which would be lost."""
+    _writable(file.parent)
+    if not os.path.lexists(file):
+        return
+    try:
+        if file.stat().st_size and not ours(files.text(file)):
+            raise ValueError(f"{file}: another file is there")
+    except (OSError, ValueError) as error:
+        why = f"{file}: {error.strerror}" if isinstance(error, OSError) else error
+        raise BadInput(f"{option} {why}; it is not overwritten, choose another name or remove it") from None
+
+
+def _rows_of(*names: str) -> Callable[[str], bool]:
+    """Whether a text has a JSON object in each line, with these names."""
+
+    def ours(text: str) -> bool:
+        try:
+            rows = [files.parsed(line) for line in files.lines(text)]
+        except ValueError:
+            return False
+        return all(isinstance(row, dict) and set(names) <= row.keys() for row in rows)
+
+    return ours
+
+
 def _line(text: str) -> str:
     """Without line ends and control characters, which a file's name can hold."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output. What its encoding lacks is escaped; that it takes no more is told in one line, and ends."""
+
+    def write(self, text: str) -> int:
+        with _telling(self):
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _telling(self):
+            super().flush()
+
+
+@contextmanager
+def _telling(stream: _Output) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # where what is left of it goes when Python ends
+        raise Failed(f"standard output cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def _speaking() -> Iterator[None]:
+    """Standard output as an `_Output`, all of it written when it ends."""
+    plain = sys.stdout
+    if not isinstance(plain, io.TextIOWrapper):
+        yield
+        return
+    sys.stdout = _Output(plain.buffer, plain.encoding, "backslashreplace", line_buffering=plain.line_buffering)
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        finally:
+            sys.stdout.detach()
+            sys.stdout = plain
 
 
 def main() -> None:
@@ -908,10 +1037,23 @@ def main() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that libraries start import nothing from the current folder either
     import torch
 
+    from mmalign.folder import UNWRITABLE
+
     torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower
     try:
-        app()
+        with _speaking():
+            app()
     except (BadInput, Failed) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, Orphaned):  # of many one a machine speaks
-            print(f"mmalign: {_line(str(error))}", file=sys.stderr)
+            _complain(str(error))
         sys.exit(2 if isinstance(error, BadInput) else 1)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        _complain(f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}")
+        sys.exit(1)
+
+
+def _complain(text: str) -> None:
+    with suppress(OSError):
+        print(f"mmalign: {_line(text)}", file=sys.stderr)

@@ -5,6 +5,7 @@ line changes it once more. An unknown key is refused with the nearest name, and 
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,15 +21,17 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
+from mmalign import yaml12
+from reward_models import files
 from reward_models.combine import Ramp
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, whose assets/ a config may name from anywhere
-LONGEST = 2**20  # characters of a config
+LONGEST = 2**20  # bytes of a config
 MOST = 10**7  # states of an iteration's walks
-UNPRINTED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 Rule = Literal["paper", "z"]  # of the noise calibration
 Layout = Literal["mmalign", "geneval", "t2i_compbench"]  # of the folder that evaluation writes
 POLICY_GRADIENT = (  # what acts on steps of walks alone
@@ -81,14 +83,14 @@ def component(reward: str) -> tuple[str, str]:
 class AtLeast(BaseModel):
     """A constraint: mean score at least `bound`, in raw units; `rate` of the multiplier per iteration and unit."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     bound: float
     rate: PositiveFloat = 0.1
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     # what is trained, on what
     model: str = Field("assets/tiny_sd3", description="folder or hub id of a diffusers pipeline")
@@ -320,6 +322,11 @@ class Config(BaseModel):
     )
     compile: bool = Field(False, description="torch.compile the transformer")
 
+    @field_validator("model", "prompts", "held_out", "reference", "cache", "records", "noise", "out")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        return files.home(value) if isinstance(value, str) else value
+
     def _secrets_are_kept_out(self) -> None:
         """A run's folder is passed on, and its config with it."""
         for name, own in self.scorers.items():
@@ -490,77 +497,25 @@ class Config(BaseModel):
         return self
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML of plain values: no key twice, of which one would be lost, and no aliases, which can grow without bound."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "an alias (*) is not taken", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value]
-        for place, name in enumerate(names):
-            if isinstance(name, str) and name in names[:place]:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def parse(text: str, source: str) -> Any:
-    """The plain value that a YAML text stands for. BadInput where it is none."""
+    """The plain value that a YAML 1.2 text stands for. BadInput where it is none."""
     try:
-        value = _Loader(text).get_single_data()
-        _plain(value, "")
-    except RecursionError:
-        raise BadInput(f"{source}: nested too deeply") from None
-    except (yaml.YAMLError, UnicodeError, OverflowError) as error:
-        raise BadInput(f"{source}: not YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, TypeError) as error:  # the constructors of YAML's numbers and dates let these through
+        return yaml12.parsed(text)
+    except ValueError as error:
         raise BadInput(f"{source}: {' '.join(str(error).split())}") from None
-    return value
-
-
-def _plain(value: Any, where: str) -> None:
-    """ValueError for what no setting is: numbers without an end, control characters, dates, bytes, sets."""
-    if isinstance(value, dict):
-        for key, own in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{where}the key {_shown(key)} is no text; put it in quotes")
-            _plain(key, where)
-            _plain(own, f"{where.removesuffix(': ')}.{key}: ".removeprefix("."))
-    elif isinstance(value, list):
-        for own in value:
-            _plain(own, where)
-    elif isinstance(value, str):
-        if UNPRINTED.search(value):
-            raise ValueError(f"{where}{_shown(value)} holds characters that cannot be printed")
-    elif isinstance(value, int | float):
-        if not abs(value) < 2**63:
-            raise ValueError(f"{where}{_shown(value)} is no number that can be computed with")
-    elif value is not None:
-        raise ValueError(f"{where}{_shown(value)} is a {type(value).__name__}; put it in quotes if it is a text")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _read(path: Path) -> str:
     try:
-        with path.open() as file:
-            text = file.read(LONGEST + 1)
+        return files.decoded(files.content(path, LONGEST))
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
     except ValueError as error:
-        raise BadInput(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if len(text) > LONGEST:
-        raise BadInput(f"{path}: longer than {LONGEST} characters; that is no config")
-    return text
+        raise BadInput(f"{path}: not YAML: {error}") from None
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key=value` overrides (values as YAML), and check everything. Raises BadInput."""
+    """Read a YAML 1.2 file, apply `key=value` overrides (values as YAML), and check everything. Raises BadInput."""
     values = parse(_read(Path(path)), str(path))
     if not isinstance(values, dict):
         raise BadInput(f"{path}: a mapping of keys to values is needed, got {type(values).__name__}")
@@ -575,7 +530,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def build(values: dict[str, Any], source: str) -> Config:
     """A checked config from a mapping; every mistake in one line that names the value."""
     try:
-        return Config(**values)
+        # as JSON, where a list may be a tuple, and true is no number
+        return Config.model_validate_json(json.dumps(values))
+    except TypeError as error:
+        raise BadInput(f"{source}: {error}") from None
     except ValidationError as error:
         raise BadInput(f"{source}: " + "; ".join(_say(e) for e in error.errors())) from None
 
@@ -586,11 +544,11 @@ def _say(error: dict[str, Any]) -> str:
         near = difflib.get_close_matches(key, Config.model_fields, n=1)
         return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {_shown(error['input'])}" if key else message
+    return f"{key}: {message}, got {yaml12.shown(error['input'])}" if key else message
 
 
 def dump(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml12.written(config.model_dump(mode="json"))
 
 
 def public(value: Any) -> Any:

@@ -19,7 +19,7 @@ from mmalign.flow.sample import chunks, gaussian, sample, seed_of
 from mmalign.judge import Scorers, score
 from mmalign.ranks import Ranks
 from mmalign.types import Trajectories, Velocity
-from reward_models import Prompt, heat
+from reward_models import Prompt, files, heat
 
 PLACES: dict[Layout, str] = {  # of an image: `row` counts the prompts, `member` a prompt's images, `image` all of them
     "mmalign": "{prompt.id:05d}-{member}.png",
@@ -192,7 +192,7 @@ def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path, layout: L
     """One PNG per image at the place the layout gives it, and `scores.jsonl` with a row for each. `geneval` has each
     prompt's metadata beside its images."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "scores.jsonl").open("w") as file:
+    with (folder / "scores.jsonl").open("wb") as file:
         for i, (p, member) in enumerate(zip(result.prompt.tolist(), result.member.tolist(), strict=True)):
             prompt = prompts[p]
             name = PLACES[layout].format(prompt=prompt, row=p, member=member, image=i)
@@ -200,7 +200,7 @@ def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path, layout: L
             save_image(result.images[i], folder / name)
             if layout == "geneval" and member == 0:
                 metadata = json.dumps({**prompt.wants, "prompt": prompt.text})
-                (folder / name).parents[1].joinpath("metadata.jsonl").write_text(metadata + "\n")
+                files.write((folder / name).parents[1] / "metadata.jsonl", metadata + "\n")
             scores = {
                 key: None if value[i].isnan() else round(float(value[i]), 6) for key, value in result.parts.items()
             }
@@ -212,4 +212,4 @@ def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path, layout: L
                 "scores": scores,
                 "places": {name: own[i] for name, own in result.places.items() if own[i] is not None},
             }
-            file.write(json.dumps(row) + "\n")
+            file.write((json.dumps(row) + "\n").encode())

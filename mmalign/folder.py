@@ -115,15 +115,16 @@ def sync(out: Path) -> None:
             disk.sync(path)
 
 
+ROWS_ARE_WHOLE = "what was done before is on the disk: make room and start the same again"
+CHECKPOINTS_ARE_WHOLE = "the checkpoints saved before are whole: make room and go on with --resume"
+
+
 @contextmanager
-def failing(out: Path) -> Iterator[None]:
+def failing(out: Path, advice: str = CHECKPOINTS_ARE_WHOLE) -> Iterator[None]:
     """A disk that is full or takes nothing becomes Failed, told in one line."""
     try:
         yield
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise Failed(
-            f"cannot write {error.filename or f'in {out}'}: {error.strerror}; "
-            "the checkpoints saved before are whole: make room and go on with --resume"
-        ) from error
+        raise Failed(f"cannot write {error.filename or f'in {out}'}: {error.strerror}; {advice}") from error

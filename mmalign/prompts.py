@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +10,29 @@ import numpy as np
 
 from mmalign.config import BadInput
 from mmalign.flow.sample import seed_of
-from reward_models import Prompt
+from reward_models import Prompt, files, limits, tables
 from reward_models.images import beside
+from reward_models.tables import Table
 
 HUB = re.compile(r"hf:(?P<name>[^:]+):(?P<split>[^:\[]+(\[[^\]]*\])?)(:(?P<column>.+))?")
-PARQUET = re.compile(r"(?P<name>.+\.parquet)(:(?P<column>.+))?")
-
-# the columns of a table, and its rows with the columns asked for alone
-Table = tuple[list[str], Callable[[list[str]], Iterable[dict[str, Any]]]]
+TABLE = re.compile(rf"(?P<name>.+({'|'.join(map(re.escape, tables.ENDINGS))}))(:(?P<column>.+))?", re.IGNORECASE)
 
 
 def read(source: str | Path) -> list[Prompt]:
     """The prompts of a file or a dataset, in its order.
 
-    - `FILE.jsonl`: an object a line, as in GenEval's metadata
-    - `FILE.parquet`: a row each (extra `parquet`)
+    - `FILE.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.parquet` (extra `parquet`): a table, see
+      `reward_models.tables`; GenEval's metadata is one
     - `hf:NAME[/CONFIG]:SPLIT`: a row each of a dataset on the Hugging Face hub, of a folder of data files, or of one
       that `save_to_disk` wrote (extra `datasets`); a split may be a slice, `train[:1000]`, but not of a saved one
-    - `FILE.parquet:COLUMN`, `hf:NAME[/CONFIG]:SPLIT:COLUMN`: the texts of one column and nothing else
-    - any other file: text, a prompt a line, blank lines left out
+    - `FILE.csv:COLUMN`, `hf:NAME[/CONFIG]:SPLIT:COLUMN`: the texts of one column and nothing else
+    - `FILE.txt`: a prompt a line, blank lines left out, spaces around it taken off; a line that begins with `#` is
+      refused, for it may be meant as a remark or as a prompt
 
     An object or row has `prompt`, perhaps `id`, and all else that is not null is the prompt's ground truth. What has no
     id is numbered by its line or row, from 0. In a column a row without text is left out, and a text that comes again
-    is the same prompt, numbered by the first of its rows. Raises BadInput in one line for anything else.
+    is the same prompt, numbered by the first of its rows. Raises BadInput in one line for anything else: a blank
+    prompt, one with control characters, a file of any other name.
     """
     source = str(source)
     try:
@@ -51,80 +51,74 @@ def _prompts(source: str) -> Iterator[Prompt]:
     if source.startswith("hf:"):
         if (parts := HUB.fullmatch(source)) is None:
             raise ValueError("a dataset is named hf:NAME[/CONFIG]:SPLIT or hf:NAME[/CONFIG]:SPLIT:COLUMN")
-        folder = Path(parts["name"]).absolute() if Path(parts["name"]).is_dir() else Path()
-        return _of_table(_dataset(parts["name"], parts["split"]), parts["column"], folder)
-    if parts := PARQUET.fullmatch(source):
-        return _of_table(_parquet(parts["name"]), parts["column"], Path(parts["name"]).parent.absolute())
-    return _of_lines(Path(source))
+        name = files.home(parts["name"])
+        folder = Path(name).absolute() if Path(name).is_dir() else Path()
+        return _of_table(_dataset(name, parts["split"]), parts["column"], folder)
+    if parts := TABLE.fullmatch(source):
+        path = Path(files.home(parts["name"]))
+        return _of_table(tables.read(path), parts["column"], path.parent.absolute())
+    path = Path(files.home(source))
+    files.opened(path).close()  # that it is not there comes before what it is called
+    if path.suffix.lower() != ".txt":
+        raise ValueError(f"a list of prompts is .txt, with a prompt a line, or a table: {', '.join(tables.ENDINGS)}")
+    return _of_lines(files.decoded(files.content(path, limits.TEXT)))
 
 
-def _of_lines(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(path.read_text().splitlines()):
+def _of_lines(text: str) -> Iterator[Prompt]:
+    for number, line in enumerate(files.lines(text)):
+        if number == limits.ROWS:
+            raise ValueError(f"more than {limits.ROWS} lines")
         if not line.strip():
             continue
-        if path.suffix != ".jsonl":
-            yield Prompt(line.strip(), {}, number)
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number + 1} is no JSON object: {error}") from None
-        yield _of_row(row, number, f"line {number + 1}", path.parent.absolute())
+        if line.lstrip().startswith("#"):
+            raise ValueError(
+                f"line {number + 1} begins with #: a remark has no place among prompts, and a prompt that begins so "
+                "goes into a table (.jsonl)"
+            )
+        if "\r" in line:
+            raise ValueError(f"line {number + 1} holds a carriage return; lines end with a line feed")
+        yield Prompt(_worded(line.strip(), f"line {number + 1}"), {}, number)
 
 
 def _of_table(table: Table, column: str | None, folder: Path) -> Iterator[Prompt]:
-    names, rows = table
-    if (column or "prompt") not in names:
-        raise ValueError(f"no column {column or 'prompt'!r}; there are {', '.join(names)}")
+    if table.names is not None and (column or "prompt") not in table.names:
+        raise ValueError(f"no column {column or 'prompt'!r}; there are {', '.join(table.names)}")
     if column is None:
-        yield from (_of_row(row, n, f"row {n + 1}", folder) for n, row in enumerate(rows(names)))
+        yield from (_of_row(row, number, table.where(number), folder) for number, row in table.rows(None))
         return
     first: dict[str, int] = {}
-    for number, row in enumerate(rows([column])):
-        text = row[column]
+    for number, row in table.rows([column]):
+        text = row.get(column)
         if not isinstance(text, str | None):
-            raise ValueError(f"row {number + 1}: {column!r} holds {type(text).__name__}, not text")
+            raise ValueError(f"{table.where(number)}: {column!r} holds {type(text).__name__}, not text")
         if text and text.strip():
-            first.setdefault(text.strip(), number)
+            first.setdefault(_worded(text.strip(), table.where(number)), number)
     yield from (Prompt(text, {}, number) for text, number in first.items())
 
 
-def _of_row(row: Any, number: int, where: str, folder: Path) -> Prompt:
-    wants = _given(row)
-    if not isinstance(wants, dict) or not isinstance(text := wants.pop("prompt", None), str):
+def _of_row(row: Mapping[str, Any], number: int, where: str, folder: Path) -> Prompt:
+    wants = dict(row)
+    if not isinstance(text := wants.pop("prompt", None), str):
         raise ValueError(f"{where}: an object with a `prompt`, a text, is needed")
     given = wants.pop("id", number)
-    try:
-        name = int(given)
-    except (OverflowError, TypeError, ValueError):
-        name = None
-    if name is None or not -(2**63) <= name < 2**63 or (isinstance(given, float) and name != given):
+    if (name := tables.whole(given)) is None:
         raise ValueError(f"{where}: `id` must be a whole number of 64 bits, got {given!r}")
     try:
-        json.dumps(wants)
-    except TypeError as error:
+        json.dumps(wants, allow_nan=False)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: no ground truth: {error}; name the column of prompts to read it alone") from None
-    return Prompt(text, beside(wants, folder), name)
+    return Prompt(_worded(text, where), beside(wants, folder), name)
 
 
-def _given(value: Any) -> Any:
-    """The value without fields that are null: a table has every field in every row."""
-    if isinstance(value, dict):
-        return {key: _given(own) for key, own in value.items() if own is not None}
-    return [_given(own) for own in value] if isinstance(value, list) else value
-
-
-def _parquet(name: str) -> Table:
+def _worded(text: str, where: str) -> str:
     try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise ValueError("Parquet needs pyarrow: pip install 'mmalign[parquet]'") from None
-    file = ParquetFile(name)
-    return file.schema_arrow.names, lambda columns: file.read(columns).to_pylist()
+        return tables.wording(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _dataset(name: str, split: str) -> Table:
-    """A split of a dataset. `datasets` 4 and later runs no code that comes with one."""
+    """The rows of a split of a dataset. `datasets` 4 and later runs no code that comes with one."""
     try:
         import datasets
     except ImportError:
@@ -144,7 +138,13 @@ def _dataset(name: str, split: str) -> Table:
             found = datasets.load_dataset(name, config, split=split)
     except datasets.exceptions.DatasetsError as error:
         raise ValueError(f"{error.__cause__ or error}") from None
-    return found.column_names, found.select_columns
+
+    def rows(only: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+        chosen = found.select_columns(only) if only else found
+        for number, row in enumerate(chosen):
+            yield number, tables.given(row)
+
+    return Table(found.column_names, "row", rows)
 
 
 def batch(prompts: list[Prompt], size: int, iteration: int, seed: int) -> list[Prompt]:

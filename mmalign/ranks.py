@@ -223,7 +223,7 @@ class Ranks:
         try:
             yield
         except distributed.DistError as error:
-            raise Orphaned(f"the process that keeps the board is gone: {str(error).splitlines()[0]}") from None
+            raise Orphaned(f"the process that keeps the board is gone: {str(error).partition(chr(10))[0]}") from None
 
     def _wait(self, what: str) -> None:
         end = time.monotonic() + self.patience
@@ -264,7 +264,7 @@ def join(patience: float) -> Ranks:
     try:
         accelerator = Accelerator(cpu=bare, kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
     except distributed.DistError as error:
-        raise Lost(f"waited {patience:g} s for all processes to start: {str(error).splitlines()[0]}") from None
+        raise Lost(f"waited {patience:g} s for all processes to start: {str(error).partition(chr(10))[0]}") from None
     if accelerator.num_processes != started:
         raise BadInput(f"WORLD_SIZE is {started} and accelerate joined {accelerator.num_processes}; check the launcher")
     if accelerator.mixed_precision != "no":

@@ -9,7 +9,6 @@ are; the name of an object is its label.
 A record that cannot be right is refused by its line and left out: nothing is guessed from a bad box.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from mmalign.config import BadInput
 from mmalign.judge import marked
 from mmalign.objectives.matching import Finished
-from reward_models import Prompt
+from reward_models import Prompt, files, tables
 from reward_models.images import from_file, size_of
 from reward_models.regions import Region, inside, paint
 
@@ -69,16 +68,15 @@ def read(path: str | Path, size: tuple[int, int]) -> Records:
     cannot be read or no record in it is right."""
     path = Path(path)
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"records {path}: {getattr(error, 'strerror', None) or error}") from None
+        lines = files.lines(files.text(path))
+    except ValueError as error:
+        raise BadInput(f"records {error}") from None
     prompts: dict[str, Prompt] = {}
     records, refused = [], []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = json.loads(line)
-                record = _record(row, path.parent, size, prompts)
+                record = _record(files.parsed(line, strict=False), path.parent, size, prompts)
             except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
                 why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
                 refused.append(f"record {number}: {why}")
@@ -107,7 +105,8 @@ def _record(row: Any, folder: Path, size: tuple[int, int], prompts: dict[str, Pr
         raise ValueError(f"the boxes refer to an image of {row['size']} pixels, {image.name} is {[width, height]}")
     regions = tuple(_region(own) for own in row.get("regions", row.get("vlm_rewards", ())))
     inside(regions, size)
-    prompt = prompts.setdefault(str(row["prompt"]), Prompt(str(row["prompt"]), {}, len(prompts)))
+    text = tables.wording(row["prompt"])
+    prompt = prompts.setdefault(text, Prompt(text, {}, len(prompts)))
     return Record(image, prompt.id, float(whole), regions)
 
 

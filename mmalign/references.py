@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmalign.config import BadInput, Config, component, locate
 from mmalign.evaluate import Evaluation
-from reward_models import RewardModel
+from reward_models import RewardModel, files
 
 ENOUGH = 500  # images; the standard deviation is then known to about 3 %
 
@@ -26,14 +26,23 @@ def save(path: Path, model: str, result: Evaluation, scorers: Mapping[str, Rewar
         components[name] = {"mean": float(valid.mean()), "std": float(valid.std()), "images": len(valid)}
     versions = {name: scorer.card.version for name, scorer in scorers.items()}
     record = {"model": model, "scorers": versions, "components": components}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    files.write(path, json.dumps(record, indent=1) + "\n")
+
+
+def ours(text: str) -> bool:
+    """Whether a text is one that `save` wrote."""
+    try:
+        record = files.parsed(text)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and {"model", "scorers", "components"} <= record.keys()
 
 
 def load(c: Config, model: str, scorers: Mapping[str, RewardModel]) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation by component. BadInput where the reference is of other weights or scorers, or a
     component of the rewards does not vary in it."""
     try:
-        record = json.loads(Path(locate(c.reference)).read_text())
+        record = files.parsed(files.text(locate(c.reference)))
         known = {name: (own["mean"], own["std"]) for name, own in record["components"].items()}
         belongs = {"model": record["model"], **record["scorers"]}
     except (OSError, ValueError, KeyError, TypeError):

@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 from mmalign import written
 from mmalign.evaluate import paired
 from mmalign.written import SIDES, Row, Written
-from reward_models import heat
+from reward_models import files, heat
 from reward_models.images import size_of
 from reward_models.trust import within
 
@@ -74,7 +74,7 @@ def _compared(own: Written) -> tuple[int, dict[str, dict[str, float]]]:
 def write(run: Path) -> Path:
     """Write `report.html` into the run's folder and return its path."""
     page = run / "report.html"
-    page.write_text(document(run.name, content(run, embedded)))
+    files.write(page, document(run.name, content(run, embedded)))
     return page
 
 

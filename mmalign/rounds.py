@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from reward_models import heat
+from reward_models import files, heat
 from reward_models.trust import within
 
+MARK = "<meta name=generator content='mmalign refine'>"
 STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:1.5em;color:#222} h1{font-size:1.3em} select,input{font:inherit}
 table{border-collapse:collapse;margin:.6em 0 1.2em}
@@ -52,14 +53,20 @@ def write(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], by: str
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(own))}</td></tr>" for name, own in table.items()
     )
     sections = "".join(_section(row, by, folder, page) for row in rows)
-    page.write_text(
-        f"<!doctype html><meta charset=utf-8><title>refined</title><style>{STYLE}</style>"
+    files.write(
+        page,
+        f"<!doctype html><meta charset=utf-8>{MARK}<title>refined</title><style>{STYLE}</style>"
         f"<h1>{summary['prompts']} prompts refined</h1><table>{cells}</table>"
         "<p>Show <select id=which><option value=more>prompts with several images</option><option value=gained>prompts "
         "with a better image</option><option value=lost>prompts that are not done</option><option value=all>all prompts"
         "</option></select> <label><input type=checkbox id=boxes checked> where</label></p>"
-        f"{sections}<script>{SCRIPT}</script>"
+        f"{sections}<script>{SCRIPT}</script>",
     )
+
+
+def ours(text: str) -> bool:
+    """Whether a text is a page that `write` wrote."""
+    return MARK in text[:200]
 
 
 def _section(row: Mapping[str, Any], by: str, folder: Path, page: Path) -> str:

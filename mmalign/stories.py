@@ -14,12 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmalign.config import BadInput
+from mmalign.config import BadInput, refusing
+from mmalign.folder import ROWS_ARE_WHOLE, failing
 from mmalign.refine import Story
-from reward_models import Prompt, heat
+from reward_models import Prompt, files, heat, tables
 from reward_models.images import to_pil
 
 Row = dict[str, Any]
+NAMES = {"id", "prompt", "wants", "rounds", "best", "stopped", "forwards"}  # of a row
 
 
 def opened(out: Path, asked: Mapping[str, Any], prompts: Sequence[Prompt]) -> dict[int, Row]:
@@ -27,8 +29,8 @@ def opened(out: Path, asked: Mapping[str, Any], prompts: Sequence[Prompt]) -> di
     work of other settings or prompts. A line that was cut off is dropped."""
     kept, trace = out / "settings.json", out / "trace.jsonl"
     wanted = json.loads(json.dumps(asked, default=str))
-    if kept.is_file():
-        before = json.loads(kept.read_text())
+    if kept.exists():
+        before = _settings(kept)
         other = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
         if other:
             key = other[0]
@@ -40,42 +42,56 @@ def opened(out: Path, asked: Mapping[str, Any], prompts: Sequence[Prompt]) -> di
         raise BadInput(f"{out} has a trace.jsonl but no settings.json; choose another --out")
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "best").mkdir(exist_ok=True)
-    _replace(kept, json.dumps(wanted, indent=1) + "\n")
-    rows = list(_whole(trace.read_text().splitlines())) if trace.exists() else []
+    files.replace(kept, (json.dumps(wanted, indent=1) + "\n").encode())
+    rows = list(_whole(trace)) if trace.exists() else []
     texts = {prompt.id: prompt.text for prompt in prompts}
     for row in rows:
         if texts.get(row["id"]) != row["prompt"]:
             raise BadInput(f"{out} holds prompt {row['id']}, {row['prompt']!r}, which is not among these prompts")
-    _replace(trace, "".join(json.dumps(row) + "\n" for row in rows))
+    files.replace(trace, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return {row["id"]: row for row in rows}
 
 
-def _whole(lines: Sequence[str]) -> Iterator[Row]:
+def _settings(file: Path) -> dict[str, Any]:
+    with refusing():
+        text = files.text(file)
+        try:
+            before = files.parsed(text)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}; choose another --out") from None
+    if not isinstance(before, dict):
+        raise BadInput(f"{file}: no settings of a refinement; choose another --out")
+    return before
+
+
+def _whole(trace: Path) -> Iterator[Row]:
+    """The rows of a trace; the last may have been cut off."""
+    with refusing():
+        text = files.text(trace)
+    lines = files.lines(text)
     for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
+            row = files.parsed(line)
         except ValueError:
-            if number < len(lines):
-                raise BadInput(f"trace.jsonl, line {number}: no JSON object") from None
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    os.replace(new, path)
+            if number == len(lines) and not text.endswith("\n"):
+                return
+            raise BadInput(f"{trace}, line {number}: no JSON object") from None
+        if not (isinstance(row, dict) and row.keys() >= NAMES and tables.whole(row["id"]) is not None):
+            raise BadInput(f"{trace}, line {number}: no row of a refinement; choose another --out")
+        yield row
 
 
 def run(
     left: Sequence[Prompt], together: int, refined: Callable[[Sequence[Prompt]], list[Story]], out: Path
 ) -> Iterator[Row]:
     """Refine `together` prompts at a time; yields their rows once they are on disk."""
-    with (out / "trace.jsonl").open("a") as trace:
-        for start in range(0, len(left), together):
-            rows = [written(story, out) for story in refined(left[start : start + together])]
-            trace.write("".join(json.dumps(row) + "\n" for row in rows))
-            trace.flush()
-            os.fsync(trace.fileno())
-            yield from rows
+    for start in range(0, len(left), together):
+        stories = refined(left[start : start + together])
+        with failing(out, ROWS_ARE_WHOLE):
+            rows = [written(story, out) for story in stories]
+            files.append(out / "trace.jsonl", *rows)
+            files.sync(out / "trace.jsonl")
+        yield from rows
 
 
 def written(story: Story, out: Path) -> Row:
@@ -159,4 +175,4 @@ def requests(rows: Sequence[Row], by: str) -> list[Row]:
 
 
 def export(rows: Sequence[Row], file: Path) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files.write(file, "".join(json.dumps(row) + "\n" for row in rows))

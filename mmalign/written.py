@@ -4,18 +4,30 @@ A file may be read while it is written, or long after a disk or a hand has damag
 a text where a number belongs is left out and named; nothing that is left whole is lost with it.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from mmalign import checkpoint, config as configs, disk
 from mmalign.config import BadInput, Config
+from reward_models import files, limits
 
 SIDES = ("before", "after")
 
 Row = dict[str, Any]
+Count = Annotated[int, Field(ge=0, le=10**12)]  # more is no count of a run, and cannot be drawn
+
+
+def _drawable(value: float) -> float:
+    if math.isfinite(value) and abs(value) > 1e100:
+        raise ValueError(f"{value:g} is too large to be drawn")
+    return value
+
+
+Number = Annotated[float, AfterValidator(_drawable)]
 Grid = Annotated[list[Annotated[list[float | None], Field(min_length=1)]], Field(min_length=1)]
 
 
@@ -26,33 +38,33 @@ class _Shape(BaseModel):
 
 
 class _Numbers(_Shape):
-    __pydantic_extra__: dict[str, float]
+    __pydantic_extra__: dict[str, Number]
 
-    iteration: int
+    iteration: Count
 
 
 class _Iteration(_Numbers):
-    reward: float
-    forwards: int
-    replay_forwards: int
-    decodes: int
-    rewards: int
+    reward: Number
+    forwards: Count
+    replay_forwards: Count
+    decodes: Count
+    rewards: Count
 
 
 class _Evaluation(_Numbers):
     name: str | None
-    images: int
-    seconds: float
+    images: Count
+    seconds: Number
 
 
 class _Alarm(_Shape):
-    iteration: int
+    iteration: Count
     alarm: str
     text: str
 
 
 class _Credit(_Shape):
-    iteration: int
+    iteration: Count
     image: str
     prompt: str
     reward: float | None
@@ -107,7 +119,7 @@ def read(run: Path) -> Written:
 
     text, c = "", None
     try:
-        text = (run / "config.yaml").read_text(errors="replace")
+        text = files.content(run / "config.yaml", configs.LONGEST).decode(errors="replace")
         c = configs.load(run / "config.yaml")
     except OSError as error:
         lacking.append(f"config.yaml: {error.strerror}")
@@ -132,11 +144,13 @@ def read(run: Path) -> Written:
 def _rows(path: Path, shape: type[_Shape], needed: bool) -> tuple[list[Row], list[str]]:
     """The rows of a file that have the shape, and what there is to say of it, in a line at most."""
     try:
-        lines = disk.objects(path.read_bytes())
+        lines = disk.objects(files.content(path, limits.TEXT))
     except FileNotFoundError:
         return [], ["missing"] if needed else []
     except OSError as error:
         return [], [f"cannot be read: {error.strerror}"]
+    except ValueError as error:
+        return [], [str(error)]
     if needed and not lines:
         return [], ["empty"]
     found, wrong = [], []

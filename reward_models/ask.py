@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_models import replies, vlm
+from reward_models import files, replies, vlm
 from reward_models.images import from_file
 from reward_models.regions import Region, paint
 from reward_models.types import Card, Prompt, Scores
@@ -88,9 +88,9 @@ class Template:
         """Of `file`, or our own called `name`. ValueError if it cannot be read or lacks a placeholder of `needed`."""
         path = Path(file) if file else FOLDER / f"{name}.txt"
         try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{scorer}: {path}: {getattr(error, 'strerror', None) or error}") from None
+            text = files.text(path)
+        except ValueError as error:
+            raise ValueError(f"{scorer}: {error}") from None
         for name in needed:
             if f"{{{name}}}" not in text:
                 raise ValueError(f"{scorer}: {path} does not hold {{{name}}}")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import cos, pi
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -101,6 +101,8 @@ class Ramp:
     start: int | float
     end: int | float
     over: Literal["linear", "cosine"] = "linear"
+
+    __pydantic_config__: ClassVar = {"strict": True, "extra": "forbid"}  # as part of a config: true is no number
 
     def at(self, progress: int | float) -> float:
         """The weight at `progress`, 0 at the beginning and 1 at the end; clipped to that."""

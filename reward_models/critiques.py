@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reward_models import replies
+from reward_models.files import lines
 from reward_models.scales import Scale
 
 # half a point outside is clamped, as the paper does: judges add to and deduct from whole levels
@@ -137,6 +138,6 @@ def _shown(score: float | None) -> str:
 
 def _request(text: str) -> str:
     """The refined request, in one line; "" for none, and for a form that was left as it was."""
-    line = next((part for part in text.splitlines() if part.strip(" *_`")), "").strip(" *_`")
+    line = next((part for part in lines(text) if part.strip(" *_`")), "").strip(" *_`")
     line = line[1:-1].strip() if len(line) > 1 and (line[0], line[-1]) in {('"', '"'), ("'", "'"), ("“", "”")} else line
     return "" if line.lower().rstrip(".") in NOTHING or re.fullmatch(r"[<\[{].*[>\]}]", line) else line

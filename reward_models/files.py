@@ -1,8 +1,9 @@
-"""Read what lies on disk: regular files alone, bounded, text as UTF-8 whatever the locale, JSON without surprises.
+"""Read and write what lies on disk: regular files alone, bounded, text as UTF-8 whatever the locale, JSON without
+surprises, and bytes that are on the disk whole or not at all.
 
-Every reader of text or JSON in this project goes through here. A byte-order mark is no character of a text, and a line
-ends at a line feed (or a carriage return and a line feed) and nowhere else: U+2028, U+0085 and form feeds are
-characters of a prompt.
+Every reader and writer of text or JSON in this project goes through here. A byte-order mark is no character of a text,
+and a line ends at a line feed (or a carriage return and a line feed) and nowhere else: U+2028, U+0085 and form feeds
+are characters of a prompt.
 """
 
 import errno
@@ -68,19 +69,30 @@ def lines(text: str) -> list[str]:
     return [part.removesuffix("\r") for part in parts]
 
 
-def parsed(text: str | bytes) -> Any:
+def parsed(text: str | bytes, strict: bool = True) -> Any:
     """The value that a JSON text stands for. ValueError, in one line, for anything else, and for what JSON does not
-    have or no one can compute with: NaN, infinities, numbers too large to be finite, half a surrogate pair, nesting
-    deeper than the parser goes."""
+    have or no one can compute with: an object with a key twice, NaN, infinities, numbers too large to be finite, half a
+    surrogate pair, nesting deeper than the parser goes. `strict` False: the first three are taken, for a run's own
+    metrics hold NaN."""
     text = decoded(text) if isinstance(text, bytes) else text
+    checks = {"object_pairs_hook": _once, "parse_constant": _no_constant, "parse_float": _finite} if strict else {}
     try:
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(text, **checks)
         if "\\u" in text:  # only an escape can stand for half a surrogate pair
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     except UnicodeEncodeError:
         raise ValueError("JSON with half a surrogate pair, which is no character") from None
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} is there twice in one object")
     return value
 
 
@@ -98,3 +110,58 @@ def _finite(digits: str) -> float:
 def write(path: str | Path, text: str) -> None:
     """Write a UTF-8 file with the text's own line ends, whatever the locale and the system."""
     Path(path).write_bytes(text.encode())
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Put a file in the place of another: whoever looks finds one of the two. Where that fails (OSError), the other."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        put(partial, data)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def append(path: Path, *rows: dict) -> None:
+    """Add rows to a file of JSON lines; where that fails, none of them."""
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except BaseException:
+            file.truncate(end)
+            raise
+
+
+def named(name: str) -> str:
+    """The name of a file as the system's calls take it: in UTF-8 on the disk, whatever the locale."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
+def home(path: str) -> str:
+    """A path whose `~` or `~NAME`, if it begins with one, is the home folder. ValueError where there is none."""
+    whole = os.path.expanduser(path)
+    if path.startswith("~") and whole == path:
+        raise ValueError(f"{path}: there is no home folder {path.partition('/')[0]!r}; write the path in full, or ./~")
+    return whole

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from reward_models import heat
+from reward_models import files, heat
 from reward_models.images import for_page
 
+MARK = "<meta name=generator content='mmalign score'>"
 STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:1.5em;color:#222} h1{font-size:1.3em}
 table{border-collapse:collapse;margin:.6em 0 1.2em}
@@ -83,9 +84,16 @@ def write(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], where: 
     choice = "".join(f"<option>{html.escape(name)}</option>" for name in placed)
     where_select = f", show where: <select id=where>{choice}<option>none</option></select>" if placed else ""
     cards = "\n".join(_card(row, where, page) for row in sorted(rows, key=rank, reverse=True))
-    page.write_text(
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{len(rows)} images</title><style>{STYLE}</style>"
+    files.write(
+        page,
+        f"<!doctype html><html lang=en><meta charset=utf-8>{MARK}<title>{len(rows)} images</title>"
+        f"<style>{STYLE}</style>"
         f"<h1>{len(rows)} images, {summary['failed']} with a failure</h1>{_table(summary)}"
         f"<p>Best first by <select id=by>{options}</select>{where_select}</p>"
-        f"<div id=grid>{cards}</div><script>{SORT}</script></html>"
+        f"<div id=grid>{cards}</div><script>{SORT}</script></html>",
     )
+
+
+def ours(text: str) -> bool:
+    """Whether a text is a page that `write` wrote."""
+    return MARK in text[:200]

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from reward_models import batch
-from reward_models.images import from_file, from_pil
+from reward_models.images import from_pil
 from reward_models.scoring import Picture
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
@@ -30,6 +30,7 @@ FAILED = 0.05
 SWAPPED = 0.2
 AGREES = 0.6
 TINY = 1e-12
+HEADING = "| check | | seen | what to do |"
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def material(source: Path, most: int) -> tuple[Images, list[Prompt], list[Pair]]
     unasked = next((own.name for own in items if own.prompt is None), None)
     if unasked is not None:
         raise ValueError(f"{source}: {unasked} has no prompt, and judges look at it")
-    pictures = {own.key: from_file(own.path) for own in items}
+    pictures = {own.key: batch.picture(own) for own in items}
     sizes = Counter(tuple(own.shape[2:]) for own in pictures.values())
     if not sizes or sizes.most_common(1)[0][1] < 2:
         raise ValueError(f"{source}: two pictures of one size are needed")
@@ -269,7 +270,7 @@ def markdown(reports: Mapping[str, Sequence[Finding]], images: int) -> str:
 
 def table(rows: Sequence[Finding]) -> list[str]:
     """Lines of Markdown."""
-    lines = ["| check | | seen | what to do |", "|---|---|---|---|"]
+    lines = [HEADING, "|---|---|---|---|"]
     for own in rows:
         mark = {True: "good", False: "**bad**", None: "unknown"}[own.good]
         seen = own.seen.replace("|", "\\|").replace("\n", " ")

@@ -92,6 +92,12 @@ def from_file(path: str | Path, most: int = limits.PIXELS) -> Images:
         return from_pil([decoded(file, most)])
 
 
+def from_bytes(data: bytes) -> Images:
+    """The picture that a file of these bytes holds, [1, 3, H, W]. ValueError, in one line, if there is none."""
+    with _reading():
+        return from_pil([decoded(BytesIO(data))])
+
+
 def levels(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
     """The 8-bit pixels of the picture in a file. ValueError, in one line, if there is none."""
     with _reading(), files.opened(path) as file:

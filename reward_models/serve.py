@@ -16,6 +16,7 @@ import asyncio
 import json
 import re
 import signal
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -263,6 +264,7 @@ def serve(
 
 def listen(service: ASGIApp, host: str, port: int, grace: int) -> None:
     """Serve an application until SIGTERM or SIGINT; then finish what has begun within `grace` seconds, and return."""
+    reachable(host, port)
     server = uvicorn.Server(configured(service, host, port, grace))
 
     def stop(*_) -> None:
@@ -330,6 +332,17 @@ def local(header: str) -> bool:
     """Whether a Host header, with or without a port, names this machine."""
     match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/?#\s]+)(:\d{0,5})?", header)
     return match is not None and loopback(match[1].strip("[]").lower())
+
+
+def reachable(host: str, port: int) -> None:
+    """ValueError, in one line, where no service can listen: there is no such address, or its port is taken."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as place:
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host {host!r} --port {port}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def loopback(host: str) -> bool:

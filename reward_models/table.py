@@ -1,9 +1,11 @@
 """Scorers by name. One line here adds one; a user's own needs no line, only its import path."""
 
 import inspect
+import re
 from difflib import get_close_matches
 from typing import Any
 
+from reward_models.files import home
 from reward_models.trust import imported
 from reward_models.types import RewardModel
 
@@ -32,6 +34,8 @@ SCORERS: dict[str, str] = {
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
 }
 
+HOME = re.compile(r"~[\w.-]*(/|\Z)")
+
 
 def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardModel:
     """A `RewardModel` of `SCORERS`, or the user's own as `my_module:MyScorer`, made with `settings`. With `scorer`,
@@ -39,8 +43,9 @@ def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardMode
 
     ValueError, in one line: no such name (near names are listed), a module that is not allowed
     (`reward_models.trust`), no such module or attribute, settings it does not take, or settings it refuses. A scorer's
-    module is imported when it is asked for, never before.
+    module is imported when it is asked for, never before. A setting that begins with `~/` is a path in the home folder.
     """
+    settings = {key: home(own) if isinstance(own, str) and HOME.match(own) else own for key, own in settings.items()}
     name = scorer or name
     if name not in SCORERS and ":" not in name:
         near = get_close_matches(name, SCORERS, cutoff=0.4) or SCORERS

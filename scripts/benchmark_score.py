@@ -20,7 +20,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from reward_models import batch as batches, load
+from reward_models import batch as batches, files, load
 from reward_models.images import from_file, to_pil
 
 
@@ -28,7 +28,7 @@ def random_model(architecture: str, folder: Path) -> Path:
     """The architecture with random weights, in the layout `clip` loads."""
     save_file(open_clip.create_model(architecture).state_dict(), folder / "open_clip_model.safetensors")
     config = {"model_cfg": open_clip.get_model_config(architecture), "preprocess_cfg": {"size": 224}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    files.write(folder / "open_clip_config.json", json.dumps(config))
     return folder
 
 
@@ -39,7 +39,7 @@ def pictures(folder: Path, count: int, side: int) -> Path:
     for i, picture in enumerate(rough):
         smooth = torch.nn.functional.interpolate(picture[None], (side, side), mode="bicubic").clamp(0, 1)
         to_pil(smooth)[0].save(folder / f"{i:04d}.png")
-        (folder / f"{i:04d}.txt").write_text(f"picture number {i % 20}")
+        files.write(folder / f"{i:04d}.txt", f"picture number {i % 20}")
     return folder
 
 

@@ -22,6 +22,8 @@ from typing import Annotated, Any
 
 import typer
 
+from reward_models import files
+
 Request = tuple[str, dict[str, Any], Any]  # text, ground truth, and what makes it another request than the others
 
 THINGS = (  # of COCO's 80 classes, those with a plain plural that are no colour
@@ -157,7 +159,7 @@ def lists() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def main(out: Annotated[Path, typer.Option(help="folder to write to")] = Path("assets/prompts")) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in lists():
-        (out / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        files.write(out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{out / name}: {len(rows)} prompts")
 
 

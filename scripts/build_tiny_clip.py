@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
+from reward_models import files
 from reward_models.scorers.clip import Clip, clip
 from reward_models.scorers.shapes import judge, look
 from reward_models.types import Prompt
@@ -127,7 +128,7 @@ def write_model(out: Path, model: CLIP, tokenizer: CLIPTokenizer) -> None:
     """The folder open_clip reads; weights in half precision, which it widens again on loading."""
     out.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": architecture(len(tokenizer)), "preprocess_cfg": PREPROCESS}
-    (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    files.write(out / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
     halved = {name: v.half() if v.is_floating_point() else v for name, v in model.state_dict().items()}
     save_file({name: v.contiguous() for name, v in halved.items()}, out / "open_clip_model.safetensors")
     tokenizer.save_pretrained(out)
@@ -278,7 +279,7 @@ def main(
         repeats=repeats,
         rows="\n".join(f"| {kind} | {area:.3f} | {order:.3f} | {n} |" for kind, (area, order, n) in figures.items()),
     )
-    (out / "README.md").write_text(card)
+    files.write(out / "README.md", card)
     console.print(card)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from reward_models import files
 from reward_models.types import Prompt
 from reward_models.world import TAGS, caption, draw, requests, split
 
@@ -316,7 +317,7 @@ def balanced(training: list[Prompt]) -> list[Prompt]:
 def write_prompts(out: Path, name: str, prompts: list[Prompt]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"prompt": p.text, "id": p.id} | p.wants) for p in prompts]
-    (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    files.write(out / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
 def main(

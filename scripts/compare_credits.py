@@ -11,7 +11,6 @@ the time, measured on the run's own iterations; evaluations do not count. `table
 at which each reached the final score of `terminal`, and draws the curves.
 """
 
-import json
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import typer
 
-from mmalign import config as configs, policy as policies, run as runs, session, train as trainer
+from mmalign import config as configs, disk, policy as policies, run as runs, session, train as trainer
 
 SDE = "plan=sde branch_steps=null children=null baseline=null seeds=12"
 DENSE = f"{SDE} credit=gain score_states=all"
@@ -70,8 +69,8 @@ def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/c
 
 def curve(folder: Path) -> dict[str, np.ndarray]:
     """Training seconds, held-out strict, clip and diversity of siblings at each evaluation of one run."""
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    metrics = disk.rows(folder / "metrics.jsonl")
+    found = disk.rows(folder / "evaluations.jsonl")
     spent = np.cumsum([0.0, *(seconds_of(row) for row in metrics)])
     out = {name: np.array([row[name] for row in found]) for name in SCORES if name in found[0]}
     out["diversity"] = np.array([row["diversity"] for row in (found[0], found[-1])])

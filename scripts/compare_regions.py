@@ -16,6 +16,7 @@ import compare_credits
 import typer
 
 from mmalign.config import locate
+from reward_models import files
 
 KINDS = ("two_objects", "position")
 BRANCH = "watch=[clip]"
@@ -39,9 +40,9 @@ def prompts(out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     given = []
     for key, name in (("prompts", "train"), ("held_out", "held_out")):
-        lines = Path(locate(f"assets/prompts/{name}.jsonl")).read_text().splitlines()
+        lines = files.lines(files.text(locate(f"assets/prompts/{name}.jsonl")))
         kept = [line for line in lines if json.loads(line)["tag"] in KINDS]
-        (out / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
+        files.write(out / f"{name}.jsonl", "\n".join(kept) + "\n")
         given.append(f"{key}={out / name}.jsonl")
     return given
 

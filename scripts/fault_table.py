@@ -24,13 +24,12 @@ from typing import Annotated
 
 import torch
 import typer
-import yaml
 from kill_and_resume import outcome
 from rich.console import Console
 
-from mmalign import checkpoint, cli, config as configs, disk, policy as policies, report, run as runs  # noqa: F401
+from mmalign import checkpoint, cli, config as configs, disk, policy as policies, report, run as runs, yaml12  # noqa: F401
 from mmalign.policy.sd3 import SD3Policy
-from reward_models import Scores
+from reward_models import Scores, files
 from reward_models.scorers import jpeg_size
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
@@ -65,7 +64,7 @@ class Place:
     def begin(self, *options: str, plant: Plant | None = None, **changed) -> int:
         """The number of a process that trains."""
         config = self.folder / "config.yaml"
-        config.write_text(yaml.safe_dump(self.settings | {"out": str(self.out)} | changed))
+        files.write(config, yaml12.written(self.settings | {"out": str(self.out)} | changed))
         child = os.fork()
         if child:
             return child
@@ -88,7 +87,7 @@ class Place:
 
     def ended(self, child: int) -> tuple[int, str]:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said, errors = ((self.folder / name).read_text().splitlines() for name in ("said", "errors"))
+        said, errors = (files.lines(files.text(self.folder / name)) for name in ("said", "errors"))
         refusals = [line for line in errors if line.startswith("mmalign: ")]
         own = refusals or [line for line in said if line.strip() and code >= 0]
         line = "".join(own[-1:]).removeprefix("mmalign: ")
@@ -477,7 +476,7 @@ def main(
         torch.manual_seed(0)
         sd3(root / "model")
         for side, own in (("train", TEXTS[:4]), ("held_out", TEXTS[4:])):
-            (root / f"{side}.txt").write_text("\n".join(own))
+            files.write(root / f"{side}.txt", "\n".join(own))
         given = {
             "model": str(root / "model"), "prompts": str(root / "train.txt"), "held_out": str(root / "held_out.txt"),
         }  # fmt: skip
@@ -488,13 +487,13 @@ def main(
                 try:
                     told = provoke(place)
                 except Exception:
-                    print(*(own.read_text()[-3000:] for own in place.folder.rglob("errors")), file=sys.stderr)
+                    print(*(files.text(own)[-3000:] for own in place.folder.rglob("errors")), file=sys.stderr)
                     raise
                 lines.append(f"| {fault} | {' | '.join(cell.replace('|', '/') for cell in told)} |")
                 print(lines[-1], flush=True)
                 shutil.rmtree(place.folder)
     if not only:
-        file.write_text(HEAD + "\n".join(lines) + "\n")
+        files.write(file, HEAD + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import typer
 
 from mmalign import checkpoint, config as configs, disk, folder, policy as policies, run as runs
 from mmalign.policy import sd3  # noqa: F401  imported here, before there are children
+from reward_models import files
 
 
 def start(c: configs.Config, log: Path) -> int:
@@ -107,7 +108,7 @@ def main(
                 seen["runs"] += 1
                 shutil.rmtree(out)
         except RuntimeError as error:
-            print(log.read_text()[-3000:], error, sep="\n", file=sys.stderr)
+            print(files.text(log)[-3000:], error, sep="\n", file=sys.stderr)
             raise typer.Exit(1) from None
     print(f"{dict(seen)}: all finished runs equal the one left alone, adapter {expected['adapter']}")
 

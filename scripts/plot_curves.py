@@ -3,7 +3,6 @@
 python scripts/plot_curves.py docs/figures/tiny_long.png runs/tiny_long-0 runs/tiny_long-1 runs/tiny_long-2
 """
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,8 @@ import typer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from mmalign import disk
 
 SCORES = ("shapes.strict", "clip.cosine")
 
@@ -25,7 +26,7 @@ def main(
     plot, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.4), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for run in runs:
-            rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+            rows = disk.rows(run / "evaluations.jsonl")
             axis.plot([row["iteration"] for row in rows], [row[name] for row in rows], "o-", ms=3, label=run.name)
         axis.set_title(f"held-out {name}", fontsize=10)
         axis.set_xlabel("iteration")

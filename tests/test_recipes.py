@@ -68,10 +68,10 @@ def test_what_decides_a_result_stands_in_the_file(name):
 class Bright:
     """In place of a scorer that sees nothing in noise: the same components, each of them how bright the image is."""
 
-    def __init__(self, name: str, names: tuple[str, ...]):
+    def __init__(self, name: str, names: list[str]):
         from reward_models import Card
 
-        self.names, self.card = names, Card(name, licence="Apache-2.0", low=0, high=1)
+        self.names, self.card = tuple(names), Card(name, licence="Apache-2.0", low=0, high=1)
 
     def __call__(self, images, prompts):
         from reward_models.scoring import each

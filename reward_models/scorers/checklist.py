@@ -15,7 +15,6 @@ model's own.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from reward_models import ask, replies, scales
+from reward_models import ask, files, replies, scales
 from reward_models.regions import Region, inside
 from reward_models.remote import first
 from reward_models.scoring import each
@@ -294,8 +293,7 @@ class Checklist:
                 continue
             self.known[_key(text)] = out[-1]
             if self.file:
-                with self.file.open("a") as file:
-                    file.write(json.dumps({"prompt": text, "criteria": [asdict(own) for own in out[-1]]}) + "\n")
+                files.append(self.file, {"prompt": text, "criteria": [asdict(own) for own in out[-1]]})
         return out
 
 
@@ -313,8 +311,8 @@ def _written(text: str) -> Any:
 
 def _kept(file: Path) -> list[tuple[str, list[Criterion]]]:
     try:
-        lines = file.read_text().splitlines() if file.exists() else []
-        rows = [json.loads(line) for line in lines if line.strip()]
+        lines = files.lines(files.text(file)) if file.exists() else []
+        rows = [files.parsed(line) for line in lines if line.strip()]
         return [(_key(row["prompt"]), criteria_of(row["criteria"])) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checklist: {file}: {' '.join(str(error).split())}") from None

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
+from reward_models.files import lines
 from reward_models.images import to_uint8
 from reward_models.model_folders import loading
 from reward_models.regions import Region, paint
@@ -188,5 +189,5 @@ class Ocr:
         try:
             return self.engine(np.ascontiguousarray(image[..., ::-1]), **stages)  # as OpenCV has it: BGR
         except Exception as error:  # its exceptions have no base but this, and a traceback for a message
-            reason = str(error).strip().splitlines() or [type(error).__name__]
+            reason = lines(str(error).strip()) or [type(error).__name__]
             raise RuntimeError(f"the engine failed: {reason[-1]}") from error

@@ -1,0 +1,240 @@
+"""Rows of plain values from the tables people have: JSON lines, a JSON list, CSV, TSV, Parquet.
+
+A row has a cell for each heading. A cell that is empty in CSV, or null elsewhere, is no cell. Headings lose the spaces
+around them, and no two may be alike. What cannot be right is refused by its row: nothing is cut, filled in or guessed.
+Messages name the row; who reads a table names its file.
+
+In CSV a spreadsheet takes a text that begins with `=`, `+`, `-`, `@`, a tab or a line end for a formula. `separated`
+writes an apostrophe before it, which spreadsheets do not show, and reading takes it away again.
+"""
+
+import csv
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from itertools import islice
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any
+
+from reward_models import files, limits
+
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+LINES = (".jsonl", ".ndjson")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")
+# what is no white space and cannot be printed, and half a surrogate pair, which is no character
+UNPRINTED = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+MANY = 64  # rows of Parquet held as columns: their cells may be pictures
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """`names`: the headings, None where each row has its own. `unit`: what a row is called, "line" or "row".
+
+    `rows(only)` yields the number of each row, from 0, with its cells, of the columns `only` where that is given. A row
+    of JSON lines has the number of its line, for blank ones are no rows. ValueError that names the row.
+    """
+
+    names: list[str] | None
+    unit: str
+    rows: Callable[[Sequence[str] | None], Iterator[tuple[int, Row]]]
+
+    def where(self, number: int) -> str:
+        return f"{self.unit} {number + 1}"
+
+
+def read(path: Path) -> Table:
+    """The table in a file, by the ending of its name. OSError if it cannot be read, ValueError if it is none."""
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise ValueError(f"no table: its name must end in {', '.join(ENDINGS)}")
+    if ending == ".parquet":
+        return _parquet(path)
+    if ending in SEPARATORS:
+        return _separated(files.decoded(files.content(path, limits.TEXT)), SEPARATORS[ending])
+    if ending in LINES:
+        text = files.decoded(files.content(path, limits.TEXT))
+        return Table(None, "line", lambda only: _chosen(_of_lines(text), only))
+    values = files.parsed(files.content(path, limits.JSON))
+    if not isinstance(values, list):
+        raise ValueError(f"a list of objects is needed, got {type(values).__name__}; an object a line is .jsonl")
+    return Table(None, "row", lambda only: _chosen(_of_list(values), only))
+
+
+def _of_lines(text: str) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(files.lines(text)):
+        if line.strip():
+            try:
+                yield number, row_in(line)
+            except ValueError as error:
+                raise ValueError(f"line {number + 1}: {error}") from None
+
+
+def _of_list(values: list[Any]) -> Iterator[tuple[int, Row]]:
+    for number, value in enumerate(values):
+        try:
+            yield number, _row(value)
+        except ValueError as error:
+            raise ValueError(f"row {number + 1}: {error}") from None
+
+
+def row_in(line: str) -> Row:
+    """The row that a line of JSON is. ValueError, without the number of the line, if it is none."""
+    if len(line) > limits.JSON:
+        raise ValueError(f"longer than {limits.JSON} characters")
+    try:
+        value = files.parsed(line)
+    except JSONDecodeError as error:
+        raise ValueError(f"no JSON object: {error.msg} at character {error.pos + 1}") from None
+    except ValueError as error:
+        raise ValueError(f"no JSON object: {error}") from None
+    return _row(value)
+
+
+def _row(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"no JSON object, but {type(value).__name__}")
+    return dict(zip(_headings(list(value)), map(given, value.values()), strict=True))
+
+
+def given(value: Any) -> Any:
+    """The value without fields that are null, at any depth: Parquet has every field in every row."""
+    if isinstance(value, Mapping):
+        return {key: given(own) for key, own in value.items() if own is not None}
+    return [given(own) for own in value] if isinstance(value, list) else value
+
+
+def _chosen(rows: Iterator[tuple[int, Row]], only: Sequence[str] | None) -> Iterator[tuple[int, Row]]:
+    """At most `limits.ROWS` rows, with the cells that are there, of the columns `only`."""
+    for count, (number, row) in enumerate(rows):
+        if count == limits.ROWS:
+            raise ValueError(f"more than {limits.ROWS} rows; split the table")
+        yield number, {name: cell for name, cell in row.items() if cell is not None and (only is None or name in only)}
+
+
+def _headings(names: Sequence[Any]) -> list[str]:
+    stripped = [str(name).strip() for name in names]
+    for place, name in enumerate(stripped):
+        if name in stripped[:place]:
+            raise ValueError(f"two columns are called {name[:40]!r}")
+    return stripped
+
+
+# ------------------------------------------------------------------------------------------------------- CSV and TSV
+
+
+def _separated(text: str, mark: str) -> Table:
+    def parts() -> Iterator[list[str]]:
+        return _parts(csv.reader(StringIO(text, newline="\n"), delimiter=mark, strict=True))
+
+    names = _headings([plain(name) for name in next(parts(), [])])
+
+    def rows() -> Iterator[tuple[int, Row]]:
+        for number, part in enumerate(islice(parts(), 1, None)):
+            if len(part) != len(names):
+                raise ValueError(
+                    f"row {number + 1}: {len(part)} cells under {len(names)} headings; a text with "
+                    f"{'a comma' if mark == ',' else 'a tab'} in it stands in double quotes"
+                )
+            yield number, {name: plain(cell) or None for name, cell in zip(names, part, strict=True)}
+
+    return Table(names, "row", lambda only: _chosen(rows(), only))
+
+
+def _parts(reader) -> Iterator[list[str]]:
+    """The cells of each row, the headings first. Blank lines are no rows."""
+    number = 0
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(f"{f'row {number}' if number else 'headings'}: {error}") from None
+        if cells:
+            number += 1
+            yield cells
+
+
+def separated(rows: Sequence[Row]) -> str:
+    """The rows as CSV, with the headings of the first. No text in it runs as a formula, and numbers stay numbers."""
+    file = StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow([safe(name) for name in rows[0]])
+    writer.writerows([[safe(cell) for cell in row.values()] for row in rows])
+    return file.getvalue()
+
+
+def safe(cell: Any) -> Any:
+    """A cell that no spreadsheet runs: a text that looks like a formula has one apostrophe more before it."""
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+def plain(cell: str) -> str:
+    """What `safe` was given."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+
+
+# ------------------------------------------------------------------------------------------------------------ Parquet
+
+
+def _parquet(path: Path) -> Table:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError("Parquet needs pyarrow: pip install 'mmalign[parquet]'") from None
+
+    def refused(error: BaseException) -> ValueError:
+        return ValueError(f"no Parquet that can be read: {' '.join(str(error).split())[:300]}")
+
+    try:
+        stored = ParquetFile(files.opened(path))
+        columns = stored.schema_arrow.names
+    except (ArrowException, EOFError, UnicodeError) as error:
+        raise refused(error) from None
+    names = _headings(columns)
+
+    def rows(only: Sequence[str] | None) -> Iterator[tuple[int, Row]]:
+        wanted = [column for column, name in zip(columns, names, strict=True) if only is None or name in only]
+        number = size = 0
+        try:
+            for part in stored.iter_batches(MANY, columns=wanted):
+                size += part.nbytes
+                if size > limits.TEXT:
+                    raise ValueError(f"row {number + 1}: more than {limits.TEXT} bytes so far; split the table")
+                for row in part.to_pylist():
+                    yield number, {name.strip(): given(cell) for name, cell in row.items()}
+                    number += 1
+        except (ArrowException, EOFError, UnicodeError, OverflowError) as error:
+            raise refused(error) from None
+
+    return Table(names, "row", lambda only: _chosen(rows(only), only))
+
+
+# -------------------------------------------------------------------------------------------------------------- cells
+
+
+def wording(text: Any) -> str:
+    """A prompt's text as it is. ValueError if it is none, is blank, or holds what cannot be printed."""
+    if not isinstance(text, str):
+        raise ValueError(f"the prompt is {type(text).__name__}; a text is needed")
+    if not text.strip():
+        raise ValueError("the prompt is blank")
+    if (odd := UNPRINTED.search(text)) is not None:
+        raise ValueError(f"the prompt holds U+{ord(odd[0]):04X}, which cannot be printed")
+    return text
+
+
+def whole(cell: Any) -> int | None:
+    """The whole number of 64 bits that a cell holds, None where it holds none."""
+    if isinstance(cell, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,19}\s*", cell, re.ASCII):
+        cell = int(cell)
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    fits = isinstance(cell, int) and not isinstance(cell, bool) and -(2**63) <= cell < 2**63
+    return cell if fits else None
