@@ -212,7 +212,10 @@ class Config(BaseModel):
     )
     advantage_floor: float = Field(0.0, ge=0, description="least size of that unit, in units of the reward")
     dead_spread: float = Field(
-        1e-6, ge=0, description="a group whose standard deviation is no more than this is dead: advantage 0, counted"
+        0.0,
+        ge=0,
+        description="a group whose standard deviation is no more than this is dead: advantage 0, counted; so is, with "
+        "0 too, one that differs by no more than rounding (1.2e-7 of its largest reward)",
     )
     saturated: float | None = Field(
         None, description="a group whose mean reward is at least this is left out: advantage 0, counted; null: none is"

@@ -115,7 +115,7 @@ class Combination:
     rule: str = "sum"
     gate: str | None = None
     reference: Mapping[str, tuple[float, float]] | None = None
-    floor: float = combine.FLOOR
+    floor: float = 0.0
 
     def __call__(self, parts: Mapping[str, Float[Tensor, "E"]], owner: Int[Tensor, "E"]) -> Float[Tensor, "E"]:
         """The reward of each image; `owner` is the row of its prompt."""
