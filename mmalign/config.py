@@ -431,6 +431,11 @@ class Config(BaseModel):
             raise ValueError(
                 f"gate: one of the rewards is needed with combine: gate, and none without; got {self.gate}"
             )
+        if self.reference and self.combine in ("product", "gate"):
+            raise ValueError(
+                f"reference: in standard deviations above a mean about half of all scores are below 0, and combine: "
+                f"{self.combine} needs scores of at least 0; use sum, mrn or gdpo with it"
+            )
         unit = {"mrn": "none", "gdpo": "batch"}.get(self.combine, self.advantage_scale)
         if self.advantage_scale != unit:
             raise ValueError(

@@ -70,19 +70,25 @@ def product(values: Values, weights: Weights) -> Float[Tensor, "N"]:
     """Product of score ^ weight: weights 0.5 and 0.5 give the geometric mean (VIEScore, arXiv 2312.14867). All must be
     good; one at 0 takes everything. ValueError for a negative score, which has no root."""
     used = weights != 0
-    if bool((values[:, used] < 0).any()):
-        raise ValueError(
-            f"a product of rewards needs scores of at least 0, got {float(values[:, used].nan_to_num().min()):.3g}"
-        )
+    _not_below_0("a product of rewards needs scores of at least 0", values[:, used])
     return (values[:, used] ** weights[used]).prod(1)
 
 
 def gated(values: Values, weights: Weights, gate: int) -> Float[Tensor, "N"]:
     """Score of component `gate` x (1 + sum of weight x the others): the others count only as far as it is met
-    (Search-R2's rule for process rewards). The gate's own weight is not looked at."""
+    (Search-R2's rule for process rewards). The gate's own weight is not looked at. ValueError where a factor is below
+    0, for it would turn the other round: the better the one, the lower the reward."""
     others = weights.clone()
     others[gate] = 0
-    return values[:, gate] * (1 + weighted(values, others))
+    factor = 1 + weighted(values, others)
+    _not_below_0("a gate needs scores of at least 0", values[:, gate])
+    _not_below_0("behind a gate 1 + the weighted sum of the others must be at least 0", factor)
+    return values[:, gate] * factor
+
+
+def _not_below_0(rule: str, values: Float[Tensor, "*any"]) -> None:
+    if bool((values < 0).any()):
+        raise ValueError(f"{rule}, got {float(values.nan_to_num().min()):.3g}")
 
 
 def normalised(values: Values, group: Groups, weights: Weights, floor: float = 0.0) -> Float[Tensor, "N"]:

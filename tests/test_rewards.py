@@ -11,7 +11,7 @@ from whole_runs import rows, run
 
 from mmalign import config as configs, references, session
 from mmalign.cli import app
-from mmalign.config import BadInput
+from mmalign.config import BadInput, Failed
 from mmalign.credit.groups import Units
 from mmalign.credit.terminal import terminal
 from mmalign.flow import plan as plans
@@ -63,6 +63,12 @@ def test_product_and_gate_read_the_raw_parts():
     torch.testing.assert_close(product, parts["twice.mean"] * parts["twice.first"].sqrt())
     gated = Combination(WEIGHTS, "gate", "twice.first")(parts, paths.owner)
     torch.testing.assert_close(gated, parts["twice.first"] * (1 + parts["twice.mean"]))
+
+
+@pytest.mark.parametrize(("rule", "gate"), [("gate", "twice.first"), ("product", None)])
+def test_a_factor_below_0_stops_a_run_with_a_line(rule, gate):
+    with pytest.raises(Failed, match=rf"combine: {rule}: .* at least 0, got -"):
+        shown(Combination(WEIGHTS, rule, gate))
 
 
 TWO = {"jpeg_size.kilobytes": 1.0, "image_stats.brightness": 2.0}
@@ -137,6 +143,13 @@ def test_a_constraint_holds_by_a_multiplier_that_survives_an_interruption(settin
         (dict(combine="gate"), "gate: one of the rewards is needed"),
         (dict(gate="jpeg_size.kilobytes"), "gate: one of the rewards is needed"),
         (dict(combine="gate", gate="clip.cosine"), "gate: one of the rewards is needed"),
+        (
+            dict(combine="gate", gate="jpeg_size.kilobytes", reference="ref.json"),
+            "combine: gate needs scores of at least 0",
+        ),
+        (dict(combine="product", reference="ref.json"), "combine: product needs scores of at least 0"),
+        (dict(combine="gate", gate="jpeg_size.kilobytes"), "jpeg_size.kilobytes is never above 0"),
+        (dict(combine="product"), "jpeg_size.kilobytes is never above 0"),
         (dict(combine="product", at_least={"image_stats.brightness": {"bound": 1}}), "with combine: product it cannot"),
         (dict(at_least={"image_stats.brightness": {"bound": 1, "rate": 0}}), "at_least.image_stats.brightness.rate"),
         (dict(at_least={"image_stats.beauty": {"bound": 1}}), "no component 'beauty'"),
