@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmalign.config import BadInput, Failed, Layout, Orphaned, Rule, component, refusing
+from mmalign.signals import Stopped
 from reward_models.trust import allow as allow_modules, closed
 
 # a calibration walks every step with noise and scores every state, whatever the config does with it
@@ -915,3 +916,5 @@ def main() -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, Orphaned):  # of many one a machine speaks
             print(f"mmalign: {_line(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
+    except Stopped as stopped:
+        sys.exit(stopped.code)

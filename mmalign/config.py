@@ -283,7 +283,12 @@ class Config(BaseModel):
     patience: PositiveFloat = Field(
         1800.0, description="many processes: seconds that one waits for the others at most, before the run ends"
     )
-    max_failed: float = Field(0.2, ge=0, le=1, description="share of images without a score at which the run stops")
+    max_failed: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="share of images without a score, in an iteration or an evaluation, above which the run stops",
+    )
     max_skips: int = Field(
         0,
         ge=0,

@@ -8,6 +8,7 @@ from mmalign.config import Config
 from mmalign.credit.gain import balance
 from mmalign.credit.groups import dead, group_std
 from mmalign.evaluate import deviation
+from mmalign.judge import unscored
 from mmalign.lessons import full
 from mmalign.ranks import Ranks
 from mmalign.types import Judgement, Trajectories
@@ -31,7 +32,7 @@ def of(c: Config, paths: Trajectories, judged: Judgement, deviation: Float[Tenso
         **({"saturated_groups": float(full(c, paths, judged).float().mean())} if c.saturated is not None else {}),
         "dead_groups": float(dead(reward, paths.prompt, c.dead_spread).mean()),
         "diversity": float(deviation.nanmean().sqrt()),
-        "failed": len(judged.failures),
+        "failed": len(unscored(paths, judged)),
         "rewards": len(paths.owner) * len(c.trained),
     }
     if c.score_states:

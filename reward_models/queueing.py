@@ -10,13 +10,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from threading import Condition, Thread
 
 from PIL import Image
 
 from reward_models.images import from_pil
-from reward_models.scoring import Picture, each, score_pictures
+from reward_models.scoring import Picture, asked, each, score_pictures
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
 READERS = 4  # threads that decode
@@ -143,20 +144,8 @@ class Isolated:
         self.scorer, self.batch, self.names, self.card = scorer, batch, scorer.names, scorer.card
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        if self.card.groupwise:
-            return self._look(images, prompts)
-        return each(images, prompts, self.names, self._look, self.batch)
-
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        try:
-            found = self.scorer(images, prompts)
-            if found.names != self.names or len(found.values) != len(images):
-                raise ValueError(f"{len(images)} images were shown, the scores are {list(found.values.shape)}")
-            return found
-        except (ValueError, RuntimeError):
-            raise
-        except BaseException as error:  # SystemExit too: a scorer must not end the thread
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        look = partial(asked, self.scorer)
+        return look(images, prompts) if self.card.groupwise else each(images, prompts, self.names, look, self.batch)
 
 
 def decode(png: str, pixels: int) -> Picture | str:
