@@ -2,6 +2,7 @@
 that SIGTERM or Ctrl-C stopped and that is saved."""
 
 import json
+import math
 import os
 import sys
 from functools import partial
@@ -89,6 +90,7 @@ def calibrate(
     rule: Annotated[Rule, typer.Option(help="when noise rises: paper (counts) or z (robust)")] = "z",
     step: Annotated[float, typer.Option(min=0, help="change of the noise per round")] = 0.02,
     floor: Annotated[float, typer.Option(min=0, help="least noise of a step")] = 0.05,
+    ceiling: Annotated[float, typer.Option(min=0, help="noise of a step above which none rises")] = 3.0,
     allow: Allow = None,
 ) -> None:
     """Find the noise each step bears (DenseGRPO), for `kernel: scheduled, noise: FILE`, on a config's prompts."""
@@ -97,13 +99,18 @@ def calibrate(
     policies.quiet()
     if out.suffix != ".json" or not out.parent.is_dir():
         raise BadInput(f"--out {out}: a .json file in a folder that exists is needed")
+    if not 0 <= floor <= ceiling or not 0 <= step < math.inf:
+        raise BadInput(
+            f"--floor {floor:g}, --ceiling {ceiling:g}, --step {step:g}: a floor of at most the ceiling and a finite step "
+            "are needed"
+        )
     c = configs.load(config, [*(overrides or []), *CALIBRATION])
     run = session.open_session(c)
     if run.ranks.size > 1:
         raise BadInput(f"started as {run.ranks.size} processes; a calibration runs in one")
     rows = []
     levels = calibration.start_levels(run.times)
-    for row in calibration.run(partial(rollout.step_gains, run), levels, rounds, rule, step, floor):
+    for row in calibration.run(partial(rollout.step_gains, run), levels, rounds, rule, step, floor, ceiling):
         rows.append(row)
         share = sum(row["better"]) / max(1, sum(row["better"]) + sum(row["worse"]))
         console.print(

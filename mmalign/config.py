@@ -148,7 +148,8 @@ class Config(BaseModel):
     window_moves: Literal["progressive", "random"] | None = Field(
         None,
         description="plan window: progressive: a step later every `window_every` iterations, and from its start again "
-        "after the last; random: each prompt's group starts its own somewhere in the first half; null: it stays",
+        "after the last; random: each prompt's group draws its own, which lies in the first half of the steps; null: "
+        "it stays",
     )
     window_every: int | None = Field(None, ge=1, description="window_moves progressive: iterations at one place")
     branch_steps: list[int] | None = Field(None, description="plan branch: the steps that branch")

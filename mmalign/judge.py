@@ -127,6 +127,14 @@ class Combination:
         except ValueError as error:
             raise Failed(f"combine: {self.rule}: {error}") from error
 
+    def level(self, parts: Mapping[str, Float[Tensor, "N"]], reward: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+        """What shows the progress of images with this `reward`: the reward itself, or for mrn and gdpo, whose mean is 0
+        in every group, the weighted sum of the scores before they are normalised, in the reference's units if there is
+        one. NaN where a part is missing."""
+        if self.rule not in ("mrn", "gdpo"):
+            return reward
+        return replace(self, rule="sum")(parts, torch.zeros(len(reward), dtype=torch.long))
+
     def _combined(self, parts: Mapping[str, Float[Tensor, "E"]], owner: Int[Tensor, "E"]) -> Float[Tensor, "E"]:
         names, weights = list(self.weights), torch.tensor(list(self.weights.values()))
         values = torch.stack([parts[name] for name in names], 1)

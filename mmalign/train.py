@@ -65,4 +65,4 @@ def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Less
     if keep:
         clock.timed("io", exhibit.write)(run, keep, iteration, own, paths, judged, credit)
     deviation = measures.deviations(run.ranks, own.paths, own.images)
-    return lesson, measures.of(c, paths, judged, deviation) | run.move_multipliers(judged)
+    return lesson, measures.of(c, paths, judged, deviation, run.combination(iteration)) | run.move_multipliers(judged)

@@ -83,6 +83,23 @@ def test_every_part_is_in_the_metrics(settings):
     assert abs(row["correlation/jpeg_size.kilobytes~image_stats.brightness"]) <= 1
 
 
+@pytest.mark.parametrize(("rule", "scale"), [("mrn", "none"), ("gdpo", "batch")])
+def test_with_normalised_rewards_the_weighted_sum_of_the_raw_ones_is_logged(settings, rule, scale):
+    out = run(settings, rewards=TWO, combine=rule, advantage_scale=scale, iterations=1, held_out=None)
+    (row,) = rows(out / "metrics.jsonl")
+    assert row["reward"] == pytest.approx(row["part/jpeg_size.kilobytes"] + 2 * row["part/image_stats.brightness"])
+    assert abs(row["reward"]) > 0.1
+
+
+def test_the_level_is_in_the_references_units_and_nan_without_a_part():
+    parts = {"twice.mean": torch.tensor([0.5, 0.7, torch.nan]), "twice.first": torch.tensor([1.0, 3.0, 1.0])}
+    known = {"twice.mean": (0.3, 0.2), "twice.first": (1.0, 4.0)}
+    found = Combination(WEIGHTS, "mrn", reference=known).level(parts, torch.zeros(3))
+    assert found.tolist() == pytest.approx([1.0, 2.25, torch.nan], nan_ok=True)
+    reward = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(Combination(WEIGHTS, "sum").level(parts, reward), reward)
+
+
 def test_a_second_run_with_the_same_cache_scores_nothing_twice(settings, tmp_path):
     changed = dict(cache=str(tmp_path / "scores.sqlite"), iterations=2)
     one = rows(run(settings, **changed) / "metrics.jsonl")
