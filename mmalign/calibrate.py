@@ -6,8 +6,11 @@ negative. Round by round the noise of each step rises while its gains are balanc
 - rule "paper": rises by `step` if |n+ - n-| < 2, else falls. With N walks the test passes only on a tie or nearly, so
   that for more than a few walks the noise falls even under perfect balance (a tie has probability 0.08 at N = 100), and
   it falls when gains are positive too.
-- rule "z": rises while (n- - n+) / sqrt(n+ + n-) < 1, falls otherwise; never below `floor`; the answer is the mean of
-  the second half of the rounds. Only an excess of losses counts, whatever N.
+- rule "z": rises while (n- - n+) / sqrt(n+ + n-) < 1, falls otherwise; the answer is the mean of the second half of the
+  rounds, what the last one led to included. Only an excess of losses counts, whatever N.
+
+With both, noise never falls below `floor` nor rises above `ceiling`, and a step with no gain above or below 0 in a
+round keeps its noise: nothing was learnt of it. The floor, the ceiling and that last rule are ours.
 
 n+ and n- are a round's walks with a positive and a negative gain at the step; ties count on neither side. The result
 belongs to the schedule, guidance, model and rewards it was found with, and is refused elsewhere.
@@ -24,6 +27,8 @@ from torch import Tensor
 from mmalign.config import BadInput, Config, Rule
 from reward_models import files
 
+CEILING = 3.0  # with it a step of 0.1 adds noise of 0.95: as much as pure noise has; more would explore no more
+
 
 def next_levels(
     levels: Float[Tensor, "T"],
@@ -32,13 +37,16 @@ def next_levels(
     rule: Rule,
     step: float = 0.01,
     floor: float = 0.05,
+    ceiling: float = CEILING,
 ) -> Float[Tensor, "T"]:
-    """One round: the noise of each step raised or lowered by `step`, by its counts of gains above and below 0."""
+    """One round: the noise of each step raised or lowered by `step`, by its counts of gains above and below 0. Noise
+    that is above the ceiling already does not rise."""
     if rule == "paper":
         rises = (better - worse).abs() < 2
     else:
         rises = (worse - better) / (better + worse).clamp(min=1).sqrt() < 1
-    return (levels + torch.where(rises, step, -step)).clamp(min=floor)
+    higher, lower = (levels + step).clamp(floor, ceiling).maximum(levels), (levels - step).clamp(min=floor)
+    return torch.where(better + worse == 0, levels, torch.where(rises, higher, lower))
 
 
 def start_levels(times: Float[Tensor, "states"], a: float = 0.7) -> Float[Tensor, "T"]:
@@ -55,19 +63,24 @@ def run(
     rule: Rule,
     step: float,
     floor: float,
+    ceiling: float = CEILING,
 ) -> Iterator[dict]:
     """`gained(levels, round)` are the gains of N walks with this noise, NaN where a step was deterministic or a score
-    failed. Yields one row per round: `noise`, `better`, `worse`, each [T]. Steps with noise 0 keep it."""
+    failed. Yields one row per round, each of [T]: `noise`, what was seen with it, `better` and `worse`, and the noise
+    `after` it. Steps with noise 0 keep it."""
     for number in range(rounds):
         gain = gained(levels, number)
         better, worse = (gain > 0).sum(0).float(), (gain < 0).sum(0).float()
-        yield {"noise": levels.tolist(), "better": better.tolist(), "worse": worse.tolist()}
-        levels = torch.where(levels > 0, next_levels(levels, better, worse, rule, step, floor), 0.0)
+        after = torch.where(levels > 0, next_levels(levels, better, worse, rule, step, floor, ceiling), 0.0)
+        columns = {"noise": levels, "better": better, "worse": worse, "after": after}
+        yield {name: values.tolist() for name, values in columns.items()}
+        levels = after
 
 
 def settled(rows: list[dict], rule: Rule) -> list[float]:
-    """The calibrated noise: the paper's rule ends with the last round's, the other with the mean of the second half."""
-    noise = torch.tensor([row["noise"] for row in rows])
+    """The calibrated noise: the paper's rule ends with what the last round led to, the other with the mean of the
+    second half and that."""
+    noise = torch.tensor([row["noise"] for row in rows] + [row["after"] for row in rows[-1:] if "after" in row])
     return (noise[-1] if rule == "paper" else noise[len(rows) // 2 :].mean(0)).tolist()
 
 

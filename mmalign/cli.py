@@ -3,6 +3,7 @@ that SIGTERM or Ctrl-C stopped and that is saved."""
 
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmalign.config import BadInput, Failed, Layout, Orphaned, Rule, component, refusing
+from mmalign.signals import Stopped
 from reward_models import files
 from reward_models.trust import allow as allow_modules
 
@@ -120,6 +122,7 @@ def calibrate(
     rule: Annotated[Rule, typer.Option(help="when noise rises: paper (counts) or z (robust)")] = "z",
     step: Annotated[float, typer.Option(min=0, help="change of the noise per round")] = 0.02,
     floor: Annotated[float, typer.Option(min=0, help="least noise of a step")] = 0.05,
+    ceiling: Annotated[float, typer.Option(min=0, help="noise of a step above which none rises")] = 3.0,
     allow: Allow = None,
 ) -> None:
     """Find the noise each step bears (DenseGRPO), for `kernel: scheduled, noise: FILE`, on a config's prompts."""
@@ -131,13 +134,18 @@ def calibrate(
     _may_write(out, "--out", calibration.ours)
     if not out.exists():  # the plot of a file of ours is ours
         _may_write(out.with_suffix(".png"), "--out")
+    if not 0 <= floor <= ceiling or not 0 <= step < math.inf:
+        raise BadInput(
+            f"--floor {floor:g}, --ceiling {ceiling:g}, --step {step:g}: a floor of at most the ceiling and a finite "
+            "step are needed"
+        )
     c = configs.load(config, [*(overrides or []), *CALIBRATION])
     run = session.open_session(c)
     if run.ranks.size > 1:
         raise BadInput(f"started as {run.ranks.size} processes; a calibration runs in one")
     rows = []
     levels = calibration.start_levels(run.times)
-    for row in calibration.run(partial(rollout.step_gains, run), levels, rounds, rule, step, floor):
+    for row in calibration.run(partial(rollout.step_gains, run), levels, rounds, rule, step, floor, ceiling):
         rows.append(row)
         share = sum(row["better"]) / max(1, sum(row["better"]) + sum(row["worse"]))
         console.print(
@@ -1052,6 +1060,8 @@ def main() -> None:
             raise
         _complain(f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}")
         sys.exit(1)
+    except Stopped as stopped:
+        sys.exit(stopped.code)
 
 
 def _complain(text: str) -> None:

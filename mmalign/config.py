@@ -150,7 +150,8 @@ class Config(BaseModel):
     window_moves: Literal["progressive", "random"] | None = Field(
         None,
         description="plan window: progressive: a step later every `window_every` iterations, and from its start again "
-        "after the last; random: each prompt's group starts its own somewhere in the first half; null: it stays",
+        "after the last; random: each prompt's group draws its own, which lies in the first half of the steps; null: "
+        "it stays",
     )
     window_every: int | None = Field(None, ge=1, description="window_moves progressive: iterations at one place")
     branch_steps: list[int] | None = Field(None, description="plan branch: the steps that branch")
@@ -217,7 +218,10 @@ class Config(BaseModel):
     )
     advantage_floor: float = Field(0.0, ge=0, description="least size of that unit, in units of the reward")
     dead_spread: float = Field(
-        1e-6, ge=0, description="a group whose standard deviation is no more than this is dead: advantage 0, counted"
+        0.0,
+        ge=0,
+        description="a group whose standard deviation is no more than this is dead: advantage 0, counted; so is, with "
+        "0 too, one that differs by no more than rounding (1.2e-7 of its largest reward)",
     )
     saturated: float | None = Field(
         None, description="a group whose mean reward is at least this is left out: advantage 0, counted; null: none is"
@@ -286,7 +290,12 @@ class Config(BaseModel):
     patience: PositiveFloat = Field(
         1800.0, description="many processes: seconds that one waits for the others at most, before the run ends"
     )
-    max_failed: float = Field(0.2, ge=0, le=1, description="share of images without a score at which the run stops")
+    max_failed: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="share of images without a score, in an iteration or an evaluation, above which the run stops",
+    )
     max_skips: int = Field(
         0,
         ge=0,
@@ -438,6 +447,11 @@ class Config(BaseModel):
         if (self.gate is not None) != (self.combine == "gate") or (self.gate or None) not in (None, *self.rewards):
             raise ValueError(
                 f"gate: one of the rewards is needed with combine: gate, and none without; got {self.gate}"
+            )
+        if self.reference and self.combine in ("product", "gate"):
+            raise ValueError(
+                f"reference: in standard deviations above a mean about half of all scores are below 0, and combine: "
+                f"{self.combine} needs scores of at least 0; use sum, mrn or gdpo with it"
             )
         unit = {"mrn": "none", "gdpo": "batch"}.get(self.combine, self.advantage_scale)
         if self.advantage_scale != unit:

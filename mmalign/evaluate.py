@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ SHEET = 60  # images of a contact sheet
 @dataclass(frozen=True)
 class Evaluation:
     """Images and raw scores; row i shows prompt `prompt[i]` from seed number `member[i]`. `places` has, by scorer, what
-    it says of places of each image, as `reward_models.heat.record` has it, or None."""
+    it says of places of each image, as `reward_models.heat.record` has it, or None; `failures` why an image could not
+    be scored."""
 
     images: Float[Tensor, "N 3 H W"]
     parts: dict[str, Float[Tensor, "N"]]
     prompt: Int[Tensor, "N"]
     member: Int[Tensor, "N"]
     places: dict[str, list[dict[str, Any] | None]]
+    failures: Mapping[int, str] = field(default_factory=dict)
 
     def means(self) -> dict[str, float]:
         """Mean of each component over the images that have it, and `diversity` where prompts have siblings."""
@@ -111,7 +113,8 @@ def evaluate(policy, prompts: Sequence[Prompt], members: int, steps: int, scorer
         name: heat.records(seen.maps.get(name), seen.boxes.get(name, ()), tuple(images.shape[2:]), len(images))
         for name in {**seen.maps, **seen.boxes}
     }
-    return Evaluation(images, seen.parts, prompt, torch.arange(members).repeat(len(prompts)), places)
+    member = torch.arange(members).repeat(len(prompts))
+    return Evaluation(images, seen.parts, prompt, member, places, seen.failures)
 
 
 def dealt(ranks: Ranks, policy, prompts: Sequence[Prompt], members: int, *settings) -> Evaluation | None:
@@ -127,6 +130,7 @@ def dealt(ranks: Ranks, policy, prompts: Sequence[Prompt], members: int, *settin
     places = {name: rows[: len(prompt)] for name, rows in found.places.items()}
     told = ranks.tell([len(prompt), places], what)
     said = {name: [row for n, rows in told for row in rows.get(name, [None] * n)] for _, rows in told for name in rows}
+    reasons = [why for own in ranks.tell([found.failures.get(i) for i in range(len(prompt))], what) for why in own]
     prompts_of, members_of = ranks.gather(ranks.number(prompt), what)[order], ranks.gather(member, what)[order]
     images, numbers = [], []
     for part in chunks(most * members, 32):  # never all of them on every process
@@ -137,8 +141,9 @@ def dealt(ranks: Ranks, policy, prompts: Sequence[Prompt], members: int, *settin
         return None
     pictures = torch.cat(images)[torch.cat(numbers).sort(stable=True).indices]
     return Evaluation(
-        pictures, parts, prompts_of, members_of, {name: [rows[i] for i in order] for name, rows in said.items()}
-    )
+        pictures, parts, prompts_of, members_of, {name: [rows[i] for i in order] for name, rows in said.items()},
+        {k: reasons[i] for k, i in enumerate(order.tolist()) if reasons[i]},
+    )  # fmt: skip
 
 
 def paired(before: Float[Tensor, "N"], after: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """What is not finite is caught before anything is learnt from it, and told with the prompts it is of.
 
 The run then stops, or leaves the optimiser step out and goes on, up to `max_skips` times in a row. A reward that is NaN
-for a reason is no such value but a failed score, which `judge.stop_if_failing` counts.
+for want of a score is no such value but a failed score, which `judge.stop_if_failing` counts.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Show images to reward models, once each, and bring the scores back to the trajectories."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from mmalign import guards
 from mmalign.config import Failed
 from mmalign.types import Judgement, Marks, Trajectories
-from reward_models import Prompt, Scores, combine
+from reward_models import Prompt, RewardModel, Scores, combine
 from reward_models.regions import Region, box_shares, inside, resampled
-from reward_models.types import Infinite
+from reward_models.scoring import asked
+from reward_models.types import Infinite, Unusable
 
-Scorers = Mapping[str, Callable[..., Scores]]  # by name: (images, prompts) -> Scores
+Scorers = Mapping[str, RewardModel]  # by name
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,16 @@ class Seen:
 
 
 def score(images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: Scorers) -> Seen:
-    """Each scorer's view of all images. A region that is not inside its image fails that image. NonFinite where a score
-    is infinite."""
+    """Each scorer's view of all images. What a scorer trips over fails the image, and so does a region that is not
+    inside it. NonFinite where a score is infinite; Failed where a scorer can give none at all, whatever the image."""
     seen = Seen({}, {}, {}, {})
     for name, scorer in scorers.items():
         try:
-            scores = _placed(scorer(images, prompts), tuple(images.shape[2:]))
+            scores = _placed(asked(scorer, images, prompts), tuple(images.shape[2:]))
         except Infinite as error:
             raise guards.of(f"scores of {name}", prompts, error.rows) from error
+        except Unusable as error:
+            raise Failed(f"{name}: {error}") from error
         seen.failures.update({i: f"{name}: {why}" for i, why in scores.failures.items()})
         seen.parts.update({f"{name}.{component}": scores.column(component).float() for component in scores.names})
         if scores.regions is not None:
@@ -115,10 +118,24 @@ class Combination:
     rule: str = "sum"
     gate: str | None = None
     reference: Mapping[str, tuple[float, float]] | None = None
-    floor: float = combine.FLOOR
+    floor: float = 0.0
 
     def __call__(self, parts: Mapping[str, Float[Tensor, "E"]], owner: Int[Tensor, "E"]) -> Float[Tensor, "E"]:
-        """The reward of each image; `owner` is the row of its prompt."""
+        """The reward of each image; `owner` is the row of its prompt. Failed where the scores do not suit the rule."""
+        try:
+            return self._combined(parts, owner)
+        except ValueError as error:
+            raise Failed(f"combine: {self.rule}: {error}") from error
+
+    def level(self, parts: Mapping[str, Float[Tensor, "N"]], reward: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+        """What shows the progress of images with this `reward`: the reward itself, or for mrn and gdpo, whose mean is 0
+        in every group, the weighted sum of the scores before they are normalised, in the reference's units if there is
+        one. NaN where a part is missing."""
+        if self.rule not in ("mrn", "gdpo"):
+            return reward
+        return replace(self, rule="sum")(parts, torch.zeros(len(reward), dtype=torch.long))
+
+    def _combined(self, parts: Mapping[str, Float[Tensor, "E"]], owner: Int[Tensor, "E"]) -> Float[Tensor, "E"]:
         names, weights = list(self.weights), torch.tensor(list(self.weights.values()))
         values = torch.stack([parts[name] for name in names], 1)
         if self.reference is not None:
@@ -144,10 +161,7 @@ def judge(
     """Give every shown state the reward of its end, of whose image of `size` (height, width) is told what was `seen`.
     The map of the scorer `region` is laid on `grid` cells, by default those of the latent. On the CPU."""
     own = {name: values[paths.shown[:, -1].cpu()] for name, values in seen.parts.items()}
-    try:
-        reward = combination(seen.parts, paths.owner.cpu())
-    except ValueError as error:  # a rule that the scores do not suit
-        raise Failed(f"combine: {combination.rule}: {error}") from error
+    reward = combination(seen.parts, paths.owner.cpu())
     places, marks = None, None
     if region is not None:
         grid = grid or tuple(paths.ends.shape[2:])
@@ -193,8 +207,20 @@ def signs(places: Float[Tensor, "N a b"]) -> Marks:
     return Marks(share, credit, torch.zeros_like(credit, dtype=torch.bool))
 
 
-def stop_if_failing(judged: Judgement, images: int, limit: float) -> None:
-    """Failed, with a reason, where more than the share `limit` of the images could not be scored."""
-    if len(judged.failures) > limit * images:
-        why = next(iter(judged.failures.values()))
-        raise Failed(f"{len(judged.failures)} of {images} images could not be scored (limit {limit:.0%}): {why}")
+def unscored(paths: Trajectories, judged: Judgement) -> dict[int, str]:
+    """The images, by end, that a scorer failed on or that have no reward for want of a score, and why."""
+    nowhere = paths.shown[(paths.shown >= 0) & judged.reward.isnan().to(paths.shown.device)]
+    return dict.fromkeys(nowhere.unique().tolist(), silent(judged.parts)) | dict(judged.failures)
+
+
+def silent(parts: Mapping[str, Float[Tensor, "N"]]) -> str:
+    """What is said of an image without a score that nobody gave a reason for."""
+    names = [name for name, values in parts.items() if bool(values.isnan().any())]
+    return f"{', '.join(names)}: NaN, for which the scorer gives no reason"
+
+
+def stop_if_failing(reasons: Mapping[int, str], images: int, limit: float) -> None:
+    """Failed, with a reason, where more than the share `limit` of the images have none but `reasons` for a score."""
+    if len(reasons) > limit * images:
+        why = next(iter(reasons.values()))
+        raise Failed(f"{len(reasons)} of {images} images could not be scored (limit {limit:.0%}): {why}")

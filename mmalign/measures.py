@@ -8,6 +8,7 @@ from mmalign.config import Config
 from mmalign.credit.gain import balance
 from mmalign.credit.groups import dead, group_std
 from mmalign.evaluate import deviation
+from mmalign.judge import Combination, unscored
 from mmalign.lessons import full
 from mmalign.ranks import Ranks
 from mmalign.types import Judgement, Trajectories
@@ -20,10 +21,12 @@ def deviations(ranks: Ranks, paths: Trajectories, images: Float[Tensor, "E 3 H W
     return ranks.in_order(found, paths.prompt.cpu(), "images compared with their siblings")
 
 
-def of(c: Config, paths: Trajectories, judged: Judgement, deviation: Float[Tensor, "N"]) -> dict[str, int | float]:
+def of(
+    c: Config, paths: Trajectories, judged: Judgement, deviation: Float[Tensor, "N"], combination: Combination
+) -> dict[str, int | float]:
     """Of the walks of all processes."""
     reward = judged.reward[:, -1]
-    row = {"reward": float(reward.nanmean())}
+    row = {"reward": float(combination.level(judged.parts, reward).nanmean())}
     row |= {f"part/{name}": float(values.nanmean()) for name, values in judged.parts.items()}
     row |= combine.health(torch.stack([*judged.parts.values()], 1), [*judged.parts], paths.prompt.cpu(), c.dead_spread)
     row |= {
@@ -31,7 +34,7 @@ def of(c: Config, paths: Trajectories, judged: Judgement, deviation: Float[Tenso
         **({"saturated_groups": float(full(c, paths, judged).float().mean())} if c.saturated is not None else {}),
         "dead_groups": float(dead(reward, paths.prompt, c.dead_spread).mean()),
         "diversity": float(deviation.nanmean().sqrt()),
-        "failed": len(judged.failures),
+        "failed": len(unscored(paths, judged)),
         "rewards": len(paths.owner) * len(c.trained),
     }
     if c.score_states:

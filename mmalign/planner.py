@@ -54,17 +54,18 @@ def needed(plan: Plan) -> list[int]:
 
 
 def window_starts(c: Config) -> range:
-    """Where the window may stand: one place unless it moves. 0 for plans without one."""
+    """Where the window may stand: one place unless it moves. 0 for plans without one. One that moves at random lies
+    within the first half of the steps, or stays where it is if it cannot."""
     if c.plan != "window":
         return range(1)
     first, size = c.window[0], c.window[1] - c.window[0]
-    last = {"progressive": c.steps - 1 - size, "random": min(c.steps - 1 - size, c.steps // 2 - 1)}
+    last = {"progressive": c.steps - 1 - size, "random": c.steps // 2 - size}
     return range(first, max(first, last.get(c.window_moves, first)) + 1)
 
 
 def window_start(c: Config, iteration: int, prompt_id: int) -> int:
-    """Fixed; progressive (MixGRPO, arXiv 2507.21802); or drawn for each group in the first half of the steps
-    (Flow-GRPO-Fast). Never per image: siblings with unlike windows cannot be compared."""
+    """Fixed; progressive (MixGRPO, arXiv 2507.21802); or drawn for each group, so that it lies in the first half of the
+    steps (Flow-GRPO-Fast). Never per image: siblings with unlike windows cannot be compared."""
     places = window_starts(c)
     if c.window_moves == "progressive":
         return places[iteration // c.window_every % len(places)]

@@ -6,7 +6,8 @@ noise at each step (`ddim` at eta 1), so that what is new comes to fit what is k
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,24 @@ def times_from(times: Float[Tensor, "states"], start: float) -> Float[Tensor, "f
     return torch.cat([torch.tensor([start]), times[times < start - 1e-4]])
 
 
+@contextmanager
+def _guided(policy, guidance: int | float) -> Iterator[None]:
+    usual, policy.guidance = policy.guidance, guidance
+    try:
+        yield
+    finally:
+        policy.guidance = usual
+
+
+def cost(policy, attempt: Attempt, steps: int) -> int:
+    """The network evaluations an attempt takes at most: one a step, twice as many with true guidance, and twice as many
+    where the model without adapter is asked too."""
+    with _guided(policy, attempt.guidance):
+        halves = 2 if getattr(policy, "true_guidance", attempt.guidance > 1) else 1
+    models = 1 if attempt.strength in (0, 1) else 2
+    return (len(times_from(policy.times(steps), attempt.start)) - 1) * halves * models
+
+
 def draw(
     policy, attempts: Sequence[Attempt], bases: Sequence[Base | None], steps: int, batch: int
 ) -> tuple[Latents, list[float]]:
@@ -70,19 +89,15 @@ def draw(
         alike[own.guidance, own.start, own.strength, part].append(i)
     latents = torch.empty(len(attempts), *policy.latent_shape, device=policy.device)
     forwards = [0.0] * len(attempts)
-    usual = policy.guidance
-    try:
-        for (guidance, start, strength, part), rows in alike.items():
-            policy.guidance = guidance
-            for at in range(0, len(rows), batch):
-                some, before = rows[at : at + batch], policy.spent["forwards"]
-                own = [attempts[i] for i in some]
+    for (guidance, start, strength, part), rows in alike.items():
+        for at in range(0, len(rows), batch):
+            some, before = rows[at : at + batch], policy.spent["forwards"]
+            own = [attempts[i] for i in some]
+            with _guided(policy, guidance):
                 latents[some] = _walk(policy, own, [bases[i] for i in some], steps, start, strength, part)
-                spent = (policy.spent["forwards"] - before) / len(some)
-                for i in some:
-                    forwards[i] = spent
-    finally:
-        policy.guidance = usual
+            spent = (policy.spent["forwards"] - before) / len(some)
+            for i in some:
+                forwards[i] = spent
     return latents, forwards
 
 

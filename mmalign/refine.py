@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmalign.config import BadInput
 from mmalign.flow.sample import seed_of
 from mmalign.judge import score
-from mmalign.redraw import Attempt, Base, draw
+from mmalign.redraw import Attempt, Base, cost, draw
 from reward_models import Prompt, RewardModel
 from reward_models.regions import Region, box_shares
 
@@ -36,7 +37,8 @@ FULL = 1 - 1e-6  # credit of a thing with which nothing is wrong
 class Settings:
     """`moves` of `MOVES`. `good`: what every component that applies must reach for an image to be done with. `by`: the
     component that decides between images. `images`, `forwards`, `judgements`: most for one prompt, the first image
-    included. `patience`: rounds without a better image before giving up. `cut` in (0, 1); `strength` of the adapter."""
+    included; what a round will take is known from its moves before it is made. `patience`: rounds without a better
+    image before giving up. `cut` in (0, 1); `strength` of the adapter."""
 
     moves: tuple[str, ...] = ("request", "seed")
     by: str = ""
@@ -99,10 +101,14 @@ def refine(
     images: Float[Tensor, "N 3 H W"] | None = None,
     name: str = "critic",
 ) -> list[Story]:
-    """A story for each prompt; round 0 is drawn, or is one of `images`, which the policy's own autoencoder encodes."""
+    """A story for each prompt; round 0 is drawn, or is one of `images`, which the policy's own autoencoder encodes.
+    BadInput where drawing round 0 takes more than `forwards`."""
     stories = [Story(prompt) for prompt in prompts]
     first = [Attempt(p.text, seed_of("refine", settings.seed, p.id), settings.guidance) for p in prompts]
+    most = settings.forwards
     if images is None:
+        if most is not None and (dearest := max(cost(policy, own, settings.steps) for own in first)) > most:
+            raise BadInput(f"--forwards {most:g}: the first image of a prompt takes {dearest}")
         _draw(policy, critic, stories, [(own, -1, ()) for own in first], settings, batch, name)
     else:
         latents = torch.cat([policy.encode_images(part.to(policy.device)) for part in images.split(batch)])
@@ -119,6 +125,8 @@ def refine(
                 move = propose(story, own, settings)
                 key = _key(*move[:2], _mask(policy, story, move))
                 story.stopped = "repeat: nothing new to try" if key in seen else ""
+                if most is not None and story.forwards + cost(policy, move[0], settings.steps) > most:
+                    story.stopped = story.stopped or f"budget: {most:g} forwards"
                 seen.add(key)
             if not story.stopped:
                 active.append(story)
@@ -136,10 +144,6 @@ def finished(story: Story, settings: Settings) -> str:
         return "good"
     if len(story.rounds) >= settings.images:
         return f"budget: {settings.images} images"
-    if settings.forwards is not None:
-        dearest = max((own.forwards for own in story.rounds), default=0.0)
-        if story.forwards + dearest > settings.forwards:
-            return f"budget: {settings.forwards:g} forwards"
     if settings.patience is not None and len(story.rounds) - 1 - story.best >= settings.patience:
         return f"no gain in {settings.patience} rounds"
     return ""

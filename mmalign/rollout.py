@@ -42,25 +42,25 @@ def roll_out(run: Session, prompts: list[Prompt], levels: Noise, iteration: int)
     """Draw the walks of all seeds of the prompts and show their images to the trained rewards. Raises NonFinite where
     latents, images or scores are not, when all is drawn: other processes may be drawing along."""
     c, clock = run.config, run.clock
-    scorers = {name: clock.timed("reward", run.scorers[name]) for name in c.trained}
+    scorers, ask = {name: run.scorers[name] for name in c.trained}, clock.timed("reward", score)
 
     def look(paths: Trajectories, images: Tensor) -> Seen:
         guards.walked(paths, images, prompts)
-        return score(images, [prompts[i] for i in paths.owner.tolist()], scorers)
+        return ask(images, [prompts[i] for i in paths.owner.tolist()], scorers)
 
     with clock.of("rollout"):
         cond = run.policy.encode([p.text for p in prompts])
     drawn, seen = [], []
     parts = torch.arange(len(prompts)).tensor_split(min(c.rollout_parts, len(prompts)))
     pool = ThreadPoolExecutor(1, thread_name_prefix="judge")
-    ask = pool.submit if len(parts) > 1 else _now
+    begin = pool.submit if len(parts) > 1 else _now
     try:
         for part in parts:
             wait(seen[: max(0, len(seen) + 1 - AHEAD)])
             with clock.of("rollout"):
                 paths = walk(run, prompts, cond, levels, iteration, part.tolist())
             drawn.append((paths, decoded(run, paths)))
-            seen.append(ask(look, *drawn[-1]))
+            seen.append(begin(look, *drawn[-1]))
         found = joined([future.result() for future in seen])
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

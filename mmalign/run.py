@@ -32,6 +32,7 @@ from mmalign import (
 )
 from mmalign.config import BadInput, Config
 from mmalign.flow.sample import gaussian, seed_of
+from mmalign.judge import silent, stop_if_failing
 from mmalign.ranks import Ranks, join
 from mmalign.session import Session, open_session, optimizer_of
 from mmalign.signals import Stop, Stopped, stopping
@@ -144,6 +145,7 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
         found = run.fits["batch"](asked)
     if found is None:  # of many processes the main one has it
         return {"iteration": done, "name": name}
+    _stop_if_failing(run, done, found)
     means = found.means()
     seconds = time.perf_counter() - start
     row = {"iteration": done, "name": name, "images": len(found.images), "seconds": seconds}
@@ -164,6 +166,16 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
         said = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
         console.print(f"iteration {done}: held-out {said}")
     return row
+
+
+def _stop_if_failing(run: Session, done: int, found: evaluate.Evaluation) -> None:
+    """Failed where too many images have no reward, unless rewards are just shown (with records). Nothing of the
+    evaluation is written then: a resumed run makes it again."""
+    if not run.config.rewards or run.records:
+        return
+    lost = run.combination(done)(found.parts, found.prompt).isnan().nonzero()[:, 0].tolist()
+    parts = {name: found.parts[name] for name in run.config.rewards}
+    stop_if_failing({i: found.failures.get(i, silent(parts)) for i in lost}, len(found.images), run.config.max_failed)
 
 
 def _progress(console: Console) -> Progress:

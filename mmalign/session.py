@@ -152,6 +152,10 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
         name, part = configs.component(reward)
         if part not in scorers[name].names:
             raise BadInput(f"rewards: no component {part!r}; {name} gives {', '.join(scorers[name].names)}")
+    for reward in {"gate": [c.gate], "product": c.rewards}.get(c.combine, ()):
+        card = scorers[configs.component(reward)[0]].card
+        if card.high <= 0:
+            raise BadInput(f"combine: {c.combine} needs scores of at least 0; {reward} is never above {card.high:g}")
     if c.region and not scorers[c.region].card.places:
         raise BadInput(f"region: {c.region} says nothing about where; credit by place needs a scorer with a map")
     return scorers

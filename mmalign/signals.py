@@ -14,8 +14,13 @@ from dataclasses import dataclass
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(SystemExit):
-    """The process was asked to stop, and what had to be finished is. Nothing that catches errors catches it."""
+class Stopped(BaseException):
+    """The process was asked to stop, and what had to be finished is. `code` is its exit code. Nothing that catches
+    errors catches it, nor what keeps a scorer from ending the run by SystemExit."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
 
 
 @dataclass

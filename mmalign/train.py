@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from mmalign import exhibit, guards, measures, prompts as prompt_files, rollout
-from mmalign.judge import stop_if_failing
+from mmalign.judge import stop_if_failing, unscored
 from mmalign.lessons import Lesson, advantages, finished, from_records, learn, of_images, of_walks
 from mmalign.session import Session
 from mmalign.types import Judgement
@@ -55,7 +55,7 @@ def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Less
     c, clock = run.config, run.clock
     own, seen = guards.together(run.ranks.tell, partial(_drawn, run, iteration))
     paths, judged = whole(run.ranks, own.paths, seen)
-    stop_if_failing(judged, len(paths.owner), c.max_failed)
+    stop_if_failing(unscored(paths, judged), len(paths.owner), c.max_failed)
     with clock.of("learn"):
         if c.objective == "grpo":
             credit = advantages(c, paths, judged)
@@ -65,4 +65,4 @@ def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Less
     if keep:
         clock.timed("io", exhibit.write)(run, keep, iteration, own, paths, judged, credit)
     deviation = measures.deviations(run.ranks, own.paths, own.images)
-    return lesson, measures.of(c, paths, judged, deviation) | run.move_multipliers(judged)
+    return lesson, measures.of(c, paths, judged, deviation, run.combination(iteration)) | run.move_multipliers(judged)

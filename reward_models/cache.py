@@ -19,25 +19,22 @@ import torch
 
 from reward_models.images import to_uint8
 from reward_models.regions import Region
-from reward_models.scoring import TEXTS, unfit
-from reward_models.types import Images, Prompt, RewardModel, Scores
+from reward_models.scoring import TEXTS, asked, unfit
+from reward_models.types import Images, Infinite, Prompt, RewardModel, Scores, Unusable
 
 FORM = 3  # of a record; older ones are not found again
 WAIT = 60  # seconds for another process to finish writing
 
 
 class Cached:
-    """`scorer` with a memory at `path`. `asked` and `hits` count images. ValueError if the file cannot be used."""
+    """`scorer` with a memory at `path`. `asked` and `hits` count images. Unusable if the file cannot be used."""
 
     def __init__(self, scorer: RewardModel, path: str | Path):
         self.scorer, self.names, self.card, self.path = scorer, scorer.names, scorer.card, Path(path)
         self.asked = self.hits = 0
-        try:
-            with self._open() as store:
-                store.execute("PRAGMA journal_mode=WAL")
-                store.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, record TEXT) WITHOUT ROWID")
-        except sqlite3.Error as error:
-            raise ValueError(f"cache {path}: {error}") from None
+        with self._open() as store:
+            store.execute("PRAGMA journal_mode=WAL")
+            store.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, record TEXT) WITHOUT ROWID")
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         if len(images) != len(prompts):
@@ -55,7 +52,11 @@ class Cached:
         self.hits += len(keys) - len(new)
         failures = {}
         if new:
-            found = self.scorer(images[new], [prompts[i] for i in new])
+            try:
+                found = asked(self.scorer, images[new], [prompts[i] for i in new])
+            except Infinite as error:
+                bad = {keys[new[place]] for place in error.rows}
+                raise Infinite([i for i, key in enumerate(keys) if key in bad]) from error
             records = {keys[i]: _record(found, place) for place, i in enumerate(new)}
             failures = {keys[new[place]]: why for place, why in found.failures.items()}
             self._keep({key: record for key, record in records.items() if key not in failures})
@@ -75,8 +76,11 @@ class Cached:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self.path, timeout=WAIT)) as store, store:
-            yield store
+        try:
+            with closing(sqlite3.connect(self.path, timeout=WAIT)) as store, store:
+                yield store
+        except sqlite3.Error as error:
+            raise Unusable(f"cache {self.path}: {error}") from error
 
     def _recall(self, keys: set[str]) -> dict[str, dict[str, Any]]:
         with self._open() as store:

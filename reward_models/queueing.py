@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from threading import Condition, Thread
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 from reward_models import limits
 from reward_models.images import from_base64, from_pil
-from reward_models.scoring import each, score_pictures
+from reward_models.scoring import asked, each, score_pictures
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # how the file begins, before its width and height
@@ -158,21 +159,11 @@ class Isolated:
         self.scorer, self.batch, self.names, self.card = scorer, batch, scorer.names, scorer.card
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        look = partial(asked, self.scorer)
         if self.card.groupwise:
-            return self._look(images, prompts)
+            return look(images, prompts)
         fitting = limits.AT_ONCE // images[0, 0].numel() if len(images) else 1
-        return each(images, prompts, self.names, self._look, max(1, min(self.batch, fitting)))
-
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        try:
-            found = self.scorer(images, prompts)
-            if found.names != self.names or len(found.values) != len(images):
-                raise ValueError(f"{len(images)} images were shown, the scores are {list(found.values.shape)}")
-            return found
-        except (ValueError, RuntimeError):
-            raise
-        except BaseException as error:  # SystemExit too: a scorer must not end the thread
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        return each(images, prompts, self.names, look, max(1, min(self.batch, fitting)))
 
 
 def shot(png: str, prompt: Prompt, most: int) -> Shot:

@@ -1,6 +1,7 @@
 """What every scorer does at its border: check, round, batch, isolate. Here once, so that no scorer can forget it; and
 how several scorers look at pictures of any sizes."""
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from reward_models import heat
 from reward_models.images import rounded
-from reward_models.types import Images, Prompt, RewardModel, Scores
+from reward_models.types import Images, Infinite, Prompt, RewardModel, Scores, Unusable
 
 Look = Callable[[Images, Sequence[Prompt]], Float[Tensor, "M K"] | Scores]
 Picture = Float[Tensor, "1 3 _ _"]  # one image, of any size
@@ -24,30 +25,94 @@ def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look
 
     What is looked at are the 256 levels a PNG would hold, so that an image scores the same in memory and from disk. An
     image with a pixel that is not finite or not in [0, 1], a score that is not finite, and an image `look` fails on
-    (ValueError or RuntimeError) become NaN with the reason; a batch that fails is tried again in halves, so that one
-    image, or too little memory for all of them, does not cost the others their score.
+    become NaN with the reason; a batch that fails is tried again in halves, so that one image, or too little memory for
+    all of them, does not cost the others their score.
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
     failures = unfit(images)
     fit = [i for i in range(len(images)) if i not in failures]
-    values = torch.full((len(images), len(names)), torch.nan)
-    regions, boxes = {}, [()] * len(images)
-    texts = {name: [""] * len(images) for name in TEXTS}
-    waiting = [fit[i : i + batch] for i in reversed(range(0, len(fit), batch))]
-    while waiting:
-        rows = waiting.pop()
+
+    def part(rows: list[int]) -> Scores:
+        found = look(rounded(_picked(images, rows)), [prompts[i] for i in rows])
+        return found if isinstance(found, Scores) else _checked(names, found)
+
+    batches = [[[i] for i in fit[start : start + batch]] for start in range(0, len(fit), batch)]
+    return _halved(len(images), names, batches, part, failures)
+
+
+def asked(scorer: RewardModel, images: Images, prompts: Sequence[Prompt]) -> Scores:
+    """What a scorer thinks of images, where whatever it trips over is their failure and not the caller's end.
+
+    A call that raises, leaves by SystemExit or returns something else than a score for each image is tried again in
+    halves, of images or, where the card says `groupwise`, of prompts; those it fails on by themselves become NaN with
+    the reason. Ctrl-C and what else a signal raises passes, and so do Infinite, of all rows shown, and Unusable.
+    """
+    units = [[i] for i in range(len(images))]
+    if scorer.card.groupwise:
+        siblings = defaultdict(list)
+        for i, prompt in enumerate(prompts):
+            siblings[prompt.id, prompt.text].append(i)
+        units = [*siblings.values()]
+
+    def part(rows: list[int]) -> Scores:
         try:
-            whole = rows[-1] - rows[0] == len(rows) - 1  # a view, where nothing lies between
-            part = images[rows[0] : rows[-1] + 1] if whole else images[rows]
-            found = look(rounded(part), [prompts[i] for i in rows])
-        except (ValueError, RuntimeError) as error:
-            if len(rows) > 1:
-                waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
+            return _of_all(len(rows), scorer.names, scorer(_picked(images, rows), [prompts[i] for i in rows]))
+        except Infinite as error:
+            raise Infinite([rows[k] for k in error.rows]) from error
+
+    return _halved(len(images), scorer.names, [units] if units else [], part, {}, (Infinite, Unusable))
+
+
+def _picked(images: Images, rows: list[int]) -> Float[Tensor, "M 3 H W"]:
+    """A view, where nothing lies between."""
+    return images[rows[0] : rows[-1] + 1] if rows == [*range(rows[0], rows[-1] + 1)] else images[rows]
+
+
+def _of_all(count: int, names: tuple[str, ...], found: Any) -> Scores:
+    """The scores, if they are of `count` images. ValueError says what is not."""
+    if not isinstance(found, Scores):
+        raise ValueError(f"it returned {type(found).__name__}; Scores are needed")
+    if tuple(found.names) != tuple(names):
+        raise ValueError(f"it returned scores called {', '.join(found.names)}; it gives {', '.join(names)}")
+    columns = {"scores": found.values, "regions": found.regions, "boxes": found.boxes or None}
+    for name, column in (columns | {name: getattr(found, name) or None for name in TEXTS}).items():
+        if column is not None and len(column) != count:
+            raise ValueError(f"{count} images were shown, the {name} are {len(column)}")
+    if not all(i in range(count) for i in found.failures):
+        raise ValueError(f"{count} images were shown, failures are of numbers {sorted(found.failures)}")
+    return found
+
+
+def _halved(
+    count: int,
+    names: tuple[str, ...],
+    batches: Sequence[list[list[int]]],
+    part: Callable[[list[int]], Scores],
+    failures: dict[int, str],
+    passing: tuple[type[Exception], ...] = (Unusable,),
+) -> Scores:
+    """The scores of `count` images, had `part` by part; a batch is a list of units, lists of rows that stay together.
+    A batch that fails is tried again in halves, and a unit that fails by itself is NaN with the reason."""
+    values = torch.full((count, len(names)), torch.nan)
+    regions, boxes, failures = {}, [()] * count, dict(failures)
+    texts = {name: [""] * count for name in TEXTS}
+    waiting = [*reversed(batches)]
+    while waiting:
+        units = waiting.pop()
+        rows = [i for unit in units for i in unit]
+        try:
+            found = part(rows)
+        except passing:
+            raise
+        except BaseException as error:
+            if not _fault(error):
+                raise
+            if len(units) > 1:
+                waiting += [units[len(units) // 2 :], units[: len(units) // 2]]
             else:
-                failures[rows[0]] = " ".join(str(error).split()) or type(error).__name__
+                failures |= dict.fromkeys(rows, _reason(error))
             continue
-        found = found if isinstance(found, Scores) else _checked(names, found)
         values[rows] = found.values.detach().float().cpu()
         failures |= {rows[k]: why for k, why in found.failures.items()}
         for k, i in enumerate(rows):
@@ -59,10 +124,23 @@ def each(images: Images, prompts: Sequence[Prompt], names: tuple[str, ...], look
     maps = None
     if regions:
         blank = torch.full_like(next(iter(regions.values())), torch.nan)
-        maps = torch.stack([regions.get(i, blank) for i in range(len(images))])
+        maps = torch.stack([regions.get(i, blank) for i in range(count)])
     said = {name: tuple(column) if any(column) else () for name, column in texts.items()}
-    seen = tuple(boxes) if any(boxes) else ()
-    return Scores(names, values, regions=maps, failures=dict(sorted(failures.items())), boxes=seen, **said)
+    placed = tuple(boxes) if any(boxes) else ()
+    return Scores(names, values, regions=maps, failures=dict(sorted(failures.items())), boxes=placed, **said)
+
+
+def _fault(error: BaseException) -> bool:
+    """Whether it is the scorer's own. What a signal raises, such as Ctrl-C's KeyboardInterrupt, comes to the main
+    thread alone."""
+    return isinstance(error, Exception | SystemExit) or threading.current_thread() is not threading.main_thread()
+
+
+def _reason(error: BaseException) -> str:
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    if not text:
+        return kind
+    return text if isinstance(error, ValueError | RuntimeError) else f"{kind}: {text}"
 
 
 def unfit(images: Images) -> dict[int, str]:
@@ -128,10 +206,10 @@ def score_pictures(
 
 def _enter(out: list[dict[str, Any]], same: Sequence[int], name: str, scorer, images: Images, prompts) -> None:
     try:
-        found = scorer(images, prompts)
-    except Exception as error:  # whatever a scorer trips over is its images' failure, not the run's
+        found = asked(scorer, images, prompts)
+    except Infinite as error:
         for i in same:
-            out[i]["failures"][name] = " ".join(str(error).split()) or type(error).__name__
+            out[i]["failures"][name] = str(error)
         return
     seen = heat.records(found.regions, found.boxes, tuple(images.shape[2:]), len(same))
     for place, i in enumerate(same):

@@ -84,6 +84,11 @@ class Infinite(ValueError):
         self.rows = rows
 
 
+class Unusable(ValueError):
+    """What a scorer works with, such as the file of a cache, cannot be used, whatever the image: asking again for fewer
+    images would not help."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """What one scorer thinks of `N` images. Raw units, higher is better.

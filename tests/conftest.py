@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub would be asked in vain, an
 def allowed():
     """Modules of tests/support may be named in configs; a test's own it allows itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MMALIGN_ALLOW", "careless,odd_scorers,own_policy,slow_judge,smooth,tests")
+        patch.setenv("MMALIGN_ALLOW", "careless,faulty_scorers,odd_scorers,own_policy,slow_judge,smooth,tests")
         yield
 
 

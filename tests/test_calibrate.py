@@ -57,6 +57,34 @@ def test_ties_and_failed_scores_count_on_neither_side():
     assert row["worse"] == [1, 1]
 
 
+@pytest.mark.parametrize("rule", ["paper", "z"])
+@pytest.mark.parametrize("gain", [0.0, torch.nan])
+def test_a_step_nothing_was_seen_of_keeps_its_noise(rule, gain):
+    levels = torch.tensor([0.7, 0.5, 0.02])
+    rows = list(calibrate.run(lambda *_: torch.full((8, 3), gain), levels, 5, rule, 0.1, 0.05))
+    assert calibrate.settled(rows, rule) == pytest.approx([0.7, 0.5, 0.02])
+
+
+@pytest.mark.parametrize(("rule", "share"), [("paper", 0.5), ("z", 1.0)])
+def test_the_last_round_counts(rule, share):
+    """Two rounds, both of which raise the noise of 0.7 by 0.1; the second led to 0.9."""
+    rows = walk([share] * 4, rule, rounds=2)
+    assert [row["after"][0] for row in rows] == pytest.approx([0.8, 0.9])
+    assert calibrate.settled(rows, rule)[0] == pytest.approx({"paper": 0.9, "z": 0.85}[rule])
+
+
+def test_noise_rises_no_further_than_the_ceiling_and_what_is_above_it_may_fall():
+    levels, better, worse = (
+        torch.tensor([2.95, 4.0, 4.0, 0.5]),
+        torch.tensor([9.0, 9, 0, 9]),
+        torch.tensor([0.0, 0, 9, 0]),
+    )
+    found = calibrate.next_levels(levels, better, worse, "z", 0.1)
+    assert found.tolist() == pytest.approx([3.0, 4.0, 3.9, 0.6])
+    assert calibrate.next_levels(levels, better, worse, "z", 0.1, ceiling=0.55)[3] == pytest.approx(0.55)
+    assert walk([1.0] * 4, rounds=40)[-1]["after"][:4] == [3.0] * 4
+
+
 def test_the_answer_averages_the_second_half():
     rows = [{"noise": [float(k)]} for k in range(4)]
     assert calibrate.settled(rows, "z") == [2.5]

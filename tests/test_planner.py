@@ -75,10 +75,19 @@ def test_progressive_windows_come_round():
 def test_random_windows_belong_to_groups_and_stay_in_the_first_half():
     c = window(window_moves="random")
     starts = {(i, p): planner.window_start(c, i, p) for i in range(20) for p in range(20)}
-    assert set(starts.values()) == set(range(5))
+    assert set(starts.values()) == set(range(4))
     assert starts == {key: planner.window_start(c, *key) for key in starts}
     assert len({starts[0, p] for p in range(20)}) > 1
     assert planner.window_start(window(), 7, 3) == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "first", "size", "starts"),
+    [(10, 0, 2, range(4)), (10, 0, 1, range(5)), (10, 1, 1, range(1, 5)), (10, 0, 3, range(3)), (9, 0, 2, range(3)),
+     (10, 3, 2, range(3, 4)), (10, 0, 5, range(1)), (10, 0, 7, range(1)), (10, 6, 2, range(6, 7)), (3, 0, 1, range(1))],
+)  # fmt: skip
+def test_a_random_window_lies_in_the_first_half_or_stays(steps, first, size, starts):
+    assert planner.window_starts(window(steps=steps, window=(first, first + size), window_moves="random")) == starts
 
 
 def test_the_cost_of_a_moving_window_is_its_dearest_place():

@@ -19,7 +19,7 @@ from mmalign import evaluate, policy as policies, stories as on_disk
 from mmalign.cli import app
 from mmalign.config import BadInput, locate
 from mmalign.flow.sample import gaussian, seed_of
-from mmalign.redraw import Attempt, Base, draw, times_from
+from mmalign.redraw import Attempt, Base, cost, draw, times_from
 from mmalign.refine import Settings, refine
 from reward_models import Card, Prompt, Scores, load
 from reward_models.regions import Region
@@ -33,6 +33,13 @@ QUICK = Settings(steps=4)
 @pytest.fixture(scope="module")
 def policy():
     return policies.load(locate("assets/tiny_sd3"), dtype="float32", device="cpu", guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    found = policies.load(locate("assets/tiny_sd3"), dtype="float32", device="cpu", guidance=1.0)
+    found.attach_lora(2, 4.0, None, 0)
+    return found
 
 
 class Critic:
@@ -102,6 +109,47 @@ def test_it_stops_for_each_reason(policy):
     assert told(policy, [0.5], replace(QUICK, moves=("request",)))[0].stopped.startswith("repeat")
     story, _ = told(policy, [0.5, 0.4], replace(QUICK, moves=("request",)), request="a red circle")
     assert (len(story.rounds), story.stopped[:6]) == (2, "repeat")
+
+
+@pytest.mark.parametrize(
+    ("moves", "most", "spent"),
+    [
+        (("seed",), 11, [4, 4]),
+        (("guidance",), 11, [4]),  # guided, the second would take 8
+        (("guidance",), 12, [4, 8]),
+        (("strength",), 11, [4]),  # with and without adapter
+        (("strength",), 12, [4, 8]),
+        (("guidance", "strength"), 19, [4]),
+        (("guidance", "strength"), 20, [4, 16]),
+        (("cut", "seed"), 7, [4]),
+        (("cut", "seed"), 8, [4, 4]),
+    ],
+)
+def test_forwards_are_bounded_whatever_the_moves(adapted, moves, most, spent):
+    story, _ = told(adapted, [0.5] * 4, replace(QUICK, moves=moves, forwards=most, images=2, strength=1.5))
+    assert [own.forwards for own in story.rounds] == spent
+    assert story.forwards <= most
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        Attempt("a circle", 1, 1.0),
+        Attempt("a circle", 1, 3.0),
+        Attempt("a circle", 1, 1.0, strength=2.0),
+        Attempt("a circle", 1, 3.0, strength=2.0),
+        Attempt("a circle", 1, 3.0, strength=0.0),
+        Attempt("a circle", 1, 3.0, start=0.5),
+    ],
+)
+def test_what_an_attempt_will_take_is_what_it_takes(adapted, attempt):
+    whole = Base(torch.zeros(adapted.latent_shape), torch.ones(adapted.latent_shape[1:]))
+    assert draw(adapted, [attempt], [whole], 6, 8)[1] == [cost(adapted, attempt, 6)]
+
+
+def test_a_bound_below_the_first_image_is_refused(policy):
+    with pytest.raises(BadInput, match=r"--forwards 3: the first image of a prompt takes 4$"):
+        told(policy, [0.5], replace(QUICK, forwards=3))
 
 
 def test_a_refined_request_is_drawn_but_the_first_is_judged(policy):

@@ -11,7 +11,7 @@ from whole_runs import rows, run
 
 from mmalign import config as configs, references, session
 from mmalign.cli import app
-from mmalign.config import BadInput
+from mmalign.config import BadInput, Failed
 from mmalign.credit.groups import Units
 from mmalign.credit.terminal import terminal
 from mmalign.flow import plan as plans
@@ -65,6 +65,12 @@ def test_product_and_gate_read_the_raw_parts():
     torch.testing.assert_close(gated, parts["twice.first"] * (1 + parts["twice.mean"]))
 
 
+@pytest.mark.parametrize(("rule", "gate"), [("gate", "twice.first"), ("product", None)])
+def test_a_factor_below_0_stops_a_run_with_a_line(rule, gate):
+    with pytest.raises(Failed, match=rf"combine: {rule}: .* at least 0, got -"):
+        shown(Combination(WEIGHTS, rule, gate))
+
+
 TWO = {"jpeg_size.kilobytes": 1.0, "image_stats.brightness": 2.0}
 
 
@@ -75,6 +81,23 @@ def test_every_part_is_in_the_metrics(settings):
         assert row[f"missing/{name}"] == 0
         assert row[f"dead/{name}"] == 0
     assert abs(row["correlation/jpeg_size.kilobytes~image_stats.brightness"]) <= 1
+
+
+@pytest.mark.parametrize(("rule", "scale"), [("mrn", "none"), ("gdpo", "batch")])
+def test_with_normalised_rewards_the_weighted_sum_of_the_raw_ones_is_logged(settings, rule, scale):
+    out = run(settings, rewards=TWO, combine=rule, advantage_scale=scale, iterations=1, held_out=None)
+    (row,) = rows(out / "metrics.jsonl")
+    assert row["reward"] == pytest.approx(row["part/jpeg_size.kilobytes"] + 2 * row["part/image_stats.brightness"])
+    assert abs(row["reward"]) > 0.1
+
+
+def test_the_level_is_in_the_references_units_and_nan_without_a_part():
+    parts = {"twice.mean": torch.tensor([0.5, 0.7, torch.nan]), "twice.first": torch.tensor([1.0, 3.0, 1.0])}
+    known = {"twice.mean": (0.3, 0.2), "twice.first": (1.0, 4.0)}
+    found = Combination(WEIGHTS, "mrn", reference=known).level(parts, torch.zeros(3))
+    assert found.tolist() == pytest.approx([1.0, 2.25, torch.nan], nan_ok=True)
+    reward = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(Combination(WEIGHTS, "sum").level(parts, reward), reward)
 
 
 def test_a_second_run_with_the_same_cache_scores_nothing_twice(settings, tmp_path):
@@ -137,6 +160,13 @@ def test_a_constraint_holds_by_a_multiplier_that_survives_an_interruption(settin
         (dict(combine="gate"), "gate: one of the rewards is needed"),
         (dict(gate="jpeg_size.kilobytes"), "gate: one of the rewards is needed"),
         (dict(combine="gate", gate="clip.cosine"), "gate: one of the rewards is needed"),
+        (
+            dict(combine="gate", gate="jpeg_size.kilobytes", reference="ref.json"),
+            "combine: gate needs scores of at least 0",
+        ),
+        (dict(combine="product", reference="ref.json"), "combine: product needs scores of at least 0"),
+        (dict(combine="gate", gate="jpeg_size.kilobytes"), "jpeg_size.kilobytes is never above 0"),
+        (dict(combine="product"), "jpeg_size.kilobytes is never above 0"),
         (dict(combine="product", at_least={"image_stats.brightness": {"bound": 1}}), "with combine: product it cannot"),
         (dict(at_least={"image_stats.brightness": {"bound": 1, "rate": 0}}), "at_least.image_stats.brightness.rate"),
         (dict(at_least={"image_stats.beauty": {"bound": 1}}), "no component 'beauty'"),

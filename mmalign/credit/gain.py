@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.credit.groups import FLOOR, GRPO, Units, as_grid, group_mean, normalise
+from mmalign.credit.groups import GRPO, Units, as_grid, normalise
 from mmalign.types import Judgement, Trajectories, over
+from reward_models.combine import alive, within
 
 
 def values(paths: Trajectories, judged: Judgement) -> tuple[Float[Tensor, "N T *cells"], Float[Tensor, "N T *cells"]]:
@@ -48,9 +49,9 @@ def fitted(before: Float[Tensor, "M"], after: Float[Tensor, "M"], group: Int[Ten
     before, after, group = before[valid], after[valid], group[valid]
     if not len(group):
         return 1.0
-    one, two = before - group_mean(before, group), after - group_mean(after, group)
+    one, two = (torch.where(alive(x, group), x - within(x, group)[0], 0.0) for x in (before.double(), after.double()))
     spread = float((one**2).sum())
-    return min(1.0, max(0.0, float((one * two).sum()) / spread)) if spread > FLOOR else 1.0
+    return min(1.0, max(0.0, float((one * two).sum()) / spread)) if spread > 0 else 1.0
 
 
 def gain(
@@ -80,8 +81,8 @@ def gain(
         value[:, k] = after[:, k] - share * before[:, k]
     if compare == "step":
         group = group * paths.steps + torch.arange(paths.steps, device=group.device)
-    stochastic, advantage = paths.std > 0, torch.zeros_like(value)
-    advantage[stochastic] = normalise(value[stochastic], group[stochastic], units)
+    stochastic, advantage, size = paths.std > 0, torch.zeros_like(value), torch.maximum(before.abs(), after.abs())
+    advantage[stochastic] = normalise(value[stochastic], group[stochastic], units, size[stochastic])
     return as_grid(advantage)
 
 

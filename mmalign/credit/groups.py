@@ -1,7 +1,8 @@
 """Group statistics, in one place: who is compared with whom, and on what scale.
 
 Only valid (non-NaN) values enter a mean or a spread. A value without an opinion gets advantage 0, and so does every
-member of a group with fewer than two valid values or too little spread: such a group is *dead*, it teaches nothing.
+member of a group with fewer than two valid values or too little spread: such a group is *dead*, it teaches nothing. The
+rule is that of `reward_models.combine`: no more spread than rounding makes in numbers of that size.
 """
 
 from dataclasses import dataclass
@@ -11,27 +12,24 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reward_models.combine import alive, within
+
 Scale = Literal["group", "batch", "none"]
-FLOOR = 1e-6  # a smaller spread is rounding, not preference: its group is dead
 
 
 def group_mean(values: Float[Tensor, "N"], group: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
     """The mean of the valid values of each one's group; NaN where a group has none."""
-    valid = ~values.isnan()
-    _, number = group.unique(return_inverse=True)
-    total = torch.zeros(int(number.max()) + 1, device=values.device).index_add_(0, number, values.nan_to_num(0.0))
-    count = torch.zeros_like(total).index_add_(0, number, valid.float())
-    return (total / count)[number]
+    return within(values, group)[0]
 
 
 def group_std(values: Float[Tensor, "N"], group: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
     """The (population) standard deviation of the valid values of each one's group."""
-    return group_mean((values - group_mean(values, group)) ** 2, group).sqrt()
+    return within(values, group)[1]
 
 
-def dead(values: Float[Tensor, "N"], group: Int[Tensor, "N"], spread: float = FLOOR) -> Float[Tensor, "N"]:
-    """1 for members of a group whose standard deviation is at most `spread`, else 0."""
-    return (~(group_std(values, group) > spread)).float()
+def dead(values: Float[Tensor, "N"], group: Int[Tensor, "N"], spread: float = 0.0) -> Float[Tensor, "N"]:
+    """1 for members of a group whose standard deviation is at most `spread`, or no more than rounding, else 0."""
+    return (~alive(values, group, spread)).float()
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,13 @@ class Units:
     `scale` "group" is the standard deviation of the value's own group (GRPO); "batch" the root mean variance within all
     groups, which does not blow up groups that hardly differ; "none" the reward's own unit (GARDO, arXiv 2512.24138,
     reports less reward hacking), which the limit does not touch. The noise of the reward model is a good `floor`.
-    A group whose standard deviation is at most `dead` is.
+    A group whose standard deviation is at most `dead` is; with 0, one that differs by rounding alone.
     """
 
     scale: Scale = "group"
     floor: float = 0.0
     limit: float = 5.0
-    dead: float = FLOOR
+    dead: float = 0.0
 
 
 GRPO = Units()
@@ -69,19 +67,23 @@ def as_grid(advantage: Float[Tensor, "N T *cells"]) -> Float[Tensor, "N T a b"]:
 
 
 def normalise(
-    values: Float[Tensor, "N *cells"], group: Int[Tensor, "N"], units: Units = GRPO
+    values: Float[Tensor, "N *cells"],
+    group: Int[Tensor, "N"],
+    units: Units = GRPO,
+    size: Float[Tensor, "N *cells"] | None = None,
 ) -> Float[Tensor, "N *cells"]:
     """Advantages: each value less its group's mean, in `units`. Of maps, all valid cells of a group's members are
     compared with one another, wherever they lie: a map that was only centred within its own image would push every
-    sibling the same way."""
+    sibling the same way. `size`: of the numbers that the values are differences of, whose rounding they carry."""
     if values.ndim > 1:
-        cells = values[0].numel()
-        return normalise(values.flatten(), group.repeat_interleave(cells), units).view_as(values)
+        cells, sizes = values[0].numel(), None if size is None else size.flatten()
+        return normalise(values.flatten(), group.repeat_interleave(cells), units, sizes).view_as(values)
     valid = ~values.isnan()
-    centred, spread = values - group_mean(values, group), group_std(values, group)
+    mean, spread = within(values.double(), group)
+    centred = values - mean
     if units.scale not in ("group", "batch", "none"):
         raise ValueError(f"no scale called {units.scale!r}; known: group, batch, none")
     if units.scale != "none":
         unit = spread if units.scale == "group" else (spread[valid] ** 2).mean().sqrt()
         centred = (centred / unit.clamp(min=units.floor)).clamp(-units.limit, units.limit)
-    return torch.where(valid & (spread > units.dead), centred, 0.0)
+    return torch.where(valid & alive(values, group, units.dead, size), centred, 0.0).to(values.dtype)

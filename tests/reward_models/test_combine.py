@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
 from reward_models.combine import (
     Ramp,
@@ -71,6 +72,33 @@ def test_the_gate_closes_for_all():
     values = torch.tensor([[0.0, 5.0, 1.0], [1.0, 5.0, 1.0], [0.5, 0.0, 0.0]])
     assert gated(values, torch.tensor([9.0, 0.1, 0.5]), 0).tolist() == pytest.approx([0, 2, 0.5])
     assert gated(torch.tensor([[1.0, nan]]), torch.tensor([1.0, 1.0]), 0).isnan().all()
+
+
+@pytest.mark.parametrize("gate", [-1e-6, -0.5, -5.0])
+def test_a_gate_below_0_is_refused_for_it_would_turn_the_others_round(gate):
+    values = torch.tensor([[1.0, 0.5], [gate, 0.7], [nan, 0.7]])
+    with pytest.raises(ValueError, match=rf"a gate needs scores of at least 0, got {gate:.3g}"):
+        gated(values, torch.tensor([1.0, 10.0]), 0)
+
+
+@pytest.mark.parametrize("other", [-2.1, -40.0])
+def test_others_that_would_turn_the_gate_round_are_refused(other):
+    with pytest.raises(ValueError, match=r"behind a gate .* at least 0, got -"):
+        gated(torch.tensor([[1.0, other], [1.0, 3.0]]), torch.tensor([1.0, 0.5]), 0)
+
+
+@given(
+    st.lists(st.floats(0, 8, width=32), min_size=2, max_size=2),
+    st.floats(-1, 8, width=32),
+    st.floats(0, 8, width=32),
+    st.floats(0, 1, width=32),
+)
+def test_behind_a_gate_better_is_never_lower(gates, other, better, weight):
+    low, high = sorted(gates)
+    values = torch.tensor([[low, other], [low, other + better], [high, other]])
+    found = gated(values, torch.tensor([1.0, weight]), 0)
+    assert found[0] <= found[1]
+    assert found[0] <= found[2]
 
 
 def test_normalised_rewards_do_not_depend_on_ranges():
