@@ -90,7 +90,7 @@ class Link:
         who: str = "the service",
     ):
         if "@" in url:
-            raise ValueError("a URL with a password in it would be told to others; give a token instead")
+            raise ValueError("a URL with a password in it would be told to others; give a key instead")
         if "?" in url or "#" in url:
             raise ValueError(f"{url}: a URL without ? and # is needed")
         if not (token.isascii() and token.isprintable() and token == token.strip()):
