@@ -82,9 +82,9 @@ def reward_model(weights: dict[str, Tensor], base: str, dtype: torch.dtype) -> t
 
 
 class Hpsv3:
-    """The scorer. `instruction`: a text file in place of the authors' words. `weights`: a file, or a folder or hub repository with
-    `HPSv3.safetensors`; `base`: folder or hub id of the configuration and processor. `pixels` an image is scaled to.
-    ValueError if any of it cannot be had or does not fit."""
+    """The scorer. `instruction`: a text file in place of the authors' words. `weights`: a file, or a folder or hub
+    repository with `HPSv3.safetensors`; `base`: folder or hub id of the configuration and processor. `pixels` an image
+    is scaled to. ValueError if any of it cannot be had or does not fit."""
 
     names = ("mu",)
 
