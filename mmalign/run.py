@@ -64,8 +64,9 @@ def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
         if ranks.main:
             saved = len(checkpoint.numbered(out / "checkpoints"))
             folder.room(out, _size(run) * max(1, c.keep_checkpoints + 2 - saved))
-        for line in cut((run.policy, *run.scorers.values()), [p.text for p in (*run.prompts, *run.held_out)]):
-            Console(stderr=True, quiet=not ranks.main, markup=False, highlight=False, soft_wrap=True).print(line)
+        if ranks.main:
+            for line in cut((run.policy, *run.scorers.values()), [p.text for p in (*run.prompts, *run.held_out)]):
+                print(f"mmalign: {line}", file=sys.stderr)
         console.print(planner.describe(run.config, run.cost))
         done = restore(run, out, say) if resume else 0
         ranks.agree([done, checkpoint.fingerprint(run.policy.adapter())], "the iteration and the adapter to start with")

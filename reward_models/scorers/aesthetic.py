@@ -3,8 +3,9 @@ fitted to people's ratings of pictures.
 
 One score per image on the raters' scale of 1 to 10, in use about 5 to 7, higher is better. The prompt is not looked at.
 It likes painterly light and single subjects, and a model trained on it alone drifts there.
-Weights: `sac+logos+ava1-l14-linearMSE.pth` of the predictor's repository on openai/clip-vit-large-patch14; Apache-2.0
-and MIT as stated there. Not checked against the released weights.
+Weights: `sac+logos+ava1-l14-linearMSE.pth` of the GitHub repository christophschuhmann/improved-aesthetic-predictor,
+which no hub is asked for, on openai/clip-vit-large-patch14; Apache-2.0 and MIT as stated there. Not checked against
+the released weights.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import fingerprint, linear_chain, located, named, pretrained, read, tried
 
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
+SOURCE = "the GitHub repository christophschuhmann/improved-aesthetic-predictor"
 
 
 class Aesthetic:
@@ -30,9 +32,13 @@ class Aesthetic:
 
     names = ("rating",)
 
-    def __init__(self, head: str, model: str = "openai/clip-vit-large-patch14", device: str = "cpu", batch: int = 64):
+    def __init__(
+        self, head: str = "", model: str = "openai/clip-vit-large-patch14", device: str = "cpu", batch: int = 64
+    ):
         from transformers import AutoImageProcessor, CLIPModel
 
+        if not head:
+            raise ValueError(f"aesthetic: head: the predictor's weights are needed, {FILE} of {SOURCE}; give that file")
         with loading("aesthetic", f"{head} on {model}"):
             self.model = pretrained(CLIPModel, model, dtype=torch.float32).to(device)
             self.image_processor = AutoImageProcessor.from_pretrained(
