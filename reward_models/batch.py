@@ -1,8 +1,8 @@
 """Score what lies on disk: a folder or a table of images in, a table of scores out.
 
 Rows are written as they are scored, so that a run that was cut off goes on where it stopped. An image that cannot be
-read is a row with a reason, and the rest goes on. Memory holds two batches of images, whatever their number, and the
-pictures that a table holds itself.
+read is a row with a reason, and the rest goes on. Memory holds two batches of images, whatever their number and size,
+and the pictures that a table holds itself.
 """
 
 import hashlib
@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from io import BytesIO
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from reward_models import files, heat, images, tables
+from reward_models import files, heat, images, limits, tables
 from reward_models.scoring import TEXTS, Picture, score_pictures
 from reward_models.types import Prompt, RewardModel
 
@@ -245,38 +244,45 @@ def needs_prompts(scorers: Mapping[str, RewardModel]) -> list[str]:
 def score(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int) -> Iterator[dict[str, Any]]:
     """One row per item: `image`, `prompt`, `id`, what `score_pictures` says of it, and what it is `made_of`. In order,
     but for groupwise scorers, which see the images of a prompt together, however many they are."""
-    parts = _parts(items, scorers, batch)
     versions = {name: scorer.card.version for name, scorer in scorers.items()}
     with ThreadPoolExecutor(READERS) as readers:  # they read the next batch while this one is scored
-        ahead = [readers.submit(_load, item) for item in parts[0]] if parts else []
-        for part, following in zip_longest(parts, parts[1:], fillvalue=[]):
-            had = [reading.result() for reading in ahead]
-            ahead = [readers.submit(_load, item) for item in following]
+        parts = ((part, [readers.submit(_load, item) for item in part]) for part in _parts(items, scorers, batch))
+        part, reading = next(parts, ([], []))
+        while part:
+            had = [picture.result() for picture in reading]
+            following = next(parts, ([], []))
             seen = score_pictures([own for own, _ in had], [item.prompt or Prompt("") for item in part], scorers)
             for item, (_, made_of), row in zip(part, had, seen, strict=True):
                 prompt = item.prompt
                 yield {
                     "image": item.name, "prompt": prompt and prompt.text, "id": prompt.id if prompt else 0,
                 } | row | {"made_of": made_of | {"scorers": versions}}  # fmt: skip
+            part, reading = following
 
 
 def _group(item: Item) -> tuple:
     return (item.prompt.id, item.prompt.text) if item.prompt else (0, None)
 
 
-def _parts(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int) -> list[Sequence[Item]]:
-    if not any(scorer.card.groupwise for scorer in scorers.values()):
-        return [items[i : i + batch] for i in range(0, len(items), batch)]
-    groups = defaultdict(list)
-    for item in items:
-        groups[_group(item)].append(item)
-    parts: list[list[Item]] = []
-    for group in groups.values():
-        if parts and len(parts[-1]) + len(group) <= batch:
-            parts[-1] += group
-        else:
-            parts.append(group)
-    return parts
+def _parts(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int) -> Iterator[list[Item]]:
+    """What is scored together: at most `batch` images and `limits.TOGETHER` pixels, or one larger image; with a
+    groupwise scorer whole prompts, or one larger prompt."""
+    groups = [[item] for item in items]
+    if any(scorer.card.groupwise for scorer in scorers.values()):
+        by_prompt = defaultdict(list)
+        for item in items:
+            by_prompt[_group(item)].append(item)
+        groups = [*by_prompt.values()]
+    part: list[Item] = []
+    pixels = 0
+    for group in groups:
+        more = sum(images.promised(None if item.data else item.path, item.data) for item in group)
+        if part and (len(part) + len(group) > batch or pixels + more > limits.TOGETHER):
+            yield part
+            part, pixels = [], 0
+        part, pixels = [*part, *group], pixels + more
+    if part:
+        yield part
 
 
 def _load(item: Item) -> tuple[Picture | str, dict[str, str]]:

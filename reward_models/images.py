@@ -113,6 +113,16 @@ def size_of(path: str | Path) -> tuple[int, int]:
         return (width, height) if _orientation(picture) in (5, 6, 7, 8) else (height, width)
 
 
+def promised(path: str | Path | None, data: bytes | None = None) -> int:
+    """The pixels that the header of a picture's file, or of its bytes, promises; 0 where there is none to be read."""
+    try:
+        with _reading(), BytesIO(data) if path is None else files.opened(path) as file:
+            picture = Image.open(file, formats=FORMATS)
+            return picture.width * picture.height
+    except ValueError:
+        return 0
+
+
 def from_base64(text: str, most: int, formats: Sequence[str] = ("PNG",)) -> Image.Image:
     """The picture, RGB, in a base64 text of a file of one of `formats`. ValueError, in one line, if there is none."""
     with _reading():

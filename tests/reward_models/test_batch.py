@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from reward_models import Card, Prompt, Scores, batch, gallery
+from reward_models import Card, Prompt, Scores, batch, gallery, limits
 from reward_models.images import to_pil
 
 
@@ -301,3 +301,24 @@ def test_memory_is_flat_from_200_to_1000_images(tmp_path):
     count, growth = result.stdout.split()
     assert int(count) == 1000
     assert float(growth) <= 1.05
+
+
+def test_a_batch_is_bounded_in_pixels_too(tmp_path, monkeypatch):
+    """Large pictures are scored in smaller batches, and every picture in one, even one beyond the bound."""
+    for number, side in enumerate((4, 4, 8, 4, 16, 4)):
+        Image.new("RGB", (side, side), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "6.png").write_bytes(b"no picture")
+    monkeypatch.setattr(limits, "TOGETHER", 100)
+    sizes = []
+
+    class Shown:
+        names, card = ("red",), Card("shown", sees_prompt=False)
+
+        def __call__(self, images, prompts):
+            sizes.append(images[:, 0].numel())
+            return Scores(self.names, images[:, 0, :1, 0] * 255)
+
+    items, _ = batch.read(tmp_path)
+    rows = list(batch.score(items, {"shown": Shown()}, 3))
+    assert [row["scores"].get("shown.red") for row in rows] == [0, 1, 2, 3, 4, 5, None]
+    assert sizes == [2 * 16, 64, 16, 256, 16]  # by size within a batch
