@@ -37,7 +37,7 @@ for (const img of document.images) img.onload = () => { if (img.naturalWidth < 1
 
 
 def _card(row: Mapping[str, Any], where: Path, page: Path) -> str:
-    source = quote(os.path.relpath(where / row["image"], page.parent))
+    source = quote(os.path.relpath(where / row["image"], page.parent).encode("utf-8", "surrogateescape"))
     scores = "".join(
         f"<br>{html.escape(name)} {'none' if value is None else f'{value:.4g}'}"
         for name, value in row["scores"].items()
