@@ -82,7 +82,7 @@ def _section(row: Mapping[str, Any], by: str, folder: Path, page: Path) -> str:
 
 def _figure(row: Mapping[str, Any], number: int, by: str, folder: Path, page: Path) -> str:
     own = row["rounds"][number]
-    source = quote(os.path.relpath(within(folder, own["image"]), page.parent))
+    source = quote(os.path.relpath(within(folder, own["image"]), page.parent).encode("utf-8", "surrogateescape"))
     overlay = heat.over(own["places"]) if own["places"]["boxes"] else ""
     attempt, value = own["attempt"], own["scores"][by]
     move = " + ".join(own["moves"]) if number else ("first image" if attempt else "as it was")

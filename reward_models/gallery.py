@@ -40,7 +40,8 @@ for (const img of document.images) img.onload = () => { if (img.naturalWidth < 1
 
 def _card(row: Mapping[str, Any], where: Path, page: Path) -> str:
     picture = where / row["image"]
-    source = for_page(picture) or quote(os.path.relpath(picture, page.parent))
+    name = os.path.relpath(picture, page.parent).encode("utf-8", "surrogateescape")
+    source = for_page(picture) or quote(name)
     scores = "".join(
         f"<br>{html.escape(name)} {'none' if value is None else f'{value:.4g}'}"
         for name, value in row["scores"].items()
