@@ -126,14 +126,17 @@ def answered(tmp_path_factory):
             c = configs.build(values, "drawn")
         except BadInput as error:
             return tallied("rejected", error)
+        refusal = None
         try:
             runs.train(c, console=Console(quiet=True))
+        except BadInput as error:
+            refusal = error
         except Exception as error:
             error.add_note(f"config {number}: {settings}")
-            if not isinstance(error, BadInput):
-                raise
-            assert not out.exists() or not [*out.iterdir()], (number, settings, error)
-            return tallied("refused", error)
+            raise
+        if refusal:
+            assert not out.exists() or not [*out.iterdir()], (number, settings, refusal)
+            return tallied("refused", refusal)
         adapters = [load_file(path) for path in out.glob("checkpoints/*/adapter.safetensors")]
         assert adapters
         assert all(bool(value.isfinite().all()) for own in adapters for value in own.values())

@@ -79,7 +79,8 @@ def _rollout(c, r, may, mostly, files) -> None:
         if may(0.5):
             c["children"] = r.choice([1, 2, 3])
     if c["plan"] == "branch":
-        c["branch_steps"] = mostly([sorted(r.sample(range(steps - 1), min(steps - 1, r.choice([1, 2])))), [0], [], [0, 0], [9]], 0.9)
+        some = sorted(r.sample(range(steps - 1), min(steps - 1, r.choice([1, 2]))))
+        c["branch_steps"] = mostly([some, [0], [], [0, 0], [9]], 0.9)
         c["children"] = mostly([2, 1, 3], 0.6)
     c["credit"] = r.choice(["terminal", "branch", "gain"])
     if c["credit"] == "branch":
