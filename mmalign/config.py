@@ -99,8 +99,8 @@ def first_without_weight(rewards: Mapping[str, float | Ramp], iterations: int) -
         bisect_left(range(iterations), True, key=lambda i: (ramp.end - ramp.start) * ramp.at(i / last) >= 0)
         for ramp in ramps
     ]
-    places = sorted({0, iterations - 1, *passed} & {*range(iterations)})
-    return next((i for i in places if not any(ramp.at(i / last) for ramp in ramps)), None)
+    places = sorted({0, iterations - 1, *passed})
+    return next((i for i in places if i < iterations and not any(ramp.at(i / last) for ramp in ramps)), None)
 
 
 class Config(BaseModel):
@@ -398,7 +398,7 @@ class Config(BaseModel):
             "compare": (self.credit == "gain", "credit: gain"),
             "control": (self.credit == "gain", "credit: gain"),
             "score_states": (self.credit == "gain", "credit: gain"),
-            "completion": (self.score_states is not None, "score_states"),
+            "completion": (bool(self.score_states), "score_states"),
             "region_weight": (self.region is not None, "region"),
             "whole_weight": (self.region is not None, "region"),
             "region_grid": (self.region is not None or self.records is not None, "region or records"),
@@ -503,8 +503,10 @@ class Config(BaseModel):
             )
         for name in ("branch_steps", "score_states"):
             steps = getattr(self, name)
-            if isinstance(steps, list) and not 0 < len(steps) == len(set(steps)):
-                raise ValueError(f"{name} {steps}: at least one step is needed, and each once")
+            if isinstance(steps, list) and len(set(steps)) < len(steps):
+                raise ValueError(f"{name} {steps}: a step is there twice")
+        if self.plan == "branch" and self.branch_steps == []:
+            raise ValueError("plan: branch needs branch_steps, got []")
         if self.plan == "branch" and not all(0 <= k < self.steps - 1 for k in self.branch_steps or ()):
             raise ValueError(
                 f"branch_steps {self.branch_steps} must lie within 0 to {self.steps - 2}; the last step stays ODE"

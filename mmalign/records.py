@@ -107,8 +107,18 @@ def _record(row: Any, folder: Path, size: tuple[int, int], prompts: dict[str, Pr
         raise ValueError(f"the boxes refer to an image of {row['size']} pixels, {image.name} is {[width, height]}")
     regions = tuple(_region(own) for own in row.get("regions", row.get("vlm_rewards", ())))
     inside(regions, size)
+    _whole(image)
     prompt = prompts.setdefault(str(row["prompt"]), Prompt(str(row["prompt"]), {}, len(prompts)))
     return Record(image, prompt.id, float(whole), regions)
+
+
+def _whole(path: Path) -> None:
+    """ValueError unless the picture can be read to its end."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path.name}: {error}") from None
 
 
 def _region(row: Mapping[str, Any]) -> Region:

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-SIZES = [[32, 32], [32, 48], [16, 16], [48, 16], [64, 64], [8, 8], [40, 40], [256, 16], [20, 32]]  # pixels
+SIZES = [[32, 32], [32, 48], [16, 16], [48, 16], [64, 64], [8, 8], [16, 64], [40, 40], [256, 16], [20, 32]]  # pixels
 GRIDS = [[1, 1], [2, 2], [2, 1], [4, 4], [3, 3], [5, 2], [1024, 1]]  # the last ones divide few latents
 LEVELS = [0.7, 0.3, 1.0, 0.05, 1e-6, 3.0, 50.0, 1e30]  # noise of all steps
 WEIGHTS = [1.0, 0.5, 2.0, 0.0, -1.0, 1e-12]
@@ -15,6 +15,7 @@ RAMPS = [
     {"start": 0.5, "end": 0.5}, {"start": 0.0, "end": 0.0},
 ]  # fmt: skip
 PARTS = ["smooth:Smooth.red", "smooth:Smooth.even", "jpeg_size.kilobytes", "shapes.partial", "dim.red", "blind.red"]
+FACTORS = ["shapes.partial", "shapes.strict", "image_stats.brightness"]  # never below 0
 ODD_PARTS = ["smooth:Smooth.blue", "smooth:Smooth", "dim."]  # components that their scorers do not have
 SCORERS = {  # of one's own: `dim` fails on some images, `blind` on all
     "dim": {"scorer": "smooth:Smooth", "limit": 0.52},
@@ -48,10 +49,10 @@ def drawn(number: int, files: Files) -> dict[str, Any]:
         return values[0] if may(share) else r.choice(values)
 
     c: dict[str, Any] = {"model": files.models[r.choice([*files.models])], "seed": r.choice([0, 7, 2**62])}
-    c |= {"prompts": mostly(files.prompts, 0.93), "held_out": r.choice([None, mostly(files.held_out, 0.93)])}
+    c |= {"prompts": mostly(files.prompts, 0.96), "held_out": r.choice([None, mostly(files.held_out, 0.96)])}
     c |= {"size": mostly(SIZES, 0.5), "guidance": mostly([1.0, 0.0, 0.5, 3.5], 0.7)}
-    c |= {"iterations": mostly([1, 2, 3], 0.5), "seeds": mostly([2, 1, 3], 0.5), "steps": mostly([4, 3, 5, 2])}
-    c |= {"prompts_per_iteration": mostly([2, 1, 3, 3, 99], 0.8)}
+    c |= {"iterations": mostly([1, 2, 3], 0.5), "seeds": mostly([2, 3, 1], 0.6), "steps": mostly([4, 3, 5, 2])}
+    c |= {"prompts_per_iteration": mostly([2, 1, 3, 3, 99], 0.85)}
     c["combine"] = mostly(["sum", "product", "gate", "mrn", "gdpo"], 0.3)
     _rollout(c, r, may, mostly, files)
     _rewards(c, r, may, mostly, files)
@@ -67,7 +68,7 @@ def _rollout(c, r, may, mostly, files) -> None:
     c["kernel"] = r.choice(["flow_sde", "dance_sde", "cps", "ddim", "scheduled"])
     c["noise"] = mostly(LEVELS, 0.8)
     if may(0.3):
-        c["noise"] = [mostly([0.7, 0.4, 0.0], 0.8) for _ in range(steps if may(0.9) else steps + 1)]
+        c["noise"] = [mostly([0.7, 0.4, 0.0], 0.8) for _ in range(steps if may(0.97) else steps + 1)]
     if may(0.04):
         c |= {"kernel": "scheduled", "noise": mostly(files.calibrations)}
     if c["plan"] == "window":
@@ -80,13 +81,13 @@ def _rollout(c, r, may, mostly, files) -> None:
             c["children"] = r.choice([1, 2, 3])
     if c["plan"] == "branch":
         some = sorted(r.sample(range(steps - 1), min(steps - 1, r.choice([1, 2]))))
-        c["branch_steps"] = mostly([some, [0], [], [0, 0], [9]], 0.9)
+        c["branch_steps"] = mostly([some, [0], [], [0, 0], [9]], 0.95)
         c["children"] = mostly([2, 1, 3], 0.6)
     c["credit"] = r.choice(["terminal", "branch", "gain"])
     if c["credit"] == "branch":
         c["baseline"] = mostly(["prompt", None, "state"], 0.3 if c.get("children", 1) > 1 else 0.95)
     if c["credit"] == "gain":
-        c["score_states"] = r.choice(["all", "all", [0], [steps - 1, 0], [], [0, 0]])
+        c["score_states"] = mostly(["all", [0], [steps - 1, 0], [], [0, 0]], 0.5)
         c |= {"compare": r.choice([None, "step", "walk"]), "control": r.choice([None, "fit", 0.0, 0.5])}
         if may(0.4):
             states = c["score_states"]
@@ -100,11 +101,12 @@ def _rollout(c, r, may, mostly, files) -> None:
 
 
 def _rewards(c, r, may, mostly, files) -> None:
-    some = r.sample(PARTS, r.choice([1, 1, 2, 3]))
+    multiplied = c["combine"] in ("product", "gate") and may(0.85)
+    some = r.sample(FACTORS if multiplied else PARTS, r.choice([1, 1, 2, 3]))
     if may(0.02):
         some.append(r.choice(ODD_PARTS))
-    weighed = {name: r.choice(RAMPS) if may(0.25) else mostly(WEIGHTS, 0.5) for name in some}
-    if may(0.1):
+    weighed = {name: mostly(RAMPS, 0.1) if may(0.2) else mostly(WEIGHTS, 0.6) for name in some}
+    if may(0.03):
         weighed = dict.fromkeys(some, r.choice([0.0, RAMPS[0], RAMPS[2]]))
     c["rewards"] = weighed
     if c["combine"] == "gate":
@@ -131,7 +133,7 @@ def _settings(c) -> None:
 
 def _objective(c, r, may, mostly, files) -> None:
     if may(0.3):
-        c["region"] = mostly(["smooth:Smooth", "dim", "blind", "jpeg_size"], 0.6)
+        c["region"] = mostly(["smooth:Smooth", "dim", "blind", "jpeg_size"], 0.8)
         if may(0.97):
             c["rewards"][f"{c['region']}.{'kilobytes' if c['region'] == 'jpeg_size' else 'red'}"] = 1.0
         c["region_weight"], c["whole_weight"] = r.choice([None, 1.0, 0.5]), r.choice([None, 0.0, 1.0])
@@ -198,6 +200,6 @@ def _record(c, r, may, mostly) -> None:
     c |= {"eval_seeds": r.choice([1, 2]), "eval_steps": mostly([2, 1, 3], 0.7)}
     c |= {"checkpoint_every": r.choice([1, 3, 25]), "keep_checkpoints": r.choice([1, 3])}
     if may(0.25) and c["held_out"] and c["eval_every"]:
-        c["keep_best"] = mostly([*c["rewards"], "jpeg_size.kilobytes", "shapes.no_such_part"], 0.7)
+        c["keep_best"] = mostly([*c["rewards"], "jpeg_size.kilobytes", "shapes.no_such_part"], 0.9)
     if may(0.05):
         c["trackers"] = ["tensorboard"]
