@@ -17,6 +17,7 @@ belongs to the schedule, guidance, model and rewards it was found with, and is r
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def load(path: str, c: Config, times: Float[Tensor, "states"]) -> list[float]:
     try:
         record = files.parsed(files.text(path))
         levels = [float(level) for level in record["noise"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"noise: {path} is no file written by `mmalign calibrate`") from None
     for key, value in identity(c, times).items():
         if record.get(key) != value:
@@ -121,6 +122,8 @@ def load(path: str, c: Config, times: Float[Tensor, "states"]) -> list[float]:
                 f"noise: {path} was calibrated with {key} {record.get(key)}, this run has {value}; calibrate again, or "
                 "give the levels as a list to use them all the same"
             )
+    if len(levels) != c.steps or not all(0 <= level < math.inf for level in levels):
+        raise BadInput(f"noise: {path} has the levels {levels}; {c.steps} of at least 0 are needed")
     return levels
 
 

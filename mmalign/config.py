@@ -8,7 +8,8 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -89,6 +90,21 @@ class AtLeast(BaseModel):
     rate: PositiveFloat = 0.1
 
 
+def first_without_weight(rewards: Mapping[str, float | Ramp], iterations: int) -> int | None:
+    """The first iteration, from 0, in which all weights are 0. A ramp passes 0 once at most."""
+    steady = [weight for weight in rewards.values() if not isinstance(weight, Ramp)]
+    ramps = [weight for weight in rewards.values() if isinstance(weight, Ramp)]
+    if any(steady):
+        return None
+    last = max(1, iterations - 1)
+    passed = [
+        bisect_left(range(iterations), True, key=lambda i: (ramp.end - ramp.start) * ramp.at(i / last) >= 0)
+        for ramp in ramps
+    ]
+    places = sorted({0, iterations - 1, *passed})
+    return next((i for i in places if i < iterations and not any(ramp.at(i / last) for ramp in ramps)), None)
+
+
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
@@ -128,7 +144,9 @@ class Config(BaseModel):
     records: str | None = Field(
         None, description="objective srum, rgdpo: JSONL of judged images to learn from instead of sampling"
     )
-    out: str = Field("runs/quickstart", description="the run's folder; must be new, or the same run resumed")
+    out: str = Field(
+        "runs/quickstart", min_length=1, description="the run's folder; must be new, or the same run resumed"
+    )
     seed: int = Field(0, ge=0)
 
     # rollout
@@ -246,7 +264,9 @@ class Config(BaseModel):
     weighting: Literal["none", "noise"] = Field("none", description="noise: weigh steps by their standard deviation")
     lora_rank: int = Field(16, ge=1, le=4096)
     lora_alpha: float = Field(32.0, gt=0)
-    lora_targets: list[str] | None = Field(None, description="names of linear layers; null: the attention projections")
+    lora_targets: list[str] | None = Field(
+        None, min_length=1, description="names of linear layers; null: the attention projections"
+    )
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0, description="iterations of linear warm-up")
@@ -398,7 +418,7 @@ class Config(BaseModel):
             "compare": (self.credit == "gain", "credit: gain"),
             "control": (self.credit == "gain", "credit: gain"),
             "score_states": (self.credit == "gain", "credit: gain"),
-            "completion": (self.score_states is not None, "score_states"),
+            "completion": (bool(self.score_states), "score_states"),
             "region_weight": (self.region is not None, "region"),
             "whole_weight": (self.region is not None, "region"),
             "region_grid": (self.region is not None or self.records is not None, "region or records"),
@@ -458,6 +478,19 @@ class Config(BaseModel):
             raise ValueError(
                 f"combine: {self.combine} needs advantage_scale: {unit}; it has normalised in groups already"
             )
+        idle = first_without_weight(self.rewards, self.iterations) if self.rewards else None
+        if idle is not None and self.combine != "gate" and not self.at_least and not self.records:
+            raise ValueError(
+                f"rewards: all weights are 0 in iteration {idle + 1}, from which nothing could be learnt; give one a "
+                "weight, or let a ramp begin, end and pass elsewhere than at 0"
+            )
+        if self.combine == "product":
+            for name, weight in self.rewards.items():
+                if min([weight.start, weight.end] if isinstance(weight, Ramp) else [weight]) < 0:
+                    raise ValueError(
+                        f"rewards: {name}: a weight below 0 under combine: product divides by the score, which may be "
+                        f"0; use sum, mrn or gdpo with it, got {weight}"
+                    )
         if self.at_least and self.combine in ("product", "gate"):
             raise ValueError(f"at_least adds to a sum; with combine: {self.combine} it cannot act")
         if self.region is not None and self.region not in self.trained:
@@ -493,6 +526,12 @@ class Config(BaseModel):
             raise ValueError(
                 f"window {list(self.window)} must lie within steps 0 to {self.steps - 1}; the last step stays ODE"
             )
+        for name in ("branch_steps", "score_states"):
+            steps = getattr(self, name)
+            if isinstance(steps, list) and len(set(steps)) < len(steps):
+                raise ValueError(f"{name} {steps}: a step is there twice")
+        if self.plan == "branch" and self.branch_steps == []:
+            raise ValueError("plan: branch needs branch_steps, got []")
         if self.plan == "branch" and not all(0 <= k < self.steps - 1 for k in self.branch_steps or ()):
             raise ValueError(
                 f"branch_steps {self.branch_steps} must lie within 0 to {self.steps - 2}; the last step stays ODE"
@@ -501,6 +540,9 @@ class Config(BaseModel):
             raise ValueError(f"score_states {self.score_states} must lie within 0 to {self.steps - 1}")
         if isinstance(self.noise, list) and len(self.noise) != self.steps:
             raise ValueError(f"noise has {len(self.noise)} levels for {self.steps} steps")
+        levels = self.noise if isinstance(self.noise, list) else [self.noise]
+        if self.kernel in ("cps", "ddim") and isinstance(levels[0], float) and max(levels) > 1:
+            raise ValueError(f"noise: {self.noise} with kernel {self.kernel}, whose parameter is 1 at most")
         if isinstance(self.noise, str) and self.kernel != "scheduled":
             raise ValueError(f"noise: a calibration is for kernel scheduled, not {self.kernel}")
         if isinstance(self.completion, list):

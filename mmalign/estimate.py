@@ -14,7 +14,7 @@ from math import ceil, prod
 
 import torch
 
-from mmalign import calibrate, config as configs, exhibit, planner, prompts as prompt_files
+from mmalign import config as configs, exhibit, planner, prompts as prompt_files
 from mmalign.config import BadInput, Config
 from mmalign.evaluate import SHEET
 from mmalign.planner import Cost
@@ -45,10 +45,7 @@ def estimate(c: Config, gpus: int = 1) -> dict:
         policy = meta.load(folder(c.model), dtype=c.precision, guidance=c.guidance, size=c.size)
         parts = meta.weights(policy)
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, 0)
-        times = policy.times(c.steps)
-        levels = calibrate.load(configs.locate(c.noise), c, times) if isinstance(c.noise, str) else c.noise
-        planner.check_noise(c, times, levels)
-        c, whole = planner.fit(c, times, levels, policy.true_guidance)
+        c, times, levels, whole = planner.settled(c, policy)
     one = c.model_copy(update={"prompts_per_iteration": 1})
     plans = {start: planner.plan_for(c, times, levels, start) for start in planner.window_starts(c)}
     costs = {start: planner.cost_of(one, plan, policy.true_guidance) for start, plan in plans.items()}

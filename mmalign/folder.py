@@ -15,6 +15,7 @@ from mmalign.config import BadInput, Config, Failed
 from reward_models import trust
 
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl", "alarms.jsonl")
+WRITTEN = (*RECORDS, "config.yaml", "images", "checkpoints", "report.html")  # names that a run writes under
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 UNWRITABLE += (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # a file where a folder belongs, or the other way round
 
@@ -23,12 +24,12 @@ UNWRITABLE += (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # a file where a fold
 def held(out: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Make the folder and hold it for this process, whose end, kill -9 included, lets it go. BadInput where another
     process holds it or it cannot be written in. Folders that were made here and stayed empty are removed again."""
-    made = [path for path in (out, *out.parents) if not path.exists()]
     try:
+        made = [path for path in (out, *out.parents) if not path.exists()]
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise BadInput(f"out: cannot write in {out}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: no file has such a name
+        raise BadInput(f"out: cannot write in {str(out)[:300]}: {getattr(error, 'strerror', error)}") from None
     try:
         _lock(lock, out, say)
         yield
@@ -75,6 +76,8 @@ def check(out: Path, c: Config, resume: bool) -> None:
             raise BadInput(f"--resume: {key} is {now[key]!r} and was {before[key]!r}; a run keeps its config")
     elif saved.exists():
         raise BadInput(f"{out} already holds a run; go on with --resume or choose another `out`")
+    elif strange := [name for name in WRITTEN if os.path.lexists(out / name)]:
+        raise BadInput(f"out: {out / strange[0]} is there already, and no run it belongs to; choose another `out`")
 
 
 def tidy(out: Path) -> None:

@@ -138,6 +138,8 @@ class Combination:
     def _combined(self, parts: Mapping[str, Float[Tensor, "E"]], owner: Int[Tensor, "E"]) -> Float[Tensor, "E"]:
         names, weights = list(self.weights), torch.tensor(list(self.weights.values()))
         values = torch.stack([parts[name] for name in names], 1)
+        if not weights.any() and self.rule != "gate":  # constraints that hold, and nothing else
+            return torch.zeros(len(values))
         if self.reference is not None:
             mean, std = torch.tensor([self.reference[name] for name in names]).T
             values = combine.referenced(values, mean, std)

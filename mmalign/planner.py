@@ -7,11 +7,13 @@ from dataclasses import astuple, dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.config import BadInput, Config
+from mmalign import calibrate
+from mmalign.config import BadInput, Config, locate
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import seed_of
-from mmalign.types import Plan
+from mmalign.types import Plan, Policy
 
+LEAST = 1e-5  # standard deviation that a stochastic step draws, in latent units; float32 rounds by some 5e-7 there
 TOO_MUCH, NOTICEABLE = 2.0, 0.1  # standard deviation left after a step: in units of what belongs there; in latent units
 
 
@@ -94,6 +96,23 @@ def cost(c: Config, times: Float[Tensor, "states"], levels: plans.Noise, guided:
     return Cost(*(max(column) for column in zip(*placed, strict=True)))
 
 
+def settled(c: Config, policy: Policy) -> tuple[Config, Float[Tensor, "states"], plans.Noise, Cost]:
+    """What a config comes to with a policy: itself, thinned until it keeps its budgets, the times and noise of its
+    steps, and what an iteration costs. Raises BadInput or ValueError where a step, the noise, the grid of credit or an
+    evaluation's steps do not suit the policy."""
+    times = policy.times(c.steps)
+    levels = calibrate.load(locate(c.noise), c, times) if isinstance(c.noise, str) else c.noise
+    check_noise(c, times, levels)
+    if c.held_out:
+        plans.ode(policy.times(c.eval_steps))
+    high, wide = policy.latent_shape[1:]
+    a, b = c.region_grid or (1, 1)
+    if high % a or wide % b:
+        raise BadInput(f"region_grid: {a}x{b} does not divide the latent's {high}x{wide} positions")
+    thinned, spent = fit(c, times, levels, getattr(policy, "true_guidance", c.guidance > 1))
+    return thinned, times, levels, spent
+
+
 def fit(c: Config, times: Float[Tensor, "states"], levels: plans.Noise, guided: bool) -> tuple[Config, Cost]:
     """The config, thinned until it keeps `max_forwards` and `max_rewards`, and its cost; `guided`: a row's velocity
     takes two forwards.
@@ -116,12 +135,17 @@ def fit(c: Config, times: Float[Tensor, "states"], levels: plans.Noise, guided: 
 
 
 def check_noise(c: Config, times: Float[Tensor, "states"], levels: plans.Noise) -> None:
-    """Raises BadInput for a stochastic step that leaves far more noise than belongs there: later steps cannot remove
-    it, and every training image carries it."""
+    """Raises BadInput for a stochastic step that draws next to no noise, whose density is one of rounding errors, or
+    that leaves far more than belongs there: later steps cannot remove it, and every training image carries it."""
     placed = [] if c.records else [plan_for(c, times, levels, start) for start in window_starts(c)]
     for k in sorted({k for plan in placed for k in (plan.noise > 0).any(0).nonzero()[:, 0].tolist()}):
-        left, s = plans.noise_after(c.kernel, times, levels, k), float(times[k + 1])
-        if left > TOO_MUCH * s and left > NOTICEABLE:
+        (left, drawn), s = plans.noise_after(c.kernel, times, levels, k), float(times[k + 1])
+        if not drawn >= LEAST:
+            raise BadInput(
+                f"step {k}, from t = {float(times[k]):.3g} to {s:.3g}, would draw noise of standard deviation "
+                f"{drawn:.1g} ({c.kernel}), which rounding hides; raise noise, or leave the step deterministic"
+            )
+        if not (left <= TOO_MUCH * s or left <= NOTICEABLE):
             raise BadInput(
                 f"step {k}, from t = {float(times[k]):.3g} to {s:.3g}, would leave {left / s:.1f} times the noise that "
                 f"belongs there ({c.kernel}); keep it deterministic with a window or branch steps before it, or use "

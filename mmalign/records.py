@@ -105,6 +105,7 @@ def _record(row: Any, folder: Path, size: tuple[int, int], prompts: dict[str, Pr
         raise ValueError(f"the boxes refer to an image of {row['size']} pixels, {image.name} is {[width, height]}")
     regions = tuple(_region(own) for own in row.get("regions", row.get("vlm_rewards", ())))
     inside(regions, size)
+    from_file(image)  # a picture that breaks off is refused here, with its line
     text = tables.wording(row["prompt"])
     prompt = prompts.setdefault(text, Prompt(text, {}, len(prompts)))
     return Record(image, prompt.id, float(whole), regions)

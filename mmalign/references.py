@@ -5,6 +5,7 @@ others: a drift of either would look like progress.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,9 +44,9 @@ def load(c: Config, model: str, scorers: Mapping[str, RewardModel]) -> dict[str,
     component of the rewards does not vary in it."""
     try:
         record = files.parsed(files.text(locate(c.reference)))
-        known = {name: (own["mean"], own["std"]) for name, own in record["components"].items()}
+        known = {name: (float(own["mean"]), float(own["std"])) for name, own in record["components"].items()}
         belongs = {"model": record["model"], **record["scorers"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"reference: {c.reference} is no file written by `mmalign evaluate --reference`") from None
     names = [*c.rewards, *c.at_least]
     needed = {"model": model} | {n: scorers[n].card.version for n in {component(name)[0] for name in names}}
@@ -56,6 +57,8 @@ def load(c: Config, model: str, scorers: Mapping[str, RewardModel]) -> dict[str,
                 "measure it again"
             )
     for name in names:
-        if not known[name][1] > 0:
+        if name not in known:
+            raise BadInput(f"reference: {c.reference} says nothing of {name}; it has {', '.join(known) or 'nothing'}")
+        if not (known[name][1] > 0 and all(map(math.isfinite, known[name]))):
             raise BadInput(f"reference: {name} does not vary in {c.reference}; it cannot be a unit")
     return known

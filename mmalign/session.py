@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmalign import calibrate, config as configs, planner, policy as policies, prompts as prompt_files, references
+from mmalign import config as configs, planner, policy as policies, prompts as prompt_files, references
 from mmalign.config import BadInput, Config
 from mmalign.fit import Fit
 from mmalign.flow.plan import Noise
@@ -148,17 +148,41 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
     if unused:
         raise BadInput(f"scorers: settings for {unused[0]!r}, which is neither in rewards nor in watch")
     scorers = {name: load_scorer(name, **c.scorers.get(name, {})) for name in dict.fromkeys(names)}
-    for reward in (*c.rewards, *c.at_least, *filter(None, [c.keep_best])):
-        name, part = configs.component(reward)
-        if part not in scorers[name].names:
-            raise BadInput(f"rewards: no component {part!r}; {name} gives {', '.join(scorers[name].names)}")
-    for reward in {"gate": [c.gate], "product": c.rewards}.get(c.combine, ()):
-        card = scorers[configs.component(reward)[0]].card
-        if card.high <= 0:
-            raise BadInput(f"combine: {c.combine} needs scores of at least 0; {reward} is never above {card.high:g}")
+    for key, named in (("rewards", c.rewards), ("at_least", c.at_least), ("keep_best", filter(None, [c.keep_best]))):
+        for reward in named:
+            name, part = configs.component(reward)
+            if part not in scorers[name].names:
+                raise BadInput(f"{key}: no component {part!r}; {name} gives {', '.join(scorers[name].names)}")
+    _check_factors(c, scorers)
     if c.region and not scorers[c.region].card.places:
         raise BadInput(f"region: {c.region} says nothing about where; credit by place needs a scorer with a map")
     return scorers
+
+
+def _check_factors(c: Config, scorers: dict[str, RewardModel]) -> None:
+    """Raises BadInput unless the cards of the scorers rule out a factor below 0: a product has no root of it, and it
+    turns what a gate opens the other way round."""
+
+    def least(reward: str, weight: float | combine.Ramp) -> float:
+        card = scorers[configs.component(reward)[0]].card
+        ends = (weight.start, weight.end) if isinstance(weight, combine.Ramp) else (weight,)
+        return min(end * bound for end in ends for bound in (card.low, card.high) if end) if any(ends) else 0.0
+
+    if c.combine == "product":
+        factors = {name: least(name, weight) for name, weight in c.rewards.items()}
+    elif c.combine == "gate":
+        factors = {c.gate: least(c.gate, 1.0)}
+        factors["1 + the weighted sum of the others"] = 1 + sum(
+            least(name, weight) for name, weight in c.rewards.items() if name != c.gate
+        )
+    else:
+        factors = {}
+    for what, bound in factors.items():
+        if bound < 0:
+            raise BadInput(
+                f"combine: {c.combine} needs scores of at least 0; {what} may be as low as {bound:g}, by the `low` and "
+                "`high` of its scorer's card; use sum, mrn or gdpo"
+            )
 
 
 def _origin(
@@ -194,10 +218,7 @@ def open_session(c: Config, ranks: Ranks | None = None) -> Session:
         known = references.load(c, weights, scorers) if c.reference else None
         records = read_records(configs.locate(c.records), policy.image_size) if c.records else None
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
-        times = policy.times(c.steps)
-        levels = calibrate.load(configs.locate(c.noise), c, times) if isinstance(c.noise, str) else c.noise
-        planner.check_noise(c, times, levels)
-        c, cost = planner.fit(c, times, levels, getattr(policy, "true_guidance", c.guidance > 1))
+        c, times, levels, cost = planner.settled(c, policy)
     prompts = records.prompts if records else prompts
     prompt_files.batch(prompts, c.prompts_per_iteration, 0, c.seed)
     shared = {p.text for p in prompts} & {p.text for p in held_out}

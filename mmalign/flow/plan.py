@@ -44,9 +44,9 @@ def _check(kernel: str, t: Times, noise: Noise, steps: Sequence[int]) -> None:
             raise ValueError(f"noise must be positive at a stochastic step, got {levels[k]} at step {k}")
 
 
-def noise_after(kernel: str, t: Times, noise: Noise, k: int) -> float:
+def noise_after(kernel: str, t: Times, noise: Noise, k: int) -> tuple[float, float]:
     """The standard deviation of the noise in the state after step k, if velocities are exact; `s = t[k+1]` belongs
-    there.
+    there. And of the part of it that the step draws.
 
     Exactly s for ODE, `cps` and `ddim`. Euler-Maruyama steps leave `sqrt(s^2 + h^2 (g^2/t + g^4/4t^2))`, which is
     harmless where h is small beside s. On the ten-step schedule of stock SD3.5 (shift 3, applied twice) one step goes
@@ -55,7 +55,7 @@ def noise_after(kernel: str, t: Times, noise: Noise, k: int) -> float:
     one, level = torch.ones(1, 1, 1, 1), _levels(noise, len(t) - 1)[k]
     # of clean latent 0 and noise 1 the state is t, the velocity 1, and the mean of the next state m
     mean, std = step(kernel, t[k] * one, one, t[k], t[k + 1], level, t_max_of(t))
-    return float((mean[0, 0, 0, 0] ** 2 + std[0] ** 2).sqrt())
+    return float((mean[0, 0, 0, 0] ** 2 + std[0] ** 2).sqrt()), float(std[0])
 
 
 def t_max_of(t: Times) -> float:

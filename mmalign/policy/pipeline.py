@@ -77,6 +77,9 @@ class PipelinePolicy(ABC):
         unit = factor * self.grain_of(pipe)
         if height % unit or width % unit:
             raise ValueError(f"size {height}x{width} must be a multiple of {unit} pixels")
+        for side, most in zip((height, width), self.positions(pipe) or (), strict=False):
+            if side > factor * most:
+                raise ValueError(f"size {height}x{width}: the model has positions for {factor * most} pixels a side")
         self.image_size = (height, width)
         self.latent_shape = (self.channels(pipe), height // factor, width // factor)
         self.spent: Counter[str] = Counter()
@@ -179,6 +182,11 @@ class PipelinePolicy(ABC):
     def grain_of(cls, pipe) -> int:
         """Latent positions that a side must be a multiple of."""
         return 2 if cls.packed else pipe.transformer.config.patch_size
+
+    @classmethod
+    def positions(cls, pipe) -> tuple[int, int] | None:
+        """Latent positions that the network knows, in height and width; None where it has no table of them."""
+        return None
 
     @abstractmethod
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:

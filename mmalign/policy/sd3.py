@@ -22,6 +22,11 @@ class SD3Policy(PipelinePolicy):
     def absent(cls, index: dict[str, Any]) -> dict[str, None]:
         return {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
 
+    @classmethod
+    def positions(cls, pipe) -> tuple[int, int]:
+        config = pipe.transformer.config
+        return (config.pos_embed_max_size * config.patch_size,) * 2
+
     @property
     def length(self) -> int:
         """Tokens of T5."""

@@ -32,6 +32,11 @@ class ZImagePolicy(PipelinePolicy):
     def grain_of(cls, pipe) -> int:
         return 2
 
+    @classmethod
+    def positions(cls, pipe) -> tuple[int, int]:
+        _, high, wide = pipe.transformer.config.axes_lens
+        return 2 * high, 2 * wide
+
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         rows, _ = self.pipe.encode_prompt(
             [*texts], self.device, do_classifier_free_guidance=False, max_sequence_length=LENGTH

@@ -1,0 +1,205 @@
+"""Configs drawn at random, most of them sound: whatever `config.build` accepts must run, or be refused in one line
+before anything is written. Each named list is a set of values for one setting, those at its end the odd ones.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+SIZES = [[32, 32], [32, 48], [16, 16], [48, 16], [64, 64], [8, 8], [16, 64], [40, 40], [256, 16], [20, 32]]  # pixels
+GRIDS = [[1, 1], [2, 2], [2, 1], [4, 4], [3, 3], [5, 2], [1024, 1]]  # the last ones divide few latents
+LEVELS = [0.7, 0.3, 1.0, 0.05, 1e-6, 3.0, 50.0, 1e30]  # noise of all steps
+WEIGHTS = [1.0, 0.5, 2.0, 0.0, -1.0, 1e-12]
+RAMPS = [
+    {"start": 0.0, "end": 1.0}, {"start": 1.0, "end": 0.0, "over": "cosine"}, {"start": -1.0, "end": 1.0},
+    {"start": 0.5, "end": 0.5}, {"start": 0.0, "end": 0.0},
+]  # fmt: skip
+PARTS = ["smooth:Smooth.red", "smooth:Smooth.even", "jpeg_size.kilobytes", "shapes.partial", "dim.red", "blind.red"]
+FACTORS = ["shapes.partial", "shapes.strict", "image_stats.brightness"]  # never below 0
+ODD_PARTS = ["smooth:Smooth.blue", "smooth:Smooth", "dim."]  # components that their scorers do not have
+SCORERS = {  # of one's own: `dim` fails on some images, `blind` on all
+    "dim": {"scorer": "smooth:Smooth", "limit": 0.52},
+    "blind": {"scorer": "smooth:Smooth", "limit": -1.0},
+}
+TARGETS = [["to_q"], ["to_k", "to_v"], ["to_out.0"], [], ["no_such_layer"], ["0"], [""]]
+
+
+@dataclass(frozen=True)
+class Files:
+    """What configs name: models by family, prompts, held-out prompts, records, references and calibrations, the good
+    ones first in each list."""
+
+    models: dict[str, str]
+    prompts: list[str]
+    held_out: list[str]
+    records: list[str]
+    references: list[str]
+    calibrations: list[str]
+
+
+def drawn(number: int, files: Files) -> dict[str, Any]:
+    """The config of a number: always the same one."""
+    r = random.Random(number)
+
+    def may(share: float) -> bool:
+        return r.random() < share
+
+    def mostly(values: list, share: float = 0.75):
+        """The first, or any."""
+        return values[0] if may(share) else r.choice(values)
+
+    c: dict[str, Any] = {"model": files.models[r.choice([*files.models])], "seed": r.choice([0, 7, 2**62])}
+    c |= {"prompts": mostly(files.prompts, 0.96), "held_out": r.choice([None, mostly(files.held_out, 0.96)])}
+    c |= {"size": mostly(SIZES, 0.5), "guidance": mostly([1.0, 0.0, 0.5, 3.5], 0.7)}
+    c |= {"iterations": mostly([1, 2, 3], 0.5), "seeds": mostly([2, 3, 1], 0.6), "steps": mostly([4, 3, 5, 2])}
+    c |= {"prompts_per_iteration": mostly([2, 1, 3, 3, 99], 0.85)}
+    c["combine"] = mostly(["sum", "product", "gate", "mrn", "gdpo"], 0.3)
+    _rollout(c, r, may, mostly, files)
+    _rewards(c, r, may, mostly, files)
+    _objective(c, r, may, mostly, files)
+    _learning(c, r, may, mostly)
+    _record(c, r, may, mostly)
+    return c
+
+
+def _rollout(c, r, may, mostly, files) -> None:
+    steps = c["steps"]
+    c["plan"] = r.choice(["sde", "window", "branch", "branch"])
+    c["kernel"] = r.choice(["flow_sde", "dance_sde", "cps", "ddim", "scheduled"])
+    c["noise"] = mostly(LEVELS, 0.8)
+    if may(0.3):
+        c["noise"] = [mostly([0.7, 0.4, 0.0], 0.8) for _ in range(steps if may(0.97) else steps + 1)]
+    if may(0.04):
+        c |= {"kernel": "scheduled", "noise": mostly(files.calibrations)}
+    if c["plan"] == "window":
+        first = r.randrange(steps - 1)
+        c["window"] = [first, min(first + r.choice([1, 1, 2]), steps - 1 if may(0.95) else 9)]
+        c["window_moves"] = r.choice([None, "progressive", "random"])
+        if c["window_moves"] == "progressive":
+            c["window_every"] = r.choice([1, 2])
+        if may(0.5):
+            c["children"] = r.choice([1, 2, 3])
+    if c["plan"] == "branch":
+        some = sorted(r.sample(range(steps - 1), min(steps - 1, r.choice([1, 2]))))
+        c["branch_steps"] = mostly([some, [0], [], [0, 0], [9]], 0.95)
+        c["children"] = mostly([2, 1, 3], 0.6)
+    c["credit"] = r.choice(["terminal", "branch", "gain"])
+    if c["credit"] == "branch":
+        c["baseline"] = mostly(["prompt", None, "state"], 0.3 if c.get("children", 1) > 1 else 0.95)
+    if c["credit"] == "gain":
+        c["score_states"] = mostly(["all", [0], [steps - 1, 0], [], [0, 0]], 0.5)
+        c |= {"compare": r.choice([None, "step", "walk"]), "control": r.choice([None, "fit", 0.0, 0.5])}
+        if may(0.4):
+            states = c["score_states"]
+            c["completion"] = r.choice([1, 2, 9, [1] * len(states) if isinstance(states, list) else 2])
+    if may(0.15):
+        c["max_forwards"] = mostly([10**6, 60, 20, 1], 0.5)
+    if may(0.15):
+        c["max_rewards"] = mostly([10**6, 12, 6, 1], 0.5)
+    c["rollout_parts"] = mostly([1, 2], 0.8)
+    c |= {name: r.choice([1, 3, 128]) for name in ("batch", "decode_batch", "micro_batch")}
+
+
+def _rewards(c, r, may, mostly, files) -> None:
+    multiplied = c["combine"] in ("product", "gate") and may(0.85)
+    some = r.sample(FACTORS if multiplied else PARTS, r.choice([1, 1, 2, 3]))
+    if may(0.02):
+        some.append(r.choice(ODD_PARTS))
+    weighed = {name: mostly(RAMPS, 0.1) if may(0.2) else mostly(WEIGHTS, 0.6) for name in some}
+    if may(0.03):
+        weighed = dict.fromkeys(some, r.choice([0.0, RAMPS[0], RAMPS[2]]))
+    c["rewards"] = weighed
+    if c["combine"] == "gate":
+        c["gate"] = mostly([*some, "shapes.nothing"], 0.95)
+    if may(0.2 if c["combine"] not in ("product", "gate") else 0.01):
+        c["at_least"] = {r.choice(PARTS if may(0.9) else ODD_PARTS): {"bound": r.choice([-9.0, 0.5]), "rate": 0.5}}
+    if may(0.3):
+        c["watch"] = [r.choice(["jpeg_size", "shapes", "dim", "no_such_scorer" if may(0.05) else "smooth:Smooth"])]
+    if may(0.06):
+        c["reference"] = r.choice(files.references)
+    _settings(c)
+    c["advantage_scale"] = {"mrn": "none", "gdpo": "batch"}.get(c["combine"], r.choice(["group", "batch", "none"]))
+    if may(0.2) and c["advantage_scale"] != "none":
+        c["advantage_floor"] = r.choice([0.0, 0.1, 1e6])
+    c |= {"advantage_clip": r.choice([5.0, 1e-3]), "dead_spread": r.choice([1e-6, 0.0, 1.0])}
+    c["saturated"] = mostly([None, 0.1, -5.0], 0.8)
+    c["max_failed"] = 1.0
+
+
+def _settings(c) -> None:
+    named = {name.partition(".")[0] for name in (*c["rewards"], *c.get("at_least", {}), *c.get("watch", []))}
+    c["scorers"] = {name: own for name, own in SCORERS.items() if name in named}
+
+
+def _objective(c, r, may, mostly, files) -> None:
+    if may(0.3):
+        c["region"] = mostly(["smooth:Smooth", "dim", "blind", "jpeg_size"], 0.8)
+        if may(0.97):
+            c["rewards"][f"{c['region']}.{'kilobytes' if c['region'] == 'jpeg_size' else 'red'}"] = 1.0
+        c["region_weight"], c["whole_weight"] = r.choice([None, 1.0, 0.5]), r.choice([None, 0.0, 1.0])
+        c["ratio_over"] = r.choice(["cell", "credit"])
+        if may(0.6):
+            c["region_grid"] = mostly([[1, 1], [2, 2], [2, 1], r.choice(GRIDS)], 0.3)
+    c["focus"] = mostly([None, "prompt", "map" if "region" in c else None], 0.6)
+    if c["focus"] == "prompt":
+        c["focus_share"] = r.choice([0.25, 1.0, 1e-6])
+    c["objective"] = mostly(["grpo", "srum", "rgdpo"], 0.6)
+    if c["objective"] != "grpo":
+        gradient = ("credit", "baseline", "compare", "control", "score_states", "completion", "advantage_scale")
+        gradient += ("advantage_floor", "advantage_clip", "saturated", "region_weight", "whole_weight", "ratio_over")
+        for name in (*gradient, "focus", "focus_share"):
+            c.pop(name, None)
+        c["draws"] = r.choice([1, 2, 3])
+        if c["combine"] in ("mrn", "gdpo"):
+            c["combine"] = "sum"
+        if may(0.4):
+            _learn_from_records(c, r, mostly, files)
+        elif "region" not in c:
+            c |= {"region": "smooth:Smooth", "rewards": {"smooth:Smooth.red": 1.0} | c["rewards"]}
+    if c["objective"] == "srum":
+        c |= {"alpha_range": mostly([[0, 1], [-1.0, 0.5], [1, 1]], 0.85), "background": r.choice([0.0, -1.0, 0.5])}
+        c |= {"anchor": r.choice([0.0, 0.5]), "margin": r.choice([0.0, 1.0])}
+    if c["objective"] == "rgdpo":
+        c |= {"preference_scale": r.choice([1.0, 1000.0]), "intra_weight": r.choice([0.0, 1.0])}
+    _settings(c)
+
+
+def _learn_from_records(c, r, mostly, files) -> None:
+    sampled = ("plan", "kernel", "noise", "window", "window_moves", "window_every", "branch_steps", "children", "steps")
+    sampled += ("max_forwards", "max_rewards", "rollout_parts", "region", "combine", "gate", "at_least", "reference")
+    for name in (*sampled, "seeds"):
+        c.pop(name, None)
+    c["records"], c["region_grid"] = mostly(files.records, 0.8), mostly([None, *GRIDS], 0.6)
+    c["size"] = mostly([[32, 32], c["size"]], 0.9)
+    if r.random() < 0.3:
+        c |= {"rewards": {}, "watch": []}
+
+
+def _learning(c, r, may, mostly) -> None:
+    c |= {"lora_rank": r.choice([1, 2, 40]), "lora_alpha": r.choice([2.0, 0.01, 100.0])}
+    c["lora_targets"] = mostly([None, ["to_q"], r.choice(TARGETS)], 0.8)
+    c |= {"learning_rate": r.choice([1e-3, 1e-6, 0.1]), "weight_decay": r.choice([0.0, 0.1])}
+    c["warmup"] = r.choice([0, 0, 1])
+    c["cooldown"] = mostly([r.randrange(c["iterations"] - c["warmup"] + 1), 2], 0.95)
+    c["epochs"], c["minibatches"] = r.choice([1, 1, 2]), r.choice([1, 2, 50])
+    if c["objective"] == "grpo":
+        c |= {"loss": r.choice(["clipped", "guard", "masked"]), "clip": r.choice([1e-4, 0.2, 5.0])}
+        c |= {"beta": mostly([0.0, 0.01, 1.0], 0.7), "max_kl": mostly([None, 1e-9, 1.0], 0.8)}
+        c["weighting"] = r.choice(["none", "noise"])
+    c |= {"max_grad_norm": r.choice([1.0, 1e-6]), "ema": r.choice([0.0, 0.9, 0.999])}
+    c |= {"precision": mostly(["float32", "bfloat16"], 0.6), "gradient_checkpointing": may(0.3)}
+    c |= {"vae_tiling": may(0.1), "text_cache": r.choice([1000, 0, 1])}
+    if may(0.02):
+        c["attention"] = r.choice(["native", "no_such_back_end"])
+    if may(0.01):
+        c["offload"] = True
+
+
+def _record(c, r, may, mostly) -> None:
+    c |= {"eval_every": r.choice([0, 1, 2, 25]), "eval_prompts": r.choice([None, 1, 50])}
+    c |= {"eval_seeds": r.choice([1, 2]), "eval_steps": mostly([2, 1, 3], 0.7)}
+    c |= {"checkpoint_every": r.choice([1, 3, 25]), "keep_checkpoints": r.choice([1, 3])}
+    if may(0.25) and c["held_out"] and c["eval_every"]:
+        c["keep_best"] = mostly([*c["rewards"], "jpeg_size.kilobytes", "shapes.no_such_part"], 0.9)
+    if may(0.05):
+        c["trackers"] = ["tensorboard"]
