@@ -40,7 +40,7 @@ def test_a_part_is_judged_while_the_next_is_drawn(settings, captions, monkeypatc
         return walk(*args)
 
     def waiting(number):
-        assert begun[number + 1].wait(30), f"part {number + 1} was not begun"
+        assert begun[number + 1].wait(600), f"part {number + 1} was not begun"
         time.sleep(0.05)
 
     begun[5].set()  # after the last there is nothing to wait for

@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 
 import httpx
 import pytest
@@ -153,23 +152,25 @@ def test_the_command_serves_until_it_is_told_to_stop(begun, number, monkeypatch)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    seen = []
+    seen, over = [], threading.Event()
 
     def visit() -> None:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:  # a browser that keeps its connection
-            end = time.monotonic() + 20
-            while not seen and time.monotonic() < end:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=None) as client:  # it keeps its connection
+            while not seen and not over.wait(0.02):
                 with contextlib.suppress(httpx.ConnectError):
                     seen.append(client.get("/state").json()["status"])
-                time.sleep(0.02)
-            os.kill(os.getpid(), number)
+            if seen:
+                os.kill(os.getpid(), number)
 
     visitor = threading.Thread(target=visit)
     visitor.start()
     monkeypatch.setattr(sys, "argv", ["mmalign", "report", str(begun), "--serve", "--port", str(port)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    visitor.join()
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        over.set()
+        visitor.join()
     assert end.value.code == 0
     assert seen == ["begun"]
     assert not (begun / "report.html").exists()

@@ -17,8 +17,6 @@ from whole_runs import rows, run
 
 from mmalign import config as configs
 
-pytestmark = pytest.mark.slow  # several processes on as many cores
-
 SDE = dict(plan="sde", branch_steps=None, children=None, seeds=3)
 ODE = dict(plan="ode", branch_steps=None, children=None, seeds=4, region="smooth:Smooth", draws=2)
 BRIGHT = {"scorers": {"smooth:Smooth": {"limit": 0.52}}, "max_failed": 1.0}  # some images are not scored
@@ -67,6 +65,7 @@ def over(base, changes):
 
 
 BOUND = 1e-5
+TOO_FEW = "BadInput: prompts_per_iteration: 1 for 2 processes; each needs one"
 
 
 def apart(one, many):
@@ -85,6 +84,16 @@ def apart(one, many):
 def same(one, many):
     most = {kind: float(away.max()) for kind, away in apart(one, many).items()}
     assert max(most.values()) < BOUND, most
+
+
+def test_two_processes_are_one(base, tmp_path):
+    """The shortest of these: three prompts of unlike shares, two iterations, and a prompt too few for both."""
+    settings = over(base, dict(iterations=2))
+    runs = {"few": (settings | {"prompts_per_iteration": 1, "out": str(tmp_path / "few")}, False)}
+    found, ended, *_ = launch(tmp_path, 2, {"learnt": settings}, runs)
+    same(learn(settings), found["learnt"])
+    assert [own["few"][0] for own in ended] == [TOO_FEW] * 2
+    assert not (tmp_path / "few").exists()
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +117,13 @@ def two(base, tmp_path_factory):
     return folder, *launch(folder, 2, {name: over(base, own) for name, own in FEW.items()}, runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_two_learn_what_one_does(base, two, name):
     same(learn(over(base, FEW[name])), two[1][name])
 
 
+@pytest.mark.slow
 def test_a_whole_run_of_two_is_that_of_one(two):
     """Three held-out prompts, dealt to two; files are written once."""
     folder = two[0]
@@ -140,16 +151,18 @@ def test_a_whole_run_of_two_is_that_of_one(two):
     assert ids[0] == ids[1] == [2**53 + 1 + i for i in range(3) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_what_one_refuses_ends_both(two):
     _, _, ended, said, _ = two
     assert "already holds a run" in ended[0]["again"][0]
     assert ended[1]["again"][0] == f"Lost: rank 0 failed: {ended[0]['again'][0]}"
     for own in ended:
-        assert own["few"][0] == "BadInput: prompts_per_iteration: 1 for 2 processes; each needs one"
+        assert own["few"][0] == TOO_FEW
     assert not said[1].strip()  # the second is silent
     assert "before: 3 held-out prompts" in said[0]
 
 
+@pytest.mark.slow
 def test_what_breaks_one_ends_both_with_the_reason(two):
     found = sorted(own["breaking"][0] for own in two[2])
     assert found[0] == "ArithmeticError: the scorer broke"
@@ -157,6 +170,7 @@ def test_what_breaks_one_ends_both_with_the_reason(two):
     assert all(own["breaking"][1] < 60 for own in two[2])
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_missed_and_named(two):
     _, _, ended, _, codes = two
     dead = next(rank for rank, code in enumerate(codes) if code == -9)
@@ -182,6 +196,7 @@ def drawn(out: Path, *of) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))]).astype(int)
 
 
+@pytest.mark.slow
 def test_a_sharded_network_learns_what_a_whole_one_does(base, tmp_path):
     """And saves the same matrices, which draw the same images. The shorter share of a minibatch is replayed to the
     length of the longer."""
@@ -205,12 +220,13 @@ def test_a_sharded_network_learns_what_a_whole_one_does(base, tmp_path):
     same({f"adapter/{k}": v for k, v in saved.items()}, {k: v for k, v in one.items() if k.startswith("adapter")})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_credit_and_objective(base, tmp_path, size):
     """For numbers of groups that divide and that do not. Adam moves an element whose gradient is 0 but for rounding by
     a part of its rate, and others follow: one matrix element in a hundred may be further off, by less than the rate."""
     jobs = {f"{name}-{p}": over(base, own | {"prompts_per_iteration": p}) for name, own in MORE.items() for p in (4, 5)}
-    found, *_ = launch(tmp_path, size, jobs, {}, 3000)
+    found, *_ = launch(tmp_path, size, jobs, {})
     for name, settings in jobs.items():
         away = apart(learn(settings), found[name])
         most = {kind: float(own.max()) for kind, own in away.items()}

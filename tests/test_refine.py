@@ -6,7 +6,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -358,6 +357,20 @@ def test_pictures_on_disk_are_begun_from(tmp_path):
     assert list(before.convert("RGB").getdata()) == list(Image.open(tmp_path / rows[0]["rounds"][0]["image"]).getdata())
 
 
+# the command line, which kills itself when a file of so many lines is written
+KILLED = """
+import os, signal, sys
+from mmalign.cli import main
+count, path, sync = int(sys.argv.pop()), sys.argv.pop(), os.fsync
+def killing(file):
+    if os.path.exists(path) and open(path).read().count(os.linesep) >= count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(file)
+os.fsync = killing
+main()
+"""
+
+
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_no_prompt_is_done_twice_and_none_is_lost(tmp_path, count):
     every = [json.loads(line) for line in Path(locate("assets/prompts/train.jsonl")).read_text().splitlines()[:count]]
@@ -365,17 +378,14 @@ def test_killed_in_the_middle_no_prompt_is_done_twice_and_none_is_lost(tmp_path,
     file.write_text("".join(json.dumps(row) + "\n" for row in every))
     asked = ["--prompts", str(file), "--steps", "3", "--rounds", "3", "--batch", "5"]
     command = [sys.executable, "-c", "from mmalign.cli import main; main()", "refine", *asked, "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
     trace = out / "trace.jsonl"
-    for _ in range(1200):
-        if trace.exists() and len(trace.read_text().splitlines()) >= count // 3:
-            break
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = [json.loads(line) for line in trace.read_text().splitlines() if line.endswith("}")]
-    assert count // 3 <= len(before) < count
+    killed = [sys.executable, "-c", KILLED, *command[3:], str(trace), str(count // 3)]
+    assert subprocess.run(killed, capture_output=True, env=os.environ).returncode == -signal.SIGKILL
+    trace.write_bytes(trace.read_bytes()[:-9])  # in the middle of a line
+    *before, half = trace.read_text().splitlines()
+    before = [json.loads(line) for line in before]
+    assert not half.endswith("}")
+    assert count // 3 - 1 <= len(before) < count
     assert subprocess.run(command, capture_output=True, env=os.environ).returncode == 0
     rows = [json.loads(line) for line in trace.read_text().splitlines()]
     assert rows[: len(before)] == before

@@ -61,7 +61,7 @@ def ending(settings: dict, resume: bool) -> list:
 
 
 def launch(
-    folder: Path, size: int, learnt: dict[str, dict], runs: dict[str, tuple[dict, bool]], seconds: float = 400, **env
+    folder: Path, size: int, learnt: dict[str, dict], runs: dict[str, tuple[dict, bool]], seconds: float = 3000, **env
 ):
     """The same jobs by `size` processes: what each config of `learnt` gave, how each of `runs` ended by rank, and what
     each rank printed and exited with."""
