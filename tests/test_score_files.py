@@ -338,6 +338,35 @@ def test_a_closed_pipe_is_one_line(pictures, tmp_path, monkeypatch, capsys, more
     assert len((tmp_path / "s.jsonl").read_text().split("\n")) == 5
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "name"),
+    [
+        (["calibrate", "configs/quickstart.yaml"], "--out", "noise.json"),
+        (["doctor", "--rewards", "jpeg_size"], "--out", "report.md"),
+        (["doctor", "configs/quickstart.yaml"], "--out", "report.md"),
+        (["evaluate", "--rewards", "jpeg_size"], "--reference", "reference.json"),
+        (["evaluate", "--rewards", "jpeg_size"], "--out", "scores.jsonl"),
+    ],
+)
+def test_no_command_overwrites_another_file(tmp_path, monkeypatch, random_model, prompt_files, command, option, name):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / name).write_text('{"prompt": "mine"}\n')
+    if command[0] == "evaluate":
+        command = [*command, "--model", random_model, "--prompts", prompt_files["train"]]
+    place = tmp_path if name == "scores.jsonl" else tmp_path / name
+    result = mmalign(*command, option, place)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"{option} {tmp_path / name}: another file is there; it is not overwritten" in result.stderr
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, '{"prompt": "mine"}\n')]
+
+
+def test_a_plot_that_is_not_ours_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "noise.png").write_bytes(b"mine")
+    result = mmalign("calibrate", "configs/quickstart.yaml", "--out", tmp_path / "noise.json")
+    assert (result.returncode, (tmp_path / "noise.png").read_bytes()) == (2, b"mine")
+
+
 # ------------------------------------------------------------------------------------------------------------- refine
 
 
