@@ -1,4 +1,4 @@
-"""The configuration of a run: flat YAML, complete in itself, read at the top and gone below.
+"""The configuration of a run: flat YAML 1.2, complete in itself, read at the top and gone below.
 
 Every field has a default that works on the embedded model. A file states what it changes; `key=value` on the command
 line changes it once more. An unknown key is refused with the nearest name, and so is an option that cannot act.
@@ -112,9 +112,9 @@ class Config(BaseModel):
     model: str = Field("assets/tiny_sd3", description="folder or hub id of a diffusers pipeline")
     prompts: str = Field(
         "assets/prompts/train.jsonl",
-        description="training prompts: .txt (one a line), .jsonl, .parquet[:COLUMN], or hf:NAME[/CONFIG]:SPLIT[:COLUMN]"
-        ", a dataset of Hugging Face or a folder of one; a row has `prompt`, maybe `id`, and ground truth; a COLUMN is "
-        "read alone, each text once",
+        description="training prompts: .txt (one a line), a table (.jsonl, .json, .csv, .tsv, .parquet) or "
+        "hf:NAME[/CONFIG]:SPLIT, a dataset of Hugging Face or a folder of one; a row has `prompt`, maybe `id`, and "
+        "ground truth; with :COLUMN after it that is read alone, each text once",
     )
     held_out: str | None = Field(
         "assets/prompts/held_out.jsonl", description="prompts for evaluation, named in the same way; null for none"

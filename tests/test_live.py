@@ -11,6 +11,7 @@ import threading
 import httpx
 import pytest
 import yaml
+from command_line import mmalign
 from starlette.testclient import TestClient
 from torch import rand
 from torchvision.utils import save_image
@@ -199,3 +200,33 @@ def test_what_cannot_be_served_is_refused_in_one_line(begun, arguments, lacking,
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert says in said
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"iteration": 10**18}, {"iteration": -1}, {"iteration": 10**400}, {"reward": 1e308}, {"forwards": 10**400},
+        {"grad_norm": -1e200},
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_drawn_is_left_out_of_the_page(begun, wrong):
+    for row in ({"iteration": 1} | ROW, {"iteration": 2} | ROW | wrong):
+        append(begun / "metrics.jsonl", row)
+    page = report.write(begun).read_text()
+    assert "metrics.jsonl: line 2: " in page
+    assert "; left out" in page
+    assert "Every number of iteration 1" in page
+
+
+@pytest.mark.parametrize("host", ["nope.invalid", "256.1.1.1", "a b", "192.0.2.1", "a" * 100])
+def test_a_host_that_is_none_is_one_line(begun, host):
+    ended = mmalign("report", begun, "--serve", "--host", host)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert f"--host {host!r} --port 8001: " in ended.stderr
+
+
+def test_a_port_that_is_taken_is_one_line(begun):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ended = mmalign("report", begun, "--serve", "--port", other.getsockname()[1])
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "Address already in use" in ended.stderr

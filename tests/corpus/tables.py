@@ -124,4 +124,4 @@ def folder_of_all_kinds(folder: Path, picture: bytes) -> tuple[list[str], str]:
         (folder / name).write_bytes(picture)
     (folder / "00000/metadata.jsonl").write_text('{"prompt": "a cat"}\n')
     (folder / "a.txt").write_text("a caption\n")
-    return scored, "1 x .md, 1 x GenEval's grid, 1 x LICENSE, 2 x of checkpoints or thumbnails, 3 x hidden"
+    return scored, "1 x .md, 1 x GenEval's grid, 1 x LICENSE, 3 x hidden, 2 x of checkpoints or thumbnails"
