@@ -2,6 +2,7 @@
 that SIGTERM or Ctrl-C stopped and that is saved."""
 
 import json
+import logging
 import os
 import sys
 from functools import partial
@@ -919,6 +920,8 @@ def _line(text: str) -> str:
 def main() -> None:
     """Run the command line; a user's mistake becomes one line on stderr."""
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that libraries start import nothing from the current folder either
+    for name in ("torch.utils._pytree", "bitsandbytes", "torchao"):  # what they say when a library imports them
+        logging.getLogger(name).setLevel(logging.ERROR)
     import torch
 
     torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower

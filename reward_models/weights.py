@@ -1,7 +1,8 @@
 """Find, read and name the weights of a scorer."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
@@ -35,7 +36,8 @@ def located(place: str, file: str) -> Path:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or PyTorch file, by name. A PyTorch file is read without executing anything in it;
-    a state dict under the key `state_dict` or `model` is taken out. ValueError if there is more in it."""
+    a state dict under the key `state_dict` or `model` is taken out, and what else stands beside tensors (an epoch) left
+    out. ValueError if there are objects in it, or no tensors by name."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -62,9 +64,26 @@ def pretrained(kind: type, place: str, **settings) -> nn.Module:
         build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
         with torch.device("meta"):
             model_folders.check_size(counted(build(config)), place, named(place))
-    model, info = kind.from_pretrained(place, output_loading_info=True, trust_remote_code=False, **same, **settings)
+    with hushed():
+        model, info = kind.from_pretrained(place, output_loading_info=True, trust_remote_code=False, **same, **settings)
     complete(model, info)
     return model.eval()
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Without what transformers logs, and its progress bars: what is wrong with a model is raised, if by `complete`."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def complete(model: nn.Module, info: Mapping) -> None:

@@ -73,9 +73,6 @@ def quiet() -> None:
     log as an error they raise as well."""
     import logging
 
-    for name in ("torch.utils._pytree", "bitsandbytes", "torchao"):  # what they say when peft imports them
-        logging.getLogger(name).setLevel(logging.ERROR)
-
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 

@@ -101,7 +101,7 @@ class PipelinePolicy(ABC):
         from mmalign.policy import meta  # it is made of this module's
 
         what, kind = f"model {model!r}", getattr(diffusers, cls.pipeline)
-        empty = meta.load(model, dtype="float32", guidance=guidance, size=size)
+        empty = meta.of(cls, model, torch.float32, guidance, size)
         with loading(what, "it"):
             same = pinned(model, what)
             folder = Path(kind.download(model, use_safetensors=True, **same)) if same else Path(model)
@@ -154,10 +154,10 @@ class PipelinePolicy(ABC):
             raise ValueError(f"its autoencoder's shift and scale are {units[0].tolist()} and {units[1].tolist()}")
         if self.unscaled(x).shape != x.shape:
             raise ValueError(f"its autoencoder's shift and scale are not those of {len(x[0])} channels")
-        shapes = self.text_shapes()
+        shapes = {} if type(self).text_shapes is PipelinePolicy.text_shapes else self.text_shapes()
         for name, value in self.encode([""]).empty.items():
-            if value.shape[2:] != shapes[name][1:] if name != "pooled" else value.shape[1:] != shapes[name]:
-                raise ValueError(f"{name} are {list(value.shape[1:])} wide, the transformer takes {list(shapes[name])}")
+            if name in shapes and name != "mask" and value.shape[-1] != shapes[name][-1]:
+                raise ValueError(f"{name} are {value.shape[-1]} wide, the transformer takes {shapes[name][-1]}")
             if not value.isfinite().all():
                 raise ValueError(f"{name} of a text are not finite")
         self._known.clear()
