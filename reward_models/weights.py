@@ -63,10 +63,10 @@ def pretrained(kind: type, place: str, **settings) -> nn.Module:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
         with torch.device("meta"):
-            model_folders.check_size(counted(build(config)), place, named(place))
+            model_folders.check_size(model_folders.counted(build(config)), place, named(place))
     with hushed():
         model, info = kind.from_pretrained(place, output_loading_info=True, trust_remote_code=False, **same, **settings)
-    complete(model, info)
+    model_folders.complete(model, info)
     return model.eval()
 
 
@@ -86,24 +86,11 @@ def hushed() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def complete(model: nn.Module, info: Mapping) -> None:
-    """RuntimeError if a library says, in the `info` on what it loaded, that weights of a model were not there or had
-    other shapes."""
-    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
-        if names := sorted(map(str, info.get(key) or ())):
-            raise RuntimeError(f"the checkpoint {what} {len(names)} weights of {type(model).__name__}, e.g. {names[0]}")
-
-
 def tried(look: Callable) -> None:
     """ValueError unless a scorer's `look` has a number for a grey image; whatever the libraries raise otherwise. A
     folder can be whole and yet describe images that its model does not take."""
     if not look(torch.full((1, 3, 64, 64), 0.5), [Prompt("a")]).isfinite().all():
         raise ValueError("its score of a grey image is not finite")
-
-
-def counted(model: nn.Module) -> int:
-    """How many numbers a model has, in parameters and buffers; shared ones once."""
-    return sum(value.numel() for value in {id(v): v for v in (*model.parameters(), *model.buffers())}.values())
 
 
 def fingerprint(*models: nn.Module) -> str:

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from mmalign.checkpoint import fingerprint
 from mmalign.policy import export as exports, lora
 from mmalign.types import Latents
-from reward_models import limits
 from reward_models.lengths import Reader
-from reward_models.model_folders import LIBRARIES, check_size, loading, pinned
+from reward_models.limits import PIXELS
+from reward_models.model_folders import LIBRARIES, check_size, complete, counted, loading, pinned
 from reward_models.trust import imported
-from reward_models.weights import complete, counted
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # Flow-GRPO's
 
@@ -133,7 +132,7 @@ class PipelinePolicy(ABC):
     def _usual_size(pipe) -> tuple[int, int]:
         """Of the images that the model was trained on. ValueError if its config has no size that can be drawn."""
         sample = pipe.default_sample_size
-        if not isinstance(sample, int) or not 0 < (sample * pipe.vae_scale_factor) ** 2 <= limits.PIXELS:
+        if not isinstance(sample, int) or not 0 < (sample * pipe.vae_scale_factor) ** 2 <= PIXELS:
             raise ValueError(f"the model's config has sample_size {sample!r}, which is no size of images; give a size")
         return (sample * pipe.vae_scale_factor,) * 2
 
