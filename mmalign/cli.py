@@ -3,6 +3,7 @@ that SIGTERM or Ctrl-C stopped and that is saved."""
 
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -1043,6 +1044,8 @@ def _speaking() -> Iterator[None]:
 def main() -> None:
     """Run the command line; a user's mistake becomes one line on stderr."""
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that libraries start import nothing from the current folder either
+    for name in ("torch.utils._pytree", "bitsandbytes", "torchao"):  # what they say when a library imports them
+        logging.getLogger(name).setLevel(logging.ERROR)
     import torch
 
     from mmalign.folder import UNWRITABLE

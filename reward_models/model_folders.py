@@ -11,10 +11,12 @@ import re
 import stat
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from reward_models import files, limits
 from reward_models.trust import check as check_module
@@ -167,6 +169,19 @@ def check_size(numbers: int, folder: str | Path, what: str) -> None:
     held = sum(path.stat().st_size for path in _files(Path(folder), what) if path.suffix not in TEXTS)
     if numbers > 2 * held + 2**24:  # the smallest are stored with half a byte each; buffers may not be stored at all
         raise ValueError(f"{what}: its config describes {numbers:,} numbers, its weights are {held:,} bytes")
+
+
+def counted(model: nn.Module) -> int:
+    """How many numbers a model has, in parameters and buffers; shared ones once."""
+    return sum(value.numel() for value in {id(v): v for v in (*model.parameters(), *model.buffers())}.values())
+
+
+def complete(model: nn.Module, info: Mapping) -> None:
+    """RuntimeError if a library says, in the `info` on what it loaded, that weights of a model were not there or had
+    other shapes."""
+    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
+        if names := sorted(map(str, info.get(key) or ())):
+            raise RuntimeError(f"the checkpoint {what} {len(names)} weights of {type(model).__name__}, e.g. {names[0]}")
 
 
 @contextmanager

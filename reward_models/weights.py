@@ -1,7 +1,8 @@
 """Find, read and name the weights of a scorer."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
@@ -35,7 +36,8 @@ def located(place: str, file: str) -> Path:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or PyTorch file, by name. A PyTorch file is read without executing anything in it;
-    a state dict under the key `state_dict` or `model` is taken out. ValueError if there is more in it."""
+    a state dict under the key `state_dict` or `model` is taken out, and what else stands beside tensors (an epoch) left
+    out. ValueError if there are objects in it, or no tensors by name."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -61,18 +63,27 @@ def pretrained(kind: type, place: str, **settings) -> nn.Module:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
         with torch.device("meta"):
-            model_folders.check_size(counted(build(config)), place, named(place))
-    model, info = kind.from_pretrained(place, output_loading_info=True, trust_remote_code=False, **same, **settings)
-    complete(model, info)
+            model_folders.check_size(model_folders.counted(build(config)), place, named(place))
+    with hushed():
+        model, info = kind.from_pretrained(place, output_loading_info=True, trust_remote_code=False, **same, **settings)
+    model_folders.complete(model, info)
     return model.eval()
 
 
-def complete(model: nn.Module, info: Mapping) -> None:
-    """RuntimeError if a library says, in the `info` on what it loaded, that weights of a model were not there or had
-    other shapes."""
-    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
-        if names := sorted(map(str, info.get(key) or ())):
-            raise RuntimeError(f"the checkpoint {what} {len(names)} weights of {type(model).__name__}, e.g. {names[0]}")
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Without what transformers logs, and its progress bars: what is wrong with a model is raised, if by `complete`."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def tried(look: Callable) -> None:
@@ -80,11 +91,6 @@ def tried(look: Callable) -> None:
     folder can be whole and yet describe images that its model does not take."""
     if not look(torch.full((1, 3, 64, 64), 0.5), [Prompt("a")]).isfinite().all():
         raise ValueError("its score of a grey image is not finite")
-
-
-def counted(model: nn.Module) -> int:
-    """How many numbers a model has, in parameters and buffers; shared ones once."""
-    return sum(value.numel() for value in {id(v): v for v in (*model.parameters(), *model.buffers())}.values())
 
 
 def fingerprint(*models: nn.Module) -> str:

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_scorers
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent
@@ -81,3 +83,17 @@ def test_sampling_says_nothing_that_the_user_did_not_cause(random_model, tmp_pat
     result = run(tmp_path, *command)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(result.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("scorer", ["pickscore", "vqa"])
+def test_scoring_says_nothing_of_its_models(tmp_path, scorer):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    given = [f"--set={scorer}.{key}={value}" for key, value in tiny_scorers.settings(scorer, folder).items()]
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    command = (*STARTS["console script"], "score", ".", "--rewards", scorer, *given, "--prompt", "x")
+    result = run(tmp_path, *command)
+    assert result.returncode == 0, result.stderr
+    assert [
+        line for line in result.stderr.replace("\r", "\n").splitlines() if "scoring" not in line and line.strip()
+    ] == []

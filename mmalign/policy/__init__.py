@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reward_models import files, limits, model_folders
+from reward_models.files import parsed, text
+from reward_models.limits import CONFIG
+from reward_models.model_folders import configs
 from reward_models.trust import imported
 
 POLICIES = {  # a pipeline's class -> ours
@@ -64,17 +66,14 @@ def opened(model: str) -> tuple[Path, Mapping[str, Any]]:
     """The folder of a pipeline's settings, here or the hub's snapshot, and its index, both looked at."""
     if os.path.exists(model) and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"model {model!r}: no model_index.json in that folder; a diffusers pipeline is needed")
-    folder = model_folders.configs(model, f"model {model!r}")
-    return folder, files.parsed(files.text(folder / "model_index.json", limits.CONFIG))
+    folder = configs(model, f"model {model!r}")
+    return folder, parsed(text(folder / "model_index.json", CONFIG))
 
 
 def quiet() -> None:
     """Nothing from the model libraries, and none of their progress bars: the command line has its own, and what they
     log as an error they raise as well."""
     import logging
-
-    for name in ("torch.utils._pytree", "bitsandbytes", "torchao"):  # what they say when peft imports them
-        logging.getLogger(name).setLevel(logging.ERROR)
 
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers

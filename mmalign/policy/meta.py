@@ -39,12 +39,20 @@ def load(
     """
     if ":" in model and not Path(model).exists():
         raise ValueError(f"model {model!r} loads itself; only a pipeline's configs can be read without its weights")
-    family = policies.family(model)
+    return of(policies.family(model), model, getattr(torch, dtype), guidance, size)
+
+
+def of(
+    family: type[PipelinePolicy], model: str, dtype: torch.dtype, guidance: float, size: tuple[int, int] | None
+) -> PipelinePolicy:
+    """The policy of a family. What its parts' configs describe is tried in shapes alone. ValueError as `load`, and for
+    parts that cannot be made, do not fit each other, or draw nothing."""
     (folder, _), what = policies.opened(model), f"model {model!r}"
     with loading(what, "its configs"):
-        pipe = _pipeline(folder, family, getattr(torch, dtype), what)
+        pipe = _pipeline(folder, family, dtype, what)
         smallest = family.pixels_of(pipe) * family.grain_of(pipe)
-        _try(family(pipe, 1.0, (smallest, smallest)))
+        if family.text_shapes is not PipelinePolicy.text_shapes:  # it says what its network is given
+            _try(family(pipe, 1.0, (smallest, smallest)))
     return family(pipe, guidance, size)
 
 

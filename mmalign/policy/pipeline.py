@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from mmalign.checkpoint import fingerprint
 from mmalign.policy import export as exports, lora
 from mmalign.types import Latents
-from reward_models import limits
 from reward_models.lengths import Reader
-from reward_models.model_folders import LIBRARIES, check_size, loading, pinned
+from reward_models.limits import PIXELS
+from reward_models.model_folders import LIBRARIES, check_size, complete, counted, loading, pinned
 from reward_models.trust import imported
-from reward_models.weights import complete, counted
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # Flow-GRPO's
 
@@ -104,7 +103,7 @@ class PipelinePolicy(ABC):
         from mmalign.policy import meta  # it is made of this module's
 
         what, kind = f"model {model!r}", getattr(diffusers, cls.pipeline)
-        empty = meta.load(model, dtype="float32", guidance=guidance, size=size)
+        empty = meta.of(cls, model, torch.float32, guidance, size)
         with loading(what, "it"):
             same = pinned(model, what)
             folder = Path(kind.download(model, use_safetensors=True, **same)) if same else Path(model)
@@ -136,7 +135,7 @@ class PipelinePolicy(ABC):
     def _usual_size(pipe) -> tuple[int, int]:
         """Of the images that the model was trained on. ValueError if its config has no size that can be drawn."""
         sample = pipe.default_sample_size
-        if not isinstance(sample, int) or not 0 < (sample * pipe.vae_scale_factor) ** 2 <= limits.PIXELS:
+        if not isinstance(sample, int) or not 0 < (sample * pipe.vae_scale_factor) ** 2 <= PIXELS:
             raise ValueError(f"the model's config has sample_size {sample!r}, which is no size of images; give a size")
         return (sample * pipe.vae_scale_factor,) * 2
 
@@ -157,10 +156,10 @@ class PipelinePolicy(ABC):
             raise ValueError(f"its autoencoder's shift and scale are {units[0].tolist()} and {units[1].tolist()}")
         if self.unscaled(x).shape != x.shape:
             raise ValueError(f"its autoencoder's shift and scale are not those of {len(x[0])} channels")
-        shapes = self.text_shapes()
+        shapes = {} if type(self).text_shapes is PipelinePolicy.text_shapes else self.text_shapes()
         for name, value in self.encode([""]).empty.items():
-            if value.shape[2:] != shapes[name][1:] if name != "pooled" else value.shape[1:] != shapes[name]:
-                raise ValueError(f"{name} are {list(value.shape[1:])} wide, the transformer takes {list(shapes[name])}")
+            if name in shapes and name != "mask" and value.shape[-1] != shapes[name][-1]:
+                raise ValueError(f"{name} are {value.shape[-1]} wide, the transformer takes {shapes[name][-1]}")
             if not value.isfinite().all():
                 raise ValueError(f"{name} of a text are not finite")
         self._known.clear()

@@ -26,7 +26,7 @@ from reward_models.lengths import Reader
 from reward_models.model_folders import loading
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import counted, fingerprint, named, tried
+from reward_models.weights import fingerprint, named, tried
 
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
@@ -70,7 +70,7 @@ def opened(name: str, pretrained: str | None = None, **settings: Any) -> tuple[n
         if kind == "local-dir" and not text.get("hf_model_name") and not vision.get("timm_model_name"):
             with torch.device("meta"), _hushed():
                 empty = open_clip.create_model(name, load_weights=False, device="meta")
-            model_folders.check_size(counted(empty), place, named(place))
+            model_folders.check_size(model_folders.counted(empty), place, named(place))
     with _hushed():
         loaded = open_clip.create_model(name, pretrained, require_pretrained=True, **settings)
         return loaded, open_clip.get_tokenizer(name)

@@ -25,7 +25,7 @@ from reward_models import files, limits, vlm
 from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, linear_chain, located, named, read
+from reward_models.weights import fingerprint, hushed, linear_chain, located, named, read
 
 FILE, TOKEN, HEAD = "HPSv3.safetensors", "<|Reward|>", "rm_head."
 SOURCE = "hpsv3/dataset/data_collator_qwen.py"  # of the authors' package, where its words are
@@ -72,9 +72,10 @@ def reward_model(weights: dict[str, Tensor], base: str, dtype: torch.dtype) -> t
     if not rows:
         raise RuntimeError("no token embeddings in the weights")
     config.text_config.vocab_size = rows[0]  # one token was added to the base's
-    model, info = Qwen2VLForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=rest, dtype=dtype, output_loading_info=True
-    )
+    with hushed():
+        model, info = Qwen2VLForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=rest, dtype=dtype, output_loading_info=True
+        )
     for what in ("missing_keys", "unexpected_keys"):
         if info[what]:
             raise RuntimeError(f"{what.replace('_', ' ')}: {len(info[what])}, e.g. {sorted(info[what])[0]}")

@@ -179,3 +179,48 @@ def test_the_checkpoint_hash_tells_weights_apart_not_places(made, tmp_path):
         model.logit_scale += 1e-6
     model.save_pretrained(two["model"])
     assert load("pickscore", **one).card.checkpoint != load("pickscore", **two).card.checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------------- open_clip
+
+
+@pytest.fixture
+def tagged(tmp_path, monkeypatch):
+    """A model of open_clip whose tags say how their weights were trained; its own config says nothing."""
+    from open_clip import pretrained
+
+    settings("hpsv2", tmp_path / "tiny")
+    weights = {"file": str(tmp_path / "tiny/HPS_v2.1_compressed.pt")}
+    tags = {"openai": weights | {"quick_gelu": True}, "plain": weights | {"quick_gelu": False}, "silent": weights}
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-for-hpsv2", tags)
+    return weights["file"]
+
+
+@pytest.mark.parametrize(("tag", "quick"), [("openai", True), ("plain", False), ("silent", False)])
+def test_clip_uses_the_activation_that_its_weights_were_trained_with(tagged, images, tag, quick):
+    """A name without `quickgelu` is right for an OpenAI tag too; open_clip only warns."""
+    scorer = load("clip", model="tiny-for-hpsv2", pretrained=tag)
+    model = open_clip.create_model("tiny-for-hpsv2", tagged, force_quick_gelu=quick).eval()
+    with torch.no_grad():
+        text = model.encode_text(open_clip.get_tokenizer("tiny-for-hpsv2")(TEXTS), normalize=True)
+        image = model.encode_image(scorer.prepared(images), normalize=True)
+    expected = (image * text).sum(-1, keepdim=True)
+    torch.testing.assert_close(scorer(images, [Prompt(text) for text in TEXTS]).values, expected, rtol=0, atol=1e-6)
+    assert scorer.card.settings == ({"quick_gelu": True} if quick else {})
+
+
+def test_activations_tell_scores_and_versions_apart(tagged, images):
+    one, two = (load("clip", model="tiny-for-hpsv2", pretrained=tag) for tag in ("openai", "plain"))
+    prompts = [Prompt(text) for text in TEXTS]
+    assert (one(images, prompts).values - two(images, prompts).values).abs().max() > 1e-5
+    assert one.card.version != two.card.version
+
+
+def test_a_file_of_weights_has_the_activation_of_the_name(tagged):
+    assert load("clip", model="tiny-for-hpsv2", pretrained=tagged).card.settings == {}
+
+
+def test_aesthetic_says_where_its_weights_are():
+    why = r"sac\+logos\+ava1-l14-linearMSE.pth of the GitHub repository christophschuhmann/improved-aesthetic-predictor"
+    with pytest.raises(ValueError, match=f"aesthetic: head: the predictor's weights are needed, {why}"):
+        load("aesthetic")
