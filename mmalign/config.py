@@ -33,6 +33,7 @@ from reward_models.combine import Ramp
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, whose assets/ a config may name from anywhere
 LONGEST = 2**20  # bytes of a config
 MOST = 10**7  # states of an iteration's walks
+SMALLEST, LARGEST = 1e-12, 1e6  # of the numbers of a config that are not 0
 Rule = Literal["paper", "z"]  # of the noise calibration
 Layout = Literal["mmalign", "geneval", "t2i_compbench"]  # of the folder that evaluation writes
 POLICY_GRADIENT = (  # what acts on steps of walks alone
@@ -105,6 +106,17 @@ def first_without_weight(rewards: Mapping[str, float | Ramp], iterations: int) -
     return next((i for i in places if i < iterations and not any(ramp.at(i / last) for ramp in ramps)), None)
 
 
+def _floats(value: Any) -> Iterator[float]:
+    """The numbers with a fraction in a setting, at any depth."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, Ramp | BaseModel):
+        yield from map(float, [value.start, value.end] if isinstance(value, Ramp) else [value.bound, value.rate])
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _floats(part)
+
+
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
@@ -172,14 +184,14 @@ class Config(BaseModel):
         "it stays",
     )
     window_every: int | None = Field(None, ge=1, description="window_moves progressive: iterations at one place")
-    branch_steps: list[int] | None = Field(None, description="plan branch: the steps that branch")
+    branch_steps: list[int] | None = Field(None, min_length=1, description="plan branch: the steps that branch")
     children: int | None = Field(
         None,
         ge=1,
         le=1000,
         description="plan branch: children per branching state; plan window: routes that part where it begins",
     )
-    score_states: Literal["all"] | list[int] | None = Field(
+    score_states: Literal["all"] | Annotated[list[int], Field(min_length=1)] | None = Field(
         None,
         description="states shown to the rewards by completing them: all that credit needs, or these steps' states",
     )
@@ -355,6 +367,15 @@ class Config(BaseModel):
     @classmethod
     def _at_home(cls, value: Any) -> Any:
         return files.home(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _numbers_can_be_computed_with(self):
+        """In float32, squared and multiplied, for a number that is 0 or infinite there would be another one."""
+        for name, value in self:
+            for number in _floats(value) if name != "scorers" else ():
+                if number and not SMALLEST <= abs(number) <= LARGEST:
+                    raise ValueError(f"{name}: {number:g} is out of range; 0, or {SMALLEST:g} to {LARGEST:g} in size")
+        return self
 
     def _secrets_are_kept_out(self) -> None:
         """A run's folder is passed on, and its config with it."""

@@ -5,7 +5,6 @@ others: a drift of either would look like progress.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from mmalign.evaluate import Evaluation
 from reward_models import RewardModel, files
 
 ENOUGH = 500  # images; the standard deviation is then known to about 3 %
+LEAST, FARTHEST = 1e-12, 1e12  # of a standard deviation, and of a mean's size: float32 computes with them
 
 
 def save(path: Path, model: str, result: Evaluation, scorers: Mapping[str, RewardModel]) -> None:
@@ -44,7 +44,7 @@ def load(c: Config, model: str, scorers: Mapping[str, RewardModel]) -> dict[str,
     component of the rewards does not vary in it."""
     try:
         record = files.parsed(files.text(locate(c.reference)))
-        known = {name: (float(own["mean"]), float(own["std"])) for name, own in record["components"].items()}
+        known = {name: (own["mean"], own["std"]) for name, own in record["components"].items()}
         belongs = {"model": record["model"], **record["scorers"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"reference: {c.reference} is no file written by `mmalign evaluate --reference`") from None
@@ -59,6 +59,10 @@ def load(c: Config, model: str, scorers: Mapping[str, RewardModel]) -> dict[str,
     for name in names:
         if name not in known:
             raise BadInput(f"reference: {c.reference} says nothing of {name}; it has {', '.join(known) or 'nothing'}")
-        if not (known[name][1] > 0 and all(map(math.isfinite, known[name]))):
-            raise BadInput(f"reference: {name} does not vary in {c.reference}; it cannot be a unit")
+        mean, std = known[name]
+        if not (type(mean) is type(std) is float and abs(mean) <= FARTHEST and LEAST <= std <= FARTHEST):
+            raise BadInput(
+                f"reference: {name} does not vary in {c.reference}, or not as numbers do; mean {mean!r:.40} and std "
+                f"{std!r:.40} cannot be a unit"
+            )
     return known

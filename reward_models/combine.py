@@ -96,7 +96,8 @@ def normalised(values: Values, group: Groups, weights: Weights, floor: float = 0
     component speaks with its weight, whatever its range; a dead one is silent."""
     centre, spread = within(values.double(), group)
     z = torch.where(alive(values, group, floor), (values - centre) / spread, 0.0)
-    opinion = ~values[:, weights != 0].isnan().all(1)
+    used = weights != 0
+    opinion = ~values[:, used].isnan().all(1) | ~used.any()
     return torch.where(opinion, (z.nan_to_num(0.0) * weights).sum(1), torch.nan).to(values.dtype)
 
 

@@ -59,18 +59,20 @@ def read(reply: str, aspects: Mapping[str, Sequence[str]], cut: bool = False) ->
 
 
 def _from_json(text: str, aspects: Mapping[str, Sequence[str]]) -> Critique | None:
-    for value in replies.values(text):
-        if not isinstance(value, dict):
-            continue
-        critique = replies.plain(value)
-        rows = _rows(critique.get("aspects", critique.get("scores", critique)), aspects)
-        if rows:
-            request = replies.one_of(critique, REQUESTS)
-            scores = {name: SCALE.read(score, f"the score of {name}") for name, (score, _) in rows.items()}
-            reasons = {name: reason for name, (_, reason) in rows.items() if reason}
-            ordered = {name: scores[name] for name in aspects if name in scores}
-            return Critique(ordered, reasons, _request(request if isinstance(request, str) else ""))
-    return None
+    return replies.alike(filter(None, (_of_value(value, aspects) for value in replies.values(text))))
+
+
+def _of_value(value: Any, aspects: Mapping[str, Sequence[str]]) -> Critique | None:
+    """The critique in a JSON value; None where it is of something else."""
+    critique = replies.plain(value) if isinstance(value, dict) else {}
+    rows = _rows(critique.get("aspects", critique.get("scores", critique)), aspects)
+    if not rows:
+        return None
+    request = replies.one_of(critique, REQUESTS)
+    scores = {name: SCALE.read(score, f"the score of {name}") for name, (score, _) in rows.items()}
+    reasons = {name: reason for name, (_, reason) in rows.items() if reason}
+    ordered = {name: scores[name] for name in aspects if name in scores}
+    return Critique(ordered, reasons, _request(request if isinstance(request, str) else ""))
 
 
 def _rows(listed: Any, aspects: Mapping[str, Sequence[str]]) -> dict[str, tuple[Any, str]]:
@@ -103,31 +105,33 @@ def _named(title: str, aspects: Mapping[str, Sequence[str]]) -> str | None:
 def _from_headings(text: str, aspects: Mapping[str, Sequence[str]]) -> Critique:
     lines = text.split("\n")
     heads = [replies.heading(line) for line in lines]
-    begin = next((number + 1 for number, (title, _) in enumerate(heads) if title.startswith(START)), 0)
+    begin = next((number + 1 for number, (title, *_) in enumerate(heads) if title.startswith(START)), 0)
     ends = (number for number in range(begin, len(lines)) if heads[number][0].startswith(SUMMARY))
     scores: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     aspect = None
     for number in range(begin, next(ends, len(lines))):
-        title, rest = heads[number]
+        title, note, rest = heads[number]
         given: list[float | None] = []
         if (name := _named(title, aspects)) is not None:
-            aspect, given = name, _inline(rest)
+            aspect, given = name, _inline(rest, note)
         elif aspect is not None and title in replies.TITLES:
-            given = [SCALE.read(replies.after(lines, number, rest), f"the score of {aspect}")]
+            given = [SCALE.read(replies.after(lines, number, rest), f"the score of {aspect}", note)]
         elif aspect is not None and title in REASONS and (reason := rest.strip(" *_")):
             reasons.setdefault(aspect, reason)
         for score in given:
             if scores.setdefault(aspect, score) != score:
                 raise ValueError(f"{aspect} has two scores, {_shown(scores[aspect])} and {_shown(score)}")
     ordered = {name: scores[name] for name in aspects if name in scores}
-    return Critique(ordered, reasons, _request(next(iter(replies.titled(text, ("refined request",))), "")))
+    return Critique(
+        ordered, reasons, _request(next((line for line, _ in replies.titled(text, ("refined request",))), ""))
+    )
 
 
-def _inline(rest: str) -> list[float | None]:
+def _inline(rest: str, note: str) -> list[float | None]:
     """The score on the line of an aspect itself; none where the line goes on in words."""
     try:
-        return [SCALE.read(rest)] if rest.strip(replies.MARKS) else []
+        return [SCALE.read(rest, note=note)] if rest.strip(replies.MARKS) else []
     except ValueError:
         return []
 

@@ -8,12 +8,13 @@ Every reader takes time linear in the reply, which may be anything.
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from reward_models import limits
 from reward_models.regions import Region, inside
 from reward_models.scales import Scale
 
+Found = TypeVar("Found")
 Coordinates = Literal["pixels", "thousand", "unit"]
 UNITS: dict[str, str] = {
     "pixels": "pixels of the picture",
@@ -29,6 +30,7 @@ TITLES = ("score", "final score", "overall score")
 REGION = re.compile(r"region\s?(?:id)?\s?[:#\[(]?\s?(\d{1,9})(?!\d)", re.IGNORECASE)
 SHOWN = 120  # letters of a reply in an error
 OPENING = re.compile(r"[\[{]")
+ITEM = re.compile(r"\s{0,99}(?:#|[*>-]{0,9}\s?\d{1,3}[.):](?:\s|$))")
 TRIES = 1000  # brackets of a reply that are tried as the beginning of JSON
 
 
@@ -57,8 +59,9 @@ def printable(text: str) -> str:
 
 def values(text: str) -> Iterator[Any]:
     """The JSON objects and lists in a text, outermost ones, in order. What stands in one that breaks off is not taken
-    for one of its own, and what is nested too deeply for the parser ends the search."""
-    decoder, place = json.JSONDecoder(parse_int=_whole), 0
+    for one of its own, and what is nested too deeply for the parser ends the search. ValueError for an object that has
+    a key twice, with two values."""
+    decoder, place = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_once), 0
     for _ in range(TRIES):  # an error counts the lines before it, so its price grows with the text
         start = OPENING.search(text, place)
         if start is None:
@@ -77,22 +80,46 @@ def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) < 20 else float(digits)
 
 
-def heading(line: str) -> tuple[str, str]:
-    """Title and remainder of a line such as `**2. Visual Quality (1-4):** 3.5`: the title in lower case, without
-    number, marks and note, the remainder as it is. A line without a colon is all title."""
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in row and row[key] != value:
+            raise ValueError(f"the reply gives {key[:SHOWN]!r} twice, with two values")
+        row[key] = value
+    return row
+
+
+def alike(candidates: Iterable[Found]) -> Found | None:
+    """The one thing that a reply gives, perhaps more than once; None if there is none. ValueError for two that
+    differ."""
+    first, *others = [*candidates] or [None]
+    if any(other != first for other in others):
+        raise ValueError("the reply gives two answers that differ")
+    return first
+
+
+def heading(line: str, dashes: bool = True) -> tuple[str, str, str]:
+    """Title, note and remainder of a line such as `**2. Visual Quality (1-4):** 3.5`: the title in lower case, without
+    number and marks, the note with its brackets, the remainder as it is. A line without a colon is all title, unless
+    `dashes` or the cells of a table divide it."""
     text = line.lstrip(MARKS + "-–").rstrip()
+    if text.lower().startswith(("<score>", "<rating>")):
+        return "score", "", text
     if number := re.match(r"\d{1,3}\s?[.):]", text):
         text = text[number.end() :].lstrip(MARKS)
     ends = [place for mark in ":=：" if (place := text.find(mark)) >= 0]
     rest = ""
     if ends:
         text, rest = text[: min(ends)], text[min(ends) + 1 :]
-    elif dash := re.search(r" [-–—] ", text):
+    elif "|" in text.rstrip("| "):
+        text, _, rest = text.partition("|")
+        rest = rest.rstrip("| ").replace("|", " - ")
+    elif dashes and (dash := re.search(r" [-–—] ", text)):
         text, rest = text[: dash.start()], text[dash.end() :]
-    title = text.strip(MARKS)
-    if title.endswith(")"):
-        title = title[: title.rfind("(")] if "(" in title else title
-    return named(title), rest
+    title, note = text.strip(MARKS), ""
+    if title.endswith(")") and "(" in title:
+        title, note = title[: title.rfind("(")], title[title.rfind("(") :]
+    return named(title), note, rest
 
 
 def named(title: str) -> str:
@@ -101,23 +128,26 @@ def named(title: str) -> str:
 
 
 def after(lines: Sequence[str], number: int, rest: str) -> str:
-    """What a heading at `lines[number]` introduces: the remainder of its line, or the next line that is not empty."""
+    """What a heading at `lines[number]` introduces: the remainder of its line, or the next line that is not empty and
+    is neither a heading nor an item of a list."""
     if rest.strip(MARKS):
         return rest
-    return next((line for line in lines[number + 1 : number + 4] if line.strip(MARKS)), "")
+    line = next((line for line in lines[number + 1 : number + 4] if line.strip(MARKS)), "")
+    return "" if ITEM.match(line) or ":" in line else line
 
 
-def titled(text: str, titles: Sequence[str]) -> list[str]:
-    """What each heading with one of the titles introduces, in order."""
+def titled(text: str, titles: Sequence[str], dashes: bool = True) -> list[tuple[str, str]]:
+    """What each heading with one of the titles introduces, and the heading's note, in order."""
     lines = text.split("\n")
-    heads = ((number, *heading(line)) for number, line in enumerate(lines))
-    return [after(lines, number, rest) for number, title, rest in heads if title in titles]
+    heads = ((number, *heading(line, dashes)) for number, line in enumerate(lines))
+    return [(after(lines, number, rest), note) for number, title, note, rest in heads if title in titles]
 
 
 def score_of(text: str, scale: Scale, titles: Sequence[str] = TITLES, what: str = "the score") -> float | None:
     """The score that the headings `titles` of a text give. ValueError, naming `what`, for none, for one that is not
     alone on the scale, and for two."""
-    scores = [scale.read(line, what) for line in titled(text, titles)]
+    lines = titled(text, titles, dashes=scale.low >= 0)  # where a dash may be a sign, it divides nothing
+    scores = [scale.read(line, what, note) for line, note in lines]
     if not scores:
         return scale.read(None, what)
     if any(score != scores[0] for score in scores):
@@ -128,13 +158,24 @@ def score_of(text: str, scale: Scale, titles: Sequence[str] = TITLES, what: str 
 def overall(reply: str, cut: bool = False) -> tuple[float, str]:
     """The score in [-1, 1] of the whole image and the reason for it."""
     text = answer(reply, cut)
-    for value in values(text):
-        if isinstance(value, dict):
-            row = plain(value)
-            score = one_of(row, SCORE)
-            if score is not None:
-                return CREDIT.read(score), str(row.get("reason") or "")
+    rows = [row for row in map(plain, (value for value in values(text) if isinstance(value, dict))) if _scored(row)]
+    score = alike(_credit(row) for row in rows)
+    if score is not None:
+        return score, str(rows[0].get("reason") or "")
     return score_of(text, CREDIT), _line(text, "reason")
+
+
+def _scored(row: Mapping[str, Any]) -> bool:
+    return one_of(row, SCORE) is not None
+
+
+def _credit(row: Mapping[str, Any]) -> float:
+    """The score of a row, by whichever of its names; ValueError where two of them differ."""
+    return (
+        alike(CREDIT.read(row[name]) for name in SCORE if row.get(name) is not None)
+        if _scored(row)
+        else CREDIT.read(None)
+    )
 
 
 def places(
@@ -153,7 +194,7 @@ def places(
     rows = _listed(text, cut)
     if rows is None:
         raise ValueError("the reply names no regions")
-    regions = []
+    regions, numbers = [], []
     for place, row in enumerate(rows, 1):
         number = one_of(row, NUMBER)
         where = f"region {place if number is None else number}"
@@ -162,18 +203,17 @@ def places(
             inside(regions[-1:], size)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        numbers.append(number)
+    if proposed and sorted(numbers) != [*range(1, len(proposed) + 1)]:
+        raise ValueError(f"the reply scores the regions {sorted(numbers)}; each of {len(proposed)} once is needed")
     return regions
 
 
 def _listed(text: str, cut: bool) -> Iterable[dict[str, Any]] | None:
     """A row for each region, read when its turn comes; None if there is no list of them."""
-    for value in values(text):
-        if isinstance(value, dict):
-            row = plain(value)
-            inner = one_of(row, LISTS)
-            value = inner if isinstance(inner, list) else [value] if one_of(row, SCORE) is not None else None
-        if isinstance(value, list) and all(isinstance(row, dict) for row in value):
-            return [plain(row) for row in value]
+    rows = alike(filter(lambda rows: rows is not None, map(_rows, values(text))))
+    if rows is not None:
+        return rows
     blocks: list[tuple[int, list[str]]] = []
     for line in text.split("\n"):
         head = REGION.match(line.lstrip(MARKS + "-"))
@@ -186,14 +226,24 @@ def _listed(text: str, cut: bool) -> Iterable[dict[str, Any]] | None:
     return (_block(number, "\n".join(lines)) for number, lines in blocks) if blocks else None
 
 
+def _rows(value: Any) -> list[dict[str, Any]] | None:
+    """The rows that a JSON value lists, if it is a list of regions, an object that holds one, or one region."""
+    if isinstance(value, dict):
+        row = plain(value)
+        inner = one_of(row, LISTS)
+        value = inner if isinstance(inner, list) else [value] if _scored(row) else None
+    return (
+        [plain(row) for row in value] if isinstance(value, list) and all(isinstance(r, dict) for r in value) else None
+    )
+
+
 def _block(number: int, text: str) -> dict[str, Any]:
     row: dict[str, Any] = {"region": number, "reason": _line(text, "reason")}
     row["label"] = _line(text, "identified object") or _line(text, "label")
-    for line in titled(text, (*BOX, "bounding box"))[:1]:
+    for line, _ in titled(text, (*BOX, "bounding box"))[:1]:
         _, opened, inner = line.replace("(", "[").replace(")", "]").partition("[")
         row["box"] = [_number(part) for part in inner.partition("]")[0].split(",")] if opened else line
-    scores = titled(text, TITLES)
-    row["score"] = score_of(text, CREDIT) if scores else None
+    row["score"] = score_of(text, CREDIT)
     return row
 
 
@@ -204,7 +254,7 @@ def _region(
     coordinates: str,
     proposed: Sequence[Sequence[int | float]],
 ) -> Region:
-    credit = CREDIT.read(one_of(row, SCORE))
+    credit = _credit(row)
     if proposed:
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= len(proposed):
             raise ValueError(f"there is no region {number!r}; {len(proposed)} were given")
@@ -238,12 +288,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(text: str) -> float | str:
-    try:
-        return float(re.sub(r"\s+", "", text.replace("−", "-").replace("–", "-")))
-    except ValueError:
-        return text.strip()
+    plain_digits = re.sub(r"\s+", "", text.replace("−", "-").replace("–", "-"))
+    return float(plain_digits) if re.fullmatch(r"[+-]?\d{1,9}(?:\.\d{1,17})?", plain_digits) else text.strip()
 
 
 def _line(text: str, title: str) -> str:
     """What the first heading of a title introduces, without marks."""
-    return next(iter(titled(text, (title,))), "").strip(MARKS + "\"'")
+    return next((line for line, _ in titled(text, (title,))), "").strip(MARKS + "\"'")

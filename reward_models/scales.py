@@ -7,7 +7,6 @@ not: a guess would train. Every step takes time linear in the text.
 
 import math
 import re
-import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,12 @@ ALONE = re.compile(rf"(?:(?:about|around|approximately|approx\.?|roughly)\s)?[~�
 OUT_OF = re.compile(rf"\s*[(\[]?\s*(?:/|out\s+of\b|of\b)\s*({NUMBER})\s*[)\]]?(?![\w%.,]*\d|%)", re.I)
 UNIT = re.compile(r"\s*(?:points?|pts?|stars?)\b\.?", re.I)
 NOTE = re.compile(r"\s*(?:$|[([;,:!✓★]|\.(?:\s|$)|\s[-–—]+\s)")
-NUMBERS = re.compile(rf"\d|\b(?:or|to|and|than)\s+(?:{ONE_OF_WORDS})\b", re.I)
+ANOTHER = re.compile(rf"%|\bpercent\b|\b(?:zero|{'|'.join(WORDS[2:])})\b|\b(?:or|to|and|than)\s+one\b", re.I)
 NONE = re.compile(r"(?:n\s?/?\s?a|not applicable|none|null)\b", re.I)
 WRAPPED = re.compile(
     r"\\(?:boxed|text|mathrm|mathbf)\s?\{([^{}\\]{0,99})\}|</?(?:score|answer|rating)>|\\[()\[\]]", re.I
 )
+WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", ord("−"): "-"}
 QUOTES = str.maketrans(dict.fromkeys("*_`\"'“”‘’«»$", " "))
 SHOWN = 40  # characters of a value in an error
 
@@ -37,9 +37,13 @@ class Scale:
     beyond: int | float = 0.0
     optional: bool = False
 
-    def read(self, value: Any, what: str = "the score") -> float | None:
+    def read(self, value: Any, what: str = "the score", note: str = "") -> float | None:
         """The score that `value` is: text, or a value of JSON. None for N/A, where that may be. ValueError, naming
-        `what`, for anything that is not one number on the scale."""
+        `what`, for anything that is not one number on the scale, and for a `note` beside it that names another scale,
+        as `(1-10)` or `(%)`."""
+        out_of = OUT_OF.fullmatch(note)
+        if note and not (_value(out_of[1]) == self.high if out_of else self._is_note(f" {note}")):
+            raise self._off(f"{str(value)[:SHOWN].strip()} {note[:SHOWN]}", what)
         if isinstance(value, str):
             text = unwrapped(value)
             if (none := NONE.match(text)) and self._is_note(text[none.end() :]):
@@ -75,10 +79,11 @@ class Scale:
         return number
 
     def _is_note(self, rest: str) -> bool:
-        """Whether what follows a number leaves it alone: nothing, or a note without a number but those of the scale."""
+        """Whether what follows a number leaves it alone: nothing, or a note without another number but the scale's own
+        ends."""
         scale = re.match(rf"\s*[(\[]\s*(?:scale\s*:?\s*)?{self.low:g}\s?(?:-|–|to)\s?{self.high:g}\s*[)\]]", rest)
         rest = rest[scale.end() :] if scale else rest
-        return bool(NOTE.match(rest)) and not NUMBERS.search(rest)
+        return bool(NOTE.match(rest)) and not ANOTHER.search(rest) and not any(map(str.isnumeric, rest))
 
     def _nothing(self, value: Any, what: str) -> None:
         if not self.optional:
@@ -98,8 +103,8 @@ class Scale:
 
 def unwrapped(text: str) -> str:
     """The text without the marks that judges put around a value: emphasis, quotes, code, tags, one pair of brackets.
-    Full-width digits and signs become plain ones."""
-    text = unicodedata.normalize("NFKC", text).replace("−", "-")
+    Full-width letters, digits and signs become plain ones."""
+    text = text.translate(WIDE)
     for _ in range(2):  # \boxed{\text{3}}
         text = WRAPPED.sub(lambda match: f" {match[1] or ''} ", text)
     text = text.translate(QUOTES).strip()

@@ -53,6 +53,7 @@ VERDICTS = {
     "required": ["verdicts"],
     "additionalProperties": False,
 }
+OTHER = re.compile(r"[ .,;:(!–—-]*(?:yes|no|true|false|or)\b")
 NUMBERED = re.compile(r"(\d{1,3})\s?[.):](.*)")
 YES, NO = {"yes", "true", "pass", "passed", "1", "y"}, {"no", "false", "fail", "failed", "0", "n"}
 
@@ -156,32 +157,34 @@ def read(text: str, count: int, size: tuple[int, int], coordinates: str = "pixel
 def _answer(value: Any, number: int) -> bool:
     """Yes or no alone, perhaps with a note behind it."""
     words = " ".join(scales.unwrapped(str(value)).lower().split())
-    head = re.match(r"\w+", words)
+    head = re.match(rf"(?:{'|'.join(YES | NO)})\b(?!\.\d)", words)
     rest = words[head.end() :] if head else words
-    if (
-        head is None
-        or head[0] not in YES | NO
-        or not re.fullmatch(r"(?s)(?:[.,;:(!].*| [-–—] .*)?", rest)
-        or " or " in rest
-    ):
+    alone = re.fullmatch(r"(?s)(?:[.,;:(!].*| [-–—] .*)?", rest) and not OTHER.match(rest) and " or " not in rest
+    if head is None or not alone:
         raise ValueError(f"criterion {number}: the answer is {words[:99]!r:.40}; yes or no is needed")
     return head[0] in YES
 
 
 def _listed(text: str) -> list[tuple[int, dict[str, Any]]]:
-    for found in replies.values(text):
-        if isinstance(found, dict):
-            own = replies.plain(found)
-            found = replies.one_of(own, ("verdicts", "answers", "criteria"))
-            if found is None and own and all(key.isdigit() for key in own):
-                found = [{"id": int(key), "answer": value} for key, value in own.items()]
-        if isinstance(found, list) and all(isinstance(row, dict) for row in found):
-            rows = [replies.plain(row) for row in found]
-            numbers = [replies.one_of(row, ("id", "number", "criterion")) for row in rows]
-            if all(isinstance(number, int) for number in numbers):
-                return [*zip(numbers, rows, strict=True)]
+    rows = replies.alike(rows for value in replies.values(text) if (rows := _numbered(value)) is not None)
+    if rows is not None:
+        return rows
     heads = (NUMBERED.match(line.lstrip(replies.MARKS + "-")) for line in text.split("\n"))
     return [(int(head[1]), {"answer": head[2]}) for head in heads if head]
+
+
+def _numbered(value: Any) -> list[tuple[int, dict[str, Any]]] | None:
+    """Verdicts with their numbers, if a JSON value holds them."""
+    if isinstance(value, dict):
+        row = replies.plain(value)
+        value = replies.one_of(row, ("verdicts", "answers", "criteria"))
+        if value is None and row and all(key.isdecimal() for key in row):
+            value = [{"id": int(key), "answer": answer} for key, answer in row.items()]
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        return None
+    rows = [replies.plain(row) for row in value]
+    numbers = [replies.one_of(row, ("id", "number", "criterion")) for row in rows]
+    return [*zip(numbers, rows, strict=True)] if all(type(number) is int for number in numbers) else None
 
 
 def judged(criteria: Sequence[Criterion], verdicts: Sequence[Verdict]) -> ask.Finding:

@@ -28,6 +28,10 @@ ORDERS = ("random", "both")
 SIDES = {"1": 0, "a": 0, "one": 0, "first": 0, "2": 1, "b": 1, "two": 1, "second": 1}
 SIDE = re.compile(rf"(?:the )?(?:image|picture|option)? ?({'|'.join(SIDES)})(?: (?:image|picture|option))?\b", re.I)
 TIE = re.compile(r"(?:it is |it's )?(?:a )?(?:tie|draw|equal|neither|both)\b", re.I)
+NOTE = re.compile(r" ?(?:$|[,;:(]|\.(?: |$)| [-–—] )")
+OTHER = re.compile(
+    rf"[ ,;:(.–—-]*(?:(?:no|not|or|and)\b|(?:image|picture|option)? ?(?:{'|'.join(SIDES)})[ ,;:).]*$)", re.I
+)
 WINS = re.compile(r" (?:is (?:the )?(?:better|winner)|wins)\b", re.I)
 
 
@@ -43,7 +47,7 @@ def read(text: str, cut: bool = False) -> int | None:
     for value in replies.values(text):
         row = replies.plain(value) if isinstance(value, dict) else {}
         answers += [str(row[key]) for key in ("winner", "better", "answer") if row.get(key) is not None]
-    answers = answers or replies.titled(text, ("winner", "answer", "better"))
+    answers = answers or [line for line, _ in replies.titled(text, ("winner", "answer", "better"))]
     if not answers:
         lines = (scales.unwrapped(line) for line in text.split("\n"))
         answers = [line for line in lines if (side := SIDE.match(line)) and WINS.match(line[side.end() :])]
@@ -59,11 +63,7 @@ def _winner(answer: str) -> int | None:
     tie = TIE.match(text)
     side = tie or SIDE.match(text)
     rest = text[side.end() :] if side else text
-    if (
-        side
-        and (WINS.match(rest) or re.match(r" ?(?:$|[.,;:(]| [-–—] )", rest))
-        and not re.search(r"\bor\b", rest, re.I)
-    ):
+    if side and (WINS.match(rest) or NOTE.match(rest)) and not OTHER.match(rest) and " or " not in rest.lower():
         return None if tie else SIDES[side[1].lower()]
     raise ValueError(f"the winner is {answer.strip()[:99]!r:.40}; picture 1, picture 2 or tie is needed")
 

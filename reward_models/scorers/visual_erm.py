@@ -26,11 +26,8 @@ LISTS = ("errors", "discrepancies", "differences")
 def read(text: str, size: tuple[int, int], worst: int | float, coordinates: str = "pixels") -> ask.Finding:
     """The discrepancies in a reply about a picture of `size` (height, width). ValueError names the one that is not as
     it should be; an empty list is a perfect picture, no list none at all."""
-    for found in replies.values(replies.answer(text)):
-        listed = replies.one_of(replies.plain(found), LISTS) if isinstance(found, dict) else found
-        if isinstance(listed, list) and all(isinstance(row, dict) for row in listed):
-            break
-    else:
+    listed = replies.alike(rows for value in replies.values(replies.answer(text)) if (rows := _rows(value)) is not None)
+    if listed is None:
         raise ValueError("the reply lists no errors")
     total, said, regions = 0, [], []
     for number, row in enumerate(map(replies.plain, listed), 1):
@@ -48,6 +45,11 @@ def read(text: str, size: tuple[int, int], worst: int | float, coordinates: str 
             except ValueError as error:
                 raise ValueError(f"error {number}: {error}") from None
     return ask.Finding({"closeness": max(0.0, 1 - total / worst)}, "; ".join(said), regions=tuple(regions))
+
+
+def _rows(value: Any) -> list[dict[str, Any]] | None:
+    listed = replies.one_of(replies.plain(value), LISTS) if isinstance(value, dict) else value
+    return listed if isinstance(listed, list) and all(isinstance(row, dict) for row in listed) else None
 
 
 class VisualErm:

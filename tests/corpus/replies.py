@@ -17,7 +17,8 @@ UNCLEAR = [  # none of these is one number alone on a scale from 1 to 4
     "three and a half", "three point five", "3½", "½", "2^2", "<3", ">3", "≤3", "3+", "3-", "3x", "x3", "0x3", "3k",
     "3 million", "3°", "-1", "−3", "7", "0", "not 3", "at least 3", "3 good", "good", "", "-", "?", "TBD", "true", "yes",
     "3 of 4 or 5", "None of 3", "N/A or 3", "<1 to 4>", "$3 - $4", "3 = good, 4 = better", "3/4/5", "3/", "4/5",
-    "9" * 400, "1" + "0" * 30,
+    "9" * 400, "1" + "0" * 30, "3.5²", "3.5①", "²", "3⁄4", "1 (percent)", "1 (%)", "3 (four at best)", "3 - maybe four",
+    "3 (二)", "3 (½ off)", "3, or one", "3/4 (75%)",
 ]  # fmt: skip
 ENDLESS = [  # repeated without end, each has made a pattern of some reader look again and again
     "* \n", "*", "* ", "#", "# ", "-", "- ", "_", "`", ">", " ", "\t", "\n", "\r\n", "[", "{", "(", '{"a":', '{"a": [', "[{",

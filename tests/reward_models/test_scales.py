@@ -20,6 +20,9 @@ FORMS = [  # a reply with one score, the others fixed, and the end of its scale
     ("critique, headings", f"1. Text Faithfulness:\n## Score: {{}}\n{OTHERS}", 4),
     ("critique, inline", f"1. Text Faithfulness: {{}}\n{OTHERS}", 4),
     ("unified 1", "Final Score: {}", 5),
+    ("critique, note", f"1. Text Faithfulness (1-4):\n## Score (1-4): {{}}\n{OTHERS}", 4),
+    ("critique, next line", f"1. Text Faithfulness\n**Score**\n{{}}\n{OTHERS}", 4),
+    ("critique, table", f"| Text Faithfulness | {{}} |\n{OTHERS}", 4),
     ("unified 2", "Alignment Score (1-5): {}\nCoherence: 4\nStyle: 2", 5),
     ("overall", "Score: {}\nReason: so", 1),
 ]
@@ -38,7 +41,7 @@ def test_a_number_in_any_wrapping_is_itself(wrapping, number):
     assert FOUR.read(wrapping.format(n=number, high=4)) == float(number.replace(",", "."))
 
 
-@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("wrapping", [own for own in WRAPPINGS if ": " not in own])
 @pytest.mark.parametrize(("name", "form", "high"), FORMS)
 def test_every_parser_reads_a_number_in_any_wrapping(wrapping, name, form, high):
     number = {1: "0.5", 4: "3.5", 5: "3.5"}[high]
@@ -133,3 +136,59 @@ def test_a_reply_beyond_the_limit_is_not_read():
 
 def test_half_a_surrogate_pair_is_replaced_where_a_reply_becomes_rows():
     assert replies.printable("a\ud800b") == "a?b"
+
+
+@pytest.mark.parametrize(
+    ("reader", "text"),
+    [
+        # a heading without a score is not given the number of the next
+        (
+            "critique",
+            "1. Text Faithfulness:\n## Score:\n2. Visual Quality:\n## Score: 3\n3. Image Faithfulness: 1\n4. Text Rendering: N/A",
+        ),
+        (
+            "critique",
+            "1. Text Faithfulness:\n## Score (1-10): 3\n2. Visual Quality: 4\n3. Image Faithfulness: 1\n4. Text Rendering: N/A",
+        ),
+        (
+            "critique",
+            "1. Text Faithfulness (%): 3\n2. Visual Quality: 4\n3. Image Faithfulness: 1\n4. Text Rendering: N/A",
+        ),
+        ("critique", '{"faithfulness": 3, "faithfulness": 4, "quality": 3, "preservation": 1, "text": null}'),
+        (
+            "critique",
+            '{"faithfulness": 3, "quality": 3, "preservation": 1, "text": null} {"faithfulness": 4, "quality": 3, "preservation": 1, "text": null}',
+        ),
+        ("unified 2", "Alignment Score (1-10): 4\nCoherence Score (1-10): 4\nStyle Score (1-10): 4"),
+        ("unified 1", "Final Score (percent): 4"),
+        ("overall", '{"score": 0.1} {"score": 0.9}'),
+        ("overall", '{"score": 0.1, "score": 0.9}'),
+        ("overall", '{"score": 0.1, "reward": 0.9}'),
+        ("overall", "Score - 0.3"),
+        ("overall", "Score: 0.5²"),
+        ("places", '[{"box": [0, 0, 4, 4], "score": 1}] [{"box": [0, 0, 4, 4], "score": -1}]'),
+        ("places", "Region 1:\nBox: [1_0, 0, 2e1, 20]\nScore: 1"),
+        ("places by number", '[{"region": 1, "score": 1}]'),
+        ("places by number", '[{"region": 1, "score": 1}, {"region": 1, "score": -1}]'),
+        ("discrepancies", '{"errors": []} {"errors": [{"severity": 3}]}'),
+        ("verdicts", '{"1": 0.9, "2": true, "3": true}'),
+        ("verdicts", '{"1": 1.5, "2": true, "3": true}'),
+        ("verdicts", '{"1": "Yes, no", "2": true, "3": true}'),
+        ("verdicts", '[{"id": true, "answer": true}, {"id": 2, "answer": true}, {"id": 3, "answer": true}]'),
+        ("pair", "Answer: 1.5"),
+        ("pair", "Answer: 1, 2"),
+        ("pair", "Answer: Image 1 (no, Image 2)"),
+        ("pair", "Answer: Image 1 and 2"),
+    ],
+)
+def test_replies_that_are_unclear_elsewhere_than_in_a_number(reader, text):
+    with pytest.raises(ValueError):  # noqa: PT011
+        READERS[reader](text)
+
+
+def test_the_same_answer_twice_is_one_answer():
+    row = '{"faithfulness": 3, "quality": 3, "preservation": 1, "text": null}'
+    assert READERS["critique"](f"{row}\n{row}").scores["quality"] == 3
+    assert READERS["overall"]('{"score": 0.5, "reward": 0.5} {"score": 0.5}')[0] == 0.5
+    assert READERS["overall"]("<score>0.5</score>")[0] == 0.5
+    assert READERS["overall"]("| Score | 0.5 |")[0] == 0.5
