@@ -101,8 +101,8 @@ def calibrate(
         raise BadInput(f"--out {out}: a .json file in a folder that exists is needed")
     if not 0 <= floor <= ceiling or not 0 <= step < math.inf:
         raise BadInput(
-            f"--floor {floor:g}, --ceiling {ceiling:g}, --step {step:g}: a floor of at most the ceiling and a finite step "
-            "are needed"
+            f"--floor {floor:g}, --ceiling {ceiling:g}, --step {step:g}: a floor of at most the ceiling and a finite "
+            "step are needed"
         )
     c = configs.load(config, [*(overrides or []), *CALIBRATION])
     run = session.open_session(c)
