@@ -3,8 +3,11 @@
 A record is a line of JSON: `image` (a file, from the table's folder), `prompt`, `score` of the whole image, and
 `regions`, each with `box` [left, top, right, bottom] in pixels, `score` in [-1, 1], and optionally `label` (what was
 asked for there, the same in all images of a prompt) and `reason`. `size` [width, height], if given, is that of the
-image the boxes refer to. SRUM's own files (arXiv 2510.12784: `image_file`, `vlm_rewards`, `global`) are read as they
-are; the name of an object is its label.
+image the boxes refer to. SRUM's own files (arXiv 2510.12784) are read as they are, in the form its judge writes
+(`image_file`, `vlm_rewards`, `global_layout_reward` with `global_layout_score`) and in the form its training reads
+(`bad_image_file`, the judged one, and the score of the whole among the `vlm_rewards`, as that of an object called
+`global_layout_reward`); the name of an object is its label. Such a score of exactly 0 is what that code writes where
+the judge gave none, and is refused.
 
 A record that cannot be right is refused by its line and left out: nothing is guessed from a bad box.
 """
@@ -22,6 +25,8 @@ from mmalign.objectives.matching import Finished
 from reward_models import Prompt, files, tables
 from reward_models.images import from_file, size_of
 from reward_models.regions import Region, inside, paint
+
+LAYOUT = "global_layout_reward"  # SRUM's name for the score of the whole image
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,10 @@ def read(path: str | Path, size: tuple[int, int]) -> Records:
 def _record(row: Any, folder: Path, size: tuple[int, int], prompts: dict[str, Prompt]) -> Record:
     if not isinstance(row, dict):
         raise ValueError("an object with image, prompt, score and regions is needed")
-    image = folder / row.get("image", row.get("image_file", ""))
-    whole = row["score"] if "score" in row else row["global"]["score"]
-    if not isinstance(whole, int | float) or whole != whole or abs(whole) == float("inf"):
+    image = folder / row.get("image", row.get("image_file", row.get("bad_image_file", "")))
+    regions = row.get("regions", row.get("vlm_rewards", ()))
+    whole = row["score"] if "score" in row else _layout_score(row, regions)
+    if isinstance(whole, bool) or not isinstance(whole, int | float) or whole != whole or abs(whole) == float("inf"):
         raise ValueError(f"the score of the whole image is {whole!r}; a number is needed")
     try:
         height, width = size_of(image)
@@ -103,12 +109,24 @@ def _record(row: Any, folder: Path, size: tuple[int, int], prompts: dict[str, Pr
         raise ValueError(f"{image.name} is {width} x {height} pixels; the model makes {size[1]} x {size[0]}")
     if "size" in row and list(row["size"]) != [width, height]:
         raise ValueError(f"the boxes refer to an image of {row['size']} pixels, {image.name} is {[width, height]}")
-    regions = tuple(_region(own) for own in row.get("regions", row.get("vlm_rewards", ())))
+    regions = tuple(_region(own) for own in regions if own.get("object") != LAYOUT)
     inside(regions, size)
     from_file(image)  # a picture that breaks off is refused here, with its line
     text = tables.wording(row["prompt"])
     prompt = prompts.setdefault(text, Prompt(text, {}, len(prompts)))
     return Record(image, prompt.id, float(whole), regions)
+
+
+def _layout_score(row: Mapping[str, Any], regions: Sequence[Mapping[str, Any]]) -> Any:
+    """Of the whole image, from SRUM's own files."""
+    among = next((own for own in regions if own.get("object") == LAYOUT), None)
+    given = next((own for own in (row.get(LAYOUT), row.get("global"), among) if own is not None), None)
+    if given is None:
+        raise ValueError(f"no score of the whole image: {LAYOUT} is needed, or score")
+    score = given.get("global_layout_score", given.get("score")) if isinstance(given, dict) else given
+    if score == 0:
+        raise ValueError(f"{LAYOUT} is 0, which stands for a judge that gave none")
+    return score
 
 
 def _region(row: Mapping[str, Any]) -> Region:

@@ -84,6 +84,50 @@ def test_srums_own_layout_is_read(write):
     assert (record.score, record.regions[0].credit, record.regions[0].label) == (0.4, -0.7, "circle")
 
 
+JUDGED = {"object": "circle", "bbox": [0, 0, 6, 4], "score": -0.7, "area": 24, "reason": "blue"}
+WHOLE = {"global_layout_score": 0.4, "reason": "well placed", "bbox": [0, 0, 8, 8], "area": 64}
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"image_file": "1.png", "vlm_rewards": [JUDGED], "global_layout_reward": WHOLE, "vlm_raw_output": "Score: 0.4"},
+        {
+            "bad_image_file": "1.png", "good_image_file": "1.png",
+            "vlm_rewards": [{"object": "global_layout_reward", "score": 0.4, "bbox": [0, 0, 8, 8]}, JUDGED],
+        },
+        {"image_file": "1.png", "vlm_rewards": [JUDGED], "global_layout_reward": {"score": 0.4}},
+        {"image_file": "1.png", "vlm_rewards": [JUDGED], "global_layout_reward": 0.4},
+        {"image_file": "1.png", "vlm_rewards": [JUDGED], "global_layout_reward": None, "global": {"score": 0.4}},
+    ],
+    ids=["as judged", "as trained on", "score", "number", "null"],
+)  # fmt: skip
+def test_the_files_of_srums_release_are_read_as_they_are(write, theirs):
+    (record,) = records.read(write(theirs | {"prompt": "a circle"}), SIZE).records
+    assert (record.image.name, record.score) == ("1.png", 0.4)
+    assert [(own.box, own.credit, own.label) for own in record.regions] == [((0, 0, 6, 4), -0.7, "circle")]
+
+
+@pytest.mark.parametrize(
+    ("whole", "says"),
+    [
+        (
+            {"global_layout_score": 0.0, "reason": "VLM failed"},
+            "global_layout_reward is 0, which stands for a judge that",
+        ),
+        (None, "no score of the whole image: global_layout_reward is needed, or score"),
+        ({"reason": "none"}, "the score of the whole image is None; a number is needed"),
+        ({"global_layout_score": "0.4"}, "the score of the whole image is '0.4'; a number is needed"),
+        ({"global_layout_score": True}, "the score of the whole image is True; a number is needed"),
+    ],
+)
+def test_a_release_record_without_a_score_of_the_whole_is_left_out_with_its_reason(write, whole, says):
+    theirs = {"image_file": "1.png", "prompt": "a circle", "vlm_rewards": [JUDGED], "global_layout_reward": whole}
+    found = records.read(write(row(), theirs), SIZE)
+    assert len(found.records) == 1
+    assert found.refused[0].startswith(f"record 2: {says}")
+
+
 def test_images_of_the_asked_prompts_and_no_others(write):
     found = records.read(write(row(), row("1.png", "a square", -0.5, ()), row("2.png", score=0.25)), SIZE)
     assert [(p.text, p.id) for p in found.prompts] == [("a circle", 0), ("a square", 1)]

@@ -7,8 +7,8 @@ A loss is a function of maps per latent position, `[M, h, w]` in nats per latent
 
 with d the new mean less the old, q the step's standard deviation and z the noise it took. They are pooled to the
 advantage's grid `[M, a, b]` by averaging. With a 1x1 grid the ratio is `exp(mean_{C,h,w} log_ratio)`, the reduction
-that Flow-GRPO's clip ranges refer to: the D-th root of the true ratio of D elements. With h x w it is a ratio per
-latent position. At ratio 1 a uniform map of advantages gives the gradient of the 1x1 grid.
+that Flow-GRPO's clip ranges refer to, at its number of elements: the D-th root of the true ratio of D of them. With
+h x w it is a ratio per latent position. At ratio 1 a uniform map of advantages gives the gradient of the 1x1 grid.
 
 Each returns one loss per row and statistics per row; `clipped_low` and `clipped_high` are the shares of cells that the
 bound took the gradient from, with a negative and a positive advantage.
@@ -70,8 +70,9 @@ def guard(log_ratio: Map, divergence: Map, advantage: Grid, std: Tensor, h: Tens
     """GRPO-Guard (arXiv 2510.22319): clip `exp(mean d z)` instead, and weigh steps by 1 / h.
 
     `q (log_ratio + divergence)` is exactly `mean d z`. It is centred on 0 at every step, where the plain log-ratio
-    leans to -divergence, so that the lower bound acts and the upper never does; and 1 / h evens out the gradient's
-    scale over steps for `flow_sde`, whose mean moves by a constant times h per unit of velocity.
+    leans to -divergence, so that with many elements (65,536, not 256) the lower bound acts and the upper hardly does;
+    and 1 / h evens out the gradient's scale over steps for `flow_sde`, whose mean moves by a constant times h per unit
+    of velocity.
     """
     centred = std[:, None, None] * (log_ratio + divergence)
     loss, statistics = _pessimistic(pool(centred, advantage.shape[1:]).exp(), advantage, bound)

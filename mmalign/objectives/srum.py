@@ -7,8 +7,10 @@ regions, and the anchor holding the model to what it makes already. Where `alpha
 be unbounded below: it counts as `|alpha R| max(0, margin - err)`, which pushes away until the error has reached
 `margin` and then stops; margin 0 leaves such places out.
 
-Left out: judging with the model itself. The released code maps R to [0, 1] and lets no place repel; `margin: 0` with
-`background: 0.5` is near to that.
+Left out: judging with the model itself, and the weights of the released code, which are not the paper's: a place
+weighs `max(0.5, (R + 1) / 2)`, one without an opinion 0.5, all times `(g + 1) / 2` of the global score g, so that
+nothing repels and a bad place pulls like the background. No setting here gives that: with `margin: 0` and `background:
+0.5` a bad place pulls by the anchor alone, and one of R below 0.5 less than the background.
 """
 
 from dataclasses import dataclass

@@ -149,3 +149,11 @@ def test_cps_does_not_and_we_say_so():
     """Under-dispersed at any number of steps: its noise does not shrink with the step."""
     ratio, _ = final("cps", 0.8, 160, 1.0)
     assert 0.76 < ratio < 0.84
+
+
+@pytest.mark.parametrize("key", [(0, "rollout", 3, 7, 1), ("evaluation", 12, 0), ("refine", 5, 2)])
+def test_of_a_seed_the_lower_32_bits_count(key):
+    seed = seed_of(*key)
+    assert 2**32 < seed < 2**63
+    assert torch.equal(gaussian((4, 8, 8), seed), gaussian((4, 8, 8), seed % 2**32))
+    assert not torch.equal(gaussian((4, 8, 8), seed), gaussian((4, 8, 8), seed ^ 1))

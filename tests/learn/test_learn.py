@@ -89,6 +89,30 @@ def test_guard_clips_what_is_centred():
     assert torch.allclose(guarded["ratio"].log(), d * z.mean((1, 2, 3)), atol=1e-5)
 
 
+@pytest.mark.parametrize(("elements", "above"), [(256, 0.41), (65536, 0.0)])
+def test_whether_the_upper_bound_acts_depends_on_the_number_of_elements(elements, above):
+    """At divergence K, log r is Gaussian with mean -K and variance 2K/D. Here K is the published clip, 1e-4: P(log r >
+    1e-4) is 0.41 at D = 256 and 1.3e-4 at 65,536, while the lower bound acts in half of the rows at both."""
+    g = torch.Generator().manual_seed(0)
+    rows, q, k = 500, 0.3, 1e-4
+    d = q * (2 * k) ** 0.5
+    z = torch.randn(rows, 1, elements, 1, generator=g)
+    old, std = torch.zeros_like(z), torch.full((rows,), q)
+    log_ratio = kernels.log_ratio(q * z, old + d, old, std)
+    ones = torch.ones(rows, 1, 1)
+    high = surrogate("clipped", log_ratio, ones, 1e-4)[1]["clipped_high"].mean().item()
+    low = surrogate("clipped", log_ratio, -ones, 1e-4)[1]["clipped_low"].mean().item()
+    assert high == pytest.approx(above, abs=0.06)
+    assert low == pytest.approx(0.5, abs=0.07)
+
+
+def test_without_h_the_same_beta_is_weaker():
+    """KL is d^2 / 2 q^2 with q^2 = g^2 h; divided by 2 g^2 it is h times that, a tenth at ten steps."""
+    h, g, d = 0.1, 0.7, torch.full((1, 1, 2, 2), 0.05)
+    exact = kernels.gaussian_kl(d, d * 0, torch.tensor([g * h**0.5])).mean()
+    assert (0.05**2 / (2 * g**2)) / exact.item() == pytest.approx(h, rel=1e-4)
+
+
 def test_log_ratio_is_the_noise_times_the_shift_less_the_divergence():
     """log r = mean(d z) / q - KL with d = new mean - old mean, y = old mean + q z: its mean over z is -KL <= 0, and
     what GRPO-Guard clips instead, q (log r + KL) = mean(d z), is centred."""
