@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from reward_models import files, limits
@@ -191,6 +192,8 @@ def loading(who: str, what: str) -> Iterator[None]:
     _never_ask()
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the folder
     except Exception as error:
         if _mistake(error) or (isinstance(error, ValueError) and str(error).startswith(f"{who}: ")):
             raise

@@ -41,7 +41,7 @@ def asked(tmp_path_factory):
     images = torch.from_numpy(np.stack([draw(w, rng) for w in wants]))
     reference = tmp_path_factory.mktemp("reference") / "reference.png"
     to_pil(images[:1])[0].save(reference)
-    more = {"text": "H O", "reference": str(reference)}
+    more = {"text": "H O", "reference": str(reference), "criteria": [{"question": "Is it there?"}]}
     return images, [Prompt(caption(w), w | more, i) for i, w in enumerate(wants)]
 
 
