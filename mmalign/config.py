@@ -439,7 +439,7 @@ class Config(BaseModel):
             "compare": (self.credit == "gain", "credit: gain"),
             "control": (self.credit == "gain", "credit: gain"),
             "score_states": (self.credit == "gain", "credit: gain"),
-            "completion": (bool(self.score_states), "score_states"),
+            "completion": (self.score_states is not None, "score_states"),
             "region_weight": (self.region is not None, "region"),
             "whole_weight": (self.region is not None, "region"),
             "region_grid": (self.region is not None or self.records is not None, "region or records"),
@@ -551,8 +551,6 @@ class Config(BaseModel):
             steps = getattr(self, name)
             if isinstance(steps, list) and len(set(steps)) < len(steps):
                 raise ValueError(f"{name} {steps}: a step is there twice")
-        if self.plan == "branch" and self.branch_steps == []:
-            raise ValueError("plan: branch needs branch_steps, got []")
         if self.plan == "branch" and not all(0 <= k < self.steps - 1 for k in self.branch_steps or ()):
             raise ValueError(
                 f"branch_steps {self.branch_steps} must lie within 0 to {self.steps - 2}; the last step stays ODE"
