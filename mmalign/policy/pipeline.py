@@ -144,6 +144,12 @@ class PipelinePolicy(ABC):
     def check_numbers(self) -> None:
         """ValueError unless latents can be scaled and back, and the embeddings of a text are finite and of the width
         that the transformer takes."""
+        for name, part in self.pipe.components.items():
+            most = getattr(part, "model_max_length", 1)
+            if not isinstance(most, int) or most < 1:
+                raise ValueError(
+                    f"its {name} reads {str(most)[:40]!r} tokens of a text; a whole number from 1 is needed"
+                )
         x = torch.zeros(1, *self.latent_shape, device=self.device)
         try:
             units = [torch.as_tensor(value, dtype=torch.float32) for value in self.units(x)]
