@@ -153,11 +153,12 @@ class PipelinePolicy(ABC):
         x = torch.zeros(1, *self.latent_shape, device=self.device)
         try:
             units = [torch.as_tensor(value, dtype=torch.float32) for value in self.units(x)]
-        except (TypeError, ZeroDivisionError) as error:
+            shape = self.unscaled(x).shape
+        except (TypeError, ArithmeticError) as error:
             raise ValueError(f"its autoencoder's shift and scale are no numbers: {error}") from None
         if not all(value.isfinite().all() for value in (*units, 1 / units[1])):
             raise ValueError(f"its autoencoder's shift and scale are {units[0].tolist()} and {units[1].tolist()}")
-        if self.unscaled(x).shape != x.shape:
+        if shape != x.shape:
             raise ValueError(f"its autoencoder's shift and scale are not those of {len(x[0])} channels")
         shapes = {} if type(self).text_shapes is PipelinePolicy.text_shapes else self.text_shapes()
         for name, value in self.encode([""]).empty.items():

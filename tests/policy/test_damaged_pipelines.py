@@ -164,6 +164,7 @@ BROKEN = [
     ("Stable Diffusion 3", "vae/config.json", {"scaling_factor": 0}, "shift and scale are 0.1"),
     ("Stable Diffusion 3", "vae/config.json", {"scaling_factor": None}, "could not be loaded"),
     ("Stable Diffusion 3", "vae/config.json", {"scaling_factor": "1.3"}, "could not be loaded"),
+    ("Stable Diffusion 3", "vae/config.json", {"scaling_factor": 10**30}, "shift and scale are"),
     ("Stable Diffusion 3", "vae/config.json", {"scaling_factor": 1e308}, "shift and scale are"),
     ("Stable Diffusion 3", "vae/config.json", {"block_out_channels": [16]}, "could not be loaded"),
     ("Stable Diffusion 3", "vae/config.json", {"latent_channels": 8}, "could not be loaded"),
