@@ -11,6 +11,7 @@ import re
 import stat
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,7 +192,9 @@ def loading(who: str, what: str) -> Iterator[None]:
     file may raise anything. A mistake of this project's own code is raised as it is."""
     _never_ask()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numbers that nothing can be computed with are refused, not warned of
+            yield
     except torch.OutOfMemoryError:
         raise  # says nothing of the folder
     except Exception as error:

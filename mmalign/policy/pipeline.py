@@ -147,14 +147,21 @@ class PipelinePolicy(ABC):
     def check_numbers(self) -> None:
         """ValueError unless latents can be scaled and back, and the embeddings of a text are finite and of the width
         that the transformer takes."""
+        for name, part in self.pipe.components.items():
+            most = getattr(part, "model_max_length", 1)
+            if not isinstance(most, int) or most < 1:
+                raise ValueError(
+                    f"its {name} reads {str(most)[:40]!r} tokens of a text; a whole number from 1 is needed"
+                )
         x = torch.zeros(1, *self.latent_shape, device=self.device)
         try:
             units = [torch.as_tensor(value, dtype=torch.float32) for value in self.units(x)]
-        except (TypeError, ZeroDivisionError) as error:
+            shape = self.unscaled(x).shape
+        except (TypeError, ArithmeticError) as error:
             raise ValueError(f"its autoencoder's shift and scale are no numbers: {error}") from None
         if not all(value.isfinite().all() for value in (*units, 1 / units[1])):
             raise ValueError(f"its autoencoder's shift and scale are {units[0].tolist()} and {units[1].tolist()}")
-        if self.unscaled(x).shape != x.shape:
+        if shape != x.shape:
             raise ValueError(f"its autoencoder's shift and scale are not those of {len(x[0])} channels")
         shapes = {} if type(self).text_shapes is PipelinePolicy.text_shapes else self.text_shapes()
         for name, value in self.encode([""]).empty.items():
