@@ -334,7 +334,7 @@ def sample(
     if as_json:
         print(json.dumps(files))
     else:
-        console.print(f"{len(files)} images in {out}")
+        console.print(f"{len(files)} images in {out}", soft_wrap=True)
 
 
 def _seeds(text: str) -> list[int]:

@@ -258,8 +258,8 @@ def test_what_does_not_suit_the_model_the_scorers_or_the_folder_is_refused_first
 
 @pytest.mark.parametrize("name", ["Stable Diffusion 3", "Z-Image"])
 def test_the_largest_size_that_a_table_of_positions_has_is_drawn(saved, name):
-    """8 x 8 patches of 2 x 2 positions, or 16 x 16, each 4 pixels."""
-    most = {"Stable Diffusion 3": 64, "Z-Image": 128}[name]
+    """8 x 8 patches of 2 x 2 positions, or 128 x 128, each 4 pixels."""
+    most = {"Stable Diffusion 3": 64, "Z-Image": 1024}[name]
     policy = policies.load(saved[1](name), size=(most, 16))
     x, cond, index = torch.zeros(1, *policy.latent_shape), policy.encode(["a cross"]), torch.zeros(1, dtype=torch.long)
     assert policy.velocity(x, torch.ones(1), cond, index).isfinite().all()

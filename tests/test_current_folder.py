@@ -90,8 +90,9 @@ def test_scoring_says_nothing_of_its_models(tmp_path, scorer):
     folder = tmp_path / "model"
     folder.mkdir()
     given = [f"--set={scorer}.{key}={value}" for key, value in tiny_scorers.settings(scorer, folder).items()]
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    command = (*STARTS["console script"], "score", ".", "--rewards", scorer, *given, "--prompt", "x")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "pictures/a.png")
+    command = (*STARTS["console script"], "score", "pictures", "--rewards", scorer, *given, "--prompt", "x")
     result = run(tmp_path, *command)
     assert result.returncode == 0, result.stderr
     assert [

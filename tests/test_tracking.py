@@ -24,6 +24,7 @@ from mmalign import (
     session,
     tracking,
     train,
+    yaml12,
 )
 from mmalign.config import BadInput
 from mmalign.policy.pipeline import PipelinePolicy
@@ -61,7 +62,7 @@ def test_tensorboard_has_the_record(settings):
     sheet = Image.open(io.BytesIO(images.Images("held_out")[-1].encoded_image_string))
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(out / "images/after.png").convert("RGB")))
     (told,) = (out / "mmalign").rglob("hparams.yml")
-    assert json.loads(configs.yaml.safe_load(told.read_text())["scorers"]) == {"jpeg_size": {"quality": 80}}
+    assert json.loads(yaml12.parsed(told.read_text())["scorers"]) == {"jpeg_size": {"quality": 80}}
 
 
 def test_a_resumed_run_takes_back_what_it_logs_again(settings):

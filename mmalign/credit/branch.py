@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.credit.groups import GRPO, Units, as_grid, cell_mean, normalise
+from mmalign.credit.groups import GRPO, Units, as_grid, group_mean, normalise
 from mmalign.types import Judgement, Trajectories
 
 
@@ -29,7 +29,7 @@ def branch(
     for k in range(paths.steps):
         rows = (paths.std[:, k] > 0).nonzero()[:, 0]
         if len(rows):
-            value = cell_mean(reward[rows], paths.node[rows, k + 1])
+            value = group_mean(reward[rows], paths.node[rows, k + 1])
             group = paths.node[rows, k] if baseline == "state" else paths.prompt[rows]
             advantage[rows, k] = normalise(value, group, units)
     return as_grid(advantage)

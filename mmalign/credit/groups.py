@@ -17,8 +17,8 @@ from reward_models.combine import alive, within
 Scale = Literal["group", "batch", "none"]
 
 
-def group_mean(values: Float[Tensor, "N"], group: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
-    """The mean of the valid values of each one's group; NaN where a group has none."""
+def group_mean(values: Float[Tensor, "N *cells"], group: Int[Tensor, "N"]) -> Float[Tensor, "N *cells"]:
+    """The mean of the valid values of each one's group, of maps cell by cell; NaN where a group has none."""
     return within(values, group)[0]
 
 
@@ -50,15 +50,6 @@ class Units:
 
 
 GRPO = Units()
-
-
-def cell_mean(values: Float[Tensor, "N *cells"], group: Int[Tensor, "N"]) -> Float[Tensor, "N *cells"]:
-    """The `group_mean` at each cell of maps, cell by cell."""
-    if values.ndim == 1:
-        return group_mean(values, group)
-    flat = values.flatten(1)
-    place = torch.arange(flat.shape[1], device=group.device)
-    return group_mean(flat.flatten(), (group[:, None] * flat.shape[1] + place).flatten()).view_as(values)
 
 
 def as_grid(advantage: Float[Tensor, "N T *cells"]) -> Float[Tensor, "N T a b"]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mmalign.checkpoint import fingerprint
 from mmalign.policy import lora
+from reward_models import files
 
 # ComfyUI's names: how its keys begin, and which of diffusers' layers it finds by them. Where it takes either prefix,
 # the one that diffusers reads too. diffusers swaps the halves of the released `norm_out`; ComfyUI those of its change.
@@ -188,7 +189,7 @@ def _write_peft(policy, path: Path) -> None:
     network = policy.pipe.transformer
     save_file(lora.named(lora.folded(network), PEFT), path)
     config = lora.config(network) | {"inference_mode": True, "base_model_name_or_path": None}
-    path.with_name(PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    files.write(path.with_name(PEFT_CONFIG), json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def z_image(folder: Path) -> None:
     encoder = Qwen3Model(Qwen3Config(**qwen_sizes(len(tokenizer)), head_dim=16))
     transformer = ZImageTransformer2DModel(
         in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
-        axes_dims=[4, 6, 6], axes_lens=[1024, 16, 16],
+        axes_dims=[4, 6, 6], axes_lens=[1024, 128, 128],
     )  # fmt: skip
     vae = new_vae()
     vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
