@@ -85,7 +85,7 @@ def test_sampling_says_nothing_that_the_user_did_not_cause(random_model, tmp_pat
     assert len(result.stdout.splitlines()) == 1
 
 
-@pytest.mark.parametrize("scorer", ["pickscore", "vqa"])
+@pytest.mark.parametrize("scorer", ["pickscore", pytest.param("vqa", marks=pytest.mark.slow)])
 def test_scoring_says_nothing_of_its_models(tmp_path, scorer):
     folder = tmp_path / "model"
     folder.mkdir()

@@ -371,7 +371,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_no_prompt_is_done_twice_and_none_is_lost(tmp_path, count):
     every = [json.loads(line) for line in Path(locate("assets/prompts/train.jsonl")).read_text().splitlines()[:count]]
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
