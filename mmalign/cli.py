@@ -535,6 +535,8 @@ def score(
     if aside := batches.left_out(source, items):
         print(f"mmalign: left out of {source}: {aside}", file=sys.stderr)
     _say_cut([item.prompt.text for item in items if item.prompt], *scorers.values())
+    if count := batches.animations(left):
+        print(f"mmalign: {count} of {len(left)} pictures are animated; the first frame is scored", file=sys.stderr)
     scored = batches.score(left, scorers, batch)
     for row in track(scored, "scoring", len(left), console=Console(stderr=True), disable=not left):
         with folder.failing(out, folder.ROWS_ARE_WHOLE):

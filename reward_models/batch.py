@@ -236,6 +236,12 @@ def picture(item: Item) -> Picture:
 # ------------------------------------------------------------------------------------------------------------- scoring
 
 
+def animations(items: Sequence[Item]) -> int:
+    """How many pictures have more than one frame, of which the first is scored."""
+    with ThreadPoolExecutor(READERS) as readers:
+        return sum(readers.map(lambda item: images.animated(None if item.data else item.path, item.data), items))
+
+
 def needs_prompts(scorers: Mapping[str, RewardModel]) -> list[str]:
     """The scorers that look at the prompt."""
     return [name for name, scorer in scorers.items() if scorer.card.sees_prompt]

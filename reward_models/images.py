@@ -113,6 +113,9 @@ def size_of(path: str | Path) -> tuple[int, int]:
         return (width, height) if _orientation(picture) in (5, 6, 7, 8) else (height, width)
 
 
+ANIMATED = ("GIF", "PNG", "WEBP")  # formats of animations; TIFF's and MPO's further pictures are others
+
+
 def promised(path: str | Path | None, data: bytes | None = None) -> int:
     """The pixels that the header of a picture's file, or of its bytes, promises; 0 where there is none to be read."""
     try:
@@ -121,6 +124,16 @@ def promised(path: str | Path | None, data: bytes | None = None) -> int:
             return picture.width * picture.height
     except ValueError:
         return 0
+
+
+def animated(path: str | Path | None, data: bytes | None = None) -> bool:
+    """Whether a picture's file, or its bytes, hold more than the first frame, which alone is read."""
+    try:
+        with _reading(), BytesIO(data) if path is None else files.opened(path) as file:
+            picture = Image.open(file, formats=FORMATS)
+            return picture.format in ANIMATED and picture.is_animated
+    except ValueError:
+        return False
 
 
 def from_base64(text: str, most: int, formats: Sequence[str] = ("PNG",)) -> Image.Image:

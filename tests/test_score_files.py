@@ -424,3 +424,19 @@ def test_a_folder_of_refinements_that_is_none_is_one_line(random_model, tmp_path
     result = refined(random_model, tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert says in result.stderr
+
+
+def test_animations_are_counted_and_their_first_frame_is_scored(tmp_path):
+    """An animation of red, then black, scores as a still of red."""
+    red, black = (Image.new("RGB", (16, 16), colour) for colour in ("red", "black"))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for ending in ("gif", "png", "webp"):
+        red.save(folder / f"moves.{ending}", save_all=True, append_images=[black], lossless=True)
+        red.save(folder / f"still.{ending}", lossless=True)
+    red.save(folder / "pages.tiff", save_all=True, append_images=[black])
+    out = tmp_path / "scores.jsonl"
+    result = mmalign("score", folder, "--rewards", "image_stats", "--out", out)
+    assert result.returncode == 0
+    assert "mmalign: 3 of 7 pictures are animated; the first frame is scored" in result.stderr
+    assert len({row["scores"]["image_stats.brightness"] for row in map(json.loads, out.open(encoding="utf-8"))}) == 1
