@@ -7,11 +7,12 @@ import torch
 from torch.nn import functional as F
 
 from reward_models import Card, Scores
+from reward_models.types import Unusable
 
 
 class Smooth:
-    """Images brighter than `limit` are not scored. When it is shown the prompt `fatal` it fails, or kills its
-    process."""
+    """Images brighter than `limit` are not scored. When it is shown the prompt `fatal` it ends the run, or kills
+    its process."""
 
     card = Card("smooth", places=True, sees_prompt=False)
     names = ("red", "even")
@@ -23,9 +24,10 @@ class Smooth:
         if any(prompt.id == self.fatal for prompt in prompts):
             if self.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise ArithmeticError("the scorer broke")
-        red = (images[:, 0, ::2, :3] - images[:, 1, ::2, :3]).mean((1, 2))
-        values = torch.stack([red, -images.std((1, 2, 3))], 1)
+            raise Unusable("the scorer broke")
+        # one by one, for a sum over a batch rounds by the images it has
+        red = torch.stack([(image[0, ::2, :3] - image[1, ::2, :3]).mean() for image in images])
+        values = torch.stack([red, torch.stack([-image.std() for image in images])], 1)
         broken = images.mean((1, 2, 3)) > self.limit
         values[broken] = torch.nan
         places = F.adaptive_avg_pool2d(20 * (images[:, 0] - images[:, 2]), 2).clamp(-1, 1)
