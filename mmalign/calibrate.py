@@ -102,11 +102,7 @@ def save(path: Path, c: Config, times: Float[Tensor, "states"], rows: list[dict]
 
 def ours(text: str) -> bool:
     """Whether a text is one that `save` wrote."""
-    try:
-        record = files.parsed(text)
-    except ValueError:
-        return False
-    return isinstance(record, dict) and {"times", "rule", "noise", "rounds"} <= record.keys()
+    return files.is_record(text, "times", "rule", "noise", "rounds")
 
 
 def load(path: str, c: Config, times: Float[Tensor, "states"]) -> list[float]:

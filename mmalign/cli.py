@@ -988,15 +988,7 @@ def _may_write(file: Path, option: str, ours: Callable[[str], bool] = lambda tex
 
 def _rows_of(*names: str) -> Callable[[str], bool]:
     """Whether a text has a JSON object in each line, with these names."""
-
-    def ours(text: str) -> bool:
-        try:
-            rows = [files.parsed(line) for line in files.lines(text)]
-        except ValueError:
-            return False
-        return all(isinstance(row, dict) and set(names) <= row.keys() for row in rows)
-
-    return ours
+    return lambda text: all(files.is_record(line, *names) for line in files.lines(text))
 
 
 def _line(text: str) -> str:

@@ -32,11 +32,7 @@ def save(path: Path, model: str, result: Evaluation, scorers: Mapping[str, Rewar
 
 def ours(text: str) -> bool:
     """Whether a text is one that `save` wrote."""
-    try:
-        record = files.parsed(text)
-    except ValueError:
-        return False
-    return isinstance(record, dict) and {"model", "scorers", "components"} <= record.keys()
+    return files.is_record(text, "model", "scorers", "components")
 
 
 def load(c: Config, model: str, scorers: Mapping[str, RewardModel]) -> dict[str, tuple[float, float]]:

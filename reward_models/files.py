@@ -87,6 +87,15 @@ def parsed(text: str | bytes, strict: bool = True) -> Any:
     return value
 
 
+def is_record(text: str, *names: str) -> bool:
+    """Whether a text is a JSON object that has these keys, as a file of ours does."""
+    try:
+        value = parsed(text)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and set(names) <= value.keys()
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):

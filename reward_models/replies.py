@@ -8,14 +8,13 @@ Every reader takes time linear in the reply, which may be anything.
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from reward_models import limits
 from reward_models.regions import Region, inside
 from reward_models.scales import Scale
 
 Found = TypeVar("Found")
-Coordinates = Literal["pixels", "thousand", "unit"]
 UNITS: dict[str, str] = {
     "pixels": "pixels of the picture",
     "thousand": "thousandths of the picture's width and height",
