@@ -34,3 +34,13 @@ class Smooth:
         places[places.abs() < 0.05] = torch.nan
         failures = dict.fromkeys(broken.nonzero()[:, 0].tolist(), "too bright")
         return Scores(self.names, values, regions=places, failures=failures)
+
+
+class Positive(Smooth):
+    """The same, one higher: a product has a root of it."""
+
+    card = Card("positive", places=True, sees_prompt=False, low=0.0, high=3.0)
+
+    def __call__(self, images, prompts):
+        scores = super().__call__(images, prompts)
+        return Scores(self.names, scores.values + 1, regions=scores.regions)
