@@ -17,27 +17,23 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mmalign import (
-    alarms,
-    checkpoint,
-    config as configs,
-    disk,
-    evaluate,
-    folder,
-    guards,
-    planner,
-    prompts as prompt_files,
-    state as states,
-    tracking,
-)
-from mmalign.config import BadInput, Config
+from mmalign.config import load as configs
+from mmalign.config.schema import ANEW, Config
+from mmalign.data import prompts as prompt_files
+from mmalign.distributed.processes import Ranks, join
+from mmalign.errors import BadInput
+from mmalign.evaluation import evaluate, layouts
 from mmalign.flow.sample import gaussian, seed_of
-from mmalign.judge import silent, stop_if_failing
-from mmalign.ranks import Ranks, join
-from mmalign.session import Session, open_session, optimizer_of
-from mmalign.signals import Stop, Stopped, stopping
-from mmalign.tracking import Trackers
+from mmalign.reporting import trackers as tracking
+from mmalign.reporting.trackers import Trackers
+from mmalign.rewards.judge import silent, stop_if_failing
+from mmalign.runs import alarms, checkpoint, folder, jsonl, state as states
+from mmalign.runs.signals import Stop, Stopped, stopping
 from mmalign.train import iterate
+from mmalign.training import finite as guards, planning as planner
+from mmalign.training.session import Session
+from mmalign.training.setup import open_session, optimizer_of
+from reward_models import files
 from reward_models.lengths import cut
 
 
@@ -73,7 +69,7 @@ def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
         told = c if ranks.main else c.model_copy(update={"trackers": []})
         with tracking.opened(told, out, done, console) as trackers, folder.failing(out), stopping() as stop:
             if ranks.main:
-                disk.replace(out / "config.yaml", configs.dump(c).encode())
+                files.replace(out / "config.yaml", configs.dump(c).encode())
                 folder.rewind(out, done, say)
                 _prune(c, out, done)
             ranks.meet("the run's folder")
@@ -106,7 +102,7 @@ def _go_on(
                     done += 1
                     with clock.of("io"):
                         if ranks.main:
-                            disk.append(out / "metrics.jsonl", row)
+                            files.append(out / "metrics.jsonl", row)
                             trackers.log(row, done)
                             if _shown(c, done) and trackers.working:
                                 trackers.show(tracking.credit(out, done), done)
@@ -157,9 +153,9 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
         sheet = out / "images" / f"{name or f'{done:06d}'}.png"
         evaluate.contact_sheet(found.images, sheet)
         if name:
-            evaluate.write(found, prompts, out / "images" / name)
+            layouts.write(found, prompts, out / "images" / name)
         row |= means
-        disk.append(out / "evaluations.jsonl", row)
+        files.append(out / "evaluations.jsonl", row)
         told = {key: value for key, value in row.items() if key not in ("iteration", "name")}
         trackers.log({f"held_out/{key}": value for key, value in told.items()}, done)
         trackers.show(tracking.sheet(sheet), done)
@@ -194,7 +190,7 @@ def _size(run: Session) -> int:
 def _best(out: Path, name: str | None) -> int | None:
     """The saved iteration with the highest held-out mean of `name`, on the images that all evaluations share."""
     saved = {int(path.name) for path in checkpoint.numbered(out / "checkpoints")}
-    rows = disk.rows(out / "evaluations.jsonl") if name else []
+    rows = jsonl.rows(out / "evaluations.jsonl") if name else []
     means = {row["iteration"]: row["compared"] for row in rows if row["iteration"] in saved}
     return max((done for done, mean in means.items() if mean == mean), key=means.get, default=None)
 
@@ -211,7 +207,7 @@ def _kept(run: Session, iteration: int) -> dict[str, dict]:
         "random numbers": checkpoint.fingerprint({"noise": noise}),
     }
     made = run.origin | {"noise": run.levels, "reference": run.reference} | draws
-    return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude={*configs.ANEW}), "made": made}))
+    return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude={*ANEW}), "made": made}))
 
 
 def _machine(run: Session) -> dict[str, int | str]:

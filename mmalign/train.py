@@ -10,12 +10,15 @@ along.
 from functools import partial
 from pathlib import Path
 
-from mmalign import exhibit, guards, measures, prompts as prompt_files, rollout
-from mmalign.judge import stop_if_failing, unscored
-from mmalign.lessons import Lesson, advantages, finished, from_records, learn, of_images, of_walks
-from mmalign.session import Session
+from mmalign import errors
+from mmalign.data import prompts as prompt_files
+from mmalign.distributed.gather import whole
+from mmalign.rewards.judge import stop_if_failing, unscored
+from mmalign.training import finite as guards, metrics as measures, rollout, snapshots as exhibit
+from mmalign.training.advantages import advantages
+from mmalign.training.learning import Lesson, finished, from_records, learn, of_images, of_walks
+from mmalign.training.session import Session
 from mmalign.types import Judgement
-from mmalign.whole import whole
 
 
 def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str, int | float]:
@@ -27,7 +30,7 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
     run.set_rate(iteration)
     try:
         lesson, row = from_records(run, iteration) if run.records else _from_rollout(run, iteration, keep)
-    except guards.NonFinite as found:
+    except errors.NonFinite as found:
         run.skips.leave_out(iteration, found)
         lesson, row = None, {"reward": float("nan"), "rewards": 0}
     forwards = policy.spent["forwards"]

@@ -1,6 +1,6 @@
 """Reward models: what an image is worth. `load("shapes")` gives a scorer; call it with images and prompts."""
 
-from reward_models.table import load
+from reward_models.registry import load
 from reward_models.types import Card, Prompt, RewardModel, Scores
 
 __all__ = ["Card", "Prompt", "RewardModel", "Scores", "load"]

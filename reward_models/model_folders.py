@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from reward_models import files, limits
-from reward_models.trust import check as check_module
+from reward_models.allowlist import check as check_module
 
 LIBRARIES = ("diffusers", "transformers")  # whose classes a pipeline's parts are
 CODE = {  # keys whose value, if there is one, stands for code

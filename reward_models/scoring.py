@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_models import heat
+from reward_models import overlay as heat
 from reward_models.images import rounded
 from reward_models.types import Images, Infinite, Prompt, RewardModel, Scores, Unusable
 

@@ -16,7 +16,9 @@ from typing import Annotated
 import torch
 import typer
 
-from mmalign import config as configs, session, train as trainer
+from mmalign import train as trainer
+from mmalign.config import load as configs
+from mmalign.training import setup
 
 
 def median_seconds(function, repeats: int) -> float:
@@ -53,7 +55,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value")] = None,
 ) -> None:
     torch.set_flush_denormal(True)
-    run = session.open_session(configs.load(config, overrides or []))
+    run = setup.open_session(configs.load(config, overrides or []))
     trainer.iterate(run, 0)
     rows = []
     wall = median_seconds(lambda: rows.append(trainer.iterate(run, len(rows) + 1)), iterations)

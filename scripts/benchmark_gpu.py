@@ -21,13 +21,14 @@ from typing import Annotated
 import torch
 import typer
 
-from mmalign import estimate, policy as policies
-from mmalign.fit import Fit
+from mmalign import policy as policies
+from mmalign.checks import estimate
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy import meta
 from mmalign.policy.pipeline import Conditioning
+from mmalign.training.microbatch import Fit
 
 MODEL = "stabilityai/stable-diffusion-3.5-medium"
 

@@ -20,8 +20,9 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from reward_models import batch as batches, files, load
+from reward_models import files, load
 from reward_models.images import from_file, to_pil
+from reward_models.tools import score_files as batches
 
 
 def random_model(architecture: str, folder: Path) -> Path:

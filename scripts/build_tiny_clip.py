@@ -28,8 +28,20 @@ from transformers import CLIPTokenizer
 from reward_models import files
 from reward_models.scorers.clip import Clip, clip
 from reward_models.scorers.shapes import judge, look
+from reward_models.shapes_world import (
+    COLOURS,
+    COUNTS,
+    GLYPHS,
+    OPPOSITE,
+    SHAPES,
+    SIDE,
+    TAGS,
+    caption,
+    draw,
+    meaning,
+    split,
+)
 from reward_models.types import Prompt
-from reward_models.world import COLOURS, COUNTS, GLYPHS, OPPOSITE, SHAPES, SIDE, TAGS, caption, draw, meaning, split
 
 MEAN, STD = 0.5, 0.25
 LEARNING_RATE = 2e-3
@@ -211,16 +223,16 @@ library_name: open_clip
 
 # tiny_clip
 
-A CLIP model of the embedded world (`reward_models/world.py`): coloured shapes and letters on 32x32 pixels. It makes
-`clip`, the learned scorer, run anywhere without a download. {parameters:,} parameters, stored in half precision.
+A CLIP model of the embedded world (`reward_models/shapes_world.py`): coloured shapes and letters on 32x32 pixels. It
+makes `clip`, the learned scorer, run anywhere without a download. {parameters:,} parameters, stored in half precision.
 
 ## How it was made
 
     {command}
 
-{images:,} pictures drawn by `reward_models.world` for {training:,} captions; {steps:,} AdamW steps of {batch} pairs
-with CLIP's contrastive loss (arXiv 2103.00020), half of each batch of one kind of caption, pairs that say the same
-thing left out of each other's negatives. {minutes:.1f} minutes on {machine}. Vision: transformer on 8x8 patches,
+{images:,} pictures drawn by `reward_models.shapes_world` for {training:,} captions; {steps:,} AdamW steps of {batch}
+pairs with CLIP's contrastive loss (arXiv 2103.00020), half of each batch of one kind of caption, pairs that say the
+same thing left out of each other's negatives. {minutes:.1f} minutes on {machine}. Vision: transformer on 8x8 patches,
 4 layers, width 96. Text: transformer, 3 layers, width 64. The result depends on the command and the torch build (here
 {torch}) alone.
 

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from reward_models import files
+from reward_models.shapes_world import TAGS, caption, draw, requests, split
 from reward_models.types import Prompt
-from reward_models.world import TAGS, caption, draw, requests, split
 
 HELD_OUT = dict(one_object=3, two_objects=50, colors=30, counting=36, position=90, color_attr=80, text=24)
 SHARE = dict(one_object=1, two_objects=3, colors=2, counting=4, position=5, color_attr=4, text=4)  # of the pictures

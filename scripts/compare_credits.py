@@ -20,7 +20,10 @@ import numpy as np
 import torch
 import typer
 
-from mmalign import config as configs, disk, policy as policies, run as runs, session, train as trainer
+from mmalign import policy as policies, run as runs, train as trainer
+from mmalign.config import load as configs
+from mmalign.runs import jsonl
+from mmalign.training import setup
 
 SDE = "plan=sde branch_steps=null children=null baseline=null seeds=12"
 DENSE = f"{SDE} credit=gain score_states=all"
@@ -54,7 +57,7 @@ def train_for(seconds: float, folder: Path, overrides: list[str]) -> None:
     policies.quiet()
     torch.set_flush_denormal(True)
     base = [*overrides, f"out={folder}", "eval_every=0"]
-    trial = session.open_session(configs.load("configs/quickstart.yaml", base))
+    trial = setup.open_session(configs.load("configs/quickstart.yaml", base))
     rows = [trainer.iterate(trial, i) for i in range(3)]
     count = max(EVALUATIONS, round(seconds / statistics.mean(seconds_of(row) for row in rows[1:])))
     schedule = [f"iterations={count}", f"cooldown={count - 5}", f"eval_every={-(-count // EVALUATIONS)}"]
@@ -69,8 +72,8 @@ def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/c
 
 def curve(folder: Path) -> dict[str, np.ndarray]:
     """Training seconds, held-out strict, clip and diversity of siblings at each evaluation of one run."""
-    metrics = disk.rows(folder / "metrics.jsonl")
-    found = disk.rows(folder / "evaluations.jsonl")
+    metrics = jsonl.rows(folder / "metrics.jsonl")
+    found = jsonl.rows(folder / "evaluations.jsonl")
     spent = np.cumsum([0.0, *(seconds_of(row) for row in metrics)])
     out = {name: np.array([row[name] for row in found]) for name in SCORES if name in found[0]}
     out["diversity"] = np.array([row["diversity"] for row in (found[0], found[-1])])

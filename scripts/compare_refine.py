@@ -12,10 +12,11 @@ from statistics import mean
 import torch
 import typer
 
-from mmalign import policy as policies, prompts as prompt_files
-from mmalign.bestof import best_of, expected_best
-from mmalign.config import locate
-from mmalign.refine import Settings, Story, refine
+from mmalign import policy as policies
+from mmalign.config.paths import locate
+from mmalign.data import prompts as prompt_files
+from mmalign.evaluation.best_of_n import best_of, expected_best
+from mmalign.refine.loop import Settings, Story, refine
 from reward_models import load
 
 NEVER = 2.0  # no image is this good

@@ -15,7 +15,7 @@ from typing import Annotated
 import compare_credits
 import typer
 
-from mmalign.config import locate
+from mmalign.config.paths import locate
 from reward_models import files
 
 KINDS = ("two_objects", "position")

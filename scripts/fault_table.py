@@ -27,8 +27,11 @@ import typer
 from kill_and_resume import outcome
 from rich.console import Console
 
-from mmalign import checkpoint, cli, config as configs, disk, policy as policies, report, run as runs, yaml12  # noqa: F401
+from mmalign import policy as policies, run as runs
+from mmalign.cli import app as cli
+from mmalign.config import yaml12
 from mmalign.policy.sd3 import SD3Policy
+from mmalign.runs import checkpoint, jsonl
 from reward_models import Scores, files
 from reward_models.scorers import jpeg_size
 
@@ -159,7 +162,7 @@ def resumed(place: Place, plant: Plant, mend: Plant = lambda: None, expected: di
 
 def lost(out: Path) -> str:
     """What a run that has just ended did since its last checkpoint. After a signal it heeds, that is nothing."""
-    done, saved = len(disk.rows(out / "metrics.jsonl")), int(checkpoint.latest(out / "checkpoints").name)
+    done, saved = len(jsonl.rows(out / "metrics.jsonl")), int(checkpoint.latest(out / "checkpoints").name)
     if done == saved:
         return "nothing"
     return f"finished iterations: {done - saved}" + (" and the one under way" if done == AT else "")
@@ -206,7 +209,7 @@ def one_missing(sent: dict, answer: dict):
 def one_failed(place: Place) -> Told:
     """The failed images are counted."""
     how, _, _ = service(place, one_missing, 0.5, batch=100)  # of two held-out images half fail
-    metrics = disk.rows(place.out / "metrics.jsonl")
+    metrics = jsonl.rows(place.out / "metrics.jsonl")
     failed, images = sum(row["failed"] for row in metrics), sum(row["rewards"] for row in metrics)
     return how, f"the opinion on {failed} of {images} images", "finished"
 
@@ -255,7 +258,7 @@ def short_of_memory(rows: int, place: Place) -> Told:
 
     expected = place.expected()
     told = resumed(place, before(AT, act), expected=expected)
-    last = disk.rows(place.out / "metrics.jsonl")[-1]
+    last = jsonl.rows(place.out / "metrics.jsonl")[-1]
     if "fit/micro_batch" not in last:
         return told
     off = apart(place.out, place.folder / "whole/run")
@@ -305,7 +308,7 @@ def left_out(place: Place) -> Told:
     code, line = place.mmalign(plant=plant, max_skips=1, checkpoint_every=1, keep_checkpoints=9)
     kept = [checkpoint.read(place.out / f"checkpoints/{i:06d}")[0] for i in (AT, AT + 1)]
     one, two = ({kind: checkpoint.fingerprint(own) for kind, own in tensors.items()} for tensors in kept)
-    skipped = sum(row["skipped"] for row in disk.rows(place.out / "metrics.jsonl"))
+    skipped = sum(row["skipped"] for row in jsonl.rows(place.out / "metrics.jsonl"))
     return ended(code, line), f"{skipped} step", f"finished; adapter, average and optimiser around it: {same(one, two)}"
 
 

@@ -18,7 +18,9 @@ import typer
 from compare_credits import VARIANTS as CREDITS, seconds_of
 from compare_regions import VARIANTS as PLACES
 
-from mmalign import config as configs, policy as policies, session, train as trainer
+from mmalign import policy as policies, train as trainer
+from mmalign.config import load as configs
+from mmalign.training import setup
 
 VARIANTS = CREDITS | PLACES
 
@@ -26,7 +28,7 @@ VARIANTS = CREDITS | PLACES
 def gradients(overrides: list[str], batches: int) -> tuple[list[torch.Tensor], float]:
     """The adapter's gradient on each of `batches` disjoint batches, and the mean seconds of one."""
     still = [*overrides, "learning_rate=1e-12", "warmup=0", "cooldown=0", "held_out=null", "watch=[]", "out=runs/none"]
-    run = session.open_session(configs.load("configs/quickstart.yaml", still))
+    run = setup.open_session(configs.load("configs/quickstart.yaml", still))
     found, seconds = [], 0.0
     for i in range(batches):
         seconds += seconds_of(trainer.iterate(run, i)) / batches

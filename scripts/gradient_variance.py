@@ -20,11 +20,11 @@ from torch import Tensor
 
 from mmalign.credit import CREDITS
 from mmalign.credit.groups import Units
-from mmalign.fit import Fit
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.training.microbatch import Fit
 from mmalign.types import Judgement
 
 SHAPE, STEPS, NOISE = (2, 2, 2), 6, 0.7

@@ -23,12 +23,14 @@ from typing import Annotated
 import torch
 import typer
 
-from mmalign import checkpoint, config as configs, disk, folder, policy as policies, run as runs
-from mmalign.policy import sd3  # noqa: F401  imported here, before there are children
+from mmalign import policy as policies, run as runs
+from mmalign.config import load as configs
+from mmalign.config.schema import Config
+from mmalign.runs import checkpoint, folder, jsonl
 from reward_models import files
 
 
-def start(c: configs.Config, log: Path) -> int:
+def start(c: Config, log: Path) -> int:
     """A process that trains or resumes; its number."""
     child = os.fork()
     if child:
@@ -68,7 +70,7 @@ def outcome(out: Path) -> dict:
     timeless = {
         name: [
             {k: v for k, v in row.items() if not k.startswith(("seconds", "nfe_per_second"))}
-            for row in disk.rows(out / name)
+            for row in jsonl.rows(out / name)
         ]
         for name in folder.RECORDS
     }

@@ -12,7 +12,7 @@ import typer
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from mmalign import disk
+from mmalign.runs import jsonl
 
 SCORES = ("shapes.strict", "clip.cosine")
 
@@ -26,7 +26,7 @@ def main(
     plot, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.4), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for run in runs:
-            rows = disk.rows(run / "evaluations.jsonl")
+            rows = jsonl.rows(run / "evaluations.jsonl")
             axis.plot([row["iteration"] for row in rows], [row[name] for row in rows], "o-", ms=3, label=run.name)
         axis.set_title(f"held-out {name}", fontsize=10)
         axis.set_xlabel("iteration")

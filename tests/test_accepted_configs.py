@@ -16,10 +16,13 @@ from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES
 from whole_runs import rows, run
 
-from mmalign import config as configs, policy as policies, run as runs, session
-from mmalign.config import BadInput
+from mmalign import policy as policies, run as runs
+from mmalign.config import load as configs
+from mmalign.config.schema import component, first_without_weight
+from mmalign.data.judged_images import read as read_records
+from mmalign.errors import BadInput
 from mmalign.policy.sd3 import SD3Policy
-from mmalign.records import read as read_records
+from mmalign.training import session
 from reward_models import load as load_scorer
 from reward_models.combine import Ramp
 
@@ -49,7 +52,7 @@ def references(folder: Path, model: str) -> list[str]:
     """One of all parts for one model; others lack a part, do not vary, or are something else."""
     names = drawn_configs.PARTS
     scorers = {name: dict(own) for name, own in drawn_configs.SCORERS.items()}
-    owners = {configs.component(name)[0] for name in names}
+    owners = {component(name)[0] for name in names}
     versions = {name: load_scorer(name, **scorers.get(name, {})).card.version for name in owners}
     parts = {name: {"mean": 0.1, "std": 0.5, "images": 500} for name in names}
     whole = {"model": policies.load(model).fingerprint(), "scorers": versions, "components": parts}
@@ -206,7 +209,7 @@ def test_ramps_that_pass_0_apart_are_built(settings, rewards):
 
 @pytest.mark.parametrize(("iterations", "idle"), [(5, 2), (6, None), (2, None), (1, None), (10**9 + 1, 5 * 10**8)])
 def test_the_iteration_in_which_a_ramp_is_0_is_found_however_many_there_are(iterations, idle):
-    assert configs.first_without_weight({"a.b": Ramp(-1, 1), "a.c": Ramp(2, -2)}, iterations) == idle
+    assert first_without_weight({"a.b": Ramp(-1, 1), "a.c": Ramp(2, -2)}, iterations) == idle
 
 
 def below_a_file(tmp_path):

@@ -19,9 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from whole_runs import run
 
-from mmalign import adapters, policy as policies, tensors as safe
-from mmalign.config import BadInput
+from mmalign import policy as policies
+from mmalign.errors import BadInput
 from mmalign.policy import lora
+from mmalign.runs import adapters, tensors as safe
 from reward_models import limits
 
 FILES = dict(zip(("diffusers", "comfyui", "peft"), adapters.NAMES, strict=True))

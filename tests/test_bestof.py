@@ -8,10 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mmalign import evaluate, policy as policies
-from mmalign.bestof import best_of, curve, expected_best
-from mmalign.cli import app
-from mmalign.config import BadInput, locate
+from mmalign import policy as policies
+from mmalign.cli.app import app
+from mmalign.config.paths import locate
+from mmalign.errors import BadInput
+from mmalign.evaluation import generate
+from mmalign.evaluation.best_of_n import best_of, curve, expected_best
 from reward_models import Card, Prompt, Scores, load
 
 PROMPTS = [Prompt("a circle and a square", {}, 0), Prompt("a red cross", {}, 1), Prompt("two blue squares", {}, 2)]
@@ -34,7 +36,7 @@ def test_the_expected_best_of_k_is_the_mean_over_all_choices():
 def test_the_best_is_the_plain_sample_with_the_best_score(policy):
     scorer = load("shapes_critic")
     found = best_of(policy, PROMPTS, SEEDS, 5, scorer, "overall", batch=4)
-    images, of = evaluate.generate(policy, PROMPTS, SEEDS, 5, 64)
+    images, of = generate.generate(policy, PROMPTS, SEEDS, 5, 64)
     scores = scorer(images, [PROMPTS[i] for i in of.tolist()]).column("overall").view(3, 6)
     torch.testing.assert_close(found.scores, scores)
     assert torch.equal(found.score, scores.max(1).values)

@@ -11,12 +11,14 @@ import yaml
 from command_line import mmalign
 from hypothesis import HealthCheck, given, seed, settings as examples, strategies as st
 
-from mmalign import config as configs, doctor, run as runs
-from reward_models.table import SCORERS
+from mmalign import run as runs
+from mmalign.checks import doctor
+from mmalign.config.schema import Config
+from reward_models.registry import SCORERS
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = {path.name: path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))}
-KEYS = sorted(configs.Config.model_fields)
+KEYS = sorted(Config.model_fields)
 HUGE = [10**6, 2**31, 2**63 - 1, 2**63, 10**30, -(10**30), 10**400, 1e308, 1e-320, float("inf"), float("nan"), -1, 0]
 TEXTS = [
     "", " ", "\0", "a\nb", "\x1b[31m", "\u202e", "é漢字🙂", "\ud800", "a" * 300, "a" * 5000, "%s {x} [/b]", "--",
@@ -85,7 +87,7 @@ def values_damaged(draw) -> tuple[str, str]:
 
 def options(key: str) -> st.SearchStrategy:
     """Values that a key takes: alone they are sound, beside others they may not be."""
-    annotation = str(configs.Config.model_fields[key].annotation)
+    annotation = str(Config.model_fields[key].annotation)
     words = [word.strip("'\" ") for word in annotation.partition("Literal[")[2].partition("]")[0].split(",")]
     return st.sampled_from([word for word in words if word] or [True, 1, 0.5, [0, 1], "shapes"])
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from mmalign import calibrate, config as configs
-from mmalign.config import BadInput
+from mmalign.config import load as configs
+from mmalign.errors import BadInput
+from mmalign.training import noise_calibration as calibrate
 
 TIMES = torch.linspace(1, 0, 6)
 C = configs.build(dict(steps=5, branch_steps=[0], children=2), "test")

@@ -21,8 +21,12 @@ import yaml
 from command_line import mmalign
 from whole_runs import cut_off, rows, run
 
-from mmalign import checkpoint, config as configs, disk, folder, run as runs, session, signals
-from mmalign.config import BadInput, Failed
+from mmalign import run as runs
+from mmalign.config import load as configs
+from mmalign.errors import BadInput, Failed
+from mmalign.runs import checkpoint, folder, jsonl, signals
+from mmalign.training import setup
+from reward_models import files
 
 TENSORS = {"adapter": {"w": torch.arange(6.0)}, "ema": {"w": torch.ones(3)}}
 
@@ -431,10 +435,10 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(settings, ex
 
 def test_rows_are_whole_or_not_there(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    disk.append(path, {"iteration": 1}, {"iteration": 2})
+    files.append(path, {"iteration": 1}, {"iteration": 2})
     before = path.read_bytes()
     with largest_file(len(before) + 5), pytest.raises(OSError, match="File too large"):
-        disk.append(path, {"iteration": 3, "more": "x" * 100})
+        files.append(path, {"iteration": 3, "more": "x" * 100})
     assert path.read_bytes() == before
 
 
@@ -450,7 +454,7 @@ def test_rows_of_a_killed_run_are_mended(tmp_path):
     path, said = tmp_path / "metrics.jsonl", []
     whole = '{"iteration": 1, "reward": 0.1}\n{"iteration": 2, "reward": NaN}\n'
     path.write_text(whole + '{"iteration": 3, "rew')
-    assert [row["iteration"] for row in disk.rows(path)] == [1, 2]
+    assert [row["iteration"] for row in jsonl.rows(path)] == [1, 2]
     folder.rewind(tmp_path, 5, said.append)
     assert path.read_text() == whole
     assert said == [f"{path}: lines that are not whole and left out: 1"]
@@ -463,7 +467,7 @@ def test_rows_of_a_killed_run_are_mended(tmp_path):
 def test_no_room_and_no_folder_are_refused_before_the_run(settings, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**4)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage)
-    opened = session.open_session(configs.build(settings, "test"))
+    opened = setup.open_session(configs.build(settings, "test"))
     needed = 4 * 4 * sum(p.numel() for p in opened.policy.parameters()) * (3 + 2)
     with pytest.raises(BadInput, match=rf"0\.0 MB free at .*checkpoints of this run need {needed / 1e6:.1f} MB"):
         run(settings)

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from starlette.testclient import TestClient
 from whole_runs import rows, run
 
-from mmalign import live, report
+from mmalign.reporting import live, report
 
 JSONL = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl", "images/after/scores.jsonl")
 BINARY = bytes(range(256)) * 8

@@ -7,11 +7,14 @@ import pytest
 import torch
 from tiny_pipelines import FAMILIES, SOME
 
-from mmalign import config as configs, doctor, rollout, run as runs, session as sessions
-from mmalign.cli import main
+from mmalign import errors, run as runs
+from mmalign.checks import doctor
+from mmalign.cli.app import main
+from mmalign.config import load as configs
 from mmalign.flow import sample as sampling
 from mmalign.learn import update as learning
 from mmalign.policy.sd3 import SD3Policy
+from mmalign.training import rollout, session as sessions
 
 QUIET = dict(beta=0.1, guidance=3.0, rewards={"odd_scorers:Bright.mean": 1.0}, noise=0.7)
 
@@ -85,7 +88,7 @@ def test_lora_on_nothing(settings, monkeypatch):
 
     assert bad(settings, lora_targets=["transformer_blocks.1.attn.add_q_proj"]) == {"gradient", "KL gradient"}
     monkeypatch.setattr(SD3Policy, "attach_lora", attach_to_nothing)
-    with pytest.raises(configs.BadInput, match="nothing is trained"):
+    with pytest.raises(errors.BadInput, match="nothing is trained"):
         bad(settings)
 
 

@@ -9,9 +9,11 @@ from tiny_pipelines import FAMILIES
 from typer.testing import CliRunner
 from whole_runs import rows, run
 
-from mmalign import checkpoint, config as configs, estimate
-from mmalign.cli import app
-from mmalign.config import BadInput
+from mmalign.checks import estimate
+from mmalign.cli.app import app
+from mmalign.config import load as configs
+from mmalign.errors import BadInput
+from mmalign.runs import checkpoint
 
 PLANS = {
     "branch": {},

@@ -11,9 +11,10 @@ from command_line import mmalign
 from faulty_scorers import Faulty
 from whole_runs import rows, run
 
-from mmalign import config as configs, signals
-from mmalign.config import Failed
-from mmalign.judge import score
+from mmalign.config import load as configs
+from mmalign.errors import Failed
+from mmalign.rewards.judge import score
+from mmalign.runs import signals
 from reward_models import Prompt, Scores
 from reward_models.cache import Cached
 from reward_models.scoring import asked, score_pictures

@@ -4,11 +4,11 @@ import pytest
 import torch
 from walks import walk
 
-from mmalign.fit import Fit
 from mmalign.flow import plan as plans
-from mmalign.focus import attended, top, within
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.training.masks import attended, top, within
+from mmalign.training.microbatch import Fit
 
 PLAN = plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7)
 

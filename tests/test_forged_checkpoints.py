@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings as effort, strategies as st
 from safetensors.torch import load_file
 from whole_runs import run
 
-from mmalign import adapters, checkpoint, config as configs, folder, run as runs, state as states
-from mmalign.config import BadInput
-from mmalign.session import open_session
+from mmalign import run as runs
+from mmalign.config import load as configs
+from mmalign.errors import BadInput
+from mmalign.runs import adapters, checkpoint, folder, state as states
+from mmalign.training.setup import open_session
 
 FILES = ("adapter", "ema", "optimizer")
 ALWAYS = (

@@ -9,15 +9,20 @@ from kill_and_resume import outcome
 from walks import walk
 from whole_runs import rows, run
 
-from mmalign import alarms, checkpoint, config as configs, disk, guards, report, run as runs
-from mmalign.config import BadInput, Failed
+from mmalign import errors, run as runs
+from mmalign.config import load as configs
+from mmalign.errors import BadInput, Failed, NonFinite
 from mmalign.flow import plan as plans
-from mmalign.guards import NonFinite, Skips
-from mmalign.judge import Combination, judge, score
 from mmalign.learn.update import update
 from mmalign.policy.sd3 import SD3Policy
+from mmalign.reporting import report
+from mmalign.rewards.combination import Combination
+from mmalign.rewards.judge import judge, score
+from mmalign.runs import alarms, checkpoint
+from mmalign.training import finite as guards
+from mmalign.training.finite import Skips
 from mmalign.types import Rows
-from reward_models import Prompt, Scores
+from reward_models import Prompt, Scores, files
 from reward_models.types import Card
 
 PROMPTS = [Prompt("a circle", id=10), Prompt("a cross", id=11), Prompt("a square", id=12)]
@@ -195,7 +200,7 @@ def test_skips_in_a_row_are_limited_and_a_step_begins_anew():
 
 def test_three_prompts_are_named_and_the_others_counted():
     many = [Prompt("x" * 100, id=i) for i in range(9)]
-    said = str(guards.of("latents", many, [8, 1, 1, 0, 5, 7]))
+    said = str(errors.non_finite("latents", many, [8, 1, 1, 0, 5, 7]))
     assert said == f"latents not finite; prompts: 0 '{'x' * 60}', 1 '{'x' * 60}', 5 '{'x' * 60}' and 2 more"
 
 
@@ -330,7 +335,7 @@ def test_an_alarm_is_told_once_also_by_a_run_that_is_resumed(tmp_path):
         watch = alarms.Watch(CONFIG, tmp_path, said.append)
         for i in range(start, end):
             row = healthy(20)[i] | {"dead_groups": 1.0}
-            disk.append(tmp_path / "metrics.jsonl", row)
+            files.append(tmp_path / "metrics.jsonl", row)
             watch.look(row, [])
     assert len(said) == 1
     assert said[0].startswith("alarm after iteration 5, constant_reward: siblings got the same reward in every group")

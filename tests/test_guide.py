@@ -6,8 +6,8 @@ import torch
 from mmalign import policy as policies
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import gaussian, sample
-from mmalign.guide import guided, soft, towards
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.refine.velocity import guided, soft, towards
 
 
 def walked(flow, velocity, starts=3):

@@ -12,8 +12,12 @@ from kill_and_resume import outcome
 from services import running
 from whole_runs import rows, run
 
-from mmalign import config as configs, guards, prompts, rollout, session, train
-from mmalign.config import BadInput
+from mmalign import errors, train
+from mmalign.config import load as configs
+from mmalign.config.schema import component
+from mmalign.data import prompts
+from mmalign.errors import BadInput
+from mmalign.training import rollout, setup
 from reward_models import load
 
 
@@ -29,7 +33,7 @@ def test_a_part_is_judged_while_the_next_is_drawn(settings, captions, monkeypatc
     """The judge waits until the next part is begun, which a rollout that waits for the judge would never do; and no
     part is begun with more than one, besides that which is judged, waiting for the judge."""
     changed = {"scorers": {"slow": {"scorer": "slow_judge:Slow"}}, "prompts_per_iteration": 5, "rollout_parts": 5}
-    opened = session.open_session(configs.build(settings | captions | changed, "test"))
+    opened = setup.open_session(configs.build(settings | captions | changed, "test"))
     slow, walk = opened.scorers["slow"], rollout.walk
     begun, answered = [threading.Event() for _ in range(6)], []
 
@@ -79,7 +83,7 @@ def test_parts_change_nothing_but_when_images_are_judged(settings, captions, tmp
 @pytest.mark.parametrize("parts", [1, 3])
 def test_what_is_not_finite_in_a_part_is_shown_to_no_judge(settings, captions, monkeypatch, parts):
     changed = {"scorers": {"slow": {"scorer": "slow_judge:Slow"}}, "prompts_per_iteration": 3, "rollout_parts": parts}
-    opened = session.open_session(configs.build(settings | captions | changed, "test"))
+    opened = setup.open_session(configs.build(settings | captions | changed, "test"))
     decoded = rollout.decoded
 
     def spoilt(own, paths):
@@ -90,7 +94,7 @@ def test_what_is_not_finite_in_a_part_is_shown_to_no_judge(settings, captions, m
     monkeypatch.setattr(rollout, "decoded", spoilt)
     bad = prompts.batch(opened.prompts, 3, 0, opened.config.seed)[1]
     with pytest.raises(
-        guards.NonFinite, match=f"^iteration 1: decoded images not finite; prompts: {bad.id} '{bad.text}'$"
+        errors.NonFinite, match=f"^iteration 1: decoded images not finite; prompts: {bad.id} '{bad.text}'$"
     ):
         train.iterate(opened, 0)
     assert opened.scorers["slow"].answered <= parts - 1
@@ -104,7 +108,7 @@ def test_a_part_needs_a_prompt(settings):
 def test_full_groups_teach_nothing_and_are_counted(settings, tmp_path):
     good = {"rewards": {"full.good": 1.0}, "scorers": {"full": {"scorer": "slow_judge:Full"}}, "held_out": None}
     c = configs.build(settings | good | {"saturated": 0.9}, "test")
-    opened = session.open_session(c)
+    opened = setup.open_session(c)
     row = train.iterate(opened, 0)
     even = [own.id % 2 == 0 for own in opened.prompts]
     assert 0 <= row["saturated_groups"] <= 1
@@ -161,7 +165,7 @@ def test_a_cache_saves_the_second_run_its_calls(settings, tmp_path):
     ],
 )
 def test_a_reward_names_its_scorer_and_component(reward, scorer, part):
-    assert configs.component(reward) == (scorer, part)
+    assert component(reward) == (scorer, part)
 
 
 def test_a_run_learns_from_a_reward_service(settings):

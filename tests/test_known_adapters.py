@@ -12,7 +12,7 @@ import pytest
 import torch
 from whole_runs import rows, run
 
-from mmalign import checkpoint
+from mmalign.runs import checkpoint
 
 RECORD = Path(__file__).parent / "corpus" / "known_adapters.json"
 BASE = dict(

@@ -9,7 +9,8 @@ from command_line import mmalign
 from hypothesis import given, settings as trying, strategies as st
 from PIL import Image
 
-from mmalign import config as configs, policy as policies, run as runs
+from mmalign import policy as policies, run as runs
+from mmalign.config import load as configs
 from reward_models import Prompt, load
 from reward_models.lengths import Reader, cut
 

@@ -16,7 +16,8 @@ from starlette.testclient import TestClient
 from torch import rand
 from torchvision.utils import save_image
 
-from mmalign import cli, live, report
+from mmalign.cli import app as cli
+from mmalign.reporting import live, report
 
 ROW = {"reward": 0.25, "forwards": 4, "replay_forwards": 2, "decodes": 1, "rewards": 1}
 ROW |= {"seconds/rollout": 0.5, "seconds/learn": 0.25, "seconds/total": 1.0}
@@ -191,8 +192,8 @@ def test_what_cannot_be_served_is_refused_in_one_line(begun, arguments, lacking,
     monkeypatch.setattr(sys, "argv", ["mmalign", "report", *arguments])
     if lacking:
         monkeypatch.setitem(sys.modules, lacking, None)
-        monkeypatch.delattr("mmalign.live")
-        for name in ("mmalign.live", "reward_models.serve"):
+        monkeypatch.delattr("mmalign.reporting.live")
+        for name in ("mmalign.reporting.live", "reward_models.service.server"):
             monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit) as end:
         cli.main()

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mmalign import config as configs, planner
-from mmalign.config import BadInput
+from mmalign.config import load as configs
+from mmalign.errors import BadInput
+from mmalign.training import planning as planner
 
 TIMES = torch.linspace(1, 0, 11)
 DENSE = dict(plan="sde", credit="gain", score_states="all", seeds=24, prompts_per_iteration=1)

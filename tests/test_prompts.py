@@ -12,13 +12,16 @@ from pyarrow import Table
 from pyarrow.parquet import write_table
 from typer.testing import CliRunner
 
-from mmalign import config as configs, evaluate, prompts as sources
-from mmalign.cli import app
-from mmalign.config import BadInput
-from reward_models import Card, Prompt, batch
+from mmalign.cli.app import app
+from mmalign.config import load as configs
+from mmalign.data import prompts as sources
+from mmalign.errors import BadInput
+from mmalign.evaluation import evaluate, layouts
+from reward_models import Card, Prompt
 from reward_models.detect import Found
 from reward_models.images import from_file
 from reward_models.scorers.geneval import GenEval
+from reward_models.tools import score_files as batch
 
 # rows as GenEval's own metadata has them: one of each tag that differs in shape
 METADATA = [
@@ -243,8 +246,8 @@ def same(items: list[batch.Item], prompts: list[Prompt], images) -> bool:
 def test_geneval_layout_there_and_back(tmp_path, geneval):
     prompts, out = sources.read(geneval), tmp_path / "out"
     result = drawn(prompts)
-    evaluate.fits("geneval", prompts, out)
-    evaluate.write(result, prompts, out, "geneval")
+    layouts.fits("geneval", prompts, out)
+    layouts.write(result, prompts, out, "geneval")
     assert sorted(str(path.relative_to(out)) for path in (out / "00002").rglob("*.*")) == [
         "00002/metadata.jsonl", "00002/samples/0000.png", "00002/samples/0001.png",
     ]  # fmt: skip
@@ -258,8 +261,8 @@ def test_t2i_compbench_layout(tmp_path):
     prompts = [Prompt("a bathroom has a red towel.", {}, 5), Prompt("café, 100% blue", {}, 2)]
     out = tmp_path / "out"
     result = drawn(prompts)
-    evaluate.fits("t2i_compbench", prompts, out)
-    evaluate.write(result, prompts, out, "t2i_compbench")
+    layouts.fits("t2i_compbench", prompts, out)
+    layouts.write(result, prompts, out, "t2i_compbench")
     assert sorted(path.name for path in (out / "samples").iterdir()) == [
         "a bathroom has a red towel._000000.png", "a bathroom has a red towel._000001.png",
         "café, 100% blue_000002.png", "café, 100% blue_000003.png",
@@ -273,7 +276,7 @@ def test_pictures_of_the_ground_truth_are_found_again(tmp_path, monkeypatch, lay
     Path("prompts").mkdir()
     Path("prompts/rows.jsonl").write_text(lines([METADATA[0] | {"reference": "bench.png", "image": "other.png"}]))
     prompts = sources.read("prompts/rows.jsonl")
-    evaluate.write(drawn(prompts), prompts, Path("out"), layout)
+    layouts.write(drawn(prompts), prompts, Path("out"), layout)
     items, _ = batch.read(Path("out"))
     assert items[0].path.is_file()
     assert Path(items[0].prompt.wants["reference"]) == tmp_path / "prompts" / "bench.png"
@@ -292,9 +295,9 @@ def test_pictures_of_the_ground_truth_are_found_again(tmp_path, monkeypatch, lay
 )
 def test_prompts_a_layout_cannot_hold_are_refused(tmp_path, layout, prompt, says):
     with pytest.raises(BadInput) as error:
-        evaluate.fits(layout, [prompt], tmp_path / "out")
+        layouts.fits(layout, [prompt], tmp_path / "out")
     assert says in str(error.value)
-    evaluate.fits("mmalign", [prompt], tmp_path / "out")
+    layouts.fits("mmalign", [prompt], tmp_path / "out")
 
 
 def test_evaluate_writes_a_layout(tmp_path, geneval, random_model):

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mmalign import config as configs, report, run, session as sessions
+from mmalign import run
+from mmalign.config import load as configs
+from mmalign.reporting import report
+from mmalign.training import setup
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,6 +23,6 @@ def test_quickstart_raises_the_held_out_score(seed, tmp_path):
 
 @pytest.mark.parametrize("name", ["quickstart", "tiny_long"])
 def test_configs_of_the_embedded_model_open(name):
-    session = sessions.open_session(configs.load(ROOT / f"configs/{name}.yaml"))
+    session = setup.open_session(configs.load(ROOT / f"configs/{name}.yaml"))
     assert len(session.held_out) >= 300
     assert {name.rpartition(".")[0] for name in session.config.rewards} <= set(session.scorers)

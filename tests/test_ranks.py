@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from whole_runs import rows, run
 
-from mmalign import config as configs
+from mmalign.config.schema import Config
 
 SDE = dict(plan="sde", branch_steps=None, children=None, seeds=3)
 ODE = dict(plan="ode", branch_steps=None, children=None, seeds=4, region="smooth:Smooth", draws=2)
@@ -234,5 +234,5 @@ def test_every_credit_and_objective(base, tmp_path, size):
         most = {kind: float(own.max()) for kind, own in away.items()}
         matrices = {kind: most.pop(kind) for kind in ("adapter", "ema")}
         assert max(most.values()) < BOUND, (name, most)
-        assert max(matrices.values()) < configs.Config.model_fields["learning_rate"].default, (name, matrices)
+        assert max(matrices.values()) < Config.model_fields["learning_rate"].default, (name, matrices)
         assert all(float((away[kind] > BOUND).float().mean()) < 0.01 for kind in matrices), (name, matrices)

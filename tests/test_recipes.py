@@ -15,8 +15,11 @@ from tiny_pipelines import FAMILIES
 from tiny_scorers import settings as tiny_settings
 from whole_runs import rows
 
-from mmalign import config as configs, estimate, prompts as prompt_files, run as runs
-from mmalign.config import Config
+from mmalign import run as runs
+from mmalign.checks import estimate
+from mmalign.config import load as configs, paths
+from mmalign.config.schema import Config
+from mmalign.data import prompts as prompt_files
 from mmalign.policy import meta
 from reward_models.scorers.geneval import GenEval
 from reward_models.scorers.ocr import Ocr
@@ -44,7 +47,7 @@ BLIND = {"geneval": GenEval, "ocr": Ocr}  # they find nothing in what random wei
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_recipe_is_complete_and_its_prompts_are_apart(name):
     c = configs.load(CONFIGS[name])
-    train, held_out = (prompt_files.read(configs.locate(path)) for path in (c.prompts, c.held_out))
+    train, held_out = (prompt_files.read(paths.locate(path)) for path in (c.prompts, c.held_out))
     assert c.model in MODELS or (ROOT / c.model).is_dir()
     assert len(train) >= 300
     assert len(train) >= c.prompts_per_iteration
@@ -125,7 +128,7 @@ def tiny_judges(tmp_path_factory, judge_server):
 
 
 def first_lines(path: str, number: int, out: Path) -> str:
-    lines = Path(configs.locate(path)).read_text().splitlines()[:number]
+    lines = Path(paths.locate(path)).read_text().splitlines()[:number]
     out.write_text("\n".join(lines) + "\n")
     return str(out)
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
-from mmalign import policy as policies, records
-from mmalign.config import BadInput, locate
-from mmalign.evaluate import generate
+from mmalign import policy as policies
+from mmalign.config.paths import locate
+from mmalign.data import judged_images as records
+from mmalign.errors import BadInput
+from mmalign.evaluation.generate import generate
 from mmalign.policy.gaussian import GaussianFlow
 from reward_models import Prompt
 

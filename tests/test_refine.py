@@ -14,12 +14,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from mmalign import evaluate, policy as policies, stories as on_disk
-from mmalign.cli import app
-from mmalign.config import BadInput, locate
+from mmalign import policy as policies
+from mmalign.cli.app import app
+from mmalign.config.paths import locate
+from mmalign.errors import BadInput
+from mmalign.evaluation import generate
 from mmalign.flow.sample import gaussian, seed_of
-from mmalign.redraw import Attempt, Base, cost, draw, times_from
-from mmalign.refine import Settings, refine
+from mmalign.refine import trace as on_disk
+from mmalign.refine.loop import Settings, refine
+from mmalign.refine.redraw import Attempt, Base, cost, draw, times_from
 from reward_models import Card, Prompt, Scores, load
 from reward_models.regions import Region
 from reward_models.scorers.shapes import look
@@ -80,7 +83,7 @@ def told(policy, scores, settings=QUICK, **critic):
 def test_the_first_image_is_the_plain_sample_of_its_seed(policy):
     (story,) = refine(policy, Critic([1.0]), PROMPTS[:1], QUICK)
     seed = seed_of("refine", 0, PROMPTS[0].id)
-    plain, _ = evaluate.generate(policy, PROMPTS[:1], [[seed]], 4, 8)
+    plain, _ = generate.generate(policy, PROMPTS[:1], [[seed]], 4, 8)
     assert torch.equal(story.rounds[0].image, plain[0])
     assert (story.stopped, story.forwards, len(story.rounds)) == ("good", 4, 1)
 
@@ -156,7 +159,7 @@ def test_a_refined_request_is_drawn_but_the_first_is_judged(policy):
     assert set(critic.prompts) == {TEXTS[0]}
     first, second = (own.attempt for own in story.rounds)
     assert (second.request, second.seed) == ("a red circle", first.seed)
-    plain, _ = evaluate.generate(policy, [Prompt("a red circle")], [[first.seed]], 4, 8)
+    plain, _ = generate.generate(policy, [Prompt("a red circle")], [[first.seed]], 4, 8)
     assert torch.equal(story.rounds[1].image, plain[0])
 
 
@@ -243,7 +246,7 @@ def held_out():
 def drawings():
     import numpy as np
 
-    from reward_models.world import caption, draw as drawn, requests
+    from reward_models.shapes_world import caption, draw as drawn, requests
 
     rng = np.random.default_rng(0)
     wants = [requests()[i] for i in rng.integers(len(requests()), size=24)]

@@ -8,8 +8,11 @@ from careless import Careless
 from torchvision.utils import save_image
 from whole_runs import rows, run
 
-from mmalign import config as configs, judge, report
-from mmalign.config import BadInput
+from mmalign.config import load as configs
+from mmalign.config.schema import Config
+from mmalign.errors import BadInput
+from mmalign.reporting import report
+from mmalign.rewards import judge, regions
 from reward_models import Prompt
 from reward_models.regions import Region, box_shares
 
@@ -21,7 +24,7 @@ def test_labels_share_a_column_and_the_rest_stands_alone():
     one = (Region((0, 0, 4, 4), 1.0, "1 dog"), Region((4, 0, 8, 4), -1.0), Region((0, 4, 4, 8), -0.5, "1 dog"))
     two = (Region((4, 4, 8, 8), -1.0, "1 dog"), Region((0, 0, 4, 4), 0.5, "2 cat"))
     other = (Region((0, 0, 8, 8), 1.0, "2 cat"),)
-    marks = judge.marked([one, two, other, ()], [0, 0, 5, 5], (8, 8), (2, 2))
+    marks = regions.marked([one, two, other, ()], [0, 0, 5, 5], (8, 8), (2, 2))
     expected = torch.tensor([[1, nan, -1, -0.5], [-1, 0.5, nan, nan], [1, nan, nan, nan], [nan] * 4])
     torch.testing.assert_close(marks.credit, expected, equal_nan=True)
     assert marks.named[0].tolist() == [True, True, False, False]
@@ -31,7 +34,7 @@ def test_labels_share_a_column_and_the_rest_stands_alone():
 
 
 def test_a_map_without_regions_is_what_is_right_and_what_is_wrong():
-    marks = judge.signs(torch.tensor([[[0.5, nan], [-0.1, 0.0]], [[1.0, 1.0], [1.0, 1.0]]]))
+    marks = regions.signs(torch.tensor([[[0.5, nan], [-0.1, 0.0]], [[1.0, 1.0], [1.0, 1.0]]]))
     torch.testing.assert_close(marks.credit, torch.tensor([[1.0, -1.0], [1.0, nan]]), equal_nan=True)
     assert marks.share[0].tolist() == [[[1, 0], [0, 0]], [[0, 0], [1, 0]]]
     assert not marks.named.any()
@@ -61,7 +64,7 @@ def clean(settings, *parts):
     merged = dict(settings)
     for part in parts:
         merged |= part
-    defaults = {name: own.default for name, own in configs.Config.model_fields.items()}
+    defaults = {name: own.default for name, own in Config.model_fields.items()}
     return {name: value for name, value in merged.items() if value is not None or defaults[name] is not None}
 
 

@@ -9,13 +9,16 @@ from typer.testing import CliRunner
 from walks import walk
 from whole_runs import rows, run
 
-from mmalign import config as configs, references, session
-from mmalign.cli import app
-from mmalign.config import BadInput, Failed
+from mmalign.cli.app import app
+from mmalign.config import load as configs
 from mmalign.credit.groups import Units
 from mmalign.credit.terminal import terminal
+from mmalign.errors import BadInput, Failed
+from mmalign.evaluation import reference as references
 from mmalign.flow import plan as plans
-from mmalign.judge import Combination, judge, score
+from mmalign.rewards.combination import Combination
+from mmalign.rewards.judge import judge, score
+from mmalign.training import setup
 from reward_models import Prompt, Scores, combine
 from reward_models.types import Card
 
@@ -200,17 +203,17 @@ def test_a_reference_is_measured_trained_with_and_bound_to_its_weights(settings,
         ("image_stats", dict(rewards={"image_stats.brightness": 1.0})),
     ):
         with pytest.raises(BadInput, match=f"was measured with {what} .*measure it again"):
-            session.open_session(configs.build(settings | {"reference": str(measured)} | changed, "test"))
+            setup.open_session(configs.build(settings | {"reference": str(measured)} | changed, "test"))
     measured.write_text(json.dumps(record | {"model": "another"}))
     with pytest.raises(BadInput, match="was measured with model another, this run has"):
-        session.open_session(configs.build(settings | {"reference": str(measured)}, "test"))
+        setup.open_session(configs.build(settings | {"reference": str(measured)}, "test"))
     own["std"] = 0.0
     measured.write_text(json.dumps(record))
     with pytest.raises(BadInput, match="does not vary"):
-        session.open_session(configs.build(settings | {"reference": str(measured)}, "test"))
+        setup.open_session(configs.build(settings | {"reference": str(measured)}, "test"))
     measured.write_text("{}")
     with pytest.raises(BadInput, match="no file written by"):
-        session.open_session(configs.build(settings | {"reference": str(measured)}, "test"))
+        setup.open_session(configs.build(settings | {"reference": str(measured)}, "test"))
 
 
 def test_the_reference_is_of_the_base_model(tmp_path):

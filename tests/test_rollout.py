@@ -6,9 +6,9 @@ import torch
 
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
-from mmalign.judge import joined, score
 from mmalign.policy.gaussian import GaussianFlow
-from mmalign.rollout import stacked
+from mmalign.rewards.judge import joined, score
+from mmalign.training.rollout import stacked
 from reward_models import Card, Prompt, Scores
 from reward_models.regions import Region
 

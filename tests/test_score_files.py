@@ -11,8 +11,9 @@ from command_line import mmalign
 from hypothesis import HealthCheck, given, settings as examples, strategies as st
 from PIL import Image
 
-from mmalign import cli
-from reward_models import Card, Prompt, Scores, batch, files
+from mmalign.cli import app as cli
+from reward_models import Card, Prompt, Scores, files
+from reward_models.tools import score_files as batch
 
 ROOT = Path(__file__).parents[1]
 

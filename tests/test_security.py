@@ -16,15 +16,18 @@ from chats import chatting
 from command_line import mmalign
 from PIL import Image
 
-from mmalign import config as configs, policy as policies, report, run as runs
-from reward_models import Prompt, gallery, load, trust
+from mmalign import errors, policy as policies, run as runs
+from mmalign.config import load as configs
+from mmalign.reporting import report
+from reward_models import Prompt, allowlist as trust, load
+from reward_models.tools import gallery
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for name in ("mmalign", "reward_models", "scripts") for path in (ROOT / name).rglob("*.py"))
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "input"}  # as bare names; model.eval() and re.compile are others
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLE_ERRORS = {"pickle.UnpicklingError"}  # told to the user when weights_only refuses a file
-IMPORTERS = {"reward_models/trust.py"}
+IMPORTERS = {"reward_models/allowlist.py"}
 
 
 def unsafe(source: str, place: str = "module.py") -> list[str]:
@@ -128,7 +131,9 @@ def test_a_config_runs_no_code_that_was_not_allowed(settings, evil, tmp_path, mo
     assert evil.exists()
 
 
-@pytest.mark.parametrize("name", ["os:system", "builtins:exec", "subprocess:run", "mmalign.cli:main", "torch.hub:load"])
+@pytest.mark.parametrize(
+    "name", ["os:system", "builtins:exec", "subprocess:run", "mmalign.cli.app:main", "torch.hub:load"]
+)
 def test_modules_that_are_there_already_must_be_allowed_too(monkeypatch, name):
     monkeypatch.setenv("MMALIGN_ALLOW", "own_policy")
     for opened in (lambda: load("mine", scorer=name, command="touch /tmp/no"), lambda: policies.load(name)):
@@ -138,7 +143,7 @@ def test_modules_that_are_there_already_must_be_allowed_too(monkeypatch, name):
 
 def test_a_run_cannot_allow_itself(settings, monkeypatch):
     monkeypatch.delenv("MMALIGN_ALLOW")
-    with pytest.raises(configs.BadInput, match="unknown key 'allow'"):
+    with pytest.raises(errors.BadInput, match="unknown key 'allow'"):
         configs.build(settings | {"allow": ["evil"]}, "test")
     with pytest.raises(ValueError, match="which is not allowed"):
         load("mine", scorer="evil:Thing", allow="evil")

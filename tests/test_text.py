@@ -14,8 +14,9 @@ from corpus import tables as corpus
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from mmalign import cli, prompts as sources
-from mmalign.config import BadInput
+from mmalign.cli import app as cli
+from mmalign.data import prompts as sources
+from mmalign.errors import BadInput
 from reward_models import tables
 
 ROOT = Path(__file__).parents[1]

@@ -5,12 +5,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
-from mmalign import judge
-from mmalign.fit import Fit
 from mmalign.learn.update import update
 from mmalign.objectives import rgdpo
-from mmalign.objectives.matching import Finished
+from mmalign.objectives.flow_matching import Finished
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.rewards import judge, regions
+from mmalign.training.microbatch import Fit
 from reward_models import Prompt, load
 from reward_models.images import from_pil
 
@@ -51,7 +51,7 @@ def test_the_words_read_are_the_regions(seen):
 
 
 def test_they_drive_the_preference_of_the_misspelt_word_and_of_nothing_else(pages, seen):
-    marks = judge.marked(seen.boxes["ocr"], [0] * 4, (SIDE, SIDE), (GRID, GRID))
+    marks = regions.marked(seen.boxes["ocr"], [0] * 4, (SIDE, SIDE), (GRID, GRID))
     x = F.avg_pool2d(pages, SIDE // GRID)
     finished = Finished(x, torch.zeros(4, dtype=torch.long), seen.parts["ocr.match"], seen.maps["ocr"], marks)
     flow = GaussianFlow((3, GRID, GRID))

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,24 +13,16 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from whole_runs import cut_off, rows, run
 
-from mmalign import (
-    checkpoint,
-    config as configs,
-    disk,
-    evaluate,
-    exhibit,
-    lessons,
-    rollout,
-    run as runs,
-    session,
-    tracking,
-    train,
-    yaml12,
-)
-from mmalign.config import BadInput
+from mmalign import run as runs, train
+from mmalign.config import load as configs, yaml12
+from mmalign.errors import BadInput
+from mmalign.evaluation import evaluate
 from mmalign.policy.pipeline import PipelinePolicy
-from mmalign.session import Clock
-from reward_models import heat, load
+from mmalign.reporting import trackers as tracking
+from mmalign.runs import checkpoint
+from mmalign.training import learning as lessons, rollout, session, snapshots as exhibit
+from mmalign.training.clock import Clock
+from reward_models import load, overlay as heat
 
 
 def events(out) -> EventAccumulator:
@@ -68,7 +61,7 @@ def test_tensorboard_has_the_record(settings):
 def test_a_resumed_run_takes_back_what_it_logs_again(settings):
     with cut_off(after=3):
         run(settings, trackers=["tensorboard"])
-    same_as_the_record(configs.Path(settings["out"]))
+    same_as_the_record(Path(settings["out"]))
     same_as_the_record(run(settings, trackers=["tensorboard"], resume=True))
 
 

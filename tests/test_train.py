@@ -6,16 +6,13 @@ import pytest
 import torch
 from whole_runs import cut_off, rows, run
 
-from mmalign import (
-    calibrate,
-    checkpoint,
-    config as configs,
-    evaluate,
-    prompts,
-    report,
-    session,
-)
-from mmalign.config import BadInput
+from mmalign.config import load as configs, paths
+from mmalign.data import prompts
+from mmalign.errors import BadInput
+from mmalign.evaluation import evaluate
+from mmalign.reporting import report
+from mmalign.runs import checkpoint
+from mmalign.training import noise_calibration as calibrate, setup
 
 
 def adapter(out):
@@ -181,7 +178,7 @@ def test_other_methods_run(settings, change):
 def test_calibrated_noise_is_frozen_for_a_run(settings, tmp_path):
     """A calibration that changes under a run's feet is refused on resumption."""
     c = configs.build(settings, "test")
-    times = session.open_session(c).times
+    times = setup.open_session(c).times
     path = tmp_path / "noise.json"
     rounds = [{"noise": [0.5, 0.4, 0.3, 0.0], "better": [1.0] * 4, "worse": [1.0] * 4}] * 2
     calibrate.save(path, c, times, rounds, "z")
@@ -232,7 +229,7 @@ def test_fingerprints_tell_bits_apart():
 
 
 def test_prompt_order_is_a_function_of_the_iteration(prompt_files):
-    wanted = prompts.read(configs.locate(prompt_files["train"]))
+    wanted = prompts.read(paths.locate(prompt_files["train"]))
     first = [p.id for i in range(2) for p in prompts.batch(wanted, 2, i, seed=0)]
     assert sorted(first) == [0, 1, 2, 3]
     assert first == [p.id for i in range(2) for p in prompts.batch(wanted, 2, i, seed=0)]

@@ -7,8 +7,8 @@ from command_line import mmalign
 from corpus import tables as corpus
 from hypothesis import given, strategies as st
 
-from mmalign import config as configs, yaml12
-from mmalign.config import BadInput
+from mmalign.config import load as configs, yaml12
+from mmalign.errors import BadInput
 
 plain = st.recursive(
     st.one_of(

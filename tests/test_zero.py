@@ -11,8 +11,8 @@ from many import launch, learn
 from safetensors.torch import load_file
 from whole_runs import cut_off, rows, run
 
-from mmalign import ranks, zero
-from mmalign.config import BadInput
+from mmalign.distributed import deepspeed as zero, processes as ranks
+from mmalign.errors import BadInput
 
 ASKED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}, "gradient_clipping": "auto"}
 ZERO2 = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="2")

@@ -15,7 +15,9 @@ from mmalign.flow.sample import chunks, distinct
 from mmalign.learn.loss import LOSSES, alike
 from mmalign.types import Policy, Rows, Trajectories, Transitions
 
-Bounded = Callable[[Callable[[int], Any]], Any]  # does work(rows) with as many rows as memory allows (`mmalign.fit`)
+Bounded = Callable[
+    [Callable[[int], Any]], Any
+]  # does work(rows) with as many rows as memory allows (`mmalign.training.microbatch`)
 Replay = Callable[[Any], tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]]  # loss and statistics per row
 
 

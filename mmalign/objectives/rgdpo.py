@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmalign.learn.loss import pool
-from mmalign.objectives.matching import Finished, error, noise_like, times
+from mmalign.objectives.flow_matching import Finished, error, noise_like, times
 from mmalign.types import Marks, Policy, Rows
 
 GAP = 0.5  # least difference in credit at which one of two regions is the better

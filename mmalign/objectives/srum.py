@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.learn.loss import Grid, pool
-from mmalign.objectives.matching import Finished, error, noise_like, times
+from mmalign.objectives.flow_matching import Finished, error, noise_like, times
 from mmalign.types import Latents, Policy, Rows
 
 

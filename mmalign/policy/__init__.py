@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reward_models.allowlist import imported
 from reward_models.files import parsed, text
 from reward_models.limits import CONFIG
 from reward_models.model_folders import configs
-from reward_models.trust import imported
 
 POLICIES = {  # a pipeline's class -> ours
     "StableDiffusion3Pipeline": "mmalign.policy.sd3:SD3Policy",
@@ -34,7 +34,7 @@ def load(
     offload: bool = False,
 ):
     """A policy from a local folder or a hub id of a diffusers pipeline, or of the user's own class, as
-    `my_module:MyPolicy`, whose `load` takes the same settings; its module must be allowed (`reward_models.trust`).
+    `my_module:MyPolicy`, whose `load` takes the same settings; its module must be allowed (`reward_models.allowlist`).
 
     `quantize` names how the transformer's weights are stored (`mmalign.policy.pipeline.QUANTIZED`); with `offload` text
     encoders and autoencoder wait in main memory while idle. Raises ValueError for a model that is not there or of a

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmalign.checkpoint import fingerprint
 from mmalign.policy import lora
+from mmalign.runs.checkpoint import fingerprint
 from reward_models import files
 
 # ComfyUI's names: how its keys begin, and which of diffusers' layers it finds by them. Where it takes either prefix,

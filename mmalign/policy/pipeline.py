@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmalign.checkpoint import fingerprint
 from mmalign.policy import export as exports, lora
+from mmalign.runs.checkpoint import fingerprint
 from mmalign.types import Latents
+from reward_models.allowlist import imported
 from reward_models.lengths import Reader
 from reward_models.limits import PIXELS
 from reward_models.model_folders import LIBRARIES, check_size, complete, counted, loading, pinned
-from reward_models.trust import imported
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # Flow-GRPO's
 
@@ -100,7 +100,7 @@ class PipelinePolicy(ABC):
     ):
         if offload and device == "cpu":
             raise ValueError("offload: the model is on the CPU, where there is nothing to make room on; remove it")
-        from mmalign.policy import meta  # it is made of this module's
+        from mmalign.policy import meta
 
         what, kind = f"model {model!r}", getattr(diffusers, cls.pipeline)
         empty = meta.of(cls, model, torch.float32, guidance, size)

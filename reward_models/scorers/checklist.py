@@ -24,11 +24,12 @@ from typing import Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from reward_models import ask, files, replies, scales
+from reward_models import files
 from reward_models.regions import Region, inside
-from reward_models.remote import first
 from reward_models.scoring import each
+from reward_models.service.client import first
 from reward_models.types import Images, Prompt, Scores
+from reward_models.vlm import ask, replies, scales, templates, types
 
 KINDS = ("object", "count", "attribute", "relation", "text", "style")
 MOST = 20  # criteria of a prompt
@@ -233,8 +234,8 @@ class Checklist:
     ):
         if coordinates not in replies.UNITS:
             raise ValueError(f"checklist: coordinates is one of {', '.join(replies.UNITS)}, not {coordinates!r}")
-        self.template = ask.Template.of("checklist", "checklist", ("image", "prompt", "criteria"), instruction)
-        self.writing = ask.Template.of("checklist", "checklist_write", ("prompt",), writing)
+        self.template = templates.Template.of("checklist", "checklist", ("image", "prompt", "criteria"), instruction)
+        self.writing = templates.Template.of("checklist", "checklist_write", ("prompt",), writing)
         self.coordinates, self.tokens, self.grid = coordinates, tokens, grid
         self.file = Path(written) if written else None
         self.known: dict[str, list[Criterion] | str] = dict(_kept(self.file)) if self.file else {}
@@ -250,15 +251,15 @@ class Checklist:
         size = tuple(images.shape[2:])
         lists = self.criteria(prompts)
 
-        def question(i: int) -> ask.Question:
+        def question(i: int) -> types.Question:
             if isinstance(lists[i], str):
                 raise ValueError(lists[i])
-            numbered = "\n".join(f"{k}. {ask.quoted(own.question)}" for k, own in enumerate(lists[i], 1))
+            numbered = "\n".join(f"{k}. {templates.quoted(own.question)}" for k, own in enumerate(lists[i], 1))
             units = replies.UNITS[self.coordinates]
-            given = {"image": images[i], "prompt": ask.quoted(prompts[i].text)}
+            given = {"image": images[i], "prompt": templates.quoted(prompts[i].text)}
             return self.template.fill(**given, criteria=numbered, coordinates=units)
 
-        def finding(i: int, reply: ask.Reply) -> ask.Finding:
+        def finding(i: int, reply: types.Reply) -> ask.Finding:
             verdicts = read(reply.text, len(lists[i]), size, self.coordinates, reply.cut)
             found = judged(lists[i], verdicts)
             request = f"{prompts[i].text}; {found.request}" if found.request else ""
@@ -284,7 +285,7 @@ class Checklist:
         return found
 
     def _write(self, texts: Sequence[str]) -> list[list[Criterion] | str]:
-        questions = [self.writing.fill(prompt=ask.quoted(text)) for text in texts]
+        questions = [self.writing.fill(prompt=templates.quoted(text)) for text in texts]
         out: list[list[Criterion] | str] = []
         for text, reply in zip(texts, self.judge.ask(questions, self.tokens), strict=True):
             try:

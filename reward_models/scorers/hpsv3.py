@@ -21,10 +21,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from reward_models import files, limits, vlm
+from reward_models import files, limits
 from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
+from reward_models.vlm import transformers_model as vlm
 from reward_models.weights import fingerprint, hushed, linear_chain, located, named, read
 
 FILE, TOKEN, HEAD = "HPSv3.safetensors", "<|Reward|>", "rm_head."

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from reward_models import ask, replies, scales
 from reward_models.images import to_uint8
 from reward_models.scoring import each
 from reward_models.types import Images, Prompt, Scores
+from reward_models.vlm import ask, replies, scales, templates
 
 ORDERS = ("random", "both")
 SIDES = {"1": 0, "a": 0, "one": 0, "first": 0, "2": 1, "b": 1, "two": 1, "second": 1}
@@ -88,7 +88,7 @@ class Pairwise:
         if orders not in ORDERS or (opponents is not None and opponents < 1):
             raise ValueError(f"pairwise: orders is random or both, opponents at least 1; got {orders!r}, {opponents!r}")
         self.orders, self.opponents, self.tokens = orders, opponents, tokens
-        self.template = ask.Template.of("pairwise", "pairwise", ("first", "second", "prompt"), instruction)
+        self.template = templates.Template.of("pairwise", "pairwise", ("first", "second", "prompt"), instruction)
         self.judge = ask.judge("pairwise", model, url, asking)
         own = {"orders": orders, "opponents": opponents, "instruction": self.template.source, "tokens": tokens}
         self.card = ask.card("pairwise", self.judge, 0, 1, own, groupwise=True)
@@ -103,7 +103,7 @@ class Pairwise:
         if self.orders == "both":
             games = [side for one, two in games for side in ((one, two), (two, one))]
         questions = [
-            self.template.fill(first=images[one], second=images[two], prompt=ask.quoted(prompts[one].text))
+            self.template.fill(first=images[one], second=images[two], prompt=templates.quoted(prompts[one].text))
             for one, two in games
         ]
         won, met, why = torch.zeros(len(images)), torch.zeros(len(images)), {}

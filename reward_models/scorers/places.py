@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from reward_models import ask, replies
 from reward_models.detect import detector
 from reward_models.model_folders import loading
 from reward_models.regions import Region, paint
 from reward_models.scoring import each
 from reward_models.types import Images, Prompt, Scores
+from reward_models.vlm import ask, replies, templates, types
 from reward_models.weights import fingerprint, named
 
 MOST = 10  # regions proposed; SRUM's number
@@ -57,9 +57,9 @@ class Places:
         if coordinates not in replies.UNITS:
             raise ValueError(f"places: coordinates is one of {', '.join(replies.UNITS)}, not {coordinates!r}")
         paint([], (1, 1), (1, 1), overlap)  # refuses an unknown rule
-        self.whole = ask.Template.of("places", "places_global", ("image", "prompt"), whole)
+        self.whole = templates.Template.of("places", "places_global", ("image", "prompt"), whole)
         needed = ("image", "prompt", "regions") if proposals else ("image", "prompt")
-        self.local = ask.Template.of("places", "places_proposed" if proposals else "places_local", needed, local)
+        self.local = templates.Template.of("places", "places_proposed" if proposals else "places_local", needed, local)
         self.judge = ask.judge("places", model, url, asking if url else asking | {"device": device})
         self.finder = None
         if proposals:
@@ -84,7 +84,9 @@ class Places:
         size, count = tuple(images.shape[2:]), len(images)
         proposed = self._proposed(images)
         units = replies.UNITS["pixels" if self.finder else self.coordinates]
-        told = [{"image": image, "prompt": ask.quoted(own.text)} for image, own in zip(images, prompts, strict=True)]
+        told = [
+            {"image": image, "prompt": templates.quoted(own.text)} for image, own in zip(images, prompts, strict=True)
+        ]
         questions = [self.whole.fill(**own) for own in told]
         questions += [
             self.local.fill(**own, coordinates=units, regions=listed(boxes))
@@ -92,11 +94,11 @@ class Places:
         ]
         asked = self.judge.ask(questions, self.tokens)
 
-        def whole(i: int, reply: ask.Reply) -> ask.Finding:
+        def whole(i: int, reply: types.Reply) -> ask.Finding:
             score, said = replies.overall(reply.text, reply.cut)
             return ask.Finding({"overall": score}, said)
 
-        def local(i: int, reply: ask.Reply) -> ask.Finding:
+        def local(i: int, reply: types.Reply) -> ask.Finding:
             regions = tuple(replies.places(reply.text, size, self.coordinates, proposed[i], reply.cut))
             return ask.Finding({"local": mean(regions)}, regions=regions)
 

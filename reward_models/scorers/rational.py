@@ -18,9 +18,9 @@ before the justification; here it comes after. Licence: the model's own. Not che
 from collections.abc import Sequence
 from typing import Any
 
-from reward_models import ask, critiques
 from reward_models.scoring import each
 from reward_models.types import Images, Prompt, Scores
+from reward_models.vlm import ask, critiques, templates, types
 
 ASPECTS = {
     "faithfulness": ("text faithfulness", "prompt faithfulness", "text alignment", "instruction following"),
@@ -68,8 +68,8 @@ class Rational:
         self.names = ("overall", *self.aspects)
         needed = ("image", "prompt", *(["source"] if task == "edit" else []))
         words = "rational_edit" if task == "edit" else "rational"
-        self.template = ask.Template.of("rational", words, needed, instruction)
-        self.reply = ask.Template.of("rational", f"{words}_{form}", ()).source
+        self.template = templates.Template.of("rational", words, needed, instruction)
+        self.reply = templates.Template.of("rational", f"{words}_{form}", ()).source
         self.task, self.schema, self.tokens = task, schema(TASKS[task]) if form == "json" else None, tokens
         self.judge = ask.judge("rational", model, url, asking)
         own = {"task": task, "form": form, "instruction": self.template.source, "reply": self.reply, "tokens": tokens}
@@ -82,14 +82,14 @@ class Rational:
         asked = ask.together(self.judge, [*zip(images, prompts, strict=True)], self._question, self.tokens, self.schema)
         return ask.findings(self.names, asked, lambda i, reply: self._read(reply, prompts[i].text))
 
-    def _question(self, pair: tuple[Any, Prompt]) -> ask.Question:
+    def _question(self, pair: tuple[Any, Prompt]) -> types.Question:
         image, prompt = pair
-        given = {"image": image, "prompt": ask.quoted(prompt.text), "reply": self.reply}
+        given = {"image": image, "prompt": templates.quoted(prompt.text), "reply": self.reply}
         if self.task == "edit":
             given["source"] = ask.picture_of(prompt, "source")
         return self.template.fill(**given)
 
-    def _read(self, reply: ask.Reply, prompt: str) -> ask.Finding:
+    def _read(self, reply: types.Reply, prompt: str) -> ask.Finding:
         critique = critiques.read(reply.text, self.aspects, reply.cut)
         for name, score in critique.scores.items():
             if score is None and name not in OPTIONAL:

@@ -1,4 +1,4 @@
-"""`shapes`: the exact verifier of the embedded world (`reward_models.world`).
+"""`shapes`: the exact verifier of the embedded world (`reward_models.shapes_world`).
 
 It looks at pixels alone: nearest palette colour, 8-connected components, shape or letter by overlap with templates,
 size and centre from the bounding box. It reads what is asked from `Prompt.wants`, never from the text.
@@ -25,8 +25,7 @@ from scipy.optimize import linear_sum_assignment
 
 from reward_models.regions import Region, paint
 from reward_models.scoring import each
-from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.world import (
+from reward_models.shapes_world import (
     BACKGROUND,
     COLOURS,
     GLYPHS,
@@ -37,6 +36,7 @@ from reward_models.world import (
     SMALL_MAX,
     coverage,
 )
+from reward_models.types import Card, Images, Prompt, Scores
 
 MIN_AREA = 14  # px; the smallest thing the world draws covers about 20
 MIN_OVERLAP = 0.62  # intersection over union with the best template below which a blob is "something else"

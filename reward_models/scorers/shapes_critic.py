@@ -23,8 +23,8 @@ import torch
 from reward_models.regions import Region, paint
 from reward_models.scorers.shapes import Seen, Verdict, judge, look
 from reward_models.scoring import each
+from reward_models.shapes_world import COLOURS, OPPOSITE, SIDE, caption, understood
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.world import COLOURS, OPPOSITE, SIDE, caption, understood
 
 Item = Mapping[str, Any]
 

@@ -9,10 +9,10 @@ against the released models.
 from collections.abc import Sequence
 from typing import Any
 
-from reward_models import ask, replies
-from reward_models.scales import Scale
 from reward_models.scoring import each
 from reward_models.types import Images, Prompt, Scores
+from reward_models.vlm import ask, replies, templates
+from reward_models.vlm.scales import Scale
 
 TITLES = {
     1: {"score": ("score", "final score")},
@@ -44,7 +44,7 @@ class Unified:
         if version not in TITLES:
             raise ValueError(f"unified: version is 1 or 2, not {version!r}")
         self.version, self.tokens, self.names = version, tokens, tuple(TITLES[version])
-        self.template = ask.Template.of("unified", f"unified_{version}", ("image", "prompt"), instruction)
+        self.template = templates.Template.of("unified", f"unified_{version}", ("image", "prompt"), instruction)
         self.judge = ask.judge("unified", model, url, asking)
         own = {"version": version, "instruction": self.template.source, "tokens": tokens}
         self.card = ask.card("unified", self.judge, SCALE.low, SCALE.high, own)
@@ -54,7 +54,7 @@ class Unified:
 
     def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         questions = [
-            self.template.fill(image=image, prompt=ask.quoted(prompt.text))
+            self.template.fill(image=image, prompt=templates.quoted(prompt.text))
             for image, prompt in zip(images, prompts, strict=True)
         ]
         asked = self.judge.ask(questions, self.tokens)

@@ -13,11 +13,11 @@ the model's own. Not checked against the released model.
 from collections.abc import Sequence
 from typing import Any
 
-from reward_models import ask, replies
 from reward_models.regions import Region, inside
-from reward_models.scales import Scale
 from reward_models.scoring import each
 from reward_models.types import Images, Prompt, Scores
+from reward_models.vlm import ask, replies, templates, types
+from reward_models.vlm.scales import Scale
 
 SEVERITY = Scale(1, 3)
 LISTS = ("errors", "discrepancies", "differences")
@@ -77,7 +77,7 @@ class VisualErm:
                 f"visual_erm: worst is above 0, coordinates one of {', '.join(replies.UNITS)}; "
                 f"got {worst!r}, {coordinates!r}"
             )
-        self.template = ask.Template.of("visual_erm", "visual_erm", ("image", "reference"), instruction)
+        self.template = templates.Template.of("visual_erm", "visual_erm", ("image", "reference"), instruction)
         self.kind, self.worst, self.coordinates, self.tokens, self.grid = kind, worst, coordinates, tokens, grid
         self.judge = ask.judge("visual_erm", model, url, asking)
         own = {"kind": kind, "worst": worst, "coordinates": coordinates, "tokens": tokens, "grid": grid}
@@ -91,7 +91,7 @@ class VisualErm:
         size = tuple(images.shape[2:])
         units = replies.UNITS[self.coordinates]
 
-        def question(pair: tuple[Any, Prompt]) -> ask.Question:
+        def question(pair: tuple[Any, Prompt]) -> types.Question:
             reference = ask.picture_of(pair[1], "reference")
             return self.template.fill(image=pair[0], reference=reference, kind=self.kind, coordinates=units)
 

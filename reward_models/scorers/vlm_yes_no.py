@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from reward_models import ask, vlm
 from reward_models.scoring import each
 from reward_models.types import Images, Prompt, Scores
+from reward_models.vlm import ask, templates, transformers_model as vlm
 
 QUESTIONS = {
     "content": "Does this picture show what the request asks for, all of it and nothing that contradicts it?",
@@ -46,7 +46,7 @@ class VlmYesNo:
         for question in questions.values():
             words = WORDS if "{prompt}" not in question else WORDS.replace(REQUEST, "")
             words = words.replace("{yes}", answers[0]).replace("{no}", answers[1]).replace("{question}", question)
-            self.templates.append(ask.Template(words))
+            self.templates.append(templates.Template(words))
         self.judge = ask.judge("vlm_yes_no", model, url, asking)
         if isinstance(self.judge, ask.Local):
             vlm.openings(self.judge.processor.tokenizer, *self.answers)
@@ -58,7 +58,7 @@ class VlmYesNo:
 
     def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         questions = [
-            template.fill(image=image, prompt=ask.quoted(prompt.text))
+            template.fill(image=image, prompt=templates.quoted(prompt.text))
             for image, prompt in zip(images, prompts, strict=True)
             for template in self.templates
         ]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_models import vlm
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
+from reward_models.vlm import transformers_model as vlm
 from reward_models.weights import fingerprint, named
 
 QUESTION = 'Is "{prompt}" a true and complete description of this image? Answer with one word, yes or no.'

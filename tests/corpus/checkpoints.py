@@ -45,7 +45,7 @@ def retensored(checkpoint: Path, name: str, change: Callable[[dict], object]) ->
 
 def rehashed(checkpoint: Path, change: Callable[[dict], object]) -> None:
     """Change the adapter, and the hash of it in the state."""
-    from mmalign.checkpoint import fingerprint
+    from mmalign.runs.checkpoint import fingerprint
 
     retensored(checkpoint, "adapter", change)
     adapter = load_file(checkpoint / "adapter.safetensors")

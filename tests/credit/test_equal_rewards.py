@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, strategies as st
 from walks import walk
 
-from mmalign.alarms import ALARMS
-from mmalign.config import Config
+from mmalign.config.schema import Config
 from mmalign.credit.gain import fitted, gain
 from mmalign.credit.groups import Units, dead, group_std, normalise
 from mmalign.flow import plan as plans
-from mmalign.judge import Combination
+from mmalign.rewards.combination import Combination
+from mmalign.runs.alarms import ALARMS
 from mmalign.types import Judgement
 from reward_models.combine import ROUNDING, alive, health, normalised, whitened, within
 

@@ -10,11 +10,11 @@ from walks import walk
 from mmalign.credit import CREDITS
 from mmalign.credit.groups import Units, normalise
 from mmalign.credit.region import by_place, maps
-from mmalign.fit import Fit
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.training.microbatch import Fit
 from mmalign.types import Judgement
 
 TIMES = torch.linspace(1, 0, 6)

@@ -6,12 +6,12 @@ import torch
 from walks import judged, tree
 
 from mmalign.credit import CREDITS
-from mmalign.fit import Fit
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.loss import LOSSES, alike, pool
 from mmalign.learn.update import surrogate as surrogate_of, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.training.microbatch import Fit
 
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.5, "cps": 0.8, "ddim": 1.0, "scheduled": 0.8}
 SETTINGS = dict(loss="clipped", clip=1e-4, beta=0.0, epochs=1, minibatches=1, micro_batch=Fit(64), max_grad_norm=1e9)

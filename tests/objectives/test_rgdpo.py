@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmalign.fit import Fit
 from mmalign.learn.update import update
 from mmalign.objectives import rgdpo
-from mmalign.objectives.matching import Finished, error
+from mmalign.objectives.flow_matching import Finished, error
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.training.microbatch import Fit
 from mmalign.types import Marks
 
 nan = torch.nan

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from mmalign.fit import Fit
 from mmalign.learn.update import update
-from mmalign.objectives import matching, srum
-from mmalign.objectives.matching import Finished
+from mmalign.objectives import flow_matching as matching, srum
+from mmalign.objectives.flow_matching import Finished
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.training.microbatch import Fit
 from mmalign.types import Marks
 
 nan = torch.nan

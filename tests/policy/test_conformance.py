@@ -6,10 +6,10 @@ from tiny_pipelines import FAMILIES, STEPS, stock_images
 from tiny_policies import CASES, TEXTS, latents, moved, opened
 
 from mmalign import policy as policies
-from mmalign.fit import Fit
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.update import surrogate, transitions, update
+from mmalign.training.microbatch import Fit
 
 BOTH = pytest.mark.parametrize(("name", "guidance"), CASES)
 

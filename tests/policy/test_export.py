@@ -13,7 +13,8 @@ from tiny_pipelines import FAMILIES, SOME, stock_images
 from tiny_policies import TEXTS, latents, moved, opened
 from torch import nn
 
-from mmalign import config as configs, policy as policies
+from mmalign import policy as policies
+from mmalign.config import secrets
 from mmalign.policy import export as exports
 
 READS_COMFYUI = ("FLUX.1-dev", "FLUX.1-schnell", "Qwen-Image", "Z-Image")  # diffusers knows no alpha for the others
@@ -148,7 +149,7 @@ def test_the_header_says_what_a_file_is_of(small, form, tmp_path):
     assert said == {
         "mmalign.base_hash": small.fingerprint(), "mmalign.pipeline": "StableDiffusion3Pipeline",
         "mmalign.family": "SD3Policy", "mmalign.rank": "4", "mmalign.alpha": "4", "mmalign.guidance": "1.0",
-        "mmalign.size": "[32, 32]", "mmalign.iteration": "7", "mmalign.config": '{"seed": 3}',
+        "mmalign.size": "[32, 32]", "mmalign.iteration": "7", "mmalign.config.schema": '{"seed": 3}',
     }  # fmt: skip
     if form == "diffusers":
         assert json.loads(header(path)["lora_adapter_metadata"])["transformer.lora_alpha"] == 4
@@ -293,7 +294,7 @@ def test_a_config_is_given_away_without_secrets_and_places():
             "own": {"HF_TOKEN": "t"},
         },
     }  # fmt: skip
-    assert configs.public(given) == {
+    assert secrets.public(given) == {
         "model": "mine", "prompts": "assets/prompts/train.jsonl", "seed": 3, "size": [32, 48],
         "scorers": {
             "judge": {"key": "(left out)", "url": "https://host:8000/v1", "max_tokens": 5},

@@ -8,7 +8,7 @@ from tiny_pipelines import FAMILIES
 from tiny_policies import opened
 from torch import nn
 
-from mmalign.config import ROOT
+from mmalign.config.paths import ROOT
 from mmalign.policy import lora, meta
 
 SIDES = "to_q|to_k|to_v|add_q_proj|add_k_proj|add_v_proj|to_qkv_mlp_proj"

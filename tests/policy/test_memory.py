@@ -8,11 +8,12 @@ from tiny_pipelines import FAMILIES, SOME
 from torch import nn
 from whole_runs import cut_off, rows, run
 
-from mmalign import config as configs, policy as policies
-from mmalign.config import BadInput
-from mmalign.fit import Fit
+from mmalign import policy as policies
+from mmalign.config import load as configs
+from mmalign.errors import BadInput
 from mmalign.flow.sample import gaussian
-from mmalign.session import open_session
+from mmalign.training.microbatch import Fit
+from mmalign.training.setup import open_session
 
 TEXTS = ["a red circle", "three green squares", "a cross"]
 

@@ -9,7 +9,7 @@ from tiny_pipelines import FAMILIES, SOME
 from torch import nn
 
 from mmalign import policy as policies
-from mmalign.config import ROOT
+from mmalign.config.paths import ROOT
 from mmalign.policy import meta
 from mmalign.policy.pipeline import Conditioning
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tiny_policies import moved
 
 from mmalign import policy as policies
-from mmalign.fit import Fit
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.loss import LOSSES
 from mmalign.learn.update import surrogate, transitions, update
+from mmalign.training.microbatch import Fit
 
 TEXTS = ["a red circle", "three green squares", "a blue triangle left of a yellow circle", 'the text "O H"']
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ddim": 1.0, "scheduled": 0.5}

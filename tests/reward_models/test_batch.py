@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from reward_models import Card, Prompt, Scores, batch, gallery, limits
+from reward_models import Card, Prompt, Scores, limits
 from reward_models.images import to_pil
+from reward_models.tools import gallery, score_files as batch
 
 
 class Brightness:

@@ -7,7 +7,7 @@ import torch
 
 from reward_models import Card, Prompt, Scores, load
 from reward_models.cache import Cached
-from reward_models.world import caption, draw, requests
+from reward_models.shapes_world import caption, draw, requests
 
 PROMPTS = [Prompt("a", {"n": 1}), Prompt("b"), Prompt("a", {"n": 1}, id=9)]
 

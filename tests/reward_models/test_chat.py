@@ -17,8 +17,9 @@ import torch
 from chats import CUT, HANG, Busy, chatting, picture, said
 from judge_texts import FULL
 
-from reward_models import Prompt, ask, load
+from reward_models import Prompt, load
 from reward_models.images import to_uint8
+from reward_models.vlm import ask, templates
 
 IMAGES = torch.rand(8, 3, 32, 48, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
 PROMPTS = [Prompt("a red circle", {}, 1)] * 8
@@ -185,8 +186,8 @@ def served(tmp_path_factory):
 def test_a_real_server_sees_what_a_model_here_sees(served):
     """The same model, here and there, writes the same about each picture: it was asked the same, pictures and all."""
     folder, url = served
-    template = ask.Template("You judge.\n---\n{image} The request: {prompt}")
-    questions = [template.fill(image=image, prompt=ask.quoted("a <cat>")) for image in IMAGES[:4]]
+    template = templates.Template("You judge.\n---\n{image} The request: {prompt}")
+    questions = [template.fill(image=image, prompt=templates.quoted("a <cat>")) for image in IMAGES[:4]]
     here = ask.judge("t", str(folder), None, {}).ask(questions, 16)
     judge = ask.judge("t", str(folder), url, {"retries": 1})
     there = judge.ask(questions, 16)

@@ -51,7 +51,7 @@ from reward_models.scorers.geneval import (
     strongest,
 )
 from reward_models.scorers.shapes import look
-from reward_models.world import COLOURS, OPPOSITE, RELATIONS, SHAPES, draw, requests, thing as shaped
+from reward_models.shapes_world import COLOURS, OPPOSITE, RELATIONS, SHAPES, draw, requests, thing as shaped
 
 # ---------------------------------------------------------------------------------------------- pure functions
 

@@ -8,10 +8,11 @@ import torch
 from scripted import judged
 from typer.testing import CliRunner
 
-from mmalign.cli import app
-from mmalign.config import BadInput
-from reward_models import Card, Prompt, Scores, health, load
+from mmalign.cli.app import app
+from mmalign.errors import BadInput
+from reward_models import Card, Prompt, Scores, load
 from reward_models.scoring import each
+from reward_models.tools import examine as health
 
 IMAGES, PROMPTS, PAIRS = health.material(Path("assets/pictures"), 16)
 ALL = ("answers", "spread", "repeats", "neighbours", "blank", "noise", "prompt as text", "sees the prompt")

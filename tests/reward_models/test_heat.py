@@ -6,9 +6,10 @@ import xml.etree.ElementTree as xml
 import pytest
 import torch
 
-from reward_models import Card, Prompt, Scores, gallery, heat
+from reward_models import Card, Prompt, Scores, overlay as heat
 from reward_models.regions import Region
 from reward_models.scoring import score_pictures
+from reward_models.tools import gallery
 
 nan = torch.nan
 

@@ -12,8 +12,9 @@ from corpus import pictures
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from reward_models import gallery, images, limits
+from reward_models import images, limits
 from reward_models.images import from_pil, to_pil, to_uint8
+from reward_models.tools import gallery
 
 
 def test_every_level_survives_the_round_trip():

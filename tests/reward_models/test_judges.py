@@ -8,10 +8,11 @@ from judge_texts import FULL
 from scripted import ELSEWHERE, judged
 
 from reward_models import Prompt, load
-from reward_models.ask import Reply, Template, quoted
 from reward_models.cache import Cached
 from reward_models.images import to_pil
 from reward_models.scorers.checklist import by_rule
+from reward_models.vlm.templates import Template, quoted
+from reward_models.vlm.types import Reply
 
 IMAGES = torch.rand(4, 3, 32, 48, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
 PROMPTS = [Prompt("a red circle", {}, 1)] * 4

@@ -14,8 +14,9 @@ from chats import chatting, said
 from hostile import ANSWERS, SELF_SIGNED, sending
 from hypothesis import given, settings, strategies as st
 
-from reward_models import Prompt, limits, link, load
-from reward_models.link import Fault, Link, striking, struck
+from reward_models import Prompt, limits, load
+from reward_models.service import http as link
+from reward_models.service.http import Fault, Link, striking, struck
 
 KEY = 'sk-"hush/+ &<é>\\'.replace("é", "e")
 

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from services import INFO, Crowd, Faulty, Mean, asked, plain, running, start
 
-from reward_models import Prompt, limits, link, load
+from reward_models import Prompt, limits, load
 from reward_models.images import from_pil, to_uint8
-from reward_models.remote import Remote, packed
+from reward_models.service import http as link
+from reward_models.service.client import Remote, packed
 
 FINE = [Prompt("", {}, i) for i in range(8)]
 QUICK = dict(timeout=0.4, retries=1, rest=0.2)

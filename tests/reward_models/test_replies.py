@@ -7,8 +7,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from reward_models import replies
 from reward_models.regions import Region
+from reward_models.vlm import replies
 
 SIZE = (100, 200)  # height, width
 GIVEN = [(0, 0, 50, 50), (50, 0, 100, 100), (0, 50, 200, 100)]

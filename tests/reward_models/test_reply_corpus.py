@@ -8,8 +8,8 @@ import pytest
 from hypothesis import strategies as st
 from judge_texts import EDIT, FULL, IMAGE, READERS
 
-from reward_models import critiques
 from reward_models.scorers import checklist, pairwise, unified, visual_erm
+from reward_models.vlm import critiques
 
 A, B = {"faithfulness": 3.5, "quality": 3.0}, "a large red circle on a plain ground"
 

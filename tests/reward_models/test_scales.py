@@ -11,8 +11,9 @@ from corpus.replies import ENDLESS, UNCLEAR, WRAPPINGS
 from hypothesis import strategies as st
 from judge_texts import READERS
 
-from reward_models import limits, replies
-from reward_models.scales import WORDS, Scale
+from reward_models import limits
+from reward_models.vlm import replies
+from reward_models.vlm.scales import WORDS, Scale
 
 FOUR = Scale(1, 4, optional=True)
 OTHERS = "2. Visual Quality: 4\n3. Text Rendering: N/A\n4. Image Faithfulness: 1"

@@ -11,9 +11,9 @@ from tiny_scorers import OPEN_CLIP, open_clip_folder, settings
 
 from reward_models import Prompt, Scores, load
 from reward_models.images import from_pil, resized, to_pil
+from reward_models.registry import SCORERS
 from reward_models.scorers.clip import TINY, clip
-from reward_models.table import SCORERS
-from reward_models.world import caption, draw, requests
+from reward_models.shapes_world import caption, draw, requests
 
 ALONE = [name for name in SCORERS if name != "pairwise"]  # which needs siblings, and has a test of its own
 PARTLY = ("shapes_critic", "checklist")  # have no opinion on what a prompt does not ask for

@@ -25,7 +25,8 @@ from hypothesis import given, strategies as st
 from services import Crowd, Mean, ask, asked, encoded, plain, running, start
 from starlette.testclient import TestClient
 
-from reward_models import Prompt, limits, load, scoring, serve
+from reward_models import Prompt, limits, load, scoring
+from reward_models.service import server as serve
 
 LIMITS = {"queue": 8, "body": 200_000, "pixels": 1500}
 

@@ -3,8 +3,19 @@ import pytest
 import torch
 
 from reward_models.scorers.shapes import Shapes, edit_distance
+from reward_models.shapes_world import (
+    BACKGROUND,
+    COLOURS,
+    GLYPHS,
+    OPPOSITE,
+    SHAPES,
+    TAGS,
+    caption,
+    draw,
+    requests,
+    thing,
+)
 from reward_models.types import Prompt
-from reward_models.world import BACKGROUND, COLOURS, GLYPHS, OPPOSITE, SHAPES, TAGS, caption, draw, requests, thing
 
 BY_TAG = {tag: [wants for wants in requests() if wants["tag"] == tag] for tag in TAGS}
 OBJECTS = [wants for wants in requests() if wants["tag"] != "text"]

@@ -5,7 +5,7 @@ import pytest
 from tiny_scorers import settings
 
 from reward_models import load
-from reward_models.table import SCORERS
+from reward_models.registry import SCORERS
 
 OWN = """
 from reward_models import Card

@@ -12,8 +12,9 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from reward_models import Prompt, batch, tables
+from reward_models import Prompt, tables
 from reward_models.images import from_pil
+from reward_models.tools import score_files as batch
 
 RED = Image.new("RGB", (8, 8), (255, 0, 0))
 BLUE = Image.new("RGB", (8, 8), (0, 0, 255))

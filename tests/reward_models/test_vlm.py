@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_scorers import before_version_5, settings
 
-from reward_models import Prompt, load, vlm
+from reward_models import Prompt, load
 from reward_models.scorers.hpsv3 import positions
+from reward_models.vlm import transformers_model as vlm
 from reward_models.weights import read
 
 PROMPTS = [
@@ -96,7 +97,7 @@ def test_vqa_refuses_in_one_line(made, change, says):
 
 
 def test_answers_that_share_a_beginning_are_told_apart_by_what_they_do_not_share(tmp_path, made):
-    from reward_models.vlm import openings
+    from reward_models.vlm.transformers_model import openings
 
     words = tiny_vlm.new_tokenizer([])  # bytes alone: " yes" and " no" both begin with a space
     space = words.encode(" ", add_special_tokens=False)[0]

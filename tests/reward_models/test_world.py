@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reward_models.world import TAGS, caption, draw, meaning, phrase, requests, split, thing
+from reward_models.shapes_world import TAGS, caption, draw, meaning, phrase, requests, split, thing
 
 HELD_OUT = {
     "one_object": 3,

@@ -6,7 +6,7 @@ import pytest
 from build_prompts import lists
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from mmalign import prompts as prompt_files
+from mmalign.data import prompts as prompt_files
 from reward_models.detect import known_as
 from reward_models.scorers.geneval import PALETTE, checked
 from reward_models.scorers.ocr import wanted

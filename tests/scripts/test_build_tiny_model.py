@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmalign import evaluate, policy as policies, prompts
+from mmalign import policy as policies
+from mmalign.data import prompts
+from mmalign.evaluation import generate
 
 
 def trained(work, interrupt_at=None):
@@ -52,6 +54,6 @@ def test_a_small_build_is_a_pipeline(tmp_path):
     training = prompts.read(tmp_path / "prompts" / "train.jsonl")
     assert len(held_out) >= 300
     assert not {p.text for p in held_out} & {p.text for p in training}
-    images, _ = evaluate.generate(policy, held_out[:2], [[0], [0]], 2, 2)
+    images, _ = generate.generate(policy, held_out[:2], [[0], [0]], 2, 2)
     assert images.shape == (2, 3, 32, 32)
     assert torch.isfinite(images).all()

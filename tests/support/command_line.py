@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from unittest.mock import patch
 
-from mmalign import cli
+from mmalign.cli import app as cli
 
 
 @dataclass

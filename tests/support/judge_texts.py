@@ -1,7 +1,7 @@
 """A reply in the form judges are asked for, and all that reads replies."""
 
-from reward_models import critiques, replies
 from reward_models.scorers import checklist, pairwise, rational, unified, visual_erm
+from reward_models.vlm import critiques, replies
 
 IMAGE = {name: rational.ASPECTS[name] for name in rational.TASKS["image"]}
 EDIT = rational.ASPECTS

@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 def learn(settings: dict) -> dict[str, torch.Tensor]:
     """Advantages, gradients, the numbers of each iteration, and the adapter at the end."""
-    from mmalign import config as configs, train
-    from mmalign.session import open_session
+    from mmalign import train
+    from mmalign.config import load as configs
+    from mmalign.training.setup import open_session
 
     run, kept, credit = open_session(configs.build(settings, "test")), {}, train.advantages
 
@@ -49,7 +50,8 @@ def learn(settings: dict) -> dict[str, torch.Tensor]:
 
 def ending(settings: dict, resume: bool) -> list:
     """How a whole run ends, and after how many seconds."""
-    from mmalign import config as configs, run as runs
+    from mmalign import run as runs
+    from mmalign.config import load as configs
 
     began = time.monotonic()
     try:

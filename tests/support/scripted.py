@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from reward_models import load
-from reward_models.ask import Question, Reply
+from reward_models.vlm.types import Question, Reply
 
 ELSEWHERE = {"model": "m", "url": "http://127.0.0.1:9/v1"}  # never asked
 

@@ -27,8 +27,8 @@ import uvicorn
 from reward_models import Card, Prompt, Scores, load
 from reward_models.images import to_pil
 from reward_models.scoring import each
-from reward_models.serve import app, configured, serve
-from reward_models.world import caption, draw, requests
+from reward_models.service.server import app, configured, serve
+from reward_models.shapes_world import caption, draw, requests
 
 # ------------------------------------------------------------------------------------------------------------- material
 

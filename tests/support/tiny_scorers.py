@@ -34,8 +34,8 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from reward_models import load
+from reward_models.shapes_world import SHAPES
 from reward_models.weights import read
-from reward_models.world import SHAPES
 
 OPEN_CLIP = {
     "embed_dim": 16,

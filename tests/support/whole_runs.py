@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from mmalign import config as configs, run as runs
+from mmalign import run as runs
+from mmalign.config import load as configs
 
 
 def run(settings, resume=False, **changed):

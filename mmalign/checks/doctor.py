@@ -1,0 +1,419 @@
+"""Is a run sound? A few questions with known answers, put to the user's own config and model before time is spent.
+
+One small iteration of the config is taken apart: its rollout, judgement, update and checkpoint. Nothing is left behind:
+neither the run's folder nor the model's files are touched. What is compared, and with what:
+
+| check | must be |
+|---|---|
+| untouched | the adapter as it begins changes no bit of the velocity: KL 0 to the model without it |
+| times | float32, from 1 down to 0, those the stock pipeline walked |
+| ODE | the images of the stock pipeline's own loop, same seeds and guidance |
+| prompts | two prompts give two images |
+| seeds | siblings begin from noises of their own, and unlike draws lead to unlike states |
+| zero noise | the kernel without noise is the ODE's step, to the bit |
+| ratio | replayed log-densities are those of the rollout, so that the ratio is 1 before the first step |
+| guidance | replay asks the network as often for a row as the rollout did, and gets the same velocity |
+| gradient | every adapter matrix that can act gets one, and nothing else |
+| KL gradient | the divergence to the reference pulls (where `beta` is not 0) |
+| judged as shown | an image judged in its batch scores as it does alone with its own prompt |
+| a failure | an image that cannot be scored is NaN, neither a number nor an exception |
+| ... | and what `reward_models.tools.examine` asks of each scorer |
+| group spread | siblings differ in reward |
+| average | the averaged adapter moves by `1 - ema` of the way |
+| checkpoint | what is saved comes back to the bit |
+| memory, disk | there is room |
+
+Where the adapter begins as nothing (B = 0), it is disturbed a little after the first three, so that there is something
+to differ by.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign import run as runs
+from mmalign.config.schema import Config
+from mmalign.credit.groups import dead
+from mmalign.data import prompts as prompt_files
+from mmalign.evaluation import generate
+from mmalign.flow import kernels, plan as plans
+from mmalign.flow.sample import sample
+from mmalign.learn.update import transitions, update
+from mmalign.rewards.judge import score
+from mmalign.training import rollout
+from mmalign.training.advantages import advantages
+from mmalign.training.learning import of_walks
+from mmalign.training.session import Session
+from mmalign.training.setup import open_session
+from mmalign.types import Judgement, Trajectories, Transitions
+from reward_models import Prompt
+from reward_models.tools import examine as health
+from reward_models.tools.examine import Finding
+
+BOUND = 0.1  # of the clip range: what replay may be off by in log-density
+STOCK = {"float32": 1e-3, "bfloat16": 0.1}  # of the difference between images: what ODE sampling may be off by
+MOVED = 0.02  # size of the disturbance of the adapter's matrices
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A small iteration, taken apart. `judged` is None without a rollout to judge (`records`, `plan: ode`)."""
+
+    run: Session
+    prompts: list[Prompt]
+    cond: object
+    paths: Trajectories
+    images: Float[Tensor, "E 3 H W"]
+    judged: Judgement
+
+    @property
+    def walks(self) -> Transitions:
+        """Its stochastic steps, with advantages that are not 0."""
+        batch = transitions(self.paths, torch.ones(*self.paths.std.shape, 1, 1, device=self.paths.std.device))
+        signs = torch.ones_like(batch.advantage)
+        signs[1::2] = -1
+        return replace(batch, advantage=signs)
+
+
+def examine(c: Config) -> Iterator[Finding]:
+    """The findings, as they come. Raises BadInput for what keeps the config from being opened at all."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = open_session(small(c, Path(folder)))
+        own = run.prompts[: max(2, run.config.prompts_per_iteration)]
+        for check in (untouched, stock, prompted):
+            yield from check(run, own)
+        if c.records:
+            yield Finding("rollout", None, "records are learnt from; nothing is sampled")
+        else:
+            disturb(run)
+            yield from _of_rollout(run)
+        for check in (averaged, saved):
+            yield from check(run)
+        yield from room(run, Path(c.out))
+
+
+def small(c: Config, out: Path) -> Config:
+    """The same with two prompts and few siblings, in a folder of its own."""
+    most = 2 if (c.children or 1) > 1 else 4
+    change = {"prompts_per_iteration": min(2, c.prompts_per_iteration), "seeds": min(c.seeds, most)}
+    return c.model_copy(update=change | {"out": str(out / "run"), "rollout_parts": 1, "cache": None})
+
+
+def disturb(run: Session) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in run.policy.parameters():
+            p.add_(MOVED * torch.randn(p.shape, generator=generator).to(p))
+
+
+def _of_rollout(run: Session) -> Iterator[Finding]:
+    c = run.config
+    prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, 0, c.seed)
+    batch = rollout.roll_out(run, prompts, run.levels, 0)
+    bench = Bench(run, prompts, batch.cond, batch.paths, batch.images, rollout.judged(run, batch, 0))
+    for check in (seeds, *((zero_noise, ratio, guidance, gradient, kl_gradient) if c.objective == "grpo" else ())):
+        yield from check(bench)
+    for check in (pixels, judged_as_shown, rewards, group_spread):
+        yield from check(bench)
+
+
+# --------------------------------------------------------------------------------------- the model as it was loaded
+
+
+def _velocity(run: Session, texts: list[str]) -> Tensor:
+    cond, count = run.policy.encode(texts), len(texts)
+    start, _ = generate.starts(run.policy, [[i] for i in range(count)])
+    t = torch.linspace(0.9, 0.1, count, device=run.policy.device)
+    with torch.no_grad():
+        return run.policy.velocity(start, t, cond, torch.arange(count, device=run.policy.device))
+
+
+def untouched(run: Session, own: list[Prompt]) -> Iterator[Finding]:
+    texts = [p.text for p in own]
+    on = _velocity(run, texts)
+    with run.policy.reference():
+        off = _velocity(run, texts)
+    worst = float((on - off).abs().max())
+    yield Finding(
+        "untouched", worst == 0, f"largest change of the velocity {worst:.3g}",
+        "the adapter must begin as nothing; is another one still on, or dropout?",
+    )  # fmt: skip
+
+
+def stock(run: Session, own: list[Prompt]) -> Iterator[Finding]:
+    """Times and images against the stock pipeline."""
+    policy, c = run.policy, run.config
+    if not hasattr(policy, "stock_images"):
+        yield Finding("ODE", None, "the policy has no stock pipeline to compare with")
+        return
+    texts, numbers = [p.text for p in own[:2]], [0, 1]
+    theirs = policy.stock_images(texts, numbers, c.steps)
+    walked = policy.pipe.scheduler.sigmas.float().cpu()
+    times = run.times
+    off = float((times.double() - walked.double()).abs().max()) if len(times) == len(walked) else float("inf")
+    yield Finding(
+        "times", times.dtype == torch.float32 and off < 1e-6, f"{times.dtype}, off by {off:.3g}".replace("torch.", ""),
+        "the schedule is not the pipeline's: shift, size or number type differ",
+    )  # fmt: skip
+    start, owner = generate.starts(policy, [[seed] for seed in numbers])
+    ends = [p.ends for p in generate.walked(policy, own[:2], start, owner, times, c.batch)]
+    ours = policy.decode(torch.cat(ends)).cpu()
+    apart = float(_rms(theirs[0] - theirs[1]))
+    share = float(_rms(ours - theirs)) / max(apart, 1e-9)
+    yield Finding(
+        "ODE", share <= STOCK[c.precision],
+        f"off the stock pipeline's images by {share:.2g} of what two images differ by",
+        "sampling is not the pipeline's: look at guidance, negatives, shift, packing and the autoencoder's scaling",
+    )  # fmt: skip
+
+
+def _rms(difference: Tensor) -> Tensor:
+    return difference.square().mean().sqrt()
+
+
+def prompted(run: Session, own: list[Prompt]) -> Iterator[Finding]:
+    policy = run.policy
+    start, _ = generate.starts(policy, [[0]])
+    index, texts = torch.arange(2, device=policy.device), [p.text for p in own[:2]]
+    two = sample(policy.velocity, start.repeat(2, 1, 1, 1), policy.encode(texts), index, plans.ode(run.times)).ends
+    share = float(_rms(two[0] - two[1]) / _rms(two))
+    yield Finding(
+        "prompts", share > 1e-3, f"two prompts from one noise differ by {share:.2g} of the latent",
+        "the text does not reach the network",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- rollout
+
+
+def seeds(bench: Bench) -> Iterator[Finding]:
+    """Of every pair of states at one step: the same number, the same state; another number, another state."""
+    paths, twins = bench.paths, 0
+    starts = paths.x[:, 0].flatten(1)
+    begun = torch.stack([paths.prompt, paths.member], 1).unique(dim=0)
+    twins += len(begun) - len(starts.unique(dim=0))
+    for k in range(1, paths.x.shape[1]):
+        twins += len(paths.node[:, k].unique()) - len(paths.x[:, k].flatten(1).unique(dim=0))
+    count = len(paths.node[:, -1].unique())
+    yield Finding(
+        "seeds", twins == 0, f"{count} images from {len(begun)} noises, {twins} states that should differ do not",
+        "siblings share their noise: seeds must depend on prompt, member and step",
+    )  # fmt: skip
+
+
+def zero_noise(bench: Bench) -> Iterator[Finding]:
+    b, c = bench.walks, bench.run.config
+    with torch.no_grad():
+        v = bench.run.policy.velocity(b.x, b.t, bench.cond, b.index)
+    still, std = kernels.step(c.kernel, b.x, v, b.t, b.s, torch.zeros_like(b.noise), bench.paths.t_max)
+    off = float((still - kernels.ode(b.x, v, b.t, b.s)[0]).abs().max()) + float(std.abs().max())
+    yield Finding("zero noise", off == 0, f"off the ODE's step by {off:.3g}", "the kernel's mean is not the ODE's")
+
+
+def _replayed(bench: Bench, batch: Transitions) -> tuple[dict[str, float], list[Tensor | None]]:
+    """Statistics and gradients of one replay, in the run's own batches; nothing is stepped."""
+    run = bench.run
+    lesson = of_walks(run, bench.cond, bench.paths, advantages(run.config, bench.paths, bench.judged))
+    parameters = run.policy.parameters()
+    found = update(
+        parameters, torch.optim.SGD(parameters, 0.0), batch, lesson.replay, epochs=1, minibatches=1,
+        micro_batch=run.fits["micro_batch"], max_grad_norm=float("inf"), generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    gradients = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return found, gradients
+
+
+def ratio(bench: Bench) -> Iterator[Finding]:
+    c, b = bench.run.config, bench.walks
+    found, _ = _replayed(bench, b)
+    mean = found.get("log_ratio", float("nan"))
+    with torch.no_grad():
+        parts = torch.arange(len(b), device=b.x.device).split(bench.run.fits["micro_batch"].rows)
+        v = torch.cat([bench.run.policy.velocity(b.x[i], b.t[i], bench.cond, b.index[i]) for i in parts])
+    again, std = kernels.step(c.kernel, b.x, v, b.t, b.s, b.noise, bench.paths.t_max)
+    off = float(kernels.log_ratio(b.y, again, b.mean, std).mean((1, 2)).abs().max())
+    worst = max(off, abs(mean))
+    yield Finding(
+        "ratio", worst <= BOUND * c.clip, f"log-density off by {worst:.3g} at most; clip is {c.clip:g}",
+        "rollout and replay differ: precision, attention back end, guidance, or states that were rounded after their "
+        "density was taken; in bfloat16 a wider clip, or float32",
+    )  # fmt: skip
+
+
+def guidance(bench: Bench) -> Iterator[Finding]:
+    """Forwards a row, and velocities, with and without gradients."""
+    run, b = bench.run, bench.walks[slice(0, 4)]
+    spent, found = [], []
+    for graded in (False, True):
+        before = run.policy.spent["forwards"]
+        with torch.set_grad_enabled(graded):
+            found.append(run.policy.velocity(b.x, b.t, bench.cond, b.index).detach())
+        spent.append((run.policy.spent["forwards"] - before) / len(b))
+    off = float(_rms((found[0] - found[1]).float()) / _rms(found[0].float()))
+    yield Finding(
+        "guidance", spent[0] == spent[1] and off < (1e-5 if run.config.precision == "float32" else 0.02),
+        f"{spent[0]:g} and {spent[1]:g} forwards a row, velocities {off:.2g} apart",
+        "rollout and replay must use the same guidance",
+    )  # fmt: skip
+
+
+def gradient(bench: Bench) -> Iterator[Finding]:
+    module_of, policy = bench.run.policy.adapter_names(), bench.run.policy
+    _, gradients = _replayed(bench, bench.walks)
+    idle = [name for name, g in zip(module_of, gradients, strict=True) if g is None or not bool(g.any())]
+    dead = policy.unused(bench.paths.x[:1, 0], bench.cond)
+    lost = [name for name in idle if not any(name.startswith(layer + ".") for layer in dead)]
+    extra = policy.trained_besides()
+    seen = f"{len(module_of) - len(idle)} of {len(module_of)} matrices"
+    seen += f", {len(idle) - len(lost)} in layers whose output the model does not use" if len(idle) > len(lost) else ""
+    seen += f"; none at {lost[0]}" if lost else ""
+    seen += f"; {extra[0]} is trained too" if extra else ""
+    yield Finding(
+        "gradient", len(idle) < len(module_of) and not lost and not extra, seen,
+        "lora_targets must name layers the loss depends on, with the adapter on, and all else must be frozen",
+    )  # fmt: skip
+
+
+def kl_gradient(bench: Bench) -> Iterator[Finding]:
+    if not bench.run.config.beta:
+        return
+    b = bench.walks
+    found, gradients = _replayed(bench, replace(b, advantage=torch.zeros_like(b.advantage)))
+    pull = sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
+    yield Finding(
+        "KL gradient", found["kl"] > 0 and pull > 0, f"KL {found['kl']:.3g}, gradient {pull:.3g}",
+        "the divergence to the reference does not pull: is it detached?",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- rewards
+
+
+def pixels(bench: Bench) -> Iterator[Finding]:
+    images = bench.images
+    low, high, spread = float(images.min()), float(images.max()), float(images.std())
+    good = bool(images.isfinite().all()) and low >= 0 and high <= 1 and spread > 1e-3
+    yield Finding("images", good, f"pixels {low:.2f} to {high:.2f}, spread {spread:.2g}", "the autoencoder's scaling")
+
+
+def judged_as_shown(bench: Bench) -> Iterator[Finding]:
+    """Rewards of the finished walks, against each one's image alone with its own prompt."""
+    run, own, off = bench.run, bench.judged, {}
+    for name in run.config.trained:
+        scorer = run.scorers[name]
+        if scorer.card.groupwise:
+            continue
+        for i, (end, p) in enumerate(zip(bench.paths.shown[:, -1].tolist(), bench.paths.prompt.tolist(), strict=True)):
+            alone = score(bench.images[end : end + 1], [bench.prompts[p]], {name: scorer})
+            for part, value in alone.parts.items():
+                one, two = float(value[0]), float(own.parts[part][i])
+                far = abs(one - two) if one == one and two == two else float(one == one or two == two)
+                off[part] = max(off.get(part, 0.0), far / max(1.0, abs(one) if one == one else 1.0))
+    worst = max(off, key=off.get, default=None)
+    if worst is not None:
+        yield Finding(
+            "judged as shown", off[worst] < 1e-3, f"largest difference {off[worst]:.2g} ({worst})",
+            "images and prompts are mixed up, or the scorer looks at its neighbours or does not repeat itself",
+        )  # fmt: skip
+
+
+def rewards(bench: Bench) -> Iterator[Finding]:
+    prompts = [bench.prompts[i] for i in bench.paths.owner.tolist()]
+    for name in bench.run.config.trained:
+        scorer = bench.run.scorers[name]
+        yield replace(failing(scorer, bench.images, prompts), check=f"{name}: a failure")
+        for own in health.examine(scorer, bench.images, prompts):
+            asked = own.check in ("answers", "spread", "repeats", "neighbours")
+            shown = own.check == "sees the image: noise" and scorer.card.sees_prompt
+            if asked or shown:
+                yield replace(own, check=f"{name}: {own.check}")
+
+
+def failing(scorer, images: Float[Tensor, "E 3 H W"], prompts: list[Prompt]) -> Finding:
+    """An image that is not a number cannot be scored."""
+    advice = "return NaN with a reason (Scores.failures), never 0 and never an exception for one image"
+    spoilt = images[:2].clone()
+    spoilt[0] = torch.nan
+    try:
+        value = scorer(spoilt, prompts[:2]).values[0]
+    except Exception as error:  # whatever a user's scorer raises is the finding
+        return Finding("", False, f"raises {type(error).__name__}: {str(error)[:120]}", advice)
+    said = ", ".join(f"{v:g}" for v in value.tolist())
+    return Finding("", bool(value.isnan().all()), f"an image of NaN scores {said}", advice)
+
+
+def group_spread(bench: Bench) -> Iterator[Finding]:
+    shown = bench.judged.reward[:, -1].flatten(1) if bench.judged.reward.ndim > 2 else bench.judged.reward[:, -1:]
+    alive = dead(shown[:, 0], bench.paths.prompt, bench.run.config.dead_spread).mean()
+    share = 1 - float(alive)
+    yield Finding(
+        "group spread", share > 0, f"{share:.0%} of the walks are in groups whose rewards differ",
+        "a constant reward teaches nothing: another reward, more noise, or harder prompts",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- what is kept, and room
+
+
+def averaged(run: Session) -> Iterator[Finding]:
+    before, now = {name: v.clone() for name, v in run.ema.items()}, {n: v + 1 for n, v in run.policy.adapter().items()}
+    kept = run.policy.adapter()
+    run.policy.load_adapter(now)
+    run.average()
+    run.policy.load_adapter(kept)
+    decay = run.config.ema
+    off = max(float((run.ema[n] - (decay * before[n] + (1 - decay) * now[n])).abs().max()) for n in before)
+    yield Finding(
+        "average", off < 1e-5, f"off by {off:.2g}", "the averaged adapter, which is exported, does not follow"
+    )
+
+
+def saved(run: Session) -> Iterator[Finding]:
+    """Save, disturb, restore."""
+    out = Path(run.config.out)
+    before = {"adapter": run.policy.adapter(), "ema": {name: v.clone() for name, v in run.ema.items()}}
+    runs.save(run, out, 1)
+    disturb(run)
+    for value in run.ema.values():
+        value.add_(1)
+    done = runs.restore(run, out, lambda said: None)
+    after = {"adapter": run.policy.adapter(), "ema": run.ema}
+    same = all(torch.equal(before[kind][n], after[kind][n]) for kind in before for n in before[kind])
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    yield Finding("checkpoint", same and done == 1, f"{size / 2**20:.1f} MiB, back to the bit: {same}", "see `out`")
+
+
+def room(run: Session, out: Path) -> Iterator[Finding]:
+    device = run.policy.device
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        most = torch.cuda.max_memory_allocated(device)
+        used, where = most + (total - free) - torch.cuda.memory_reserved(device), "GPU"
+    else:
+        total, used, where = psutil.virtual_memory().total, psutil.Process().memory_info().rss, "main memory"
+    yield Finding(
+        "memory", used < 0.95 * total, f"{used / GIB:.1f} of {total / GIB:.1f} GiB of {where} at most so far",
+        "gradient_checkpointing, offload, quantize, precision: bfloat16, or smaller batches",
+    )  # fmt: skip
+    size = sum(v.numel() * v.element_size() for v in run.ema.values()) * 6
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    advice = "a checkpoint needs room beside the last"
+    yield Finding("disk", free > 10 * size + GIB / 4, f"{free / GIB:.1f} GiB free", advice)
+
+
+def page(c: Config, found: list[Finding]) -> str:
+    """The report, on one page of Markdown."""
+    bad = sum(own.good is False for own in found)
+    lines = [f"# {c.model}", "", f"{len(found)} checks, {bad} bad." if bad else f"{len(found)} checks, none bad.", ""]
+    return "\n".join([*lines, *health.table(found)]) + "\n"

@@ -1,0 +1,154 @@
+"""DeepSpeed's ZeRO stage 2: each process keeps, and steps, a part of the moments and of the summed gradient.
+
+The adapter itself is whole in each process, and it is what counts: a part of it is read anew before each step, so that
+whoever loads an adapter need not know. Gradients add up in each process as ever and are summed once a step, so that
+processes may replay different numbers of rows, and begin again where memory does not suffice.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from mmalign.distributed.processes import Ranks
+from mmalign.errors import BadInput, refusing
+from mmalign.learn.update import Bounded
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+DECIDED = {  # by the run: no row is averaged over or clipped a second time
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "gradient_allreduce_op": "sum",
+    "gradient_clipping": 0.0,
+    "zero_allow_untested_optimizer": True,
+}
+
+
+class Zero2(Optimizer):
+    """The AdamW `optimizer` of the trainable parameters of `network`, shared out among the processes of `ranks`.
+
+    All of them must call each method. The state is given and taken whole, in the form that `optimizer` has in one
+    process. Raises BadInput where DeepSpeed would do anything else than what is meant.
+    """
+
+    def __init__(self, network: nn.Module, optimizer: torch.optim.AdamW, ranks: Ranks):
+        self.parameters: list[Parameter] = [*optimizer.param_groups[0]["params"]]
+        super().__init__(self.parameters, optimizer.defaults)
+        self.ranks, self.own = ranks, optimizer
+        self.engine = _engine(network, optimizer, self.parameters, ranks)
+        self.found = False
+
+    def summing(self, bounded: Bounded) -> Bounded:
+        """`bounded`, after whose work the gradients of all processes are summed, and each has its part of them."""
+
+        def run(work):
+            with ExitStack() as adding:
+                adding.enter_context(self.engine.coalesce_grad_reduction())
+                try:
+                    done = bounded(work)
+                    what = "the sum of the gradients"
+                    self.found = self.ranks.any(any(p.grad is not None for p in self.parameters), what)
+                    for p in self.parameters if self.found else ():
+                        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    with self.ranks.together(what):
+                        adding.close()
+                except BaseException:
+                    self.zero_grad()  # else it would be summed on the way out, which waits for the others
+                    raise
+            return done
+
+        return run
+
+    def add(self, parameters: Sequence[Parameter]) -> bool:
+        """Whether any process had a gradient; they are summed already."""
+        return self.found
+
+    def clip(self, parameters: Sequence[Parameter], bound: float) -> float:
+        """The norm of the summed gradient, infinite where that is not finite; `step` will clip it to `bound`."""
+        self.engine.optimizer.clip_grad = bound
+        with self.ranks.together("the norm of the gradient"):
+            return float(self.engine.optimizer.scaled_global_norm())
+
+    def step(self, closure=None) -> None:
+        for group, own in zip(self.param_groups, self.own.param_groups, strict=True):
+            own.update({name: value for name, value in group.items() if name != "params"})
+        self.engine.optimizer.refresh_fp32_params()
+        with self.ranks.together("the optimiser's step"):
+            self.engine.step()
+
+    @property
+    def _part(self) -> torch.Tensor:
+        """This process's part of the parameters, to which the moments belong."""
+        return self.own.param_groups[0]["params"][0]
+
+    def state_dict(self) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state = {}
+        if self._part in self.own.state:
+            step = self.own.state[self._part]["step"]
+            with self.ranks.together("the optimiser's state"):
+                for i, p in enumerate(self.parameters):
+                    state[i] = {"step": step} | {name: safe_get_full_optimizer_state(p, name) for name in MOMENTS}
+        return super().state_dict() | {"state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Matrices that have no moments, for they have had no gradient, start with 0."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state
+
+        super().load_state_dict(state_dict | {"state": {}})
+        self.own.state.clear()
+        told = state_dict["state"]
+        if told:
+            steps = max(own["step"] for own in told.values())
+            self.own.state[self._part] = {"step": steps} | {name: torch.zeros_like(self._part) for name in MOMENTS}
+            lazy_init_hp_params_optimizer_state(self.parameters, self._part, self.own.state)
+            for i, own in told.items():
+                for name in MOMENTS:
+                    safe_set_full_optimizer_state(self.parameters[i], own[name], name)
+
+
+def _settings(asked: dict[str, Any], parameters: Sequence[Parameter], processes: int) -> dict[str, Any]:
+    """DeepSpeed's settings: those of the launcher, where they leave alone what the run decides."""
+    decided, zero = DECIDED | {"train_batch_size": processes}, asked["zero_optimization"]
+    if zero.get("stage") != 2:
+        raise BadInput(f"zero_stage: {zero.get('stage')} in accelerate's settings; 2 is what there is")
+    for name in ("offload_optimizer", "offload_param"):
+        device = (zero.get(name) or {}).get("device", "none")
+        if device not in (None, "none"):
+            raise BadInput(f"{name}_device: {device} in accelerate's settings; the adapter's moments stay where it is")
+    for name in ("fp16", "bf16"):
+        if (asked.get(name) or {}).get("enabled", False) not in (False, "auto"):
+            raise BadInput(f"{name} in DeepSpeed's settings; set `precision` in the config")
+    for name, value in decided.items():
+        if asked.get(name, "auto") not in ("auto", value):
+            raise BadInput(f"{name}: {asked[name]} in DeepSpeed's settings; leave it out, the run's config decides")
+    for name in ("optimizer", "scheduler"):
+        if name in asked:
+            raise BadInput(f"{name} in DeepSpeed's settings; leave it out, the run's config decides")
+    bucket = {"reduce_bucket_size": sum(p.numel() for p in parameters)}  # by default 2 GB, however small the adapter
+    zero = bucket | {name: value for name, value in zero.items() if value != "auto"}
+    precision = {"fp16": {"enabled": False}, "bf16": {"enabled": False}}
+    return copy.deepcopy(asked | decided | precision | {"zero_optimization": zero})
+
+
+def _engine(network: nn.Module, optimizer: Optimizer, parameters: Sequence[Parameter], ranks: Ranks):
+    settings = _settings(ranks.zero.deepspeed_config, parameters, ranks.size)
+    import deepspeed
+
+    if ranks.accelerator.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler; gloo does without
+    with refusing():
+        engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
+    shared = [p for group in engine.optimizer.bit16_groups for p in group]
+    if engine.module is not network or {*map(id, shared)} != {*map(id, parameters)}:
+        raise BadInput(
+            f"DeepSpeed has a {type(engine.module).__name__} and shares out {len(shared)} of its parameters; a "
+            f"{type(network).__name__} and the {len(parameters)} of the adapter are meant"
+        )
+    return engine

@@ -1,0 +1,116 @@
+"""Held-out evaluation: plain ODE sampling on fixed seeds, so that two models are compared image by image."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+from torchvision.utils import save_image
+
+from mmalign.distributed.processes import Ranks
+from mmalign.evaluation.generate import generate
+from mmalign.flow.sample import chunks, seed_of
+from mmalign.rewards.judge import Scorers, score
+from reward_models import Prompt, overlay as heat
+
+SHEET = 60  # images of a contact sheet
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Images and raw scores; row i shows prompt `prompt[i]` from seed number `member[i]`. `places` has, by scorer, what
+    it says of places of each image, as `reward_models.overlay.record` has it, or None; `failures` why an image could
+    not be scored."""
+
+    images: Float[Tensor, "N 3 H W"]
+    parts: dict[str, Float[Tensor, "N"]]
+    prompt: Int[Tensor, "N"]
+    member: Int[Tensor, "N"]
+    places: dict[str, list[dict[str, Any] | None]]
+    failures: Mapping[int, str] = field(default_factory=dict)
+
+    def means(self) -> dict[str, float]:
+        """Mean of each component over the images that have it, and `diversity` where prompts have siblings."""
+        means = {name: float(values.nanmean()) for name, values in self.parts.items()}
+        return means | ({"diversity": diversity(self.images, self.prompt)} if bool((self.member > 0).any()) else {})
+
+
+def deviation(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+    """Mean square deviation of each image from its siblings' mean, over all pixels; NaN without siblings."""
+    _, number, count = group.unique(return_inverse=True, return_counts=True)
+    flat = images.flatten(1)
+    mean = torch.zeros(len(count), flat.shape[1]).index_add_(0, number, flat) / count[:, None]
+    return torch.where(count[number] > 1, ((flat - mean[number]) ** 2).mean(1), torch.nan)
+
+
+def diversity(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> float:
+    """Root mean square deviation of siblings from their mean image, over all pixels; NaN without siblings."""
+    return float(deviation(images, group).nanmean().sqrt())
+
+
+def evaluate(policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Scorers, batch: int) -> Evaluation:
+    """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same."""
+    seeds = [[seed_of("evaluation", p.id, m) for m in range(members)] for p in prompts]
+    images, prompt = generate(policy, prompts, seeds, steps, batch)
+    seen = score(images, [prompts[i] for i in prompt], scorers)
+    places = {
+        name: heat.records(seen.maps.get(name), seen.boxes.get(name, ()), tuple(images.shape[2:]), len(images))
+        for name in {**seen.maps, **seen.boxes}
+    }
+    member = torch.arange(members).repeat(len(prompts))
+    return Evaluation(images, seen.parts, prompt, member, places, seen.failures)
+
+
+def dealt(ranks: Ranks, policy, prompts: Sequence[Prompt], members: int, *settings) -> Evaluation | None:
+    """`evaluate`, with the prompts dealt to all processes; the main one gets it as one alone would have it, the others
+    None. All make as many images: one that would have fewer prompts repeats the first, which is not counted."""
+    what, most = "the evaluation", -(-len(prompts) // ranks.size)
+    own = ranks.deal(prompts)
+    found = evaluate(policy, [*own, *prompts[:1] * (most - len(own))], members, *settings)
+    kept = found.prompt < len(own)
+    prompt, member = found.prompt[kept], found.member[kept]
+    order = ranks.order(prompt, what)
+    parts = {name: ranks.gather(values[kept], what)[order] for name, values in found.parts.items()}
+    places = {name: rows[: len(prompt)] for name, rows in found.places.items()}
+    told = ranks.tell([len(prompt), places], what)
+    said = {name: [row for n, rows in told for row in rows.get(name, [None] * n)] for _, rows in told for name in rows}
+    reasons = [why for own in ranks.tell([found.failures.get(i) for i in range(len(prompt))], what) for why in own]
+    prompts_of, members_of = ranks.gather(ranks.number(prompt), what)[order], ranks.gather(member, what)[order]
+    images, numbers = [], []
+    for part in chunks(most * members, 32):  # never all of them on every process
+        some = ranks.gather(found.images[kept][part], what)
+        numbers.append(ranks.gather(ranks.number(prompt[part]), what))
+        images += [some] if ranks.main else []
+    if not ranks.main:
+        return None
+    pictures = torch.cat(images)[torch.cat(numbers).sort(stable=True).indices]
+    return Evaluation(
+        pictures, parts, prompts_of, members_of, {name: [rows[i] for i in order] for name, rows in said.items()},
+        {k: reasons[i] for k, i in enumerate(order.tolist()) if reasons[i]},
+    )  # fmt: skip
+
+
+def paired(before: Float[Tensor, "N"], after: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> tuple[float, float]:
+    """Mean rise and the p-value of a two-sided paired t-test over prompts (a prompt's seeds are averaged: they are not
+    independent), NaN of fewer than two. Images without a score on either side are left out."""
+    valid = ~(before.isnan() | after.isnan())
+    rise = (after - before)[valid]
+    _, number, count = prompt[valid].unique(return_inverse=True, return_counts=True)
+    per_prompt = torch.zeros(len(count)).index_add_(0, number, rise) / count
+    if len(count) < 2:
+        return float(rise.mean()), float("nan")
+    if float(per_prompt.std()) == 0:
+        return float(rise.mean()), 1.0 if float(rise.mean()) == 0 else 0.0
+    return float(rise.mean()), float(stats.ttest_1samp(per_prompt.numpy(), 0.0).pvalue)
+
+
+def contact_sheet(images: Float[Tensor, "N 3 H W"], path: Path, count: int = SHEET, columns: int = 12) -> None:
+    """One PNG of `count` images evenly spaced through the batch, small ones enlarged to about 64 pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chosen = images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
+    scale = max(1, 64 // chosen.shape[-1])
+    save_image(chosen.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=columns, pad_value=1.0)

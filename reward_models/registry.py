@@ -1,0 +1,66 @@
+"""Scorers by name. One line here adds one; a user's own needs no line, only its import path."""
+
+import inspect
+import re
+from difflib import get_close_matches
+from typing import Any
+
+from reward_models.allowlist import imported
+from reward_models.files import home
+from reward_models.types import RewardModel
+
+SCORERS: dict[str, str] = {
+    "shapes": "reward_models.scorers.shapes:Shapes",
+    "jpeg_size": "reward_models.scorers.jpeg_size:JpegSize",
+    "clip": "reward_models.scorers.clip:clip",
+    "image_stats": "reward_models.scorers.image_stats:ImageStats",
+    "pickscore": "reward_models.scorers.pickscore:PickScore",
+    "hpsv2": "reward_models.scorers.hpsv2:hpsv2",
+    "aesthetic": "reward_models.scorers.aesthetic:Aesthetic",
+    "image_reward": "reward_models.scorers.image_reward:ImageReward",
+    "ocr": "reward_models.scorers.ocr:Ocr",
+    "geneval": "reward_models.scorers.geneval:geneval",
+    "grounded": "reward_models.scorers.grounded:grounded",
+    "places": "reward_models.scorers.places:Places",
+    "remote": "reward_models.service.client:Remote",
+    "vqa": "reward_models.scorers.vqa:Vqa",
+    "rational": "reward_models.scorers.rational:Rational",
+    "vlm_yes_no": "reward_models.scorers.vlm_yes_no:VlmYesNo",
+    "checklist": "reward_models.scorers.checklist:Checklist",
+    "pairwise": "reward_models.scorers.pairwise:Pairwise",
+    "unified": "reward_models.scorers.unified:Unified",
+    "visual_erm": "reward_models.scorers.visual_erm:VisualErm",
+    "shapes_critic": "reward_models.scorers.shapes_critic:ShapesCritic",
+    "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
+}
+
+HOME = re.compile(r"~[\w.-]*(/|\Z)")
+
+
+def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardModel:
+    """A `RewardModel` of `SCORERS`, or the user's own as `my_module:MyScorer`, made with `settings`. With `scorer`,
+    `name` is only what the user calls it: one scorer may be had twice, with other settings.
+
+    ValueError, in one line: no such name (near names are listed), a module that is not allowed
+    (`reward_models.allowlist`), no such module or attribute, settings it does not take, or settings it refuses. A
+    scorer's module is imported when it is asked for, never before. A setting that begins with `~/` is a path in
+    the home folder.
+    """
+    settings = {key: home(own) if isinstance(own, str) and HOME.match(own) else own for key, own in settings.items()}
+    name = scorer or name
+    if name not in SCORERS and ":" not in name:
+        near = get_close_matches(name, SCORERS, cutoff=0.4) or SCORERS
+        raise ValueError(f"no scorer called {name!r}; near names: {', '.join(near)}; your own is 'my_module:MyScorer'")
+    factory = imported(SCORERS.get(name, name), f"scorer {name!r}", ours=name in SCORERS)
+    try:
+        inspect.signature(factory).bind(**settings)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(factory).parameters) or "no settings"
+        raise ValueError(f"scorer {name!r}: {error}; it takes {takes}") from error
+    try:
+        return factory(**settings)
+    except (TypeError, AttributeError, RuntimeError, OSError, OverflowError) as error:
+        if not settings:
+            raise
+        why = " ".join(str(error).split())
+        raise ValueError(f"scorer {name!r}: not with these {', '.join(settings)}: {why[:300]}") from error

@@ -1,0 +1,353 @@
+"""The reward service: scorers behind HTTP, for many callers at once. Its client is `reward_models.service.client`.
+
+    POST /score     `wire.Ask` -> `wire.Answer`          GET /health     whether it lives, and how much waits (no token)
+    GET  /info      what each score means                GET /metrics    for Prometheus
+    GET  /docs      all of this, from OpenAPI (no token)
+
+Whatever is sent, memory stays bounded (`limits`): bodies by bytes, one by one and together; JSON by its values; images
+by the pixels that their headers promise, in a request, a batch and the queue. Nobody is waited for without end: not for
+a head, a body, or one who does not take the answer.
+
+Left out: TLS and users (a proxy's work), several processes (start several services), region maps (large, and only the
+embedded world's scorer draws them).
+"""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from hmac import compare_digest
+from ipaddress import ip_address
+from typing import Any
+
+from reward_models import limits
+from reward_models.service.batcher import Batcher, Job, shot
+from reward_models.service.schema import About, Answer, Ask, Health, Info, Limits, Problem
+from reward_models.types import Prompt, RewardModel
+
+try:
+    import uvicorn
+    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse, PlainTextResponse
+    from fastapi.security import HTTPBearer
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from starlette.datastructures import Headers
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ImportError as error:
+    raise ValueError(f"the reward service needs {error.name}: pip install 'mmalign[serve]'") from error
+
+OPEN = ("/health", "/docs", "/openapi.json")  # paths that ask for no token
+REFUSALS = {
+    400: "a body that cannot be parsed",
+    401: "no token, or another one",
+    408: "the body did not arrive in time",
+    413: "the body is too large, or holds too many values",
+    422: "not what `Ask` says, or too many images or pixels",
+    503: "the queue is full; `Retry-After` says in how many seconds to try again",
+}
+
+
+CLOSE = {"Connection": "close"}  # after it the rest of a body is not read
+AGAIN = {"Retry-After": "1"}
+
+
+class Meters:
+    """What /metrics shows of one service."""
+
+    def __init__(self):
+        own = {"registry": CollectorRegistry()}
+        self.registry = own["registry"]
+        self.requests = Counter("reward_requests", "Requests to /score, by HTTP status", ["status"], **own)
+        self.seconds = Histogram("reward_request_seconds", "From a request to /score to its answer", **own)
+        self.images = Counter("reward_images", "Images looked at", **own)
+        self.failures = Counter("reward_failures", "Images a scorer failed on; `image`: unreadable", ["scorer"], **own)
+        self.waiting = Gauge("reward_waiting_images", "Images in the queue", **own)
+        sizes = [2**n for n in range(13)]
+        self.batch = Histogram("reward_batch_images", "Images scored together", buckets=sizes, **own)
+
+    def watch(self, jobs: Sequence[Job]) -> None:
+        shots = [shot for job in jobs for shot in job.shots]
+        self.batch.observe(len(shots))
+        self.images.inc(len(shots))
+        for name in (name for own in shots for name in own.failures):
+            self.failures.labels(name).inc()
+
+
+class Gate:
+    """What a request meets first: who asks, how much they send and how long they take, and at its end, the meters. It
+    holds no body, and knows how many bytes of them there are."""
+
+    def __init__(self, app: ASGIApp, token: str | None, body: int, meters: Meters):
+        self.app, self.token, self.body, self.meters, self.held = app, token, body, meters, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status, received, values, arriving = time.perf_counter(), 500, 0, 0, True
+
+        async def counted() -> Message:
+            nonlocal received, values, arriving
+            message = await self._in_time(receive, start) if arriving else await receive()
+            part, arriving = message.get("body", b""), message.get("more_body", False)
+            received += len(part)
+            self.held += len(part)
+            values += sum(map(part.count, (b",", b":", b"[", b"{")))  # base64 has none of them
+            if received > self.body:  # the length may not have been told, or not truly
+                raise HTTPException(413, self._too_large(), CLOSE)
+            if values > limits.VALUES:
+                raise HTTPException(413, f"a request has at most {limits.VALUES} values; send fewer images", CLOSE)
+            if self.held > max(limits.BODIES, self.body):
+                raise HTTPException(503, "too much is being sent at once", CLOSE | AGAIN)
+            return message
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "")
+        try:
+            if scope["path"] not in OPEN and not self._admits(headers.get("authorization", "")):
+                refusal = refused(401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
+                await refusal(scope, receive, watched)
+            elif length.isdecimal() and int(length) > self.body:
+                await refused(413, self._too_large(), CLOSE)(scope, receive, watched)
+            else:
+                await self.app(scope, counted, watched)
+        finally:
+            self.held -= received
+            if scope["path"] == "/score":
+                self.meters.requests.labels(status).inc()
+                self.meters.seconds.observe(time.perf_counter() - start)
+
+    async def _in_time(self, receive: Receive, start: float) -> Message:
+        """The next part of a body that began to arrive at `start`."""
+        try:
+            async with asyncio.timeout(start + limits.ARRIVAL - time.perf_counter()):
+                return await receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not arrive within {limits.ARRIVAL} s", CLOSE) from None
+
+    def _admits(self, authorization: str) -> bool:
+        scheme, _, given = authorization.partition(" ")
+        return not self.token or (scheme.lower() == "bearer" and compare_digest(given.encode(), self.token.encode()))
+
+    def _too_large(self) -> str:
+        return f"a request has at most {self.body} bytes; send fewer images"
+
+
+def refused(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status, headers)
+
+
+def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    """The first thing wrong with a request, in one line, without the megabytes that were sent."""
+    first = error.errors()[0]
+    why = f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}"[:300]
+    return refused(422, why.encode("ascii", "backslashreplace").decode())  # what was sent may have no UTF-8
+
+
+def described(scorer: RewardModel) -> About:
+    card = json.dumps(asdict(scorer.card), default=str)
+    card = json.loads(card, parse_constant=lambda _: None)  # infinity is no JSON
+    return About(names=list(scorer.names), version=scorer.card.version, card=card)
+
+
+def app(
+    scorers: Mapping[str, RewardModel],
+    *,
+    token: str | None = None,
+    host: str | None = None,
+    batch: int = 64,
+    wait: int | float = 0.01,
+    queue: int = 512,
+    body: int = limits.BODY,
+    pixels: int = limits.IMAGE,
+) -> FastAPI:
+    """The service as an ASGI application.
+
+    `token`: what callers must show, if anything. `host`: the address it will listen on; one that only this machine
+    reaches answers to no other name. `batch`: images scored together, at most. `wait`: seconds a batch
+    waits for more of them. `queue`: images that may wait, and that one request may hold. `body`: bytes of a request.
+    `pixels`: pixels of an image; those of a request have at most `limits.TOGETHER`. ValueError without scorers, or for
+    limits under 1.
+    """
+    if not scorers or min(batch, queue, body, pixels) < 1 or wait < 0:
+        raise ValueError("a service needs a scorer, and limits above 0")
+    meters = Meters()
+    batcher = Batcher(scorers, batch, wait, queue, meters.watch)
+    meters.waiting.set_function(lambda: batcher.waiting)
+    about = {name: described(scorer) for name, scorer in scorers.items()}
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI):
+        yield
+        batcher.close()
+
+    service = FastAPI(title="mmalign reward service", lifespan=lifespan, redoc_url=None)
+    service.add_exception_handler(RequestValidationError, invalid)
+    service.add_middleware(Gate, token=token, body=body, meters=meters)
+    if host and loopback(host):
+        service.add_middleware(Named)
+    refusals = {code: {"model": Problem, "description": why} for code, why in REFUSALS.items()}
+    guarded = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if token else []}  # for OpenAPI; `Gate` guards
+
+    @service.post("/score", responses=refusals, **guarded)
+    async def score(ask: Ask) -> Answer:
+        """Score images. One that cannot be read fails alone."""
+        asked = list(scorers) if ask.scorers is None else ask.scorers
+        if unknown := [name for name in asked if name not in scorers]:
+            raise HTTPException(422, f"no scorer called {unknown[0]!r}; there are {', '.join(scorers)}")
+        if len(ask.images) != len(ask.prompts):
+            raise HTTPException(422, f"{len(ask.images)} images but {len(ask.prompts)} prompts")
+        if len(ask.images) > queue:
+            raise HTTPException(422, f"{len(ask.images)} images in one request; at most {queue} are taken")
+        prompts = [Prompt(**dict(prompt)) for prompt in ask.prompts]
+        job = Job([shot(*both, pixels) for both in zip(ask.images, prompts, strict=True)], asked)
+        if job.pixels > limits.TOGETHER:
+            why = f"{job.pixels} pixels in one request; at most {limits.TOGETHER} are taken: send fewer images"
+            raise HTTPException(422, why)
+        if not batcher.submit(job):
+            why = "the service is ending" if batcher.closed else f"{batcher.waiting} images are waiting"
+            raise HTTPException(503, why, AGAIN)
+        await asyncio.wrap_future(job.done)
+        return Answer(
+            names={name: about[name].names for name in asked},
+            scores=[shot.scores for shot in job.shots],
+            failures=[shot.failures for shot in job.shots],
+            critiques=[shot.critiques for shot in job.shots],
+        )
+
+    @service.get("/info", responses={401: refusals[401]}, **guarded)
+    async def info() -> Info:
+        """What each score means, and how much is taken at once."""
+        return Info(scorers=about, limits=Limits(images=queue, body=body, pixels=pixels, together=limits.TOGETHER))
+
+    @service.get("/health")
+    async def health() -> Health:
+        """Whether the service lives."""
+        return Health(ok=batcher.thread.is_alive(), waiting=batcher.waiting)
+
+    @service.get("/metrics", response_class=PlainTextResponse, responses={401: refusals[401]}, **guarded)
+    async def metrics() -> str:
+        """Counters and histograms, for Prometheus."""
+        return generate_latest(meters.registry).decode()
+
+    return service
+
+
+def serve(
+    scorers: Mapping[str, RewardModel],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    token: str | None = None,
+    grace: int = 30,
+    **settings: int | float,
+) -> None:
+    """Run the service until SIGTERM or SIGINT; then take no more, finish what waits within `grace` seconds, and return.
+
+    `port` 0 is any free one. `settings` are those of `app`. ValueError for a host others can reach, without a token.
+    """
+    if not token and not loopback(host):
+        raise ValueError(f"others can reach host {host}: set a token, or stay on 127.0.0.1")
+    listen(app(scorers, token=token, host=host, **settings), host, port, grace)
+
+
+def listen(service: ASGIApp, host: str, port: int, grace: int) -> None:
+    """Serve an application until SIGTERM or SIGINT; then finish what has begun within `grace` seconds, and return."""
+    reachable(host, port)
+    server = uvicorn.Server(configured(service, host, port, grace))
+
+    def stop(*_) -> None:
+        server.should_exit = True
+
+    # uvicorn's own handlers replace these while it runs, and after its shutdown raise the signal again for these to end
+    # the process by; but a service that was told to stop, and did, has not failed
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def configured(service: ASGIApp, host: str, port: int, grace: int = 30, **settings: Any) -> uvicorn.Config:
+    """How an application is served: bounded in connections and in patience."""
+    return uvicorn.Config(
+        service, host, port, http=Patient, ws="none", timeout_graceful_shutdown=grace, access_log=False,
+        server_header=False, **settings,
+    )  # fmt: skip
+
+
+class Patient(H11Protocol):
+    """A connection that waits `limits.HEAD` seconds for the head of each request and for its answer to be taken, and
+    that is closed at once where there are `limits.CONNECTIONS` others."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > limits.CONNECTIONS:
+            transport.abort()
+        self.patience = self.loop.call_later(limits.HEAD, self._give_up, None)
+
+    def on_response_complete(self) -> None:
+        answered = self.cycle
+        super().on_response_complete()
+        self.patience.cancel()
+        self.patience = self.loop.call_later(limits.HEAD, self._give_up, answered)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.patience.cancel()
+        super().connection_lost(exc)
+
+    def _give_up(self, last: Any) -> None:
+        """Close, unless a request has begun since the `last`."""
+        if self.cycle is last:
+            self.transport.abort()
+
+
+class Named:
+    """Answers to the names of this machine alone: a web page elsewhere that has its own name stand for this address
+    cannot read what is served here."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not local(Headers(scope=scope).get("host", "")):
+            own = "use http://127.0.0.1, http://localhost or http://[::1]"
+            return await refused(400, f"the header Host names another machine; {own}", CLOSE)(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+def local(header: str) -> bool:
+    """Whether a Host header, with or without a port, names this machine."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:@/?#\s]+)(:\d{0,5})?", header)
+    return match is not None and loopback(match[1].strip("[]").lower())
+
+
+def reachable(host: str, port: int) -> None:
+    """ValueError, in one line, where no service can listen: there is no such address, or its port is taken."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as place:
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host {host!r} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
