@@ -48,14 +48,14 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
 
 def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
     say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
-    ranks.agree(c.model_dump_json(), "the config")
+    ranks.assert_equal(c.model_dump_json(), "the config")
     with folder.held(out, say) if ranks.main else nullcontext(), guards.failing():
         if ranks.main:
             folder.check(out, c, resume)
             with folder.failing(out):
                 folder.tidy(out)
             tracking.check(c.trackers)
-        ranks.meet("the check of the folder")
+        ranks.barrier("the check of the folder")
         run = open_session(c, ranks)
         if ranks.main:
             saved = len(checkpoint.numbered(out / "checkpoints"))
@@ -65,14 +65,16 @@ def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
                 print(f"mmalign: {line}", file=sys.stderr)
         console.print(planner.describe(run.config, run.cost))
         done = restore(run, out, say) if resume else 0
-        ranks.agree([done, checkpoint.fingerprint(run.policy.adapter())], "the iteration and the adapter to start with")
+        ranks.assert_equal(
+            [done, checkpoint.fingerprint(run.policy.adapter())], "the iteration and the adapter to start with"
+        )
         told = c if ranks.main else c.model_copy(update={"trackers": []})
         with tracking.opened(told, out, done, console) as trackers, folder.failing(out), stopping() as stop:
             if ranks.main:
                 files.replace(out / "config.yaml", configs.dump(c).encode())
                 folder.rewind(out, done, say)
                 _prune(c, out, done)
-            ranks.meet("the run's folder")
+            ranks.barrier("the run's folder")
             _go_on(run, out, done, trackers, stop, alarms.Watch(c, out, say, ranks.main), console)
         best = _best(out, c.best_by)
         if best is not None and best != c.iterations:
@@ -87,7 +89,7 @@ def _go_on(
     evaluated, so that an evaluation can be left at any time."""
     c, clock, ranks = run.config, run.clock, run.ranks
     clock.read()  # what came before belongs to no iteration
-    evaluated = ranks.tell([row["iteration"] for row in watch.evaluations], "what was evaluated")[0]
+    evaluated = ranks.all_gather_object([row["iteration"] for row in watch.evaluations], "what was evaluated")[0]
     try:
         with _progress(console) as bar:
             task = bar.add_task("training", total=c.iterations, completed=done, note="")
@@ -109,7 +111,7 @@ def _go_on(
                         watch.look(row, run.skips.reasons)
                     note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
                     bar.update(task, completed=done, note=note)
-                    stop.heed(ranks.tell(stop.asked, "signals"))
+                    stop.heed(ranks.all_gather_object(stop.asked, "signals"))
                     if stop.asked or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
                         with clock.of("io"):
                             save(run, out, done)
@@ -217,7 +219,7 @@ def _machine(run: Session) -> dict[str, int | str]:
 def save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
     adapter_hash = checkpoint.fingerprint(adapter)
-    run.ranks.agree(adapter_hash, f"the adapter after iteration {iteration}")
+    run.ranks.assert_equal(adapter_hash, f"the adapter after iteration {iteration}")
     optimizer = checkpoint.optimizer_tensors(run.optimizer)  # of which each process may have a part
     if not run.ranks.main:
         return

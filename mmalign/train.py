@@ -38,7 +38,7 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
         statistics = learn(run, lesson, iteration) if lesson else {"transitions": 0}
     spent = {"forwards": forwards, "replay_forwards": policy.spent["forwards"] - forwards}
     spent["decodes"] = policy.spent["decodes"]
-    row = {"iteration": iteration + 1} | row | ranks.added(spent, "counts") | run.asked()
+    row = {"iteration": iteration + 1} | row | ranks.all_reduce_sum(spent, "counts") | run.asked()
     row |= {
         "skipped": len(run.skips.reasons),
         "lr": run.optimizer.param_groups[0]["lr"],
@@ -49,20 +49,20 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
 
 def _drawn(run: Session, iteration: int) -> tuple[rollout.Batch, Judgement]:
     c = run.config
-    prompts = run.ranks.deal(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
+    prompts = run.ranks.local(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
     own = rollout.roll_out(run, prompts, run.levels, iteration)
     return own, rollout.judged(run, own, iteration)
 
 
 def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Lesson, dict[str, int | float]]:
     c, clock = run.config, run.clock
-    own, seen = guards.together(run.ranks.tell, partial(_drawn, run, iteration))
+    own, seen = guards.together(run.ranks.all_gather_object, partial(_drawn, run, iteration))
     paths, judged = whole(run.ranks, own.paths, seen)
     stop_if_failing(unscored(paths, judged), len(paths.owner), c.max_failed)
     with clock.of("learn"):
         if c.objective == "grpo":
             credit = advantages(c, paths, judged)
-            lesson = of_walks(run, own.cond, own.paths, credit[run.ranks.own(paths.prompt)])
+            lesson = of_walks(run, own.cond, own.paths, credit[run.ranks.is_local(paths.prompt)])
         else:
             credit, lesson = None, of_images(run, own.prompts, own.cond, finished(own.paths, seen), iteration)
     if keep:

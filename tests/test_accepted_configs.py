@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES
-from whole_runs import rows, run
+from run_config import rows, run
 
 from mmalign import policy as policies, run as runs
 from mmalign.config import load as configs

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings as effort, strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from whole_runs import run
+from run_config import run
 
 from mmalign import policy as policies
 from mmalign.errors import BadInput

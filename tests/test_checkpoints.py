@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from command_line import mmalign
-from whole_runs import cut_off, rows, run
+from run_config import cut_off, rows, run
 
 from mmalign import run as runs
 from mmalign.config import load as configs

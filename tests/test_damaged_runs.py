@@ -10,7 +10,7 @@ import pytest
 from command_line import mmalign
 from matplotlib import pyplot as plt
 from starlette.testclient import TestClient
-from whole_runs import rows, run
+from run_config import rows, run
 
 from mmalign.reporting import live, report
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from tiny_pipelines import FAMILIES
 from typer.testing import CliRunner
-from whole_runs import rows, run
+from run_config import rows, run
 
 from mmalign.checks import estimate
 from mmalign.cli.app import app

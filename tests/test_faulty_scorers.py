@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import mmalign
 from faulty_scorers import Faulty
-from whole_runs import rows, run
+from run_config import rows, run
 
 from mmalign.config import load as configs
 from mmalign.errors import Failed

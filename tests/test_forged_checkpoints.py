@@ -14,7 +14,7 @@ from command_line import mmalign
 from corpus import checkpoints as corpus
 from hypothesis import HealthCheck, given, settings as effort, strategies as st
 from safetensors.torch import load_file
-from whole_runs import run
+from run_config import run
 
 from mmalign import run as runs
 from mmalign.config import load as configs

@@ -10,7 +10,7 @@ from chats import chatting, said
 from judge_texts import FULL
 from kill_and_resume import outcome
 from services import running
-from whole_runs import rows, run
+from run_config import rows, run
 
 from mmalign import errors, train
 from mmalign.config import load as configs

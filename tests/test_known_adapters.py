@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from whole_runs import rows, run
+from run_config import rows, run
 
 from mmalign.runs import checkpoint
 

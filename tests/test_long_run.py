@@ -2,7 +2,7 @@
 
 import psutil
 import pytest
-from whole_runs import rows, run
+from run_config import rows, run
 
 from mmalign import run as runs
 

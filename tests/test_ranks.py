@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from command_line import mmalign
-from many import launch, learn
+from multiprocess import launch, learn
 from PIL import Image
 from safetensors.torch import load_file
-from whole_runs import rows, run
+from run_config import rows, run
 
 from mmalign.config.schema import Config
 

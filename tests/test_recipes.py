@@ -13,7 +13,7 @@ from chats import chatting, picture, said
 from judge_texts import FULL
 from tiny_pipelines import FAMILIES
 from tiny_scorers import settings as tiny_settings
-from whole_runs import rows
+from run_config import rows
 
 from mmalign import run as runs
 from mmalign.checks import estimate

@@ -6,7 +6,7 @@ import pytest
 import torch
 from careless import Careless
 from torchvision.utils import save_image
-from whole_runs import rows, run
+from run_config import rows, run
 
 from mmalign.config import load as configs
 from mmalign.config.schema import Config

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 from typer.testing import CliRunner
-from walks import walk
-from whole_runs import rows, run
+from trajectories import walk
+from run_config import rows, run
 
 from mmalign.cli.app import app
 from mmalign.config import load as configs

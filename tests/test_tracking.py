@@ -11,7 +11,7 @@ from accelerate.tracking import GeneralTracker
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import cut_off, rows, run
+from run_config import cut_off, rows, run
 
 from mmalign import run as runs, train
 from mmalign.config import load as configs, yaml12

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from whole_runs import cut_off, rows, run
+from run_config import cut_off, rows, run
 
 from mmalign.config import load as configs, paths
 from mmalign.data import prompts

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from many import launch, learn
+from multiprocess import launch, learn
 from safetensors.torch import load_file
-from whole_runs import cut_off, rows, run
+from run_config import cut_off, rows, run
 
 from mmalign.distributed import deepspeed as zero, processes as ranks
 from mmalign.errors import BadInput

@@ -55,7 +55,7 @@ class Zero2(Optimizer):
                     self.found = self.ranks.any(any(p.grad is not None for p in self.parameters), what)
                     for p in self.parameters if self.found else ():
                         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    with self.ranks.together(what):
+                    with self.ranks.collective(what):
                         adding.close()
                 except BaseException:
                     self.zero_grad()  # else it would be summed on the way out, which waits for the others
@@ -71,14 +71,14 @@ class Zero2(Optimizer):
     def clip(self, parameters: Sequence[Parameter], bound: float) -> float:
         """The norm of the summed gradient, infinite where that is not finite; `step` will clip it to `bound`."""
         self.engine.optimizer.clip_grad = bound
-        with self.ranks.together("the norm of the gradient"):
+        with self.ranks.collective("the norm of the gradient"):
             return float(self.engine.optimizer.scaled_global_norm())
 
     def step(self, closure=None) -> None:
         for group, own in zip(self.param_groups, self.own.param_groups, strict=True):
             own.update({name: value for name, value in group.items() if name != "params"})
         self.engine.optimizer.refresh_fp32_params()
-        with self.ranks.together("the optimiser's step"):
+        with self.ranks.collective("the optimiser's step"):
             self.engine.step()
 
     @property
@@ -92,7 +92,7 @@ class Zero2(Optimizer):
         state = {}
         if self._part in self.own.state:
             step = self.own.state[self._part]["step"]
-            with self.ranks.together("the optimiser's state"):
+            with self.ranks.collective("the optimiser's state"):
                 for i, p in enumerate(self.parameters):
                     state[i] = {"step": step} | {name: safe_get_full_optimizer_state(p, name) for name in MOMENTS}
         return super().state_dict() | {"state": state}

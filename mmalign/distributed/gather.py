@@ -11,7 +11,9 @@ def whole(ranks: Ranks, paths: Trajectories, judged: Judgement) -> tuple[Traject
     """The walks and judgements of all processes, without what stays where it is: latents, which have no channel here,
     and the regions behind a map. `prompt` and `owner` are rows of the whole batch."""
     what = "rewards"
-    before = sum(ranks.tell(len(paths.owner), what)[: ranks.rank])  # own ends, and so own nodes, are numbered from here
+    before = sum(
+        ranks.all_gather_object(len(paths.owner), what)[: ranks.rank]
+    )  # own ends, and so own nodes, are numbered from here
     walks, ends = ranks.order(paths.prompt, what), ranks.order(paths.owner, what)
     place = ends.argsort()
 
@@ -19,7 +21,7 @@ def whole(ranks: Ranks, paths: Trajectories, judged: Judgement) -> tuple[Traject
         return ranks.gather(values, what)[order.to(values.device)]
 
     shown = rows(torch.where(paths.shown < 0, -1, paths.shown + before))
-    prompt, owner = rows(ranks.number(paths.prompt)), rows(ranks.number(paths.owner), ends)
+    prompt, owner = rows(ranks.global_index(paths.prompt)), rows(ranks.global_index(paths.owner), ends)
     h, w = paths.x.shape[3:]
     x, mean, last = (
         paths.x.new_zeros(*size, 0, h, w) for size in (shown.shape, (len(shown), paths.steps), owner.shape)
@@ -31,7 +33,7 @@ def whole(ranks: Ranks, paths: Trajectories, judged: Judgement) -> tuple[Traject
     )  # fmt: skip
     parts = rows(torch.stack([*judged.parts.values()], 1)).unbind(1)
     failed = [(end + before, why) for end, why in judged.failures.items()]
-    told = [one for own in ranks.tell(failed, what) for one in own]
+    told = [one for own in ranks.all_gather_object(failed, what) for one in own]
     return all_paths, Judgement(
         rows(judged.reward),
         dict(zip(judged.parts, parts, strict=True)),

@@ -68,15 +68,15 @@ class Ranks:
 
     # ------------------------------------------------------------------------------------------- who holds which rows
 
-    def deal(self, items: Sequence[T]) -> list[T]:
+    def local(self, items: Sequence[T]) -> list[T]:
         """What of `items` is this process's."""
         return [*items[self.rank :: self.size]]
 
-    def number(self, row: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
+    def global_index(self, row: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
         """The row among all of each own row."""
         return row * self.size + self.rank
 
-    def own(self, number: Int[Tensor, "N"]) -> Bool[Tensor, "N"]:
+    def is_local(self, number: Int[Tensor, "N"]) -> Bool[Tensor, "N"]:
         """Whether a row among all is this process's."""
         return number % self.size == self.rank
 
@@ -88,7 +88,7 @@ class Ranks:
         if self.size == 1:
             return values
         own = values.to(self.accelerator.device)
-        with self.together(what):
+        with self.collective(what):
             counts = self.accelerator.gather(torch.tensor([len(own)], device=own.device)).tolist()
             if max(counts) == 0:
                 return values
@@ -103,15 +103,15 @@ class Ranks:
         """The rows of all processes as one would have them, prompt by prompt; `prompt` is each row's here."""
         return self.gather(values, what)[self.order(prompt, what)]
 
-    def shares(self, prompt: Int[Tensor, "n"], what: str) -> Bool[Tensor, "N"]:
+    def local_rows(self, prompt: Int[Tensor, "n"], what: str) -> Bool[Tensor, "N"]:
         """Of each row of the whole batch, whether it is here."""
-        return self.own(self.gather(self.number(prompt), what).sort(stable=True).values)
+        return self.is_local(self.gather(self.global_index(prompt), what).sort(stable=True).values)
 
     def order(self, prompt: Int[Tensor, "n"], what: str) -> Int[Tensor, "N"]:
         """Where in what `gather` gives each row of the whole batch is."""
-        return self.gather(self.number(prompt), what).sort(stable=True).indices
+        return self.gather(self.global_index(prompt), what).sort(stable=True).indices
 
-    def tell(self, value: Any, what: str) -> list[Any]:
+    def all_gather_object(self, value: Any, what: str) -> list[Any]:
         """What each process says, by rank; anything that JSON can hold."""
         if self.size == 1:
             return [value]
@@ -119,22 +119,22 @@ class Ranks:
         sizes = self.gather(torch.tensor([len(text)]), what).tolist()
         return [json.loads(bytes(part.tolist())) for part in self.gather(text, what).split(sizes)]
 
-    def added(self, counts: Mapping[str, int | float], what: str) -> dict[str, int | float]:
+    def all_reduce_sum(self, counts: Mapping[str, int | float], what: str) -> dict[str, int | float]:
         """Numbers by name, summed over the processes."""
-        told = self.tell(dict(counts), what)
+        told = self.all_gather_object(dict(counts), what)
         return {
             name: sum(own.get(name, 0) for own in told) for name in dict.fromkeys(key for own in told for key in own)
         }
 
-    def agree(self, value: Any, what: str) -> None:
+    def assert_equal(self, value: Any, what: str) -> None:
         """Raises Lost unless all processes have the same `value`."""
-        told = self.tell(value, what)
+        told = self.all_gather_object(value, what)
         odd = [rank for rank, own in enumerate(told) if own != told[0]]
         if odd:
             raise Lost(f"{what}: rank {odd[0]} has {told[odd[0]]!r}, rank 0 {told[0]!r}; they must be the same")
 
     def any(self, flag: bool, what: str) -> bool:
-        return any(self.tell(flag, what))
+        return any(self.all_gather_object(flag, what))
 
     @property
     def sharded(self) -> bool:
@@ -143,7 +143,7 @@ class Ranks:
 
     def replayed(self, rows: int) -> int:
         """How many rows a process with so many must replay: as many as any, where the network is sharded."""
-        return max(self.tell(rows, "the shares of a minibatch")) if self.sharded else rows
+        return max(self.all_gather_object(rows, "the shares of a minibatch")) if self.sharded else rows
 
     def shard(self, network: nn.Module) -> None:
         """Leave each process its part of the frozen weights, block by block (FSDP2). The adapter stays whole in each:
@@ -169,7 +169,7 @@ class Ranks:
         has = torch.tensor([float(p.grad is not None) for p in parameters])
         if self.size > 1:
             flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-            with self.together("the sum of the gradients"):
+            with self.collective("the sum of the gradients"):
                 summed = self.accelerator.reduce(torch.cat([*flat, has.to(flat[0])]), "sum")
             *grads, has = summed.split([*(p.numel() for p in parameters), len(parameters)])
             for p, grad, some in zip(parameters, grads, has.tolist(), strict=True):
@@ -178,7 +178,7 @@ class Ranks:
 
     # ------------------------------------------------------------------------------------------- meeting, and ending
 
-    def meet(self, what: str) -> None:
+    def barrier(self, what: str) -> None:
         """Wait until all processes have come here, for `what`. Raises Lost."""
         if self.size > 1:
             self.met += 1
@@ -190,24 +190,24 @@ class Ranks:
         """What ends this process ends all, with its reason; without one they end together."""
         try:
             yield
-            self.meet("the end")
+            self.barrier("the end")
         except BaseException as error:
             if self.size > 1:
                 why = f"rank {self.rank} failed: {type(error).__name__}: {error}"
                 with suppress(Lost):  # nobody is left to tell
-                    self._part(str(error) if isinstance(error, Lost) else " ".join(why.split()))
+                    self._leave(str(error) if isinstance(error, Lost) else " ".join(why.split()))
             raise
         if self.size > 1:
-            self._part(None)
+            self._leave(None)
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
+    def collective(self, what: str) -> Iterator[None]:
         """A collective, begun when all have come; if it breaks off, those who do not answer any more are named."""
-        self.meet(what)
+        self.barrier(what)
         try:
             yield
         except RuntimeError as error:
-            self.meet(f"an answer, for {what} broke off")
+            self.barrier(f"an answer, for {what} broke off")
             raise Lost(f"{what}: {error}") from error
 
     def _write(self, what: str, **more) -> None:
@@ -240,7 +240,7 @@ class Ranks:
                 raise Lost(f"waited {self.patience:g} s for {what}, in vain for {who}")
             time.sleep(min(0.5, 0.001 * self.size))
 
-    def _part(self, failed: str | None) -> None:
+    def _leave(self, failed: str | None) -> None:
         """Say that this process goes, and why. The main one, with which the board may go, stays until the others have
         read it, and so does one that failed; but not for ever."""
         self._write("its end", failed=failed, gone=True)

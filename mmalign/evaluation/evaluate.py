@@ -69,21 +69,23 @@ def dealt(ranks: Ranks, policy, prompts: Sequence[Prompt], members: int, *settin
     """`evaluate`, with the prompts dealt to all processes; the main one gets it as one alone would have it, the others
     None. All make as many images: one that would have fewer prompts repeats the first, which is not counted."""
     what, most = "the evaluation", -(-len(prompts) // ranks.size)
-    own = ranks.deal(prompts)
+    own = ranks.local(prompts)
     found = evaluate(policy, [*own, *prompts[:1] * (most - len(own))], members, *settings)
     kept = found.prompt < len(own)
     prompt, member = found.prompt[kept], found.member[kept]
     order = ranks.order(prompt, what)
     parts = {name: ranks.gather(values[kept], what)[order] for name, values in found.parts.items()}
     places = {name: rows[: len(prompt)] for name, rows in found.places.items()}
-    told = ranks.tell([len(prompt), places], what)
+    told = ranks.all_gather_object([len(prompt), places], what)
     said = {name: [row for n, rows in told for row in rows.get(name, [None] * n)] for _, rows in told for name in rows}
-    reasons = [why for own in ranks.tell([found.failures.get(i) for i in range(len(prompt))], what) for why in own]
-    prompts_of, members_of = ranks.gather(ranks.number(prompt), what)[order], ranks.gather(member, what)[order]
+    reasons = [
+        why for own in ranks.all_gather_object([found.failures.get(i) for i in range(len(prompt))], what) for why in own
+    ]
+    prompts_of, members_of = ranks.gather(ranks.global_index(prompt), what)[order], ranks.gather(member, what)[order]
     images, numbers = [], []
     for part in chunks(most * members, 32):  # never all of them on every process
         some = ranks.gather(found.images[kept][part], what)
-        numbers.append(ranks.gather(ranks.number(prompt[part]), what))
+        numbers.append(ranks.gather(ranks.global_index(prompt[part]), what))
         images += [some] if ranks.main else []
     if not ranks.main:
         return None

@@ -75,7 +75,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 def from_records(run: Session, iteration: int) -> tuple[Lesson, dict[str, int | float]]:
     c, policy = run.config, run.policy
-    prompts = run.ranks.deal(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
+    prompts = run.ranks.local(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
     with run.clock.of("learn"):
         seen = run.records.finished(policy, prompts, c.region_grid or policy.latent_shape[1:])
         lesson = of_images(run, prompts, policy.encode([p.text for p in prompts]), seen, iteration)
@@ -86,9 +86,9 @@ def from_records(run: Session, iteration: int) -> tuple[Lesson, dict[str, int | 
 def learn(run: Session, lesson: Lesson, iteration: int) -> dict[str, int | float]:
     """Step the optimiser along the lesson, with all processes, and move the averaged adapter; returns a row of it."""
     c, ranks = run.config, run.ranks
-    prompts = ranks.deal(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
-    shares = ranks.shares(lesson.batch.index, "rows to learn from")
-    peers = Peers(shares, ranks.add_gradients, partial(ranks.tell, what="what was learnt"), ranks.replayed)
+    prompts = ranks.local(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
+    shares = ranks.local_rows(lesson.batch.index, "rows to learn from")
+    peers = Peers(shares, ranks.add_gradients, partial(ranks.all_gather_object, what="what was learnt"), ranks.replayed)
     micro_batch = run.fits["micro_batch"]
     if isinstance(run.optimizer, Zero2):
         peers = replace(peers, add=run.optimizer.add, clip=run.optimizer.clip)

@@ -74,7 +74,7 @@ class Session:
         for name, scorer in self.scorers.items():
             judge = getattr(getattr(scorer, "scorer", scorer), "judge", None)
             row |= {f"judge/{name}/{key}": count for key, count in dict(judge.spent).items()} if judge else {}
-        row = self.ranks.added(row, "counts") if row else row
+        row = self.ranks.all_reduce_sum(row, "counts") if row else row
         return {"cache_hits": row.pop("hits") / max(1, row.pop("asked"))} | row if cached else row
 
     def pace(self, forwards: int) -> dict[str, float]:

@@ -136,7 +136,7 @@ def open_session(c: Config, ranks: Ranks | None = None) -> Session:
         Clock(),
         {name: Fit(getattr(c, name), ranks.sharded) for name in ("batch", "micro_batch", "decode_batch")},
         ranks,
-        Skips(c.max_skips, partial(ranks.tell, what="what is finite")),
+        Skips(c.max_skips, partial(ranks.all_gather_object, what="what is finite")),
     )
 
 

@@ -29,7 +29,7 @@ def write(
     for each to `credit.jsonl`: reward, map of the regions, and the advantage at each stochastic step."""
     c, ranks = run.config, run.ranks
     chosen = [round(n) for n in torch.linspace(0, len(paths.prompt) - 1, min(COUNT, len(paths.prompt))).tolist()]
-    held = ranks.own(paths.prompt).nonzero()[:, 0].cpu()
+    held = ranks.is_local(paths.prompt).nonzero()[:, 0].cpu()
     here = torch.isin(held, torch.tensor(chosen))
     images = ranks.gather(own.images[own.paths.shown[here, -1].cpu()], "images to show")
     images = images[ranks.gather(held[here], "images to show").argsort()]

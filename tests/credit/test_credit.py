@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from walks import judged_as, tree, walk
+from trajectories import judged_as, tree, walk
 
 from mmalign.credit import CREDITS
 from mmalign.credit.groups import Units, dead, group_mean, group_std, normalise

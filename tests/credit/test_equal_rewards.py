@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from walks import walk
+from trajectories import walk
 
 from mmalign.config.schema import Config
 from mmalign.credit.gain import fitted, gain

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from walks import judged as judged_by, judged_as, walk
+from trajectories import judged as judged_by, judged_as, walk
 
 from mmalign.credit import CREDITS
 from mmalign.credit.gain import balance, fitted, gains, values

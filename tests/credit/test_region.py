@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from walks import walk
+from trajectories import walk
 
 from mmalign.credit import CREDITS
 from mmalign.credit.groups import Units, normalise

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from walks import walk
+from trajectories import walk
 
 from mmalign.flow import plan as plans
 from mmalign.policy.gaussian import GaussianFlow

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from walks import tree
+from trajectories import tree
 
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of

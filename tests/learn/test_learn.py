@@ -3,7 +3,7 @@
 import gradient_variance
 import pytest
 import torch
-from walks import judged, tree
+from trajectories import judged, tree
 
 from mmalign.credit import CREDITS
 from mmalign.flow import kernels, plan as plans

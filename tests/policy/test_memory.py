@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_pipelines import FAMILIES, SOME
 from torch import nn
-from whole_runs import cut_off, rows, run
+from run_config import cut_off, rows, run
 
 from mmalign import policy as policies
 from mmalign.config import load as configs
