@@ -12,9 +12,9 @@ import torch
 from corpus import configs as drawn_configs
 from PIL import Image
 from rich.console import Console
+from run_config import rows, run
 from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES
-from run_config import rows, run
 
 from mmalign import policy as policies, run as runs
 from mmalign.config import load as configs

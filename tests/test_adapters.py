@@ -15,9 +15,9 @@ from command_line import mmalign
 from corpus import checkpoints as corpus
 from hypothesis import HealthCheck, given, settings as effort, strategies as st
 from PIL import Image
+from run_config import run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from run_config import run
 
 from mmalign import policy as policies
 from mmalign.errors import BadInput

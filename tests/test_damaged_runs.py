@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from command_line import mmalign
 from matplotlib import pyplot as plt
-from starlette.testclient import TestClient
 from run_config import rows, run
+from starlette.testclient import TestClient
 
 from mmalign.reporting import live, report
 

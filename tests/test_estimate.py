@@ -5,9 +5,9 @@ import shutil
 from collections import Counter
 
 import pytest
+from run_config import rows, run
 from tiny_pipelines import FAMILIES
 from typer.testing import CliRunner
-from run_config import rows, run
 
 from mmalign.checks import estimate
 from mmalign.cli.app import app

@@ -13,8 +13,8 @@ import yaml
 from command_line import mmalign
 from corpus import checkpoints as corpus
 from hypothesis import HealthCheck, given, settings as effort, strategies as st
-from safetensors.torch import load_file
 from run_config import run
+from safetensors.torch import load_file
 
 from mmalign import run as runs
 from mmalign.config import load as configs

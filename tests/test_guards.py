@@ -6,8 +6,8 @@ import pytest
 import torch
 from command_line import mmalign
 from kill_and_resume import outcome
-from trajectories import walk
 from run_config import rows, run
+from trajectories import walk
 
 from mmalign import errors, run as runs
 from mmalign.config import load as configs

@@ -9,8 +9,8 @@ import torch
 from chats import chatting, said
 from judge_texts import FULL
 from kill_and_resume import outcome
-from services import running
 from run_config import rows, run
+from services import running
 
 from mmalign import errors, train
 from mmalign.config import load as configs

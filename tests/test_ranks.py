@@ -12,8 +12,8 @@ import torch
 from command_line import mmalign
 from multiprocess import launch, learn
 from PIL import Image
-from safetensors.torch import load_file
 from run_config import rows, run
+from safetensors.torch import load_file
 
 from mmalign.config.schema import Config
 

@@ -11,9 +11,9 @@ import torch
 import yaml
 from chats import chatting, picture, said
 from judge_texts import FULL
+from run_config import rows
 from tiny_pipelines import FAMILIES
 from tiny_scorers import settings as tiny_settings
-from run_config import rows
 
 from mmalign import run as runs
 from mmalign.checks import estimate

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from careless import Careless
-from torchvision.utils import save_image
 from run_config import rows, run
+from torchvision.utils import save_image
 
 from mmalign.config import load as configs
 from mmalign.config.schema import Config

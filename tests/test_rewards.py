@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from typer.testing import CliRunner
-from trajectories import walk
 from run_config import rows, run
+from trajectories import walk
+from typer.testing import CliRunner
 
 from mmalign.cli.app import app
 from mmalign.config import load as configs

@@ -10,8 +10,8 @@ import pytest
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from run_config import cut_off, rows, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmalign import run as runs, train
 from mmalign.config import load as configs, yaml12

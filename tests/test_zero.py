@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from multiprocess import launch, learn
-from safetensors.torch import load_file
 from run_config import cut_off, rows, run
+from safetensors.torch import load_file
 
 from mmalign.distributed import deepspeed as zero, processes as ranks
 from mmalign.errors import BadInput

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
+from run_config import cut_off, rows, run
 from tiny_pipelines import FAMILIES, SOME
 from torch import nn
-from run_config import cut_off, rows, run
 
 from mmalign import policy as policies
 from mmalign.config import load as configs
