@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from reward_models import files, overlay as heat
-from reward_models.allowlist import within
+from reward_models.allowlist import inside
 
 MARK = "<meta name=generator content='mmalign refine'>"
 STYLE = """
@@ -82,7 +82,7 @@ def _section(row: Mapping[str, Any], by: str, folder: Path, page: Path) -> str:
 
 def _figure(row: Mapping[str, Any], number: int, by: str, folder: Path, page: Path) -> str:
     own = row["rounds"][number]
-    source = quote(os.path.relpath(within(folder, own["image"]), page.parent).encode("utf-8", "surrogateescape"))
+    source = quote(os.path.relpath(inside(folder, own["image"]), page.parent).encode("utf-8", "surrogateescape"))
     overlay = heat.over(own["places"]) if own["places"]["boxes"] else ""
     attempt, value = own["attempt"], own["scores"][by]
     move = " + ".join(own["moves"]) if number else ("first image" if attempt else "as it was")

@@ -20,7 +20,7 @@ from mmalign.evaluation.evaluate import paired
 from mmalign.runs import reader as written
 from mmalign.runs.reader import SIDES, Row, Written
 from reward_models import files, overlay as heat
-from reward_models.allowlist import within
+from reward_models.allowlist import inside
 from reward_models.images import size_of
 
 Source = Callable[[Path], str]  # the address of an image, for its `src`
@@ -173,7 +173,7 @@ def _held_out(run: Path, own: Written, source: Source) -> str:
     if not own.evaluations:
         return ""
     last = own.evaluations[-1]
-    sheet = within(run / "images", f"{last['name'] or format(last['iteration'], '06d')}.png")
+    sheet = inside(run / "images", f"{last['name'] or format(last['iteration'], '06d')}.png")
     picture = _absent(sheet) or f'<img class=sheet src="{source(sheet)}" alt="">'
     return f"<h2>Held-out prompts after {last['iteration']} iterations</h2>{picture}"
 
@@ -184,7 +184,7 @@ def _pairs(run: Path, scores: dict[str, list[Row]], source: Source, count: int =
     cards = []
     for row in before[:: max(1, len(before) // count)][:count]:
         figures = "".join(
-            _figure(within(run / "images" / side, row["image"]), source, side, own)
+            _figure(inside(run / "images" / side, row["image"]), source, side, own)
             for side, own in (("before", row), ("after", after[row["image"]]))
         )
         cards.append(f"<div class=card><p>{html.escape(row['prompt'])}</p><div class=pair>{figures}</div></div>")
@@ -219,7 +219,7 @@ def _credit(run: Path, kept: list[Row], source: Source) -> str:
         return ""
     scale, out = credit_scale(kept), []
     for row in kept:
-        path = within(run, row["image"])
+        path = inside(run, row["image"])
         if absent := _absent(path):
             out.append(f"<p>{html.escape(row['prompt'])}</p>{absent}")
             continue

@@ -54,7 +54,7 @@ def test_nothing_said_nothing_kept():
 class Left:
     """Says that the left half is right."""
 
-    names, card = ("value",), Card("left", places=True)
+    names, card = ("value",), Card("left", has_map=True)
 
     def __call__(self, images, prompts):
         high, wide = images.shape[2:]
