@@ -58,7 +58,7 @@ def test_the_page_follows_the_run(begun):
     assert "fetch('state'" in shell
     seen = [client.get("/state").json()]
     assert (seen[0]["iterations"], seen[0]["status"]) == (0, "begun")
-    assert "No iteration yet" in client.get("/main").text
+    assert "No iterations yet" in client.get("/main").text
 
     evaluated(begun, "before", 0)
     main = client.get("/main").text
@@ -70,22 +70,22 @@ def test_the_page_follows_the_run(begun):
     append(begun / "metrics.jsonl", {"iteration": 1} | ROW)
     seen.append(client.get("/state").json())
     assert (seen[2]["iterations"], seen[2]["status"]) == (1, "running")
-    assert seen[2]["said"].startswith("iteration 1 of 3, reward 0.250; last written 0 s ago")
+    assert seen[2]["message"].startswith("iteration 1 of 3, reward 0.250; last written 0 s ago")
     one = client.get("/main").text
-    assert "Every number of iteration 1" in one
+    assert "All metrics of iteration 1" in one
     assert "<svg" in one
     assert client.get("/main").text == one
 
     with (begun / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 2, "rew')
     assert client.get("/state").json()["iterations"] == 1
-    assert "Every number of iteration 1" in client.get("/main").text
+    assert "All metrics of iteration 1" in client.get("/main").text
     with (begun / "metrics.jsonl").open("a") as file:
         file.write('ard": 0.5, ' + json.dumps(ROW | {"reward": 0.5})[1:] + "\n")
     evaluated(begun, None, 2)
     seen.append(client.get("/state").json())
     main = client.get("/main").text
-    assert "Every number of iteration 2" in main
+    assert "All metrics of iteration 2" in main
     assert "Held-out prompts after 2 iterations" in main
     assert "000002.png" in main
 
@@ -93,7 +93,7 @@ def test_the_page_follows_the_run(begun):
     assert client.get("/state").json()["status"] == "running"  # the evaluation after is still to come
     evaluated(begun, "after", 3)
     seen.append(client.get("/state").json())
-    assert (seen[-1]["status"], seen[-1]["said"]) == ("finished", "finished: 3 iterations")
+    assert (seen[-1]["status"], seen[-1]["message"]) == ("finished", "finished: 3 iterations")
     assert len({own["version"] for own in seen}) == len(seen)
 
 
@@ -103,8 +103,8 @@ def test_a_run_that_went_quiet_is_said_to_have(begun):
     assert live.state(begun, written + 199).status == "running"  # two iterations as long as the longest
     quiet = live.state(begun, written + 201)
     assert (quiet.status, quiet.quiet) == ("stale", pytest.approx(201))
-    assert "no longer being written" in quiet.said
-    assert "last written 201 s ago" in quiet.said
+    assert "stopped, or slower than ever before" in quiet.message
+    assert "last written 201 s ago" in quiet.message
     os.utime(begun / "metrics.jsonl", (0, 0))
     assert page_of(begun).get("/state").json()["status"] == "running"  # its config was written just now
     os.utime(begun / "config.yaml", (0, 0))
@@ -216,7 +216,7 @@ def test_a_row_that_cannot_be_drawn_is_left_out_of_the_page(begun, wrong):
     page = report.write(begun).read_text()
     assert "metrics.jsonl: line 2: " in page
     assert "; left out" in page
-    assert "Every number of iteration 1" in page
+    assert "All metrics of iteration 1" in page
 
 
 @pytest.mark.parametrize("host", ["nope.invalid", "256.1.1.1", "a b", "192.0.2.1", "a" * 100])
