@@ -62,7 +62,7 @@ def test_the_page_follows_the_run(begun):
 
     evaluated(begun, "before", 0)
     main = client.get("/main").text
-    assert "Held-out prompts after 0 iterations" in main
+    assert "Held-out prompts at iteration 0" in main
     (image,) = [part.split('"')[0] for part in main.split('src="')[1:]]
     assert client.get(image).content == (begun / "images" / "before.png").read_bytes()
     seen.append(client.get("/state").json())
@@ -86,7 +86,7 @@ def test_the_page_follows_the_run(begun):
     seen.append(client.get("/state").json())
     main = client.get("/main").text
     assert "All metrics of iteration 2" in main
-    assert "Held-out prompts after 2 iterations" in main
+    assert "Held-out prompts at iteration 2" in main
     assert "000002.png" in main
 
     append(begun / "metrics.jsonl", {"iteration": 3} | ROW)

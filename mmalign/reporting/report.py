@@ -180,7 +180,7 @@ def _picture(path: Path, source: Source, caption: str, **more: Any) -> Picture:
 def _sheet(run: Path, last: Row, source: Source) -> dict[str, Any]:
     """The contact sheet of the newest evaluation."""
     picture = _picture(within(run / "images", f"{last['name'] or format(last['iteration'], '06d')}.png"), source, "")
-    return {"iteration": last["iteration"], "source": picture.source, "problem": picture.problem}
+    return {"iteration": last["iteration"], "picture": picture}
 
 
 def _credit(run: Path, rows: list[Row], source: Source) -> dict[str, Any] | None:
@@ -279,10 +279,12 @@ def _work(metrics: list[Row], evaluations: list[Row]) -> dict[str, Any]:
     total = sum(seconds.values()) or 1
     rows = [(phase, f"{value:.1f} s", f"{value / total:.0%}") for phase, value in seconds.items()]
     counts = {key: sum(row[key] for row in metrics) for key in ("forwards", "replay_forwards", "decodes", "rewards")}
-    sampling = seconds["rollout"] + seconds["learn"]
+    rate = (counts["forwards"] + counts["replay_forwards"]) / (seconds["rollout"] + seconds["learn"] or math.nan)
     return {
         "rows": [*rows, ("evaluation", f"{sum(row['seconds'] for row in evaluations):.1f} s", "")],
-        "iterations": len(metrics),
-        "counts": [f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items()],
-        "rate": (counts["forwards"] + counts["replay_forwards"]) / (sampling or math.nan),
+        "counts": [
+            ("iterations", len(metrics)),
+            *((key.replace("_", " "), f"{value:,}") for key, value in counts.items()),
+            ("forwards per second", f"{rate:.0f}" if rate == rate else ""),
+        ],
     }
