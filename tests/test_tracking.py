@@ -107,7 +107,7 @@ def test_a_tracker_that_fails_is_said_once_and_costs_nothing(settings, monkeypat
     out = runs.train(configs.build(settings, "test"), console=Console(file=said, width=200))
     assert broken.steps == [0, 1]
     assert [row["iteration"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert said.getvalue().count("broken failed and gets no more: OSError: the network is down") == 1
+    assert said.getvalue().count("broken failed and is disabled: OSError: the network is down") == 1
 
 
 def test_a_tracker_that_does_not_begin_is_bad_input_and_leaves_no_run(settings, monkeypatch, tmp_path):
@@ -115,7 +115,7 @@ def test_a_tracker_that_does_not_begin_is_bad_input_and_leaves_no_run(settings, 
         raise RuntimeError("no key")
 
     monkeypatch.setattr(tracking, "Accelerator", lambda **_: SimpleNamespace(init_trackers=init_trackers))
-    with pytest.raises(BadInput, match="trackers: tensorboard did not begin: RuntimeError: no key"):
+    with pytest.raises(BadInput, match="trackers: tensorboard did not start: RuntimeError: no key"):
         run(settings, trackers=["tensorboard"])
     assert not (tmp_path / "run" / "config.yaml").exists()
 
