@@ -20,7 +20,7 @@ from mmalign.evaluation import evaluate, layouts
 from mmalign.policy.pipeline import PipelinePolicy
 from mmalign.reporting import trackers as tracking
 from mmalign.runs import checkpoint
-from mmalign.training import learning as lessons, rollout, session, snapshots as exhibit
+from mmalign.training import learning as lessons, rollout, setup, snapshots as exhibit
 from mmalign.training.clock import Clock
 from reward_models import files, load, overlay as heat
 
@@ -159,7 +159,7 @@ def test_the_parts_of_an_iteration_are_all_its_time(settings, monkeypatch):
     for (place, name), seconds in slow.items():
         monkeypatch.setattr(place, name, hands.slow(getattr(place, name), seconds))
 
-    monkeypatch.setattr(session, "Clock", lambda: Clock(hands))
+    monkeypatch.setattr(setup, "Clock", lambda: Clock(hands))
     metrics = rows(run(settings, checkpoint_every=3) / "metrics.jsonl")
     parts = [{k.removeprefix("seconds/"): v for k, v in row.items() if k.startswith("seconds/")} for row in metrics]
     wrote = 1 + 29  # a row, and the same to trackers
