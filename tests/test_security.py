@@ -152,12 +152,12 @@ def test_a_run_cannot_allow_itself(settings, monkeypatch):
 
 def test_what_may_be_allowed(monkeypatch):
     monkeypatch.setenv("MMALIGN_ALLOW", " one,,two ")
-    trust.allow(["three", "one"])
+    trust.allow_modules(["three", "one"])
     assert trust.allowed() == ["one", "two", "three"]
     trust.check("two.deeper", "x")
     for name in ("a.b", "a:b", "", "one,four", "../x"):
         with pytest.raises(ValueError, match="the top-level name of a module is needed"):
-            trust.allow([name])
+            trust.allow_modules([name])
     for module in ("tw", "two_more", ".two", ""):
         with pytest.raises(ValueError, match="not allowed"):
             trust.check(module, "x")

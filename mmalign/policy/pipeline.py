@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmalign.policy import export as exports, lora
 from mmalign.runs.checkpoint import fingerprint
 from mmalign.types import Latents
-from reward_models.allowlist import imported
+from reward_models.allowlist import import_allowed
 from reward_models.lengths import Reader
 from reward_models.limits import PIXELS
 from reward_models.model_folders import LIBRARIES, check_size, complete, counted, loading, pinned
@@ -446,7 +446,7 @@ def is_part(kind: type, name: str, own: Any) -> bool:
 
 def class_of(name: str, own: Sequence[str]) -> type:
     """The class that a pipeline's index names for a part. ValueError if there is none such, or it is none of a part."""
-    kind = imported(f"{own[0]}:{own[1]}", name, ours=own[0] in LIBRARIES)
+    kind = import_allowed(f"{own[0]}:{own[1]}", name, ours=own[0] in LIBRARIES)
     if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
         raise ValueError(f"model_index.json: {name}: {own[1]!r} is no class of a part")
     return kind

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmalign.pages import render
 from reward_models import files, pages
-from reward_models.allowlist import within
+from reward_models.allowlist import inside
 
 COMMAND = "mmalign refine"
 
@@ -40,7 +40,7 @@ def _kinds(row: Mapping[str, Any]) -> list[str]:
 
 
 def _rounds(row: Mapping[str, Any], folder: Path, page: Path) -> list[dict[str, Any]]:
-    return [{**entry, "source": pages.relative_url(within(folder, entry["image"]), page)} for entry in row["rounds"]]
+    return [{**entry, "source": pages.relative_url(inside(folder, entry["image"]), page)} for entry in row["rounds"]]
 
 
 def ours(text: str) -> bool:

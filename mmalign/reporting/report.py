@@ -25,7 +25,7 @@ from mmalign.pages import render
 from mmalign.runs import reader
 from mmalign.runs.reader import SIDES, Row
 from reward_models import files
-from reward_models.allowlist import within
+from reward_models.allowlist import inside
 from reward_models.images import size_of
 
 Source = Callable[[Path], str]  # the address of an image, for its `src`
@@ -166,7 +166,7 @@ def _scored(folder: Path, source: Source, side: str, row: Row) -> Picture:
     first = _first(row)
     frame = "" if first is None else "good" if first >= 1 else "bad"
     overlay = next(iter(row.get("places", {}).values()), None)
-    return _picture(within(folder, row["image"]), source, side, frame=frame, overlay=overlay)
+    return _picture(inside(folder, row["image"]), source, side, frame=frame, overlay=overlay)
 
 
 def _picture(path: Path, source: Source, caption: str, **more: Any) -> Picture:
@@ -179,7 +179,7 @@ def _picture(path: Path, source: Source, caption: str, **more: Any) -> Picture:
 
 def _sheet(run: Path, last: Row, source: Source) -> dict[str, Any]:
     """The contact sheet of the newest evaluation."""
-    picture = _picture(within(run / "images", f"{last['name'] or format(last['iteration'], '06d')}.png"), source, "")
+    picture = _picture(inside(run / "images", f"{last['name'] or format(last['iteration'], '06d')}.png"), source, "")
     return {"iteration": last["iteration"], "picture": picture}
 
 
@@ -190,7 +190,7 @@ def _credit(run: Path, rows: list[Row], source: Source) -> dict[str, Any] | None
         return None
     scale, cards = credit_scale(rows), []
     for row in rows:
-        path = within(run, row["image"])
+        path = inside(run, row["image"])
         pictures = [_picture(path, source, "image")]
         if not pictures[0].problem:
             size = size_of(path)

@@ -59,7 +59,7 @@ def test_an_image_without_map_and_regions_has_no_record():
 class Left:
     """Says that the left half is right."""
 
-    names, card = ("value",), Card("left", places=True)
+    names, card = ("value",), Card("left", has_map=True)
 
     def __call__(self, images, prompts):
         high, wide = images.shape[2:]
