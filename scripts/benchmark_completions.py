@@ -1,10 +1,10 @@
-"""Completing all states of a batch of walks together, beside completing each state alone.
+"""Time of completing all states of a batch of trajectories together, against completing each state alone.
 
     python scripts/benchmark_completions.py
 
-24 walks of the embedded model, T = 10, every remaining step. "Together" is what a dense plan adds to the bare walk:
-unlike lengths share forwards, and each completion starts from the velocity its state has. "By step" completes the
-states of one step together, each from a fresh velocity; "alone" does so one state at a time.
+24 trajectories of the embedded model, T = 10, every remaining step. "Together" is what a dense plan adds to the bare
+trajectory: different lengths share forwards, and each completion starts from the velocity its state has. "By step"
+completes the states of one step together, each from a fresh velocity; "alone" does so one state at a time.
 """
 
 import json

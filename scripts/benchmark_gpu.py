@@ -1,16 +1,16 @@
-"""Rollout and training speed at a model's real size with random weights, beside the bare transformer.
+"""Rollout and training speed at a model's real size with random weights, relative to the bare transformer.
 
     python scripts/benchmark_gpu.py                   # Stable Diffusion 3.5 Medium, 512 x 512, T = 10, LoRA 32, bf16
     python scripts/benchmark_gpu.py --attention xformers --attention flash --compiled
 
-Speed does not depend on what weights say, so none are loaded: the architecture is built from its configs, filled at
-random, and given random text embeddings of full length. Without a GPU the embedded model is measured instead, and the
-first line says so. For each attention back end, with and without torch.compile:
+Speed does not depend on the values of weights, so none are loaded: the architecture is built from its configs, filled
+at random, and given random text embeddings of full length. Without a GPU the embedded model is measured instead, and
+the first line reports it. For each attention back end, with and without torch.compile:
 
 - images/s: finished latents per second of rollout (`sample`, every step stochastic, guidance as given), not decoded;
 - s/step: seconds of one optimiser step's replay, forward and backward, of as many transitions;
 - share: the time the bare transformer takes for the same forwards (and backwards), over that of rollout and replay;
-- peak: GiB allocated at most, weights of the transformer alone among them.
+- peak: most GiB allocated at once; of the weights, only the transformer's are included.
 """
 
 import json

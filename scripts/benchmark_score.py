@@ -1,10 +1,10 @@
-"""What `mmalign score` costs beside the bare CLIP model.
+"""The cost of `mmalign score`, relative to the bare CLIP model.
 
     python scripts/benchmark_score.py
 
 Ratio = images per second of the scoring loop (read PNG files, resize, score, make rows) / images per second of the bare
 model's two encoders on the same batches, read and resized beforehand. 1 would mean that everything around the network
-is free. Both are measured in one process, in turn, and medians are shown. The weights are random unless a folder is
+is free. Both are measured in one process, in turn, and medians are printed. The weights are random unless a folder is
 given: they do not change the speed.
 """
 

@@ -3,9 +3,9 @@
     python scripts/build_tiny_clip.py                      # everything, resumed where it stopped
     python scripts/build_tiny_clip.py --steps 50 --images 2000 --out /tmp/try --work /tmp/work
 
-Three stages: pictures and weights are kept in --work and not made twice, the measurement is quick. The result depends
-on the arguments and the torch build alone, never on when it was interrupted. The folder is one that open_clip reads
-as `local-dir:`; the tokenizer is the one of the tiny Stable Diffusion 3, in which each word is one token.
+Three stages: pictures and weights are cached in --work, the measurement is quick. The result depends
+only on the arguments and the torch build, not on interruptions. open_clip reads the folder as `local-dir:`; the
+tokenizer is the one of the tiny Stable Diffusion 3, in which each word is one token.
 """
 
 import json
@@ -224,23 +224,23 @@ library_name: open_clip
 # tiny_clip
 
 A CLIP model of the embedded world (`reward_models/shapes_world.py`): coloured shapes and letters on 32x32 pixels. It
-makes `clip`, the learned scorer, run anywhere without a download. {parameters:,} parameters, stored in half precision.
+lets `clip`, the learned scorer, run anywhere without a download. {parameters:,} parameters, stored in half precision.
 
 ## How it was made
 
     {command}
 
 {images:,} pictures drawn by `reward_models.shapes_world` for {training:,} captions; {steps:,} AdamW steps of {batch}
-pairs with CLIP's contrastive loss (arXiv 2103.00020), half of each batch of one kind of caption, pairs that say the
-same thing left out of each other's negatives. {minutes:.1f} minutes on {machine}. Vision: transformer on 8x8 patches,
-4 layers, width 96. Text: transformer, 3 layers, width 64. The result depends on the command and the torch build (here
-{torch}) alone.
+pairs with CLIP's contrastive loss (arXiv 2103.00020), half of each batch of one kind of caption, pairs with the same
+meaning left out of each other's negatives. {minutes:.1f} minutes on {machine}. Vision: transformer on 8x8 patches,
+4 layers, width 96. Text: transformer, 3 layers, width 64. The result depends only on the command and the torch build
+(here {torch}).
 
 ## Figures
 
-{held_out} held-out captions, none of which says what a training caption says, each drawn afresh {repeats} times. Area
-under the ROC curve for the cosine with the right caption against that with a wrong one, pooled over captions, and the
-share of pictures on which the right caption scores higher.
+{held_out} held-out captions, none with the meaning of a training caption, each drawn {repeats} times independently.
+Area under the ROC curve for the cosine with the right caption against that with a wrong one, pooled over captions, and
+the share of pictures on which the right caption scores higher.
 
 | what is wrong with the caption | area under ROC | right order | pairs |
 |---|---|---|---|
@@ -248,10 +248,10 @@ share of pictures on which the right caption scores higher.
 
 ## Limits
 
-It knows the words of `world.py` and nothing else, clean drawings and mild noise on them and nothing else. Cosines are
+It knows only the words of `shapes_world.py`, and only clean drawings and mild noise on them. Cosines are
 not comparable between captions of different kinds; compare pictures of one caption. Where the table is near 0.5 the
 model does not see that attribute: use `shapes` for exact answers. A policy that is trained against it will find its
-blind spots, which is what it is for.
+blind spots, which is its purpose.
 """
 
 

@@ -3,9 +3,9 @@
     python scripts/build_tiny_model.py                       # everything, resumed where it stopped
     python scripts/build_tiny_model.py --steps 200 --images 2000 --vae-steps 100 --out /tmp/try --work /tmp/work
 
-Four stages, each kept in --work and skipped when already there: pictures, VAE, latents, flow. The result depends on the
-arguments and the torch build alone, never on when it was interrupted. All classes are the stock ones of diffusers and
-transformers: what is particular here is the size, the vocabulary and the pictures.
+Four stages, each cached in --work: pictures, VAE, latents, flow. The result depends only on the arguments and the torch
+build, not on interruptions. All classes are the stock ones of diffusers and transformers; only the size, the vocabulary
+and the pictures are particular to this model.
 """
 
 import json

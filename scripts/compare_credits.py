@@ -1,4 +1,4 @@
-"""Credits against each other on the embedded model, at equal training time on one core.
+"""Compare credits on the embedded model, at equal training time on one core.
 
     for seed in 0 1 2; do for v in terminal guard window dense-1 dense-2 dense "dense-2, window" "dense, fitted" \\
             branch; do
@@ -6,9 +6,9 @@
     done; done
     python scripts/compare_credits.py table
 
-Every run has the quickstart's adapter, rate and kernel; what differs is below. The number of iterations is what fits
-the time, measured on the run's own iterations; evaluations do not count. `table` prints the final scores and the time
-at which each reached the final score of `terminal`, and draws the curves.
+Every run has the quickstart's adapter, rate and kernel; the differences are in the table below. The number of
+iterations is what fits the time, measured on the run's own iterations; evaluations do not count. `table` prints the
+final scores and the time at which each reached the final score of `terminal`, and draws the curves.
 """
 
 import statistics

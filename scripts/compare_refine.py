@@ -1,9 +1,9 @@
-"""Ways to spend forwards on better images without training, on held-out prompts of the embedded world.
+"""Compare methods that improve images without training, on held-out prompts of the embedded world.
 
     OMP_NUM_THREADS=1 python scripts/compare_refine.py
 
-Every way begins from the same first image of a prompt and seed. "best of N" draws all N; the others stop at an image
-with nothing to blame. `strict` is the verifier's, of the image that is kept; forwards and judgements are per prompt.
+All methods start from the same first image of a prompt and seed. "best of N" generates all N; the others stop at an
+image without faults. `strict` is the verifier's, of the best image; forwards and judgements are per prompt.
 """
 
 from dataclasses import replace

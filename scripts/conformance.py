@@ -1,4 +1,4 @@
-"""The table of model families and what was seen of them, from a run of the conformance test.
+"""The table of model families and the properties that hold for each, from a run of the conformance test.
 
 python scripts/conformance.py
 """

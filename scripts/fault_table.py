@@ -1,10 +1,10 @@
-"""Provoke each fault in a run of a few thousand random weights, resume the run, and write what came of it as a table.
+"""Provoke each fault in a run of a few thousand random weights, resume the run, and write the outcomes as a table.
 
     OMP_NUM_THREADS=1 python scripts/fault_table.py docs/faults.md
 
-Each run is the command line in a forked process, with the fault planted in it before the fourth of six iterations;
-then it is resumed without. What is compared with a run that was left alone are the bits of adapter, average and
-optimiser and all records but their times.
+Each run is the command line in a forked process, with the fault injected before the fourth of six iterations; then
+it is resumed without the fault. The bits of adapter, average and optimiser, and all records except their times, are
+compared with an uninterrupted run.
 """
 
 import json
@@ -458,10 +458,10 @@ HEAD = """# Faults
 
 Made by `OMP_NUM_THREADS=1 python scripts/fault_table.py docs/faults.md`: each fault is provoked in a run of six
 iterations on a random model, before the fourth, with a checkpoint every two; then the run is resumed without it. *All
-equal*: adapter, average and optimiser to the bit, and all records but their times, compared with a run that was left
-alone. OUT is the run's folder.
+equal*: adapter, average and optimiser to the bit, and all records except their times, compared with an uninterrupted
+run. OUT is the run's folder.
 
-| fault | how the run ends | what is lost | and then |
+| fault | end of the run | loss | afterwards |
 |---|---|---|---|
 """
 

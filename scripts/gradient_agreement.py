@@ -1,11 +1,11 @@
-"""How much of a batch's gradient is signal, for each credit, on the embedded model before any training.
+"""The share of signal in a batch's gradient, for each credit, on the embedded model before training.
 
     OMP_NUM_THREADS=1 python scripts/gradient_agreement.py
 
 The cosine c between the gradients of independent batches is the share of a gradient's squared length that is signal.
-Averaging n batches raises signal over noise, c / (1 - c), by n: divided by a batch's seconds it says how fast a credit
-gathers signal, whatever its batch size. Variants and their batches are those of compare_credits.py and, with `--also`
-for other layers, of compare_regions.py:
+Averaging n batches raises signal over noise, c / (1 - c), by n: divided by a batch's seconds it is the rate at which a
+credit gathers signal, whatever its batch size. Variants and their batches are those of compare_credits.py and, with
+`--also` for other layers, of compare_regions.py:
 
     python scripts/gradient_agreement.py --only "scalar;region" --also lora_targets=[attn.to_q,attn.to_k,attn.to_v]
 """

@@ -1,12 +1,12 @@
-"""How well each credit estimates the policy gradient, where the exact one is known.
+"""Bias and noise of each credit's policy gradient, on a flow whose exact gradient is known.
 
     python scripts/gradient_variance.py
 
 A linear-Gaussian flow (`mmalign.policy.gaussian`), a quadratic reward, T = 6, `flow_sde` at a = 0.7, raw advantages.
 Every estimate is the library's own: sample, credit, one replay. Exact gradients come from automatic differentiation
-through the sampler with fixed noise, over many starts: of the reward under the noisy walk (what terminal credit
-estimates), of the reward of one noisy step followed by the ODE, summed over steps (what step-wise and branch credit
-estimate), and of the reward of the plain ODE (what inference uses).
+through the sampler with fixed noise, over many starts: of the reward under the noisy trajectory (the target of
+terminal credit), of the reward of one noisy step followed by the ODE, summed over steps (the target of step-wise and
+branch credit), and of the reward of the plain ODE (used in inference).
 
 Noise is the trace of the covariance of one estimate over the squared length of its mean, times the forwards it took
 (in thousands): the forwards, sampling and replay, after which the noise is as long as the gradient.

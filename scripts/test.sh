@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Install the dependencies, check style and types, run the tests. Arguments go to pytest: `scripts/test.sh -m slow` for the
-# long tests.
+# Install the dependencies, check style and types, run the tests. Arguments go to pytest: `-m slow` runs the long tests.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
