@@ -39,7 +39,7 @@ def main(
     steps: Annotated[int, typer.Option(help="T")] = 10,
     guidance: float = 4.5,
     rank: Annotated[int, typer.Option(help="of the LoRA; alpha is twice that")] = 32,
-    images: Annotated[int, typer.Option(help="walks of a rollout")] = 8,
+    images: Annotated[int, typer.Option(help="trajectories of a rollout")] = 8,
     micro: Annotated[int, typer.Option(help="rows of a forward and backward")] = 4,
     repeats: int = 3,
     attention: Annotated[list[str] | None, typer.Option(help="back ends beside the native one")] = None,
@@ -87,11 +87,11 @@ def _texts(policy, count: int) -> Conditioning:
     """Random embeddings of full length, of prompts and of the empty one."""
     if policy.pipe.text_encoder is not None and policy.pipe.text_encoder.device.type != "meta":
         return policy.encode([f"a circle {i}" for i in range(count)])
-    found = {}
+    embeddings = {}
     for name, value in meta.texts(policy, count + 1).items():
         real = torch.ones_like if name == "mask" else torch.randn_like
-        found[name] = real(value, device=policy.device)
-    return Conditioning(*({n: v[part] for n, v in found.items()} for part in (slice(-1), slice(-1, None))))
+        embeddings[name] = real(value, device=policy.device)
+    return Conditioning(*({n: v[part] for n, v in embeddings.items()} for part in (slice(-1), slice(-1, None))))
 
 
 def measure(policy, steps: int, images: int, micro: int, repeats: int) -> dict[str, float]:

@@ -81,7 +81,7 @@ def main(
             if device == "cuda":
                 torch.cuda.synchronize()
             times[function.__name__].append(time.perf_counter() - start)
-        seconds = {name: statistics.median(own[1:]) for name, own in times.items()}  # the first of each warms up
+        seconds = {name: statistics.median(runs[1:]) for name, runs in times.items()}  # the first of each warms up
         print(
             json.dumps(
                 {

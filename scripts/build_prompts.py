@@ -27,7 +27,7 @@ from reward_models import files
 
 Request = tuple[str, dict[str, Any], Any]  # text, ground truth, and what makes it another request than the others
 
-THINGS = (  # of COCO's 80 classes, those with a plain plural that are no colour
+THINGS = (  # of COCO's 80 classes, those with a regular plural that are not colours
     "airplane", "apple", "backpack", "banana", "baseball bat", "bear", "bed", "bench", "bicycle", "bird", "boat",
     "book", "bottle", "bowl", "bus", "cake", "car", "carrot", "cat", "cell phone", "chair", "clock", "couch", "cow",
     "cup", "dining table", "dog", "donut", "elephant", "fire hydrant", "fork", "frisbee", "giraffe", "hair drier",

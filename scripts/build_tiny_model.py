@@ -307,11 +307,11 @@ def build_flow(latents, captions, ids, tokenizer, work, steps, batch, device, co
 
 def balanced(training: list[Prompt]) -> list[Prompt]:
     """Prompts for RL: at most twice as many of each tag as are held out, in the mix that is held out."""
-    kept: list[Prompt] = []
+    selected: list[Prompt] = []
     for tag in TAGS:
-        own = [p for p in training if p.wants["tag"] == tag]
-        kept += [own[i] for i in np.random.default_rng(3).permutation(len(own))[: 2 * HELD_OUT[tag]]]
-    return sorted(kept, key=lambda p: p.id)
+        tagged = [p for p in training if p.wants["tag"] == tag]
+        selected += [tagged[i] for i in np.random.default_rng(3).permutation(len(tagged))[: 2 * HELD_OUT[tag]]]
+    return sorted(selected, key=lambda p: p.id)
 
 
 def write_prompts(out: Path, name: str, prompts: list[Prompt]) -> None:

@@ -41,8 +41,8 @@ def prompts(out: Path) -> list[str]:
     given = []
     for key, name in (("prompts", "train"), ("held_out", "held_out")):
         lines = files.lines(files.text(locate(f"assets/prompts/{name}.jsonl")))
-        kept = [line for line in lines if json.loads(line)["tag"] in KINDS]
-        files.write(out / f"{name}.jsonl", "\n".join(kept) + "\n")
+        selected = [line for line in lines if json.loads(line)["tag"] in KINDS]
+        files.write(out / f"{name}.jsonl", "\n".join(selected) + "\n")
         given.append(f"{key}={out / name}.jsonl")
     return given
 

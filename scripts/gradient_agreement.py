@@ -29,11 +29,11 @@ def gradients(overrides: list[str], batches: int) -> tuple[list[torch.Tensor], f
     """The adapter's gradient on each of `batches` disjoint batches, and the mean seconds of one."""
     still = [*overrides, "learning_rate=1e-12", "warmup=0", "cooldown=0", "held_out=null", "watch=[]", "out=runs/none"]
     run = setup.open_session(configs.load("configs/quickstart.yaml", still))
-    found, seconds = [], 0.0
+    flat, seconds = [], 0.0
     for i in range(batches):
         seconds += seconds_of(trainer.iterate(run, i)) / batches
-        found.append(torch.cat([p.grad.flatten() for p in run.policy.parameters()]))
-    return found, seconds
+        flat.append(torch.cat([p.grad.flatten() for p in run.policy.parameters()]))
+    return flat, seconds
 
 
 def main(
@@ -46,8 +46,8 @@ def main(
     print("| credit | seconds a batch | cosine of two batches (s.e.) | signal over noise per minute |")
     print("|---|---|---|---|")
     for name in only.split(";") if only else VARIANTS:
-        found, seconds = gradients([*VARIANTS[name].split(), *also.split()], batches)
-        pairs = torch.tensor([float(torch.cosine_similarity(a, b, dim=0)) for a, b in combinations(found, 2)])
+        flat, seconds = gradients([*VARIANTS[name].split(), *also.split()], batches)
+        pairs = torch.tensor([float(torch.cosine_similarity(a, b, dim=0)) for a, b in combinations(flat, 2)])
         cosine, error = float(pairs.mean()), float(pairs.std() / len(pairs) ** 0.5)
         print(
             f"| {name} | {seconds:.2f} | {cosine:.3f} ({error:.3f}) | {60 * cosine / (1 - cosine) / seconds:.2f} |",
