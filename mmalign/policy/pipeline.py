@@ -17,12 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmalign.policy import export as exports, lora
-from mmalign.runs.checkpoint import fingerprint
 from mmalign.types import Latents
 from reward_models.allowlist import imported
 from reward_models.lengths import Reader
 from reward_models.limits import PIXELS
 from reward_models.model_folders import LIBRARIES, check_size, complete, counted, loading, pinned
+from reward_models.weights import fingerprint
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # Flow-GRPO's
 
@@ -358,7 +358,8 @@ class PipelinePolicy(ABC):
         """Names the weights that make images of embeddings, as they are without an adapter."""
         own = {f"transformer.{name}": w for name, w in lora.base(self.pipe.transformer).items()}
         own |= {f"vae.{name}": w for name, w in self.pipe.vae.state_dict().items()}
-        return fingerprint({f"{name}{k or ''}": w for name, value in own.items() for k, w in enumerate(stored(value))})
+        plain = {f"{name}{k or ''}": w for name, value in own.items() for k, w in enumerate(stored(value))}
+        return fingerprint(plain, digits=16)
 
     def attach_lora(self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> None:
         lora.attach(self.pipe.transformer, rank, alpha, targets or self.targets, seed)
