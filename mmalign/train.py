@@ -25,7 +25,7 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
     """Roll out, judge, credit, learn; with records, learn from those. Returns the row for metrics.jsonl; a few images
     go with their credit to the folder `keep`."""
     c, policy, clock, ranks = run.config, run.policy, run.clock, run.ranks
-    policy.spent.clear()
+    policy.counts.clear()
     run.skips.reasons.clear()
     run.set_rate(iteration)
     try:
@@ -33,11 +33,11 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
     except errors.NonFinite as found:
         run.skips.leave_out(iteration, found)
         lesson, row = None, {"reward": float("nan"), "rewards": 0}
-    forwards = policy.spent["forwards"]
+    forwards = policy.counts["forwards"]
     with clock.of("learn"):
         statistics = learn(run, lesson, iteration) if lesson else {"transitions": 0}
-    spent = {"forwards": forwards, "replay_forwards": policy.spent["forwards"] - forwards}
-    spent["decodes"] = policy.spent["decodes"]
+    spent = {"forwards": forwards, "replay_forwards": policy.counts["forwards"] - forwards}
+    spent["decodes"] = policy.counts["decodes"]
     row = {"iteration": iteration + 1} | row | ranks.all_reduce_sum(spent, "counts") | run.asked()
     row |= {
         "skipped": len(run.skips.reasons),

@@ -139,7 +139,7 @@ def _check_file(file: Path, base: str) -> None:
 def _velocity(policy) -> Tensor:
     """The network's own at one latent, for a prompt and for none; true guidance would multiply what rounding did."""
     cond = policy.encode(["a"])
-    rows = {name: torch.cat([value, cond.empty[name]]) for name, value in cond.own.items()}
+    rows = {name: torch.cat([value, cond.empty[name]]) for name, value in cond.prompts.items()}
     x, t = torch.ones(2, *policy.latent_shape, device=policy.device), torch.full((2,), 0.5, device=policy.device)
     return policy.network(x, t, rows).float()
 

@@ -150,7 +150,7 @@ def test_the_header_says_what_a_file_is_of(small, form, tmp_path):
     assert said == {
         "mmalign.base_hash": small.fingerprint(), "mmalign.pipeline": "StableDiffusion3Pipeline",
         "mmalign.family": "SD3Policy", "mmalign.rank": "4", "mmalign.alpha": "4", "mmalign.guidance": "1.0",
-        "mmalign.size": "[32, 32]", "mmalign.iteration": "7", "mmalign.config.schema": '{"seed": 3}',
+        "mmalign.size": "[32, 32]", "mmalign.iteration": "7", "mmalign.config": '{"seed": 3}',
     }  # fmt: skip
     if form == "diffusers":
         assert json.loads(header(path)["lora_adapter_metadata"])["transformer.lora_alpha"] == 4
