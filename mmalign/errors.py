@@ -39,7 +39,7 @@ class NonFinite(Failed):
     """A value that is not finite, and the prompts it is of."""
 
 
-def of(what: str, prompts: Sequence[Prompt], rows: Iterable[int]) -> NonFinite:
+def non_finite(what: str, prompts: Sequence[Prompt], rows: Iterable[int]) -> NonFinite:
     """The error that names the prompts in these rows."""
     bad = {prompts[i].id: prompts[i].text for i in sorted(set(rows))}
     named = ", ".join(f"{number} {text[:60]!r}" for number, text in [*bad.items()][:SHOWN])

@@ -16,13 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mmalign import run as runs, train
 from mmalign.config import load as configs, yaml12
 from mmalign.errors import BadInput
-from mmalign.evaluation import evaluate
+from mmalign.evaluation import evaluate, layouts
 from mmalign.policy.pipeline import PipelinePolicy
 from mmalign.reporting import trackers as tracking
 from mmalign.runs import checkpoint
 from mmalign.training import learning as lessons, rollout, session, snapshots as exhibit
 from mmalign.training.clock import Clock
-from reward_models import load, overlay as heat
+from reward_models import files, load, overlay as heat
 
 
 def events(out) -> EventAccumulator:
@@ -152,8 +152,8 @@ def test_the_parts_of_an_iteration_are_all_its_time(settings, monkeypatch):
     hands, scorer = Hands(), type(load("jpeg_size"))
     slow = {
         (rollout, "walk"): 2, (train, "of_walks"): 3, (lessons, "update"): 5, (exhibit, "write"): 7,
-        (evaluate, "generate"): 100, (evaluate, "contact_sheet"): 11, (evaluate, "write"): 13,
-        (checkpoint, "save"): 17, (disk, "append"): 1, (scorer, "__call__"): 23,
+        (evaluate, "generate"): 100, (evaluate, "contact_sheet"): 11, (layouts, "write"): 13,
+        (checkpoint, "save"): 17, (files, "append"): 1, (scorer, "__call__"): 23,
         (PipelinePolicy, "decode"): 19, (tracking.Trackers, "log"): 29,
     }  # fmt: skip
     for (place, name), seconds in slow.items():
