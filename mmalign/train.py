@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmalign import errors
 from mmalign.data import prompts as prompt_files
-from mmalign.distributed.gather import whole
+from mmalign.distributed.gather import gather
 from mmalign.rewards.judge import stop_if_failing, unscored
 from mmalign.training import finite as guards, metrics as measures, rollout, snapshots as exhibit
 from mmalign.training.advantages import advantages
@@ -57,7 +57,7 @@ def _drawn(run: Session, iteration: int) -> tuple[rollout.Batch, Judgement]:
 def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Lesson, dict[str, int | float]]:
     c, clock = run.config, run.clock
     own, seen = guards.together(run.ranks.all_gather_object, partial(_drawn, run, iteration))
-    paths, judged = whole(run.ranks, own.paths, seen)
+    paths, judged = gather(run.ranks, own.paths, seen)
     stop_if_failing(unscored(paths, judged), len(paths.owner), c.max_failed)
     with clock.of("learn"):
         if c.objective == "grpo":
