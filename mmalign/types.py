@@ -24,6 +24,7 @@ Latents = Float[Tensor, "M C h w"]
 Velocity = Callable[[Latents, Float[Tensor, "M"], Any, Int[Tensor, "M"]], Latents]  # (x, t, cond, index) -> v
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """A Gaussian step. `noise` is its level, one for all steps or one each; `step` takes the level of each row (0 is
     the ODE step) and the schedule's second time `t_max`, and returns mean and standard deviation."""

@@ -21,9 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmalign.config.schema import Layout, Rule, component
+from mmalign.config.checks import component
 from mmalign.errors import BadInput, Failed, Orphaned, refusing
+from mmalign.evaluation.layouts import Layout
 from mmalign.runs.signals import Stopped
+from mmalign.training.noise_calibration import Rule
 from reward_models import files
 from reward_models.allowlist import allow_modules
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, ValidationError, ValidationInfo
+from pydantic import ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
-from reward_models.allowlist import imported
+from reward_models.allowlist import import_allowed
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -48,7 +48,7 @@ def _written(table: Mapping[str, type] | None, method: Any) -> dict[str, Any] | 
     return {"type": method.type if known else f"{type(method).__module__}:{type(method).__qualname__}"} | values
 
 
-def _chosen(table: Mapping[str, type], what: str, optional: bool, value: Any, info: ValidationInfo) -> Any:
+def _chosen(table: Mapping[str, type], what: str, optional: bool, value: Any, info: Any) -> Any:
     if isinstance(value, str) and value in (info.context or {}):
         return info.context[value]
     if (value is None and optional) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
@@ -59,7 +59,7 @@ def _chosen(table: Mapping[str, type], what: str, optional: bool, value: Any, in
     if name in table:
         kind = table[name]
     elif ":" in name:
-        kind = imported(name, f"{what} {name!r}")
+        kind = import_allowed(name, f"{what} {name!r}")
         if not dataclasses.is_dataclass(kind):
             raise ValueError(f"{name} must be a frozen dataclass with its settings as fields")
     else:
@@ -69,9 +69,7 @@ def _chosen(table: Mapping[str, type], what: str, optional: bool, value: Any, in
     return _filled(kind, name, {k: v for k, v in value.items() if k != "type"} if isinstance(value, Mapping) else {})
 
 
-def _filled(
-    kind: type, name: str | None, value: Any, info: ValidationInfo | None = None, optional: bool = False
-) -> Any:
+def _filled(kind: type, name: str | None, value: Any, info: Any = None, optional: bool = False) -> Any:
     """An instance of the dataclass with the settings of a mapping. ValueError with the first problem."""
     if info is not None and isinstance(value, str) and value in (info.context or {}):
         value = info.context[value]

@@ -65,14 +65,14 @@ def best_of(
     alive = torch.arange(len(x)).view(-1, count)
     if kept is not None and kept < count:
         peek = torch.cat([times[: after + 1], torch.zeros(1)])
-        seen = [(paths.ends, paths.x[:, after]) for paths in walked(policy, prompts, x, owner, peek, batch)]
+        seen = [(paths.finals, paths.x[:, after]) for paths in walked(policy, prompts, x, owner, peek, batch)]
         ends, x = (torch.cat(own) for own in zip(*seen, strict=True))
         _, guess, _ = _scored(policy, ends, owner, prompts, scorer, component, batch)
         judgements += len(x)
         alive = alive.gather(1, _ranked(guess.view(-1, count))[:, :kept].sort(1).values)
         x, times = x[alive.flatten()], times[after:]
     going = alive.flatten()
-    ends = torch.cat([paths.ends for paths in walked(policy, prompts, x, owner[going], times, batch)])
+    ends = torch.cat([paths.finals for paths in walked(policy, prompts, x, owner[going], times, batch)])
     images, values, failures = _scored(policy, ends, owner[going], prompts, scorer, component, batch)
     scores = torch.full((len(owner),), torch.nan)
     scores[going] = values

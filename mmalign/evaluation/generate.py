@@ -27,7 +27,7 @@ def generate(
     """
     start, owner = starts(policy, seeds)
     walks = walked(policy, prompts, start, owner, policy.times(steps), batch, velocity)
-    return torch.cat([policy.decode(paths.ends).cpu() for paths in walks]), owner
+    return torch.cat([policy.decode(paths.finals).cpu() for paths in walks]), owner
 
 
 def starts(policy, seeds: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -146,8 +146,9 @@ class Fixed:
     """A plan with one position, `children` trained routes per start and nothing to leave out: what most plans are."""
 
     stochastic: ClassVar[bool] = True
-    children = 1  # siblings that a start gives at a step
-    routes = 1  # trained routes of a start, which are siblings
+    children: ClassVar[int] = 1  # siblings that a start gives at a step
+    routes: int = 1  # trained routes of a start, which are siblings
+    uneven: bool = False  # whether groups of one iteration differ in how many forwards they take
 
     def positions(self, steps: int) -> range:
         """Where the plan may stand; the call takes one of these."""
@@ -217,6 +218,10 @@ class Window(Fixed):
     @property
     def routes(self) -> int:
         return self.children
+
+    @property
+    def uneven(self) -> bool:
+        return self.moves == "random"
 
     def __call__(self, t: Times, kernel: Kernel, position: int | None = None) -> Plan:
         start = self.steps[0] if position is None else position

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,7 @@ Bounded = Callable[[Callable[[int], Any]], Any]  # calls work(rows) with as many
 Replay = Callable[[Any], tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]]  # loss and statistics per row
 
 
+@runtime_checkable
 class Peers(Protocol):
     """The other data-parallel ranks, which hold the rest of the batch."""
 

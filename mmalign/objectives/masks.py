@@ -5,7 +5,7 @@ frozen dataclass that derives from `Mask`, and its name in `MASKS`.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,7 @@ from mmalign.learn.loss import pool
 from mmalign.types import Judgement, Latents, Transitions, Tree
 
 
+@runtime_checkable
 class Attributing(Protocol):
     """A policy that knows the effect of the prompt: the distance of the velocity from that of the empty prompt."""
 
@@ -74,8 +75,8 @@ MASKS = (Map, Prompt)
 
 
 def within(advantage: Float[Tensor, "*N _ _"], mask: Bool[Tensor, "*#N a b"]) -> Float[Tensor, "*N a b"]:
-    """The advantage inside the mask, 0 elsewhere, over the mask's share of the cells, so that the mean over cells, which
-    the loss takes, keeps its size. A full mask changes nothing. A 1x1 advantage takes the mask's grid."""
+    """The advantage inside the mask, 0 elsewhere, over the mask's share of the cells, so that the mean over cells keeps
+    its size in the loss. A full mask changes nothing. A 1x1 advantage takes the mask's grid."""
     share = mask.float().mean((-2, -1), keepdim=True)
     return torch.where(mask, advantage / share.clamp(min=1e-6), 0.0)
 

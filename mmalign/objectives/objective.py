@@ -7,7 +7,7 @@ they write `examples`, the rows of one prompt's images, and `replay`, the loss o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,6 +39,7 @@ class Finished(Rows):
     marks: Marks | None = None
 
 
+@runtime_checkable
 class Run(Protocol):
     """What an objective reads of a run."""
 
@@ -48,6 +49,7 @@ class Run(Protocol):
     fits: Any
 
 
+@runtime_checkable
 class Rollout(Protocol):
     """What it reads of a rollout on this rank: prompts with an `id`, their conditioning and their trajectories."""
 

@@ -219,7 +219,7 @@ def _judge(
             Round(
                 attempt, parent, moves, images[i], latents[i].cpu(),
                 {component: float(seen.parts[f"{name}.{component}"][i]) for component in critic.names},
-                seen.said.get(name, [""] * len(images))[i], seen.requests.get(name, [""] * len(images))[i],
+                seen.critiques.get(name, [""] * len(images))[i], seen.requests.get(name, [""] * len(images))[i],
                 seen.boxes.get(name, [()] * len(images))[i], seen.failures.get(i, ""), forwards[i],
             ),
             by,

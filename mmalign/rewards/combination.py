@@ -37,8 +37,8 @@ class Rule:
         """ValueError where the components, with the ends of each weight over the run, do not suit the rule."""
 
     def factors(self, low: Mapping[str, float], weighted: Mapping[str, float]) -> dict[str, float]:
-        """The smallest value of each factor that must not be below 0, by name, from the smallest score of each component
-        and the smallest product of weight and score."""
+        """The smallest value of each factor that must not be below 0, by name, from the smallest score of each
+        component and the smallest product of weight and score."""
         return {}
 
 

@@ -14,7 +14,7 @@ from reward_models import files
 from mmalign.runs import checkpoint, jsonl
 from mmalign import errors
 from mmalign.config import load as configs
-from mmalign.config.schema import ANEW
+from mmalign.config.schema import RESUMABLE
 
 from mmalign.errors import BadInput, Failed
 from mmalign.config.schema import Config
@@ -76,7 +76,7 @@ def check(out: Path, c: Config, resume: bool) -> None:
         with errors.refusing():
             trust.no_links_out(out)
         now, before = c.model_dump(), configs.load(saved).model_dump()
-        changed = [key for key in now if now[key] != before[key] and key not in ANEW]
+        changed = [key for key in now if now[key] != before[key] and key not in RESUMABLE]
         if changed:
             key = changed[0]
             raise BadInput(f"--resume: {key} is {now[key]!r} and was {before[key]!r}; a run keeps its config")
