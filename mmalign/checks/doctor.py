@@ -255,10 +255,10 @@ def guidance(bench: Bench) -> Iterator[Check]:
     run, b = bench.run, bench.walks[slice(0, 4)]
     spent, found = [], []
     for graded in (False, True):
-        before = run.policy.spent["forwards"]
+        before = run.policy.counts["forwards"]
         with torch.set_grad_enabled(graded):
             found.append(run.policy.velocity(b.x, b.t, bench.cond, b.index).detach())
-        spent.append((run.policy.spent["forwards"] - before) / len(b))
+        spent.append((run.policy.counts["forwards"] - before) / len(b))
     off = float(_rms((found[0] - found[1]).float()) / _rms(found[0].float()))
     yield Check(
         "guidance", spent[0] == spent[1] and off < (1e-5 if run.config.precision == "float32" else 0.02),

@@ -1,7 +1,7 @@
 """Policies: one file per model family; diffusers and peft live only here.
 
 A policy gets texts and latents, never prompts or scores. Add a family: `texts` and `network` in a file
-(`mmalign.policy.pipeline` says what else can differ), and a line in the table.
+(`mmalign.policy.family` lists what else can differ), and a line in the table.
 """
 
 import os
@@ -36,7 +36,7 @@ def load(
     """A policy from a local folder or a hub id of a diffusers pipeline, or of the user's own class, as
     `my_module:MyPolicy`, whose `load` takes the same settings; its module must be allowed (`reward_models.allowlist`).
 
-    `quantize` names how the transformer's weights are stored (`mmalign.policy.pipeline.QUANTIZED`); with `offload` text
+    `quantize` names how the transformer's weights are stored (`mmalign.policy.loading.QUANTIZED`); with `offload` text
     encoders and autoencoder wait in main memory while idle. Raises ValueError for a model that is not there or of a
     family we do not drive, and for settings that cannot act here.
     """
@@ -47,10 +47,10 @@ def load(
     )
     if ":" in model and not os.path.exists(model):
         return import_allowed(model, f"model {model!r}").load(model, **settings)
-    return family(model).load(model, **settings)
+    return class_of(model).load(model, **settings)
 
 
-def family(model: str) -> type:
+def class_of(model: str) -> type:
     """The policy's class for a local folder or a hub id of a diffusers pipeline. Its settings are looked at first
     (`reward_models.model_folders`)."""
     _, index = opened(model)
