@@ -283,7 +283,8 @@ def test_the_gallery_shows_every_image_best_first_and_escapes(folder):
 MEMORY = """
 import sys, psutil
 from pathlib import Path
-from reward_models import batch, load
+from reward_models import load
+from reward_models.tools import score_files as batch
 
 items, _ = batch.read(Path(sys.argv[1]), "a red square")
 scorers = {name: load(name) for name in ("clip", "shapes", "jpeg_size", "image_stats")}
