@@ -43,9 +43,9 @@ def bare(policy, cond, size: int, backward: bool, repeats: int) -> float:
             return
         torch.autograd.grad(policy.velocity(x, t, cond, index).float().square().mean(), parameters, allow_unused=True)
 
-    policy.spent.clear()
+    policy.counts.clear()
     run()
-    forwards = policy.spent["forwards"]
+    forwards = policy.counts["forwards"]
     return median_seconds(run, repeats) / forwards
 
 

@@ -54,11 +54,11 @@ def main(trajectories: int = 24, steps: int = 10, repeats: int = 3, batch: int =
     for name, way in ways.items():
         taken = []
         for _ in range(repeats):
-            policy.spent.clear()
+            policy.counts.clear()
             began = time.perf_counter()
             way()
             taken.append(time.perf_counter() - began)
-        seconds[name], forwards[name] = statistics.median(taken), policy.spent["forwards"]
+        seconds[name], forwards[name] = statistics.median(taken), policy.counts["forwards"]
     together = seconds["dense"] - seconds["bare"]
     print(
         json.dumps(

@@ -26,7 +26,7 @@ from mmalign.checks import estimate
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.update import surrogate, transitions, update
-from mmalign.policy import meta
+from mmalign.policy import loading, meta
 from mmalign.policy.pipeline import Conditioning
 from mmalign.training.microbatch import Fit
 
@@ -88,7 +88,7 @@ def _texts(policy, count: int) -> Conditioning:
     if policy.pipe.text_encoder is not None and policy.pipe.text_encoder.device.type != "meta":
         return policy.encode([f"a circle {i}" for i in range(count)])
     embeddings = {}
-    for name, value in meta.texts(policy, count + 1).items():
+    for name, value in loading.placeholder_texts(policy, count + 1).items():
         real = torch.ones_like if name == "mask" else torch.randn_like
         embeddings[name] = real(value, device=policy.device)
     return Conditioning(*({n: v[part] for n, v in embeddings.items()} for part in (slice(-1), slice(-1, None))))

@@ -34,6 +34,7 @@ from mmalign.policy.sd3 import SD3Policy
 from mmalign.runs import checkpoint, jsonl
 from reward_models import Scores, files
 from reward_models.scorers import jpeg_size
+from reward_models.weights import fingerprint
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
 from services import Faulty
@@ -307,7 +308,7 @@ def left_out(place: Place) -> Cells:
 
     code, line = place.mmalign(plant=plant, max_skips=1, checkpoint_every=1, keep_checkpoints=9)
     around = [checkpoint.read(place.out / f"checkpoints/{i:06d}")[0] for i in (AT, AT + 1)]
-    one, two = ({kind: checkpoint.fingerprint(part) for kind, part in tensors.items()} for tensors in around)
+    one, two = ({kind: fingerprint(part) for kind, part in tensors.items()} for tensors in around)
     skipped = sum(row["skipped"] for row in jsonl.rows(place.out / "metrics.jsonl"))
     return ended(code, line), f"{skipped} step", f"finished; adapter, average and optimiser around it: {same(one, two)}"
 

@@ -66,7 +66,7 @@ def estimate(plan, credit, starts: int, seed: int) -> tuple[Tensor, int]:
         replay, epochs=1, minibatches=1, micro_batch=Fit(10**6), max_grad_norm=1e9,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    return -flow.shift.grad.flatten(), flow.spent["forwards"]
+    return -flow.shift.grad.flatten(), flow.counts["forwards"]
 
 
 def exact(what: str, times: Tensor, starts: int = 20_000) -> Tensor:

@@ -28,6 +28,7 @@ from mmalign.config import load as configs
 from mmalign.config.schema import Config
 from mmalign.runs import checkpoint, folder, jsonl
 from reward_models import files
+from reward_models.weights import fingerprint
 
 
 def start(c: Config, log: Path) -> int:
@@ -74,11 +75,7 @@ def outcome(out: Path) -> dict:
         ]
         for name in folder.RECORDS
     }
-    return (
-        {name: checkpoint.fingerprint(part) for name, part in tensors.items()}
-        | {"iteration": state["iteration"]}
-        | timeless
-    )
+    return {name: fingerprint(part) for name, part in tensors.items()} | {"iteration": state["iteration"]} | timeless
 
 
 def main(

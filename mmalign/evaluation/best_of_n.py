@@ -59,7 +59,7 @@ def best_of(
 ) -> Best:
     """The best of each prompt's N seeds by a component of the scorer. With `kept`, only so many go on after step
     `after`. A seed gives the image it gives without the others."""
-    count, before = len(seeds[0]), policy.spent["forwards"]
+    count, before = len(seeds[0]), policy.counts["forwards"]
     x, owner = starts(policy, seeds)
     times, judgements = policy.times(steps), 0
     alive = torch.arange(len(x)).view(-1, count)
@@ -81,7 +81,7 @@ def best_of(
     return Best(
         images[chosen], going[chosen] % count, values[chosen], scores.view(-1, count),
         {int(going[k]): why for k, why in failures.items()},
-        policy.spent["forwards"] - before, judgements + len(going),
+        policy.counts["forwards"] - before, judgements + len(going),
     )  # fmt: skip
 
 

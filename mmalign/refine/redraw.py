@@ -79,11 +79,11 @@ def draw(
     forwards = [0.0] * len(attempts)
     for (guidance, start, strength, part), rows in alike.items():
         for at in range(0, len(rows), batch):
-            some, before = rows[at : at + batch], policy.spent["forwards"]
+            some, before = rows[at : at + batch], policy.counts["forwards"]
             own = [attempts[i] for i in some]
             with _guided(policy, guidance):
                 latents[some] = _walk(policy, own, [bases[i] for i in some], steps, start, strength, part)
-            spent = (policy.spent["forwards"] - before) / len(some)
+            spent = (policy.counts["forwards"] - before) / len(some)
             for i in some:
                 forwards[i] = spent
     return latents, forwards

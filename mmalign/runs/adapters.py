@@ -25,7 +25,7 @@ from mmalign.config.schema import Config
 
 from mmalign.errors import BadInput
 from reward_models import files, limits
-from reward_models.allowlist import closed
+from reward_models.allowlist import no_links_out
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")  # of diffusers', ComfyUI's and peft's names
 NAMES = ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors", "adapter_model.safetensors")  # in a folder
@@ -72,7 +72,7 @@ def config_of(run: Path) -> Path:
     if not (run / "config.yaml").is_file():
         raise BadInput(f"{run}: no run there (config.yaml is missing)")
     with errors.refusing():
-        closed(run)
+        no_links_out(run)
     return run / "config.yaml"
 
 

@@ -162,15 +162,6 @@ def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
         raise Broken(f"{path}: {error}") from None
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """The same 16 hex digits for the same names and bits."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimiser's per-parameter state as named tensors ("3.exp_avg"; bitsandbytes' has another level)."""
 

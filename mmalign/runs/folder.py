@@ -74,7 +74,7 @@ def check(out: Path, c: Config, resume: bool) -> None:
         if not saved.is_file():
             raise BadInput(f"--resume: {out} holds no run")
         with errors.refusing():
-            trust.closed(out)
+            trust.no_links_out(out)
         now, before = c.model_dump(), configs.load(saved).model_dump()
         changed = [key for key in now if now[key] != before[key] and key not in ANEW]
         if changed:

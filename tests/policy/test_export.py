@@ -16,6 +16,7 @@ from torch import nn
 from mmalign import policy as policies
 from mmalign.config import secrets
 from mmalign.policy import export as exports
+from reward_models.weights import fingerprint
 
 READS_COMFYUI = ("FLUX.1-dev", "FLUX.1-schnell", "Qwen-Image", "Z-Image")  # diffusers knows no alpha for the others
 
@@ -219,7 +220,7 @@ def rewritten(path, change) -> None:
     """The file with other matrices, and a header that claims they were written so."""
     said, tensors = header(path), load_file(path)
     change(tensors)
-    said["mmalign.weights_hash"] = exports.fingerprint(tensors)
+    said["mmalign.weights_hash"] = fingerprint(tensors, digits=16)
     save_file(tensors, path, said)
 
 
