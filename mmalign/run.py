@@ -27,7 +27,7 @@ from mmalign.flow.sample import gaussian, seed_of
 from mmalign.reporting import trackers as tracking
 from mmalign.reporting.trackers import Trackers
 from mmalign.rewards.judge import silent, stop_if_failing
-from mmalign.runs import alarms, checkpoint, folder, jsonl, state as states
+from mmalign.runs import alarms, checkpoint, folder, jsonl, machine, optimizer_state, state as states
 from mmalign.runs.signals import Stop, Stopped, stopping
 from mmalign.train import iterate
 from mmalign.training import finite as guards, planning as planner
@@ -214,19 +214,19 @@ def _kept(run: Session, iteration: int) -> dict[str, dict]:
 
 
 def _machine(run: Session) -> dict[str, int | str]:
-    return states.machine(run.ranks.size, run.ranks.accelerator.device)
+    return machine.describe(run.ranks.size, run.ranks.accelerator.device)
 
 
 def save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
     adapter_hash = fingerprint(adapter, digits=16)
     run.ranks.assert_equal(adapter_hash, f"the adapter after iteration {iteration}")
-    optimizer = checkpoint.optimizer_tensors(run.optimizer)  # of which each process may have a part
+    optimizer = optimizer_state.tensors(run.optimizer)  # of which each process may have a part
     if not run.ranks.main:
         return
     tensors = {"adapter": adapter, "ema": run.ema, "optimizer": optimizer}
     state = {"adapter_hash": adapter_hash, "multipliers": run.multipliers, "machine": _machine(run)}
-    state |= {"learnt": states.learnt(optimizer)} | _kept(run, iteration)
+    state |= {"learnt": optimizer_state.trained(optimizer)} | _kept(run, iteration)
     folder.sync(out)
     checkpoint.save(out / "checkpoints", iteration, tensors, state)
     _prune(run.config, out, iteration)
@@ -251,14 +251,14 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
         return 0
     tensors, state = states.read(path)
     done = _held(run, path, state)
-    states.fit(path, tensors, run.ema)
-    states.whole(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_of(run.config))
+    states.check_adapter(path, tensors, run.ema)
+    optimizer_state.check(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_of(run.config))
     run.policy.load_adapter(tensors["adapter"])
-    checkpoint.load_optimizer(run.optimizer, tensors["optimizer"])
+    optimizer_state.load(run.optimizer, tensors["optimizer"])
     run.multipliers.update(state.multipliers)
     for name, value in tensors["ema"].items():
         run.ema[name].copy_(value)
-    changed = states.elsewhere(state.machine, _machine(run))
+    changed = machine.difference(state.machine, _machine(run))
     if changed and run.ranks.main:
         print(f"mmalign: {changed}", file=sys.stderr)
     return done

@@ -198,7 +198,7 @@ def test_what_is_no_run_is_refused(tmp_path, folder):
         ("config.yaml", written, ["{"], "config.yaml: not YAML"),
         ("config.yaml", written, [BINARY], "config.yaml: not YAML"),
         ("config.yaml", replaced, ["lora_rank: 2", "lora_rank: 4"], "does not fit this model and rank: 30 matrices"),
-        ("checkpoints", gone, [], "no whole checkpoint yet"),
+        ("checkpoints", gone, [], "no complete checkpoint yet"),
         ("checkpoints/000002/manifest.json", written, ["[" * 10**5], "manifest.json, 100000 bytes, is not JSON"),
         ("checkpoints/000002/ema.safetensors", cut, [], "ema.safetensors, "),
         ("checkpoints/000002", forged, [], "000002/ema.safetensors: a header of 50"),
