@@ -50,7 +50,7 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
 def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
     say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
     ranks.assert_equal(c.model_dump_json(), "the config")
-    with folder.held(out, say) if ranks.main else nullcontext(), guards.failing():
+    with folder.locked(out, say) if ranks.main else nullcontext(), guards.failing():
         if ranks.main:
             folder.check(out, c, resume)
             with folder.failing(out):
@@ -60,7 +60,7 @@ def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
         run = open_session(c, ranks)
         if ranks.main:
             saved = len(checkpoint.numbered(out / "checkpoints"))
-            folder.room(out, _size(run) * max(1, c.keep_checkpoints + 2 - saved))
+            folder.check_space(out, _size(run) * max(1, c.keep_checkpoints + 2 - saved))
         if ranks.main:
             for line in cut((run.policy, *run.scorers.values()), [p.text for p in (*run.prompts, *run.held_out)]):
                 print(f"mmalign: {line}", file=sys.stderr)
@@ -112,12 +112,12 @@ def _go_on(
                         watch.look(row, run.skips.reasons)
                     note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
                     bar.update(task, completed=done, note=note)
-                    stop.heed(ranks.all_gather_object(stop.asked, "signals"))
-                    if stop.asked or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
+                    stop.share(ranks.all_gather_object(stop.received, "signals"))
+                    if stop.received or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
                         with clock.of("io"):
                             save(run, out, done)
     except Stopped:
-        console.print(f"stopped by {stop.asked.name} after iteration {done}; --resume goes on from there")
+        console.print(f"stopped by {stop.received.name} after iteration {done}; --resume goes on from there")
         raise
 
 

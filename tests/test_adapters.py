@@ -140,13 +140,13 @@ def written(data: bytes):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (written(b""), "no safetensors: 0 bytes"),
+        (written(b""), "not safetensors: 0 bytes"),
         (written(b"\0" * 8), "is damaged"),
         (written(b"\2\0\0\0\0\0\0\0{}" + b"\0" * 8), "is damaged"),
         (written(b"\xff" * 64), "a header of 18446744073709551615 bytes; 16777216 are allowed"),
         (written((10**5).to_bytes(8, "little") + b"[" * 10**5), "JSON nested too deeply"),
         (written((12).to_bytes(8, "little") + b'{"x": [NaN]}'), "NaN is no JSON number"),
-        (written((22).to_bytes(8, "little") + b'{"__metadata__": "aa"}'), "its header is no JSON object of texts"),
+        (written((22).to_bytes(8, "little") + b'{"__metadata__": "aa"}'), "its header is not a JSON object of texts"),
         (lambda file: os.mkfifo(file), "no regular file"),
         (lambda file: file.symlink_to(file.name), "Too many levels of symbolic links"),
         (lambda file: file.symlink_to("/dev/zero"), "no regular file"),

@@ -344,13 +344,13 @@ def test_a_lock_of_another_kind_is_no_traceback(tmp_path, text):
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        with folder.held(tmp_path, print):
+        with folder.locked(tmp_path, print):
             os.write(writer, b"!")
             signal.pause()
     os.read(reader, 1)
     try:
         (tmp_path / ".lock").write_text(text)
-        with pytest.raises(BadInput, match="another run, process"), folder.held(tmp_path, print):
+        with pytest.raises(BadInput, match="another run, process"), folder.locked(tmp_path, print):
             pass
     finally:
         os.kill(child, signal.SIGKILL)

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from mmalign.reporting import report
 from mmalign.runs import folder, reader as written
-from mmalign.runs.reader import Written
+from mmalign.runs.reader import RunRecord
 
 try:
     from fastapi import FastAPI
@@ -102,7 +102,7 @@ def state(run: Path, now: float) -> State:
 
 
 @lru_cache(1)
-def _read(run: Path, version: str) -> Written:
+def _read(run: Path, version: str) -> RunRecord:
     """What a run has written, read once for a `version` of it."""
     return written.read(run)
 

@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 
 from mmalign.evaluation.evaluate import paired
 from mmalign.runs import reader as written
-from mmalign.runs.reader import SIDES, Row, Written
+from mmalign.runs.reader import SIDES, Row, RunRecord
 from reward_models import files, overlay as heat
 from reward_models.allowlist import within
 from reward_models.images import size_of
@@ -57,7 +57,7 @@ def summary(run: Path) -> dict:
     return {"run": str(run), "images": images, "rises": rises, "alarms": own.alarms}
 
 
-def _compared(own: Written) -> tuple[int, dict[str, dict[str, float]]]:
+def _compared(own: RunRecord) -> tuple[int, dict[str, dict[str, float]]]:
     """How many images are scored on both sides, and by score what the sides have."""
     before, after = ({row["image"]: row for row in own.scores[side]} for side in SIDES)
     shown, rises = [image for image in before if image in after], {}
@@ -161,7 +161,7 @@ def _by_tag(scores: dict[str, list[Row]]) -> str:
     return "<h2>First score by kind of prompt</h2>" + _table(["kind", "images", "before", "after"], rows)
 
 
-def _held_out(run: Path, own: Written, source: Source) -> str:
+def _held_out(run: Path, own: RunRecord, source: Source) -> str:
     """Images of the held-out prompts before and after, or while there are none after, the newest there are."""
     if any(row["name"] == "after" for row in own.evaluations):
         note = (
