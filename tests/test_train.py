@@ -111,7 +111,7 @@ def test_the_record_of_a_dense_run(settings, capsys):
             assert all(f"{name}/{k}" in row for k in range(3))
             assert f"{name}/3" not in row
     page = report.write(out).read_text()
-    assert "<h2>Step by step</h2>" in page
+    assert "<h2>Metrics by step</h2>" in page
     assert "<th>gain std</th>" in page
 
 

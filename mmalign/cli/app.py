@@ -25,7 +25,7 @@ from mmalign.config.schema import Layout, Rule, component
 from mmalign.errors import BadInput, Failed, Orphaned, refusing
 from mmalign.runs.signals import Stopped
 from reward_models import files
-from reward_models.allowlist import allow as allow_modules
+from reward_models.allowlist import allow_modules
 
 # a calibration walks every step with noise and scores every state, whatever the config does with it
 CALIBRATION = [
@@ -671,9 +671,9 @@ def refine(
         rows[row["id"]] = row
     ordered = [rows[own.id] for own in wanted]
     result = stories.summary(ordered, asked.by) | {"before": len(wanted) - len(left), "out": str(out)}
-    spent = getattr(getattr(scorer, "judge", None), "spent", None)
-    if spent is not None:
-        result["judge"] = dict(spent)
+    usage = getattr(getattr(scorer, "judge", None), "usage", None)
+    if usage is not None:
+        result["judge"] = dict(usage)
     with folder.failing(out, folder.ROWS_ARE_WHOLE):
         if page is not None:
             rounds_page.write(ordered, result, asked.by, out, page)

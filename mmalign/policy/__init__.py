@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reward_models.allowlist import imported
+from reward_models.allowlist import import_allowed
 from reward_models.files import parsed, text
 from reward_models.limits import CONFIG
 from reward_models.model_folders import configs
@@ -46,7 +46,7 @@ def load(
         dtype=getattr(torch, dtype), device=device, guidance=guidance, size=size, quantize=quantize, offload=offload
     )
     if ":" in model and not os.path.exists(model):
-        return imported(model, f"model {model!r}").load(model, **settings)
+        return import_allowed(model, f"model {model!r}").load(model, **settings)
     return class_of(model).load(model, **settings)
 
 
@@ -59,7 +59,7 @@ def class_of(model: str) -> type:
         raise ValueError(f"model {model!r}: its model_index.json names no pipeline")
     if name not in POLICIES:
         raise ValueError(f"model {model!r} is a {name}; known families: {', '.join(POLICIES)}")
-    return imported(POLICIES[name], name, ours=True)
+    return import_allowed(POLICIES[name], name, ours=True)
 
 
 def opened(model: str) -> tuple[Path, Mapping[str, Any]]:

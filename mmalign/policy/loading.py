@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmalign import policy as policies
 from mmalign.policy.family import Family
-from reward_models.allowlist import imported
+from reward_models.allowlist import import_allowed
 from reward_models.model_folders import LIBRARIES, check_size, complete, counted, loading, pinned
 
 
@@ -136,7 +136,7 @@ def _is_component(kind: type, name: str, entry: Any) -> bool:
 
 def _component_class(name: str, entry: Sequence[str]) -> type:
     """The class that a pipeline's index names for a component. ValueError if it does not exist or cannot be loaded."""
-    kind = imported(f"{entry[0]}:{entry[1]}", name, ours=entry[0] in LIBRARIES)
+    kind = import_allowed(f"{entry[0]}:{entry[1]}", name, ours=entry[0] in LIBRARIES)
     if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
         raise ValueError(f"model_index.json: {name}: {entry[1]!r} is not the class of a part")
     return kind

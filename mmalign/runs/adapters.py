@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmalign.runs import checkpoint, lora_file, state as states
 from mmalign import errors
 from mmalign.config import load as configs
 from mmalign.config.schema import Config
-
 from mmalign.errors import BadInput
-from reward_models.allowlist import closed
+from mmalign.runs import checkpoint, lora_file, state as states
+from reward_models.allowlist import no_links_out
 
 NAMES = ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors", "adapter_model.safetensors")  # in a folder
 
@@ -57,7 +56,7 @@ def config_of(run: Path) -> Path:
     if not (run / "config.yaml").is_file():
         raise BadInput(f"{run}: no run there (config.yaml is missing)")
     with errors.refusing():
-        closed(run)
+        no_links_out(run)
     return run / "config.yaml"
 
 
@@ -76,6 +75,7 @@ def of_run(c: Config, path: Path) -> Adapter:
 
 def _is_checkpoint(path: Path) -> bool:
     return checkpoint.is_checkpoint(path) and path.parent.name == "checkpoints"
+
 
 # -------------------------------------------------------------------------------------------------------------- files
 

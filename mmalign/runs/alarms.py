@@ -11,9 +11,9 @@ from typing import Any
 
 from scipy import stats
 
-from reward_models import files
-from mmalign.runs import jsonl
 from mmalign.config.schema import Config, component
+from mmalign.runs import jsonl
+from reward_models import files
 
 IN_A_ROW = 5  # iterations without gradient, or with a constant reward; and those that a mean of diversity is over
 DIVERSITY = 0.5  # ratio to its first values below which diversity has collapsed
@@ -42,7 +42,7 @@ def _constant_reward(c: Config, metrics: Sequence[Row], evaluations: Sequence[Ro
 def _lost_diversity(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
     first, last = _mean("diversity", metrics[:IN_A_ROW]), _mean("diversity", metrics[-IN_A_ROW:])
     if len(metrics) >= 2 * IN_A_ROW and last < DIVERSITY * first:
-        return f"diversity is {last:.3g} and began with {first:.3g}: the model generates nearly the same image for every seed"
+        return f"diversity is {last:.3g} and began with {first:.3g}: images of different seeds are nearly the same"
     return None
 
 

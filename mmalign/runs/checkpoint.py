@@ -40,7 +40,9 @@ def save(folder: Path, iteration: int, tensors: Tensors, state: dict) -> Path:
     final, partial = folder / f"{iteration:06d}", folder / f".{iteration:06d}.partial"
     try:
         partial.mkdir()
-        digests = {f"{name}.safetensors": _put(partial / f"{name}.safetensors", values) for name, values in tensors.items()}
+        digests = {
+            f"{name}.safetensors": _put(partial / f"{name}.safetensors", values) for name, values in tensors.items()
+        }
         digests[STATE] = _put(partial / STATE, {"iteration": iteration} | state)
         _put(partial / MANIFEST, digests)
         files.sync(partial)

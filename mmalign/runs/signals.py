@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT (Ctrl-C) while a run trains: finish the iteration, save, exit; a second signal exits at once.
 
-The exit code is 128 + the signal's number, 143 or 130, as a shell reports a process that a signal ended. For a scheduler
-or a loop around the command, the run is then neither done (0) nor failed (1), and can be continued with `--resume`.
+The exit code is 128 + the signal's number, 143 or 130, as a shell reports a process that a signal ended. For a
+scheduler or a loop around the command, the run is then neither done (0) nor failed (1): it continues with `--resume`.
 """
 
 import os
@@ -52,7 +52,9 @@ class Stop:
         self.received = signal.Signals(number)
         if not self._deferred:
             raise Stopped(128 + number)
-        line = f"\nmmalign: {self.received.name}: finishing this iteration, then saving; a second signal exits at once\n"
+        line = (
+            f"\nmmalign: {self.received.name}: finishing this iteration, then saving; a second signal exits at once\n"
+        )
         os.write(2, line.encode())  # print is not safe here: it may have been interrupted itself
 
 

@@ -12,12 +12,19 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
+from mmalign.errors import BadInput
 from mmalign.runs import checkpoint
 from mmalign.runs.checkpoint import Tensors
-from mmalign.errors import BadInput
 from reward_models.weights import fingerprint
 
-IMAGE_SETTINGS = ("lora_rank", "lora_alpha", "lora_targets", "precision", "guidance", "size")  # settings that decide an adapter's images
+IMAGE_SETTINGS = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "precision",
+    "guidance",
+    "size",
+)  # settings that decide an adapter's images
 TENSORS = {"adapter", "ema", "optimizer"}
 
 

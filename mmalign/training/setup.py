@@ -35,7 +35,7 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
             if part not in scorers[name].names:
                 raise BadInput(f"{key}: no component {part!r}; {name} gives {', '.join(scorers[name].names)}")
     _check_factors(c, scorers)
-    if c.region and not scorers[c.region].card.places:
+    if c.region and not scorers[c.region].card.has_map:
         raise BadInput(f"region: {c.region} says nothing about where; credit by place needs a scorer with a map")
     return scorers
 
