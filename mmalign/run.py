@@ -26,7 +26,7 @@ from mmalign.flow.sample import gaussian, seed_of
 from mmalign.reporting import trackers as tracking
 from mmalign.reporting.trackers import Trackers
 from mmalign.rewards.judge import silent, stop_if_failing
-from mmalign.runs import alarms, checkpoint, folder, jsonl, state as states
+from mmalign.runs import alarms, checkpoint, folder, jsonl, machine, optimizer_state, state as states
 from mmalign.runs.signals import Stop, Stopped, stopping
 from mmalign.train import iterate
 from mmalign.training import finite, planning, snapshots
@@ -50,7 +50,7 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
 def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
     say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
     ranks.assert_equal(c.model_dump_json(), "the config")
-    with folder.held(out, say) if ranks.main else nullcontext(), finite.oom_as_failed():
+    with folder.locked(out, say) if ranks.main else nullcontext(), finite.oom_as_failed():
         if ranks.main:
             folder.check(out, c, resume)
             with folder.failing(out):
@@ -60,7 +60,7 @@ def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
         run = open_session(c, ranks)
         if ranks.main:
             saved = len(checkpoint.numbered(out / "checkpoints"))
-            folder.room(out, _size(run) * max(1, c.keep_checkpoints + 2 - saved))
+            folder.check_space(out, _size(run) * max(1, c.keep_checkpoints + 2 - saved))
         if ranks.main:
             for line in cut(
                 (run.policy, *run.rewards.scorers.values()), [p.text for p in (*run.prompts.all, *run.held_out)]
@@ -114,12 +114,12 @@ def _go_on(
                         watch.look(row, run.learner.skips.reasons)
                     note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
                     bar.update(task, completed=done, note=note)
-                    stop.heed(ranks.all_gather_object(stop.asked, "signals"))
-                    if stop.asked or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
+                    stop.share(ranks.all_gather_object(stop.received, "signals"))
+                    if stop.received or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
                         with clock.of("io"):
                             save(run, out, done)
     except Stopped:
-        console.print(f"stopped by {stop.asked.name} after iteration {done}; --resume goes on from there")
+        console.print(f"stopped by {stop.received.name} after iteration {done}; --resume goes on from there")
         raise
 
 
@@ -216,19 +216,19 @@ def _kept(run: Session, iteration: int) -> dict[str, dict]:
 
 
 def _machine(run: Session) -> dict[str, int | str]:
-    return states.machine(run.ranks.size, run.ranks.accelerator.device)
+    return machine.describe(run.ranks.size, run.ranks.accelerator.device)
 
 
 def save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
     adapter_hash = fingerprint(adapter, digits=16)
     run.ranks.assert_equal(adapter_hash, f"the adapter after iteration {iteration}")
-    optimizer = checkpoint.optimizer_tensors(run.learner.optimizer)  # of which each process may have a part
+    optimizer = optimizer_state.tensors(run.learner.optimizer)  # of which each process may have a part
     if not run.ranks.main:
         return
     tensors = {"adapter": adapter, "ema": run.learner.ema, "optimizer": optimizer}
     state = {"adapter_hash": adapter_hash, "multipliers": run.rewards.multipliers, "machine": _machine(run)}
-    state |= {"learnt": states.learnt(optimizer)} | _kept(run, iteration)
+    state |= {"learnt": optimizer_state.trained(optimizer)} | _kept(run, iteration)
     folder.sync(out)
     checkpoint.save(out / "checkpoints", iteration, tensors, state)
     _prune(run.config, out, iteration)
@@ -253,14 +253,14 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
         return 0
     tensors, state = states.read(path)
     done = _held(run, path, state)
-    states.fit(path, tensors, run.learner.ema)
-    states.whole(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_class(run.config))
+    states.check_adapter(path, tensors, run.learner.ema)
+    optimizer_state.check(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_class(run.config))
     run.policy.load_adapter(tensors["adapter"])
-    checkpoint.load_optimizer(run.learner.optimizer, tensors["optimizer"])
+    optimizer_state.load(run.learner.optimizer, tensors["optimizer"])
     run.rewards.multipliers.update(state.multipliers)
     for name, value in tensors["ema"].items():
         run.learner.ema[name].copy_(value)
-    changed = states.elsewhere(state.machine, _machine(run))
+    changed = machine.difference(state.machine, _machine(run))
     if changed and run.ranks.main:
         print(f"mmalign: {changed}", file=sys.stderr)
     return done

@@ -113,6 +113,6 @@ def test_equal_scores_of_several_parts_are_seen_by_the_alarm():
         reward = Combination({"a.one": 0.7, "b.two": 0.1}, rule)(parts, owner)
         assert dead(reward, owner).mean() == 1
     row = {"dead_groups": float(dead(parts["a.one"], owner).mean())}
-    assert "nothing is learnt" in ALARMS["constant_reward"](
+    assert "nothing is trained" in ALARMS["constant_reward"](
         Config(plan="sde", credit="terminal", seeds=6), [row] * 5, []
     )
