@@ -26,6 +26,7 @@ from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from reward_models import files, limits
 from reward_models.allowlist import no_links_out
+from reward_models.errors import first_problem
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")  # of diffusers', ComfyUI's and peft's names
 NAMES = ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors", "adapter_model.safetensors")  # in a folder
@@ -164,8 +165,7 @@ def of_file(file: Path) -> Adapter:
         elif "lora_adapter_metadata" in said:
             _agree(said["lora_adapter_metadata"], names, ranks)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{file}: its header's {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ValueError(f"{file}: its header's {first_problem(error.errors())}") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -231,8 +231,7 @@ def _settings(content: Mapping[str, Any], name: str) -> Peft:
     try:
         return Peft.model_validate({key: value for key, value in decisive.items() if key in Peft.model_fields})
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ValueError(f"{name}: {first_problem(error.errors())}") from None
 
 
 def _alphas(settings: Peft, ranks: Mapping[str, int]) -> dict[str, Tensor]:
