@@ -187,7 +187,7 @@ def test_criteria_are_written_once_per_prompt_and_kept(tmp_path):
     file = tmp_path / "criteria.jsonl"
 
     def reply(question):
-        return own if "You write the checklist" in question.system else '{"1": true}'
+        return own if "You write a checklist" in question.system else '{"1": true}'
 
     made, judge = judged("checklist", reply, written=str(file))
     assert (
