@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmalign.credit.groups import GRPO, Credit, Units, as_grid, normalise
 from mmalign.types import Judgement, Plan, Tree, over
-from reward_models.combine import alive, within
+from reward_models.combine import alive, mean_and_std
 
 
 def values(tree: Tree, judged: Judgement) -> tuple[Float[Tensor, "N T *cells"], Float[Tensor, "N T *cells"]]:
@@ -53,7 +53,9 @@ def fitted(before: Float[Tensor, "M"], after: Float[Tensor, "M"], group: Int[Ten
     before, after, group = before[valid], after[valid], group[valid]
     if not len(group):
         return 1.0
-    one, two = (torch.where(alive(x, group), x - within(x, group)[0], 0.0) for x in (before.double(), after.double()))
+    one, two = (
+        torch.where(alive(x, group), x - mean_and_std(x, group)[0], 0.0) for x in (before.double(), after.double())
+    )
     spread = float((one**2).sum())
     return min(1.0, max(0.0, float((one * two).sum()) / spread)) if spread > 0 else 1.0
 

@@ -14,19 +14,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.types import Judgement, Plan, Tree
-from reward_models.combine import alive, within
+from reward_models.combine import alive, mean_and_std
 
 Scale = Literal["group", "batch", "none"]
 
 
 def group_mean(values: Float[Tensor, "N *cells"], group: Int[Tensor, "N"]) -> Float[Tensor, "N *cells"]:
     """The mean of the valid values of each row's group, cell by cell; NaN where a group has none."""
-    return within(values, group)[0]
+    return mean_and_std(values, group)[0]
 
 
 def group_std(values: Float[Tensor, "N"], group: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
     """The (population) standard deviation of the valid values of each row's group."""
-    return within(values, group)[1]
+    return mean_and_std(values, group)[1]
 
 
 def dead(values: Float[Tensor, "N"], group: Int[Tensor, "N"], spread: float = 0.0) -> Float[Tensor, "N"]:
@@ -104,7 +104,7 @@ def normalise(
         cells, sizes = values[0].numel(), None if size is None else size.flatten()
         return normalise(values.flatten(), group.repeat_interleave(cells), units, sizes).view_as(values)
     valid = ~values.isnan()
-    mean, spread = within(values.double(), group)
+    mean, spread = mean_and_std(values.double(), group)
     advantage = values - mean
     if units.scale != "none":
         unit = spread if units.scale == "group" else (spread[valid] ** 2).mean().sqrt()

@@ -16,7 +16,7 @@ from mmalign.rewards.regions import marked, signs
 from mmalign.types import Judgement, Trajectories, Tree
 from reward_models import Prompt, RewardModel, Scores
 from reward_models.regions import Region, inside, resampled
-from reward_models.scoring import asked
+from reward_models.scoring import score_isolated
 from reward_models.types import Infinite, Unusable
 
 Scorers = Mapping[str, RewardModel]  # by name
@@ -41,7 +41,7 @@ def score(images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: 
     scored = Scored({}, {}, {}, {})
     for name, scorer in scorers.items():
         try:
-            scores = _placed(asked(scorer, images, prompts), tuple(images.shape[2:]))
+            scores = _placed(score_isolated(scorer, images, prompts), tuple(images.shape[2:]))
         except Infinite as error:
             raise errors.non_finite(f"scores of {name}", prompts, error.rows) from error
         except Unusable as error:

@@ -16,6 +16,7 @@ from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.runs import checkpoint, jsonl
 from reward_models import files, limits
+from reward_models.errors import first_problem
 
 SIDES = ("before", "after")
 
@@ -163,8 +164,7 @@ def _rows(path: Path, shape: type[_Shape], needed: bool) -> tuple[list[Row], lis
             shape.model_validate(row)
             rows.append(row)
         except ValidationError as error:
-            first = error.errors()[0]
-            wrong.append(f"line {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+            wrong.append(f"line {number}: {first_problem(error.errors())}")
         except BadInput as error:
             wrong.append(f"line {number}: {error}")
     more = f"; {len(wrong) - 1} more lines" if wrong[1:] else ""
