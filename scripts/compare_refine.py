@@ -16,7 +16,7 @@ from mmalign import policy as policies
 from mmalign.config.paths import locate
 from mmalign.data import prompts as prompt_files
 from mmalign.evaluation.best_of_n import best_of, expected_best
-from mmalign.refine.loop import Settings, Story, refine
+from mmalign.refine.loop import Refinement, Settings, refine
 from reward_models import load
 
 NEVER = 2.0  # no image is this good
@@ -37,7 +37,7 @@ PRUNED = ((None, None), (2, 3), (2, 5), (2, 7), (4, 5))
 SEVERAL = ("two_objects", "position", "color_attr", "counting")
 
 
-def strict(stories: list[Story]) -> list[float]:
+def strict(stories: list[Refinement]) -> list[float]:
     return [float(own.rounds[own.best].scores["overall"] == 1) for own in stories]
 
 

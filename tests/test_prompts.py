@@ -305,7 +305,7 @@ def test_evaluate_writes_a_layout(tmp_path, geneval, random_model):
     arguments = ["--prompts", str(geneval), "--model", random_model, "--rewards", "jpeg_size", "--steps", "2"]
     arguments += ["--layout", "geneval"]
     result = CliRunner().invoke(app, ["evaluate", *arguments])
-    assert "--layout geneval says how images are written; give --out FOLDER" in str(result.exception)
+    assert "--layout geneval sets how images are written; give --out FOLDER" in str(result.exception)
     result = CliRunner().invoke(app, ["evaluate", *arguments, "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
     assert len(list(out.glob("0000[0-3]/samples/000[01].png"))) == 8

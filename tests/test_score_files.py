@@ -249,13 +249,13 @@ def test_prompts_of_the_command_line_that_are_none(command, prompt, pictures, tm
 FULL = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)  # as a full disk: no file grows beyond this
-from mmalign.cli import main
+from mmalign.cli.app import main
 main()
 """
 
 
 def run(*arguments, size: int | None = None, **streams) -> subprocess.CompletedProcess:
-    code = ["-c", FULL, str(size)] if size else ["-c", "from mmalign.cli import main; main()"]
+    code = ["-c", FULL, str(size)] if size else ["-c", "from mmalign.cli.app import main; main()"]
     own = os.environ | {"PYTHONPATH": str(ROOT)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     return subprocess.run([sys.executable, *code, *map(str, arguments)], env=own, text=True, check=False, **streams)

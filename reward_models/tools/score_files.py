@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from reward_models import files, images, limits, overlay as heat, tables
+from reward_models.cache import Cached
+from reward_models.lengths import cut
 from reward_models.scoring import TEXTS, Picture, score_pictures
 from reward_models.types import Prompt, RewardModel
 
+Row = dict[str, Any]
 # whatever a file so named holds, it is a row: scored, or with the reason why not
 PICTURES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif",
@@ -71,6 +74,80 @@ class Choice:
     prompt: str | None
     better: str
     worse: str
+
+
+# ----------------------------------------------------------------------------------------------------------- everything
+
+
+@dataclass(frozen=True)
+class ScoredFiles:
+    """The rows of all images in the order of the source, their `summarise`, and how many were scored now; the others
+    were in the file already."""
+
+    rows: list[Row]
+    summary: dict[str, Any]
+    scored: int
+
+
+def score_files(
+    source: Path,
+    scorers: Mapping[str, RewardModel] | Callable[[], Mapping[str, RewardModel]],
+    out: Path,
+    prompt: str | None = None,
+    batch: int = 64,
+    warn: Callable[[str], None] = lambda line: None,
+    progress: Callable[[Iterable[Row], int], Iterable[Row]] = lambda rows, total: rows,
+) -> ScoredFiles:
+    """Score the images of a folder or table (`read`) into the file `out` (JSONL, CSV or Parquet), and summarise.
+
+    Images that a JSONL file already has scores of are not scored again (`resume`). `prompt` is that of all images that
+    have none. `scorers` by name, or a function that loads them, called when source and `out` have been checked. `warn`
+    takes a line for each thing that is left out or cut. `progress` wraps the rows while they are made and gets their
+    number. ValueError, in one line, for anything that cannot be scored at all; OSError where `out` cannot be written,
+    which then keeps the rows that are complete.
+    """
+    record = _record(out)
+    items, choices = read(source, prompt, out)
+    scorers = scorers() if callable(scorers) else scorers
+    if any(item.prompt is None for item in items) and (readers := needs_prompts(scorers)):
+        raise ValueError(f"{readers[0]} looks at the prompt, and {source} has none for some images; give --prompt TEXT")
+    files.make_folder(out.parent)
+    done, left = resume(record, items, scorers)
+    for line in _warnings(source, items, left, scorers):
+        warn(line)
+    for row in progress(score(left, scorers, batch), len(left)):
+        files.append(record, row)
+        done[row["image"], row["prompt"]] = row
+    rows = [done[item.key] for item in items]
+    if out.suffix.lower() != ".jsonl":
+        write(rows, out)
+        record.unlink()
+    summary = summarise(rows, choices)
+    caches = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, Cached)}
+    if caches:
+        summary["cache"] = {name: {"asked": cache.asked, "hits": cache.hits} for name, cache in caches.items()}
+    return ScoredFiles(rows, summary, len(left))
+
+
+def _record(out: Path) -> Path:
+    """The file that rows are appended to: `out` itself if it is JSONL, else one beside it until all are scored."""
+    if out.suffix.lower() not in OUTPUTS:
+        raise ValueError(f"--out {out}: a name that ends in {', '.join(OUTPUTS)} is needed")
+    if out.suffix.lower() == ".jsonl":
+        return Path(os.path.realpath(out))
+    if os.path.lexists(out):
+        raise ValueError(f"--out {out} is there already; choose another name or remove it")
+    return Path(os.path.realpath(out.with_suffix(".partial.jsonl")))
+
+
+def _warnings(
+    source: Path, items: Sequence[Item], left: Sequence[Item], scorers: Mapping[str, RewardModel]
+) -> Iterator[str]:
+    if others := left_out(source, items):
+        yield f"left out of {source}: {others}"
+    yield from cut(scorers.values(), [item.prompt.text for item in items if item.prompt])
+    if count := animations(left):
+        yield f"{count} of {len(left)} pictures are animated; the first frame is scored"
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
