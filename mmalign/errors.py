@@ -11,35 +11,34 @@ class BadInput(ValueError):
 
 
 class Failed(RuntimeError):
-    """What the world did to a run, such as a full disk: shown as one line, exit code 1."""
+    """An environment failure, such as a full disk: shown as one line, exit code 1."""
 
 
 class Lost(Failed):
-    """A run that ends because of another of its processes, which failed or was waited for in vain: one line, exit
-    code 1."""
+    """A run that ends because another of its processes failed or did not arrive in time: one line, exit code 1."""
 
 
 class Orphaned(Lost):
-    """Lost, and the process that speaks for all with it."""
+    """Lost, together with the process that holds the store."""
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """What the parts refuse while they are being set up is the user's input: a ValueError becomes BadInput."""
+    """Convert ValueErrors raised during setup to BadInput."""
     try:
         yield
     except ValueError as error:
         raise BadInput(" ".join(str(error).split())) from error
 
 
-SHOWN = 3  # prompts of a batch that are named
+SHOWN = 3  # prompts that an error names at most
 
 
 class NonFinite(Failed):
-    """A value that is not finite, and the prompts it is of."""
+    """A non-finite value, and the prompts that caused it."""
 
 
-def of(what: str, prompts: Sequence[Prompt], rows: Iterable[int]) -> NonFinite:
+def non_finite(what: str, prompts: Sequence[Prompt], rows: Iterable[int]) -> NonFinite:
     """The error that names the prompts in these rows."""
     bad = {prompts[i].id: prompts[i].text for i in sorted(set(rows))}
     named = ", ".join(f"{number} {text[:60]!r}" for number, text in [*bad.items()][:SHOWN])

@@ -35,6 +35,7 @@ from mmalign.training.session import Session
 from mmalign.training.setup import open_session, optimizer_of
 from reward_models import files
 from reward_models.lengths import cut
+from reward_models.weights import fingerprint
 
 
 def train(c: Config, resume: bool = False, console: Console | None = None) -> Path:
@@ -66,7 +67,7 @@ def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
         console.print(planner.describe(run.config, run.cost))
         done = restore(run, out, say) if resume else 0
         ranks.assert_equal(
-            [done, checkpoint.fingerprint(run.policy.adapter())], "the iteration and the adapter to start with"
+            [done, fingerprint(run.policy.adapter(), digits=16)], "the iteration and the adapter to start with"
         )
         told = c if ranks.main else c.model_copy(update={"trackers": []})
         with tracking.opened(told, out, done, console) as trackers, folder.failing(out), stopping() as stop:
@@ -206,7 +207,7 @@ def _kept(run: Session, iteration: int) -> dict[str, dict]:
     draws = {
         "order of prompts": [p.id for p in prompts],
         "windows": [planner.window_start(c, iteration, p.id) for p in prompts],
-        "random numbers": checkpoint.fingerprint({"noise": noise}),
+        "random numbers": fingerprint({"noise": noise}, digits=16),
     }
     made = run.origin | {"noise": run.levels, "reference": run.reference} | draws
     return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude={*ANEW}), "made": made}))
@@ -218,7 +219,7 @@ def _machine(run: Session) -> dict[str, int | str]:
 
 def save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
-    adapter_hash = checkpoint.fingerprint(adapter)
+    adapter_hash = fingerprint(adapter, digits=16)
     run.ranks.assert_equal(adapter_hash, f"the adapter after iteration {iteration}")
     optimizer = checkpoint.optimizer_tensors(run.optimizer)  # of which each process may have a part
     if not run.ranks.main:

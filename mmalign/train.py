@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmalign import errors
 from mmalign.data import prompts as prompt_files
-from mmalign.distributed.gather import whole
+from mmalign.distributed.gather import gather
 from mmalign.rewards.judge import stop_if_failing, unscored
 from mmalign.training import finite as guards, metrics as measures, rollout, snapshots as exhibit
 from mmalign.training.advantages import advantages
@@ -25,7 +25,7 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
     """Roll out, judge, credit, learn; with records, learn from those. Returns the row for metrics.jsonl; a few images
     go with their credit to the folder `keep`."""
     c, policy, clock, ranks = run.config, run.policy, run.clock, run.ranks
-    policy.spent.clear()
+    policy.counts.clear()
     run.skips.reasons.clear()
     run.set_rate(iteration)
     try:
@@ -33,11 +33,11 @@ def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str,
     except errors.NonFinite as found:
         run.skips.leave_out(iteration, found)
         lesson, row = None, {"reward": float("nan"), "rewards": 0}
-    forwards = policy.spent["forwards"]
+    forwards = policy.counts["forwards"]
     with clock.of("learn"):
         statistics = learn(run, lesson, iteration) if lesson else {"transitions": 0}
-    spent = {"forwards": forwards, "replay_forwards": policy.spent["forwards"] - forwards}
-    spent["decodes"] = policy.spent["decodes"]
+    spent = {"forwards": forwards, "replay_forwards": policy.counts["forwards"] - forwards}
+    spent["decodes"] = policy.counts["decodes"]
     row = {"iteration": iteration + 1} | row | ranks.all_reduce_sum(spent, "counts") | run.asked()
     row |= {
         "skipped": len(run.skips.reasons),
@@ -57,7 +57,7 @@ def _drawn(run: Session, iteration: int) -> tuple[rollout.Batch, Judgement]:
 def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Lesson, dict[str, int | float]]:
     c, clock = run.config, run.clock
     own, seen = guards.together(run.ranks.all_gather_object, partial(_drawn, run, iteration))
-    paths, judged = whole(run.ranks, own.paths, seen)
+    paths, judged = gather(run.ranks, own.paths, seen)
     stop_if_failing(unscored(paths, judged), len(paths.owner), c.max_failed)
     with clock.of("learn"):
         if c.objective == "grpo":

@@ -198,12 +198,12 @@ class Policy(Protocol):
 
     `encode` gives the conditioning of P texts, of which `velocity` takes one row per latent (`index [M]`).
     `times(steps)` are the model's own. `prompt_effect` is the distance of the velocity from that of the empty prompt.
-    `reference()` switches the adapter off for a while. `spent` counts forwards and decodes. `image_size` is (H, W).
+    `reference()` switches the adapter off for a while. `counts` holds forwards and decodes. `image_size` is (H, W).
     """
 
     latent_shape: tuple[int, int, int]
     image_size: tuple[int, int]
-    spent: Counter[str]
+    counts: Counter[str]
 
     def encode(self, texts: Sequence[str]) -> Any: ...
 

@@ -15,7 +15,7 @@ from typing import Any
 VARIABLE = "MMALIGN_ALLOW"
 
 
-def allow(names: Iterable[str]) -> None:
+def allow_modules(names: Iterable[str]) -> None:
     """Allow modules by top-level name in this process and those it starts. ValueError for anything else."""
     names = list(names)
     for name in names:
@@ -38,7 +38,7 @@ def check(module: str, what: str) -> None:
         )
 
 
-def imported(path: str, what: str, ours: bool = False) -> Any:
+def import_allowed(path: str, what: str, ours: bool = False) -> Any:
     """What an import path `my_module:name` stands for; `what` names its user. ValueError if the module is not allowed
     (unless it is `ours`), cannot be imported or has no such name."""
     module, _, name = path.partition(":")
@@ -52,7 +52,7 @@ def imported(path: str, what: str, ours: bool = False) -> Any:
         raise ValueError(f"{what}: {error}") from error
 
 
-def within(folder: str | Path, name: str) -> Path:
+def inside(folder: str | Path, name: str) -> Path:
     """The file called `name` in `folder`. ValueError if that is outside of it, be it by `..`, a root or a link."""
     path = Path(folder) / name
     try:
@@ -64,10 +64,10 @@ def within(folder: str | Path, name: str) -> Path:
     return path
 
 
-def closed(folder: str | Path) -> None:
+def no_links_out(folder: str | Path) -> None:
     """ValueError if a link in `folder` leads out of it: what is read there would be from, and what is written to,
     elsewhere. `folder` itself may be a link."""
     for where, folders, files in os.walk(folder):
         for name in (*folders, *files):
             if os.path.islink(os.path.join(where, name)):
-                within(folder, os.path.relpath(os.path.join(where, name), folder))
+                inside(folder, os.path.relpath(os.path.join(where, name), folder))

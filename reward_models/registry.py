@@ -5,7 +5,7 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
-from reward_models.allowlist import imported
+from reward_models.allowlist import import_allowed
 from reward_models.files import home
 from reward_models.types import RewardModel
 
@@ -51,7 +51,7 @@ def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardMode
     if name not in SCORERS and ":" not in name:
         near = get_close_matches(name, SCORERS, cutoff=0.4) or SCORERS
         raise ValueError(f"no scorer called {name!r}; near names: {', '.join(near)}; your own is 'my_module:MyScorer'")
-    factory = imported(SCORERS.get(name, name), f"scorer {name!r}", ours=name in SCORERS)
+    factory = import_allowed(SCORERS.get(name, name), f"scorer {name!r}", ours=name in SCORERS)
     try:
         inspect.signature(factory).bind(**settings)
     except TypeError as error:

@@ -39,12 +39,12 @@ class Prompt:
 class Card:
     """What a score means and where it comes from.
 
-    `model`: hub id, or the name of a folder; "none" where there are no weights. `checkpoint`: SHA-256 of the weights
-    that were loaded, "" without any. `low`, `high`: the range of each component, infinite where it has no bound.
-    `higher`: what a higher score is, "better", or "more" for an alarm that is no reward. `compares`: whether scores of
-    different prompts may be compared. `sees_prompt`: whether the text is looked at. `size`: what becomes of the image's
-    size. `groupwise`: the images of one prompt must be shown together. `places`: whether it says where in the image.
-    `settings`: whatever else changes a score.
+    `model`: hub id or folder name, "none" without weights. `checkpoint`: SHA-256 of the loaded weights, "" without any.
+    `low`, `high`: the range of every component, infinite where unbounded. `higher`: what a higher score means:
+    "better", or "more" for a statistic that is not a reward. `comparable_across_prompts`: whether scores of different
+    prompts may be compared. `sees_prompt`: whether the score depends on the text. `size`: how the image is resized.
+    `groupwise`: the images of one prompt must be scored in one call. `has_map`: whether it also scores regions of the
+    image. `settings`: everything else that changes a score.
     """
 
     scorer: str
@@ -53,12 +53,12 @@ class Card:
     low: int | float = -math.inf
     high: int | float = math.inf
     higher: str = "better"
-    compares: bool = False
+    comparable_across_prompts: bool = False
     sees_prompt: bool = True
     size: str = "any size, as it is"
     checkpoint: str = ""
     groupwise: bool = False
-    places: bool = False
+    has_map: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -72,8 +72,8 @@ class Card:
         if any(bounds) and not all(bounds):
             spread = f"at least {bounds[0]}" if bounds[0] else f"at most {bounds[1]}"
         weights = f"{self.model} {self.checkpoint[:12]}".strip() if self.model != "none" else "no weights"
-        scope = "across prompts" if self.compares else "within a prompt"
-        return f"{self.scorer}: {spread}, higher is {self.higher}, compares {scope}; {weights}; {self.licence}"
+        scope = "across prompts" if self.comparable_across_prompts else "within a prompt"
+        return f"{self.scorer}: {spread}, higher is {self.higher}, comparable {scope}; {weights}; {self.licence}"
 
 
 class Infinite(ValueError):

@@ -93,14 +93,16 @@ def tried(look: Callable) -> None:
         raise ValueError("its score of a grey image is not finite")
 
 
-def fingerprint(*models: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and values of all parameters and buffers, whatever file they came from."""
+def fingerprint(*parts: nn.Module | Mapping[str, Tensor], digits: int = 64) -> str:
+    """The first `digits` of the SHA-256, in hexadecimal, over the names, types, shapes and bits of all tensors: the
+    parameters and buffers of a model, or tensors by name, in whatever order and file they are."""
     digest = hashlib.sha256()
-    for model in models:
-        for name, value in sorted(model.state_dict().items()):
+    for part in parts:
+        tensors = part.state_dict() if isinstance(part, nn.Module) else part
+        for name, value in sorted(tensors.items()):
             digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest.hexdigest()[:digits]
 
 
 def linear_chain(

@@ -1,11 +1,11 @@
-"""What an iteration costs beside the bare network.
+"""The cost of an iteration, relative to the bare network.
 
     python scripts/benchmark.py configs/quickstart.yaml
 
 Ratio = wall-clock of one iteration / time of the bare transformer (adapter attached, gradients for the adapter only)
 for the same number of forwards and of forwards with backward, each at its best batch size. 1 would mean that sampling,
-decoding, scoring, credit and the optimiser are free. Everything is measured in one process, in turn, and medians are
-shown.
+decoding, scoring, credit and the optimiser are free. All parts are measured in one process, in turn, and medians are
+printed.
 """
 
 import json
@@ -43,9 +43,9 @@ def bare(policy, cond, size: int, backward: bool, repeats: int) -> float:
             return
         torch.autograd.grad(policy.velocity(x, t, cond, index).float().square().mean(), parameters, allow_unused=True)
 
-    policy.spent.clear()
+    policy.counts.clear()
     run()
-    forwards = policy.spent["forwards"]
+    forwards = policy.counts["forwards"]
     return median_seconds(run, repeats) / forwards
 
 

@@ -1,10 +1,10 @@
-"""Completing all states of a batch of walks together, beside completing each state alone.
+"""Time of completing all states of a batch of trajectories together, against completing each state alone.
 
     python scripts/benchmark_completions.py
 
-24 walks of the embedded model, T = 10, every remaining step. "Together" is what a dense plan adds to the bare walk:
-unlike lengths share forwards, and each completion starts from the velocity its state has. "By step" completes the
-states of one step together, each from a fresh velocity; "alone" does so one state at a time.
+24 trajectories of the embedded model, T = 10, every remaining step. "Together" is what a dense plan adds to the bare
+trajectory: different lengths share forwards, and each completion starts from the velocity its state has. "By step"
+completes the states of one step together, each from a fresh velocity; "alone" does so one state at a time.
 """
 
 import json
@@ -22,43 +22,43 @@ from mmalign.flow.sample import gaussian, sample, seed_of
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main(walks: int = 24, steps: int = 10, repeats: int = 3, batch: int = 128) -> None:
+def main(trajectories: int = 24, steps: int = 10, repeats: int = 3, batch: int = 128) -> None:
     torch.set_flush_denormal(True)
     policies.quiet()
     policy = policies.load(str(ROOT / "assets/tiny_sd3"))
-    cond, index = policy.encode(["a red circle"]), torch.zeros(walks, dtype=torch.long)
+    cond, index = policy.encode(["a red circle"]), torch.zeros(trajectories, dtype=torch.long)
     times, shape = policy.times(steps), policy.latent_shape
-    start = torch.stack([gaussian(shape, i) for i in range(walks)])
+    start = torch.stack([gaussian(shape, i) for i in range(trajectories)])
     bare = plans.sde(times, "ddim", 1.0)
     dense = plans.complete(bare, range(steps))
 
-    def walk(plan, start=start, batch=batch):
+    def integrate(plan, start=start, batch=batch):
         return sample(
             policy.velocity, start, cond, index[: len(start)], plan, lambda *key: gaussian(shape, seed_of(*key)), batch
         )
 
-    states = walk(bare).x
+    states = integrate(bare).x
 
     def apart(size: int):
         for k in range(steps - 1):
             for x in states[:, k].split(size):
-                walk(plans.ode(times[k:]), x)
+                integrate(plans.ode(times[k:]), x)
 
     ways = {
-        "bare": lambda: walk(bare),
-        "dense": lambda: walk(dense),
-        "by step": lambda: apart(walks),
+        "bare": lambda: integrate(bare),
+        "dense": lambda: integrate(dense),
+        "by step": lambda: apart(trajectories),
         "alone": lambda: apart(1),
     }
     seconds, forwards = {}, {}
     for name, way in ways.items():
         taken = []
         for _ in range(repeats):
-            policy.spent.clear()
+            policy.counts.clear()
             began = time.perf_counter()
             way()
             taken.append(time.perf_counter() - began)
-        seconds[name], forwards[name] = statistics.median(taken), policy.spent["forwards"]
+        seconds[name], forwards[name] = statistics.median(taken), policy.counts["forwards"]
     together = seconds["dense"] - seconds["bare"]
     print(
         json.dumps(

@@ -1,16 +1,16 @@
-"""Rollout and training speed at a model's real size with random weights, beside the bare transformer.
+"""Rollout and training speed at a model's real size with random weights, relative to the bare transformer.
 
     python scripts/benchmark_gpu.py                   # Stable Diffusion 3.5 Medium, 512 x 512, T = 10, LoRA 32, bf16
     python scripts/benchmark_gpu.py --attention xformers --attention flash --compiled
 
-Speed does not depend on what weights say, so none are loaded: the architecture is built from its configs, filled at
-random, and given random text embeddings of full length. Without a GPU the embedded model is measured instead, and the
-first line says so. For each attention back end, with and without torch.compile:
+Speed does not depend on the values of weights, so none are loaded: the architecture is built from its configs, filled
+at random, and given random text embeddings of full length. Without a GPU the embedded model is measured instead, and
+the first line reports it. For each attention back end, with and without torch.compile:
 
 - images/s: finished latents per second of rollout (`sample`, every step stochastic, guidance as given), not decoded;
 - s/step: seconds of one optimiser step's replay, forward and backward, of as many transitions;
 - share: the time the bare transformer takes for the same forwards (and backwards), over that of rollout and replay;
-- peak: GiB allocated at most, weights of the transformer alone among them.
+- peak: most GiB allocated at once; of the weights, only the transformer's are included.
 """
 
 import json
@@ -26,7 +26,7 @@ from mmalign.checks import estimate
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.learn.update import surrogate, transitions, update
-from mmalign.policy import meta
+from mmalign.policy import loading, meta
 from mmalign.policy.pipeline import Conditioning
 from mmalign.training.microbatch import Fit
 
@@ -39,7 +39,7 @@ def main(
     steps: Annotated[int, typer.Option(help="T")] = 10,
     guidance: float = 4.5,
     rank: Annotated[int, typer.Option(help="of the LoRA; alpha is twice that")] = 32,
-    images: Annotated[int, typer.Option(help="walks of a rollout")] = 8,
+    images: Annotated[int, typer.Option(help="trajectories of a rollout")] = 8,
     micro: Annotated[int, typer.Option(help="rows of a forward and backward")] = 4,
     repeats: int = 3,
     attention: Annotated[list[str] | None, typer.Option(help="back ends beside the native one")] = None,
@@ -87,11 +87,11 @@ def _texts(policy, count: int) -> Conditioning:
     """Random embeddings of full length, of prompts and of the empty one."""
     if policy.pipe.text_encoder is not None and policy.pipe.text_encoder.device.type != "meta":
         return policy.encode([f"a circle {i}" for i in range(count)])
-    found = {}
-    for name, value in meta.texts(policy, count + 1).items():
+    embeddings = {}
+    for name, value in loading.placeholder_texts(policy, count + 1).items():
         real = torch.ones_like if name == "mask" else torch.randn_like
-        found[name] = real(value, device=policy.device)
-    return Conditioning(*({n: v[part] for n, v in found.items()} for part in (slice(-1), slice(-1, None))))
+        embeddings[name] = real(value, device=policy.device)
+    return Conditioning(*({n: v[part] for n, v in embeddings.items()} for part in (slice(-1), slice(-1, None))))
 
 
 def measure(policy, steps: int, images: int, micro: int, repeats: int) -> dict[str, float]:

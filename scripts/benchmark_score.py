@@ -1,10 +1,10 @@
-"""What `mmalign score` costs beside the bare CLIP model.
+"""The cost of `mmalign score`, relative to the bare CLIP model.
 
     python scripts/benchmark_score.py
 
 Ratio = images per second of the scoring loop (read PNG files, resize, score, make rows) / images per second of the bare
 model's two encoders on the same batches, read and resized beforehand. 1 would mean that everything around the network
-is free. Both are measured in one process, in turn, and medians are shown. The weights are random unless a folder is
+is free. Both are measured in one process, in turn, and medians are printed. The weights are random unless a folder is
 given: they do not change the speed.
 """
 
@@ -81,7 +81,7 @@ def main(
             if device == "cuda":
                 torch.cuda.synchronize()
             times[function.__name__].append(time.perf_counter() - start)
-        seconds = {name: statistics.median(own[1:]) for name, own in times.items()}  # the first of each warms up
+        seconds = {name: statistics.median(runs[1:]) for name, runs in times.items()}  # the first of each warms up
         print(
             json.dumps(
                 {

@@ -3,15 +3,16 @@
     python scripts/build_prompts.py                   # the same files each time
     python scripts/build_prompts.py --out /tmp/try
 
-Three kinds, each with a held-out list of other requests, not just of other words:
+Three kinds, each with a held-out list of different requests, not just different words:
 
-- `geneval`: objects of COCO with counts, colours and places, in the layout of GenEval's metadata and in wording of its
-  own, so that no text is one of the benchmark's. Flow-GRPO's mix of tasks in training (arXiv 2505.05470), all alike in
-  the held-out list; the same objects in the other order count as the same request.
-- `ocr`: a phrase in quotes on something that carries text. No phrase twice.
-- `scenes`: somebody or something, somewhere, for preference scorers. No such pair twice.
+- `geneval`: objects of COCO with counts, colours and positions, in the layout of GenEval's metadata and in wording of
+  its own, so that no text is one of the benchmark's. Flow-GRPO's mix of tasks in training (arXiv 2505.05470), equal
+  shares in the held-out list; the same objects in the other order count as the same request.
+- `ocr`: a phrase in quotes on an object that carries text. No phrase twice.
+- `scenes`: a subject in a scene, for preference scorers. No pair twice.
 
-Small, so that a recipe runs as it is. For results to be compared with others' take the lists those were made with.
+The lists are small, so that a recipe runs without other files. To compare results with published ones, use the lists
+of those publications.
 """
 
 import json
@@ -26,7 +27,7 @@ from reward_models import files
 
 Request = tuple[str, dict[str, Any], Any]  # text, ground truth, and what makes it another request than the others
 
-THINGS = (  # of COCO's 80 classes, those with a plain plural that are no colour
+THINGS = (  # of COCO's 80 classes, those with a regular plural that are not colours
     "airplane", "apple", "backpack", "banana", "baseball bat", "bear", "bed", "bench", "bicycle", "bird", "boat",
     "book", "bottle", "bowl", "bus", "cake", "car", "carrot", "cat", "cell phone", "chair", "clock", "couch", "cow",
     "cup", "dining table", "dog", "donut", "elephant", "fire hydrant", "fork", "frisbee", "giraffe", "hair drier",

@@ -3,9 +3,9 @@
     python scripts/build_tiny_clip.py                      # everything, resumed where it stopped
     python scripts/build_tiny_clip.py --steps 50 --images 2000 --out /tmp/try --work /tmp/work
 
-Three stages: pictures and weights are kept in --work and not made twice, the measurement is quick. The result depends
-on the arguments and the torch build alone, never on when it was interrupted. The folder is one that open_clip reads
-as `local-dir:`; the tokenizer is the one of the tiny Stable Diffusion 3, in which each word is one token.
+Three stages: pictures and weights are cached in --work, the measurement is quick. The result depends
+only on the arguments and the torch build, not on interruptions. open_clip reads the folder as `local-dir:`; the
+tokenizer is the one of the tiny Stable Diffusion 3, in which each word is one token.
 """
 
 import json
@@ -72,7 +72,7 @@ def contrastive(
 ) -> Float[Tensor, ""]:
     """CLIP's symmetric cross-entropy (arXiv 2103.00020) of normalised embeddings.
 
-    `same` marks pairs that say the same thing: off the diagonal they are left out, for they are not wrong.
+    `same` marks pairs with the same meaning: off the diagonal they are left out, because they are not wrong.
     """
     twins = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
     logits = (scale * image @ text.T).masked_fill(twins, -torch.inf)
@@ -117,10 +117,10 @@ def build_clip(
         )
         x = pictures[index].float() / 255
         x = x + 0.06 * torch.rand(batch, 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)
-        said = says[captions[index]]
+        meaning = says[captions[index]]
         x, text = ((x.clamp(0, 1) - MEAN) / STD).to(device), ids[captions[index]].to(device)
         image, text = model.encode_image(x, normalize=True), model.encode_text(text, normalize=True)
-        loss = contrastive(image, text, (said[:, None] == said).to(device), model.logit_scale.exp())
+        loss = contrastive(image, text, (meaning[:, None] == meaning).to(device), model.logit_scale.exp())
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * cooled(step, steps, share=0.6)
         optimizer.zero_grad()
@@ -187,19 +187,19 @@ def _all(include: list[dict], key: str) -> set:
 
 
 def measure(scorer: Clip, held_out: list[Prompt], repeats: int) -> dict[str, tuple[float, float, int]]:
-    """What is wrong with the caption -> (area under the ROC curve, share of pairs in the right order, pairs).
+    """The error of the caption -> (area under the ROC curve, share of pairs in the right order, pairs).
 
-    Every held-out caption is drawn afresh `repeats` times. The wrong captions are another held-out one and each of
-    `changes`; `shapes` confirms that they are wrong, for a picture of "a red circle" also shows "a circle".
+    Every held-out caption is drawn `repeats` times. The wrong captions are another held-out one and each of
+    `changes`; `shapes` confirms that they are wrong, because a picture of "a red circle" also shows "a circle".
     """
     rng = np.random.default_rng([2024, 7])
     pictures, right, wrong = [], [], []
     for prompt in held_out * repeats:
         picture = to_uint8(draw(prompt.wants, rng)).astype(np.float32) / 255
-        (seen,) = look(picture[None])
+        (blobs,) = look(picture[None])
         while True:
             other = held_out[rng.integers(len(held_out))].wants
-            if not judge(Prompt(caption(other), other), seen).strict:
+            if not judge(Prompt(caption(other), other), blobs).strict:
                 break
         pictures.append(picture)
         right.append(prompt)
@@ -207,8 +207,10 @@ def measure(scorer: Clip, held_out: list[Prompt], repeats: int) -> dict[str, tup
     images = torch.from_numpy(np.stack(pictures))
     good = scorer(images, right).values[:, 0]
     figures = {}
-    for kind in sorted({kind for found in wrong for kind in found}, key=lambda k: (k != "another held-out caption", k)):
-        index = [i for i, found in enumerate(wrong) if kind in found]
+    for kind in sorted(
+        {kind for errors in wrong for kind in errors}, key=lambda k: (k != "another held-out caption", k)
+    ):
+        index = [i for i, errors in enumerate(wrong) if kind in errors]
         bad = scorer(images[index], [Prompt(caption(wrong[i][kind]), wrong[i][kind]) for i in index]).values[:, 0]
         mine = good[index]
         area = mannwhitneyu(mine.numpy(), bad.numpy()).statistic / len(index) ** 2
@@ -224,23 +226,23 @@ library_name: open_clip
 # tiny_clip
 
 A CLIP model of the embedded world (`reward_models/shapes_world.py`): coloured shapes and letters on 32x32 pixels. It
-makes `clip`, the learned scorer, run anywhere without a download. {parameters:,} parameters, stored in half precision.
+lets `clip`, the learned scorer, run anywhere without a download. {parameters:,} parameters, stored in half precision.
 
 ## How it was made
 
     {command}
 
 {images:,} pictures drawn by `reward_models.shapes_world` for {training:,} captions; {steps:,} AdamW steps of {batch}
-pairs with CLIP's contrastive loss (arXiv 2103.00020), half of each batch of one kind of caption, pairs that say the
-same thing left out of each other's negatives. {minutes:.1f} minutes on {machine}. Vision: transformer on 8x8 patches,
-4 layers, width 96. Text: transformer, 3 layers, width 64. The result depends on the command and the torch build (here
-{torch}) alone.
+pairs with CLIP's contrastive loss (arXiv 2103.00020), half of each batch of one kind of caption, pairs with the same
+meaning left out of each other's negatives. {minutes:.1f} minutes on {machine}. Vision: transformer on 8x8 patches,
+4 layers, width 96. Text: transformer, 3 layers, width 64. The result depends only on the command and the torch build
+(here {torch}).
 
 ## Figures
 
-{held_out} held-out captions, none of which says what a training caption says, each drawn afresh {repeats} times. Area
-under the ROC curve for the cosine with the right caption against that with a wrong one, pooled over captions, and the
-share of pictures on which the right caption scores higher.
+{held_out} held-out captions, none with the meaning of a training caption, each drawn {repeats} times independently.
+Area under the ROC curve for the cosine with the right caption against that with a wrong one, pooled over captions, and
+the share of pictures on which the right caption scores higher.
 
 | what is wrong with the caption | area under ROC | right order | pairs |
 |---|---|---|---|
@@ -248,10 +250,10 @@ share of pictures on which the right caption scores higher.
 
 ## Limits
 
-It knows the words of `world.py` and nothing else, clean drawings and mild noise on them and nothing else. Cosines are
+It knows only the words of `shapes_world.py`, and only clean drawings and mild noise on them. Cosines are
 not comparable between captions of different kinds; compare pictures of one caption. Where the table is near 0.5 the
 model does not see that attribute: use `shapes` for exact answers. A policy that is trained against it will find its
-blind spots, which is what it is for.
+blind spots, which is its purpose.
 """
 
 

@@ -3,9 +3,9 @@
     python scripts/build_tiny_model.py                       # everything, resumed where it stopped
     python scripts/build_tiny_model.py --steps 200 --images 2000 --vae-steps 100 --out /tmp/try --work /tmp/work
 
-Four stages, each kept in --work and skipped when already there: pictures, VAE, latents, flow. The result depends on the
-arguments and the torch build alone, never on when it was interrupted. All classes are the stock ones of diffusers and
-transformers: what is particular here is the size, the vocabulary and the pictures.
+Four stages, each cached in --work: pictures, VAE, latents, flow. The result depends only on the arguments and the torch
+build, not on interruptions. All classes are the stock ones of diffusers and transformers; only the size, the vocabulary
+and the pictures are particular to this model.
 """
 
 import json
@@ -307,11 +307,11 @@ def build_flow(latents, captions, ids, tokenizer, work, steps, batch, device, co
 
 def balanced(training: list[Prompt]) -> list[Prompt]:
     """Prompts for RL: at most twice as many of each tag as are held out, in the mix that is held out."""
-    kept: list[Prompt] = []
+    selected: list[Prompt] = []
     for tag in TAGS:
-        own = [p for p in training if p.wants["tag"] == tag]
-        kept += [own[i] for i in np.random.default_rng(3).permutation(len(own))[: 2 * HELD_OUT[tag]]]
-    return sorted(kept, key=lambda p: p.id)
+        tagged = [p for p in training if p.wants["tag"] == tag]
+        selected += [tagged[i] for i in np.random.default_rng(3).permutation(len(tagged))[: 2 * HELD_OUT[tag]]]
+    return sorted(selected, key=lambda p: p.id)
 
 
 def write_prompts(out: Path, name: str, prompts: list[Prompt]) -> None:

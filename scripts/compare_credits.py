@@ -1,4 +1,4 @@
-"""Credits against each other on the embedded model, at equal training time on one core.
+"""Compare credits on the embedded model, at equal training time on one core.
 
     for seed in 0 1 2; do for v in terminal guard window dense-1 dense-2 dense "dense-2, window" "dense, fitted" \\
             branch; do
@@ -6,9 +6,9 @@
     done; done
     python scripts/compare_credits.py table
 
-Every run has the quickstart's adapter, rate and kernel; what differs is below. The number of iterations is what fits
-the time, measured on the run's own iterations; evaluations do not count. `table` prints the final scores and the time
-at which each reached the final score of `terminal`, and draws the curves.
+Every run has the quickstart's adapter, rate and kernel; the differences are in the table below. The number of
+iterations is what fits the time, measured on the run's own iterations; evaluations do not count. `table` prints the
+final scores and the time at which each reached the final score of `terminal`, and draws the curves.
 """
 
 import statistics
@@ -73,11 +73,11 @@ def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/c
 def curve(folder: Path) -> dict[str, np.ndarray]:
     """Training seconds, held-out strict, clip and diversity of siblings at each evaluation of one run."""
     metrics = jsonl.rows(folder / "metrics.jsonl")
-    found = jsonl.rows(folder / "evaluations.jsonl")
+    evaluations = jsonl.rows(folder / "evaluations.jsonl")
     spent = np.cumsum([0.0, *(seconds_of(row) for row in metrics)])
-    out = {name: np.array([row[name] for row in found]) for name in SCORES if name in found[0]}
-    out["diversity"] = np.array([row["diversity"] for row in (found[0], found[-1])])
-    out |= {"seconds": spent[[row["iteration"] for row in found]], "iterations": np.array(len(metrics))}
+    out = {name: np.array([row[name] for row in evaluations]) for name in SCORES if name in evaluations[0]}
+    out["diversity"] = np.array([row["diversity"] for row in (evaluations[0], evaluations[-1])])
+    out |= {"seconds": spent[[row["iteration"] for row in evaluations]], "iterations": np.array(len(metrics))}
     work = [row["forwards"] + row["replay_forwards"] for row in metrics]
     return out | {"forwards": np.array(np.mean(work)), "images": np.array(np.mean([row["decodes"] for row in metrics]))}
 
@@ -92,25 +92,25 @@ def report(out: Path, variants: Iterable[str], goal: str, figure: Path) -> None:
     """The table and the curves of the finished runs; `goal` is the variant whose final score the others are timed to
     reach."""
     folders = {v: sorted(folder_of(out, v, "x").parent.glob(folder_of(out, v, "[0-9]").name)) for v in variants}
-    found = {v: [curve(f) for f in own if (f / "images" / "after").is_dir()] for v, own in folders.items()}
-    found = {v: own for v, own in found.items() if own}
-    end = min(c["seconds"][-1] for own in found.values() for c in own)
-    grid = np.linspace(0, end, 101)  # seeds are evaluated at unlike times: linear between evaluations
-    curves = {v: np.array([np.interp(grid, c["seconds"], c["shapes.strict"]) for c in own]) for v, own in found.items()}
+    runs = {v: [curve(f) for f in paths if (f / "images" / "after").is_dir()] for v, paths in folders.items()}
+    runs = {v: finished for v, finished in runs.items() if finished}
+    end = min(c["seconds"][-1] for finished in runs.values() for c in finished)
+    grid = np.linspace(0, end, 101)  # seeds are evaluated at different times: linear between evaluations
+    curves = {v: np.array([np.interp(grid, c["seconds"], c["shapes.strict"]) for c in cs]) for v, cs in runs.items()}
     reached = curves[goal].mean(0)[-1]
-    shown = [name for name in SCORES[1:] if name in next(iter(found.values()))[0]] + ["diversity"]
+    shown = [name for name in SCORES[1:] if name in next(iter(runs.values()))[0]] + ["diversity"]
     headings = ["credit", "iterations", "forwards, images each", "strict (range)", *shown, f"{goal}'s end at"]
     print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
-    for v, own in found.items():
-        last = [float(c["shapes.strict"][-1]) for c in own]
+    for v, finished in runs.items():
+        last = [float(c["shapes.strict"][-1]) for c in finished]
         past = grid[curves[v].mean(0) >= reached]
         when = f"{past[0] / end:.0%}" if len(past) else "not"
-        means = [f"{float(np.mean([c[name][-1] for c in own])):.3f}" for name in shown]
-        iterations = np.mean([c["iterations"] for c in own])
-        cells = [v, f"{iterations:.0f}", f"{own[0]['forwards']:.0f}, {own[0]['images']:.0f}"]
+        means = [f"{float(np.mean([c[name][-1] for c in finished])):.3f}" for name in shown]
+        iterations = np.mean([c["iterations"] for c in finished])
+        cells = [v, f"{iterations:.0f}", f"{finished[0]['forwards']:.0f}, {finished[0]['images']:.0f}"]
         cells += [f"{np.mean(last):.3f} ({min(last):.3f} to {max(last):.3f})", *means, when]
         print(f"| {' | '.join(cells)} |")
-    before = found[goal][0]
+    before = runs[goal][0]
     print("\nbefore: " + ", ".join(f"{name} {before[name][0]:.3f}" for name in ("shapes.strict", *shown)))
     draw(grid, curves, reached, figure)
 

@@ -1,11 +1,11 @@
-"""Ways to learn from places, on two-object and position prompts of the embedded world, at equal training time.
+"""Compare regional credits and objectives on two-object and position prompts, at equal training time.
 
     for seed in 0 1 2; do for v in scalar region focused SRUM R-GDPO; do
         OMP_NUM_THREADS=1 python scripts/compare_regions.py run "$v" $seed
     done; done
     python scripts/compare_regions.py table
 
-All have the quickstart's model, adapter and verifier; the map of the verifier says where. Evaluations do not count.
+All have the quickstart's model, adapter and verifier; the regions are the verifier's map. Evaluations do not count.
 """
 
 import json
@@ -41,8 +41,8 @@ def prompts(out: Path) -> list[str]:
     given = []
     for key, name in (("prompts", "train"), ("held_out", "held_out")):
         lines = files.lines(files.text(locate(f"assets/prompts/{name}.jsonl")))
-        kept = [line for line in lines if json.loads(line)["tag"] in KINDS]
-        files.write(out / f"{name}.jsonl", "\n".join(kept) + "\n")
+        selected = [line for line in lines if json.loads(line)["tag"] in KINDS]
+        files.write(out / f"{name}.jsonl", "\n".join(selected) + "\n")
         given.append(f"{key}={out / name}.jsonl")
     return given
 

@@ -1,4 +1,4 @@
-"""The table of model families and what was seen of them, from a run of the conformance test.
+"""The table of model families and the properties that hold for each, from a run of the conformance test.
 
 python scripts/conformance.py
 """
@@ -29,15 +29,15 @@ def main() -> None:
         command = [sys.executable, "-m", "pytest", "-q", "tests/policy/test_conformance.py", f"--junitxml={report}"]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
         cases = ElementTree.parse(report).iter("testcase")
-    seen: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    passed: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for case in cases:
         named = CASE.fullmatch(case.attrib["name"])
         if named and named[1] in PROPERTIES:
-            seen[named[2]][named[1]].append(len(case) == 0)  # a failure is a child
+            passed[named[2]][named[1]].append(len(case) == 0)  # a failure is a child
     print(f"| family | {' | '.join(PROPERTIES.values())} |")
     print("|---|" + "---|" * len(PROPERTIES))
-    for family, found in seen.items():
-        marks = [f"{sum(found[name])} of {len(found[name])}" if found[name] else "not tried" for name in PROPERTIES]
+    for family, cases in passed.items():
+        marks = [f"{sum(cases[name])} of {len(cases[name])}" if cases[name] else "not tried" for name in PROPERTIES]
         print(f"| {family} | {' | '.join(marks)} |")
 
 

@@ -1,10 +1,10 @@
-"""Provoke each fault in a run of a few thousand random weights, resume the run, and write what came of it as a table.
+"""Provoke each fault in a run of a few thousand random weights, resume the run, and write the outcomes as a table.
 
     OMP_NUM_THREADS=1 python scripts/fault_table.py docs/faults.md
 
-Each run is the command line in a forked process, with the fault planted in it before the fourth of six iterations;
-then it is resumed without. What is compared with a run that was left alone are the bits of adapter, average and
-optimiser and all records but their times.
+Each run is the command line in a forked process, with the fault injected before the fourth of six iterations; then
+it is resumed without the fault. The bits of adapter, average and optimiser, and all records except their times, are
+compared with an uninterrupted run.
 """
 
 import json
@@ -34,6 +34,7 @@ from mmalign.policy.sd3 import SD3Policy
 from mmalign.runs import checkpoint, jsonl
 from reward_models import Scores, files
 from reward_models.scorers import jpeg_size
+from reward_models.weights import fingerprint
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
 from services import Faulty
@@ -50,7 +51,7 @@ Plant = Callable[[], None]  # what is done in the process before it begins
 
 @dataclass(frozen=True)
 class Place:
-    """A folder for one fault, with a config for its run, and what a run that is left alone comes to."""
+    """A folder for one fault, with a config for its run, and the result of an uninterrupted run."""
 
     folder: Path
     settings: dict
@@ -60,7 +61,7 @@ class Place:
         return self.folder / "run"
 
     def mmalign(self, *options: str, plant: Plant | None = None, **changed) -> tuple[int, str]:
-        """The exit code of `mmalign train` and the last line it said."""
+        """The exit code of `mmalign train` and the last line it printed."""
         child = self.begin(*options, plant=plant, **changed)
         return self.ended(child)
 
@@ -73,7 +74,7 @@ class Place:
             return child
         code = 1
         try:
-            for stream, name in ((1, "said"), (2, "errors")):
+            for stream, name in ((1, "output"), (2, "errors")):
                 os.dup2(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), stream)
             output.console = Console(file=sys.stdout)
             if plant:
@@ -90,14 +91,14 @@ class Place:
 
     def ended(self, child: int) -> tuple[int, str]:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said, errors = (files.lines(files.text(self.folder / name)) for name in ("said", "errors"))
+        output, errors = (files.lines(files.text(self.folder / name)) for name in ("output", "errors"))
         refusals = [line for line in errors if line.startswith("mmalign: ")]
-        own = refusals or [line for line in said if line.strip() and code >= 0]
-        line = "".join(own[-1:]).removeprefix("mmalign: ")
+        last = refusals or [line for line in output if line.strip() and code >= 0]
+        line = "".join(last[-1:]).removeprefix("mmalign: ")
         return code, line.replace(str(self.out), "OUT").replace(str(self.folder), "")
 
     def expected(self, **changed) -> dict:
-        """What the run comes to when it is left alone."""
+        """The result of the run without a fault."""
         whole = Place(self.folder / "whole", self.settings)
         whole.folder.mkdir()
         code, line = whole.mmalign(**changed)
@@ -123,7 +124,7 @@ def before(iteration: int, act: Plant, always: bool = False) -> Plant:
 
 
 def spoil(method: str, how: Callable) -> Plant:
-    """From then on the policy's `method` gives `how(what it gave, its arguments)`."""
+    """From then on the policy's `method` returns `how(its result, its arguments)`."""
 
     def act() -> None:
         whole = getattr(SD3Policy, method)
@@ -132,12 +133,12 @@ def spoil(method: str, how: Callable) -> Plant:
     return before(AT, act)
 
 
-def same(found: dict, expected: dict) -> str:
-    different = [name for name in expected if found.get(name) != expected[name]]
+def same(result: dict, expected: dict) -> str:
+    different = [name for name in expected if result.get(name) != expected[name]]
     return f"other {', '.join(different)}" if different else "all equal"
 
 
-Told = tuple[str, str, str]  # how it ended, what was lost, what came of it afterwards
+Cells = tuple[str, str, str]  # end of the run, loss, afterwards
 
 
 def ended(code: int, line: str) -> str:
@@ -146,7 +147,7 @@ def ended(code: int, line: str) -> str:
     return f"exit code {code}" + (f": {line or 'silent'}" if code else "")
 
 
-def resumed(place: Place, plant: Plant, mend: Plant = lambda: None, expected: dict | None = None, **changed) -> Told:
+def resumed(place: Place, plant: Plant, mend: Plant = lambda: None, expected: dict | None = None, **changed) -> Cells:
     """The run with the fault, and resumed without it."""
     expected = expected or place.expected(**changed)
     code, line = place.mmalign(plant=plant, **changed)
@@ -154,14 +155,14 @@ def resumed(place: Place, plant: Plant, mend: Plant = lambda: None, expected: di
     mend()
     if code == 0:
         return ended(code, line), "nothing", "finished: " + same(outcome(place.out), expected)
-    again, said = place.mmalign("--resume", **changed)
+    again, last = place.mmalign("--resume", **changed)
     if again:
-        return ended(code, line), missing, "resumed: " + ended(again, said)
+        return ended(code, line), missing, "resumed: " + ended(again, last)
     return ended(code, line), missing, "resumed: " + same(outcome(place.out), expected)
 
 
 def lost(out: Path) -> str:
-    """What a run that has just ended did since its last checkpoint. After a signal it heeds, that is nothing."""
+    """The work since the last checkpoint of a run that has just ended; after a signal that it handles, nothing."""
     done, saved = len(jsonl.rows(out / "metrics.jsonl")), int(checkpoint.latest(out / "checkpoints").name)
     if done == saved:
         return "nothing"
@@ -177,12 +178,12 @@ def apart(one: Path, other: Path) -> float:
 # ---------------------------------------------------------------------------------------------------------- the faults
 
 
-def service(place: Place, broken: Callable, max_failed: float = 0.2, **remote) -> Told:
-    """A reward service that `broken` speaks for once a file is there."""
+def service(place: Place, broken: Callable, max_failed: float = 0.2, **remote) -> Cells:
+    """A reward service whose replies come from `broken` once a file exists."""
     server, sign = Faulty(), place.folder / "broken"
 
     def answer(sent: dict) -> dict:
-        return server.answer(sent) | {"scores": [{"clip.cosine": len(own) / 1e4} for own in sent["images"]]}
+        return server.answer(sent) | {"scores": [{"clip.cosine": len(image) / 1e4} for image in sent["images"]]}
 
     def well(sent: dict):
         return 200, {}, json.dumps(answer(sent)).encode()
@@ -206,15 +207,15 @@ def one_missing(sent: dict, answer: dict):
     return 200, {}, json.dumps(answer).encode()
 
 
-def one_failed(place: Place) -> Told:
+def one_failed(place: Place) -> Cells:
     """The failed images are counted."""
     how, _, _ = service(place, one_missing, 0.5, batch=100)  # of two held-out images half fail
     metrics = jsonl.rows(place.out / "metrics.jsonl")
     failed, images = sum(row["failed"] for row in metrics), sum(row["rewards"] for row in metrics)
-    return how, f"the opinion on {failed} of {images} images", "finished"
+    return how, f"the scores of {failed} of {images} images", "finished"
 
 
-def full_disk(place: Place) -> Told:
+def full_disk(place: Place) -> Cells:
     def fill() -> None:
         save = checkpoint.save
 
@@ -228,8 +229,8 @@ def full_disk(place: Place) -> Told:
     return resumed(place, before(AT, fill))
 
 
-def unwritable(place: Place) -> Told:
-    """For a user who is not root, whom nothing is read-only to."""
+def unwritable(place: Place) -> Cells:
+    """As a user other than root, for whom no file is read-only."""
     place.out.mkdir()
     place.out.chmod(0o555)
 
@@ -239,33 +240,33 @@ def unwritable(place: Place) -> Told:
 
     code, line = place.mmalign(plant=nobody)
     place.out.chmod(0o755)
-    again, said = place.mmalign()
-    return ended(code, line), "nothing", f"writable again: {ended(again, said)}"
+    again, last = place.mmalign()
+    return ended(code, line), "nothing", f"writable again: {ended(again, last)}"
 
 
-def short_of_memory(rows: int, place: Place) -> Told:
-    """A network that takes at most `rows` while it learns."""
+def short_of_memory(rows: int, place: Place) -> Cells:
+    """A network that takes at most `rows` while it is trained."""
 
     def act() -> None:
         network = SD3Policy.network
 
-        def small(self, x, t, own):
+        def small(self, x, t, cond):
             if torch.is_grad_enabled() and len(x) > rows:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return network(self, x, t, own)
+            return network(self, x, t, cond)
 
         SD3Policy.network = small
 
     expected = place.expected()
-    told = resumed(place, before(AT, act), expected=expected)
+    cells = resumed(place, before(AT, act), expected=expected)
     last = jsonl.rows(place.out / "metrics.jsonl")[-1]
     if "fit/micro_batch" not in last:
-        return told
+        return cells
     off = apart(place.out, place.folder / "whole/run")
-    return told[0], told[1], f"finished with micro_batch {last['fit/micro_batch']}: adapter off by at most {off:.1g}"
+    return *cells[:2], f"finished with micro_batch {last['fit/micro_batch']}: adapter off by at most {off:.1g}"
 
 
-def spoilt_weights(place: Place) -> Told:
+def spoilt_weights(place: Place) -> Cells:
     def plant() -> None:
         iterate = runs.iterate
 
@@ -283,7 +284,7 @@ def of_first_prompt(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.where((index == 0)[:, None, None, None], x * torch.nan, x)
 
 
-def walking(v, x, t, cond, index):
+def sampling(v, x, t, cond, index):
     return v if torch.is_grad_enabled() else of_first_prompt(v, index)
 
 
@@ -291,7 +292,7 @@ def learning(v, x, t, cond, index):
     return of_first_prompt(v, index) if torch.is_grad_enabled() else v
 
 
-def left_out(place: Place) -> Told:
+def left_out(place: Place) -> Cells:
     """One step of six is left out; the adapter is that of the iteration before."""
 
     def plant() -> None:
@@ -306,26 +307,26 @@ def left_out(place: Place) -> Told:
         runs.iterate = planted
 
     code, line = place.mmalign(plant=plant, max_skips=1, checkpoint_every=1, keep_checkpoints=9)
-    kept = [checkpoint.read(place.out / f"checkpoints/{i:06d}")[0] for i in (AT, AT + 1)]
-    one, two = ({kind: checkpoint.fingerprint(own) for kind, own in tensors.items()} for tensors in kept)
+    around = [checkpoint.read(place.out / f"checkpoints/{i:06d}")[0] for i in (AT, AT + 1)]
+    one, two = ({kind: fingerprint(part) for kind, part in tensors.items()} for tensors in around)
     skipped = sum(row["skipped"] for row in jsonl.rows(place.out / "metrics.jsonl"))
     return ended(code, line), f"{skipped} step", f"finished; adapter, average and optimiser around it: {same(one, two)}"
 
 
-def infinite_scores(place: Place) -> Told:
+def infinite_scores(place: Place) -> Cells:
     def act() -> None:
         call = jpeg_size.JpegSize.__call__
 
         def infinite(self, images, prompts):
-            found = call(self, images, prompts)
-            return Scores(found.names, found.values * torch.inf)
+            scores = call(self, images, prompts)
+            return Scores(scores.names, scores.values * torch.inf)
 
         jpeg_size.JpegSize.__call__ = infinite
 
     return resumed(place, before(AT, act))
 
 
-def signalled(number: int, place: Place) -> Told:
+def signalled(number: int, place: Place) -> Cells:
     return resumed(place, before(AT, lambda: os.kill(os.getpid(), number)))
 
 
@@ -358,25 +359,25 @@ class Pair:
         return [side.ended(child) for side, child in zip(sides, begun, strict=True)]
 
 
-def one_of_two(killed: int, place: Place) -> Told:
-    """Without a launcher, which would end the other at once. What is compared is a run of two that was left alone;
+def one_of_two(killed: int, place: Place) -> Cells:
+    """Without a launcher, which would end the other at once. It is compared with an uninterrupted run of two;
     one process adds up in another order."""
     place.settings["patience"] = 5.0
     pair, whole = Pair(place), Pair(Place(place.folder / "whole", place.settings))
     if any(code for code, _ in whole.mmalign()):
         raise RuntimeError("the run without a fault failed")
     how = pair.mmalign(killed=killed)[1 - killed]
-    missing, kept = lost(place.out), shutil.copytree(place.out, place.folder / "kept")
-    code, line = max(pair.mmalign("--resume"), key=lambda own: abs(own[0]))
+    missing, copy = lost(place.out), shutil.copytree(place.out, place.folder / "copy")
+    code, line = max(pair.mmalign("--resume"), key=lambda end: abs(end[0]))
     two = same(outcome(place.out), outcome(whole.out)) if code == 0 else ended(code, line)
     shutil.rmtree(place.out)
-    shutil.copytree(kept, place.out)
+    shutil.copytree(copy, place.out)
     code, line = place.mmalign("--resume")
     one = f"adapter off by at most {apart(place.out, whole.out):.1g}" if code == 0 else ended(code, line)
     return f"the other: {ended(*how)}", missing, f"resumed by two: {two}; by one: {one}"
 
 
-def clock(place: Place) -> Told:
+def clock(place: Place) -> Cells:
     """The wall clock loses an hour whenever it is read."""
 
     def act() -> None:
@@ -391,7 +392,7 @@ def clock(place: Place) -> Told:
     return resumed(place, act)
 
 
-def damaged(how: Callable[[bytes], bytes], places: slice, place: Place) -> Told:
+def damaged(how: Callable[[bytes], bytes], places: slice, place: Place) -> Cells:
     """Checkpoints of a finished run."""
     expected = place.expected()
     place.mmalign()
@@ -408,7 +409,7 @@ def flipped(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
 
-def two_runs(place: Place) -> Told:
+def two_runs(place: Place) -> Cells:
     """The second one starts while the first is in its fourth iteration."""
     expected, sign = place.expected(), place.folder / "second is done"
 
@@ -424,12 +425,12 @@ def two_runs(place: Place) -> Told:
     second.folder.mkdir()
     code, line = second.mmalign(out=str(place.out))
     sign.touch()
-    own, _ = place.ended(first)
+    first_code, _ = place.ended(first)
     line = line.replace(str(place.out), "OUT").replace(str(first), "PID").replace(os.uname().nodename, "HOST")
-    return ended(code, line), "nothing", f"the first: exit code {own}, {same(outcome(place.out), expected)}"
+    return ended(code, line), "nothing", f"the first: exit code {first_code}, {same(outcome(place.out), expected)}"
 
 
-FAULTS: dict[str, Callable[[Place], Told]] = {
+FAULTS: dict[str, Callable[[Place], Cells]] = {
     "reward service gone": partial(service, broken=lambda sent, answer: None),
     "reward service later than its timeout": partial(service, broken=late),
     "reward service answers with garbage": partial(service, broken=lambda *_: (200, {}, b"<html>busy</html>")),
@@ -439,7 +440,7 @@ FAULTS: dict[str, Callable[[Place], Told]] = {
     "no memory for more than 3 rows of learning": partial(short_of_memory, 3),
     "no memory for one row": partial(short_of_memory, 0),
     "NaN in the weights": spoilt_weights,
-    "NaN in latents of one prompt": lambda place: resumed(place, spoil("velocity", walking)),
+    "NaN in latents of one prompt": lambda place: resumed(place, spoil("velocity", sampling)),
     "NaN in decoded images": lambda place: resumed(place, spoil("decode", lambda images, x: images * torch.nan)),
     "infinite scores": infinite_scores,
     "NaN in the loss of one prompt": lambda place: resumed(place, spoil("velocity", learning)),
@@ -458,10 +459,10 @@ HEAD = """# Faults
 
 Made by `OMP_NUM_THREADS=1 python scripts/fault_table.py docs/faults.md`: each fault is provoked in a run of six
 iterations on a random model, before the fourth, with a checkpoint every two; then the run is resumed without it. *All
-equal*: adapter, average and optimiser to the bit, and all records but their times, compared with a run that was left
-alone. OUT is the run's folder.
+equal*: adapter, average and optimiser to the bit, and all records except their times, compared with an uninterrupted
+run. OUT is the run's folder.
 
-| fault | how the run ends | what is lost | and then |
+| fault | end of the run | loss | afterwards |
 |---|---|---|---|
 """
 
@@ -478,8 +479,8 @@ def main(
         root.chmod(0o755)
         torch.manual_seed(0)
         sd3(root / "model")
-        for side, own in (("train", TEXTS[:4]), ("held_out", TEXTS[4:])):
-            files.write(root / f"{side}.txt", "\n".join(own))
+        for side, texts in (("train", TEXTS[:4]), ("held_out", TEXTS[4:])):
+            files.write(root / f"{side}.txt", "\n".join(texts))
         given = {
             "model": str(root / "model"), "prompts": str(root / "train.txt"), "held_out": str(root / "held_out.txt"),
         }  # fmt: skip
@@ -488,11 +489,11 @@ def main(
                 place = Place(root / str(len(lines)), SETTINGS | given)
                 place.folder.mkdir()
                 try:
-                    told = provoke(place)
+                    cells = provoke(place)
                 except Exception:
-                    print(*(files.text(own)[-3000:] for own in place.folder.rglob("errors")), file=sys.stderr)
+                    print(*(files.text(path)[-3000:] for path in place.folder.rglob("errors")), file=sys.stderr)
                     raise
-                lines.append(f"| {fault} | {' | '.join(cell.replace('|', '/') for cell in told)} |")
+                lines.append(f"| {fault} | {' | '.join(cell.replace('|', '/') for cell in cells)} |")
                 print(lines[-1], flush=True)
                 shutil.rmtree(place.folder)
     if not only:

@@ -1,11 +1,11 @@
-"""How much of a batch's gradient is signal, for each credit, on the embedded model before any training.
+"""The share of signal in a batch's gradient, for each credit, on the embedded model before training.
 
     OMP_NUM_THREADS=1 python scripts/gradient_agreement.py
 
 The cosine c between the gradients of independent batches is the share of a gradient's squared length that is signal.
-Averaging n batches raises signal over noise, c / (1 - c), by n: divided by a batch's seconds it says how fast a credit
-gathers signal, whatever its batch size. Variants and their batches are those of compare_credits.py and, with `--also`
-for other layers, of compare_regions.py:
+Averaging n batches raises signal over noise, c / (1 - c), by n: divided by a batch's seconds it is the rate at which a
+credit gathers signal, whatever its batch size. Variants and their batches are those of compare_credits.py and, with
+`--also` for other layers, of compare_regions.py:
 
     python scripts/gradient_agreement.py --only "scalar;region" --also lora_targets=[attn.to_q,attn.to_k,attn.to_v]
 """
@@ -29,11 +29,11 @@ def gradients(overrides: list[str], batches: int) -> tuple[list[torch.Tensor], f
     """The adapter's gradient on each of `batches` disjoint batches, and the mean seconds of one."""
     still = [*overrides, "learning_rate=1e-12", "warmup=0", "cooldown=0", "held_out=null", "watch=[]", "out=runs/none"]
     run = setup.open_session(configs.load("configs/quickstart.yaml", still))
-    found, seconds = [], 0.0
+    flat, seconds = [], 0.0
     for i in range(batches):
         seconds += seconds_of(trainer.iterate(run, i)) / batches
-        found.append(torch.cat([p.grad.flatten() for p in run.policy.parameters()]))
-    return found, seconds
+        flat.append(torch.cat([p.grad.flatten() for p in run.policy.parameters()]))
+    return flat, seconds
 
 
 def main(
@@ -46,8 +46,8 @@ def main(
     print("| credit | seconds a batch | cosine of two batches (s.e.) | signal over noise per minute |")
     print("|---|---|---|---|")
     for name in only.split(";") if only else VARIANTS:
-        found, seconds = gradients([*VARIANTS[name].split(), *also.split()], batches)
-        pairs = torch.tensor([float(torch.cosine_similarity(a, b, dim=0)) for a, b in combinations(found, 2)])
+        flat, seconds = gradients([*VARIANTS[name].split(), *also.split()], batches)
+        pairs = torch.tensor([float(torch.cosine_similarity(a, b, dim=0)) for a, b in combinations(flat, 2)])
         cosine, error = float(pairs.mean()), float(pairs.std() / len(pairs) ** 0.5)
         print(
             f"| {name} | {seconds:.2f} | {cosine:.3f} ({error:.3f}) | {60 * cosine / (1 - cosine) / seconds:.2f} |",

@@ -1,12 +1,12 @@
-"""How well each credit estimates the policy gradient, where the exact one is known.
+"""Bias and noise of each credit's policy gradient, on a flow whose exact gradient is known.
 
     python scripts/gradient_variance.py
 
 A linear-Gaussian flow (`mmalign.policy.gaussian`), a quadratic reward, T = 6, `flow_sde` at a = 0.7, raw advantages.
 Every estimate is the library's own: sample, credit, one replay. Exact gradients come from automatic differentiation
-through the sampler with fixed noise, over many starts: of the reward under the noisy walk (what terminal credit
-estimates), of the reward of one noisy step followed by the ODE, summed over steps (what step-wise and branch credit
-estimate), and of the reward of the plain ODE (what inference uses).
+through the sampler with fixed noise, over many starts: of the reward under the noisy trajectory (the target of
+terminal credit), of the reward of one noisy step followed by the ODE, summed over steps (the target of step-wise and
+branch credit), and of the reward of the plain ODE (used in inference).
 
 Noise is the trace of the covariance of one estimate over the squared length of its mean, times the forwards it took
 (in thousands): the forwards, sampling and replay, after which the noise is as long as the gradient.
@@ -43,7 +43,7 @@ def variants(times: Tensor) -> dict[str, tuple]:
     branch = plans.branch(times, "flow_sde", NOISE, range(STEPS - 1), 8)
     gain = CREDITS["gain"]
     return {
-        "terminal": (sde, CREDITS["terminal"], 16, "walk"),
+        "terminal": (sde, CREDITS["terminal"], 16, "trajectory"),
         "terminal, window of 2": (plans.window(times, "flow_sde", NOISE, 0, 2), CREDITS["terminal"], 16, "window"),
         "gain, n = remaining": (plans.complete(sde, first), gain, 16, "steps"),
         "gain, n = 2": (plans.complete(sde, first, 2), gain, 16, "steps"),
@@ -66,12 +66,12 @@ def estimate(plan, credit, starts: int, seed: int) -> tuple[Tensor, int]:
         replay, epochs=1, minibatches=1, micro_batch=Fit(10**6), max_grad_norm=1e9,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    return -flow.shift.grad.flatten(), flow.spent["forwards"]
+    return -flow.shift.grad.flatten(), flow.counts["forwards"]
 
 
 def exact(what: str, times: Tensor, starts: int = 20_000) -> Tensor:
-    """The exact gradient with respect to the flow's shift: of the "ode", of the noisy "walk" or its "window" of two
-    steps, or of single noisy "steps" from states of the walk or of the ODE "trunk"."""
+    """The exact gradient with respect to the flow's shift: of the "ode", of the noisy "trajectory" or its "window" of
+    two steps, or of single noisy "steps" from states of the trajectory or of the ODE "trunk"."""
     flow, g = GaussianFlow(SHAPE), torch.Generator().manual_seed(1)
     cond, index = flow.encode(["0.0"]), torch.zeros(starts, dtype=torch.long)
     x = torch.randn(starts, *SHAPE, generator=g)
@@ -83,8 +83,8 @@ def exact(what: str, times: Tensor, starts: int = 20_000) -> Tensor:
         mean, std = kernels.flow_sde(x, v, times[k], times[k + 1], NOISE, plans.t_max_of(times))
         return mean + std[:, None, None, None] * torch.randn(x.shape, generator=g)
 
-    if what in ("ode", "walk", "window"):
-        noisy = {"ode": 0, "walk": STEPS - 1, "window": 2}[what]
+    if what in ("ode", "trajectory", "window"):
+        noisy = {"ode": 0, "trajectory": STEPS - 1, "window": 2}[what]
         for k in range(STEPS):
             x = advance(x, k, k < noisy)
         reward(x).mean().backward()
@@ -101,17 +101,17 @@ def exact(what: str, times: Tensor, starts: int = 20_000) -> Tensor:
 
 def measure(plan, credit, starts: int, repeats: int) -> tuple[Tensor, float, int]:
     """Mean of many estimates, the relative variance of one, and its forwards."""
-    found = [estimate(plan, credit, starts, seed) for seed in range(repeats)]
-    gradients = torch.stack([gradient for gradient, _ in found])
+    estimates = [estimate(plan, credit, starts, seed) for seed in range(repeats)]
+    gradients = torch.stack([gradient for gradient, _ in estimates])
     mean = gradients.mean(0)
     noise = gradients.var(0).sum() / repeats
     signal = mean.square().sum() - noise  # the mean's own noise is not signal
-    return mean, float(gradients.var(0).sum() / signal), found[0][1]
+    return mean, float(gradients.var(0).sum() / signal), estimates[0][1]
 
 
 def main(repeats: int = 400) -> None:
     times, cosine = GaussianFlow(SHAPE).times(STEPS), partial(torch.cosine_similarity, dim=0)
-    goals = {what: exact(what, times) for what in ("ode", "walk", "window", "steps", "trunk")}
+    goals = {what: exact(what, times) for what in ("ode", "trajectory", "window", "steps", "trunk")}
     print("| credit | forwards of one estimate | cosine with its exact gradient | with the ODE's | noise |")
     print("|---|---|---|---|---|")
     for name, (plan, credit, starts, what) in variants(times).items():

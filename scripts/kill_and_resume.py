@@ -1,11 +1,11 @@
-"""Kill a run with SIGKILL at random moments, resume it until it is finished, compare with a run that was left alone.
+"""Kill a run with SIGKILL at random moments, resume it until it is finished, compare with an uninterrupted run.
 
     OMP_NUM_THREADS=1 python scripts/kill_and_resume.py configs/quickstart.yaml --kills 50 iterations=12 eval_every=4 \
         checkpoint_every=2 prompts_per_iteration=2 eval_prompts=4 eval_seeds=1
 
-Every second kill waits for a checkpoint that is being written. The children are forked once everything is imported:
-they are processes of their own, and start in a fraction of a second. Exit code 1 where a finished run differs in a
-bit of its adapter, average or optimiser, or in a number of its record that is not a time.
+Every second kill waits for a checkpoint that is being written. The children are forked after all imports: they are
+separate processes, and start in a fraction of a second. Exit code 1 if a finished run differs in a bit of its adapter,
+average or optimiser, or in a number of its record that is not a time.
 """
 
 import math
@@ -28,6 +28,7 @@ from mmalign.config import load as configs
 from mmalign.config.schema import Config
 from mmalign.runs import checkpoint, folder, jsonl
 from reward_models import files
+from reward_models.weights import fingerprint
 
 
 def start(c: Config, log: Path) -> int:
@@ -74,11 +75,7 @@ def outcome(out: Path) -> dict:
         ]
         for name in folder.RECORDS
     }
-    return (
-        {name: checkpoint.fingerprint(own) for name, own in tensors.items()}
-        | {"iteration": state["iteration"]}
-        | timeless
-    )
+    return {name: fingerprint(part) for name, part in tensors.items()} | {"iteration": state["iteration"]} | timeless
 
 
 def main(
@@ -89,30 +86,30 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     policies.quiet()
-    c, rng, seen = configs.load(config, overrides or []), random.Random(seed), Counter()
+    c, rng, counts = configs.load(config, overrides or []), random.Random(seed), Counter()
     with tempfile.TemporaryDirectory() as place:
         out, log, began = Path(place, "cut"), Path(place, "log"), time.monotonic()
         whole = c.model_copy(update={"out": str(Path(place, "whole"))})
         try:
             kill(start(whole, log), math.inf, None, rng)
             seconds, expected = time.monotonic() - began, outcome(Path(whole.out))
-            while seen["kills"] < kills or not seen["runs"]:
-                wanted, child = seen["kills"] < kills, start(c.model_copy(update={"out": str(out)}), log)
-                saves = out / "checkpoints" if wanted and seen["kills"] % 2 else None
+            while counts["kills"] < kills or not counts["runs"]:
+                wanted, child = counts["kills"] < kills, start(c.model_copy(update={"out": str(out)}), log)
+                saves = out / "checkpoints" if wanted and counts["kills"] % 2 else None
                 if kill(child, rng.uniform(0, seconds) if wanted else math.inf, saves, rng):
-                    seen["kills"] += 1
-                    seen["half-written checkpoints left"] += any((out / "checkpoints").glob(".*.partial"))
+                    counts["kills"] += 1
+                    counts["half-written checkpoints left"] += any((out / "checkpoints").glob(".*.partial"))
                     continue
-                found = outcome(out)
-                different = [name for name in expected if found.get(name) != expected[name]]
+                result = outcome(out)
+                different = [name for name in expected if result.get(name) != expected[name]]
                 if different:
-                    raise RuntimeError(f"after {seen['kills']} kills these differ: {', '.join(different)}")
-                seen["runs"] += 1
+                    raise RuntimeError(f"after {counts['kills']} kills these differ: {', '.join(different)}")
+                counts["runs"] += 1
                 shutil.rmtree(out)
         except RuntimeError as error:
             print(files.text(log)[-3000:], error, sep="\n", file=sys.stderr)
             raise typer.Exit(1) from None
-    print(f"{dict(seen)}: all finished runs equal the one left alone, adapter {expected['adapter']}")
+    print(f"{dict(counts)}: all finished runs equal the uninterrupted one, adapter {expected['adapter']}")
 
 
 if __name__ == "__main__":

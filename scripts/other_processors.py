@@ -1,11 +1,11 @@
-"""Run the tests as on other processors: the verdicts must be those of scripts/test.sh.
+"""Run the tests with the arithmetic of other processors: the verdicts must be those of scripts/test.sh.
 
     .venv/bin/python scripts/other_processors.py              # every row of PROCESSORS, about five minutes each
     .venv/bin/python scripts/other_processors.py tests/flow   # arguments go to pytest
 
-Each row says which instruction sets torch's kernels, oneDNN and MKL may use, and how many threads torch has. A test
-that changes its verdict compares what is equal only to rounding, behind a score that jumps (a JPEG's bytes, a strict
-verdict, OCR): give it a smooth reward.
+Each row sets the instruction sets that torch's kernels, oneDNN and MKL may use, and torch's number of threads. A test
+that changes its verdict compares values that are equal only to rounding, after a discontinuous score (a JPEG's bytes, a
+strict verdict, OCR): give it a smooth reward.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Held-out scores of runs against iterations, one line a run.
+"""Plot the held-out scores of runs against iterations, one line a run.
 
 python scripts/plot_curves.py docs/figures/tiny_long.png runs/tiny_long-0 runs/tiny_long-1 runs/tiny_long-2
 """

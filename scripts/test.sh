@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Install what is needed, check style, run the tests. Arguments go to pytest: `scripts/test.sh -m slow` for the long ones.
+# Install the dependencies, check style and types, run the tests. Arguments go to pytest: `-m slow` runs the long tests.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/ty check
 .venv/bin/pytest -n 2 "$@"

@@ -22,7 +22,7 @@ from mmalign.config.schema import component, first_without_weight
 from mmalign.data.judged_images import read as read_records
 from mmalign.errors import BadInput
 from mmalign.policy.sd3 import SD3Policy
-from mmalign.training import session
+from mmalign.training import setup
 from reward_models import load as load_scorer
 from reward_models.combine import Ramp
 
@@ -123,7 +123,7 @@ def answered(tmp_path_factory):
         fixed = {id(part): part for name, part in first.pipe.components.items() if name.startswith(("text", "token"))}
         return type(first)(copy.deepcopy(first.pipe, fixed), guidance, size)
 
-    patch.setattr(session.policies, "load", copied)
+    patch.setattr(setup.policies, "load", copied)
     patch.setenv("MMALIGN_ALLOW", "smooth")
 
     def answer(number: int, settings: dict) -> str:

@@ -127,7 +127,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_broken_one(settings, expecte
 
 def test_killed_at_any_step_of_a_save_one_of_two_checkpoints_is_whole(tmp_path, monkeypatch):
     """SIGKILL before each call that changes the disk: the old one is used, or the new; the next save tidies up."""
-    calls = [(os, "replace"), (os, "fsync"), (os, "mkdir"), (shutil, "rmtree"), (disk, "put")]
+    calls = [(os, "replace"), (os, "fsync"), (os, "mkdir"), (shutil, "rmtree"), (checkpoint.files, "put")]
     used = set()
     for number in range(100):
         place = tmp_path / str(number) / "checkpoints"

@@ -134,7 +134,7 @@ DAMAGE = {  # what is done to which file, and what the page says of it; {n}: its
     "no config": [
         ("config.yaml", written, ["{"], "config.yaml: not YAML"),
         ("config.yaml", written, [BINARY], "config.yaml: not YAML"),
-        ("config.yaml", written, ["itterations: 2"], "config.yaml: unknown key &#x27;itterations&#x27;"),
+        ("config.yaml", written, ["itterations: 2"], "config.yaml: unknown key &#39;itterations&#39;"),
     ],
 }  # fmt: skip
 CASES = [pytest.param(*case, id=f"{case[0]}: {kind}") for kind, own in DAMAGE.items() for case in own]
@@ -177,7 +177,7 @@ def test_a_served_page_stays_while_files_are_written(folder, monkeypatch):
         path.write_bytes(data)
     assert client.get("/main").text == whole
     shutil.rmtree(folder)
-    assert client.get("/state").json()["said"] == "config.yaml: No such file or directory; iteration 0"
+    assert client.get("/state").json()["message"] == "config.yaml: No such file or directory; iteration 0"
     assert "config.yaml: No such file or directory" in client.get("/main").text
 
 

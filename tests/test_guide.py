@@ -55,9 +55,9 @@ def test_of_a_real_model_the_velocity_outside_is_the_bases_to_the_bit(random_mod
         own = policy.velocity(x, t, cond, index)
         with policy.reference():
             base = policy.velocity(x, t, cond, index)
-        policy.spent.clear()
+        policy.counts.clear()
         found = regional_guidance(policy, mask, 1.5)(x, t, cond, index)
-        assert policy.spent["forwards"] == (4 if guidance == 1 else 8)
+        assert policy.counts["forwards"] == (4 if guidance == 1 else 8)
         assert torch.equal(regional_guidance(policy, torch.ones(h, w), 0.0)(x, t, cond, index), base)
         assert torch.equal(regional_guidance(policy, torch.ones(h, w), 1.0)(x, t, cond, index), own)
     assert not torch.allclose(own, base, atol=1e-3)

@@ -1,4 +1,4 @@
-"""A run's page while the run goes on: what it says at each stage, and that it shows that folder and nothing else."""
+"""The served page of a run: its state at each stage, and that it serves the run's folder and nothing else."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ ROW |= {"seconds/rollout": 0.5, "seconds/learn": 0.25, "seconds/total": 1.0}
 
 @pytest.fixture
 def begun(tmp_path):
-    """The folder of a run of three iterations that has written its config."""
+    """The folder of a run of three iterations that has written only its config."""
     (tmp_path / "outside.txt").write_text("somebody else's")
     folder = tmp_path / "a run"
     folder.mkdir()
@@ -56,57 +56,57 @@ def test_the_page_follows_the_run(begun):
     shell = client.get("/").text
     assert "<h1>a run</h1>" in shell
     assert "fetch('state'" in shell
-    seen = [client.get("/state").json()]
-    assert (seen[0]["iterations"], seen[0]["status"]) == (0, "begun")
-    assert "No iteration yet" in client.get("/main").text
+    states = [client.get("/state").json()]
+    assert (states[0]["iterations"], states[0]["status"]) == (0, "begun")
+    assert "No iterations yet" in client.get("/main").text
 
     evaluated(begun, "before", 0)
     main = client.get("/main").text
-    assert "Held-out prompts after 0 iterations" in main
+    assert "Held-out prompts at iteration 0" in main
     (image,) = [part.split('"')[0] for part in main.split('src="')[1:]]
     assert client.get(image).content == (begun / "images" / "before.png").read_bytes()
-    seen.append(client.get("/state").json())
+    states.append(client.get("/state").json())
 
     append(begun / "metrics.jsonl", {"iteration": 1} | ROW)
-    seen.append(client.get("/state").json())
-    assert (seen[2]["iterations"], seen[2]["status"]) == (1, "running")
-    assert seen[2]["said"].startswith("iteration 1 of 3, reward 0.250; last written 0 s ago")
+    states.append(client.get("/state").json())
+    assert (states[2]["iterations"], states[2]["status"]) == (1, "running")
+    assert states[2]["message"].startswith("iteration 1 of 3, reward 0.250; last written 0 s ago")
     one = client.get("/main").text
-    assert "Every number of iteration 1" in one
+    assert "All metrics of iteration 1" in one
     assert "<svg" in one
     assert client.get("/main").text == one
 
     with (begun / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 2, "rew')
     assert client.get("/state").json()["iterations"] == 1
-    assert "Every number of iteration 1" in client.get("/main").text
+    assert "All metrics of iteration 1" in client.get("/main").text
     with (begun / "metrics.jsonl").open("a") as file:
         file.write('ard": 0.5, ' + json.dumps(ROW | {"reward": 0.5})[1:] + "\n")
     evaluated(begun, None, 2)
-    seen.append(client.get("/state").json())
+    states.append(client.get("/state").json())
     main = client.get("/main").text
-    assert "Every number of iteration 2" in main
-    assert "Held-out prompts after 2 iterations" in main
+    assert "All metrics of iteration 2" in main
+    assert "Held-out prompts at iteration 2" in main
     assert "000002.png" in main
 
     append(begun / "metrics.jsonl", {"iteration": 3} | ROW)
     assert client.get("/state").json()["status"] == "running"  # the evaluation after is still to come
     evaluated(begun, "after", 3)
-    seen.append(client.get("/state").json())
-    assert (seen[-1]["status"], seen[-1]["said"]) == ("finished", "finished: 3 iterations")
-    assert len({own["version"] for own in seen}) == len(seen)
+    states.append(client.get("/state").json())
+    assert (states[-1]["status"], states[-1]["message"]) == ("finished", "finished: 3 iterations")
+    assert len({state["version"] for state in states}) == len(states)
 
 
-def test_a_run_that_went_quiet_is_said_to_have(begun):
+def test_a_run_that_went_quiet_is_stale(begun):
     append(begun / "metrics.jsonl", {"iteration": 1} | ROW | {"seconds/total": 100})
     written = (begun / "metrics.jsonl").stat().st_mtime
     assert live.state(begun, written + 199).status == "running"  # two iterations as long as the longest
     quiet = live.state(begun, written + 201)
     assert (quiet.status, quiet.quiet) == ("stale", pytest.approx(201))
-    assert "no longer being written" in quiet.said
-    assert "last written 201 s ago" in quiet.said
+    assert "stopped, or slower than ever before" in quiet.message
+    assert "last written 201 s ago" in quiet.message
     os.utime(begun / "metrics.jsonl", (0, 0))
-    assert page_of(begun).get("/state").json()["status"] == "running"  # its config was written just now
+    assert page_of(begun).get("/state").json()["status"] == "running"  # the config was written just now
     os.utime(begun / "config.yaml", (0, 0))
     assert page_of(begun).get("/state").json()["status"] == "stale"
 
@@ -116,7 +116,7 @@ def test_a_run_that_went_quiet_is_said_to_have(begun):
     ["/files/../outside.txt", "/files/%2e%2e/outside.txt", "/files/..%2foutside.txt", "/outside.txt", "/files/link",
      "/files//etc/passwd", "/files/", "/docs", "/openapi.json"],
 )  # fmt: skip
-def test_nothing_but_the_run(begun, path):
+def test_only_the_files_of_the_run_are_served(begun, path):
     (begun / "link").symlink_to(begun.parent / "outside.txt")
     client = page_of(begun)
     assert client.get("/files/config.yaml").text == (begun / "config.yaml").read_text()
@@ -126,13 +126,13 @@ def test_nothing_but_the_run(begun, path):
     assert client.post("/main").status_code == 405
 
 
-def test_only_this_machine_by_its_own_names(begun):
+def test_only_loopback_names_are_answered(begun):
     assert page_of(begun).get("/state", headers={"Host": "elsewhere.example"}).status_code == 400
     assert page_of(begun).get("/state", headers={"Host": "localhost:8001"}).status_code == 200
 
 
 def test_the_page_of_a_finished_run_is_its_report(begun):
-    """The same text, but for where its pictures are."""
+    """The same text except for the addresses of the images."""
     for name, iteration in (("before", 0), ("after", 3)):
         evaluated(begun, name, iteration)
         (begun / "images" / name).mkdir()
@@ -150,18 +150,18 @@ def test_the_page_of_a_finished_run_is_its_report(begun):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_serves_until_it_is_told_to_stop(begun, number, monkeypatch):
+def test_the_command_serves_until_a_signal(begun, number, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    seen, over = [], threading.Event()
+    answers, over = [], threading.Event()
 
     def visit() -> None:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=None) as client:  # it keeps its connection
-            while not seen and not over.wait(0.02):
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=None) as client:  # the connection stays open
+            while not answers and not over.wait(0.02):
                 with contextlib.suppress(httpx.ConnectError):
-                    seen.append(client.get("/state").json()["status"])
-            if seen:
+                    answers.append(client.get("/state").json()["status"])
+            if answers:
                 os.kill(os.getpid(), number)
 
     visitor = threading.Thread(target=visit)
@@ -174,12 +174,12 @@ def test_the_command_serves_until_it_is_told_to_stop(begun, number, monkeypatch)
         over.set()
         visitor.join()
     assert end.value.code == 0
-    assert seen == ["begun"]
+    assert answers == ["begun"]
     assert not (begun / "report.html").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "lacking", "says"),
+    ("arguments", "module", "message"),
     [
         (["elsewhere", "--serve"], None, "elsewhere: no run there (config.yaml is missing)"),
         (["a run", "--port", "0"], None, "--port acts only with --serve"),
@@ -187,20 +187,20 @@ def test_the_command_serves_until_it_is_told_to_stop(begun, number, monkeypatch)
         (["a run", "--serve"], "uvicorn", "needs uvicorn: pip install 'mmalign[serve]'"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_one_line(begun, arguments, lacking, says, monkeypatch, capsys):
+def test_a_page_that_cannot_be_served_is_refused_in_one_line(begun, arguments, module, message, monkeypatch, capsys):
     monkeypatch.chdir(begun.parent)
     monkeypatch.setattr(sys, "argv", ["mmalign", "report", *arguments])
-    if lacking:
-        monkeypatch.setitem(sys.modules, lacking, None)
+    if module:
+        monkeypatch.setitem(sys.modules, module, None)
         monkeypatch.delattr("mmalign.reporting.live")
         for name in ("mmalign.reporting.live", "reward_models.service.server"):
             monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert says in said
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert message in errors
 
 
 @pytest.mark.parametrize(
@@ -216,17 +216,17 @@ def test_a_row_that_cannot_be_drawn_is_left_out_of_the_page(begun, wrong):
     page = report.write(begun).read_text()
     assert "metrics.jsonl: line 2: " in page
     assert "; left out" in page
-    assert "Every number of iteration 1" in page
+    assert "All metrics of iteration 1" in page
 
 
 @pytest.mark.parametrize("host", ["nope.invalid", "256.1.1.1", "a b", "192.0.2.1", "a" * 100])
-def test_a_host_that_is_none_is_one_line(begun, host):
+def test_an_invalid_host_is_refused_in_one_line(begun, host):
     ended = mmalign("report", begun, "--serve", "--host", host)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert f"--host {host!r} --port 8001: " in ended.stderr
 
 
-def test_a_port_that_is_taken_is_one_line(begun):
+def test_a_port_in_use_is_refused_in_one_line(begun):
     with socket.create_server(("127.0.0.1", 0)) as other:
         ended = mmalign("report", begun, "--serve", "--port", other.getsockname()[1])
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)

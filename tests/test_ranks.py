@@ -179,9 +179,9 @@ def test_a_killed_process_is_missed_and_named(two):
     how, seconds = ended[1 - dead]["killing"]
     if dead == 1:
         assert how.startswith("Lost: waited 8 s for ")
-        assert "in vain for rank 1 (last at " in how
+        assert "missing: rank 1 (last at " in how
     else:
-        assert how.startswith("Lost: the process that keeps the board is gone")
+        assert how.startswith("Lost: the process that holds the store is gone")
     assert seconds < 60
 
 

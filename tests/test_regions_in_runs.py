@@ -160,7 +160,7 @@ def test_a_few_images_are_kept_with_their_credit(settings):
     assert page.count(">credit of step ") == page.count("credit of step 0<") + page.count("credit of step 1<") == 6
     judged = json.loads((out / "images" / "after" / "scores.jsonl").read_text().splitlines()[0])["places"]
     assert judged["careless:Careless"]["map"][0][0] == -1
-    assert "show where it was judged" in page
+    assert "show regions judged right" in page
     run(settings | CARELESS, resume=True)
     assert len(rows(out / "credit.jsonl")) == len(kept)
 

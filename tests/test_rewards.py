@@ -230,7 +230,7 @@ from reward_models import Card, Scores
 
 
 class Places:
-    names, card = ("mean",), Card("places", places=True)
+    names, card = ("mean",), Card("places", has_map=True)
 
     def __call__(self, images, prompts):
         light = 2 * images.mean(1) - 1

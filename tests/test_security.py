@@ -18,6 +18,7 @@ from PIL import Image
 
 from mmalign import errors, policy as policies, run as runs
 from mmalign.config import load as configs
+from mmalign.refine import page as refine_page
 from mmalign.reporting import report
 from reward_models import Prompt, allowlist as trust, load
 from reward_models.tools import gallery
@@ -151,12 +152,12 @@ def test_a_run_cannot_allow_itself(settings, monkeypatch):
 
 def test_what_may_be_allowed(monkeypatch):
     monkeypatch.setenv("MMALIGN_ALLOW", " one,,two ")
-    trust.allow(["three", "one"])
+    trust.allow_modules(["three", "one"])
     assert trust.allowed() == ["one", "two", "three"]
     trust.check("two.deeper", "x")
     for name in ("a.b", "a:b", "", "one,four", "../x"):
         with pytest.raises(ValueError, match="the top-level name of a module is needed"):
-            trust.allow([name])
+            trust.allow_modules([name])
     for module in ("tw", "two_more", ".two", ""):
         with pytest.raises(ValueError, match="not allowed"):
             trust.check(module, "x")
@@ -357,6 +358,26 @@ def test_a_gallery_shows_words_and_runs_none(tmp_path):
         gallery.write([row], summary, tmp_path, tmp_path / f"{name}.html")
         pages.append((tmp_path / f"{name}.html").read_text())
     assert Tags(pages[0]).found == Tags(pages[1]).found
+
+
+def test_a_page_of_refinements_shows_words_and_runs_none(tmp_path):
+    found = []
+    for name, words in (("tame", "tame"), ("wild", HOSTILE)):
+        places = {"size": [8, 8], "map": None, "boxes": []}
+        places["boxes"] = [{"box": [0, 0, 4, 4], "credit": 1.0, "label": words, "reason": words}]
+        entry = {
+            "image": words,
+            "moves": [words],
+            "attempt": {"request": words + "."},
+            "scores": {words: 1.0, "b": 0.5},
+        }
+        entry |= {"critique": words, "failure": words, "places": places}
+        row = {"prompt": words, "rounds": [entry, entry], "best": 1, "stopped": words, "forwards": 4}
+        summary = dict.fromkeys(("prompts", "images", "forwards", "gained"), 1)
+        summary |= {"first": 0.5, "best": 1.0, "stopped": {words: 1}}
+        refine_page.write([row], summary, words, tmp_path, tmp_path / f"{name}.html")
+        found.append(Tags((tmp_path / f"{name}.html").read_text()).found)
+    assert found[0] == found[1]
 
 
 def test_a_message_is_one_line_whatever_is_in_it(tmp_path):

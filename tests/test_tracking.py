@@ -16,13 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mmalign import run as runs, train
 from mmalign.config import load as configs, yaml12
 from mmalign.errors import BadInput
-from mmalign.evaluation import evaluate
+from mmalign.evaluation import evaluate, layouts
 from mmalign.policy.pipeline import PipelinePolicy
 from mmalign.reporting import trackers as tracking
 from mmalign.runs import checkpoint
-from mmalign.training import learning as lessons, rollout, session, snapshots as exhibit
+from mmalign.training import learning as lessons, rollout, setup, snapshots as exhibit
 from mmalign.training.clock import Clock
-from reward_models import load, overlay as heat
+from reward_models import files, load, overlay as heat
 
 
 def events(out) -> EventAccumulator:
@@ -107,7 +107,7 @@ def test_a_tracker_that_fails_is_said_once_and_costs_nothing(settings, monkeypat
     out = runs.train(configs.build(settings, "test"), console=Console(file=said, width=200))
     assert broken.steps == [0, 1]
     assert [row["iteration"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert said.getvalue().count("broken failed and gets no more: OSError: the network is down") == 1
+    assert said.getvalue().count("broken failed and is disabled: OSError: the network is down") == 1
 
 
 def test_a_tracker_that_does_not_begin_is_bad_input_and_leaves_no_run(settings, monkeypatch, tmp_path):
@@ -115,7 +115,7 @@ def test_a_tracker_that_does_not_begin_is_bad_input_and_leaves_no_run(settings, 
         raise RuntimeError("no key")
 
     monkeypatch.setattr(tracking, "Accelerator", lambda **_: SimpleNamespace(init_trackers=init_trackers))
-    with pytest.raises(BadInput, match="trackers: tensorboard did not begin: RuntimeError: no key"):
+    with pytest.raises(BadInput, match="trackers: tensorboard did not start: RuntimeError: no key"):
         run(settings, trackers=["tensorboard"])
     assert not (tmp_path / "run" / "config.yaml").exists()
 
@@ -152,14 +152,14 @@ def test_the_parts_of_an_iteration_are_all_its_time(settings, monkeypatch):
     hands, scorer = Hands(), type(load("jpeg_size"))
     slow = {
         (rollout, "walk"): 2, (train, "of_walks"): 3, (lessons, "update"): 5, (exhibit, "write"): 7,
-        (evaluate, "generate"): 100, (evaluate, "contact_sheet"): 11, (evaluate, "write"): 13,
-        (checkpoint, "save"): 17, (disk, "append"): 1, (scorer, "__call__"): 23,
+        (evaluate, "generate"): 100, (evaluate, "contact_sheet"): 11, (layouts, "write"): 13,
+        (checkpoint, "save"): 17, (files, "append"): 1, (scorer, "__call__"): 23,
         (PipelinePolicy, "decode"): 19, (tracking.Trackers, "log"): 29,
     }  # fmt: skip
     for (place, name), seconds in slow.items():
         monkeypatch.setattr(place, name, hands.slow(getattr(place, name), seconds))
 
-    monkeypatch.setattr(session, "Clock", lambda: Clock(hands))
+    monkeypatch.setattr(setup, "Clock", lambda: Clock(hands))
     metrics = rows(run(settings, checkpoint_every=3) / "metrics.jsonl")
     parts = [{k.removeprefix("seconds/"): v for k, v in row.items() if k.startswith("seconds/")} for row in metrics]
     wrote = 1 + 29  # a row, and the same to trackers

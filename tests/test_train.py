@@ -13,6 +13,7 @@ from mmalign.evaluation import evaluate
 from mmalign.reporting import report
 from mmalign.runs import checkpoint
 from mmalign.training import noise_calibration as calibrate, setup
+from reward_models.weights import fingerprint
 
 
 def adapter(out):
@@ -110,7 +111,7 @@ def test_the_record_of_a_dense_run(settings, capsys):
             assert all(f"{name}/{k}" in row for k in range(3))
             assert f"{name}/3" not in row
     page = report.write(out).read_text()
-    assert "<h2>Step by step</h2>" in page
+    assert "<h2>Metrics by step</h2>" in page
     assert "<th>gain std</th>" in page
 
 
@@ -224,8 +225,8 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
 
 def test_fingerprints_tell_bits_apart():
     one = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(1)}
-    assert checkpoint.fingerprint(one) == checkpoint.fingerprint(dict(reversed(one.items())))
-    assert checkpoint.fingerprint(one) != checkpoint.fingerprint(one | {"a": torch.tensor([1.0, 2.0000002])})
+    assert fingerprint(one) == fingerprint(dict(reversed(one.items())))
+    assert fingerprint(one) != fingerprint(one | {"a": torch.tensor([1.0, 2.0000002])})
 
 
 def test_prompt_order_is_a_function_of_the_iteration(prompt_files):

@@ -55,7 +55,7 @@ from mmalign.training.setup import open_session
 from mmalign.types import Judgement, Trajectories, Transitions
 from reward_models import Prompt
 from reward_models.tools import examine as health
-from reward_models.tools.examine import Finding
+from reward_models.tools.examine import Check
 
 BOUND = 0.1  # of the clip range: what replay may be off by in log-density
 STOCK = {"float32": 1e-3, "bfloat16": 0.1}  # of the difference between images: what ODE sampling may be off by
@@ -83,7 +83,7 @@ class Bench:
         return replace(batch, advantage=signs)
 
 
-def examine(c: Config) -> Iterator[Finding]:
+def examine(c: Config) -> Iterator[Check]:
     """The findings, as they come. Raises BadInput for what keeps the config from being opened at all."""
     with tempfile.TemporaryDirectory() as folder:
         run = open_session(small(c, Path(folder)))
@@ -91,7 +91,7 @@ def examine(c: Config) -> Iterator[Finding]:
         for check in (untouched, stock, prompted):
             yield from check(run, own)
         if c.records:
-            yield Finding("rollout", None, "records are learnt from; nothing is sampled")
+            yield Check("rollout", None, "records are learnt from; nothing is sampled")
         else:
             disturb(run)
             yield from _of_rollout(run)
@@ -114,7 +114,7 @@ def disturb(run: Session) -> None:
             p.add_(MOVED * torch.randn(p.shape, generator=generator).to(p))
 
 
-def _of_rollout(run: Session) -> Iterator[Finding]:
+def _of_rollout(run: Session) -> Iterator[Check]:
     c = run.config
     prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, 0, c.seed)
     batch = rollout.roll_out(run, prompts, run.levels, 0)
@@ -136,30 +136,30 @@ def _velocity(run: Session, texts: list[str]) -> Tensor:
         return run.policy.velocity(start, t, cond, torch.arange(count, device=run.policy.device))
 
 
-def untouched(run: Session, own: list[Prompt]) -> Iterator[Finding]:
+def untouched(run: Session, own: list[Prompt]) -> Iterator[Check]:
     texts = [p.text for p in own]
     on = _velocity(run, texts)
     with run.policy.reference():
         off = _velocity(run, texts)
     worst = float((on - off).abs().max())
-    yield Finding(
+    yield Check(
         "untouched", worst == 0, f"largest change of the velocity {worst:.3g}",
         "the adapter must begin as nothing; is another one still on, or dropout?",
     )  # fmt: skip
 
 
-def stock(run: Session, own: list[Prompt]) -> Iterator[Finding]:
+def stock(run: Session, own: list[Prompt]) -> Iterator[Check]:
     """Times and images against the stock pipeline."""
     policy, c = run.policy, run.config
     if not hasattr(policy, "stock_images"):
-        yield Finding("ODE", None, "the policy has no stock pipeline to compare with")
+        yield Check("ODE", None, "the policy has no stock pipeline to compare with")
         return
     texts, numbers = [p.text for p in own[:2]], [0, 1]
     theirs = policy.stock_images(texts, numbers, c.steps)
     walked = policy.pipe.scheduler.sigmas.float().cpu()
     times = run.times
     off = float((times.double() - walked.double()).abs().max()) if len(times) == len(walked) else float("inf")
-    yield Finding(
+    yield Check(
         "times", times.dtype == torch.float32 and off < 1e-6, f"{times.dtype}, off by {off:.3g}".replace("torch.", ""),
         "the schedule is not the pipeline's: shift, size or number type differ",
     )  # fmt: skip
@@ -168,7 +168,7 @@ def stock(run: Session, own: list[Prompt]) -> Iterator[Finding]:
     ours = policy.decode(torch.cat(ends)).cpu()
     apart = float(_rms(theirs[0] - theirs[1]))
     share = float(_rms(ours - theirs)) / max(apart, 1e-9)
-    yield Finding(
+    yield Check(
         "ODE", share <= STOCK[c.precision],
         f"off the stock pipeline's images by {share:.2g} of what two images differ by",
         "sampling is not the pipeline's: look at guidance, negatives, shift, packing and the autoencoder's scaling",
@@ -179,13 +179,13 @@ def _rms(difference: Tensor) -> Tensor:
     return difference.square().mean().sqrt()
 
 
-def prompted(run: Session, own: list[Prompt]) -> Iterator[Finding]:
+def prompted(run: Session, own: list[Prompt]) -> Iterator[Check]:
     policy = run.policy
     start, _ = generate.initial_noise(policy, [[0]])
     index, texts = torch.arange(2, device=policy.device), [p.text for p in own[:2]]
     two = sample(policy.velocity, start.repeat(2, 1, 1, 1), policy.encode(texts), index, plans.ode(run.times)).ends
     share = float(_rms(two[0] - two[1]) / _rms(two))
-    yield Finding(
+    yield Check(
         "prompts", share > 1e-3, f"two prompts from one noise differ by {share:.2g} of the latent",
         "the text does not reach the network",
     )  # fmt: skip
@@ -194,7 +194,7 @@ def prompted(run: Session, own: list[Prompt]) -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------------------------------- rollout
 
 
-def seeds(bench: Bench) -> Iterator[Finding]:
+def seeds(bench: Bench) -> Iterator[Check]:
     """Of every pair of states at one step: the same number, the same state; another number, another state."""
     paths, twins = bench.paths, 0
     starts = paths.x[:, 0].flatten(1)
@@ -203,19 +203,19 @@ def seeds(bench: Bench) -> Iterator[Finding]:
     for k in range(1, paths.x.shape[1]):
         twins += len(paths.node[:, k].unique()) - len(paths.x[:, k].flatten(1).unique(dim=0))
     count = len(paths.node[:, -1].unique())
-    yield Finding(
+    yield Check(
         "seeds", twins == 0, f"{count} images from {len(begun)} noises, {twins} states that should differ do not",
         "siblings share their noise: seeds must depend on prompt, member and step",
     )  # fmt: skip
 
 
-def zero_noise(bench: Bench) -> Iterator[Finding]:
+def zero_noise(bench: Bench) -> Iterator[Check]:
     b, c = bench.walks, bench.run.config
     with torch.no_grad():
         v = bench.run.policy.velocity(b.x, b.t, bench.cond, b.index)
     still, std = kernels.step(c.kernel, b.x, v, b.t, b.s, torch.zeros_like(b.noise), bench.paths.t_max)
     off = float((still - kernels.ode(b.x, v, b.t, b.s)[0]).abs().max()) + float(std.abs().max())
-    yield Finding("zero noise", off == 0, f"off the ODE's step by {off:.3g}", "the kernel's mean is not the ODE's")
+    yield Check("zero noise", off == 0, f"off the ODE's step by {off:.3g}", "the kernel's mean is not the ODE's")
 
 
 def _replayed(bench: Bench, batch: Transitions) -> tuple[dict[str, float], list[Tensor | None]]:
@@ -233,7 +233,7 @@ def _replayed(bench: Bench, batch: Transitions) -> tuple[dict[str, float], list[
     return found, gradients
 
 
-def ratio(bench: Bench) -> Iterator[Finding]:
+def ratio(bench: Bench) -> Iterator[Check]:
     c, b = bench.run.config, bench.walks
     found, _ = _replayed(bench, b)
     mean = found.get("log_ratio", float("nan"))
@@ -243,31 +243,31 @@ def ratio(bench: Bench) -> Iterator[Finding]:
     again, std = kernels.step(c.kernel, b.x, v, b.t, b.s, b.noise, bench.paths.t_max)
     off = float(kernels.log_ratio(b.y, again, b.mean, std).mean((1, 2)).abs().max())
     worst = max(off, abs(mean))
-    yield Finding(
+    yield Check(
         "ratio", worst <= BOUND * c.clip, f"log-density off by {worst:.3g} at most; clip is {c.clip:g}",
         "rollout and replay differ: precision, attention back end, guidance, or states that were rounded after their "
         "density was taken; in bfloat16 a wider clip, or float32",
     )  # fmt: skip
 
 
-def guidance(bench: Bench) -> Iterator[Finding]:
+def guidance(bench: Bench) -> Iterator[Check]:
     """Forwards a row, and velocities, with and without gradients."""
     run, b = bench.run, bench.walks[slice(0, 4)]
     spent, found = [], []
     for graded in (False, True):
-        before = run.policy.spent["forwards"]
+        before = run.policy.counts["forwards"]
         with torch.set_grad_enabled(graded):
             found.append(run.policy.velocity(b.x, b.t, bench.cond, b.index).detach())
-        spent.append((run.policy.spent["forwards"] - before) / len(b))
+        spent.append((run.policy.counts["forwards"] - before) / len(b))
     off = float(_rms((found[0] - found[1]).float()) / _rms(found[0].float()))
-    yield Finding(
+    yield Check(
         "guidance", spent[0] == spent[1] and off < (1e-5 if run.config.precision == "float32" else 0.02),
         f"{spent[0]:g} and {spent[1]:g} forwards a row, velocities {off:.2g} apart",
         "rollout and replay must use the same guidance",
     )  # fmt: skip
 
 
-def gradient(bench: Bench) -> Iterator[Finding]:
+def gradient(bench: Bench) -> Iterator[Check]:
     module_of, policy = bench.run.policy.adapter_names(), bench.run.policy
     _, gradients = _replayed(bench, bench.walks)
     idle = [name for name, g in zip(module_of, gradients, strict=True) if g is None or not bool(g.any())]
@@ -278,19 +278,19 @@ def gradient(bench: Bench) -> Iterator[Finding]:
     seen += f", {len(idle) - len(lost)} in layers whose output the model does not use" if len(idle) > len(lost) else ""
     seen += f"; none at {lost[0]}" if lost else ""
     seen += f"; {extra[0]} is trained too" if extra else ""
-    yield Finding(
+    yield Check(
         "gradient", len(idle) < len(module_of) and not lost and not extra, seen,
         "lora_targets must name layers the loss depends on, with the adapter on, and all else must be frozen",
     )  # fmt: skip
 
 
-def kl_gradient(bench: Bench) -> Iterator[Finding]:
+def kl_gradient(bench: Bench) -> Iterator[Check]:
     if not bench.run.config.beta:
         return
     b = bench.walks
     found, gradients = _replayed(bench, replace(b, advantage=torch.zeros_like(b.advantage)))
     pull = sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
-    yield Finding(
+    yield Check(
         "KL gradient", found["kl"] > 0 and pull > 0, f"KL {found['kl']:.3g}, gradient {pull:.3g}",
         "the divergence to the reference does not pull: is it detached?",
     )  # fmt: skip
@@ -299,14 +299,14 @@ def kl_gradient(bench: Bench) -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------------------------------- rewards
 
 
-def pixels(bench: Bench) -> Iterator[Finding]:
+def pixels(bench: Bench) -> Iterator[Check]:
     images = bench.images
     low, high, spread = float(images.min()), float(images.max()), float(images.std())
     good = bool(images.isfinite().all()) and low >= 0 and high <= 1 and spread > 1e-3
-    yield Finding("images", good, f"pixels {low:.2f} to {high:.2f}, spread {spread:.2g}", "the autoencoder's scaling")
+    yield Check("images", good, f"pixels {low:.2f} to {high:.2f}, spread {spread:.2g}", "the autoencoder's scaling")
 
 
-def judged_as_shown(bench: Bench) -> Iterator[Finding]:
+def judged_as_shown(bench: Bench) -> Iterator[Check]:
     """Rewards of the finished walks, against each one's image alone with its own prompt."""
     run, own, off = bench.run, bench.judged, {}
     for name in run.config.trained:
@@ -321,13 +321,13 @@ def judged_as_shown(bench: Bench) -> Iterator[Finding]:
                 off[part] = max(off.get(part, 0.0), far / max(1.0, abs(one) if one == one else 1.0))
     worst = max(off, key=off.get, default=None)
     if worst is not None:
-        yield Finding(
+        yield Check(
             "judged as shown", off[worst] < 1e-3, f"largest difference {off[worst]:.2g} ({worst})",
             "images and prompts are mixed up, or the scorer looks at its neighbours or does not repeat itself",
         )  # fmt: skip
 
 
-def rewards(bench: Bench) -> Iterator[Finding]:
+def rewards(bench: Bench) -> Iterator[Check]:
     prompts = [bench.prompts[i] for i in bench.paths.owner.tolist()]
     for name in bench.run.config.trained:
         scorer = bench.run.scorers[name]
@@ -339,7 +339,7 @@ def rewards(bench: Bench) -> Iterator[Finding]:
                 yield replace(own, check=f"{name}: {own.check}")
 
 
-def failing(scorer, images: Float[Tensor, "E 3 H W"], prompts: list[Prompt]) -> Finding:
+def failing(scorer, images: Float[Tensor, "E 3 H W"], prompts: list[Prompt]) -> Check:
     """An image that is not a number cannot be scored."""
     advice = "return NaN with a reason (Scores.failures), never 0 and never an exception for one image"
     spoilt = images[:2].clone()
@@ -347,16 +347,16 @@ def failing(scorer, images: Float[Tensor, "E 3 H W"], prompts: list[Prompt]) -> 
     try:
         value = scorer(spoilt, prompts[:2]).values[0]
     except Exception as error:  # whatever a user's scorer raises is the finding
-        return Finding("", False, f"raises {type(error).__name__}: {str(error)[:120]}", advice)
+        return Check("", False, f"raises {type(error).__name__}: {str(error)[:120]}", advice)
     said = ", ".join(f"{v:g}" for v in value.tolist())
-    return Finding("", bool(value.isnan().all()), f"an image of NaN scores {said}", advice)
+    return Check("", bool(value.isnan().all()), f"an image of NaN scores {said}", advice)
 
 
-def group_spread(bench: Bench) -> Iterator[Finding]:
+def group_spread(bench: Bench) -> Iterator[Check]:
     shown = bench.judged.reward[:, -1].flatten(1) if bench.judged.reward.ndim > 2 else bench.judged.reward[:, -1:]
     alive = dead(shown[:, 0], bench.paths.prompt, bench.run.config.dead_spread).mean()
     share = 1 - float(alive)
-    yield Finding(
+    yield Check(
         "group spread", share > 0, f"{share:.0%} of the walks are in groups whose rewards differ",
         "a constant reward teaches nothing: another reward, more noise, or harder prompts",
     )  # fmt: skip
@@ -365,7 +365,7 @@ def group_spread(bench: Bench) -> Iterator[Finding]:
 # ---------------------------------------------------------------------------------------------- what is kept, and room
 
 
-def averaged(run: Session) -> Iterator[Finding]:
+def averaged(run: Session) -> Iterator[Check]:
     before, now = {name: v.clone() for name, v in run.ema.items()}, {n: v + 1 for n, v in run.policy.adapter().items()}
     kept = run.policy.adapter()
     run.policy.load_adapter(now)
@@ -373,12 +373,10 @@ def averaged(run: Session) -> Iterator[Finding]:
     run.policy.load_adapter(kept)
     decay = run.config.ema
     off = max(float((run.ema[n] - (decay * before[n] + (1 - decay) * now[n])).abs().max()) for n in before)
-    yield Finding(
-        "average", off < 1e-5, f"off by {off:.2g}", "the averaged adapter, which is exported, does not follow"
-    )
+    yield Check("average", off < 1e-5, f"off by {off:.2g}", "the averaged adapter, which is exported, does not follow")
 
 
-def saved(run: Session) -> Iterator[Finding]:
+def saved(run: Session) -> Iterator[Check]:
     """Save, disturb, restore."""
     out = Path(run.config.out)
     before = {"adapter": run.policy.adapter(), "ema": {name: v.clone() for name, v in run.ema.items()}}
@@ -390,10 +388,10 @@ def saved(run: Session) -> Iterator[Finding]:
     after = {"adapter": run.policy.adapter(), "ema": run.ema}
     same = all(torch.equal(before[kind][n], after[kind][n]) for kind in before for n in before[kind])
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    yield Finding("checkpoint", same and done == 1, f"{size / 2**20:.1f} MiB, back to the bit: {same}", "see `out`")
+    yield Check("checkpoint", same and done == 1, f"{size / 2**20:.1f} MiB, back to the bit: {same}", "see `out`")
 
 
-def room(run: Session, out: Path) -> Iterator[Finding]:
+def room(run: Session, out: Path) -> Iterator[Check]:
     device = run.policy.device
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -401,7 +399,7 @@ def room(run: Session, out: Path) -> Iterator[Finding]:
         used, where = most + (total - free) - torch.cuda.memory_reserved(device), "GPU"
     else:
         total, used, where = psutil.virtual_memory().total, psutil.Process().memory_info().rss, "main memory"
-    yield Finding(
+    yield Check(
         "memory", used < 0.95 * total, f"{used / GIB:.1f} of {total / GIB:.1f} GiB of {where} at most so far",
         "gradient_checkpointing, offload, quantize, precision: bfloat16, or smaller batches",
     )  # fmt: skip
@@ -409,10 +407,10 @@ def room(run: Session, out: Path) -> Iterator[Finding]:
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     advice = "a checkpoint needs room beside the last"
-    yield Finding("disk", free > 10 * size + GIB / 4, f"{free / GIB:.1f} GiB free", advice)
+    yield Check("disk", free > 10 * size + GIB / 4, f"{free / GIB:.1f} GiB free", advice)
 
 
-def page(c: Config, found: list[Finding]) -> str:
+def page(c: Config, found: list[Check]) -> str:
     """The report, on one page of Markdown."""
     bad = sum(own.good is False for own in found)
     lines = [f"# {c.model}", "", f"{len(found)} checks, {bad} bad." if bad else f"{len(found)} checks, none bad.", ""]

@@ -20,7 +20,7 @@ from mmalign.config.schema import Config
 from mmalign.data import prompts as prompt_files
 from mmalign.errors import BadInput
 from mmalign.evaluation.evaluate import SHEET
-from mmalign.policy import meta
+from mmalign.policy import loading, meta
 from mmalign.run import in_between
 from mmalign.training import planning as planner, snapshots as exhibit
 from mmalign.training.planning import Cost
@@ -182,7 +182,7 @@ def memory(
     idle = {name: own for name, own in kept.items() if c.offload and name != "transformer"}
     device = {name: own for name, own in kept.items() if name not in idle}
     device |= {"adapter": 4 * trained, "gradients": 4 * trained, "moments": MOMENTS[c.optimizer] * trained}
-    text = size_of(meta.texts(policy, 1).values())
+    text = size_of(loading.placeholder_texts(policy, 1).values())
     device |= {
         "ema": 4 * trained,
         "texts": (prompts + 1) * text,

@@ -1,0 +1,5 @@
+"""The command line: `mmalign COMMAND`."""
+
+from mmalign.cli.app import main
+
+__all__ = ["main"]

@@ -105,7 +105,7 @@ def parse_names(text: str | None) -> list[str] | None:
 
 def allow(names: list[str] | None) -> list[str]:
     with refusing():
-        allowlist.allow(names or [])
+        allowlist.allow_modules(names or [])
     return names or []
 
 

@@ -116,7 +116,7 @@ def refined(summary: Mapping[str, Any], by: str) -> Table:
 
 
 def checks(name: str, rows: Sequence[Any]) -> Table:
-    """The checks of `doctor`, of a run or of a scorer: `reward_models.tools.examine.Finding`."""
+    """The checks of `doctor`, of a run or of a scorer: `reward_models.tools.examine.Check`."""
     table = _table("check", "", "seen", "what to do", left=4, title=name, title_justify="left", padding=(0, 1))
     for row in rows:
         mark = {True: Text("good", "green"), False: Text("bad", "red"), None: "unknown"}[row.good]

@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO stage 2: each process keeps, and steps, a part of the moments and of the summed gradient.
+"""DeepSpeed's ZeRO stage 2: each rank stores and steps a shard of the moments and of the summed gradient.
 
-The adapter itself is whole in each process, and it is what counts: a part of it is read anew before each step, so that
-whoever loads an adapter need not know. Gradients add up in each process as ever and are summed once a step, so that
-processes may replay different numbers of rows, and begin again where memory does not suffice.
+The adapter is complete on each rank and is the source: its shard is read again before each step, so that code that
+loads an adapter need not know of DeepSpeed. Gradients accumulate on each rank as usual and are summed once a step, so
+that ranks may replay different numbers of rows, and start again where memory does not suffice.
 """
 
 import copy
@@ -20,7 +20,7 @@ from mmalign.errors import BadInput, refusing
 from mmalign.learn.update import Bounded
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-DECIDED = {  # by the run: no row is averaged over or clipped a second time
+DECIDED = {  # settings that the run decides: nothing is averaged or clipped a second time
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
     "gradient_allreduce_op": "sum",
@@ -29,22 +29,22 @@ DECIDED = {  # by the run: no row is averaged over or clipped a second time
 }
 
 
-class Zero2(Optimizer):
-    """The AdamW `optimizer` of the trainable parameters of `network`, shared out among the processes of `ranks`.
+class ZeroOptimizer(Optimizer):
+    """The AdamW `optimizer` of the trainable parameters of `network`, sharded over `ranks`.
 
-    All of them must call each method. The state is given and taken whole, in the form that `optimizer` has in one
-    process. Raises BadInput where DeepSpeed would do anything else than what is meant.
+    All ranks must call each method. `state_dict` is complete, in the form that `optimizer` has in one process. Raises
+    BadInput where DeepSpeed would do something else.
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.AdamW, ranks: Ranks):
         self.parameters: list[Parameter] = [*optimizer.param_groups[0]["params"]]
         super().__init__(self.parameters, optimizer.defaults)
-        self.ranks, self.own = ranks, optimizer
+        self.ranks, self.adamw = ranks, optimizer
         self.engine = _engine(network, optimizer, self.parameters, ranks)
-        self.found = False
+        self.any_gradient = False
 
     def summing(self, bounded: Bounded) -> Bounded:
-        """`bounded`, after whose work the gradients of all processes are summed, and each has its part of them."""
+        """`bounded`, after whose work the gradients of all ranks are summed, and each rank has its shard of the sum."""
 
         def run(work):
             with ExitStack() as adding:
@@ -52,8 +52,8 @@ class Zero2(Optimizer):
                 try:
                     done = bounded(work)
                     what = "the sum of the gradients"
-                    self.found = self.ranks.any(any(p.grad is not None for p in self.parameters), what)
-                    for p in self.parameters if self.found else ():
+                    self.any_gradient = self.ranks.any(any(p.grad is not None for p in self.parameters), what)
+                    for p in self.parameters if self.any_gradient else ():
                         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     with self.ranks.collective(what):
                         adding.close()
@@ -65,76 +65,76 @@ class Zero2(Optimizer):
         return run
 
     def add(self, parameters: Sequence[Parameter]) -> bool:
-        """Whether any process had a gradient; they are summed already."""
-        return self.found
+        """Whether any rank had a gradient; they are summed already."""
+        return self.any_gradient
 
     def clip(self, parameters: Sequence[Parameter], bound: float) -> float:
-        """The norm of the summed gradient, infinite where that is not finite; `step` will clip it to `bound`."""
+        """The norm of the summed gradient, infinite where it is not finite; `step` will clip it to `bound`."""
         self.engine.optimizer.clip_grad = bound
         with self.ranks.collective("the norm of the gradient"):
             return float(self.engine.optimizer.scaled_global_norm())
 
     def step(self, closure=None) -> None:
-        for group, own in zip(self.param_groups, self.own.param_groups, strict=True):
-            own.update({name: value for name, value in group.items() if name != "params"})
+        for group, inner in zip(self.param_groups, self.adamw.param_groups, strict=True):
+            inner.update({name: value for name, value in group.items() if name != "params"})
         self.engine.optimizer.refresh_fp32_params()
         with self.ranks.collective("the optimiser's step"):
             self.engine.step()
 
     @property
-    def _part(self) -> torch.Tensor:
-        """This process's part of the parameters, to which the moments belong."""
-        return self.own.param_groups[0]["params"][0]
+    def _shard(self) -> torch.Tensor:
+        """This rank's shard of the parameters, to which the moments belong."""
+        return self.adamw.param_groups[0]["params"][0]
 
     def state_dict(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state = {}
-        if self._part in self.own.state:
-            step = self.own.state[self._part]["step"]
+        if self._shard in self.adamw.state:
+            step = self.adamw.state[self._shard]["step"]
             with self.ranks.collective("the optimiser's state"):
                 for i, p in enumerate(self.parameters):
                     state[i] = {"step": step} | {name: safe_get_full_optimizer_state(p, name) for name in MOMENTS}
         return super().state_dict() | {"state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Matrices that have no moments, for they have had no gradient, start with 0."""
+        """Matrices without moments, because they have had no gradient, start with 0."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state
 
         super().load_state_dict(state_dict | {"state": {}})
-        self.own.state.clear()
-        told = state_dict["state"]
-        if told:
-            steps = max(own["step"] for own in told.values())
-            self.own.state[self._part] = {"step": steps} | {name: torch.zeros_like(self._part) for name in MOMENTS}
-            lazy_init_hp_params_optimizer_state(self.parameters, self._part, self.own.state)
-            for i, own in told.items():
+        self.adamw.state.clear()
+        moments = state_dict["state"]
+        if moments:
+            steps = max(each["step"] for each in moments.values())
+            self.adamw.state[self._shard] = {"step": steps} | {name: torch.zeros_like(self._shard) for name in MOMENTS}
+            lazy_init_hp_params_optimizer_state(self.parameters, self._shard, self.adamw.state)
+            for i, each in moments.items():
                 for name in MOMENTS:
-                    safe_set_full_optimizer_state(self.parameters[i], own[name], name)
+                    safe_set_full_optimizer_state(self.parameters[i], each[name], name)
 
 
-def _settings(asked: dict[str, Any], parameters: Sequence[Parameter], processes: int) -> dict[str, Any]:
-    """DeepSpeed's settings: those of the launcher, where they leave alone what the run decides."""
-    decided, zero = DECIDED | {"train_batch_size": processes}, asked["zero_optimization"]
+def _settings(given: dict[str, Any], parameters: Sequence[Parameter], processes: int) -> dict[str, Any]:
+    """DeepSpeed's settings: the launcher's, with those that the run decides. BadInput where they disagree."""
+    decided, zero = DECIDED | {"train_batch_size": processes}, given["zero_optimization"]
     if zero.get("stage") != 2:
-        raise BadInput(f"zero_stage: {zero.get('stage')} in accelerate's settings; 2 is what there is")
+        raise BadInput(f"zero_stage: {zero.get('stage')} in accelerate's settings; only 2 is supported")
     for name in ("offload_optimizer", "offload_param"):
         device = (zero.get(name) or {}).get("device", "none")
         if device not in (None, "none"):
             raise BadInput(f"{name}_device: {device} in accelerate's settings; the adapter's moments stay where it is")
     for name in ("fp16", "bf16"):
-        if (asked.get(name) or {}).get("enabled", False) not in (False, "auto"):
+        if (given.get(name) or {}).get("enabled", False) not in (False, "auto"):
             raise BadInput(f"{name} in DeepSpeed's settings; set `precision` in the config")
     for name, value in decided.items():
-        if asked.get(name, "auto") not in ("auto", value):
-            raise BadInput(f"{name}: {asked[name]} in DeepSpeed's settings; leave it out, the run's config decides")
+        if given.get(name, "auto") not in ("auto", value):
+            raise BadInput(f"{name}: {given[name]} in DeepSpeed's settings; leave it out, the run's config decides")
     for name in ("optimizer", "scheduler"):
-        if name in asked:
+        if name in given:
             raise BadInput(f"{name} in DeepSpeed's settings; leave it out, the run's config decides")
     bucket = {"reduce_bucket_size": sum(p.numel() for p in parameters)}  # by default 2 GB, however small the adapter
     zero = bucket | {name: value for name, value in zero.items() if value != "auto"}
     precision = {"fp16": {"enabled": False}, "bf16": {"enabled": False}}
-    return copy.deepcopy(asked | decided | precision | {"zero_optimization": zero})
+    return copy.deepcopy(given | decided | precision | {"zero_optimization": zero})
 
 
 def _engine(network: nn.Module, optimizer: Optimizer, parameters: Sequence[Parameter], ranks: Ranks):
@@ -142,13 +142,13 @@ def _engine(network: nn.Module, optimizer: Optimizer, parameters: Sequence[Param
     import deepspeed
 
     if ranks.accelerator.device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler; gloo does without
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler; gloo does not
     with refusing():
         engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
     shared = [p for group in engine.optimizer.bit16_groups for p in group]
     if engine.module is not network or {*map(id, shared)} != {*map(id, parameters)}:
         raise BadInput(
-            f"DeepSpeed has a {type(engine.module).__name__} and shares out {len(shared)} of its parameters; a "
-            f"{type(network).__name__} and the {len(parameters)} of the adapter are meant"
+            f"DeepSpeed has a {type(engine.module).__name__} and shards {len(shared)} of its parameters; a "
+            f"{type(network).__name__} and the {len(parameters)} of the adapter are expected"
         )
     return engine

@@ -1,4 +1,4 @@
-"""The batch of all processes, in the order that one would have it: what is credited and measured."""
+"""The global batch, gathered from all ranks in single-process order: what credit and metrics are computed from."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,16 @@ from mmalign.distributed.processes import Ranks
 from mmalign.types import Judgement, Trajectories
 
 
-def whole(ranks: Ranks, paths: Trajectories, judged: Judgement) -> tuple[Trajectories, Judgement]:
-    """The walks and judgements of all processes, without what stays where it is: latents, which have no channel here,
-    and the regions behind a map. `prompt` and `owner` are rows of the whole batch."""
+def gather(ranks: Ranks, paths: Trajectories, judged: Judgement) -> tuple[Trajectories, Judgement]:
+    """The trajectories and judgements of all ranks. Latents are not gathered: their channel dimension is 0. Nor are the
+    marks behind a map. `prompt` and `owner` index the prompts of the global batch."""
     what = "rewards"
-    before = sum(
-        ranks.all_gather_object(len(paths.owner), what)[: ranks.rank]
-    )  # own ends, and so own nodes, are numbered from here
-    walks, ends = ranks.order(paths.prompt, what), ranks.order(paths.owner, what)
-    place = ends.argsort()
+    # the finished images, and so the nodes, of this rank are numbered from here
+    before = sum(ranks.all_gather_object(len(paths.owner), what)[: ranks.rank])
+    paths_order, ends = ranks.order(paths.prompt, what), ranks.order(paths.owner, what)
+    position = ends.argsort()
 
-    def rows(values: Tensor, order: Tensor = walks) -> Tensor:
+    def rows(values: Tensor, order: Tensor = paths_order) -> Tensor:
         return ranks.gather(values, what)[order.to(values.device)]
 
     shown = rows(torch.where(paths.shown < 0, -1, paths.shown + before))
@@ -29,14 +28,14 @@ def whole(ranks: Ranks, paths: Trajectories, judged: Judgement) -> tuple[Traject
     all_paths = Trajectories(
         paths.kernel, paths.t_max, x, mean, rows(paths.std), rows(paths.t), rows(paths.noise),
         rows(paths.node + before), prompt, rows(paths.member), last, owner,
-        torch.where(shown < 0, -1, place[shown.clamp(min=0)]),
+        torch.where(shown < 0, -1, position[shown.clamp(min=0)]),
     )  # fmt: skip
     parts = rows(torch.stack([*judged.parts.values()], 1)).unbind(1)
-    failed = [(end + before, why) for end, why in judged.failures.items()]
-    told = [one for own in ranks.all_gather_object(failed, what) for one in own]
+    failed = [(end + before, reason) for end, reason in judged.failures.items()]
+    failures = [failure for shard in ranks.all_gather_object(failed, what) for failure in shard]
     return all_paths, Judgement(
         rows(judged.reward),
         dict(zip(judged.parts, parts, strict=True)),
         None if judged.regions is None else rows(judged.regions, ends),
-        failures={int(place[end]): why for end, why in sorted(told)},
+        failures={int(position[end]): reason for end, reason in sorted(failures)},
     )

@@ -1,12 +1,13 @@
-"""The processes of a run: who holds which prompts, what they tell one another, and how one's end is the end of all.
+"""The processes (ranks) of a run: which prompts each holds, what they exchange, and how a failure on one ends them all.
 
-accelerate joins them and moves their tensors; here is what a run asks of it. Groups are dealt whole: of `P` prompts,
-process (rank) r of W holds r, r + W, ..., so a prompt's number among all is `number` of its row here. Whatever looks
-over the batch is computed by every process from the rows of all, in the order that one process would have them.
+accelerate starts the process group and moves tensors. Prompt groups are never split across ranks: of `P` prompts rank r
+of W holds r, r + W, ..., and `global_index` is a local row's index in the global batch. Statistics over the batch are
+computed on every rank from the gathered rows, in single-process order.
 
-Before a collective the processes meet: each writes on a board, torch's store, where it is, and waits until all have
-come. That wait has a limit, knows what is waited for and who is late, and sees a failure that another wrote there.
-Nothing is pickled: tensors travel as they are, everything else as JSON. With one process all of it does nothing.
+Before each collective there is a barrier: every rank posts its position in a shared store (torch's) and waits for the
+others. The wait has a time limit, names the late ranks and what they were waited for, and raises a failure that another
+rank posted. Nothing is pickled: tensors are sent unchanged, everything else as JSON. With one process all of it does
+nothing.
 """
 
 import json
@@ -37,21 +38,21 @@ from torch.nn import Parameter
 from mmalign.errors import BadInput, Lost, Orphaned, refusing
 
 T = TypeVar("T")
-FAREWELL = 10.0  # seconds a process that failed stays, so that the others can read why
-DEEPSPEED = "0.19.8"  # the oldest that adds gradients up, instead of averaging them, once a step
-_opened = count()
+LINGER = 10.0  # seconds that a failed rank stays, so that the others can read the reason
+DEEPSPEED = "0.19.8"  # the oldest that sums gradients once a step instead of averaging them
+_stores = count()  # a prefix for each store of this process
 
 
 @dataclass
 class Ranks:
-    """`size` processes, of which this is number `rank`. A wait takes at most `patience` seconds. `zero` holds the
-    settings of DeepSpeed, where it is asked for (`mmalign.distributed.deepspeed`)."""
+    """`size` processes, of which this one is `rank`. A wait takes at most `patience` seconds. `zero` holds the settings
+    of DeepSpeed, where the launcher enables it (`mmalign.distributed.deepspeed`)."""
 
     accelerator: Accelerator
     patience: float
-    board: distributed.Store | None = None
+    store: distributed.Store | None = None
     zero: DeepSpeedPlugin | None = None
-    met: int = field(default=0, init=False)
+    barriers: int = field(default=0, init=False)  # that this rank has reached
 
     @property
     def size(self) -> int:
@@ -63,91 +64,91 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+        """Whether this is the main process, the only one that logs and writes files."""
         return self.rank == 0
 
-    # ------------------------------------------------------------------------------------------- who holds which rows
+    # -------------------------------------------------------------------------------------------- sharding of the batch
 
     def local(self, items: Sequence[T]) -> list[T]:
-        """What of `items` is this process's."""
+        """The items of this rank."""
         return [*items[self.rank :: self.size]]
 
     def global_index(self, row: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
-        """The row among all of each own row."""
+        """The index in the global batch of each local row."""
         return row * self.size + self.rank
 
-    def is_local(self, number: Int[Tensor, "N"]) -> Bool[Tensor, "N"]:
-        """Whether a row among all is this process's."""
-        return number % self.size == self.rank
+    def is_local(self, index: Int[Tensor, "N"]) -> Bool[Tensor, "N"]:
+        """Whether the row with an index in the global batch is on this rank."""
+        return index % self.size == self.rank
 
-    # --------------------------------------------------------------------------------------------- telling one another
+    # --------------------------------------------------------------------------------------------------------- exchange
 
     def gather(self, values: Shaped[Tensor, "n *rest"], what: str) -> Shaped[Tensor, "N *rest"]:
-        """The rows of all processes, one process after the other; each may have any number. On the device they came
-        from, in their own type."""
+        """All-gather: the rows of all ranks, rank by rank, each with any number of rows. Device and type stay."""
         if self.size == 1:
             return values
-        own = values.to(self.accelerator.device)
+        local = values.to(self.accelerator.device)
         with self.collective(what):
-            counts = self.accelerator.gather(torch.tensor([len(own)], device=own.device)).tolist()
+            counts = self.accelerator.gather(torch.tensor([len(local)], device=local.device)).tolist()
             if max(counts) == 0:
                 return values
-            padded = own.new_zeros(max(counts), *own.shape[1:])
-            padded[: len(own)] = own
+            padded = local.new_zeros(max(counts), *local.shape[1:])
+            padded[: len(local)] = local
             rows = self.accelerator.gather(padded).unflatten(0, (self.size, -1))
-        return torch.cat([part[:n] for part, n in zip(rows, counts, strict=True)]).to(values.device)
+        return torch.cat([shard[:n] for shard, n in zip(rows, counts, strict=True)]).to(values.device)
 
     def in_order(
         self, values: Shaped[Tensor, "n *rest"], prompt: Int[Tensor, "n"], what: str
     ) -> Shaped[Tensor, "N *rest"]:
-        """The rows of all processes as one would have them, prompt by prompt; `prompt` is each row's here."""
+        """The rows of all ranks in single-process order, prompt by prompt; `prompt` is each row's local prompt."""
         return self.gather(values, what)[self.order(prompt, what)]
 
     def local_rows(self, prompt: Int[Tensor, "n"], what: str) -> Bool[Tensor, "N"]:
-        """Of each row of the whole batch, whether it is here."""
+        """Whether each row of the global batch is on this rank."""
         return self.is_local(self.gather(self.global_index(prompt), what).sort(stable=True).values)
 
     def order(self, prompt: Int[Tensor, "n"], what: str) -> Int[Tensor, "N"]:
-        """Where in what `gather` gives each row of the whole batch is."""
+        """The positions in the result of `gather` of the rows of the global batch, in single-process order."""
         return self.gather(self.global_index(prompt), what).sort(stable=True).indices
 
     def all_gather_object(self, value: Any, what: str) -> list[Any]:
-        """What each process says, by rank; anything that JSON can hold."""
+        """The value of each rank, by rank; anything that JSON can hold."""
         if self.size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = self.gather(torch.tensor([len(text)]), what).tolist()
-        return [json.loads(bytes(part.tolist())) for part in self.gather(text, what).split(sizes)]
+        return [json.loads(bytes(shard.tolist())) for shard in self.gather(text, what).split(sizes)]
 
     def all_reduce_sum(self, counts: Mapping[str, int | float], what: str) -> dict[str, int | float]:
-        """Numbers by name, summed over the processes."""
-        told = self.all_gather_object(dict(counts), what)
-        return {
-            name: sum(own.get(name, 0) for own in told) for name in dict.fromkeys(key for own in told for key in own)
-        }
+        """Numbers by name, summed over the ranks."""
+        ranks = self.all_gather_object(dict(counts), what)
+        names = dict.fromkeys(name for each in ranks for name in each)
+        return {name: sum(each.get(name, 0) for each in ranks) for name in names}
 
     def assert_equal(self, value: Any, what: str) -> None:
-        """Raises Lost unless all processes have the same `value`."""
-        told = self.all_gather_object(value, what)
-        odd = [rank for rank, own in enumerate(told) if own != told[0]]
-        if odd:
-            raise Lost(f"{what}: rank {odd[0]} has {told[odd[0]]!r}, rank 0 {told[0]!r}; they must be the same")
+        """Raises Lost unless all ranks have the same `value`."""
+        values = self.all_gather_object(value, what)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise Lost(f"{what}: rank {rank} has {other!r}, rank 0 {values[0]!r}; they must be the same")
 
     def any(self, flag: bool, what: str) -> bool:
+        """Whether the flag is set on any rank."""
         return any(self.all_gather_object(flag, what))
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a part of the network alone, so that all must take part in every forward."""
+        """Whether the network is sharded (FSDP), so that all ranks must take part in every forward."""
         return self.size > 1 and getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def replayed(self, rows: int) -> int:
-        """How many rows a process with so many must replay: as many as any, where the network is sharded."""
+        """The number of rows that a rank with `rows` must replay: padded to the largest rank's number when the network
+        is sharded."""
         return max(self.all_gather_object(rows, "the shares of a minibatch")) if self.sharded else rows
 
     def shard(self, network: nn.Module) -> None:
-        """Leave each process its part of the frozen weights, block by block (FSDP2). The adapter stays whole in each:
-        it is small, and is averaged, clipped and saved as ever. BadInput where a block would not be sharded."""
+        """Shard the frozen weights across the ranks, block by block (FSDP2). The adapter stays complete on each: it
+        is small, and is averaged, clipped and saved as usual. BadInput where a block would not be sharded."""
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
             raise BadInput("fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false are needed; every process loads")
@@ -157,15 +158,15 @@ class Ranks:
         with refusing():
             fsdp2_prepare_model(self.accelerator, network)
         lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
-        whole = {type(block).__name__ for blocks in lists for block in blocks if not isinstance(block, FSDPModule)}
-        if whole or not lists:
+        complete = {type(block).__name__ for blocks in lists for block in blocks if not isinstance(block, FSDPModule)}
+        if complete or not lists:
             raise BadInput(
-                f"fsdp_transformer_layer_cls_to_wrap: {', '.join(sorted(whole)) or 'no block'} of a "
+                f"fsdp_transformer_layer_cls_to_wrap: {', '.join(sorted(complete)) or 'no block'} of a "
                 f"{type(network).__name__} is not sharded; leave it out to have all the model names"
             )
 
     def add_gradients(self, parameters: Sequence[Parameter]) -> bool:
-        """Leave in each process the sum of all processes' gradients, None where none has one. Whether there is any."""
+        """All-reduce the gradients to their sum, None where no rank has one. Returns whether there is any."""
         has = torch.tensor([float(p.grad is not None) for p in parameters])
         if self.size > 1:
             flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
@@ -176,93 +177,95 @@ class Ranks:
                 p.grad = grad.view_as(p).clone() if some else None
         return bool(has.any())
 
-    # ------------------------------------------------------------------------------------------- meeting, and ending
+    # ------------------------------------------------------------------------------------------------- barrier and exit
 
     def barrier(self, what: str) -> None:
-        """Wait until all processes have come here, for `what`. Raises Lost."""
+        """Wait until all ranks have reached this barrier, which `what` describes. Raises Lost."""
         if self.size > 1:
-            self.met += 1
-            self._write(what)
+            self.barriers += 1
+            self._post(what)
             self._wait(what)
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """What ends this process ends all, with its reason; without one they end together."""
+        """An error on this rank ends all ranks, with its reason; without an error they end together."""
         try:
             yield
             self.barrier("the end")
         except BaseException as error:
             if self.size > 1:
-                why = f"rank {self.rank} failed: {type(error).__name__}: {error}"
-                with suppress(Lost):  # nobody is left to tell
-                    self._leave(str(error) if isinstance(error, Lost) else " ".join(why.split()))
+                reason = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+                with suppress(Lost):  # the store is gone, and with it the other ranks
+                    self._leave(str(error) if isinstance(error, Lost) else " ".join(reason.split()))
             raise
         if self.size > 1:
             self._leave(None)
 
     @contextmanager
     def collective(self, what: str) -> Iterator[None]:
-        """A collective, begun when all have come; if it breaks off, those who do not answer any more are named."""
+        """A collective behind a barrier; if it breaks off, the error names the ranks that no longer answer."""
         self.barrier(what)
         try:
             yield
         except RuntimeError as error:
-            self.barrier(f"an answer, for {what} broke off")
+            self.barrier(f"an answer after {what} broke off")
             raise Lost(f"{what}: {error}") from error
 
-    def _write(self, what: str, **more) -> None:
-        with self._reaching():
-            self.board.set(str(self.rank), json.dumps({"met": self.met, "what": what} | more))
+    def _post(self, what: str, **more: Any) -> None:
+        """Write this rank's position into the store."""
+        with self._store_errors():
+            self.store.set(str(self.rank), json.dumps({"barriers": self.barriers, "what": what} | more))
 
-    def _read(self) -> list[dict[str, Any]]:
-        with self._reaching():
-            return [json.loads(line) for line in self.board.multi_get([str(rank) for rank in range(self.size)])]
+    def _positions(self) -> list[dict[str, Any]]:
+        """The posted positions, by rank."""
+        with self._store_errors():
+            return [json.loads(line) for line in self.store.multi_get([str(rank) for rank in range(self.size)])]
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _store_errors(self) -> Iterator[None]:
         try:
             yield
         except distributed.DistError as error:
-            raise Orphaned(f"the process that keeps the board is gone: {str(error).partition(chr(10))[0]}") from None
+            raise Orphaned(f"the process that holds the store is gone: {str(error).partition(chr(10))[0]}") from None
 
     def _wait(self, what: str) -> None:
         end = time.monotonic() + self.patience
         while True:
-            lines = self._read()
-            late = {rank: line["what"] for rank, line in enumerate(lines) if line["met"] < self.met}
+            positions = self._positions()
+            late = {rank: other["what"] for rank, other in enumerate(positions) if other["barriers"] < self.barriers}
             if not late:
                 return
-            for line in lines:
-                if line.get("failed"):
-                    raise Lost(line["failed"])
+            for other in positions:
+                if other.get("failed"):
+                    raise Lost(other["failed"])
             if time.monotonic() > end:
-                who = ", ".join(f"rank {rank} (last at {last})" for rank, last in late.items())
-                raise Lost(f"waited {self.patience:g} s for {what}, in vain for {who}")
+                missing = ", ".join(f"rank {rank} (last at {last})" for rank, last in late.items())
+                raise Lost(f"waited {self.patience:g} s for {what}; missing: {missing}")
             time.sleep(min(0.5, 0.001 * self.size))
 
     def _leave(self, failed: str | None) -> None:
-        """Say that this process goes, and why. The main one, with which the board may go, stays until the others have
-        read it, and so does one that failed; but not for ever."""
-        self._write("its end", failed=failed, gone=True)
-        end = time.monotonic() + FAREWELL
-        while (self.main or failed) and not all(line.get("gone") for line in self._read()):
+        """Announce that this rank is exiting, and why. The main rank, which may hold the store, and a rank that failed
+        stay until the others have read it, for `LINGER` seconds at most."""
+        self._post("its end", failed=failed, gone=True)
+        end = time.monotonic() + LINGER
+        while (self.main or failed) and not all(other.get("gone") for other in self._positions()):
             if time.monotonic() > end:
                 return
             time.sleep(0.05)
 
 
 def join(patience: float) -> Ranks:
-    """The processes that `accelerate launch` or `torchrun` started, of which this is one; itself alone, where none
-    did. Raises Lost where they do not all come."""
+    """The processes that `accelerate launch` or `torchrun` started, of which this is one; this one alone without a
+    launcher. Raises Lost where they do not all start in `patience` seconds."""
     limit, started = timedelta(seconds=patience), int(os.environ.get("WORLD_SIZE", "1"))
-    bare = started > 1 and not torch.accelerator.is_available()  # else accelerate takes each process for one alone
+    cpu = started > 1 and not torch.accelerator.is_available()  # else accelerate treats each process as a single one
     zero = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     if zero and not (is_deepspeed_available() and compare_versions("deepspeed", ">=", DEEPSPEED)):
         raise BadInput(f"DeepSpeed {DEEPSPEED} or newer is not installed; pip install 'mmalign[zero]'")
     if zero and "LOCAL_RANK" not in os.environ:
         raise BadInput("ACCELERATE_USE_DEEPSPEED is set without a launcher; use accelerate launch or torchrun")
     try:
-        accelerator = Accelerator(cpu=bare, kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
+        accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=limit)])
     except distributed.DistError as error:
         raise Lost(f"waited {patience:g} s for all processes to start: {str(error).partition(chr(10))[0]}") from None
     if accelerator.num_processes != started:
@@ -272,18 +275,18 @@ def join(patience: float) -> Ranks:
             f"mixed_precision: {accelerator.mixed_precision} in accelerate's settings; set `precision` in the config"
         )
     if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # accelerate passes it over without a GPU
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # accelerate ignores it without a GPU
     ranks = Ranks(accelerator, patience)
     if zero:
-        ranks.zero = accelerator.state.deepspeed_plugin or DeepSpeedPlugin()  # the same
+        ranks.zero = accelerator.state.deepspeed_plugin or DeepSpeedPlugin()  # ignored too
     if ranks.size > 1:
         store = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=limit)
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        ranks.board = distributed.PrefixStore(f"mmalign/{again}/{next(_opened)}", store)
-        ranks._write("the start")
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        ranks.store = distributed.PrefixStore(f"mmalign/{restart}/{next(_stores)}", store)
+        ranks._post("the start")
     return ranks
 
 
 def main() -> bool:
-    """Whether this process, once it has joined, is the one that writes and speaks."""
+    """Whether this process, once it has joined, is the main one."""
     return PartialState().is_main_process

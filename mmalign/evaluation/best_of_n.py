@@ -76,7 +76,7 @@ def best_of(
 ) -> Best:
     """The best of each prompt's N seeds by a component of the scorer. With `kept`, only that many continue after step
     `after`. The image of a seed does not depend on the other seeds."""
-    count, forwards = len(seeds[0]), policy.spent["forwards"]
+    count, forwards = len(seeds[0]), policy.counts["forwards"]
     x, owner = initial_noise(policy, seeds)
     times, judgements = policy.times(steps), 0
     alive = torch.arange(len(x)).view(-1, count)
@@ -97,7 +97,7 @@ def best_of(
     return Best(
         images[best], rows[best] % count, values[best], scores.view(-1, count),
         {int(rows[k]): reason for k, reason in failures.items()},
-        policy.spent["forwards"] - forwards, judgements + len(rows),
+        policy.counts["forwards"] - forwards, judgements + len(rows),
     )  # fmt: skip
 
 

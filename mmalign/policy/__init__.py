@@ -1,7 +1,7 @@
 """Policies: one file per model family; diffusers and peft live only here.
 
 A policy gets texts and latents, never prompts or scores. Add a family: `texts` and `network` in a file
-(`mmalign.policy.pipeline` says what else can differ), and a line in the table.
+(`mmalign.policy.family` lists what else can differ), and a line in the table.
 """
 
 import os
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reward_models.allowlist import imported
+from reward_models.allowlist import import_allowed
 from reward_models.files import parsed, text
 from reward_models.limits import CONFIG
 from reward_models.model_folders import configs
@@ -36,7 +36,7 @@ def load(
     """A policy from a local folder or a hub id of a diffusers pipeline, or of the user's own class, as
     `my_module:MyPolicy`, whose `load` takes the same settings; its module must be allowed (`reward_models.allowlist`).
 
-    `quantize` names how the transformer's weights are stored (`mmalign.policy.pipeline.QUANTIZED`); with `offload` text
+    `quantize` names how the transformer's weights are stored (`mmalign.policy.loading.QUANTIZED`); with `offload` text
     encoders and autoencoder wait in main memory while idle. Raises ValueError for a model that is not there or of a
     family we do not drive, and for settings that cannot act here.
     """
@@ -46,11 +46,11 @@ def load(
         dtype=getattr(torch, dtype), device=device, guidance=guidance, size=size, quantize=quantize, offload=offload
     )
     if ":" in model and not os.path.exists(model):
-        return imported(model, f"model {model!r}").load(model, **settings)
-    return family(model).load(model, **settings)
+        return import_allowed(model, f"model {model!r}").load(model, **settings)
+    return class_of(model).load(model, **settings)
 
 
-def family(model: str) -> type:
+def class_of(model: str) -> type:
     """The policy's class for a local folder or a hub id of a diffusers pipeline. Its settings are looked at first
     (`reward_models.model_folders`)."""
     _, index = opened(model)
@@ -59,7 +59,7 @@ def family(model: str) -> type:
         raise ValueError(f"model {model!r}: its model_index.json names no pipeline")
     if name not in POLICIES:
         raise ValueError(f"model {model!r} is a {name}; known families: {', '.join(POLICIES)}")
-    return imported(POLICIES[name], name, ours=True)
+    return import_allowed(POLICIES[name], name, ours=True)
 
 
 def opened(model: str) -> tuple[Path, Mapping[str, Any]]:

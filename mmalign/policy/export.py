@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmalign.policy import lora
-from mmalign.runs.checkpoint import fingerprint
 from reward_models import files
+from reward_models.weights import fingerprint
 
 # ComfyUI's names: how its keys begin, and which of diffusers' layers it finds by them. Where it takes either prefix,
 # the one that diffusers reads too. diffusers swaps the halves of the released `norm_out`; ComfyUI those of its change.
@@ -122,7 +122,7 @@ def _stamp(file: Path, about: Mapping[str, str]) -> None:
     with safe_open(file, "pt") as opened:
         kept = opened.metadata() or {}
     tensors, partial = load_file(file), file.with_name(f".{file.name}.partial")
-    save_file(tensors, partial, kept | dict(about) | {"mmalign.weights_hash": fingerprint(tensors)})
+    save_file(tensors, partial, kept | dict(about) | {"mmalign.weights_hash": fingerprint(tensors, digits=16)})
     os.replace(partial, file)
 
 
@@ -132,14 +132,14 @@ def _check_file(file: Path, base: str) -> None:
         raise ValueError(f"{file} does not say which model it is for")
     if said["base_hash"] != base:
         raise ValueError(f"{file} is for the base model {said['base_hash']}; this one is {base}")
-    if fingerprint(load_file(file)) != said["weights_hash"]:
+    if fingerprint(load_file(file), digits=16) != said["weights_hash"]:
         raise ValueError(f"{file} is damaged: its matrices are not those that were written")
 
 
 def _velocity(policy) -> Tensor:
     """The network's own at one latent, for a prompt and for none; true guidance would multiply what rounding did."""
     cond = policy.encode(["a"])
-    rows = {name: torch.cat([value, cond.empty[name]]) for name, value in cond.own.items()}
+    rows = {name: torch.cat([value, cond.empty[name]]) for name, value in cond.prompts.items()}
     x, t = torch.ones(2, *policy.latent_shape, device=policy.device), torch.full((2,), 0.5, device=policy.device)
     return policy.network(x, t, rows).float()
 

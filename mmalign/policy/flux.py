@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from mmalign.policy.pipeline import PipelinePolicy
@@ -19,7 +20,7 @@ class FluxPolicy(PipelinePolicy):
     pipeline = "FluxPipeline"
     packed = True
 
-    def __init__(self, pipe, guidance: float = 1.0, size: tuple[int, int] | None = None):
+    def __init__(self, pipe: DiffusionPipeline, guidance: float = 1.0, size: tuple[int, int] | None = None):
         super().__init__(pipe, guidance, size)
         if guidance != 1 and not pipe.transformer.config.guidance_embeds:
             raise ValueError(f"guidance {guidance:g}: this FLUX model was not made for guidance; 1 is needed")
@@ -51,16 +52,16 @@ class FluxPolicy(PipelinePolicy):
         config = self.pipe.transformer.config
         return {"tokens": (self.length, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
 
-    def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
-        pipe, (count, channels, high, wide), dtype = self.pipe, x.shape, own["tokens"].dtype
-        embeds = pipe.transformer.config.guidance_embeds
+    def network(self, x: Tensor, t: Tensor, embeds: dict[str, Tensor]) -> Tensor:
+        pipe, (count, channels, high, wide), dtype = self.pipe, x.shape, embeds["tokens"].dtype
+        takes_guidance = pipe.transformer.config.guidance_embeds
         v = pipe.transformer(
             hidden_states=pipe._pack_latents(x.to(dtype), count, channels, high, wide),
             timestep=t.to(dtype),
-            guidance=torch.full((count,), float(self.guidance), device=x.device) if embeds else None,
-            encoder_hidden_states=own["tokens"],
-            pooled_projections=own["pooled"],
-            txt_ids=torch.zeros(own["tokens"].shape[1], 3, device=x.device, dtype=dtype),
+            guidance=torch.full((count,), float(self.guidance), device=x.device) if takes_guidance else None,
+            encoder_hidden_states=embeds["tokens"],
+            pooled_projections=embeds["pooled"],
+            txt_ids=torch.zeros(embeds["tokens"].shape[1], 3, device=x.device, dtype=dtype),
             img_ids=pipe._prepare_latent_image_ids(count, high // 2, wide // 2, x.device, dtype),
             return_dict=False,
         )[0]

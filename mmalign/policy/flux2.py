@@ -7,10 +7,12 @@ the distilled models do without. The schedule is shifted by the image's size and
 
 from collections.abc import Sequence
 
+from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
-from mmalign.policy.pipeline import ATTENTION, PipelinePolicy, chat
+from mmalign.policy.family import ATTENTION, chat
+from mmalign.policy.pipeline import PipelinePolicy
 from mmalign.types import Latents
 from reward_models.lengths import Reader, reader
 
@@ -19,17 +21,17 @@ class Flux2KleinPolicy(PipelinePolicy):
     pipeline = "Flux2KleinPipeline"
     targets = (*ATTENTION, "to_qkv_mlp_proj", "to_out")  # the last two: of the single blocks, with the feed-forward's
 
-    def __init__(self, pipe, guidance: float = 1.0, size: tuple[int, int] | None = None):
+    def __init__(self, pipe: DiffusionPipeline, guidance: float = 1.0, size: tuple[int, int] | None = None):
         super().__init__(pipe, guidance, size)
         if guidance > 1 and pipe.config.is_distilled:
             raise ValueError(f"guidance {guidance:g}: this FLUX.2 model was not made for guidance; 1 is needed")
 
     @staticmethod
-    def pixels_of(pipe) -> int:
+    def pixels_of(pipe: DiffusionPipeline) -> int:
         return 2 * pipe.vae_scale_factor
 
     @classmethod
-    def grain_of(cls, pipe) -> int:
+    def grain_of(cls, pipe: DiffusionPipeline) -> int:
         return 1
 
     def shift(self, tokens: int, steps: int) -> float:
@@ -46,8 +48,8 @@ class Flux2KleinPolicy(PipelinePolicy):
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"tokens": (self.pipe.tokenizer_max_length, self.pipe.transformer.config.joint_attention_dim)}
 
-    def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
-        tokens = own["tokens"]
+    def network(self, x: Tensor, t: Tensor, embeds: dict[str, Tensor]) -> Tensor:
+        tokens = embeds["tokens"]
         v = self.pipe.transformer(
             hidden_states=self.pipe._pack_latents(x.to(tokens.dtype)),
             timestep=t.to(tokens.dtype),

@@ -24,7 +24,7 @@ class GaussianFlow:
         self.device = torch.device("cpu")
         self.shift = torch.nn.Parameter(torch.zeros(shape))
         self.enabled = True
-        self.spent: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "P"]:
         return torch.tensor([float(text) for text in texts])
@@ -33,7 +33,7 @@ class GaussianFlow:
         return torch.linspace(1, 0, steps + 1)
 
     def velocity(self, x: Latents, t: Float[Tensor, "M"], cond: Float[Tensor, "P"], index: Int[Tensor, "M"]) -> Latents:
-        self.spent["forwards"] += len(x)
+        self.counts["forwards"] += len(x)
         t = t[:, None, None, None]
         mean = cond[index][:, None, None, None] + (self.shift if self.enabled else self.shift.detach() * 0)
         variance = (1 - t) ** 2 * self.spread**2 + t**2
@@ -41,7 +41,7 @@ class GaussianFlow:
 
     def decode(self, x: Latents) -> Latents:
         """The latent as it is: rewards of this flow look at latents."""
-        self.spent["decodes"] += len(x)
+        self.counts["decodes"] += len(x)
         return x
 
     def encode_images(self, images: Latents) -> Latents:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.policy.pipeline import PipelinePolicy, ragged
+from mmalign.policy.family import ragged
+from mmalign.policy.pipeline import PipelinePolicy
 from mmalign.types import Latents
 from reward_models.lengths import Reader, reader
 
@@ -41,13 +42,13 @@ class QwenImagePolicy(PipelinePolicy):
         length = self.pipe.tokenizer_max_length
         return {"tokens": (length, self.pipe.transformer.config.joint_attention_dim), "mask": (length,)}
 
-    def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
+    def network(self, x: Tensor, t: Tensor, embeds: dict[str, Tensor]) -> Tensor:
         count, _, high, wide = x.shape
         v = self.pipe.transformer(
-            hidden_states=self._packed(x.to(own["tokens"].dtype)),
-            timestep=t.to(own["tokens"].dtype),
-            encoder_hidden_states=own["tokens"],
-            encoder_hidden_states_mask=own["mask"].to(x.device),
+            hidden_states=self._packed(x.to(embeds["tokens"].dtype)),
+            timestep=t.to(embeds["tokens"].dtype),
+            encoder_hidden_states=embeds["tokens"],
+            encoder_hidden_states_mask=embeds["mask"].to(x.device),
             img_shapes=[[(1, high // 2, wide // 2)]] * count,
             return_dict=False,
         )[0]

@@ -9,6 +9,7 @@ pipeline's own default schedule shifts twice and so ends with a step that does n
 from collections.abc import Sequence
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from mmalign.policy.pipeline import PipelinePolicy
@@ -23,7 +24,7 @@ class SD3Policy(PipelinePolicy):
         return {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
 
     @classmethod
-    def positions(cls, pipe) -> tuple[int, int]:
+    def positions(cls, pipe: DiffusionPipeline) -> tuple[int, int]:
         config = pipe.transformer.config
         return (config.pos_embed_max_size * config.patch_size,) * 2
 
@@ -50,11 +51,11 @@ class SD3Policy(PipelinePolicy):
         length, config = self.pipe.tokenizer_max_length + self.length, self.pipe.transformer.config
         return {"tokens": (length, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
 
-    def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
+    def network(self, x: Tensor, t: Tensor, embeds: dict[str, Tensor]) -> Tensor:
         return self.pipe.transformer(
-            hidden_states=x.to(own["tokens"].dtype),
+            hidden_states=x.to(embeds["tokens"].dtype),
             timestep=1000 * t,
-            encoder_hidden_states=own["tokens"],
-            pooled_projections=own["pooled"],
+            encoder_hidden_states=embeds["tokens"],
+            pooled_projections=embeds["pooled"],
             return_dict=False,
         )[0]

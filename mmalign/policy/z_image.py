@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from mmalign.policy.pipeline import PipelinePolicy, chat, ragged
+from mmalign.policy.family import chat, ragged
+from mmalign.policy.pipeline import PipelinePolicy
 from reward_models.lengths import Reader, reader
 
 LENGTH = 512  # tokens of a text at most
@@ -21,19 +23,19 @@ class ZImagePolicy(PipelinePolicy):
     pipeline = "ZImagePipeline"
     targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def __init__(self, pipe, guidance: float = 1.0, size: tuple[int, int] | None = None):
+    def __init__(self, pipe: DiffusionPipeline, guidance: float = 1.0, size: tuple[int, int] | None = None):
         super().__init__(pipe, guidance, size or (1024, 1024))
 
     @classmethod
-    def channels(cls, pipe) -> int:
+    def channels(cls, pipe: DiffusionPipeline) -> int:
         return pipe.transformer.in_channels
 
     @classmethod
-    def grain_of(cls, pipe) -> int:
+    def grain_of(cls, pipe: DiffusionPipeline) -> int:
         return 2
 
     @classmethod
-    def positions(cls, pipe) -> tuple[int, int]:
+    def positions(cls, pipe: DiffusionPipeline) -> tuple[int, int]:
         _, high, wide = pipe.transformer.config.axes_lens
         return 2 * high, 2 * wide
 
@@ -52,8 +54,8 @@ class ZImagePolicy(PipelinePolicy):
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"tokens": (LENGTH, self.pipe.transformer.config.cap_feat_dim), "mask": (LENGTH,)}
 
-    def network(self, x: Tensor, t: Tensor, own: dict[str, Tensor]) -> Tensor:
-        tokens, mask = own["tokens"], own["mask"].bool()
+    def network(self, x: Tensor, t: Tensor, embeds: dict[str, Tensor]) -> Tensor:
+        tokens, mask = embeds["tokens"], embeds["mask"].bool()
         rows = [row[there] for row, there in zip(tokens, mask, strict=True)]
         pictures = list(x.to(tokens.dtype).unsqueeze(2).unbind())
         out = self.pipe.transformer(pictures, 1 - t, rows, return_dict=False)[0]

@@ -83,12 +83,12 @@ def draw(
     forwards = [0.0] * len(attempts)
     for (guidance, start, strength, inpainted), members in groups.items():
         for first in range(0, len(members), batch):
-            rows, before = members[first : first + batch], policy.spent["forwards"]
+            rows, before = members[first : first + batch], policy.counts["forwards"]
             with _guidance(policy, guidance):
                 latents[rows] = _sample(
                     policy, [attempts[i] for i in rows], [bases[i] for i in rows], steps, start, strength, inpainted
                 )
-            share = (policy.spent["forwards"] - before) / len(rows)
+            share = (policy.counts["forwards"] - before) / len(rows)
             for i in rows:
                 forwards[i] = share
     return latents, forwards

@@ -71,7 +71,7 @@ def refine_prompts(
         rows[row["id"]] = row
     ordered = [rows[prompt.id] for prompt in prompts]
     result = summary(ordered, settings.by or critic.names[0]) | {"before": len(prompts) - len(left), "out": str(out)}
-    usage = getattr(getattr(critic, "judge", None), "spent", None)
+    usage = getattr(getattr(critic, "judge", None), "usage", None)
     return Refined(ordered, result | ({} if usage is None else {"judge": dict(usage)}))
 
 

@@ -1,7 +1,7 @@
-"""A run told to experiment trackers, through accelerate: metrics, evaluations and pictures, each at its iteration.
+"""Experiment trackers, through accelerate: they log metrics, evaluations and images, each at its iteration.
 
-`metrics.jsonl` and its neighbours are the record; trackers get a copy once that is written. One that fails on the way
-is said so once and left out from then on; the run goes on.
+The files of the run are the record; trackers get a copy once these are written. A tracker that fails is reported once
+and disabled; the run continues.
 """
 
 import json
@@ -22,16 +22,16 @@ from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.reporting.report import credit_scale
 from mmalign.runs import jsonl
-from reward_models import overlay as heat
+from reward_models import overlay
 from reward_models.images import levels
 
 PROJECT = "mmalign"
-Pictures = Mapping[str, UInt8[np.ndarray, "n H W 3"]]
+Images = Mapping[str, UInt8[np.ndarray, "n H W 3"]]
 
 
 @dataclass(frozen=True)
 class Trackers:
-    """The trackers of a run that still work; none where the config names none."""
+    """The trackers of a run that still work; none if the config names none."""
 
     working: list[GeneralTracker]
     console: Console
@@ -39,21 +39,21 @@ class Trackers:
     def log(self, values: Mapping[str, int | float], step: int) -> None:
         self._each("log", dict(values), step)
 
-    def show(self, pictures: Pictures, step: int) -> None:
-        """Pictures by name, to the trackers that take any."""
-        self._each("log_images", dict(pictures), step)
+    def show(self, images: Images, step: int) -> None:
+        """Log images by name, to the trackers that support images."""
+        self._each("log_images", dict(images), step)
 
     def finish(self) -> None:
         self._each("finish")
 
-    def _each(self, action: str, *args) -> None:
-        for tracker in [own for own in self.working if hasattr(own, action)]:
-            own = {"dataformats": "NHWC"} if (action, tracker.name) == ("log_images", "tensorboard") else {}
+    def _each(self, action: str, *args: Any) -> None:
+        for tracker in [tracker for tracker in self.working if hasattr(tracker, action)]:
+            more = {"dataformats": "NHWC"} if (action, tracker.name) == ("log_images", "tensorboard") else {}
             try:
-                getattr(tracker, action)(*args, **own)
-            except Exception as error:  # whatever it is, the run matters more
+                getattr(tracker, action)(*args, **more)
+            except Exception as error:  # of any kind: a tracker must not end the run
                 self.working.remove(tracker)
-                self.console.print(f"trackers: {tracker.name} failed and gets no more: {_line(error)}")
+                self.console.print(f"trackers: {tracker.name} failed and is disabled: {_line(error)}")
 
 
 def check(names: Sequence[str]) -> None:
@@ -65,10 +65,10 @@ def check(names: Sequence[str]) -> None:
 
 @contextmanager
 def opened(c: Config, out: Path, done: int, console: Console) -> Iterator[Trackers]:
-    """The config's trackers, begun and given the config, for a run in `out` that has `done` iterations behind it. Their
-    files go below `out`. BadInput for one that does not begin."""
-    begin = {
-        "tensorboard": {"purge_step": done + 1 if done else 0},  # what a run cut off had logged past its checkpoint
+    """The config's trackers, started with the config, for a run in `out` that has finished `done` iterations. Their
+    files go below `out`. BadInput for a tracker that does not start."""
+    options = {
+        "tensorboard": {"purge_step": done + 1 if done else 0},  # drops what was logged after the checkpoint
         "wandb": {"dir": str(out), "name": out.name},
         "trackio": {"name": out.name},
     }
@@ -76,9 +76,9 @@ def opened(c: Config, out: Path, done: int, console: Console) -> Iterator[Tracke
     try:
         if c.trackers:
             out.mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers(PROJECT, _flat(c), begin)
+        accelerator.init_trackers(PROJECT, _flat(c), options)
     except Exception as error:
-        raise BadInput(f"trackers: {', '.join(c.trackers)} did not begin: {_line(error)}") from error
+        raise BadInput(f"trackers: {', '.join(c.trackers)} did not start: {_line(error)}") from error
     trackers = Trackers(accelerator.trackers, console)
     try:
         yield trackers
@@ -91,9 +91,9 @@ def _line(error: Exception) -> str:
 
 
 def _flat(c: Config) -> dict[str, Any]:
-    """The config as trackers take it: numbers, words, and JSON of the rest, without what opens doors."""
+    """The config in a form that trackers accept: numbers, strings, and JSON of the rest, without secrets."""
     values = secrets.public(c.model_dump(mode="json"))
-    return {key: json.dumps(own) if isinstance(own, list | dict) else own for key, own in values.items()}
+    return {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in values.items()}
 
 
 def sheet(path: Path) -> dict[str, UInt8[np.ndarray, "n H W 3"]]:
@@ -102,16 +102,16 @@ def sheet(path: Path) -> dict[str, UInt8[np.ndarray, "n H W 3"]]:
 
 
 def credit(out: Path, iteration: int) -> dict[str, UInt8[np.ndarray, "n H W 3"]]:
-    """Of the images that `exhibit` kept of an iteration: the images, the maps over them, and the credit of each step
-    over them, as the report has them."""
+    """The saved images of an iteration: plain, with the map over them, and with the credit of each step over them, the
+    same as in the report."""
     rows = [row for row in jsonl.rows(out / "credit.jsonl") if row["iteration"] == iteration]
-    scale, pictures = credit_scale(rows), {}
+    scale, images = credit_scale(rows), {}
     for row in rows:
         image = levels(out / row["image"])
         shown = {"image": image}
         if row["map"]:
-            shown["map"] = heat.tinted(image, row["map"])
-        shown |= {f"step {step}": heat.tinted(image, grid, scale) for step, grid in row["advantage"].items()}
-        for name, picture in shown.items():
-            pictures.setdefault(f"credit/{name}", []).append(picture)
-    return {name: np.stack(own) for name, own in pictures.items()}
+            shown["map"] = overlay.tinted(image, row["map"])
+        shown |= {f"step {step}": overlay.tinted(image, grid, scale) for step, grid in row["advantage"].items()}
+        for name, pixels in shown.items():
+            images.setdefault(f"credit/{name}", []).append(pixels)
+    return {name: np.stack(group) for name, group in images.items()}

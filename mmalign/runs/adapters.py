@@ -18,14 +18,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 from torch import Tensor
 
-from mmalign.runs import checkpoint, state as states, tensors as safe
 from mmalign import errors
 from mmalign.config import load as configs
 from mmalign.config.schema import Config
-
 from mmalign.errors import BadInput
+from mmalign.runs import checkpoint, state as states, tensors as safe
 from reward_models import files, limits
-from reward_models.allowlist import closed
+from reward_models.allowlist import no_links_out
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")  # of diffusers', ComfyUI's and peft's names
 NAMES = ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors", "adapter_model.safetensors")  # in a folder
@@ -72,7 +71,7 @@ def config_of(run: Path) -> Path:
     if not (run / "config.yaml").is_file():
         raise BadInput(f"{run}: no run there (config.yaml is missing)")
     with errors.refusing():
-        closed(run)
+        no_links_out(run)
     return run / "config.yaml"
 
 

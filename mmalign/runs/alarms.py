@@ -11,9 +11,9 @@ from typing import Any
 
 from scipy import stats
 
-from reward_models import files
-from mmalign.runs import jsonl
 from mmalign.config.schema import Config, component
+from mmalign.runs import jsonl
+from reward_models import files
 
 IN_A_ROW = 5  # iterations: as many without gradient, or with a constant reward; means of diversity are over as many
 DIVERSITY = 0.5  # share of its beginning below which it has collapsed

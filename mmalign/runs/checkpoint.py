@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mmalign.runs import jsonl, tensors as safe
+from mmalign.runs import tensors as safe
 from reward_models import files, limits
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -160,15 +160,6 @@ def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
         return safe.parsed(data)
     except ValueError as error:
         raise Broken(f"{path}: {error}") from None
-
-
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """The same 16 hex digits for the same names and bits."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -10,15 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from reward_models import files
-from mmalign.runs import checkpoint, jsonl
 from mmalign import errors
 from mmalign.config import load as configs
-from mmalign.config.schema import ANEW
-
+from mmalign.config.schema import ANEW, Config
 from mmalign.errors import BadInput, Failed
-from mmalign.config.schema import Config
-from reward_models import allowlist as trust
+from mmalign.runs import checkpoint, jsonl
+from reward_models import allowlist as trust, files
 
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl", "alarms.jsonl")
 WRITTEN = (*RECORDS, "config.yaml", "images", "checkpoints", "report.html")  # names that a run writes under
@@ -74,7 +71,7 @@ def check(out: Path, c: Config, resume: bool) -> None:
         if not saved.is_file():
             raise BadInput(f"--resume: {out} holds no run")
         with errors.refusing():
-            trust.closed(out)
+            trust.no_links_out(out)
         now, before = c.model_dump(), configs.load(saved).model_dump()
         changed = [key for key in now if now[key] != before[key] and key not in ANEW]
         if changed:

@@ -11,11 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from mmalign.runs import checkpoint, jsonl
 from mmalign.config import load as configs
-
-from mmalign.errors import BadInput
 from mmalign.config.schema import Config
+from mmalign.errors import BadInput
+from mmalign.runs import checkpoint, jsonl
 from reward_models import files, limits
 
 SIDES = ("before", "after")

@@ -16,9 +16,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
+from mmalign.errors import BadInput
 from mmalign.runs import checkpoint
 from mmalign.runs.checkpoint import Tensors
-from mmalign.errors import BadInput
+from reward_models.weights import fingerprint
 
 HELD = ("lora_rank", "lora_alpha", "lora_targets", "precision", "guidance", "size")  # what decides an adapter's images
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
@@ -73,7 +74,7 @@ def read(path: Path) -> tuple[Tensors, State]:
         raise refused(file, f"iteration: {state.iteration}, in the folder of {int(path.name)}")
     if missing := sorted(TENSORS - set(tensors)):
         raise refused(path / f"{missing[0]}.safetensors", f"not in {checkpoint.MANIFEST}")
-    if checkpoint.fingerprint(tensors["adapter"]) != state.adapter_hash:
+    if fingerprint(tensors["adapter"], digits=16) != state.adapter_hash:
         raise refused(path / "adapter.safetensors", f"not the adapter that {checkpoint.STATE} names")
     return tensors, state
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from mmalign.errors import Failed, NonFinite, of
+from mmalign.errors import Failed, NonFinite, non_finite
 from mmalign.types import Judgement, Rows, Trajectories
 from reward_models import Prompt
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 def _finite(what: str, prompts: Sequence[Prompt], values: Shaped[Tensor, "M *cells"], owner: Int[Tensor, "M"]) -> None:
     good = values.isfinite().flatten(1).all(1).cpu()
     if not bool(good.all()):
-        raise of(what, prompts, owner.cpu()[~good].tolist())
+        raise non_finite(what, prompts, owner.cpu()[~good].tolist())
 
 
 def walked(paths: Trajectories, images: Float[Tensor, "E 3 H W"], prompts: Sequence[Prompt]) -> None:
@@ -39,7 +39,7 @@ def rewarded(judged: Judgement, paths: Trajectories, prompts: Sequence[Prompt]) 
     reward, scored = judged.reward, torch.stack([*judged.parts.values()], 1).isfinite().all(1)
     bad = reward.isinf().any(1) | (reward[:, -1].isnan() & scored)
     if bool(bad.any()):
-        raise of("combined rewards", prompts, paths.prompt.cpu()[bad].tolist())
+        raise non_finite("combined rewards", prompts, paths.prompt.cpu()[bad].tolist())
 
 
 def together(tell: Callable, work: Callable[[], T]) -> T:
@@ -79,7 +79,7 @@ class Skips:
         """Whether to step along a minibatch's gradient, whose `norm` is given, and the loss of each row."""
         bad = [k for k, loss in zip(rows.index.tolist(), losses, strict=True) if not math.isfinite(loss)]
         sound = not bad and math.isfinite(norm)
-        own = None if sound else str(of("loss" if bad else "gradient", prompts, bad or rows.index.tolist()))
+        own = None if sound else str(non_finite("loss" if bad else "gradient", prompts, bad or rows.index.tolist()))
         found = next(filter(None, self.tell(own)), None)
         if found is None:
             self.in_a_row = 0

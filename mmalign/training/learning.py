@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmalign.data import prompts as prompt_files
-from mmalign.distributed.deepspeed import Zero2
+from mmalign.distributed.deepspeed import ZeroOptimizer
 from mmalign.flow.sample import seed_of
 from mmalign.learn.update import Peers, Replay, surrogate, transitions, update
 from mmalign.objectives import rgdpo, srum
@@ -90,7 +90,7 @@ def learn(run: Session, lesson: Lesson, iteration: int) -> dict[str, int | float
     shares = ranks.local_rows(lesson.batch.index, "rows to learn from")
     peers = Peers(shares, ranks.add_gradients, partial(ranks.all_gather_object, what="what was learnt"), ranks.replayed)
     micro_batch = run.fits["micro_batch"]
-    if isinstance(run.optimizer, Zero2):
+    if isinstance(run.optimizer, ZeroOptimizer):
         peers = replace(peers, add=run.optimizer.add, clip=run.optimizer.clip)
         micro_batch = run.optimizer.summing(micro_batch)
     statistics = update(

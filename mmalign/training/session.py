@@ -73,7 +73,7 @@ class Session:
         row = {"hits": sum(s.hits for s in cached), "asked": sum(s.asked for s in cached)} if cached else {}
         for name, scorer in self.scorers.items():
             judge = getattr(getattr(scorer, "scorer", scorer), "judge", None)
-            row |= {f"judge/{name}/{key}": count for key, count in dict(judge.spent).items()} if judge else {}
+            row |= {f"judge/{name}/{key}": count for key, count in dict(judge.usage).items()} if judge else {}
         row = self.ranks.all_reduce_sum(row, "counts") if row else row
         return {"cache_hits": row.pop("hits") / max(1, row.pop("asked"))} | row if cached else row
 

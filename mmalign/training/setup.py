@@ -10,7 +10,7 @@ from mmalign.config import paths
 from mmalign.config.schema import Config, component
 from mmalign.data import prompts as prompt_files
 from mmalign.data.judged_images import read as read_records
-from mmalign.distributed.deepspeed import Zero2
+from mmalign.distributed.deepspeed import ZeroOptimizer
 from mmalign.distributed.processes import Ranks, join
 from mmalign.errors import BadInput
 from mmalign.evaluation import reference as references
@@ -35,7 +35,7 @@ def load_scorers(c: Config, names) -> dict[str, RewardModel]:
             if part not in scorers[name].names:
                 raise BadInput(f"{key}: no component {part!r}; {name} gives {', '.join(scorers[name].names)}")
     _check_factors(c, scorers)
-    if c.region and not scorers[c.region].card.places:
+    if c.region and not scorers[c.region].card.has_map:
         raise BadInput(f"region: {c.region} says nothing about where; credit by place needs a scorer with a map")
     return scorers
 
@@ -113,7 +113,7 @@ def open_session(c: Config, ranks: Ranks | None = None) -> Session:
     if ranks.sharded:
         ranks.shard(policy.pipe.transformer)
     if ranks.zero:
-        optimizer = Zero2(policy.pipe.transformer, optimizer, ranks)
+        optimizer = ZeroOptimizer(policy.pipe.transformer, optimizer, ranks)
     multipliers = dict.fromkeys(c.at_least, 0.0)
     if c.cache:  # last, for it makes the file
         with errors.refusing():

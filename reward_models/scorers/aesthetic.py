@@ -55,7 +55,7 @@ class Aesthetic:
             "aesthetic",
             model=f"{named(head)} on {named(model)}",
             licence="Apache-2.0 (head), MIT (CLIP)",
-            compares=True,
+            comparable_across_prompts=True,
             sees_prompt=False,
             size="224 px, shortest, bicubic, as its processor has it",
             checkpoint=fingerprint(self.model, self.head),

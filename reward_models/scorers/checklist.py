@@ -188,7 +188,7 @@ def _numbered(value: Any) -> list[tuple[int, dict[str, Any]]] | None:
     return [*zip(numbers, rows, strict=True)] if all(type(number) is int for number in numbers) else None
 
 
-def judged(criteria: Sequence[Criterion], verdicts: Sequence[Verdict]) -> ask.Finding:
+def judged(criteria: Sequence[Criterion], verdicts: Sequence[Verdict]) -> ask.Parsed:
     """What verdicts on criteria come to."""
     passed: list[bool] = []
     for criterion, verdict in zip(criteria, verdicts, strict=True):
@@ -209,7 +209,7 @@ def judged(criteria: Sequence[Criterion], verdicts: Sequence[Verdict]) -> ask.Fi
         if verdict.box
     )
     critique = "; ".join(f"no: {criterion.question}" for criterion in failed) or "every criterion is met"
-    return ask.Finding(values, critique, ", ".join(criterion.fix for criterion in failed if criterion.fix), regions)
+    return ask.Parsed(values, critique, ", ".join(criterion.fix for criterion in failed if criterion.fix), regions)
 
 
 class Checklist:
@@ -242,7 +242,7 @@ class Checklist:
         self.judge = ask.judge("checklist", model, url, asking)
         own = {"coordinates": coordinates, "tokens": tokens, "grid": grid}
         own |= {"instruction": self.template.source, "writing": self.writing.source}
-        self.card = ask.card("checklist", self.judge, 0, 1, own, places=True)
+        self.card = ask.card("checklist", self.judge, 0, 1, own, has_map=True)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look, batch=max(1, len(images)))
@@ -259,11 +259,11 @@ class Checklist:
             given = {"image": images[i], "prompt": templates.quoted(prompts[i].text)}
             return self.template.fill(**given, criteria=numbered, coordinates=units)
 
-        def finding(i: int, reply: types.Reply) -> ask.Finding:
+        def finding(i: int, reply: types.Reply) -> ask.Parsed:
             verdicts = read(reply.text, len(lists[i]), size, self.coordinates, reply.cut)
             found = judged(lists[i], verdicts)
             request = f"{prompts[i].text}; {found.request}" if found.request else ""
-            return ask.Finding(found.values, found.said, request, found.regions)
+            return ask.Parsed(found.values, found.said, request, found.regions)
 
         asked = ask.together(self.judge, range(len(images)), question, self.tokens, VERDICTS)
         return ask.findings(self.names, asked, finding, size, self.grid)

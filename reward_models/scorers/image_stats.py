@@ -27,7 +27,15 @@ class ImageStats:
     """The scorer; it takes no settings."""
 
     names = ("brightness", "contrast", "saturation", "sharpness")
-    card = Card("image_stats", licence="Apache-2.0", low=0, high=4, higher="more", compares=True, sees_prompt=False)
+    card = Card(
+        "image_stats",
+        licence="Apache-2.0",
+        low=0,
+        high=4,
+        higher="more",
+        comparable_across_prompts=True,
+        sees_prompt=False,
+    )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look)

@@ -37,7 +37,7 @@ class JpegSize:
             licence="Apache-2.0",
             low=0 if direction == "larger" else -inf,
             high=0 if direction == "smaller" else inf,
-            compares=True,
+            comparable_across_prompts=True,
             sees_prompt=False,
             settings={"quality": quality, "direction": direction},
         )

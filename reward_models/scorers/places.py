@@ -75,7 +75,7 @@ class Places:
             tokens=tokens, overlap=overlap, grid=grid,
             proposals=[named(proposals), fingerprint(self.finder.model)] if proposals else None,
         )  # fmt: skip
-        self.card = ask.card("places", self.judge, -1, 1, own, places=True)
+        self.card = ask.card("places", self.judge, -1, 1, own, has_map=True)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look)
@@ -94,13 +94,13 @@ class Places:
         ]
         asked = self.judge.ask(questions, self.tokens)
 
-        def whole(i: int, reply: types.Reply) -> ask.Finding:
+        def whole(i: int, reply: types.Reply) -> ask.Parsed:
             score, said = replies.overall(reply.text, reply.cut)
-            return ask.Finding({"overall": score}, said)
+            return ask.Parsed({"overall": score}, said)
 
-        def local(i: int, reply: types.Reply) -> ask.Finding:
+        def local(i: int, reply: types.Reply) -> ask.Parsed:
             regions = tuple(replies.places(reply.text, size, self.coordinates, proposed[i], reply.cut))
-            return ask.Finding({"local": mean(regions)}, regions=regions)
+            return ask.Parsed({"local": mean(regions)}, regions=regions)
 
         one = ask.findings(self.names, asked[:count], whole)
         two = ask.findings(self.names, asked[count:], local, size)

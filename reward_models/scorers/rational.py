@@ -89,7 +89,7 @@ class Rational:
             given["source"] = ask.picture_of(prompt, "source")
         return self.template.fill(**given)
 
-    def _read(self, reply: types.Reply, prompt: str) -> ask.Finding:
+    def _read(self, reply: types.Reply, prompt: str) -> ask.Parsed:
         critique = critiques.read(reply.text, self.aspects, reply.cut)
         for name, score in critique.scores.items():
             if score is None and name not in OPTIONAL:
@@ -97,4 +97,4 @@ class Rational:
         low, span = critiques.SCALE.low, critiques.SCALE.high - critiques.SCALE.low
         values = {name: (score - low) / span for name, score in critique.scores.items() if score is not None}
         request = "" if critique.request == prompt else critique.request
-        return ask.Finding({"overall": critique.overall, **values}, str(critique), request)
+        return ask.Parsed({"overall": critique.overall, **values}, str(critique), request)

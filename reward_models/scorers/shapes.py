@@ -45,7 +45,7 @@ UNKNOWN = "blob"
 
 
 @dataclass(frozen=True)
-class Seen:
+class Blob:
     """One thing found in an image. `box` is (left, top, right, bottom) in px, `name` a shape, a letter or "blob"."""
 
     name: str
@@ -133,10 +133,10 @@ def _components(images: Float[np.ndarray, "N 3 H W"]) -> tuple[np.ndarray, np.nd
     return labels * (area >= MIN_AREA)[labels], colour
 
 
-def look(images: Float[np.ndarray, "N 3 H W"]) -> list[list[Seen]]:
+def look(images: Float[np.ndarray, "N 3 H W"]) -> list[list[Blob]]:
     """Everything there is in each image, in no particular order."""
     labels, colour = _components(images)
-    found: list[list[Seen]] = [[] for _ in images]
+    found: list[list[Blob]] = [[] for _ in images]
     ids, n, top, bottom, left, right = _boxes(labels)
     masks = _crops(labels, ids, n, top, bottom, left, right)
     both = np.einsum("mij,kij->mk", masks, TEMPLATES)
@@ -153,12 +153,12 @@ def look(images: Float[np.ndarray, "N 3 H W"]) -> list[list[Seen]]:
         known = overlap[m, best[m]] >= MIN_OVERLAP and not distorted[m]
         name = NAMES[best[m]] if known else UNKNOWN
         found[n[m]].append(
-            Seen(name, names[votes.argmax()], (int(left[m]), int(top[m]), int(right[m]), int(bottom[m])))
+            Blob(name, names[votes.argmax()], (int(left[m]), int(top[m]), int(right[m]), int(bottom[m])))
         )
     return found
 
 
-def _checks(item: dict, seen: Seen) -> list[bool]:
+def _checks(item: dict, seen: Blob) -> list[bool]:
     """[is it the thing, is each asked attribute right]; attributes count only on the right thing."""
     is_it = seen.name == item["class"]
     checks = [is_it]
@@ -170,7 +170,7 @@ def _checks(item: dict, seen: Seen) -> list[bool]:
     return checks
 
 
-def _related(first: Seen, relation: str, second: Seen) -> bool:
+def _related(first: Blob, relation: str, second: Blob) -> bool:
     sign_x, sign_y = RELATIONS[relation]
     (ax, ay), (bx, by) = first.centre, second.centre
     along = (ax - bx) * sign_x + (ay - by) * sign_y
@@ -202,7 +202,7 @@ class Verdict:
     holds: bool | None = None
 
 
-def judge_text(wanted: str, seen: list[Seen]) -> Verdict:
+def judge_text(wanted: str, seen: list[Blob]) -> Verdict:
     read = sorted(seen, key=lambda s: s.centre[0])
     text = "".join(s.name if s.name in GLYPHS else "?" for s in read)
     partial = max(0.0, 1 - edit_distance(text, wanted) / len(wanted))
@@ -217,7 +217,7 @@ def _label(place: int, name: str) -> str:
     return f"{place + 1} {name}" if name else ""
 
 
-def judge_objects(wants: dict, seen: list[Seen]) -> Verdict:
+def judge_objects(wants: dict, seen: list[Blob]) -> Verdict:
     entities = [item for item in wants["include"] for _ in range(item["count"])]
     checks = [[_checks(item, s) for s in seen] for item in entities]
     credit = np.array([[sum(c) / len(c) for c in row] for row in checks]).reshape(len(entities), len(seen))
@@ -251,7 +251,7 @@ def judge_objects(wants: dict, seen: list[Seen]) -> Verdict:
     return Verdict(float(not wrong), partial, "; ".join(wrong) or "right", tuple(marks), matched, holds)
 
 
-def judge(prompt: Prompt, seen: list[Seen]) -> Verdict:
+def judge(prompt: Prompt, seen: list[Blob]) -> Verdict:
     if "tag" not in prompt.wants:
         raise KeyError("prompt has no ground truth: `shapes` needs captions of the embedded world")
     if prompt.wants["tag"] == "text":
@@ -267,7 +267,13 @@ class Shapes:
     def __init__(self, grid: int = 8):
         self.grid = grid
         self.card = Card(
-            "shapes", licence="Apache-2.0", low=0, high=1, compares=True, places=True, settings={"grid": grid}
+            "shapes",
+            licence="Apache-2.0",
+            low=0,
+            high=1,
+            comparable_across_prompts=True,
+            has_map=True,
+            settings={"grid": grid},
         )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from reward_models.regions import Region, paint
-from reward_models.scorers.shapes import Seen, Verdict, judge, look
+from reward_models.scorers.shapes import Blob, Verdict, judge, look
 from reward_models.scoring import each
 from reward_models.shapes_world import COLOURS, OPPOSITE, SIDE, caption, understood
 from reward_models.types import Card, Images, Prompt, Scores
@@ -37,7 +37,13 @@ class ShapesCritic:
     def __init__(self, grid: int = 8):
         self.grid = grid
         self.card = Card(
-            "shapes_critic", licence="Apache-2.0", low=0, high=1, compares=True, places=True, settings={"grid": grid}
+            "shapes_critic",
+            licence="Apache-2.0",
+            low=0,
+            high=1,
+            comparable_across_prompts=True,
+            has_map=True,
+            settings={"grid": grid},
         )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
@@ -62,7 +68,7 @@ class ShapesCritic:
         return Scores(self.names, values, tuple(said), maps, failures, tuple(boxes), tuple(requests))
 
 
-def aspects(wants: Item, seen: Sequence[Seen], verdict: Verdict) -> tuple[float, float, float, float]:
+def aspects(wants: Item, seen: Sequence[Blob], verdict: Verdict) -> tuple[float, float, float, float]:
     """objects, attributes, relation, text, as in the module's head."""
     nan = float("nan")
     if wants["tag"] == "text":

@@ -58,4 +58,4 @@ class Unified:
             for image, prompt in zip(images, prompts, strict=True)
         ]
         asked = self.judge.ask(questions, self.tokens)
-        return ask.findings(self.names, asked, lambda i, reply: ask.Finding(read(reply.text, self.version, reply.cut)))
+        return ask.findings(self.names, asked, lambda i, reply: ask.Parsed(read(reply.text, self.version, reply.cut)))

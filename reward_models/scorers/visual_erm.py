@@ -23,7 +23,7 @@ SEVERITY = Scale(1, 3)
 LISTS = ("errors", "discrepancies", "differences")
 
 
-def read(text: str, size: tuple[int, int], worst: int | float, coordinates: str = "pixels") -> ask.Finding:
+def read(text: str, size: tuple[int, int], worst: int | float, coordinates: str = "pixels") -> ask.Parsed:
     """The discrepancies in a reply about a picture of `size` (height, width). ValueError names the one that is not as
     it should be; an empty list is a perfect picture, no list none at all."""
     listed = replies.alike(rows for value in replies.values(replies.answer(text)) if (rows := _rows(value)) is not None)
@@ -44,7 +44,7 @@ def read(text: str, size: tuple[int, int], worst: int | float, coordinates: str 
                 inside(regions[-1:], size)
             except ValueError as error:
                 raise ValueError(f"error {number}: {error}") from None
-    return ask.Finding({"closeness": max(0.0, 1 - total / worst)}, "; ".join(said), regions=tuple(regions))
+    return ask.Parsed({"closeness": max(0.0, 1 - total / worst)}, "; ".join(said), regions=tuple(regions))
 
 
 def _rows(value: Any) -> list[dict[str, Any]] | None:
@@ -82,7 +82,7 @@ class VisualErm:
         self.judge = ask.judge("visual_erm", model, url, asking)
         own = {"kind": kind, "worst": worst, "coordinates": coordinates, "tokens": tokens, "grid": grid}
         own["instruction"] = self.template.source
-        self.card = ask.card("visual_erm", self.judge, 0, 1, own, compares=True, places=True)
+        self.card = ask.card("visual_erm", self.judge, 0, 1, own, comparable_across_prompts=True, has_map=True)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._look, batch=max(1, len(images)))

@@ -72,7 +72,7 @@ class Remote:
             low=min(-math.inf if card.low is None else card.low for card in cards),
             high=max(math.inf if card.high is None else card.high for card in cards),
             higher="more" if any(card.higher == "more" for card in cards) else "better",
-            compares=all(card.compares for card in cards),
+            comparable_across_prompts=all(card.comparable_across_prompts for card in cards),
             sees_prompt=any(card.sees_prompt for card in cards),
             groupwise=any(card.groupwise for card in cards),
             settings={name: own.version for name, own in about.items()},

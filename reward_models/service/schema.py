@@ -71,12 +71,12 @@ class Card(Wire):
     low: float | None = Field(description="least score, null without a bound")
     high: float | None = Field(description="greatest score, null without a bound")
     higher: str = Field(description="what a higher score is: `better`, or `more` for an alarm that is no reward")
-    compares: bool = Field(description="whether scores of different prompts may be compared")
+    comparable_across_prompts: bool = Field(description="whether scores of different prompts may be compared")
     sees_prompt: bool
     size: str = Field(description="what becomes of an image's size")
     checkpoint: str = Field(description="SHA-256 of the weights")
     groupwise: bool = Field(description="whether the images of one prompt are shown together")
-    places: bool = Field(description="whether it says where; maps are not sent")
+    has_map: bool = Field(description="whether it says where; maps are not sent")
     settings: dict[str, JsonValue]
 
 

@@ -34,7 +34,7 @@ HEADING = "| check | | seen | what to do |"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One line of the report. `good` None: could not be told. `advice`: what to do where it is not good."""
 
     check: str
@@ -45,7 +45,7 @@ class Finding:
 
 def examine(
     scorer: RewardModel, images: Images, prompts: Sequence[Prompt], choices: Float[Tensor, "C 2"] | None = None
-) -> list[Finding]:
+) -> list[Check]:
     """The report on a scorer, of pictures of one size with their prompts, at least two of them. `choices`: scores of
     the chosen and of the other picture of labelled pairs."""
     if len(images) < 2 or len(images) != len(prompts):
@@ -72,26 +72,26 @@ def _mean(values: Tensor) -> float:
     return float(values.nanmean()) if bool((~values.isnan()).any()) else float("nan")
 
 
-def _answers(first: Scores) -> Finding:
+def _answers(first: Scores) -> Check:
     missing = float(_main(first).isnan().float().mean())
     why = f"; {next(iter(first.failures.values()))[:160]}" if first.failures else ""
-    return Finding(
+    return Check(
         "answers", missing <= FAILED, f"{missing:.0%} without a score{why}", "read the replies; see the reason"
     )
 
 
-def _spread(first: Scores) -> Finding:
+def _spread(first: Scores) -> Check:
     values = _main(first)
     spread = float(values[~values.isnan()].std(correction=0)) if bool((~values.isnan()).any()) else float("nan")
-    return Finding("spread", spread > 1e-6, f"standard deviation {spread:.3g}", "a constant reward teaches nothing")
+    return Check("spread", spread > 1e-6, f"standard deviation {spread:.3g}", "a constant reward teaches nothing")
 
 
-def _repeats(scorer, first: Scores, images: Images, prompts) -> Finding:
+def _repeats(scorer, first: Scores, images: Images, prompts) -> Check:
     again = _main(scorer(images, prompts))
     return _near("repeats", _main(first), again, "lower the temperature, or average several replies")
 
 
-def _neighbours(scorer, first: Scores, images: Images, prompts) -> Finding:
+def _neighbours(scorer, first: Scores, images: Images, prompts) -> Check:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     half = max(1, len(order) // 2)
     parts = [_main(scorer(images[rows], [prompts[i] for i in rows.tolist()])) for rows in order.split(half)]
@@ -100,18 +100,18 @@ def _neighbours(scorer, first: Scores, images: Images, prompts) -> Finding:
     return _near("neighbours", _main(first), again, "its scores depend on the batch; check padding and normalisation")
 
 
-def _near(check: str, one: Tensor, two: Tensor, advice: str) -> Finding:
+def _near(check: str, one: Tensor, two: Tensor, advice: str) -> Check:
     both = ~(one.isnan() | two.isnan())
     if not bool(both.any()):
-        return Finding(check, None, "no scores")
+        return Check(check, None, "no scores")
     noise = float(((one - two)[both] ** 2).mean().sqrt()) / 2**0.5
     spread = float(one[both].std(correction=0))
     lost = int((one.isnan() != two.isnan()).sum())
     seen = f"noise {noise:.3g}, spread between images {spread:.3g}" + (f", {lost} answered only once" if lost else "")
-    return Finding(check, noise <= max(REPEATS * spread, TINY), seen, advice)
+    return Check(check, noise <= max(REPEATS * spread, TINY), seen, advice)
 
 
-def _junk(scorer, first: Scores, images: Images, prompts) -> list[Finding]:
+def _junk(scorer, first: Scores, images: Images, prompts) -> list[Check]:
     """What no prompt asks for must score below what was made for it."""
     whole, found = _mean(_main(first)), []
     for name, junk in junk_images(images, prompts).items():
@@ -119,7 +119,7 @@ def _junk(scorer, first: Scores, images: Images, prompts) -> list[Finding]:
         refused = low != low
         seen = f"{name} {'has no score' if refused else f'{low:.3g}'}, pictures {whole:.3g}"
         good = None if whole != whole else refused or low < whole
-        found.append(Finding(f"sees the image: {name}", good, seen, f"{name} pays; do not train on it alone"))
+        found.append(Check(f"sees the image: {name}", good, seen, f"{name} pays; do not train on it alone"))
     return found
 
 
@@ -150,7 +150,7 @@ def written(text: str, height: int, width: int) -> Images:
     return from_pil([picture])
 
 
-def _own_prompt(scorer, first: Scores, images: Images, prompts) -> list[Finding]:
+def _own_prompt(scorer, first: Scores, images: Images, prompts) -> list[Check]:
     others = [
         next((p for p in prompts[i + 1 :] + prompts[:i] if p.text != prompts[i].text), None) for i in range(len(images))
     ]
@@ -161,17 +161,17 @@ def _own_prompt(scorer, first: Scores, images: Images, prompts) -> list[Finding]
     better = torch.sign(_main(first)[rows] - wrong)
     better = better[~better.isnan()]
     if not len(better):
-        return [Finding("sees the prompt", None, "no scores")]
+        return [Check("sees the prompt", None, "no scores")]
     share = float((better + 1).mean() / 2)
     return [
-        Finding(
+        Check(
             "sees the prompt", share >= AGREES, f"own prompt above another's {share:.0%} of the time",
             "it looks at the picture alone; is it the right model, and is the prompt in its question?",
         )
     ]  # fmt: skip
 
 
-def _of_pairs(scorer, images: Images, prompts) -> list[Finding]:
+def _of_pairs(scorer, images: Images, prompts) -> list[Check]:
     """Of a judge of pairs: the pictures against junk, and each pair from both sides."""
     if hasattr(scorer, "orders"):
         orders, scorer.orders, scorer.swaps = scorer.orders, "both", [0, 0]
@@ -195,14 +195,14 @@ def _of_pairs(scorer, images: Images, prompts) -> list[Finding]:
     own, noise = _mean(both[:, 0]), _mean(both[:, 1])
     good = None if own != own or noise != noise else noise < own
     out = [
-        Finding("answers", lost <= FAILED, f"{lost:.0%} without a score{why}", "read the replies; see the reason"),
-        Finding("sees the image: noise", good, f"noise wins {noise:.0%}, pictures {own:.0%}", "noise pays"),
+        Check("answers", lost <= FAILED, f"{lost:.0%} without a score{why}", "read the replies; see the reason"),
+        Check("sees the image: noise", good, f"noise wins {noise:.0%}, pictures {own:.0%}", "noise pays"),
     ]
     if getattr(scorer, "swaps", (0, 0))[1]:
         swapped, pairs = scorer.swaps
         share = swapped / pairs
         out.append(
-            Finding(
+            Check(
                 "sides", share <= SWAPPED, f"the winner changed with the side in {share:.0%} of {pairs} pairs",
                 "use orders=both, which counts such a pair as a tie",
             )
@@ -210,15 +210,15 @@ def _of_pairs(scorer, images: Images, prompts) -> list[Finding]:
     return out
 
 
-def _chosen(choices: Float[Tensor, "C 2"] | None) -> list[Finding]:
+def _chosen(choices: Float[Tensor, "C 2"] | None) -> list[Check]:
     if choices is None:
         return []
     had = choices[~choices.isnan().any(1)]
     if not len(had):
-        return [Finding("choices", None, "no pair has two scores")]
+        return [Check("choices", None, "no pair has two scores")]
     share = float((torch.sign(had[:, 0] - had[:, 1]) + 1).mean() / 2)
     seen = f"agrees with {share:.0%} of {len(had)} choices"
-    return [Finding("choices", share >= AGREES, seen, "another model, or clearer instructions")]
+    return [Check("choices", share >= AGREES, seen, "another model, or clearer instructions")]
 
 
 Pair = tuple[Picture, Picture, Prompt]  # the chosen picture, the other, and their prompt
@@ -260,7 +260,7 @@ def chosen(scorer: RewardModel, pairs: Sequence[Pair]) -> Float[Tensor, "C 2"] |
     return torch.stack(found) if found else None
 
 
-def markdown(reports: Mapping[str, Sequence[Finding]], images: int) -> str:
+def markdown(reports: Mapping[str, Sequence[Check]], images: int) -> str:
     """A page for people."""
     lines = [f"# Judges examined on {images} pictures", ""]
     for name, rows in reports.items():
@@ -268,7 +268,7 @@ def markdown(reports: Mapping[str, Sequence[Finding]], images: int) -> str:
     return "\n".join(lines)
 
 
-def table(rows: Sequence[Finding]) -> list[str]:
+def table(rows: Sequence[Check]) -> list[str]:
     """Lines of Markdown."""
     lines = [HEADING, "|---|---|---|---|"]
     for own in rows:

@@ -453,7 +453,7 @@ def _ours(row: Any) -> bool:
         return False
     try:
         for places in row["places"].values():
-            heat.over(places)
+            heat.rectangles(places)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return False
     values, reasons = row["scores"].values(), [text for name in ("failures", *TEXTS) for text in row[name].values()]

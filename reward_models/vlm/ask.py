@@ -30,7 +30,7 @@ class Local:
     device: str
     batch: int
     about: Mapping[str, Any]
-    spent: Counter[str] = field(default_factory=Counter)
+    usage: Counter[str] = field(default_factory=Counter)
 
     def ask(self, questions: Sequence[Question], tokens: int, schema: Mapping[str, Any] | None = None) -> list[Reply]:
         return self._each(questions, lambda own: self._written(own, tokens), lambda why: Reply(failure=why))
@@ -42,8 +42,8 @@ class Local:
     def _written(self, questions: Sequence[Question], tokens: int) -> list[Reply]:
         inputs = self._inputs(questions)
         texts, cut, count = vlm.written(self.model, self.processor, inputs, tokens)
-        self.spent["prompt_tokens"] += inputs["input_ids"].numel()
-        self.spent["reply_tokens"] += count
+        self.usage["prompt_tokens"] += inputs["input_ids"].numel()
+        self.usage["reply_tokens"] += count
         return [Reply(text, cut=short) for text, short in zip(texts, cut, strict=True)]
 
     def _inputs(self, questions: Sequence[Question]) -> Any:
@@ -51,7 +51,7 @@ class Local:
 
     def _each(self, questions: Sequence[Question], answer: Callable, failed: Callable[[str], Any]) -> list:
         """In batches; a batch that fails, for memory or for one question, is tried again in halves."""
-        self.spent["calls"] += len(questions)
+        self.usage["calls"] += len(questions)
         if not questions:
             return []
         found = []
@@ -61,10 +61,10 @@ class Local:
                 found += answer(part)
             except (ValueError, RuntimeError) as error:
                 if len(part) == 1:
-                    self.spent["failed"] += 1
+                    self.usage["failed"] += 1
                     found.append(failed(" ".join(str(error).split()) or type(error).__name__))
                     continue
-                self.spent["calls"] -= len(part)
+                self.usage["calls"] -= len(part)
                 half = len(part) // 2
                 found += self._each(part[:half], answer, failed) + self._each(part[half:], answer, failed)
         return found
@@ -120,7 +120,7 @@ def picture_of(prompt: Prompt, key: str) -> Picture:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Parsed:
     """What one reply says. `values` by component, those left out are NaN."""
 
     values: Mapping[str, int | float]
@@ -132,7 +132,7 @@ class Finding:
 def findings(
     names: tuple[str, ...],
     asked: Sequence[Reply],
-    read: Callable[[int, Reply], Finding],
+    read: Callable[[int, Reply], Parsed],
     size: tuple[int, int] = (1, 1),
     grid: int | None = None,
 ) -> Scores:

@@ -63,7 +63,7 @@ class Server:
     top: int
     extra: Mapping[str, Any] | None
     taken: Taken = Taken()
-    spent: Counter[str] = field(default_factory=Counter)
+    usage: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -100,15 +100,15 @@ class Server:
     def _each(self, questions: Sequence[Question], answer: Callable, failed: Callable[[str], Any]) -> list:
         def one(question: Question):
             with self.lock:
-                if self.max_calls is not None and self.spent["calls"] >= self.max_calls:
-                    self.spent["refused"] += 1
+                if self.max_calls is not None and self.usage["calls"] >= self.max_calls:
+                    self.usage["refused"] += 1
                     return failed(f"the budget of {self.max_calls} calls is spent")
-                self.spent["calls"] += 1
+                self.usage["calls"] += 1
             try:
                 return answer(question)
             except Exception as error:  # whatever a server sends is this question's failure, not the others'
                 with self.lock:
-                    self.spent["failed"] += 1
+                    self.usage["failed"] += 1
                 status = getattr(error, "status", 0)
                 hint = f" (perhaps it is {self.link.url}/v1)" if status in (404, 405) and not self._versioned() else ""
                 return failed(f"{self.link.url}: {' '.join(str(error).split()) or type(error).__name__}{hint}")
@@ -154,7 +154,7 @@ class Server:
                 self.taken = taken
             for name, place in (("prompt_tokens", "prompt_tokens"), ("reply_tokens", "completion_tokens")):
                 count = usage.get(place) if isinstance(usage, dict) else 0
-                self.spent[name] += count if isinstance(count, int) and count > 0 else 0
+                self.usage[name] += count if isinstance(count, int) and count > 0 else 0
         if begun.temperature and not taken.temperature:
             warnings.warn(f"{self.model}: the server takes no temperature; replies are drawn at its own", stacklevel=2)
         return answer

@@ -38,11 +38,11 @@ class Reply:
 
 @runtime_checkable
 class Judge(Protocol):
-    """A back end. `about` names what answers, for a scorer's card; `spent` counts calls, failed ones, and tokens where
+    """A back end. `about` names what answers, for a scorer's card; `usage` counts calls, failed ones, and tokens where
     they are known."""
 
     about: Mapping[str, Any]
-    spent: Counter[str]
+    usage: Counter[str]
 
     def ask(self, questions: Sequence[Question], tokens: int, schema: Mapping[str, Any] | None = None) -> list[Reply]:
         """A reply to each, of at most `tokens`. `schema`: the JSON schema of a reply, where the model can be held to

@@ -45,11 +45,11 @@ def retensored(checkpoint: Path, name: str, change: Callable[[dict], object]) ->
 
 def rehashed(checkpoint: Path, change: Callable[[dict], object]) -> None:
     """Change the adapter, and the hash of it in the state."""
-    from mmalign.runs.checkpoint import fingerprint
+    from reward_models.weights import fingerprint
 
     retensored(checkpoint, "adapter", change)
     adapter = load_file(checkpoint / "adapter.safetensors")
-    restated(checkpoint, lambda state: state.update(adapter_hash=fingerprint(adapter)))
+    restated(checkpoint, lambda state: state.update(adapter_hash=fingerprint(adapter, digits=16)))
 
 
 def keys(value, path: tuple = ()) -> Iterator[tuple]:

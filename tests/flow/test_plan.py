@@ -33,7 +33,7 @@ def test_dense_costs_ten_and_forty_five_forwards():
     plan = plans.complete(plans.sde(t, "flow_sde", 0.7), range(10))
     assert plan.cost == (55, 10, 9)
     paths = rollout(plan, 24, flow=flow)
-    assert flow.spent["forwards"] == 1320
+    assert flow.counts["forwards"] == 1320
     assert len(paths.ends) == 240
     assert len(paths.x) == 24
     assert (paths.shown >= 0).all()
@@ -47,7 +47,7 @@ def test_cost_of_capped_completions(length, forwards):
     flow = GaussianFlow()
     rollout(plan, 2, flow=flow)
     assert plan.cost[0] == forwards
-    assert flow.spent["forwards"] == 2 * forwards
+    assert flow.counts["forwards"] == 2 * forwards
 
 
 def test_branch_costs_and_images_in_closed_form():
@@ -125,7 +125,7 @@ def test_children_of_a_window_share_the_ode_before_it():
     flow, t = GaussianFlow(), GaussianFlow().times(10)
     plan = plans.window(t, "flow_sde", 0.7, 4, 6, children=3)
     paths = rollout(plan, 2, flow=flow)
-    assert flow.spent["forwards"] == 2 * (5 + 3 * 5) == 2 * plan.cost[0]
+    assert flow.counts["forwards"] == 2 * (5 + 3 * 5) == 2 * plan.cost[0]
     assert len(paths.x[:, 4].unique(dim=0)) == 2
     assert len(paths.x[:, 5].unique(dim=0)) == 6
 

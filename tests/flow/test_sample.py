@@ -65,7 +65,7 @@ def test_branches_share_the_trunk_and_its_forwards():
     flow, t, children = GaussianFlow(), GaussianFlow().times(10), 6
     plan = plans.branch(t, "flow_sde", 0.7, range(9), children)
     paths = rollout(flow, plan, starts=4, prompts=1)
-    assert flow.spent["forwards"] == 4 * (children * 10 * 9 // 2 + 9) == 1116
+    assert flow.counts["forwards"] == 4 * (children * 10 * 9 // 2 + 9) == 1116
     assert len(paths.node[:, -1].unique()) == 4 * children * 9 == 216
     trunk = rollout(GaussianFlow(), plans.ode(t), starts=4, prompts=1)
     for row in range(len(paths.x)):

@@ -153,7 +153,7 @@ BROKEN = [
     ("Stable Diffusion 3", "model_index.json", {"transformer": ["diffusers"]}, "transformer"),
     ("Stable Diffusion 3", "model_index.json", {"transformer": {"diffusers": "X"}}, "transformer"),
     ("Stable Diffusion 3", "model_index.json", {"transformer": ["diffusers", "Nobody"]}, "Nobody"),
-    ("Stable Diffusion 3", "model_index.json", {"vae": ["diffusers", "logging"]}, "no class of a part"),
+    ("Stable Diffusion 3", "model_index.json", {"vae": ["diffusers", "logging"]}, "is not the class of a part"),
     ("Stable Diffusion 3", "model_index.json", {"text_encoder": None}, "could not be loaded"),
     ("Stable Diffusion 3", "model_index.json", {"_class_name": None}, "names no pipeline"),
     ("Stable Diffusion 3", "scheduler/scheduler_config.json", {"shift": 0}, "times do not fall"),

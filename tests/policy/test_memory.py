@@ -39,8 +39,8 @@ def test_a_text_is_embedded_once_and_alone(random_model):
     assert asked == [[text] for text in (*TEXTS, "")]
     again = policy.encode([TEXTS[2], TEXTS[0], TEXTS[2]])
     assert len(asked) == 4
-    for name, value in again.own.items():
-        assert torch.equal(value, together.own[name][[2, 0, 2]])
+    for name, value in again.prompts.items():
+        assert torch.equal(value, together.prompts[name][[2, 0, 2]])
         assert torch.equal(again.empty[name], together.empty[name])
 
 
@@ -48,16 +48,16 @@ def test_embeddings_of_the_last_texts_are_kept(random_model):
     policy = policies.load(random_model)
     policy.save_memory(texts=2)
     policy.encode(["a", "b", "c"])
-    policy.spent.clear()
+    policy.counts.clear()
     policy.encode(["c"])  # kept with the empty prompt, which every conditioning ends with
-    assert policy.spent["texts"] == 0
+    assert policy.counts["texts"] == 0
     policy.encode(["a"])
-    assert policy.spent["texts"] == 1
+    assert policy.counts["texts"] == 1
     policy.save_memory(texts=0)
     policy.encode(["a"])
-    policy.spent.clear()
+    policy.counts.clear()
     policy.encode(["a"])
-    assert policy.spent["texts"] == 2
+    assert policy.counts["texts"] == 2
 
 
 class Part(nn.Module):

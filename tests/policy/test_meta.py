@@ -10,7 +10,7 @@ from torch import nn
 
 from mmalign import policy as policies
 from mmalign.config.paths import ROOT
-from mmalign.policy import meta
+from mmalign.policy import loading, meta
 from mmalign.policy.pipeline import Conditioning
 
 ALL = pytest.mark.parametrize("name", SOME)
@@ -53,9 +53,9 @@ def test_sizes_times_and_parameters_are_the_loaded_models(pairs, name):
 def test_texts_have_the_shapes_of_the_loaded_models(pairs, name):
     full, bare = pairs(name)
     real, told = policies.load(full), meta.load(bare)
-    own = real.encode(["a red circle"]).own
+    own = real.encode(["a red circle"]).prompts
     shapes = {**real.text_shapes()}
-    assert own.keys() == shapes.keys() == meta.texts(told, 1).keys()
+    assert own.keys() == shapes.keys() == loading.placeholder_texts(told, 1).keys()
     for key, value in own.items():
         if "mask" in own and key in ("mask", "tokens"):  # as long as the text
             assert value.shape[1] <= shapes[key][0]
@@ -85,7 +85,7 @@ def test_the_peak_is_the_allocators(pairs, monkeypatch, name):
     monkeypatch.setattr(told, "text_shapes", real.text_shapes)  # tiny tokenizers have short limits
     texts = {
         key: torch.ones(value.shape, dtype=torch.long) if key == "mask" else torch.randn(value.shape)
-        for key, value in meta.texts(real, 1).items()
+        for key, value in loading.placeholder_texts(real, 1).items()
     }
     x, t, index = torch.randn(1, *real.latent_shape), torch.full((1,), 0.5), torch.zeros(1, dtype=torch.long)
 

@@ -273,7 +273,7 @@ def test_the_gallery_shows_every_image_best_first_and_escapes(folder):
     text = page.read_text()
     assert text.count("<figure") == 5
     assert "<script>alert" not in text
-    assert text.count("class=said") == 1
+    assert text.count('class="critique"') == 1
     assert "own: &lt;b&gt;dark" in text
     best = max((row for row in rows if row["scores"]["own.mean"]), key=lambda row: row["scores"]["own.mean"])
     assert text.index(f"../{best['image']}") == min(text.index(f"../{i}.png") for i in range(5))

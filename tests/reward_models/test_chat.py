@@ -41,7 +41,7 @@ def test_pictures_arrive_as_they_are_after_the_rules():
         assert request["messages"][0] == requests[0]["messages"][0]
         assert [part["type"] for part in request["messages"][1]["content"]] == ["image_url", "text"]
         assert request["temperature"] == 0
-    assert scorer.judge.spent == {"calls": 8, "prompt_tokens": 56, "reply_tokens": 24}
+    assert scorer.judge.usage == {"calls": 8, "prompt_tokens": 56, "reply_tokens": 24}
 
 
 FAULTS = {
@@ -133,7 +133,7 @@ def test_calls_have_a_budget():
         assert "budget of 5 calls" in found.failures[5]
         assert len(requests) == 5
         assert len(scorer(IMAGES, PROMPTS).failures) == 8
-    assert scorer.judge.spent["refused"] == 3 + 8
+    assert scorer.judge.usage["refused"] == 3 + 8
 
 
 def test_a_schema_is_offered_and_no_longer_where_it_is_not_taken():
@@ -197,7 +197,7 @@ def test_a_real_server_sees_what_a_model_here_sees(served):
         assert re.sub(r"<\|\w+\|>", "", two.text) == one.text
         assert two.cut
         assert one.cut
-    assert judge.spent["reply_tokens"] == 64
+    assert judge.usage["reply_tokens"] == 64
 
 
 def test_a_real_server_of_a_babbling_model_scores_nothing(served):

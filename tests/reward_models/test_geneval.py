@@ -625,7 +625,7 @@ def test_constant_images_are_scored(scorer, level):
 def test_the_card_tells_weights_and_settings_apart(folders, tmp_path):
     folder, eye = str(folders["detr"]), str(folders["clip"])
     card = geneval(folder, eye, None).card
-    assert (card.low, card.high, card.compares, len(card.checkpoint)) == (0, 1, True, 64)
+    assert (card.low, card.high, card.comparable_across_prompts, len(card.checkpoint)) == (0, 1, True, 64)
     assert geneval(folder, eye, None).card == card
     assert geneval(folder, eye, None, surplus=0).card.version != card.version
     assert geneval(folder, None).card.checkpoint != card.checkpoint

@@ -76,7 +76,7 @@ class Finder:
 
 def test_where_on_the_map():
     finder = Finder(Found("cat", 0.8, CAT), Found("dog", 0.6, DOG), Found("dog", 0.5, OTHER))
-    scorer = Grounded(finder, Card("grounded", places=True), grid=2)
+    scorer = Grounded(finder, Card("grounded", has_map=True), grid=2)
     found = scorer(IMAGES, [Prompt("", {"phrases": ["cat", "dog"]}), Prompt("free text")])
     assert list(found.failures) == [1]
     assert found.values[1].isnan().all()

@@ -127,7 +127,7 @@ def test_requests_and_replies_are_remembered(tmp_path):
     made, judge = judged("rational", lambda question: FULL)
     cached = Cached(made, tmp_path / "scores.sqlite")
     one, two = cached(IMAGES, PROMPTS), cached(IMAGES, PROMPTS)
-    assert judge.spent["calls"] == 4
+    assert judge.usage["calls"] == 4
     assert one.requests == two.requests != ()
     assert one.replies == two.replies
     assert torch.equal(one.values[:, :3], two.values[:, :3])
@@ -193,12 +193,12 @@ def test_criteria_are_written_once_per_prompt_and_kept(tmp_path):
     assert (
         made(IMAGES, [Prompt("a cat"), Prompt("a cat"), Prompt("a dog"), Prompt("a cat")]).column("share").eq(1).all()
     )
-    assert judge.spent["calls"] == 2 + 4
+    assert judge.usage["calls"] == 2 + 4
     made(IMAGES[:1], [Prompt("a cat")])
-    assert judge.spent["calls"] == 2 + 4 + 1
+    assert judge.usage["calls"] == 2 + 4 + 1
     again, later = judged("checklist", reply, written=str(file))
     again(IMAGES[:1], [Prompt("a dog")])
-    assert later.spent["calls"] == 1
+    assert later.usage["calls"] == 1
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_wins_order_the_images_of_a_prompt(orders):
     made, judge = judged("pairwise", brightest, orders=orders)
     wins = made(GREY, PROMPTS).column("wins")
     assert wins.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    assert judge.spent["calls"] == {"random": 6, "both": 12}[orders]
+    assert judge.usage["calls"] == {"random": 6, "both": 12}[orders]
     order = torch.tensor([2, 0, 3, 1])
     assert torch.equal(made(GREY[order], PROMPTS).column("wins"), wins[order])
 
@@ -270,7 +270,7 @@ def test_dead_comparisons_shrink_the_count():
 def test_prompts_do_not_play_each_other_and_one_image_has_nobody_to_play():
     made, judge = judged("pairwise", brightest)
     found = made(GREY, [Prompt("a", {}, 1), Prompt("a", {}, 1), Prompt("b", {}, 2), Prompt("c", {}, 3)])
-    assert judge.spent["calls"] == 1
+    assert judge.usage["calls"] == 1
     assert found.column("wins")[:2].tolist() == [0, 1]
     assert "only image of its prompt" in found.failures[2]
 
@@ -279,7 +279,7 @@ def test_fewer_opponents_cost_fewer_calls():
     many = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     made, judge = judged("pairwise", brightest, opponents=4)
     found = made(many, [Prompt("x", {}, 1)] * 12)
-    assert judge.spent["calls"] == 12 * 4 // 2
+    assert judge.usage["calls"] == 12 * 4 // 2
     assert not found.failures
 
 

@@ -219,7 +219,7 @@ def test_the_card_names_the_models(ocr, tmp_path):
     same = Ocr(detector=models[0], reader=models[1])
     assert same.card.checkpoint == ocr.card.checkpoint
     assert len(ocr.card.checkpoint) == 64
-    assert (ocr.card.low, ocr.card.high, ocr.card.compares) == (0, 1, True)
+    assert (ocr.card.low, ocr.card.high, ocr.card.comparable_across_prompts) == (0, 1, True)
     assert Ocr(confidence=0.6).card.version != ocr.card.version
 
 

@@ -237,13 +237,13 @@ def test_limits_that_make_no_sense_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("module", "missing"), [("serve", "uvicorn"), ("serve", "prometheus_client"), ("link", "httpx")]
+    ("module", "missing"), [("server", "uvicorn"), ("server", "prometheus_client"), ("http", "httpx")]
 )
 def test_a_missing_package_is_named(monkeypatch, module, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, f"reward_models.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, f"reward_models.service.{module}", raising=False)
     with pytest.raises(ValueError, match=rf"needs {missing}: pip install 'mmalign\[serve\]'"):
-        import_module(f"reward_models.{module}")
+        import_module(f"reward_models.service.{module}")
 
 
 # -------------------------------------------------------------------------------------------------------- many at once

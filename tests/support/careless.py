@@ -9,7 +9,7 @@ from reward_models.regions import Region, paint
 class Careless:
     """Says where by boxes, one of them outside the image."""
 
-    names, card = ("value",), Card("careless", places=True)
+    names, card = ("value",), Card("careless", has_map=True)
 
     def __init__(self, every: int = 3):
         self.every = every

@@ -17,10 +17,10 @@ class Scripted:
         self.reply, self.likely, self.about = reply, odds, {"model": "scripted"}
         self.asked: list[Question] = []
         self.schemas: list[Any] = []
-        self.spent: Counter[str] = Counter()
+        self.usage: Counter[str] = Counter()
 
     def ask(self, questions: Sequence[Question], tokens: int, schema: Mapping[str, Any] | None = None) -> list[Reply]:
-        self.spent["calls"] += len(questions)
+        self.usage["calls"] += len(questions)
         self.asked += questions
         self.schemas.append(schema)
         return [self._one(question) for question in questions]

@@ -134,8 +134,8 @@ INFO = {
             "version": "1",
             "card": {
                 "scorer": "clip", "model": "m", "licence": "l", "low": -1, "high": 1, "higher": "better",
-                "compares": False, "sees_prompt": True, "size": "", "checkpoint": "", "groupwise": False,
-                "places": False, "settings": {},
+                "comparable_across_prompts": False, "sees_prompt": True, "size": "", "checkpoint": "",
+                "groupwise": False, "has_map": False, "settings": {},
             },
         }
     },

@@ -14,7 +14,7 @@ class Smooth:
     """Images brighter than `limit` are not scored. When it is shown the prompt `fatal` it ends the run, or kills
     its process."""
 
-    card = Card("smooth", places=True, sees_prompt=False)
+    card = Card("smooth", has_map=True, sees_prompt=False)
     names = ("red", "even")
 
     def __init__(self, limit: float = 2.0, fatal: int = -1, kill: bool = False):
@@ -39,7 +39,7 @@ class Smooth:
 class Positive(Smooth):
     """The same, one higher: a product has a root of it."""
 
-    card = Card("positive", places=True, sees_prompt=False, low=0.0, high=3.0)
+    card = Card("positive", has_map=True, sees_prompt=False, low=0.0, high=3.0)
 
     def __call__(self, images, prompts):
         scores = super().__call__(images, prompts)

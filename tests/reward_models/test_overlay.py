@@ -1,12 +1,13 @@
-"""Overlays: what is drawn, and that it lies where it belongs."""
+"""Overlays: what is drawn, and that it lies in the right position over the image."""
 
 import json
+import re
 import xml.etree.ElementTree as xml
 
 import pytest
 import torch
 
-from reward_models import Card, Prompt, Scores, overlay as heat
+from reward_models import Card, Prompt, Scores, overlay, pages
 from reward_models.regions import Region
 from reward_models.scoring import score_pictures
 from reward_models.tools import gallery
@@ -14,47 +15,51 @@ from reward_models.tools import gallery
 nan = torch.nan
 
 
+def svg_of(record, scorer: str = "") -> str:
+    macros = pages.environment("reward_models").get_template("macros.html")
+    return macros.module.overlay(record, scorer)
+
+
 def drawn(svg: str) -> list[dict[str, str]]:
     """The rectangles of an overlay, with their titles."""
-    text = svg.replace("class=heat", 'class="heat"')
-    return [own.attrib | {"title": own[0].text} for own in xml.fromstring(text)]
+    return [rectangle.attrib | {"title": rectangle[0].text} for rectangle in xml.fromstring(svg)]
 
 
 def test_cells_and_boxes_in_the_pixels_of_the_image():
-    places = heat.record(
+    record = overlay.record(
         torch.tensor([[1.0, nan, 0.0], [nan, -0.5, nan]]), [Region((3, 1, 9, 4), -1.0, "dog")], (8, 12)
     )
-    svg = heat.over(places, "shapes")
+    svg = svg_of(record, "shapes")
     assert 'viewBox="0 0 12 8"' in svg
     assert 'preserveAspectRatio="xMidYMid meet"' in svg  # as `object-fit: contain` places the picture
     right, wrong, box = drawn(svg)
-    assert [right[key] for key in ("x", "y", "width", "height", "fill")] == ["0", "0", "4", "4", heat.RIGHT]
-    assert [wrong[key] for key in ("x", "y", "width", "height", "fill")] == ["4", "4", "4", "4", heat.WRONG]
+    assert [right[key] for key in ("x", "y", "width", "height", "fill")] == ["0", "0", "4", "4", overlay.RIGHT]
+    assert [wrong[key] for key in ("x", "y", "width", "height", "fill")] == ["4", "4", "4", "4", overlay.WRONG]
     assert float(right["fill-opacity"]) == pytest.approx(2 * float(wrong["fill-opacity"]))
-    assert [box[key] for key in ("x", "y", "width", "height", "stroke")] == ["3", "1", "6", "3", heat.WRONG]
+    assert [box[key] for key in ("x", "y", "width", "height", "stroke")] == ["3", "1", "6", "3", overlay.WRONG]
     assert box["title"] == "dog: -1"
 
 
-def test_what_people_wrote_cannot_become_markup():
+def test_labels_and_reasons_cannot_become_markup():
     region = Region((0, 0, 1, 1), 1.0, '<b>"', "a & b</title>")
-    svg = heat.over(heat.record(None, [region], (2, 2)), '"><script>')
+    svg = svg_of(overlay.record(None, [region], (2, 2)), '"><script>')
     assert "<b>" not in svg
     assert "<script>" not in svg
     (box,) = drawn(svg)
     assert box["title"] == '<b>": 1: a & b</title>'
 
 
-def test_nothing_said_nothing_kept():
+def test_an_image_without_map_and_regions_has_no_record():
     maps = torch.tensor([[[nan, nan]], [[nan, 0.25]]])
-    assert heat.records(maps, (), (4, 8), 2) == [None, {"size": [4, 8], "map": [[None, 0.25]], "boxes": []}]
-    assert heat.records(None, (), (4, 8), 2) == [None, None]
-    assert heat.over(heat.record(None, [], (4, 8))).endswith('meet"></svg>')
+    assert overlay.records(maps, (), (4, 8), 2) == [None, {"size": [4, 8], "map": [[None, 0.25]], "boxes": []}]
+    assert overlay.records(None, (), (4, 8), 2) == [None, None]
+    assert drawn(svg_of(overlay.record(None, [], (4, 8)))) == []
 
 
 class Left:
     """Says that the left half is right."""
 
-    names, card = ("value",), Card("left", places=True)
+    names, card = ("value",), Card("left", has_map=True)
 
     def __call__(self, images, prompts):
         high, wide = images.shape[2:]
@@ -63,7 +68,7 @@ class Left:
         return Scores(self.names, torch.ones(len(images), 1), regions=regions, boxes=boxes)
 
 
-def test_rows_carry_what_the_page_shows(tmp_path):
+def test_rows_hold_what_the_page_shows(tmp_path):
     pictures = [torch.zeros(1, 3, 8, 12), torch.zeros(1, 3, 20, 10), "cannot be read"]
     rows = score_pictures(pictures, [Prompt("a")] * 3, {"left": Left()})
     assert [row["places"].get("left", {}).get("size") for row in rows] == [[8, 12], [20, 10], None]
@@ -72,5 +77,5 @@ def test_rows_carry_what_the_page_shows(tmp_path):
     rows = json.loads(json.dumps(rows))
     gallery.write(rows, {"failed": 1, "scores": {"left.value": {"count": 3}}}, tmp_path, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg class=heat") == 2
-    assert "<select id=where><option>left</option><option>none</option></select>" in page
+    assert page.count('<svg class="overlay" data-scorer="left"') == 2
+    assert re.findall(r'<option value="(.*)">', page) == ["left.value", "left", ""]
