@@ -413,10 +413,10 @@ def test_refine_on_a_full_disk_keeps_what_was_done(random_model, tmp_path, monke
         ("settings.json", "[" * 10**5, "JSON nested too deeply"),
         ("settings.json", "[1]", "no settings of a refinement"),
         ("settings.json", "\udcff", "is not UTF-8"),
-        ("trace.jsonl", "hello\n", "line 1: no JSON object"),
-        ("trace.jsonl", "{}\n", "line 1: no row of a refinement"),
+        ("trace.jsonl", "hello\n", "line 1: not a JSON object"),
+        ("trace.jsonl", "{}\n", "line 1: not a row of a refinement"),
         ("trace.jsonl", '{"id": [], "prompt": 1, "wants": 1, "rounds": 1, "best": 1, "stopped": 1, "forwards": 1}\n',
-         "line 1: no row of a refinement"),
+         "line 1: not a row of a refinement"),
     ],
 )  # fmt: skip
 def test_a_folder_of_refinements_that_is_none_is_one_line(random_model, tmp_path, name, content, says):

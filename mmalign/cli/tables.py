@@ -73,7 +73,7 @@ def _bytes(estimate: Mapping[str, Any]) -> Table:
 
 def means(by_tag: Mapping[str, Mapping[str, float]], title: str) -> Table:
     """Mean scores, a row for each kind of prompt."""
-    names = [*by_tag["all"]]
+    names = [name for name in by_tag["all"] if all(name in row for row in by_tag.values())]
     table = Table(title=title)
     for heading in ("prompts", *names):
         table.add_column(heading)
