@@ -80,8 +80,8 @@ def doctor(
     allow: Allow = None,
     as_json: Json = False,
 ) -> None:
-    """Is a run sound, before time is spent on it; is a judge fit to be a reward? Exit code 1 if not; each red line says
-    what to do."""
+    """Is a run sound, before time is spent on it; is a judge fit to be a reward? Exit code 1 if not; each red line has
+    advice."""
     from reward_models.tools import examine
 
     check_file(out, "--out", lambda text: examine.HEADING in text)

@@ -137,9 +137,9 @@ def _best_scorer(
     if guided:
         raise BadInput("--best does not go with --strength or --box")
     with refusing():
-        name, part = component(best)
+        name, output_name = component(best)
     scorer = load_scorers([name], settings)[name]
-    if part not in scorer.names:
+    if output_name not in scorer.names:
         raise BadInput(f"--best {best!r}: that scorer gives {', '.join(scorer.names)}")
     return scorer
 
@@ -194,7 +194,7 @@ def evaluate(
     if out is not None:
         layouts.write(result, wanted, out, layout)
     if reference is not None:
-        references.save(reference, policy.fingerprint(), result, scorers)
+        references.RewardStats.measure(result, policy.fingerprint(), scorers).save(reference)
     if reference is not None and len(result.images) < references.ENOUGH:
         output.warn(f"{reference} rests on {len(result.images)} images; {references.ENOUGH} are better")
     means = evaluation.means_by_tag(result, wanted)

@@ -16,7 +16,7 @@ from mmalign.errors import Failed
 console = Console(markup=False)  # names and texts from files are printed literally
 
 
-def say(*lines: RenderableType) -> None:
+def print_lines(*lines: RenderableType) -> None:
     """Print lines and tables."""
     for line in lines:
         console.print(line, highlight=False, soft_wrap=isinstance(line, str))
@@ -27,7 +27,7 @@ def show(result: Any, as_json: bool, *lines: RenderableType) -> None:
     if as_json:
         print(json.dumps(result))
     else:
-        say(*lines)
+        print_lines(*lines)
 
 
 def warn(text: str) -> None:

@@ -32,7 +32,7 @@ def export(run: Run, out: Out = Path("lora"), form: Format = "diffusers", allow:
     from mmalign.runs.export import export_run
 
     path = export_run(run, out, form)
-    output.say(f"{path}: read back, and it gives the same velocity")
+    output.print_lines(f"{path}: read back, and it gives the same velocity")
 
 
 def report(run: Run, serve: Serve = False, host: Host = None, port: Port = None) -> None:
@@ -55,4 +55,4 @@ def report(run: Run, serve: Serve = False, host: Host = None, port: Port = None)
             page = reports.write(run)
         except OSError as error:
             raise BadInput(f"{error.filename}: {error.strerror}") from None
-    output.say(f"report: {page}")
+    output.print_lines(f"report: {page}")

@@ -79,5 +79,5 @@ def serve(
         from reward_models.service import server  # ValueError where an optional package is missing
 
         scorers = load_scorers(rewards, settings, cache)
-        output.say(*(str(scorer.card) for scorer in scorers.values()))
+        output.print_lines(*(str(scorer.card) for scorer in scorers.values()))
         server.serve(scorers, host, port, token=token, batch=batch, queue=queue, body=body)

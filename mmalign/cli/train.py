@@ -84,10 +84,10 @@ def calibrate(
         rows.append(row)
         share = sum(row["better"]) / max(1, sum(row["better"]) + sum(row["worse"]))
         noise = " ".join(f"{level:.2f}" for level in row["noise"])
-        output.say(f"round {len(rows)}: gains above 0 {share:.0%}, noise {noise}")
+        output.print_lines(f"round {len(rows)}: gains above 0 {share:.0%}, noise {noise}")
     calibration.save(out, c, run.times, rows, rule)
     calibration.plot(out.with_suffix(".png"), out)
-    output.say(f"{out}, {out.with_suffix('.png')}")
+    output.print_lines(f"{out}, {out.with_suffix('.png')}")
 
 
 def _check(out: Path, ours: Callable[[str], bool], step: float, floor: float, ceiling: float) -> None:

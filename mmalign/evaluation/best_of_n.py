@@ -1,8 +1,8 @@
 """The best of N images of a prompt, with all of them sampled to the end, or the worst pruned early.
 
 Early pruning looks at one-step predictions: each trajectory takes a few steps and jumps to the clean latent that its
-velocity points at; the images that score worst there are not continued. It costs `N (after + 1) + kept (steps - after)`
-forwards a prompt instead of `N steps`, and N + kept judgements instead of N.
+velocity points at; the images that score worst there are not continued. With S survivors it costs
+`N (after + 1) + S (steps - after)` forwards a prompt instead of `N steps`, and N + S judgements instead of N.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,22 +71,22 @@ def best_of(
     scorer: RewardModel,
     component: str,
     batch: int = 64,
-    kept: int | None = None,
+    survivors: int | None = None,
     after: int | None = None,
 ) -> Best:
-    """The best of each prompt's N seeds by a component of the scorer. With `kept`, only that many continue after step
-    `after`. The image of a seed does not depend on the other seeds."""
+    """The best of each prompt's N seeds by a component of the scorer. With `survivors`, only that many continue after
+    step `after`. The image of a seed does not depend on the other seeds."""
     count, forwards = len(seeds[0]), policy.counts["forwards"]
     x, owner = initial_noise(policy, seeds)
     times, judgements = policy.times(steps), 0
     alive = torch.arange(len(x)).view(-1, count)
-    if kept is not None and kept < count:
+    if survivors is not None and survivors < count:
         peek = torch.cat([times[: after + 1], torch.zeros(1)])
         parts = [(paths.ends, paths.x[:, after]) for paths in trajectories(policy, prompts, x, owner, peek, batch)]
         predicted, x = (torch.cat(column) for column in zip(*parts, strict=True))
         _, scores, _ = _scored(policy, predicted, owner, prompts, scorer, component, batch)
         judgements += len(x)
-        alive = alive.gather(1, _ranked(scores.view(-1, count))[:, :kept].sort(1).values)
+        alive = alive.gather(1, _ranked(scores.view(-1, count))[:, :survivors].sort(1).values)
         x, times = x[alive.flatten()], times[after:]
     rows = alive.flatten()
     finals = torch.cat([paths.ends for paths in trajectories(policy, prompts, x, owner[rows], times, batch)])
