@@ -13,7 +13,6 @@ from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.runs import checkpoint, lora_file, state as states
 from reward_models.allowlist import no_links_out
-from reward_models.errors import first_problem
 
 NAMES = ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors", "adapter_model.safetensors")  # in a folder
 

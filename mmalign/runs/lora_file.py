@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 from torch import Tensor
 
 from mmalign.runs import tensors as safetensors_files
-from reward_models.errors import first_problem
 from reward_models import files, limits
+from reward_models.errors import first_problem
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")  # of diffusers', ComfyUI's and peft's names
 PEFT_CONFIG = "adapter_config.json"
