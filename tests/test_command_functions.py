@@ -35,7 +35,7 @@ def test_commands_are_short_and_know_nothing_of_the_app():
         tree = ast.parse(file.read_text("utf-8"))
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         modules = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
-        assert file.name == "app.py" or not any(name.startswith("mmalign.cli.app") for name in modules)
+        assert file.name in ("app.py", "__init__.py") or not any(name.startswith("mmalign.cli.app") for name in modules)
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name in names:
                 measured.add(node.name)
