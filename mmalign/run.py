@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmalign.config import load as configs
-from mmalign.config.schema import ANEW, Config
-from mmalign.data import prompts as prompt_files
+from mmalign.config.schema import RESUMABLE, Config
 from mmalign.distributed.processes import Ranks, join
 from mmalign.errors import BadInput
 from mmalign.evaluation import evaluate, layouts
@@ -27,12 +26,13 @@ from mmalign.flow.sample import gaussian, seed_of
 from mmalign.reporting import trackers as tracking
 from mmalign.reporting.trackers import Trackers
 from mmalign.rewards.judge import silent, stop_if_failing
-from mmalign.runs import alarms, checkpoint, folder, jsonl, state as states
+from mmalign.runs import alarms, checkpoint, folder, jsonl, machine, optimizer_state, state as states
 from mmalign.runs.signals import Stop, Stopped, stopping
 from mmalign.train import iterate
-from mmalign.training import finite as guards, planning as planner
+from mmalign.training import finite, planning, snapshots
+from mmalign.training.learner import optimizer_class
 from mmalign.training.session import Session
-from mmalign.training.setup import open_session, optimizer_of
+from mmalign.training.setup import open_session
 from reward_models import files
 from reward_models.lengths import cut
 from reward_models.weights import fingerprint
@@ -50,7 +50,7 @@ def train(c: Config, resume: bool = False, console: Console | None = None) -> Pa
 def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
     say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
     ranks.assert_equal(c.model_dump_json(), "the config")
-    with folder.held(out, say) if ranks.main else nullcontext(), guards.failing():
+    with folder.locked(out, say) if ranks.main else nullcontext(), finite.oom_as_failed():
         if ranks.main:
             folder.check(out, c, resume)
             with folder.failing(out):
@@ -60,11 +60,13 @@ def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
         run = open_session(c, ranks)
         if ranks.main:
             saved = len(checkpoint.numbered(out / "checkpoints"))
-            folder.room(out, _size(run) * max(1, c.keep_checkpoints + 2 - saved))
+            folder.check_space(out, _size(run) * max(1, c.keep_checkpoints + 2 - saved))
         if ranks.main:
-            for line in cut((run.policy, *run.scorers.values()), [p.text for p in (*run.prompts, *run.held_out)]):
+            for line in cut(
+                (run.policy, *run.rewards.scorers.values()), [p.text for p in (*run.prompts.all, *run.held_out)]
+            ):
                 print(f"mmalign: {line}", file=sys.stderr)
-        console.print(planner.describe(run.config, run.cost))
+        console.print(planning.describe(run.config, run.cost))
         done = restore(run, out, say) if resume else 0
         ranks.assert_equal(
             [done, fingerprint(run.policy.adapter(), digits=16)], "the iteration and the adapter to start with"
@@ -101,7 +103,7 @@ def _go_on(
                 if last:
                     break
                 with stop.finishing():
-                    row = iterate(run, done, out if _shown(c, done + 1) else None)
+                    row = iterate(run, done, partial(snapshots.write, run, out, done) if _shown(c, done + 1) else None)
                     done += 1
                     with clock.of("io"):
                         if ranks.main:
@@ -109,15 +111,15 @@ def _go_on(
                             trackers.log(row, done)
                             if _shown(c, done) and trackers.working:
                                 trackers.show(tracking.credit(out, done), done)
-                        watch.look(row, run.skips.reasons)
+                        watch.look(row, run.learner.skips.reasons)
                     note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
                     bar.update(task, completed=done, note=note)
-                    stop.heed(ranks.all_gather_object(stop.asked, "signals"))
-                    if stop.asked or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
+                    stop.share(ranks.all_gather_object(stop.received, "signals"))
+                    if stop.received or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
                         with clock.of("io"):
                             save(run, out, done)
     except Stopped:
-        console.print(f"stopped by {stop.asked.name} after iteration {done}; --resume goes on from there")
+        console.print(f"stopped by {stop.received.name} after iteration {done}; --resume goes on from there")
         raise
 
 
@@ -140,8 +142,10 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
     prompts, seeds = (run.held_out, c.eval_seeds) if name else (run.held_out[::stride], 1)
     if name == "before":
         console.print(f"before: {len(prompts)} held-out prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
-    with run.clock.of("evaluate"), run.averaged() if done else run.policy.reference():
-        asked = partial(evaluate.evaluate_distributed, run.ranks, run.policy, prompts, seeds, c.eval_steps, run.scorers)
+    with run.clock.of("evaluate"), run.learner.averaged() if done else run.policy.reference():
+        asked = partial(
+            evaluate.evaluate_distributed, run.ranks, run.policy, prompts, seeds, c.eval_steps, run.rewards.scorers
+        )
         found = run.fits["batch"](asked)
     if found is None:  # of many processes the main one has it
         return {"iteration": done, "name": name}
@@ -173,7 +177,7 @@ def _stop_if_failing(run: Session, done: int, found: evaluate.Evaluation) -> Non
     evaluation is written then: a resumed run makes it again."""
     if not run.config.rewards or run.records:
         return
-    lost = run.combination(done)(found.parts, found.prompt).isnan().nonzero()[:, 0].tolist()
+    lost = run.rewards.combination(done)(found.parts, found.prompt).isnan().nonzero()[:, 0].tolist()
     parts = {name: found.parts[name] for name in run.config.rewards}
     stop_if_failing({i: found.failures.get(i, silent(parts)) for i in lost}, len(found.images), run.config.max_failed)
 
@@ -202,31 +206,31 @@ def _kept(run: Session, iteration: int) -> dict[str, dict]:
     """What a run must go on with: its config, what it is made of, and what it draws next. Prompts, windows and noise
     have no state to be saved; a resumed run shows that it draws the same."""
     c = run.config
-    prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
+    prompts = run.prompts(iteration)
     noise = gaussian((8,), seed_of(c.seed, "rollout", iteration, prompts[0].id, 0))
     draws = {
         "order of prompts": [p.id for p in prompts],
-        "windows": [planner.window_start(c, iteration, p.id) for p in prompts],
+        "windows": [planning.position_of(c, iteration, p.id) for p in prompts],
         "random numbers": fingerprint({"noise": noise}, digits=16),
     }
-    made = run.origin | {"noise": run.levels, "reference": run.reference} | draws
-    return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude={*ANEW}), "made": made}))
+    made = run.origin | {"reference": run.rewards.reference} | draws
+    return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude={*RESUMABLE}), "made": made}))
 
 
 def _machine(run: Session) -> dict[str, int | str]:
-    return states.machine(run.ranks.size, run.ranks.accelerator.device)
+    return machine.describe(run.ranks.size, run.ranks.accelerator.device)
 
 
 def save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
     adapter_hash = fingerprint(adapter, digits=16)
     run.ranks.assert_equal(adapter_hash, f"the adapter after iteration {iteration}")
-    optimizer = checkpoint.optimizer_tensors(run.optimizer)  # of which each process may have a part
+    optimizer = optimizer_state.tensors(run.learner.optimizer)  # of which each process may have a part
     if not run.ranks.main:
         return
-    tensors = {"adapter": adapter, "ema": run.ema, "optimizer": optimizer}
-    state = {"adapter_hash": adapter_hash, "multipliers": run.multipliers, "machine": _machine(run)}
-    state |= {"learnt": states.learnt(optimizer)} | _kept(run, iteration)
+    tensors = {"adapter": adapter, "ema": run.learner.ema, "optimizer": optimizer}
+    state = {"adapter_hash": adapter_hash, "multipliers": run.rewards.multipliers, "machine": _machine(run)}
+    state |= {"learnt": optimizer_state.trained(optimizer)} | _kept(run, iteration)
     folder.sync(out)
     checkpoint.save(out / "checkpoints", iteration, tensors, state)
     _prune(run.config, out, iteration)
@@ -251,14 +255,14 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
         return 0
     tensors, state = states.read(path)
     done = _held(run, path, state)
-    states.fit(path, tensors, run.ema)
-    states.whole(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_of(run.config))
+    states.check_adapter(path, tensors, run.learner.ema)
+    optimizer_state.check(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_class(run.config))
     run.policy.load_adapter(tensors["adapter"])
-    checkpoint.load_optimizer(run.optimizer, tensors["optimizer"])
-    run.multipliers.update(state.multipliers)
+    optimizer_state.load(run.learner.optimizer, tensors["optimizer"])
+    run.rewards.multipliers.update(state.multipliers)
     for name, value in tensors["ema"].items():
-        run.ema[name].copy_(value)
-    changed = states.elsewhere(state.machine, _machine(run))
+        run.learner.ema[name].copy_(value)
+    changed = machine.difference(state.machine, _machine(run))
     if changed and run.ranks.main:
         print(f"mmalign: {changed}", file=sys.stderr)
     return done
@@ -269,8 +273,8 @@ def _held(run: Session, path: Path, state: states.State) -> int:
     file, done = path / checkpoint.STATE, state.iteration
     if done > run.config.iterations:
         raise states.refused(file, f"iteration: {done}, of a run of {run.config.iterations}")
-    if state.multipliers.keys() != run.multipliers.keys():
-        odd = min(state.multipliers.keys() ^ run.multipliers.keys())
+    if state.multipliers.keys() != run.rewards.multipliers.keys():
+        odd = min(state.multipliers.keys() ^ run.rewards.multipliers.keys())
         raise states.refused(file, f"multipliers: {odd!r} is in one of checkpoint and config alone")
     for kind, now in _kept(run, done).items():
         saved = getattr(state, kind)

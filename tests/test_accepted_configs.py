@@ -18,7 +18,7 @@ from tiny_pipelines import FAMILIES
 
 from mmalign import policy as policies, run as runs
 from mmalign.config import load as configs
-from mmalign.config.schema import component, first_without_weight
+from mmalign.config.checks import component, first_without_weight
 from mmalign.data.judged_images import read as read_records
 from mmalign.errors import BadInput
 from mmalign.policy.sd3 import SD3Policy
@@ -247,7 +247,7 @@ def beside_rows(tmp_path):
         ({"prompts_per_iteration": 5}, "prompts_per_iteration: 5 asked for, the file has 4"),
         ({"out": "x" * 300}, "out: cannot write in x+: File name too long"),
         ({"out": below_a_file}, "out: cannot write in .*: Not a directory"),
-        ({"out": beside_rows}, "out: .*metrics.jsonl is there already, and no run it belongs to"),
+        ({"out": beside_rows}, "out: .*metrics.jsonl exists already and belongs to no run"),
     ],
 )
 def test_what_does_not_suit_the_model_the_scorers_or_the_folder_is_refused_first(settings, tmp_path, changed, says):

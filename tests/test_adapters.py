@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from mmalign import policy as policies
 from mmalign.errors import BadInput
 from mmalign.policy import lora
-from mmalign.runs import adapters, tensors as safe
+from mmalign.runs import adapters, lora_file, tensors as safe
 from reward_models import limits
 
 FILES = dict(zip(("diffusers", "comfyui", "peft"), adapters.NAMES, strict=True))
@@ -125,7 +125,7 @@ def refused(path: Path, says: str, random_model: str, names: Path | None = None)
 def test_a_forged_file_is_refused(made, random_model, name, form, tmp_path):
     forged = corpus.ADAPTERS[name]
     tensors = load_file(made / form / FILES[form])
-    prefix = next(own for own in adapters.PREFIXES if next(iter(tensors)).startswith(own))
+    prefix = next(own for own in lora_file.PREFIXES if next(iter(tensors)).startswith(own))
     bare = {key.removeprefix(prefix): value for key, value in tensors.items()}
     forged.change(bare)
     file = tmp_path / FILES[form]
@@ -140,13 +140,13 @@ def written(data: bytes):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (written(b""), "no safetensors: 0 bytes"),
+        (written(b""), "not safetensors: 0 bytes"),
         (written(b"\0" * 8), "is damaged"),
         (written(b"\2\0\0\0\0\0\0\0{}" + b"\0" * 8), "is damaged"),
         (written(b"\xff" * 64), "a header of 18446744073709551615 bytes; 16777216 are allowed"),
         (written((10**5).to_bytes(8, "little") + b"[" * 10**5), "JSON nested too deeply"),
         (written((12).to_bytes(8, "little") + b'{"x": [NaN]}'), "NaN is no JSON number"),
-        (written((22).to_bytes(8, "little") + b'{"__metadata__": "aa"}'), "its header is no JSON object of texts"),
+        (written((22).to_bytes(8, "little") + b'{"__metadata__": "aa"}'), "its header is not a JSON object of texts"),
         (lambda file: os.mkfifo(file), "no regular file"),
         (lambda file: file.symlink_to(file.name), "Too many levels of symbolic links"),
         (lambda file: file.symlink_to("/dev/zero"), "no regular file"),
@@ -170,10 +170,10 @@ def test_a_file_that_is_too_long_is_not_read(tmp_path, monkeypatch):
 def test_folders_that_are_no_adapter_are_refused(made, random_model, tmp_path):
     refused(tmp_path / "nowhere", "no run there", random_model)
     refused(tmp_path, "no adapter (pytorch_lora_weights.safetensors, comfyui_lora.safetensors, adapter_", random_model)
-    refused(Path(random_model), f"is a whole pipeline; --model {random_model}", random_model)
+    refused(Path(random_model), f"is a complete pipeline; load it by --model {random_model}", random_model)
     for form, name in FILES.items():
         shutil.copy(made / form / name, tmp_path / name)
-    refused(tmp_path, f"{' and '.join(adapters.NAMES)} are there; name one of the files", random_model)
+    refused(tmp_path, f"found {' and '.join(adapters.NAMES)}; name one of the files", random_model)
 
 
 def test_names_that_begin_in_two_ways_are_refused(made, random_model, tmp_path):
@@ -230,7 +230,7 @@ def test_a_strength_in_diffusers_header_alone_is_refused(made, random_model, tmp
         else:
             refused(file, "its header gives", random_model)
     save_file(tensors, file, {"lora_adapter_metadata": "[1]"})
-    refused(file, "its header's lora_adapter_metadata is no JSON object", random_model)
+    refused(file, "its header's lora_adapter_metadata is not a JSON object", random_model)
 
 
 # peft's settings
@@ -238,11 +238,11 @@ def test_a_strength_in_diffusers_header_alone_is_refused(made, random_model, tmp
 
 def strengths(folder: Path, **changed) -> dict[str, float]:
     """How much stronger each layer is than its tensors alone are, with peft's settings changed."""
-    file = folder / adapters.PEFT_CONFIG
+    file = folder / lora_file.PEFT_CONFIG
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({key: value for key, value in (settings | changed).items() if value != "gone"}))
     try:
-        own = lora.matrices(adapters._names(load_file(folder / FILES["peft"]))[1])
+        own = lora.matrices(lora_file.split_prefix(load_file(folder / FILES["peft"]))[1])
         found = {}
 
         class Taking:
@@ -271,7 +271,7 @@ def test_pefts_settings_say_how_strong_an_adapter_is(made, tmp_path):
     assert own["transformer_blocks.0.attn.to_q"] == pytest.approx(0.5)
     assert own["transformer_blocks.1.attn.to_k"] == pytest.approx(4)
     assert own["transformer_blocks.1.attn.to_q"] == pytest.approx(1)
-    (folder / adapters.PEFT_CONFIG).unlink()
+    (folder / lora_file.PEFT_CONFIG).unlink()
     assert len(adapters.read(folder / FILES["peft"]).precision) == 7  # the tensors alone
 
 
@@ -307,8 +307,8 @@ def test_settings_that_are_not_read_are_refused(made, changed, says, tmp_path):
 @pytest.mark.parametrize("damage", ["FIFO", "circle", "folder"])
 def test_settings_that_are_no_file_are_refused(made, random_model, damage, tmp_path):
     folder = Path(shutil.copytree(made / "peft", tmp_path / "peft"))
-    corpus.replaced(folder / adapters.PEFT_CONFIG, damage)
-    refused(folder, adapters.PEFT_CONFIG, random_model)
+    corpus.replaced(folder / lora_file.PEFT_CONFIG, damage)
+    refused(folder, lora_file.PEFT_CONFIG, random_model)
 
 
 # any file
@@ -335,7 +335,7 @@ def test_alphas_ranks_and_types_are_honoured(small, tmp_path, alphas, half):
     tensors = {key: value.half() if half else value for key, value in tensors.items()}
     tensors |= {f"transformer.{layer}.alpha": torch.tensor(alpha) for layer, alpha in alphas.items()}
     save_file(tensors, tmp_path / "any.safetensors")
-    found = lora.changes(lora.matrices(adapters._names(safe.read(tmp_path / "any.safetensors")[0])[1]))
+    found = lora.changes(lora.matrices(lora_file.split_prefix(safe.read(tmp_path / "any.safetensors")[0])[1]))
     for layer, (a, b) in matrices.items():
         a, b = (value.half().float() if half else value for value in (a, b))
         expected = alphas.get(layer, len(a)) / len(a) * (b @ a)

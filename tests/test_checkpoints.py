@@ -373,7 +373,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(settings, t
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        with folder.held(out, print):
+        with folder.locked(out, print):
             (out / "config.yaml").touch()
             os.write(writer, b"!")
             signal.pause()
@@ -388,7 +388,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(settings, t
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    with folder.held(out, print):
+    with folder.locked(out, print):
         assert json.loads((out / ".lock").read_text())["pid"] == os.getpid()
 
 
@@ -398,9 +398,9 @@ def test_no_locks_on_a_file_system_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(folder.fcntl, "lockf", lacking)
     said = []
-    with folder.held(tmp_path, said.append):
-        assert said == [f"{tmp_path}: no locks here (Function not implemented); see to it that no second run writes in"
-                        " this folder"]  # fmt: skip
+    with folder.locked(tmp_path, said.append):
+        (line,) = said
+        assert line.startswith(f"{tmp_path}: this disk has no locks (Function not implemented); make sure that no ")
 
 
 # disks
@@ -444,7 +444,7 @@ def test_rows_are_whole_or_not_there(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
 def test_what_a_disk_does_is_told_and_other_errors_are_not_hidden(tmp_path, number):
-    with pytest.raises(Failed, match=r"in .*: .*; the checkpoints saved before are whole"), folder.failing(tmp_path):
+    with pytest.raises(Failed, match=r"in .*: .*; earlier checkpoints are complete"), folder.failing(tmp_path):
         raise OSError(number, os.strerror(number))
     with pytest.raises(ConnectionError), folder.failing(tmp_path):
         raise ConnectionError(errno.ECONNREFUSED, "no")
@@ -457,7 +457,7 @@ def test_rows_of_a_killed_run_are_mended(tmp_path):
     assert [row["iteration"] for row in jsonl.rows(path)] == [1, 2]
     folder.rewind(tmp_path, 5, said.append)
     assert path.read_text() == whole
-    assert said == [f"{path}: lines that are not whole and left out: 1"]
+    assert said == [f"{path}: incomplete lines that are left out: 1"]
     folder.rewind(tmp_path, 1, said.append)
     assert path.read_text() == whole.splitlines(keepends=True)[0]
     assert len(said) == 1

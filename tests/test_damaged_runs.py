@@ -86,13 +86,13 @@ def forged(checkpoint: Path) -> None:
 
 
 DAMAGE = {  # what is done to which file, and what the page says of it; {n}: its lines afterwards
-    "cut": [(name, cut, [], "{name}: line {n}: not whole, or no JSON object; left out") for name in JSONL],
+    "cut": [(name, cut, [], "{name}: line {n}: incomplete, or not a JSON object; left out") for name in JSONL],
     "garbage": [
-        ("metrics.jsonl", added, ["5"], "{name}: line 1: not whole, or no JSON object; left out"),
-        ("metrics.jsonl", added, ["[" * 10**5], "{name}: line 1: not whole, or no JSON object; left out"),
-        *((name, added, ["<html>"], "{name}: line 1: not whole, or no") for name in (*JSONL, "alarms.jsonl")),
+        ("metrics.jsonl", added, ["5"], "{name}: line 1: incomplete, or not a JSON object; left out"),
+        ("metrics.jsonl", added, ["[" * 10**5], "{name}: line 1: incomplete, or not a JSON object; left out"),
+        *((name, added, ["<html>"], "{name}: line 1: incomplete, or not a") for name in (*JSONL, "alarms.jsonl")),
     ],
-    "binary": [(name, written, [BINARY], "{name}: line 1: not whole") for name in (*JSONL, "alarms.jsonl")],
+    "binary": [(name, written, [BINARY], "{name}: line 1: incomplete") for name in (*JSONL, "alarms.jsonl")],
     "a text for a number": [
         ("metrics.jsonl", changed, dict(reward="high"), "{name}: line 2: reward: Input should be a valid number"),
         ("metrics.jsonl", changed, {"loss": "low"}, "{name}: line 2: loss: Input should be a valid number"),
@@ -198,7 +198,7 @@ def test_what_is_no_run_is_refused(tmp_path, folder):
         ("config.yaml", written, ["{"], "config.yaml: not YAML"),
         ("config.yaml", written, [BINARY], "config.yaml: not YAML"),
         ("config.yaml", replaced, ["lora_rank: 2", "lora_rank: 4"], "does not fit this model and rank: 30 matrices"),
-        ("checkpoints", gone, [], "no whole checkpoint yet"),
+        ("checkpoints", gone, [], "no complete checkpoint yet"),
         ("checkpoints/000002/manifest.json", written, ["[" * 10**5], "manifest.json, 100000 bytes, is not JSON"),
         ("checkpoints/000002/ema.safetensors", cut, [], "ema.safetensors, "),
         ("checkpoints/000002", forged, [], "000002/ema.safetensors: a header of 50"),

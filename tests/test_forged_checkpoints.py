@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from mmalign import run as runs
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
-from mmalign.runs import adapters, checkpoint, folder, state as states
+from mmalign.runs import adapters, checkpoint, folder, machine, state as states
 from mmalign.training.setup import open_session
 
 FILES = ("adapter", "ema", "optimizer")
@@ -119,7 +119,7 @@ def try_one(sound, opened, place: Path, of: str, what: str, forge, capsys) -> No
         assert "000002 before it is used" in not_drawn
     else:
         assert of == "optimizer" or (of == "state" and key not in ALWAYS), what
-        assert key.removeprefix("config.") not in states.HELD, what
+        assert key.removeprefix("config.") not in states.IMAGE_SETTINGS, what
         found, expected = (drawn(one, opened) for one in (path, sound[1] / "checkpoints/000003"))
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     shutil.rmtree(out)
@@ -179,7 +179,7 @@ CASES = {  # what is done, in which file it is, and what is said
     "folder": (lambda p: corpus.replaced(p / "manifest.json", "folder"), "manifest.json", "Is a directory"),
     "a name outside": (
         lambda p: (p / "manifest.json").write_text(json.dumps({"../../config.yaml": "0" * 64})), "manifest.json",
-        "'../../config.yaml' is no file of a checkpoint",
+        "'../../config.yaml' is not a file of a checkpoint",
     ),
     "deep manifest": (lambda p: (p / "manifest.json").write_text("[" * 10**5), "manifest.json", "is not JSON"),
     "manifest of numbers": (lambda p: (p / "manifest.json").write_text('{"state.json": 5}'), "state.json", "is not"),
@@ -213,7 +213,7 @@ def test_a_checkpoint_before_a_forged_one_is_named_and_can_be_used(sound, tmp_pa
     ended = mmalign(*train)
     assert ended.returncode == 2
     assert "optimizer.safetensors: " in ended.stderr
-    assert "0 matrices have moments, and 30 were learnt, e.g. 0; with 000003 removed, 000002 bef" in ended.stderr
+    assert "0 matrices have moments, and 30 were trained, e.g. 0; with 000003 removed, 000002 bef" in ended.stderr
     assert mmalign(*sample).returncode == 0  # which draws with the average, and reads no more of the optimiser
     shutil.rmtree(path)
     assert mmalign(*train).returncode == 0
@@ -235,7 +235,7 @@ def test_moments_are_those_of_each_matrix_that_was_learnt(sound, opened, tmp_pat
 
         corpus.retensored(out / "checkpoints/000003", "optimizer", lost)
         with pytest.raises(
-            BadInput, match=f"{len(names) - 1} matrices have moments, and {len(names)} were learnt, e.g. {i}"
+            BadInput, match=f"{len(names) - 1} matrices have moments, and {len(names)} were trained, e.g. {i}"
         ):
             restored(opened, out)
     out = Path(shutil.copytree(sound[1], tmp_path / "negative"))
@@ -306,7 +306,7 @@ def test_a_pruning_that_was_cut_off_is_made_up_for(sound, tmp_path, monkeypatch)
         ({"instructions": "AVX9"}, f"instructions {torch.backends.cpu.get_cpu_capability()} instead of AVX9: results"),
         ({"torch": "1.0"}, "resumed with torch "),
         ({"device": "NVIDIA H100"}, "resumed with device cpu instead of NVIDIA H100: results"),
-        (None, "resumed from a checkpoint that does not say what machine wrote it; on another, results are equal to r"),
+        (None, "resumed from a checkpoint that does not record its machine; on another, results are equal to round"),
     ],
 )
 def test_a_run_that_goes_on_elsewhere_says_so_and_goes_on(sound, opened, tmp_path, capsys, change, says):
@@ -325,13 +325,13 @@ def test_threads_are_those_that_compute(sound):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        two = states.machine(1, torch.device("cpu"))
+        two = machine.describe(1, torch.device("cpu"))
     finally:
         torch.set_num_threads(before)
-    one = states.machine(1, torch.device("cpu"))
+    one = machine.describe(1, torch.device("cpu"))
     assert (one["threads"], two["threads"]) == (1, 2)
     said = "resumed with 2 threads instead of 1: results are equal to rounding, not to the bit"
-    assert states.elsewhere(one, two) == said
+    assert machine.difference(one, two) == said
     state = json.loads((sound[1] / "checkpoints/000003/state.json").read_text())
     assert state["machine"] == one
 
@@ -344,13 +344,13 @@ def test_a_lock_of_another_kind_is_no_traceback(tmp_path, text):
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        with folder.held(tmp_path, print):
+        with folder.locked(tmp_path, print):
             os.write(writer, b"!")
             signal.pause()
     os.read(reader, 1)
     try:
         (tmp_path / ".lock").write_text(text)
-        with pytest.raises(BadInput, match="another run, process"), folder.held(tmp_path, print):
+        with pytest.raises(BadInput, match="another run, process"), folder.locked(tmp_path, print):
             pass
     finally:
         os.kill(child, signal.SIGKILL)

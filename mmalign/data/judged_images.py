@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mmalign.errors import BadInput
-from mmalign.objectives.flow_matching import Finished
+from mmalign.objectives.objective import Finished
 from mmalign.rewards.regions import marked
 from reward_models import Prompt, files, tables
 from reward_models.images import from_file, size_of

@@ -53,7 +53,7 @@ def generate(
     """
     noise, owner = initial_noise(policy, seeds)
     parts = trajectories(policy, prompts, noise, owner, policy.times(steps), batch, velocity)
-    return torch.cat([policy.decode(paths.ends).cpu() for paths in parts]), owner
+    return torch.cat([policy.decode(paths.finals).cpu() for paths in parts]), owner
 
 
 def initial_noise(policy: Policy, seeds: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "N C h w"], Int[Tensor, "N"]]:

@@ -19,9 +19,15 @@ steps shrink, `ddim` too. `cps` does not: its noise does not shrink with `h`, so
 step and still ends under-dispersed (about 0.80 of the true standard deviation at eta = 0.8, however many steps).
 
 `x, v` are `[N, C, h, w]`; `t, s` and the noise parameter are scalars or `[N]`; all are taken to float32.
+
+The functions are the maths; below them a dataclass each owns the noise of a run and is what a config names. Add one: a
+class with `noise` and `step`, and its name in `KERNELS`.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -62,9 +68,11 @@ def ode(x, v, t: Scalars, s: Scalars) -> Step:
 
 
 def scheduled(x, v, t: Scalars, s: Scalars, g: Scalars) -> Step:
-    """Euler-Maruyama step of `dx = [v + g^2/(2t) e] dt + g dw` with a free noise level `g` per step.
+    """The Euler-Maruyama step of Flow-GRPO's SDE (arXiv 2505.05470, eq. 8) with a free noise level `g` per step:
 
-    The SDE of Flow-GRPO (arXiv 2505.05470, eq. 8) before a particular g is chosen; DenseGRPO (arXiv 2601.20218) fits g.
+        mean = x - h [v + g^2 / (2t) (x + (1 - t) v)],   std = g sqrt(h)
+
+    DenseGRPO (arXiv 2601.20218) fits g.
     """
     t, s = _times(x, t, s)
     variance = _column(g, x) ** 2 * (t - s)
@@ -107,14 +115,72 @@ def ddim(x, v, t: Scalars, s: Scalars, eta: Scalars) -> Step:
     return _preserving(x, v, t, s, _column(eta, x) * s * (1 - kept**2).clamp(min=0).sqrt())
 
 
-STOCHASTIC = {"flow_sde": flow_sde, "dance_sde": dance_sde, "cps": cps, "ddim": ddim, "scheduled": scheduled}
+Noise = float | Sequence[float]  # a kernel's parameter, for all steps or one for each
 
 
-def step(kernel: str, x, v, t: Scalars, s: Scalars, noise: Scalars, t_max: float) -> Step:
-    """The named kernel; `noise` is its own parameter, 0 for an ODE step."""
-    if kernel == "flow_sde":
+def levels(noise: Noise, steps: int) -> list[float]:
+    """The noise parameter of each step. ValueError unless there is one number, or one for each."""
+    each = [float(noise)] * steps if isinstance(noise, int | float) else [float(level) for level in noise]
+    if len(each) != steps:
+        raise ValueError(f"{len(each)} noise levels for {steps} steps")
+    return each
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """`noise`, from 0 to `most`: one number above 0 for all steps, or one for each. `transition` is the step."""
+
+    noise: float | tuple[float, ...] = 0.7
+    most: ClassVar[float] = math.inf
+
+    def __post_init__(self):
+        each = self.noise if isinstance(self.noise, tuple) else (self.noise,)
+        if isinstance(self.noise, str):
+            return  # the file of a calibration, which is read before the first step
+        if not each or not all(0 <= level <= self.most for level in each) or self.noise == 0:
+            bound = "" if self.most == math.inf else f" and at most {self.most:g}"
+            raise ValueError(f"noise: {self.noise}; numbers of at least 0{bound} are needed, a single one above 0")
+
+    def step(self, x, v, t: Scalars, s: Scalars, noise: Scalars, t_max: float) -> Step:
+        return self.transition(x, v, t, s, noise)
+
+
+class FlowSde(_Kernel):
+    """Flow-GRPO (arXiv 2505.05470); `noise` is its a."""
+
+    type = "flow_sde"
+
+    def step(self, x, v, t: Scalars, s: Scalars, noise: Scalars, t_max: float) -> Step:
         return flow_sde(x, v, t, s, noise, t_max)
-    return STOCHASTIC[kernel](x, v, t, s, noise)
+
+
+class DanceSde(_Kernel):
+    """DanceGRPO (arXiv 2505.07818); `noise` is its eta."""
+
+    type, transition = "dance_sde", staticmethod(dance_sde)
+
+
+class Cps(_Kernel):
+    """Flow-CPS (arXiv 2509.05952); `noise` is its eta, at most 1."""
+
+    type, transition, most = "cps", staticmethod(cps), 1.0
+
+
+class Ddim(_Kernel):
+    """Stochastic DDIM (DiffusionNFT, arXiv 2509.16117, appendix); `noise` is its eta, at most 1."""
+
+    type, transition, most = "ddim", staticmethod(ddim), 1.0
+
+
+@dataclass(frozen=True)
+class Scheduled(_Kernel):
+    """`noise` is g, mostly one for each step, or the file in which `mmalign calibrate` wrote them."""
+
+    noise: float | tuple[float, ...] | str = 0.7
+    type, transition = "scheduled", staticmethod(scheduled)
+
+
+KERNELS = (FlowSde, DanceSde, Cps, Ddim, Scheduled)
 
 
 def log_density(y: Float[Tensor, "N C h w"], mean: Float[Tensor, "N C h w"], std: Scalars) -> Float[Tensor, "N h w"]:
@@ -135,7 +201,7 @@ def log_ratio(
     """Log of the density of `y` under mean `new` less that under mean `old`, in nats per latent element (mean over C).
 
     With `d = new - old` it is `d (y - old) / q^2 - d^2 / 2q^2`, which is exactly 0 where nothing changed and keeps its
-    digits where little did; the difference of two log-densities loses them at the clip ranges in use (1e-6 to 1e-4).
+    digits where little did. The difference of two log-densities loses them at the clip ranges in use (1e-6 to 1e-4).
     """
     std = _column(std, new)
     if not bool((std > 0).all()):

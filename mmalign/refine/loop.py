@@ -187,7 +187,7 @@ class _Loop:
     ) -> None:
         scored = score(images, [refinement.prompt for refinement in refinements], {self.name: self.critic})
         names, count = self.critic.names, len(images)
-        critiques = scored.said.get(self.name, [""] * count)
+        critiques = scored.critiques.get(self.name, [""] * count)
         requests = scored.requests.get(self.name, [""] * count)
         regions = scored.boxes.get(self.name, [()] * count)
         for i, (refinement, move) in enumerate(zip(refinements, moves, strict=True)):

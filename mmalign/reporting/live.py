@@ -17,7 +17,7 @@ from typing import Literal
 from mmalign.pages import render
 from mmalign.reporting import report
 from mmalign.runs import folder, reader
-from mmalign.runs.reader import Written
+from mmalign.runs.reader import RunRecord
 from reward_models import pages
 
 try:
@@ -73,7 +73,7 @@ def state(run: Path, now: float) -> State:
 
 
 @lru_cache(1)
-def _read(run: Path, version: str) -> Written:
+def _read(run: Path, version: str) -> RunRecord:
     """The record of a run, read once per `version`."""
     return reader.read(run)
 

@@ -1,7 +1,7 @@
-"""What goes wrong without failing: told once, while the run goes on; and the KL budget, which ends it.
+"""Alarms: problems that do not end a run. Each is reported once. And the KL budget, which ends it.
 
 A row of `alarms.jsonl` has the `iteration`, the name of the `alarm` and its `text`. Alarms are functions of the rows of
-`metrics.jsonl` and `evaluations.jsonl` so far, so that a resumed run raises those of one that was never interrupted.
+`metrics.jsonl` and `evaluations.jsonl` so far, so that a resumed run reports the same as an uninterrupted one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,43 +11,44 @@ from typing import Any
 
 from scipy import stats
 
-from mmalign.config.schema import Config, component
+from mmalign.config.checks import component
+from mmalign.config.schema import Config
 from mmalign.runs import jsonl
 from reward_models import files
 
-IN_A_ROW = 5  # iterations: as many without gradient, or with a constant reward; means of diversity are over as many
-DIVERSITY = 0.5  # share of its beginning below which it has collapsed
-EVALUATIONS = 8  # evaluations between start and end, the last, in which hacking is looked for
+IN_A_ROW = 5  # iterations without gradient, or with a constant reward; and those that a mean of diversity is over
+DIVERSITY = 0.5  # ratio to its first values below which diversity has collapsed
+EVALUATIONS = 8  # the number of last evaluations in which trends are tested for reward hacking
 TREND = 0.01  # p of Kendall's rank correlation with time, one-sided, that counts as a rise or a fall
 
 Row = Mapping[str, Any]
-Alarm = Callable[[Config, Sequence[Row], Sequence[Row]], str | None]  # (config, metrics, evaluations) -> what is wrong
+Alarm = Callable[[Config, Sequence[Row], Sequence[Row]], str | None]  # (config, metrics, evaluations) -> the problem
 
 
 def _zero_gradient(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
-    """Dead groups and skipped steps have none either, and are told as such."""
+    """Iterations with dead groups alone or a skipped step have no gradient either, and are reported as such."""
     last = [row for row in metrics if row.get("dead_groups") != 1 and not row.get("skipped")][-IN_A_ROW:]
     if len(last) == IN_A_ROW and not any(row.get("grad_norm") for row in last):
-        return f"no gradient in {IN_A_ROW} iterations in a row: nothing is learnt"
+        return f"no gradient in {IN_A_ROW} iterations in a row: nothing is trained"
     return None
 
 
 def _constant_reward(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
     last = metrics[-IN_A_ROW:]
     if len(last) == IN_A_ROW and all(row.get("dead_groups") == 1 for row in last):
-        return f"siblings got the same reward in every group of {IN_A_ROW} iterations in a row: nothing is learnt"
+        return f"siblings got the same reward in every group of {IN_A_ROW} iterations in a row: nothing is trained"
     return None
 
 
 def _lost_diversity(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
     first, last = _mean("diversity", metrics[:IN_A_ROW]), _mean("diversity", metrics[-IN_A_ROW:])
     if len(metrics) >= 2 * IN_A_ROW and last < DIVERSITY * first:
-        return f"diversity is {last:.3g} and began with {first:.3g}: the model answers every seed alike"
+        return f"diversity is {last:.3g} and began with {first:.3g}: images of different seeds are nearly the same"
     return None
 
 
 def _hacking(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
-    """Only evaluations between start and end are of the same images."""
+    """Only evaluations between start and end use the same prompts and seeds."""
     between = [row for row in evaluations if row["name"] is None]
     ends = [0, *(row["iteration"] for row in between)][-EVALUATIONS - 1 :]
     watched = [name for name in (between[-1] if between else ()) if component(name)[0] in c.watch]
@@ -72,54 +73,54 @@ ALARMS: dict[str, Alarm] = {
 
 
 def _mean(name: str, rows: Sequence[Row]) -> float:
-    """NaN where no row has it."""
-    own = [row[name] for row in rows if name in row]
-    return sum(own) / len(own) if own else float("nan")
+    """The mean over the rows that have the value, NaN where none has."""
+    values = [row[name] for row in rows if name in row]
+    return sum(values) / len(values) if values else float("nan")
 
 
 def _rises(values: Sequence[float]) -> bool:
-    """False where one is NaN or there are too few to tell."""
+    """Whether the values have a significant upward trend; False where one is NaN or there are too few."""
     if len(set(values)) < 2:
         return False
     return bool(stats.kendalltau(range(len(values)), values, alternative="greater").pvalue < TREND)
 
 
 class Watch:
-    """Looks at a run's rows as they come, in its folder `out`, and tells what it finds by `say` and in `alarms.jsonl`.
+    """Checks each new row of the run in the folder `out`, and reports alarms by `say` and in `alarms.jsonl`.
 
-    Of each iteration it keeps what alarms look at: less than a kilobyte. Of many processes one `tells`.
+    It stores the columns that alarms read, less than a kilobyte an iteration. Only the main process `reports`.
     """
 
-    def __init__(self, c: Config, out: Path, say: Callable[[str], None], tells: bool = True):
-        self.c, self.file, self.say, self.tells = c, out / "alarms.jsonl", say, tells
-        self.metrics = [self._kept(row) for row in jsonl.rows(out / "metrics.jsonl")]
+    def __init__(self, c: Config, out: Path, say: Callable[[str], None], reports: bool = True):
+        self.c, self.file, self.say, self.reports = c, out / "alarms.jsonl", say, reports
+        self.metrics = [self._columns(row) for row in jsonl.rows(out / "metrics.jsonl")]
         self.evaluations = jsonl.rows(out / "evaluations.jsonl")
-        self.told = {row["alarm"] for row in jsonl.rows(self.file)}
+        self.reported = {row["alarm"] for row in jsonl.rows(self.file)}
 
-    def _kept(self, row: Row) -> Row:
+    def _columns(self, row: Row) -> Row:
         names = ("dead_groups", "skipped", "grad_norm", "diversity", "kl", *(f"part/{name}" for name in self.c.rewards))
         return {name: row[name] for name in names if name in row}
 
     @property
     def ended(self) -> bool:
-        """Whether the KL budget is spent."""
+        """Whether the KL budget is used up."""
         return self.c.max_kl is not None and self.metrics[-1:] != [] and self.metrics[-1].get("kl", 0) > self.c.max_kl
 
     def look(self, row: Row, skips: Sequence[str]) -> None:
-        """At the row of an iteration and at what it left out."""
-        self.metrics.append(self._kept(row))
-        for why in skips:
-            self._tell(row["iteration"], "skipped", why)
+        """Check the row of an iteration, and report its skipped optimiser steps, with the reasons `skips`."""
+        self.metrics.append(self._columns(row))
+        for reason in skips:
+            self._report(row["iteration"], "skipped", reason)
         for name, alarm in ALARMS.items():
-            text = None if name in self.told else alarm(self.c, self.metrics, self.evaluations)
+            text = None if name in self.reported else alarm(self.c, self.metrics, self.evaluations)
             if text:
-                self._tell(row["iteration"], name, text)
+                self._report(row["iteration"], name, text)
         if self.ended:
-            self._tell(row["iteration"], "max_kl", f"kl is {row['kl']:.3g}, above max_kl: the run ends here")
+            self._report(row["iteration"], "max_kl", f"kl is {row['kl']:.3g}, above max_kl: the run ends here")
 
-    def _tell(self, iteration: int, alarm: str, text: str) -> None:
-        self.told.add(alarm)
-        if not self.tells:
+    def _report(self, iteration: int, alarm: str, text: str) -> None:
+        self.reported.add(alarm)
+        if not self.reports:
             return
         files.append(self.file, {"iteration": iteration, "alarm": alarm, "text": text})
         self.say(f"alarm after iteration {iteration}, {alarm}: {text}")

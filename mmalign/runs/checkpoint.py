@@ -1,8 +1,8 @@
-"""Checkpoints: folders of safetensors and JSON that are whole, or known not to be.
+"""Checkpoints on disk: folders of safetensors and JSON, written atomically and verified when they are read.
 
-A checkpoint is written beside its place, flushed to the disk and then renamed; `manifest.json` holds the SHA-256 of its
-other files. What a kill left half written, or half removed, has another name (`.partial`) and goes at the next start or
-save; what the disk or a hand has damaged since does not match its manifest, and the one before it is used.
+A checkpoint is written under another name, flushed to the disk and then renamed; `manifest.json` holds the SHA-256 of
+its other files. An interrupted save or removal leaves a `.partial` folder, which the next start or save removes.
+Corruption is detected by the manifest, and the previous checkpoint is used.
 """
 
 import hashlib
@@ -15,10 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from mmalign.runs import tensors as safe
+from mmalign.runs import tensors as safetensors_files
 from reward_models import files, limits
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -27,13 +26,13 @@ Tensors = dict[str, dict[str, Tensor]]  # by file and name
 
 
 class Broken(ValueError):
-    """A checkpoint that is not as it was written."""
+    """A checkpoint that differs from what was written."""
 
 
 def save(folder: Path, iteration: int, tensors: Tensors, state: dict) -> Path:
     """Write `folder/<iteration>/`: one safetensors file per entry of `tensors`, and `state.json`.
 
-    The folder appears under its name only when all of it is on disk. Where that fails (OSError), nothing of it stays.
+    The folder appears under its name only when all of it is on disk. Where that fails (OSError), it is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files.sync(folder.parent)
@@ -41,11 +40,13 @@ def save(folder: Path, iteration: int, tensors: Tensors, state: dict) -> Path:
     final, partial = folder / f"{iteration:06d}", folder / f".{iteration:06d}.partial"
     try:
         partial.mkdir()
-        digests = {f"{name}.safetensors": _put(partial / f"{name}.safetensors", own) for name, own in tensors.items()}
+        digests = {
+            f"{name}.safetensors": _put(partial / f"{name}.safetensors", values) for name, values in tensors.items()
+        }
         digests[STATE] = _put(partial / STATE, {"iteration": iteration} | state)
         _put(partial / MANIFEST, digests)
         files.sync(partial)
-        if final.exists():  # it was broken when the run resumed from the one before
+        if final.exists():  # it was broken, and the run resumed from the previous one
             _discard(final)
         os.replace(partial, final)
         files.sync(folder)
@@ -56,7 +57,7 @@ def save(folder: Path, iteration: int, tensors: Tensors, state: dict) -> Path:
 
 
 def _put(path: Path, content: dict) -> str:
-    """Write a file and return the SHA-256 of what was to be written."""
+    """Write a file and return the SHA-256 of its content."""
     if path.suffix == ".json":
         data = json.dumps(content).encode()
     else:
@@ -66,14 +67,14 @@ def _put(path: Path, content: dict) -> str:
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint; half removed, it no longer has the name of one."""
-    gone = path.with_name(f".{path.name}.gone.partial")
-    os.replace(path, gone)
-    shutil.rmtree(gone)
+    """Remove a checkpoint; if interrupted, it no longer has the name of one."""
+    removed = path.with_name(f".{path.name}.gone.partial")
+    os.replace(path, removed)
+    shutil.rmtree(removed)
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a kill left half written or half removed in a folder."""
+    """Remove the remains of interrupted saves and removals in a folder."""
     for path in folder.glob(".*.partial"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -81,25 +82,25 @@ def tidy(folder: Path) -> None:
             path.unlink()
 
 
-def is_one(path: Path) -> bool:
-    """Whether this is the name of a checkpoint: a number."""
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path has the name of a checkpoint: a number."""
     return path.name.isascii() and path.name.isdigit()
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The checkpoints under their names, oldest first, whole or not."""
-    return sorted(filter(is_one, folder.glob("*")), key=lambda path: int(path.name))
+    """The checkpoints of a folder, oldest first, complete or not."""
+    return sorted(filter(is_checkpoint, folder.glob("*")), key=lambda path: int(path.name))
 
 
 def prune(folder: Path, newest: int, keep: int, best: int | None) -> None:
-    """Of the checkpoints keep the `keep` last, up to that of iteration `newest`, which must be on disk, and the `best`.
+    """Keep the last `keep` checkpoints up to that of iteration `newest`, which must be on disk, and the `best` one.
 
-    A later one is left from before the run resumed, which did without it because it was broken.
+    Later ones are from before the run resumed, which did not use them because they were broken.
     """
-    own = numbered(folder)
-    kept = [path for path in own if int(path.name) <= newest][-keep:]
-    for path in own:
-        if path not in kept and int(path.name) != best:
+    paths = numbered(folder)
+    last = [path for path in paths if int(path.name) <= newest][-keep:]
+    for path in paths:
+        if path not in last and int(path.name) != best:
             _discard(path)
     files.sync(folder)
 
@@ -109,29 +110,31 @@ def _warn(line: str) -> None:
 
 
 def latest(folder: Path, say: Callable[[str], None] = _warn) -> Path | None:
-    """The newest checkpoint that is whole. Each one passed over is named with the reason, in a line given to `say`."""
+    """The newest intact checkpoint. `say` gets a line for each broken one, with the reason."""
     for path in reversed(numbered(folder)):
         try:
             read(path)
-        except Broken as why:
-            say(f"a broken checkpoint is left out: {why}")
+        except Broken as error:
+            say(f"a broken checkpoint is left out: {error}")
         else:
             return path
     return None
 
 
 def read(path: Path) -> tuple[Tensors, dict]:
-    """The tensors by file, and the state. Raises Broken where a file is not what was written."""
+    """The tensors by file, and the state. Raises Broken where a file differs from what was written."""
     digests = _object(path / MANIFEST, _bytes(path / MANIFEST, limits.STATE))
     odd = [name for name in digests if not FILES.fullmatch(name)]
     if odd:
-        raise Broken(f"{path / MANIFEST}: {odd[0]!r} is no file of a checkpoint")
-    found = {name: _bytes(path / name, limits.STATE if name == STATE else limits.TENSORS) for name in [*digests, STATE]}
-    for name, data in found.items():
+        raise Broken(f"{path / MANIFEST}: {odd[0]!r} is not a file of a checkpoint")
+    contents = {
+        name: _bytes(path / name, limits.STATE if name == STATE else limits.TENSORS) for name in [*digests, STATE]
+    }
+    for name, data in contents.items():
         if hashlib.sha256(data).hexdigest() != digests.get(name):
             raise Broken(f"{path / name}, {len(data)} bytes, is not what was written")
-    state = _object(path / STATE, found.pop(STATE))
-    return {Path(name).stem: _tensors(path / name, data) for name, data in found.items()}, state
+    state = _object(path / STATE, contents.pop(STATE))
+    return {Path(name).stem: _tensors(path / name, data) for name, data in contents.items()}, state
 
 
 def _bytes(path: Path, most: int) -> bytes:
@@ -147,38 +150,16 @@ def _bytes(path: Path, most: int) -> bytes:
 
 def _object(path: Path, data: bytes) -> dict:
     try:
-        found = files.parsed(data)
+        content = files.parsed(data)
     except ValueError as error:
         raise Broken(f"{path}, {len(data)} bytes, is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise Broken(f"{path}, {len(data)} bytes, is not JSON of an object")
-    return found
+    if not isinstance(content, dict):
+        raise Broken(f"{path}, {len(data)} bytes, is not a JSON object")
+    return content
 
 
 def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     try:
-        return safe.parsed(data)
+        return safetensors_files.parsed(data)
     except ValueError as error:
         raise Broken(f"{path}: {error}") from None
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's per-parameter state as named tensors ("3.exp_avg"; bitsandbytes' has another level)."""
-
-    def flat(value, *path) -> dict[str, Tensor]:
-        if isinstance(value, dict):
-            return {name: leaf for key, own in value.items() for name, leaf in flat(own, *path, str(key)).items()}
-        return {".".join(path): torch.as_tensor(value).clone()}
-
-    return flat(optimizer.state_dict()["state"])
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict = {}
-    for key, value in tensors.items():
-        i, *path, name = key.split(".")
-        own = state.setdefault(int(i), {})
-        for part in path:
-            own = own.setdefault(part, {})
-        own[name] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

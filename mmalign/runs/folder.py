@@ -1,4 +1,4 @@
-"""A run's folder: one run writes in it at a time, its rows are whole, and a full disk is told in one line."""
+"""A run's folder: one run writes in it at a time, rows are written atomically, a full disk is reported in one line."""
 
 import errno
 import fcntl
@@ -12,26 +12,27 @@ from pathlib import Path
 
 from mmalign import errors
 from mmalign.config import load as configs
-from mmalign.config.schema import ANEW, Config
+from mmalign.config.schema import RESUMABLE, Config
 from mmalign.errors import BadInput, Failed
 from mmalign.runs import checkpoint, jsonl
 from reward_models import allowlist as trust, files
 
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl", "alarms.jsonl")
-WRITTEN = (*RECORDS, "config.yaml", "images", "checkpoints", "report.html")  # names that a run writes under
+OUTPUTS = (*RECORDS, "config.yaml", "images", "checkpoints", "report.html")  # the names of all that a run writes
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-UNWRITABLE += (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # a file where a folder belongs, or the other way round
+UNWRITABLE += (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # a file instead of a folder, or the reverse
 
 
 @contextmanager
-def held(out: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Make the folder and hold it for this process, whose end, kill -9 included, lets it go. BadInput where another
-    process holds it or it cannot be written in. Folders that were made here and stayed empty are removed again."""
+def locked(out: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Create the folder and lock it for this process, whose end, kill -9 included, releases the lock. BadInput where
+    another process holds the lock or the folder is not writable. Folders that were created and stayed empty are
+    removed."""
     try:
         made = [path for path in (out, *out.parents) if not path.exists()]
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except (OSError, ValueError) as error:  # ValueError: no file has such a name
+    except (OSError, ValueError) as error:  # ValueError: a file cannot have such a name
         raise BadInput(f"out: cannot write in {str(out)[:300]}: {getattr(error, 'strerror', error)}") from None
     try:
         _lock(lock, out, say)
@@ -50,22 +51,22 @@ def _lock(lock: int, out: Path, say: Callable[[str], None]) -> None:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
-            say(f"{out}: no locks here ({error.strerror}); see to it that no second run writes in this folder")
+            say(f"{out}: this disk has no locks ({error.strerror}); make sure that no second run writes in this folder")
             return
         holder = {"pid": "?", "host": "?"}
-        with suppress(ValueError, TypeError):  # it has hardly begun
+        with suppress(ValueError, TypeError):  # it has just started
             holder |= json.loads(os.read(lock, 1000))
         raise BadInput(
             f"out: another run, process {holder['pid']} on {holder['host']}, is writing in {out}; "
             "let it end or choose another `out`"
         ) from None
-    with suppress(OSError):  # who holds it is a courtesy; a full disk is told where it matters
+    with suppress(OSError):  # recording the lock holder is best effort
         os.truncate(lock, 0)
         os.write(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
 
 def check(out: Path, c: Config, resume: bool) -> None:
-    """Refuse a folder that holds another run, or none to resume."""
+    """BadInput for a folder that holds another run, or with `resume` for one without a run."""
     saved = out / "config.yaml"
     if resume:
         if not saved.is_file():
@@ -73,23 +74,23 @@ def check(out: Path, c: Config, resume: bool) -> None:
         with errors.refusing():
             trust.no_links_out(out)
         now, before = c.model_dump(), configs.load(saved).model_dump()
-        changed = [key for key in now if now[key] != before[key] and key not in ANEW]
+        changed = [key for key in now if now[key] != before[key] and key not in RESUMABLE]
         if changed:
             key = changed[0]
             raise BadInput(f"--resume: {key} is {now[key]!r} and was {before[key]!r}; a run keeps its config")
     elif saved.exists():
-        raise BadInput(f"{out} already holds a run; go on with --resume or choose another `out`")
-    elif strange := [name for name in WRITTEN if os.path.lexists(out / name)]:
-        raise BadInput(f"out: {out / strange[0]} is there already, and no run it belongs to; choose another `out`")
+        raise BadInput(f"{out} already holds a run; continue with --resume or choose another `out`")
+    elif strange := [name for name in OUTPUTS if os.path.lexists(out / name)]:
+        raise BadInput(f"out: {out / strange[0]} exists already and belongs to no run; choose another `out`")
 
 
 def tidy(out: Path) -> None:
-    """Remove what a killed run left half written or half removed."""
-    for place in (out, out / "checkpoints"):
-        checkpoint.tidy(place)
+    """Remove the remains of interrupted writes and removals."""
+    for folder in (out, out / "checkpoints"):
+        checkpoint.tidy(folder)
 
 
-def room(out: Path, needed: int) -> None:
+def check_space(out: Path, needed: int) -> None:
     """BadInput unless `needed` bytes are free."""
     free = shutil.disk_usage(out).free
     if free < needed:
@@ -99,35 +100,35 @@ def room(out: Path, needed: int) -> None:
 
 
 def rewind(out: Path, done: int, say: Callable[[str], None]) -> None:
-    """Drop the rows that a run resumed after `done` iterations writes again, and lines that are not whole."""
+    """Drop the rows that a run resumed after `done` iterations writes again, and incomplete lines."""
     for path in (out / name for name in RECORDS):
         if not path.exists():
             continue
         data = path.read_bytes()
         lines = jsonl.objects(data)
-        whole = [row for row in lines if row is not None and isinstance(row.get("iteration"), int)]
-        broken = len(lines) - len(whole)
+        complete = [row for row in lines if row is not None and isinstance(row.get("iteration"), int)]
+        broken = len(lines) - len(complete)
         if broken:
-            say(f"{path}: lines that are not whole and left out: {broken}")
-        kept = "".join(json.dumps(row) + "\n" for row in whole if row["iteration"] <= done).encode()
-        if kept != data:
-            files.replace(path, kept)
+            say(f"{path}: incomplete lines that are left out: {broken}")
+        rewound = "".join(json.dumps(row) + "\n" for row in complete if row["iteration"] <= done).encode()
+        if rewound != data:
+            files.replace(path, rewound)
 
 
 def sync(out: Path) -> None:
-    """Wait until the disk has all rows: a checkpoint follows."""
+    """Flush all rows to the disk, before a checkpoint is written."""
     for path in (out / name for name in RECORDS):
         if path.exists():
             files.sync(path)
 
 
-ROWS_ARE_WHOLE = "what was done before is on the disk: make room and start the same again"
-CHECKPOINTS_ARE_WHOLE = "the checkpoints saved before are whole: make room and go on with --resume"
+ROWS_ARE_WHOLE = "earlier results are on the disk: free some space and start the same command again"
+CHECKPOINTS_ARE_WHOLE = "earlier checkpoints are complete: free some space and continue with --resume"
 
 
 @contextmanager
 def failing(out: Path, advice: str = CHECKPOINTS_ARE_WHOLE) -> Iterator[None]:
-    """A disk that is full or takes nothing becomes Failed, told in one line."""
+    """Turn out-of-space and read-only errors into Failed, with `advice`."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What a run has written so far, read back for its page: rows as they should be, and a line for what is amiss.
+"""Read a run's folder for the report, tolerating partial and damaged files.
 
-A file may be read while it is written, or long after a disk or a hand has damaged it. A line that is cut or a row with
-a text where a number belongs is left out and named; nothing that is left whole is lost with it.
+A file may be read while it is written, or after it was damaged. An incomplete line, or a row with a text instead of a
+number, is left out and named; the other rows are read.
 """
 
 import math
@@ -16,25 +16,26 @@ from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.runs import checkpoint, jsonl
 from reward_models import files, limits
+from reward_models.errors import first_problem
 
 SIDES = ("before", "after")
 
 Row = dict[str, Any]
-Count = Annotated[int, Field(ge=0, le=10**12)]  # more is no count of a run, and cannot be drawn
+Count = Annotated[int, Field(ge=0, le=10**12)]  # larger values are not counts of a run, and cannot be plotted
 
 
-def _drawable(value: float) -> float:
+def _plottable(value: float) -> float:
     if math.isfinite(value) and abs(value) > 1e100:
-        raise ValueError(f"{value:g} is too large to be drawn")
+        raise ValueError(f"{value:g} is too large to be plotted")
     return value
 
 
-Number = Annotated[float, AfterValidator(_drawable)]
+Number = Annotated[float, AfterValidator(_plottable)]
 Grid = Annotated[list[Annotated[list[float | None], Field(min_length=1)]], Field(min_length=1)]
 
 
 class _Shape(BaseModel):
-    """What a row must have; a whole number is a number, a text is none."""
+    """The fields that a row must have; an integer is accepted as a number, a text is not."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -96,9 +97,9 @@ class _Scored(_Shape):
 
 
 @dataclass(frozen=True)
-class Written:
-    """The rows of a run's files, `scores` by side, and its `config` with the `text` of that, None where it is not one.
-    `lacking` has a line for each file that should be there and is not, or that something was left out of."""
+class RunRecord:
+    """The rows of a run's files, `scores` by side, and its `config` (None where it cannot be read) with its `text`.
+    `lacking` has a line for each file that is missing or of which something was left out."""
 
     config: Config | None
     text: str
@@ -110,14 +111,14 @@ class Written:
     lacking: list[str]
 
 
-def read(run: Path) -> Written:
-    """What lies in a run's folder. Never fails on what is in its files."""
+def read(run: Path) -> RunRecord:
+    """The record of the run in a folder. Never fails on the content of its files."""
     lacking: list[str] = []
 
     def rows(name: str, shape: type[_Shape], needed: bool = False) -> list[Row]:
-        found, said = _rows(run / name, shape, needed)
-        lacking.extend(f"{name}: {own}" for own in said)
-        return found
+        rows, problems = _rows(run / name, shape, needed)
+        lacking.extend(f"{name}: {problem}" for problem in problems)
+        return rows
 
     text, c = "", None
     try:
@@ -127,11 +128,11 @@ def read(run: Path) -> Written:
         lacking.append(f"config.yaml: {error.strerror}")
     except BadInput as error:
         lacking.append(str(error).removeprefix(f"{run}/"))
-    begun = bool(checkpoint.numbered(run / "checkpoints"))  # rows are on the disk before the checkpoint is
+    begun = bool(checkpoint.numbered(run / "checkpoints"))  # rows are flushed to the disk before the checkpoint
     metrics = rows("metrics.jsonl", _Iteration, begun)
     evaluations = rows("evaluations.jsonl", _Evaluation, begun and c is not None and c.held_out is not None)
     made = {row["name"] for row in evaluations}
-    return Written(
+    return RunRecord(
         c,
         text,
         metrics,
@@ -144,7 +145,7 @@ def read(run: Path) -> Written:
 
 
 def _rows(path: Path, shape: type[_Shape], needed: bool) -> tuple[list[Row], list[str]]:
-    """The rows of a file that have the shape, and what there is to say of it, in a line at most."""
+    """The rows of a file that have the shape, and its problem, in one line, if there is one."""
     try:
         lines = jsonl.objects(files.content(path, limits.TEXT))
     except FileNotFoundError:
@@ -155,17 +156,16 @@ def _rows(path: Path, shape: type[_Shape], needed: bool) -> tuple[list[Row], lis
         return [], [str(error)]
     if needed and not lines:
         return [], ["empty"]
-    found, wrong = [], []
+    rows, wrong = [], []
     for number, row in enumerate(lines, 1):
         try:
             if row is None:
-                raise BadInput("not whole, or no JSON object")
+                raise BadInput("incomplete, or not a JSON object")
             shape.model_validate(row)
-            found.append(row)
+            rows.append(row)
         except ValidationError as error:
-            first = error.errors()[0]
-            wrong.append(f"line {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+            wrong.append(f"line {number}: {first_problem(error.errors())}")
         except BadInput as error:
             wrong.append(f"line {number}: {error}")
     more = f"; {len(wrong) - 1} more lines" if wrong[1:] else ""
-    return found, [f"{wrong[0]}{more}; left out"] if wrong else []
+    return rows, [f"{wrong[0]}{more}; left out"] if wrong else []

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT (Ctrl-C) while a run trains: finish, save, leave; a second one stops at once.
+"""SIGTERM and SIGINT (Ctrl-C) while a run trains: finish the iteration, save, exit; a second signal exits at once.
 
-The exit code is 128 + the signal's number, 143 or 130, as a shell reports a process that a signal ended: to a scheduler
-or a loop around the command the run is neither done (0) nor failed (1) but to be started again, with `--resume`.
+The exit code is 128 + the signal's number, 143 or 130, as a shell reports a process that a signal ended. For a
+scheduler or a loop around the command, the run is then neither done (0) nor failed (1): it continues with `--resume`.
 """
 
 import os
@@ -15,8 +15,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """The process was asked to stop, and what had to be finished is. `code` is its exit code. Nothing that catches
-    errors catches it, nor what keeps a scorer from ending the run by SystemExit."""
+    """The process received a signal and has finished its work; `code` is its exit code. A BaseException, so that code
+    that catches errors, or a scorer's SystemExit, does not catch it."""
 
     def __init__(self, code: int):
         super().__init__(code)
@@ -25,48 +25,51 @@ class Stopped(BaseException):
 
 @dataclass
 class Stop:
-    """Whether one was `asked` to stop, by which signal. Outside `finishing` that takes effect at once."""
+    """The signal that was `received`, if any. Outside `finishing` it takes effect at once."""
 
-    asked: signal.Signals | None = None
-    _held: bool = False
+    received: signal.Signals | None = None
+    _deferred: bool = False
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """Work that is done to its end before Stopped is raised."""
-        self._held = True
+        """Work that is completed before Stopped is raised."""
+        self._deferred = True
         try:
             yield
         finally:
-            self._held = False
-        if self.asked:
-            raise Stopped(128 + self.asked)
+            self._deferred = False
+        if self.received:
+            raise Stopped(128 + self.received)
 
-    def heed(self, told: Sequence[int | None]) -> None:
-        """Stop with the others of many processes: `told` is what each was asked by."""
-        self.asked = self.asked or next((signal.Signals(number) for number in told if number), None)
+    def share(self, signals: Sequence[int | None]) -> None:
+        """Stop together with the other ranks: `signals` holds the signal that each received."""
+        self.received = self.received or next((signal.Signals(number) for number in signals if number), None)
 
     def _on(self, number: int, frame: object) -> None:
-        if self.asked:
+        if self.received:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.asked = signal.Signals(number)
-        if not self._held:
+        self.received = signal.Signals(number)
+        if not self._deferred:
             raise Stopped(128 + number)
-        line = f"\nmmalign: {self.asked.name}: finishing this iteration, then saving; once more stops at once\n"
+        line = (
+            f"\nmmalign: {self.received.name}: finishing this iteration, then saving; a second signal exits at once\n"
+        )
         os.write(2, line.encode())  # print is not safe here: it may have been interrupted itself
 
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """Listen to both signals, unless they are ignored (nohup), and then leave them as they were. Outside the main
-    thread, which alone may listen, nothing happens."""
+    """Handle both signals, unless they are ignored (nohup), and restore their handlers at the end. Only the main thread
+    can install handlers; in others nothing happens."""
     stop, before = Stop(), {}
     if threading.current_thread() is threading.main_thread():
-        before = {own: signal.getsignal(own) for own in SIGNALS if signal.getsignal(own) not in (signal.SIG_IGN, None)}
-    for own in before:
-        signal.signal(own, stop._on)
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, stop._on)
     try:
         yield stop
     finally:
-        for own, handler in before.items():
-            signal.signal(own, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

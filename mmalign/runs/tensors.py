@@ -1,4 +1,4 @@
-"""Safetensors files of others: regular files of bounded size, whose header is read before their tensors."""
+"""Read untrusted safetensors files: regular files of bounded size, whose header is checked before the tensors."""
 
 from pathlib import Path
 
@@ -9,16 +9,16 @@ from reward_models import files, limits
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file by name, and what its header says beside them. ValueError, in one line that names the file,
-    for what is no regular file, too large, or no safetensors."""
+    """The tensors of a file by name, and the metadata of its header. ValueError, in one line that names the file, for a
+    file that is not regular, too large, or not safetensors."""
     try:
         with files.opened(path) as file:
             start = file.read(8 + limits.TENSORS_HEADER)
-            about = _said(_header(start))
+            metadata = _metadata(_header(start))
             data = start + file.read(max(0, limits.TENSORS + 1 - len(start)))
         if len(data) > limits.TENSORS:
             raise ValueError(f"longer than {limits.TENSORS} bytes")
-        return parsed(data), about
+        return parsed(data), metadata
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -26,12 +26,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def parsed(data: bytes) -> dict[str, Tensor]:
-    """The tensors that these bytes of a safetensors file are. ValueError for anything else."""
+    """The tensors in the bytes of a safetensors file. ValueError for anything else."""
     _header(data)
     try:
         return safetensors.torch.load(data)
     except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"no safetensors: {error}") from None
+        raise ValueError(f"not safetensors: {error}") from None
 
 
 def _header(data: bytes) -> bytes:
@@ -40,13 +40,13 @@ def _header(data: bytes) -> bytes:
     if size > limits.TENSORS_HEADER:
         raise ValueError(f"a header of {size} bytes; {limits.TENSORS_HEADER} are allowed")
     if len(data) < 8 + size:
-        raise ValueError(f"no safetensors: {len(data)} bytes, too few for its header")
+        raise ValueError(f"not safetensors: {len(data)} bytes, too few for its header")
     return data[8 : 8 + size]
 
 
-def _said(header: bytes) -> dict[str, str]:
+def _metadata(header: bytes) -> dict[str, str]:
     content = files.parsed(header)
-    said = content.get("__metadata__", {}) if isinstance(content, dict) else None
-    if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
-        raise ValueError("no safetensors: its header is no JSON object of texts")
-    return said
+    metadata = content.get("__metadata__", {}) if isinstance(content, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("not safetensors: its header is not a JSON object of texts")
+    return metadata

@@ -19,7 +19,7 @@ from PIL import Image
 
 from reward_models import limits
 from reward_models.images import from_base64, from_pil
-from reward_models.scoring import asked, each, score_pictures
+from reward_models.scoring import each, score_isolated, score_pictures
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # how the file begins, before its width and height
@@ -159,7 +159,7 @@ class Isolated:
         self.scorer, self.batch, self.names, self.card = scorer, batch, scorer.names, scorer.card
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        look = partial(asked, self.scorer)
+        look = partial(score_isolated, self.scorer)
         if self.card.groupwise:
             return look(images, prompts)
         fitting = limits.AT_ONCE // images[0, 0].numel() if len(images) else 1

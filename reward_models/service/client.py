@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from reward_models.errors import first_problem
 from reward_models.images import png, to_pil
 from reward_models.scoring import each
 from reward_models.service import schema as wire
@@ -79,9 +80,9 @@ class Remote:
         )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, batch=max(1, len(images)))
+        return each(images, prompts, self.names, self._score_batch, batch=max(1, len(images)))
 
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         values, critiques, failures = torch.full((len(images), len(self.names)), torch.nan), [""] * len(images), {}
         groups, sent, pictures = defaultdict(list), {}, to_pil(images)
         for i, prompt in enumerate(prompts):
@@ -89,7 +90,7 @@ class Remote:
                 sent[i] = wire.Prompt(text=prompt.text, wants=dict(prompt.wants), id=prompt.id)
                 groups[(prompt.id, prompt.text) if self.card.groupwise else i].append(i)
             except ValidationError as error:
-                failures[i] = f"the prompt has no JSON form: {first(error)}"
+                failures[i] = f"the prompt has no JSON form: {first_problem(error.errors())}"
         size = min(self.batch, self.pixels // images[0, 0].numel()) if len(images) else self.batch
         parts = packed(groups.values(), max(1, size))
         with ThreadPoolExecutor(self.workers) as pool:
@@ -117,7 +118,7 @@ class Remote:
         try:
             answer = wire.Answer.model_validate(found)
         except ValidationError as error:
-            raise Fault(f"the answer makes no sense: {first(error)}") from None
+            raise Fault(f"the answer makes no sense: {first_problem(error.errors())}") from None
         lengths = [len(answer.scores), len(answer.failures), len(answer.critiques)]
         if lengths != [count] * 3:
             raise Fault(f"the answer makes no sense: {lengths} scores, failures, critiques for {count} images")
@@ -142,12 +143,6 @@ class Remote:
 
     def _said(self, words: Mapping[str, str]) -> str:
         return "; ".join(text if len(self.components) == 1 else f"{name}: {text}" for name, text in words.items())
-
-
-def first(error: ValidationError) -> str:
-    """The first thing wrong, and where."""
-    found = error.errors(include_input=False, include_url=False)[0]
-    return f"{'.'.join(map(str, found['loc'])) or 'body'}: {found['msg']}"[:300]
 
 
 def packed(groups: Iterable[list[int]], size: int) -> list[list[int]]:

@@ -59,7 +59,7 @@ def read(reply: str, aspects: Mapping[str, Sequence[str]], cut: bool = False) ->
 
 
 def _from_json(text: str, aspects: Mapping[str, Sequence[str]]) -> Critique | None:
-    return replies.alike(filter(None, (_of_value(value, aspects) for value in replies.values(text))))
+    return replies.unanimous(filter(None, (_of_value(value, aspects) for value in replies.values(text))))
 
 
 def _of_value(value: Any, aspects: Mapping[str, Sequence[str]]) -> Critique | None:

@@ -45,7 +45,7 @@ def answer(reply: str, cut: bool = False) -> str:
     return (text.rpartition("\n")[0] if cut else text).strip()
 
 
-def shown(reply: str) -> str:
+def excerpt(reply: str) -> str:
     """The beginning of a reply, in one line."""
     line = " ".join(reply[: 10 * SHOWN].split())
     return repr(line[:SHOWN] + ("…" if len(line) > SHOWN or len(reply) > 10 * SHOWN else ""))
@@ -88,7 +88,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def alike(candidates: Iterable[Found]) -> Found | None:
+def unanimous(candidates: Iterable[Found]) -> Found | None:
     """The one thing that a reply gives, perhaps more than once; None if there is none. ValueError for two that
     differ."""
     first, *others = [*candidates] or [None]
@@ -157,27 +157,27 @@ def score_of(text: str, scale: Scale, titles: Sequence[str] = TITLES, what: str 
 def overall(reply: str, cut: bool = False) -> tuple[float, str]:
     """The score in [-1, 1] of the whole image and the reason for it."""
     text = answer(reply, cut)
-    rows = [row for row in map(plain, (value for value in values(text) if isinstance(value, dict))) if _scored(row)]
-    score = alike(_credit(row) for row in rows)
+    rows = [row for row in map(plain, (value for value in values(text) if isinstance(value, dict))) if _has_score(row)]
+    score = unanimous(_credit(row) for row in rows)
     if score is not None:
         return score, str(rows[0].get("reason") or "")
     return score_of(text, CREDIT), _line(text, "reason")
 
 
-def _scored(row: Mapping[str, Any]) -> bool:
+def _has_score(row: Mapping[str, Any]) -> bool:
     return one_of(row, SCORE) is not None
 
 
 def _credit(row: Mapping[str, Any]) -> float:
     """The score of a row, by whichever of its names; ValueError where two of them differ."""
     return (
-        alike(CREDIT.read(row[name]) for name in SCORE if row.get(name) is not None)
-        if _scored(row)
+        unanimous(CREDIT.read(row[name]) for name in SCORE if row.get(name) is not None)
+        if _has_score(row)
         else CREDIT.read(None)
     )
 
 
-def places(
+def read_regions(
     reply: str,
     size: tuple[int, int],
     coordinates: str = "pixels",
@@ -210,7 +210,7 @@ def places(
 
 def _listed(text: str, cut: bool) -> Iterable[dict[str, Any]] | None:
     """A row for each region, read when its turn comes; None if there is no list of them."""
-    rows = alike(filter(lambda rows: rows is not None, map(_rows, values(text))))
+    rows = unanimous(filter(lambda rows: rows is not None, map(_rows, values(text))))
     if rows is not None:
         return rows
     blocks: list[tuple[int, list[str]]] = []
@@ -230,7 +230,7 @@ def _rows(value: Any) -> list[dict[str, Any]] | None:
     if isinstance(value, dict):
         row = plain(value)
         inner = one_of(row, LISTS)
-        value = inner if isinstance(inner, list) else [value] if _scored(row) else None
+        value = inner if isinstance(inner, list) else [value] if _has_score(row) else None
     return (
         [plain(row) for row in value] if isinstance(value, list) and all(isinstance(r, dict) for r in value) else None
     )

@@ -41,18 +41,18 @@ def load(scorer: str, model: str, device: str, dtype: str) -> tuple[nn.Module, o
     with loading(scorer, model):
         network, processor = pretrained(AutoModelForImageTextToText, model, dtype=kind).to(device), processor_of(model)
         with torch.no_grad():  # a folder may be whole and describe what its model cannot read
-            logits = network(**asked(processor, [(torch.full((3, 64, 64), 0.5), "a")], device)).logits
+            logits = network(**inputs_of(processor, [(torch.full((3, 64, 64), 0.5), "a")], device)).logits
         if not logits.isfinite().all():
             raise ValueError("what it would say of a grey image is not finite")
         return network, processor
 
 
-def about(images: Images, texts: Sequence[str]) -> list[tuple[Any, ...]]:
+def image_questions(images: Images, texts: Sequence[str]) -> list[tuple[Any, ...]]:
     """A question for each image: the image, then a text."""
     return [(image, text) for image, text in zip(images, texts, strict=True)]
 
 
-def asked(processor, questions: Sequence[Any], device: str, answering: bool = True):
+def inputs_of(processor, questions: Sequence[Any], device: str, answering: bool = True):
     """What the model is fed: for each question a message of the user, its parts texts and pictures [3, H, W] in order,
     after what the system says, if anything; `answering` opens the model's reply. A question is an `ask.Question` or its
     parts alone."""
@@ -74,7 +74,7 @@ def asked(processor, questions: Sequence[Any], device: str, answering: bool = Tr
 
 
 @torch.no_grad()
-def written(model: nn.Module, processor, inputs, tokens: int) -> tuple[list[str], list[bool], int]:
+def generate(model: nn.Module, processor, inputs, tokens: int) -> tuple[list[str], list[bool], int]:
     """What the model replies to each row, the likeliest token each time, at most `tokens` of them; whether each ran out
     of them; and how many were written."""
     one = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}  # whatever the model's folder asks for
@@ -87,7 +87,7 @@ def written(model: nn.Module, processor, inputs, tokens: int) -> tuple[list[str]
     return processor.batch_decode(out, skip_special_tokens=True), (~ended).tolist(), out.numel()
 
 
-def openings(tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:
+def first_tokens(tokenizer, yes: str, no: str) -> tuple[list[int], list[int]]:
     """The tokens that an answer may begin with, for each answer: those of its usual spellings, less what both begin
     with. ValueError if nothing is left."""
 

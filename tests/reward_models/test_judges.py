@@ -187,7 +187,7 @@ def test_criteria_are_written_once_per_prompt_and_kept(tmp_path):
     file = tmp_path / "criteria.jsonl"
 
     def reply(question):
-        return own if "You write the checklist" in question.system else '{"1": true}'
+        return own if "You write a checklist" in question.system else '{"1": true}'
 
     made, judge = judged("checklist", reply, written=str(file))
     assert (
@@ -290,7 +290,7 @@ def test_fewer_opponents_cost_fewer_calls():
         ("rational", {"form": "xml"}, "form is one of headings, json"),
         ("rational", {"instruction": "nowhere.txt"}, "nowhere.txt: No such file"),
         ("rational", {"dtype": "float32"}, "no setting 'dtype' for a model on a server"),
-        ("rational", {"url": None, "retries": 3}, "no setting 'retries' for a model that runs here"),
+        ("rational", {"url": None, "retries": 3}, "no setting 'retries' for a local model"),
         ("rational", {"url": "127.0.0.1"}, "must begin with http"),
         ("rational", {"timeout": 0}, "above 0"),
         ("unified", {"version": 3}, "version is 1 or 2"),

@@ -85,7 +85,7 @@ def test_scores_that_are_none(reply, says):
     ],
 )
 def test_a_region_in_many_dresses(reply):
-    assert replies.places(reply, SIZE) == [CAT]
+    assert replies.read_regions(reply, SIZE) == [CAT]
 
 
 @pytest.mark.parametrize("between", ["\n", "\n\n", "\n-----\n", "\n***\n\n"])
@@ -94,19 +94,19 @@ def test_regions_by_number_however_they_are_divided(between, order):
     """Also with the dashed lines of the example in SRUM's prompt."""
     scores = {1: 0.8, 2: -0.4, 3: 0.0}
     reply = between.join(f"Region {k}:\nIdentified Object: thing {k}\nScore: {scores[k]}" for k in order)
-    found = replies.places(reply, SIZE, proposed=GIVEN)
+    found = replies.read_regions(reply, SIZE, proposed=GIVEN)
     assert found == [Region(GIVEN[k - 1], scores[k], f"thing {k}") for k in order]
 
 
 def test_json_regions_by_number():
     reply = '[{"region": 2, "score": 1, "label": ""}, {"id": 1, "score": -1}]'
-    assert replies.places(reply, SIZE, proposed=GIVEN[:2]) == [Region(GIVEN[1], 1.0), Region(GIVEN[0], -1.0)]
+    assert replies.read_regions(reply, SIZE, proposed=GIVEN[:2]) == [Region(GIVEN[1], 1.0), Region(GIVEN[0], -1.0)]
     with pytest.raises(ValueError, match=re.escape("scores the regions [1, 2]; each of 3 once is needed")):
-        replies.places(reply, SIZE, proposed=GIVEN)
+        replies.read_regions(reply, SIZE, proposed=GIVEN)
 
 
 def test_no_regions_is_an_answer():
-    assert replies.places("[]", SIZE) == replies.places('{"regions": []}', SIZE) == []
+    assert replies.read_regions("[]", SIZE) == replies.read_regions('{"regions": []}', SIZE) == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_no_regions_is_an_answer():
     [("pixels", [20, 50, 100, 100]), ("thousand", [100, 500, 500, 1000]), ("unit", [0.1, 0.5, 0.5, 1])],
 )
 def test_what_boxes_count_in(coordinates, box):
-    (found,) = replies.places(f'[{{"box": {box}, "score": 1}}]', SIZE, coordinates)
+    (found,) = replies.read_regions(f'[{{"box": {box}, "score": 1}}]', SIZE, coordinates)
     assert found.box == pytest.approx((20, 50, 100, 100))
 
 
@@ -143,7 +143,7 @@ def test_what_boxes_count_in(coordinates, box):
 )
 def test_regions_that_are_none(reply, says):
     with pytest.raises(ValueError, match=re.escape(says)) as error:
-        replies.places(reply, SIZE)
+        replies.read_regions(reply, SIZE)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -151,7 +151,7 @@ def test_regions_that_are_none(reply, says):
 @pytest.mark.parametrize("number", ["4", '"two"', "null"])
 def test_a_number_that_was_not_given_is_refused(number):
     with pytest.raises(ValueError, match=r"there is no region .*; 3 were given"):
-        replies.places(f'[{{"region": {number}, "score": 1}}]', SIZE, proposed=GIVEN)
+        replies.read_regions(f'[{{"region": {number}, "score": 1}}]', SIZE, proposed=GIVEN)
 
 
 pieces = st.sampled_from(
@@ -164,11 +164,15 @@ pieces = st.sampled_from(
 @hypothesis.given(st.one_of(st.text(max_size=60), st.lists(pieces, max_size=40).map("".join)))
 @hypothesis.settings(max_examples=400, deadline=None, derandomize=True, database=None)
 def test_nothing_but_a_value_error_comes_of_any_reply(reply):
-    for read in (replies.overall, lambda r: replies.places(r, SIZE), lambda r: replies.places(r, SIZE, "unit", GIVEN)):
+    for read in (
+        replies.overall,
+        lambda r: replies.read_regions(r, SIZE),
+        lambda r: replies.read_regions(r, SIZE, "unit", GIVEN),
+    ):
         with contextlib.suppress(ValueError):
             read(reply)
 
 
 def test_unknown_coordinates_are_refused():
     with pytest.raises(ValueError, match="no coordinates called 'percent'; known: pixels, thousand, unit"):
-        replies.places("[]", SIZE, "percent")
+        replies.read_regions("[]", SIZE, "percent")

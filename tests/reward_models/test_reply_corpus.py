@@ -209,7 +209,7 @@ def test_verdicts(text, answers):
         ("1: yes", "criterion 2 has no answer"),
         ("1: yes or no\n2: yes", "criterion 1: the answer is 'yes or no'"),
         ("1: yes/no\n2: yes", "criterion 1: the answer is 'yes/no'"),
-        ('[{"id": 3, "answer": true}]', "there is no criterion 3; 2 were given"),
+        ('[{"id": 3, "answer": true}]', "there is no criterion 3; there are 2"),
         ('[{"id": 1, "answer": "maybe"}]', "yes or no is needed"),
         ('[{"id": 1, "answer": true}, {"id": 1, "answer": false}]', "criterion 1 has two answers"),
         ('[{"id": 1, "answer": true, "box": [9, 9, 2, 2]}]', "criterion 1: box .* is empty"),
