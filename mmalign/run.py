@@ -141,7 +141,7 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
     if name == "before":
         console.print(f"before: {len(prompts)} held-out prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
     with run.clock.of("evaluate"), run.averaged() if done else run.policy.reference():
-        asked = partial(evaluate.dealt, run.ranks, run.policy, prompts, seeds, c.eval_steps, run.scorers)
+        asked = partial(evaluate.evaluate_distributed, run.ranks, run.policy, prompts, seeds, c.eval_steps, run.scorers)
         found = run.fits["batch"](asked)
     if found is None:  # of many processes the main one has it
         return {"iteration": done, "name": name}

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+import tempfile
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -161,6 +162,15 @@ def append(path: Path, *rows: dict) -> None:
         except BaseException:
             file.truncate(end)
             raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder. ValueError where nothing can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write in {folder}: {error.strerror}") from None
 
 
 def named(name: str) -> str:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from reward_models import files, load
 from reward_models.images import from_file, to_pil
-from reward_models.tools import score_files as batches
+from reward_models.tools import picture_files, score_files as batches
 
 
 def random_model(architecture: str, folder: Path) -> Path:
@@ -55,7 +55,7 @@ def main(
     with tempfile.TemporaryDirectory() as place:
         folder = model if Path(model).is_dir() else str(random_model(model, Path(place)))
         scorer = load("clip", model=folder, device=device, batch=batch)
-        items, _ = batches.read(pictures(Path(place) / "pictures", count, side))
+        items, _ = picture_files.read(pictures(Path(place) / "pictures", count, side))
         parts = [items[i : i + batch] for i in range(0, count, batch)]
         ready = [
             (

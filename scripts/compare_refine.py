@@ -16,7 +16,7 @@ from mmalign import policy as policies
 from mmalign.config.paths import locate
 from mmalign.data import prompts as prompt_files
 from mmalign.evaluation.best_of_n import best_of, expected_best
-from mmalign.refine.loop import Settings, Story, refine
+from mmalign.refine.loop import Refinement, Settings, refine
 from reward_models import load
 
 NEVER = 2.0  # no image is this good
@@ -37,8 +37,8 @@ PRUNED = ((None, None), (2, 3), (2, 5), (2, 7), (4, 5))
 SEVERAL = ("two_objects", "position", "color_attr", "counting")
 
 
-def strict(stories: list[Story]) -> list[float]:
-    return [float(story.rounds[story.best].scores["overall"] == 1) for story in stories]
+def strict(refinements: list[Refinement]) -> list[float]:
+    return [float(one.rounds[one.best].scores["overall"] == 1) for one in refinements]
 
 
 def main(prompts: int = 200, seeds: int = 3, steps: int = 10) -> None:
@@ -55,12 +55,12 @@ def main(prompts: int = 200, seeds: int = 3, steps: int = 10) -> None:
     for name, settings in WAYS.items():
         runs = [refine(policy, critic, chosen, replace(settings, seed=s, steps=steps), 256) for s in range(seeds)]
         scores = [strict(run) for run in runs]
-        stories = [story for run in runs for story in run]
-        lost = sum(s.rounds[s.best].scores["overall"] < s.rounds[0].scores["overall"] for s in stories)
+        refinements = [one for run in runs for one in run]
+        lost = sum(s.rounds[s.best].scores["overall"] < s.rounds[0].scores["overall"] for s in refinements)
         each = ", ".join(f"{mean(seed):.3f}" for seed in scores)
         overall = mean(map(mean, scores))
         hard = mean(seed[i] for seed in scores for i in several)
-        forwards, images = mean(s.forwards for s in stories), mean(len(s.rounds) for s in stories)
+        forwards, images = mean(s.forwards for s in refinements), mean(len(s.rounds) for s in refinements)
         print(
             f"| {name} | {overall:.3f} ({each}) | {hard:.3f} | {forwards:.1f} | {images:.2f} | {lost} |",
             flush=True,

@@ -28,7 +28,7 @@ from kill_and_resume import outcome
 from rich.console import Console
 
 from mmalign import policy as policies, run as runs
-from mmalign.cli import app as cli
+from mmalign.cli import app as cli, output
 from mmalign.config import yaml12
 from mmalign.policy.sd3 import SD3Policy
 from mmalign.runs import checkpoint, jsonl
@@ -76,7 +76,7 @@ class Place:
         try:
             for stream, name in ((1, "output"), (2, "errors")):
                 os.dup2(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), stream)
-            cli.console = Console(file=sys.stdout)
+            output.console = Console(file=sys.stdout)
             if plant:
                 plant()
             sys.argv = ["mmalign", "train", str(config), *options]

@@ -48,7 +48,7 @@ def test_the_best_is_the_plain_sample_with_the_best_score(policy):
 
 def test_pruning_goes_on_with_those_that_look_best_at_the_cost_it_says(policy):
     scorer = load("shapes_critic")
-    found = best_of(policy, PROMPTS, SEEDS, 5, scorer, "overall", kept=2, after=3)
+    found = best_of(policy, PROMPTS, SEEDS, 5, scorer, "overall", survivors=2, after=3)
     assert (found.forwards, found.judgements) == (3 * (6 * 4 + 2 * 2), 3 * (6 + 2))
     assert (~found.scores.isnan()).sum(1).tolist() == [2, 2, 2]
     whole = best_of(policy, PROMPTS, SEEDS, 5, scorer, "overall")

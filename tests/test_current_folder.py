@@ -70,7 +70,7 @@ def test_a_folder_that_the_user_named_stays(hostile):
 
 def test_what_the_program_starts_does_not_look_there_either(hostile):
     """Compilers and loaders are Python processes too."""
-    code = "import sys; sys.path.pop(0); sys.argv = ['mmalign', '--help']\nfrom mmalign import cli\n"
+    code = "import sys; sys.path.pop(0); sys.argv = ['mmalign', '--help']\nfrom mmalign.cli import app as cli\n"
     code += "try:\n    cli.main()\nexcept SystemExit:\n    import subprocess\n"
     code += "    subprocess.run([sys.executable, '-m', 'rich'])\n"
     run(hostile, sys.executable, "-c", code)

@@ -7,7 +7,7 @@ from mmalign import policy as policies
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import gaussian, sample
 from mmalign.policy.gaussian import GaussianFlow
-from mmalign.refine.velocity import guided, soft, towards
+from mmalign.refine.velocity import regional_guidance, soft, towards
 
 
 def walked(flow, velocity, starts=3):
@@ -29,10 +29,10 @@ def test_ends_and_outside_are_exact():
     with flow.reference():
         base = walked(flow, flow.velocity)
     own = walked(flow, flow.velocity)
-    assert torch.equal(walked(flow, guided(flow, mask, 0.0)), base)
-    assert torch.equal(walked(flow, guided(flow, torch.ones(4, 4), 1.0)), own)
-    assert torch.equal(walked(flow, guided(flow, 0 * mask, 3.0)), base)
-    far = walked(flow, guided(flow, mask, 2.0))
+    assert torch.equal(walked(flow, regional_guidance(flow, mask, 0.0)), base)
+    assert torch.equal(walked(flow, regional_guidance(flow, torch.ones(4, 4), 1.0)), own)
+    assert torch.equal(walked(flow, regional_guidance(flow, 0 * mask, 3.0)), base)
+    far = walked(flow, regional_guidance(flow, mask, 2.0))
     inside = mask.bool()
     assert torch.equal(far[..., ~inside], base[..., ~inside])
     torch.testing.assert_close(
@@ -56,10 +56,10 @@ def test_of_a_real_model_the_velocity_outside_is_the_bases_to_the_bit(random_mod
         with policy.reference():
             base = policy.velocity(x, t, cond, index)
         policy.counts.clear()
-        found = guided(policy, mask, 1.5)(x, t, cond, index)
+        found = regional_guidance(policy, mask, 1.5)(x, t, cond, index)
         assert policy.counts["forwards"] == (4 if guidance == 1 else 8)
-        assert torch.equal(guided(policy, torch.ones(h, w), 0.0)(x, t, cond, index), base)
-        assert torch.equal(guided(policy, torch.ones(h, w), 1.0)(x, t, cond, index), own)
+        assert torch.equal(regional_guidance(policy, torch.ones(h, w), 0.0)(x, t, cond, index), base)
+        assert torch.equal(regional_guidance(policy, torch.ones(h, w), 1.0)(x, t, cond, index), own)
     assert not torch.allclose(own, base, atol=1e-3)
     assert torch.equal(found[:, :, h // 2 :], base[:, :, h // 2 :])
     torch.testing.assert_close(found[:, :, : h // 2], (base + 1.5 * (own - base))[:, :, : h // 2], atol=1e-5, rtol=1e-4)

@@ -21,7 +21,7 @@ from reward_models import Card, Prompt
 from reward_models.detect import Found
 from reward_models.images import from_file
 from reward_models.scorers.geneval import GenEval
-from reward_models.tools import score_files as batch
+from reward_models.tools import picture_files
 
 # rows as GenEval's own metadata has them: one of each tag that differs in shape
 METADATA = [
@@ -236,7 +236,7 @@ def drawn(prompts, members: int = 2) -> evaluate.Evaluation:
     return evaluate.Evaluation(images, {"size.bytes": torch.arange(float(count))}, prompt, member, {})
 
 
-def same(items: list[batch.Item], prompts: list[Prompt], images) -> bool:
+def same(items: list[picture_files.Item], prompts: list[Prompt], images) -> bool:
     shown = [prompts[i // 2] for i in range(2 * len(prompts))]
     return [item.prompt for item in items] == shown and torch.equal(
         torch.cat([from_file(item.path) for item in items]), images
@@ -252,9 +252,9 @@ def test_geneval_layout_there_and_back(tmp_path, geneval):
         "00002/metadata.jsonl", "00002/samples/0000.png", "00002/samples/0001.png",
     ]  # fmt: skip
     assert [json.loads((out / f"{i:05d}" / "metadata.jsonl").read_text()) for i in range(4)] == METADATA
-    assert same(batch.read(out)[0], prompts, result.images)  # by our scores.jsonl
+    assert same(picture_files.read(out)[0], prompts, result.images)  # by our scores.jsonl
     (out / "scores.jsonl").unlink()
-    assert same(batch.read(out)[0], prompts, result.images)  # by the layout alone
+    assert same(picture_files.read(out)[0], prompts, result.images)  # by the layout alone
 
 
 def test_t2i_compbench_layout(tmp_path):
@@ -267,7 +267,7 @@ def test_t2i_compbench_layout(tmp_path):
         "a bathroom has a red towel._000000.png", "a bathroom has a red towel._000001.png",
         "café, 100% blue_000002.png", "café, 100% blue_000003.png",
     ]  # fmt: skip
-    assert same(batch.read(out)[0], prompts, result.images)
+    assert same(picture_files.read(out)[0], prompts, result.images)
 
 
 @pytest.mark.parametrize("layout", ["mmalign", "geneval"])
@@ -277,7 +277,7 @@ def test_pictures_of_the_ground_truth_are_found_again(tmp_path, monkeypatch, lay
     Path("prompts/rows.jsonl").write_text(lines([METADATA[0] | {"reference": "bench.png", "image": "other.png"}]))
     prompts = sources.read("prompts/rows.jsonl")
     layouts.write(drawn(prompts), prompts, Path("out"), layout)
-    items, _ = batch.read(Path("out"))
+    items, _ = picture_files.read(Path("out"))
     assert items[0].path.is_file()
     assert Path(items[0].prompt.wants["reference"]) == tmp_path / "prompts" / "bench.png"
 
@@ -305,12 +305,12 @@ def test_evaluate_writes_a_layout(tmp_path, geneval, random_model):
     arguments = ["--prompts", str(geneval), "--model", random_model, "--rewards", "jpeg_size", "--steps", "2"]
     arguments += ["--layout", "geneval"]
     result = CliRunner().invoke(app, ["evaluate", *arguments])
-    assert "--layout geneval says how images are written; give --out FOLDER" in str(result.exception)
+    assert "--layout geneval sets how images are written; give --out FOLDER" in str(result.exception)
     result = CliRunner().invoke(app, ["evaluate", *arguments, "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
     assert len(list(out.glob("0000[0-3]/samples/000[01].png"))) == 8
     (out / "scores.jsonl").rename(tmp_path / "scores.jsonl")
-    items, _ = batch.read(out)
+    items, _ = picture_files.read(out)
     assert [item.prompt for item in items] == [prompt for prompt in ASKED for _ in range(2)]
     result = CliRunner().invoke(app, ["evaluate", *arguments, "--out", str(out)])
     assert "needs a new or empty folder" in str(result.exception)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from command_line import mmalign
-from multiprocess import launch, learn
 from PIL import Image
+from ranks_in_processes import launch, learn
 from run_config import rows, run
 from safetensors.torch import load_file
 

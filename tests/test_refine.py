@@ -295,7 +295,7 @@ def test_a_folder_of_refinements(tmp_path):
     assert isinstance(other.exception, BadInput)
     assert "steps 4, not 5" in str(other.exception)
     with pytest.raises(BadInput, match="not among these prompts"):
-        on_disk.opened(out, json.loads((out / "settings.json").read_text()), PROMPTS[:2])
+        on_disk.open_folder(out, json.loads((out / "settings.json").read_text()), PROMPTS[:2])
 
 
 def test_the_script_is_a_door_to_it(tmp_path, monkeypatch):
@@ -363,7 +363,7 @@ def test_pictures_on_disk_are_begun_from(tmp_path):
 # the command line, which kills itself when a file of so many lines is written
 KILLED = """
 import os, signal, sys
-from mmalign.cli import main
+from mmalign.cli.app import main
 count, path, sync = int(sys.argv.pop()), sys.argv.pop(), os.fsync
 def killing(file):
     if os.path.exists(path) and open(path).read().count(os.linesep) >= count:
@@ -380,7 +380,7 @@ def test_killed_in_the_middle_no_prompt_is_done_twice_and_none_is_lost(tmp_path,
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     file.write_text("".join(json.dumps(row) + "\n" for row in every))
     asked = ["--prompts", str(file), "--steps", "3", "--rounds", "3", "--batch", "5"]
-    command = [sys.executable, "-c", "from mmalign.cli import main; main()", "refine", *asked, "--out", str(out)]
+    command = [sys.executable, "-c", "from mmalign.cli.app import main; main()", "refine", *asked, "--out", str(out)]
     trace = out / "trace.jsonl"
     killed = [sys.executable, "-c", KILLED, *command[3:], str(trace), str(count // 3)]
     assert subprocess.run(killed, capture_output=True, env=os.environ).returncode == -signal.SIGKILL

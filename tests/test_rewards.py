@@ -212,7 +212,7 @@ def test_a_reference_is_measured_trained_with_and_bound_to_its_weights(settings,
     with pytest.raises(BadInput, match="does not vary"):
         setup.open_session(configs.build(settings | {"reference": str(measured)}, "test"))
     measured.write_text("{}")
-    with pytest.raises(BadInput, match="no file written by"):
+    with pytest.raises(BadInput, match="not a file written by"):
         setup.open_session(configs.build(settings | {"reference": str(measured)}, "test"))
 
 

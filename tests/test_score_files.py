@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmalign.cli import app as cli
 from reward_models import Card, Prompt, Scores, files
-from reward_models.tools import score_files as batch
+from reward_models.tools import picture_files, score_files as batch
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +61,7 @@ GREYS = {f"{i}.png": round(60 * i / 255, 4) for i in range(4)}
 
 
 def test_what_is_the_same_is_not_scored_again(pictures, tmp_path):
-    out, items = tmp_path / "s.jsonl", batch.read(pictures)[0]
+    out, items = tmp_path / "s.jsonl", picture_files.read(pictures)[0]
     assert scored(out, items, Level()) == 4
     assert scored(out, items, Level()) == 0
     assert means(out) == GREYS
@@ -78,16 +78,16 @@ def test_what_is_the_same_is_not_scored_again(pictures, tmp_path):
 )
 def test_another_picture_or_prompt_is_scored_again(pictures, tmp_path, change, again):
     out = tmp_path / "s.jsonl"
-    scored(out, batch.read(pictures)[0], Level())
+    scored(out, picture_files.read(pictures)[0], Level())
     change(pictures)
-    items = batch.read(pictures)[0]
+    items = picture_files.read(pictures)[0]
     assert [item.name for item in batch.resume(out, items, {"own": Level()})[1]] == again
     scored(out, items, Level())
     assert means(out)["0.png"] == 0
 
 
 def test_another_version_of_a_scorer_scores_again_and_replaces(pictures, tmp_path):
-    out, items = tmp_path / "s.jsonl", batch.read(pictures)[0]
+    out, items = tmp_path / "s.jsonl", picture_files.read(pictures)[0]
     scored(out, items, Level())
     assert scored(out, items, Level(0.5)) == 4
     assert means(out) == {name: pytest.approx(value / 2, abs=1e-4) for name, value in GREYS.items()}
@@ -96,7 +96,7 @@ def test_another_version_of_a_scorer_scores_again_and_replaces(pictures, tmp_pat
 @pytest.mark.parametrize(("one", "two"), [({"tag": "a"}, {"tag": "b"}), ({}, {"reference": "ref.png"})])
 def test_other_ground_truth_is_scored_again(pictures, tmp_path, one, two):
     def items(wants):
-        return [batch.Item("1.png", pictures / "1.png", Prompt("grey", wants))]
+        return [picture_files.Item("1.png", pictures / "1.png", Prompt("grey", wants))]
 
     out = tmp_path / "s.jsonl"
     scored(out, items(one), Level())
@@ -105,14 +105,14 @@ def test_other_ground_truth_is_scored_again(pictures, tmp_path, one, two):
 
 def test_a_picture_of_the_ground_truth_that_changed_is_scored_again(pictures, tmp_path):
     out, wants = tmp_path / "s.jsonl", {"reference": str(pictures / "0.png")}
-    items = [batch.Item("1.png", pictures / "1.png", Prompt("grey", wants))]
+    items = [picture_files.Item("1.png", pictures / "1.png", Prompt("grey", wants))]
     assert [scored(out, items, Level()) for _ in range(2)] == [1, 0]
     Image.new("RGB", (8, 8), (9, 9, 9)).save(pictures / "0.png")
     assert [scored(out, items, Level()) for _ in range(2)] == [1, 0]
 
 
 def test_rows_that_do_not_say_what_they_are_made_of_are_scored_again(pictures, tmp_path):
-    out, items = tmp_path / "s.jsonl", batch.read(pictures)[0]
+    out, items = tmp_path / "s.jsonl", picture_files.read(pictures)[0]
     scored(out, items, Level())
     rows = [files.parsed(line) for line in files.lines(files.text(out))]
     files.write(out, "".join(json.dumps({k: v for k, v in row.items() if k != "made_of"}) + "\n" for row in rows))
@@ -125,7 +125,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     for i in range(4):
         Image.new("RGB", (4, 4), (60 * i,) * 3).save(folder / f"{i}.png")
-    items = batch.read(folder, "p")[0]
+    items = picture_files.read(folder, "p")[0]
     out = tmp_path_factory.mktemp("out") / "s.jsonl"
     scored(out, items, Level())
     return out.read_bytes(), items, out
@@ -249,13 +249,13 @@ def test_prompts_of_the_command_line_that_are_none(command, prompt, pictures, tm
 FULL = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)  # as a full disk: no file grows beyond this
-from mmalign.cli import main
+from mmalign.cli.app import main
 main()
 """
 
 
 def run(*arguments, size: int | None = None, **streams) -> subprocess.CompletedProcess:
-    code = ["-c", FULL, str(size)] if size else ["-c", "from mmalign.cli import main; main()"]
+    code = ["-c", FULL, str(size)] if size else ["-c", "from mmalign.cli.app import main; main()"]
     own = os.environ | {"PYTHONPATH": str(ROOT)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     return subprocess.run([sys.executable, *code, *map(str, arguments)], env=own, text=True, check=False, **streams)
@@ -413,10 +413,10 @@ def test_refine_on_a_full_disk_keeps_what_was_done(random_model, tmp_path, monke
         ("settings.json", "[" * 10**5, "JSON nested too deeply"),
         ("settings.json", "[1]", "no settings of a refinement"),
         ("settings.json", "\udcff", "is not UTF-8"),
-        ("trace.jsonl", "hello\n", "line 1: no JSON object"),
-        ("trace.jsonl", "{}\n", "line 1: no row of a refinement"),
+        ("trace.jsonl", "hello\n", "line 1: not a JSON object"),
+        ("trace.jsonl", "{}\n", "line 1: not a row of a refinement"),
         ("trace.jsonl", '{"id": [], "prompt": 1, "wants": 1, "rounds": 1, "best": 1, "stopped": 1, "forwards": 1}\n',
-         "line 1: no row of a refinement"),
+         "line 1: not a row of a refinement"),
     ],
 )  # fmt: skip
 def test_a_folder_of_refinements_that_is_none_is_one_line(random_model, tmp_path, name, content, says):

@@ -14,7 +14,7 @@ from corpus import tables as corpus
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from mmalign.cli import app as cli
+from mmalign.cli import output
 from mmalign.data import prompts as sources
 from mmalign.errors import BadInput
 from reward_models import tables
@@ -117,7 +117,7 @@ def test_in_an_ascii_locale_all_is_as_elsewhere(tmp_path):
     here = mmalign(*arguments, *outputs["a"])
     assert (here.returncode, "猫.jsonl" in here.stdout) == (0, True)
     ascii_ = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "from mmalign.cli import main; main()", *map(str, arguments + outputs["b"])]
+    command = [sys.executable, "-c", "from mmalign.cli.app import main; main()", *map(str, arguments + outputs["b"])]
     there = subprocess.run(command, env=os.environ | ascii_, capture_output=True, check=False)
     assert (there.returncode, b"Traceback" in there.stderr) == (0, False), there.stderr
     one, two = ((tmp_path / f"{name} 猫.jsonl").read_bytes() for name in "ab")
@@ -133,7 +133,7 @@ def test_in_an_ascii_locale_all_is_as_elsewhere(tmp_path):
 )
 def test_what_a_terminal_lacks_is_escaped(encoding, written):
     file = io.BytesIO()
-    output = cli._Output(file, encoding, "backslashreplace")
-    output.write("a é 猫")
-    output.flush()
+    stream = output.Output(file, encoding, "backslashreplace")
+    stream.write("a é 猫")
+    stream.flush()
     assert file.getvalue() == written

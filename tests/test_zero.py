@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from multiprocess import launch, learn
+from ranks_in_processes import launch, learn
 from run_config import cut_off, rows, run
 from safetensors.torch import load_file
 

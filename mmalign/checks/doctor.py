@@ -130,7 +130,7 @@ def _of_rollout(run: Session) -> Iterator[Check]:
 
 def _velocity(run: Session, texts: list[str]) -> Tensor:
     cond, count = run.policy.encode(texts), len(texts)
-    start, _ = generate.starts(run.policy, [[i] for i in range(count)])
+    start, _ = generate.initial_noise(run.policy, [[i] for i in range(count)])
     t = torch.linspace(0.9, 0.1, count, device=run.policy.device)
     with torch.no_grad():
         return run.policy.velocity(start, t, cond, torch.arange(count, device=run.policy.device))
@@ -163,8 +163,8 @@ def stock(run: Session, own: list[Prompt]) -> Iterator[Check]:
         "times", times.dtype == torch.float32 and off < 1e-6, f"{times.dtype}, off by {off:.3g}".replace("torch.", ""),
         "the schedule is not the pipeline's: shift, size or number type differ",
     )  # fmt: skip
-    start, owner = generate.starts(policy, [[seed] for seed in numbers])
-    ends = [p.ends for p in generate.walked(policy, own[:2], start, owner, times, c.batch)]
+    start, owner = generate.initial_noise(policy, [[seed] for seed in numbers])
+    ends = [p.ends for p in generate.trajectories(policy, own[:2], start, owner, times, c.batch)]
     ours = policy.decode(torch.cat(ends)).cpu()
     apart = float(_rms(theirs[0] - theirs[1]))
     share = float(_rms(ours - theirs)) / max(apart, 1e-9)
@@ -181,7 +181,7 @@ def _rms(difference: Tensor) -> Tensor:
 
 def prompted(run: Session, own: list[Prompt]) -> Iterator[Check]:
     policy = run.policy
-    start, _ = generate.starts(policy, [[0]])
+    start, _ = generate.initial_noise(policy, [[0]])
     index, texts = torch.arange(2, device=policy.device), [p.text for p in own[:2]]
     two = sample(policy.velocity, start.repeat(2, 1, 1, 1), policy.encode(texts), index, plans.ode(run.times)).ends
     share = float(_rms(two[0] - two[1]) / _rms(two))

@@ -1,20 +1,24 @@
-"""The best of N images of a prompt, all of them drawn to the end or the hopeless ones given up early.
+"""The best of N images of a prompt, with all of them sampled to the end, or the worst pruned early.
 
-Early pruning looks at one-step predictions: each walk takes a few steps, jumps to the clean latent its velocity points
-at, and the images that look worst there are not walked on. It costs `N (after + 1) + kept (steps - after)` forwards a
-prompt instead of `N steps`, and N + kept judgements instead of N.
+Early pruning looks at one-step predictions: each trajectory takes a few steps and jumps to the clean latent that its
+velocity points at; the images that score worst there are not continued. With S survivors it costs
+`N (after + 1) + S (steps - after)` forwards a prompt instead of `N steps`, and N + S judgements instead of N.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torchvision.utils import save_image
 
-from mmalign.evaluation.generate import starts, walked
+from mmalign.evaluation.generate import image_file, initial_noise, trajectories
 from mmalign.rewards.judge import score
+from mmalign.types import Policy
 from reward_models import Prompt, RewardModel
 
 
@@ -27,61 +31,73 @@ def expected_best(scores: Float[Tensor, "N"]) -> list[float]:
 
 
 def curve(scores: Float[Tensor, "P N"]) -> list[float]:
-    """`expected_best`, the mean over prompts; as far as every prompt that has a score at all goes."""
-    each = [own for own in map(expected_best, scores) if own]
-    return [sum(column) / len(each) for column in zip(*each, strict=False)]
+    """`expected_best`, averaged over the prompts that have a score, up to the least number of scores of one of them."""
+    curves = [values for values in map(expected_best, scores) if values]
+    return [sum(column) / len(curves) for column in zip(*curves, strict=False)]
 
 
 @dataclass(frozen=True)
 class Best:
-    """`images` of each prompt's best, which of its seeds that was (`member`), its score, NaN if none of them has one;
-    all `scores`, NaN where an image was given up or could not be scored, and why by row; what it took."""
+    """The best image of each prompt, the index of its seed (`member`), and its score, NaN if no seed has one.
+
+    `scores` has all of them, NaN where an image was pruned or could not be scored; `failures` the reasons, by row of
+    `P N`; then what it took: network forwards, and images scored."""
 
     images: Float[Tensor, "P 3 H W"]
     member: Int[Tensor, "P"]
     score: Float[Tensor, "P"]
     scores: Float[Tensor, "P N"]
-    failures: dict[int, str]
+    failures: Mapping[int, str]
     forwards: int
     judgements: int
 
+    def save(self, prompts: Sequence[Prompt], seeds: Sequence[int], out: Path) -> list[dict[str, Any]]:
+        """Write each prompt's best image as a PNG into the folder `out`, which is there. Returns for each its file
+        `image`, its `prompt`, `seed` and `score`, None if it has none."""
+        rows = []
+        for i, (member, value) in enumerate(zip(self.member.tolist(), self.score.tolist(), strict=True)):
+            file = image_file(out, prompts[i], seeds[member])
+            save_image(self.images[i], file)
+            row = {"image": str(file), "prompt": prompts[i].text, "seed": seeds[member]}
+            rows.append(row | {"score": None if value != value else value})
+        return rows
+
 
 def best_of(
-    policy,
+    policy: Policy,
     prompts: Sequence[Prompt],
     seeds: Sequence[Sequence[int]],
     steps: int,
     scorer: RewardModel,
     component: str,
     batch: int = 64,
-    kept: int | None = None,
+    survivors: int | None = None,
     after: int | None = None,
 ) -> Best:
-    """The best of each prompt's N seeds by a component of the scorer. With `kept`, only so many go on after step
-    `after`. A seed gives the image it gives without the others."""
-    count, before = len(seeds[0]), policy.counts["forwards"]
-    x, owner = starts(policy, seeds)
+    """The best of each prompt's N seeds by a component of the scorer. With `survivors`, only that many continue after
+    step `after`. The image of a seed does not depend on the other seeds."""
+    count, forwards = len(seeds[0]), policy.counts["forwards"]
+    x, owner = initial_noise(policy, seeds)
     times, judgements = policy.times(steps), 0
     alive = torch.arange(len(x)).view(-1, count)
-    if kept is not None and kept < count:
+    if survivors is not None and survivors < count:
         peek = torch.cat([times[: after + 1], torch.zeros(1)])
-        seen = [(paths.ends, paths.x[:, after]) for paths in walked(policy, prompts, x, owner, peek, batch)]
-        ends, x = (torch.cat(own) for own in zip(*seen, strict=True))
-        _, guess, _ = _scored(policy, ends, owner, prompts, scorer, component, batch)
+        parts = [(paths.ends, paths.x[:, after]) for paths in trajectories(policy, prompts, x, owner, peek, batch)]
+        predicted, x = (torch.cat(column) for column in zip(*parts, strict=True))
+        _, scores, _ = _scored(policy, predicted, owner, prompts, scorer, component, batch)
         judgements += len(x)
-        alive = alive.gather(1, _ranked(guess.view(-1, count))[:, :kept].sort(1).values)
+        alive = alive.gather(1, _ranked(scores.view(-1, count))[:, :survivors].sort(1).values)
         x, times = x[alive.flatten()], times[after:]
-    going = alive.flatten()
-    ends = torch.cat([paths.ends for paths in walked(policy, prompts, x, owner[going], times, batch)])
-    images, values, failures = _scored(policy, ends, owner[going], prompts, scorer, component, batch)
+    rows = alive.flatten()
+    finals = torch.cat([paths.ends for paths in trajectories(policy, prompts, x, owner[rows], times, batch)])
+    images, values, failures = _scored(policy, finals, owner[rows], prompts, scorer, component, batch)
     scores = torch.full((len(owner),), torch.nan)
-    scores[going] = values
-    winner = _ranked(values.view(alive.shape))[:, :1]
-    chosen = (winner + torch.arange(len(prompts))[:, None] * alive.shape[1])[:, 0]
+    scores[rows] = values
+    best = _ranked(values.view(alive.shape))[:, 0] + torch.arange(len(prompts)) * alive.shape[1]
     return Best(
-        images[chosen], going[chosen] % count, values[chosen], scores.view(-1, count),
-        {int(going[k]): why for k, why in failures.items()},
-        policy.counts["forwards"] - before, judgements + len(going),
+        images[best], rows[best] % count, values[best], scores.view(-1, count),
+        {int(rows[k]): reason for k, reason in failures.items()},
+        policy.counts["forwards"] - forwards, judgements + len(rows),
     )  # fmt: skip
 
 
@@ -90,8 +106,16 @@ def _ranked(scores: Float[Tensor, "P N"]) -> Int[Tensor, "P N"]:
     return scores.nan_to_num(-torch.inf).sort(dim=1, descending=True, stable=True).indices
 
 
-def _scored(policy, latents, owner, prompts, scorer, component: str, batch: int):
-    """Images, scores, and reasons by row."""
+def _scored(
+    policy: Policy,
+    latents: Float[Tensor, "N C h w"],
+    owner: Int[Tensor, "N"],
+    prompts: Sequence[Prompt],
+    scorer: RewardModel,
+    component: str,
+    batch: int,
+) -> tuple[Float[Tensor, "N 3 H W"], Float[Tensor, "N"], Mapping[int, str]]:
+    """Images, scores, and the reasons of missing scores by row."""
     images = torch.cat([policy.decode(part).cpu() for part in latents.split(batch)])
-    seen = score(images, [prompts[p] for p in owner.tolist()], {"by": scorer})
-    return images, seen.parts[f"by.{component}"], seen.failures
+    scored = score(images, [prompts[p] for p in owner.tolist()], {"by": scorer})
+    return images, scored.parts[f"by.{component}"], scored.failures

@@ -1,4 +1,4 @@
-"""Held-out evaluation: plain ODE sampling on fixed seeds, so that two models are compared image by image."""
+"""Held-out evaluation: ODE sampling from fixed seeds, so that two models are compared image by image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +15,17 @@ from mmalign.distributed.processes import Ranks
 from mmalign.evaluation.generate import generate
 from mmalign.flow.sample import chunks, seed_of
 from mmalign.rewards.judge import Scorers, score
-from reward_models import Prompt, overlay as heat
+from mmalign.types import Policy
+from reward_models import Prompt, overlay
 
 SHEET = 60  # images of a contact sheet
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Images and raw scores; row i shows prompt `prompt[i]` from seed number `member[i]`. `places` has, by scorer, what
-    it says of places of each image, as `reward_models.overlay.record` has it, or None; `failures` why an image could
-    not be scored."""
+    """Images and raw scores; row i is of prompt `prompt[i]` from seed number `member[i]`. `places` has, by scorer, the
+    map and boxes of each image as `reward_models.overlay.record` writes them, or None; `failures` the reasons of images
+    that could not be scored."""
 
     images: Float[Tensor, "N 3 H W"]
     parts: dict[str, Float[Tensor, "N"]]
@@ -52,46 +53,62 @@ def diversity(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> floa
     return float(deviation(images, group).nanmean().sqrt())
 
 
-def evaluate(policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Scorers, batch: int) -> Evaluation:
+def evaluate(
+    policy: Policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Scorers, batch: int
+) -> Evaluation:
     """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same."""
     seeds = [[seed_of("evaluation", p.id, m) for m in range(members)] for p in prompts]
     images, prompt = generate(policy, prompts, seeds, steps, batch)
-    seen = score(images, [prompts[i] for i in prompt], scorers)
+    scored = score(images, [prompts[i] for i in prompt], scorers)
     places = {
-        name: heat.records(seen.maps.get(name), seen.boxes.get(name, ()), tuple(images.shape[2:]), len(images))
-        for name in {**seen.maps, **seen.boxes}
+        name: overlay.records(scored.maps.get(name), scored.boxes.get(name, ()), tuple(images.shape[2:]), len(images))
+        for name in {**scored.maps, **scored.boxes}
     }
     member = torch.arange(members).repeat(len(prompts))
-    return Evaluation(images, seen.parts, prompt, member, places, seen.failures)
+    return Evaluation(images, scored.parts, prompt, member, places, scored.failures)
 
 
-def dealt(ranks: Ranks, policy, prompts: Sequence[Prompt], members: int, *settings) -> Evaluation | None:
-    """`evaluate`, with the prompts dealt to all processes; the main one gets it as one alone would have it, the others
-    None. All make as many images: one that would have fewer prompts repeats the first, which is not counted."""
+def means_by_tag(result: Evaluation, prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
+    """Mean of each component over `all` images, and over those of the prompts of each `tag` in their ground truth, in
+    the order of the prompts; "" for prompts without one."""
+    tags = [prompts[p].wants.get("tag", "") for p in result.prompt.tolist()]
+    means = {"all": result.means()}
+    for tag in dict.fromkeys(tags):
+        rows = [i for i, other in enumerate(tags) if other == tag]
+        means[tag] = {name: float(values[rows].nanmean()) for name, values in result.parts.items()}
+    return means
+
+
+def evaluate_distributed(
+    ranks: Ranks, policy: Policy, prompts: Sequence[Prompt], members: int, *settings
+) -> Evaluation | None:
+    """`evaluate`, with the prompts sharded over the ranks. The main rank gets the result that a single process would;
+    the others get None. All ranks make as many images: a rank with fewer prompts repeats the first one, and the images
+    of that are not counted."""
     what, most = "the evaluation", -(-len(prompts) // ranks.size)
-    own = ranks.local(prompts)
-    found = evaluate(policy, [*own, *prompts[:1] * (most - len(own))], members, *settings)
-    kept = found.prompt < len(own)
-    prompt, member = found.prompt[kept], found.member[kept]
+    local = ranks.local(prompts)
+    result = evaluate(policy, [*local, *prompts[:1] * (most - len(local))], members, *settings)
+    counted = result.prompt < len(local)
+    prompt, member = result.prompt[counted], result.member[counted]
     order = ranks.order(prompt, what)
-    parts = {name: ranks.gather(values[kept], what)[order] for name, values in found.parts.items()}
-    places = {name: rows[: len(prompt)] for name, rows in found.places.items()}
-    told = ranks.all_gather_object([len(prompt), places], what)
-    said = {name: [row for n, rows in told for row in rows.get(name, [None] * n)] for _, rows in told for name in rows}
-    reasons = [
-        why for own in ranks.all_gather_object([found.failures.get(i) for i in range(len(prompt))], what) for why in own
-    ]
+    parts = {name: ranks.gather(values[counted], what)[order] for name, values in result.parts.items()}
+    places = {name: rows[: len(prompt)] for name, rows in result.places.items()}
+    each = ranks.all_gather_object([len(prompt), places], what)
+    names = [name for _, rows in each for name in rows]
+    places = {name: [row for n, rows in each for row in rows.get(name, [None] * n)] for name in names}
+    reasons = ranks.all_gather_object([result.failures.get(i) for i in range(len(prompt))], what)
+    reasons = [reason for of_rank in reasons for reason in of_rank]
     prompts_of, members_of = ranks.gather(ranks.global_index(prompt), what)[order], ranks.gather(member, what)[order]
     images, numbers = [], []
-    for part in chunks(most * members, 32):  # never all of them on every process
-        some = ranks.gather(found.images[kept][part], what)
-        numbers.append(ranks.gather(ranks.global_index(prompt[part]), what))
-        images += [some] if ranks.main else []
+    for rows in chunks(most * members, 32):  # never all of them on every rank
+        gathered = ranks.gather(result.images[counted][rows], what)
+        numbers.append(ranks.gather(ranks.global_index(prompt[rows]), what))
+        images += [gathered] if ranks.main else []
     if not ranks.main:
         return None
-    pictures = torch.cat(images)[torch.cat(numbers).sort(stable=True).indices]
     return Evaluation(
-        pictures, parts, prompts_of, members_of, {name: [rows[i] for i in order] for name, rows in said.items()},
+        torch.cat(images)[torch.cat(numbers).sort(stable=True).indices], parts, prompts_of, members_of,
+        {name: [rows[i] for i in order] for name, rows in places.items()},
         {k: reasons[i] for k, i in enumerate(order.tolist()) if reasons[i]},
     )  # fmt: skip
 

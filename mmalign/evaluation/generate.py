@@ -1,54 +1,80 @@
 """Sample images by ODE from fixed seeds."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torchvision.utils import save_image
 
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import chunks, gaussian, sample
-from mmalign.types import Trajectories, Velocity
+from mmalign.types import Policy, Trajectories, Velocity
 from reward_models import Prompt
 
 
+def sample_images(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    steps: int,
+    out: Path,
+    batch: int = 64,
+    velocity: Velocity | None = None,
+) -> list[dict[str, Any]]:
+    """Sample an image of each prompt from each seed (`generate`) and write it as a PNG into the folder `out`, which is
+    there. Returns for each image its file `image`, its `prompt` and its `seed`."""
+    images, owner = generate(policy, prompts, [seeds] * len(prompts), steps, batch, velocity)
+    rows = []
+    for image, p, seed in zip(images, owner.tolist(), [*seeds] * len(prompts), strict=True):
+        rows.append({"image": str(image_file(out, prompts[p], seed)), "prompt": prompts[p].text, "seed": seed})
+        save_image(image, rows[-1]["image"])
+    return rows
+
+
+def image_file(out: Path, prompt: Prompt, seed: int) -> Path:
+    return out / f"{prompt.id:05d}-{seed}.png"
+
+
 def generate(
-    policy,
+    policy: Policy,
     prompts: Sequence[Prompt],
     seeds: Sequence[Sequence[int]],
     steps: int,
     batch: int,
     velocity: Velocity | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Images `[N, 3, H, W]` of each prompt from each of its seeds, by ODE along `velocity`, by default the policy's,
-    and the prompt of each row.
+) -> tuple[Float[Tensor, "N 3 H W"], Int[Tensor, "N"]]:
+    """Images of each prompt from each of its seeds, by ODE along `velocity`, by default the policy's; and the prompt of
+    each image.
 
-    A seed gives the latents that a stock pipeline draws from a CPU generator with that seed.
+    A seed gives the initial noise that a stock pipeline draws from a CPU generator with that seed.
     """
-    start, owner = starts(policy, seeds)
-    walks = walked(policy, prompts, start, owner, policy.times(steps), batch, velocity)
-    return torch.cat([policy.decode(paths.ends).cpu() for paths in walks]), owner
+    noise, owner = initial_noise(policy, seeds)
+    parts = trajectories(policy, prompts, noise, owner, policy.times(steps), batch, velocity)
+    return torch.cat([policy.decode(paths.ends).cpu() for paths in parts]), owner
 
 
-def starts(policy, seeds: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The starting noise of each prompt's seeds, a row each, and the prompt of each row."""
-    rows = [(p, seed) for p, own in enumerate(seeds) for seed in own]
+def initial_noise(policy: Policy, seeds: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "N C h w"], Int[Tensor, "N"]]:
+    """The initial noise of each seed of each prompt, and the prompt of each row."""
+    rows = [(p, seed) for p, of_prompt in enumerate(seeds) for seed in of_prompt]
     noise = torch.stack([gaussian(policy.latent_shape, seed) for _, seed in rows]).to(policy.device)
     return noise, torch.tensor([p for p, _ in rows])
 
 
-def walked(
-    policy,
+def trajectories(
+    policy: Policy,
     prompts: Sequence[Prompt],
-    start: Tensor,
+    noise: Float[Tensor, "N C h w"],
     owner: Int[Tensor, "N"],
     times: Float[Tensor, "states"],
     batch: int,
     velocity: Velocity | None = None,
 ) -> Iterator[Trajectories]:
-    """Walks by ODE from each start, for the prompt `owner` of each, `batch` at a time."""
-    for part in chunks(len(start), batch):
-        used, index = owner[part].unique(return_inverse=True)
+    """ODE trajectories from each initial noise, for the prompt `owner` of each row, `batch` at a time."""
+    for rows in chunks(len(noise), batch):
+        used, index = owner[rows].unique(return_inverse=True)
         cond = policy.encode([prompts[p].text for p in used.tolist()])
-        own = velocity or policy.velocity
-        yield sample(own, start[part], cond, index.to(policy.device), ode(times), batch=batch)
+        index = index.to(policy.device)
+        yield sample(velocity or policy.velocity, noise[rows], cond, index, ode(times), batch=batch)

@@ -12,7 +12,7 @@ from mmalign.errors import BadInput
 from mmalign.evaluation.evaluate import Evaluation
 from reward_models import Prompt, files
 
-PLACES: dict[Layout, str] = {  # of an image: `row` counts the prompts, `member` a prompt's images, `image` all of them
+NAMES: dict[Layout, str] = {  # of an image: `row` counts the prompts, `member` a prompt's images, `image` all of them
     "mmalign": "{prompt.id:05d}-{member}.png",
     "geneval": "{row:05d}/samples/{member:04d}.png",
     "t2i_compbench": "samples/{prompt.text}_{image:06d}.png",
@@ -23,22 +23,22 @@ LONGEST = 255 - len("_000000.png")  # bytes; common file systems take names of 2
 
 
 def fits(layout: Layout, prompts: Sequence[Prompt], folder: Path) -> None:
-    """Raise BadInput where the benchmark's own scripts would misread what `write` is to put there.
+    """Raise BadInput where the benchmark's own scripts would misread the files that `write` is about to create.
 
-    They score all that lies in the folder. GenEval's reads from a prompt's metadata what to look for; T2I-CompBench's
-    take the prompt from the file's name, up to the first underscore, so a name cannot be mended without changing what
-    is scored.
+    They score every file in the folder. GenEval's script reads from a prompt's metadata what to look for;
+    T2I-CompBench's scripts take the prompt from the file's name, up to the first underscore, so a name cannot be
+    changed without changing what is scored.
     """
     if layout == "mmalign":
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise BadInput(
-            f"--out {folder}: layout {layout} needs a new or empty folder; its scripts score all that is there"
+            f"--out {folder}: layout {layout} needs a new or empty folder; its scripts score every file in it"
         )
     for prompt in prompts:
         if layout == "geneval":
-            asked = [*(prompt.wants.get("include") or [{}]), *prompt.wants.get("exclude", ())]
-            if "tag" not in prompt.wants or not all({"class", "count"} <= set(own) for own in asked):
+            objects = [*(prompt.wants.get("include") or [{}]), *prompt.wants.get("exclude", ())]
+            if "tag" not in prompt.wants or not all({"class", "count"} <= set(each) for each in objects):
                 raise BadInput(f"layout geneval needs `tag` and `include` with class and count; not in {prompt.text!r}")
         elif re.search(r"[/_\x00-\x1f\x7f]", prompt.text) or len(prompt.text.encode()) > LONGEST:
             raise BadInput(
@@ -48,13 +48,13 @@ def fits(layout: Layout, prompts: Sequence[Prompt], folder: Path) -> None:
 
 
 def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path, layout: Layout = "mmalign") -> None:
-    """One PNG per image at the place the layout gives it, and `scores.jsonl` with a row for each. `geneval` has each
-    prompt's metadata beside its images."""
+    """Write one PNG per image, named by the layout, and `scores.jsonl` with a row for each. `geneval` has each prompt's
+    metadata beside its images."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "scores.jsonl").open("wb") as file:
         for i, (p, member) in enumerate(zip(result.prompt.tolist(), result.member.tolist(), strict=True)):
             prompt = prompts[p]
-            name = PLACES[layout].format(prompt=prompt, row=p, member=member, image=i)
+            name = NAMES[layout].format(prompt=prompt, row=p, member=member, image=i)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             save_image(result.images[i], folder / name)
             if layout == "geneval" and member == 0:
@@ -69,6 +69,6 @@ def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path, layout: L
                 "prompt": prompt.text,
                 "id": prompt.id,
                 "scores": scores,
-                "places": {name: own[i] for name, own in result.places.items() if own[i] is not None},
+                "places": {key: rows[i] for key, rows in result.places.items() if rows[i] is not None},
             }
             file.write((json.dumps(row) + "\n").encode())

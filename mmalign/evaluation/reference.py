@@ -1,11 +1,12 @@
-"""A frozen reference: mean and standard deviation of each reward on images of the base model, measured once.
+"""Reward statistics of the base model: mean and standard deviation of each reward on its images, measured once.
 
-It belongs to the weights of the model and to the versions of the scorers it was measured with, and is refused with
+They belong to the weights of the model and to the versions of the scorers they were measured with, and are refused with
 others: a drift of either would look like progress.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmalign.config.paths import locate
@@ -18,49 +19,59 @@ ENOUGH = 500  # images; the standard deviation is then known to about 3 %
 LEAST, FARTHEST = 1e-12, 1e12  # of a standard deviation, and of a mean's size: float32 computes with them
 
 
-def save(path: Path, model: str, result: Evaluation, scorers: Mapping[str, RewardModel]) -> None:
-    """Write the reference of an evaluation of the model whose weights have the fingerprint `model`. BadInput where a
-    component has fewer than two scores."""
-    components = {}
-    for name, values in result.parts.items():
-        valid = values[~values.isnan()]
-        if len(valid) < 2:
-            raise BadInput(f"--reference: {name} has {len(valid)} scores, at least 2 are needed")
-        components[name] = {"mean": float(valid.mean()), "std": float(valid.std()), "images": len(valid)}
-    versions = {name: scorer.card.version for name, scorer in scorers.items()}
-    record = {"model": model, "scorers": versions, "components": components}
-    files.write(path, json.dumps(record, indent=1) + "\n")
+@dataclass(frozen=True)
+class RewardStats:
+    """`components`: mean, std and number of images by "scorer.component". `model` is the fingerprint of the weights
+    that made the images, `scorers` the version of each scorer."""
+
+    model: str
+    scorers: dict[str, str]
+    components: dict[str, dict[str, float]]
+
+    @classmethod
+    def measure(cls, result: Evaluation, model: str, scorers: Mapping[str, RewardModel]) -> "RewardStats":
+        """The statistics of an evaluation. BadInput where a component has fewer than two scores."""
+        components = {}
+        for name, values in result.parts.items():
+            valid = values[~values.isnan()]
+            if len(valid) < 2:
+                raise BadInput(f"--reference: {name} has {len(valid)} scores, at least 2 are needed")
+            components[name] = {"mean": float(valid.mean()), "std": float(valid.std()), "images": len(valid)}
+        return cls(model, {name: scorer.card.version for name, scorer in scorers.items()}, components)
+
+    def save(self, path: Path) -> None:
+        files.write(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def ours(text: str) -> bool:
-    """Whether a text is one that `save` wrote."""
+    """Whether `RewardStats.save` wrote a text."""
     return files.is_record(text, "model", "scorers", "components")
 
 
 def load(c: Config, model: str, scorers: Mapping[str, RewardModel]) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation by component. BadInput where the reference is of other weights or scorers, or a
-    component of the rewards does not vary in it."""
+    """Mean and standard deviation by component, from the file that the config names. BadInput where they are of other
+    weights or scorers, or where they lack a component of the rewards or it does not vary."""
     try:
         record = files.parsed(files.text(locate(c.reference)))
-        known = {name: (own["mean"], own["std"]) for name, own in record["components"].items()}
-        belongs = {"model": record["model"], **record["scorers"]}
+        units = {name: (stats["mean"], stats["std"]) for name, stats in record["components"].items()}
+        measured_with = {"model": record["model"], **record["scorers"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise BadInput(f"reference: {c.reference} is no file written by `mmalign evaluate --reference`") from None
+        raise BadInput(f"reference: {c.reference} is not a file written by `mmalign evaluate --reference`") from None
     names = [*c.rewards, *c.at_least]
     needed = {"model": model} | {n: scorers[n].card.version for n in {component(name)[0] for name in names}}
-    for what, version in needed.items():
-        if belongs.get(what) != version:
+    for name, version in needed.items():
+        if measured_with.get(name) != version:
             raise BadInput(
-                f"reference: {c.reference} was measured with {what} {belongs.get(what)}, this run has {version}; "
+                f"reference: {c.reference} was measured with {name} {measured_with.get(name)}, this run has {version}; "
                 "measure it again"
             )
     for name in names:
-        if name not in known:
-            raise BadInput(f"reference: {c.reference} says nothing of {name}; it has {', '.join(known) or 'nothing'}")
-        mean, std = known[name]
+        if name not in units:
+            raise BadInput(f"reference: {c.reference} lacks {name}; it has {', '.join(units) or 'nothing'}")
+        mean, std = units[name]
         if not (type(mean) is type(std) is float and abs(mean) <= FARTHEST and LEAST <= std <= FARTHEST):
             raise BadInput(
-                f"reference: {name} does not vary in {c.reference}, or not as numbers do; mean {mean!r:.40} and std "
-                f"{std!r:.40} cannot be a unit"
+                f"reference: {name} does not vary in {c.reference}, or is not a usable number; mean {mean!r:.40} and "
+                f"std {std!r:.40} cannot be a unit"
             )
-    return known
+    return units

@@ -1,14 +1,15 @@
-"""Improve images without training: draw, have them criticised, draw again, and keep the one that scores best.
+"""The critique-refine loop: draw an image, have it criticised, draw again, keep the one that scores best. No training.
 
-After RationalRewards' generate-critique-refine. Where its script replaces the first image whatever the second is worth,
-here the best-scoring one is kept, and every image is scored against the first request, never against the one that
-was refined. A critic is any scorer; what it may ask for is named in `MOVES`. Edits are made to the best image so far.
+After RationalRewards' generate-critique-refine. Its script replaces the first image whatever the second scores; here
+the best-scoring image is kept, and every image is scored against the first request, never against a refined one. A
+critic is any scorer; the moves it may ask for are named in `MOVES`. Edits are made to the best image so far.
 
 Seeds come from (seed, prompt id, round): batches and interruptions change nothing.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from mmalign.errors import BadInput
 from mmalign.flow.sample import seed_of
 from mmalign.refine.redraw import Attempt, Base, cost, draw
 from mmalign.rewards.judge import score
+from mmalign.types import Latents, Policy
 from reward_models import Prompt, RewardModel
 from reward_models.regions import Region, box_shares
 
@@ -30,15 +32,15 @@ MOVES = {
     "cut": "begin from the image, noised to the time `cut`",
     "strength": "more of the adapter than was trained: `strength` times its change",
 }
-FULL = 1 - 1e-6  # credit of a thing with which nothing is wrong
+FULL = 1 - 1e-6  # credit of a region with which nothing is wrong
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`moves` of `MOVES`. `good`: what every component that applies must reach for an image to be done with. `by`: the
-    component that decides between images. `images`, `forwards`, `judgements`: most for one prompt, the first image
-    included; what a round will take is known from its moves before it is made. `patience`: rounds without a better
-    image before giving up. `cut` in (0, 1); `strength` of the adapter."""
+    """`moves` of `MOVES`. `good`: what every component that applies must reach for a prompt to be finished. `by`: the
+    component that decides between images, "" for the critic's first. `images`, `forwards`: most for one prompt, the
+    first image included; the forwards of a round are known from its moves before it is drawn. `patience`: rounds
+    without a better image before giving up. `cut` in (0, 1); `strength` of the adapter."""
 
     moves: tuple[str, ...] = ("request", "seed")
     by: str = ""
@@ -53,10 +55,19 @@ class Settings:
     seed: int = 0
 
 
+class Move(NamedTuple):
+    """A round before it is drawn: its attempt (None: a given image), the round it begins from (-1: noise), and the
+    names of its moves."""
+
+    attempt: Attempt | None
+    parent: int = -1
+    names: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Round:
-    """One image of a prompt: how it was made, from which one before (-1: from noise), what the critic says of it. Raw
-    `scores` by component, NaN where it has no opinion; `failure` says why there are none."""
+    """One image of a prompt: how it was made, from which earlier round (-1: noise), and the critic's view of it. Raw
+    `scores` by component, NaN where it has no opinion; `failure` is the reason if there are none."""
 
     attempt: Attempt | None
     parent: int
@@ -72,9 +83,9 @@ class Round:
 
 
 @dataclass
-class Story:
-    """All rounds of a prompt. `best` is the number of the image that scores best, the earliest of equals; `stopped`
-    says why there are no more."""
+class Refinement:
+    """All rounds of a prompt. `best` is the index of the image that scores best, the earliest of equals; `stopped` is
+    the reason why there are no more rounds."""
 
     prompt: Prompt
     rounds: list[Round] = field(default_factory=list)
@@ -83,144 +94,166 @@ class Story:
 
     @property
     def forwards(self) -> float:
-        return sum(own.forwards for own in self.rounds)
+        return sum(one.forwards for one in self.rounds)
 
     def add(self, new: Round, by: str) -> None:
         self.rounds.append(new)
-        value, known = new.scores[by], self.rounds[self.best].scores[by]
-        if value > known or (known != known and value == value):
+        value, best = new.scores[by], self.rounds[self.best].scores[by]
+        if value > best or (best != best and value == value):
             self.best = len(self.rounds) - 1
 
 
 def refine(
-    policy,
+    policy: Policy,
     critic: RewardModel,
     prompts: Sequence[Prompt],
     settings: Settings,
     batch: int = 64,
     images: Float[Tensor, "N 3 H W"] | None = None,
     name: str = "critic",
-) -> list[Story]:
-    """A story for each prompt; round 0 is drawn, or is one of `images`, which the policy's own autoencoder encodes.
-    BadInput where drawing round 0 takes more than `forwards`."""
-    stories = [Story(prompt) for prompt in prompts]
+) -> list[Refinement]:
+    """A refinement of each prompt. Round 0 is drawn, or is one of `images`, which the policy's autoencoder encodes.
+    `name` of the critic stands before the reasons of failures. BadInput where drawing round 0 takes more than
+    `settings.forwards`."""
+    loop = _Loop(policy, critic, settings, batch, name)
+    refinements = [Refinement(prompt) for prompt in prompts]
     first = [Attempt(p.text, seed_of("refine", settings.seed, p.id), settings.guidance) for p in prompts]
-    most = settings.forwards
     if images is None:
-        if most is not None and (dearest := max(cost(policy, own, settings.steps) for own in first)) > most:
-            raise BadInput(f"--forwards {most:g}: the first image of a prompt takes {dearest}")
-        _draw(policy, critic, stories, [(own, -1, ()) for own in first], settings, batch, name)
+        loop.check_cost(first)
+        loop.draw(refinements, [Move(attempt) for attempt in first])
     else:
         latents = torch.cat([policy.encode_images(part.to(policy.device)) for part in images.split(batch)])
-        made = [(None, -1, ())] * len(stories)
-        _judge(critic, stories, made, images, latents, [0.0] * len(stories), settings, name)
-    tried = [{_key(first[i], -1, None)} for i in range(len(stories))]
+        loop.judge(refinements, [Move(None)] * len(prompts), images, latents, [0.0] * len(prompts))
+    tried = [{_key(Move(attempt), None)} for attempt in first]
     while True:
-        active, next_ones = [], []
-        for story, own, seen in zip(stories, first, tried, strict=True):
-            if story.stopped:
-                continue
-            story.stopped = finished(story, settings)
-            if not story.stopped:
-                move = propose(story, own, settings)
-                key = _key(*move[:2], _mask(policy, story, move))
-                story.stopped = "repeat: nothing new to try" if key in seen else ""
-                if most is not None and story.forwards + cost(policy, move[0], settings.steps) > most:
-                    story.stopped = story.stopped or f"budget: {most:g} forwards"
-                seen.add(key)
-            if not story.stopped:
-                active.append(story)
-                next_ones.append(move)
+        active, moves = [], []
+        for refinement, attempt, before in zip(refinements, first, tried, strict=True):
+            if not refinement.stopped and (move := loop.next_move(refinement, attempt, before)) is not None:
+                active.append(refinement)
+                moves.append(move)
         if not active:
-            return stories
-        _draw(policy, critic, active, next_ones, settings, batch, name)
+            return refinements
+        loop.draw(active, moves)
 
 
-def finished(story: Story, settings: Settings) -> str:
-    """Why a story ends, "" if it goes on."""
-    best = story.rounds[story.best]
+@dataclass(frozen=True)
+class _Loop:
+    """What all rounds of all prompts share."""
+
+    policy: Policy
+    critic: RewardModel
+    settings: Settings
+    batch: int
+    name: str
+
+    def check_cost(self, attempts: Sequence[Attempt]) -> None:
+        most = self.settings.forwards
+        needed = max(cost(self.policy, attempt, self.settings.steps) for attempt in attempts)
+        if most is not None and needed > most:
+            raise BadInput(f"--forwards {most:g}: the first image of a prompt takes {needed}")
+
+    def next_move(self, refinement: Refinement, first: Attempt, tried: set[tuple]) -> Move | None:
+        """The next round of a prompt; None, with the reason in `stopped`, where there is none. `tried` gets it."""
+        most = self.settings.forwards
+        refinement.stopped = finished(refinement, self.settings)
+        if refinement.stopped:
+            return None
+        move = propose(refinement, first, self.settings)
+        key = _key(move, _mask(self.policy, refinement, move))
+        if key in tried:
+            refinement.stopped = "repeat: nothing new to try"
+        elif most is not None and refinement.forwards + cost(self.policy, move.attempt, self.settings.steps) > most:
+            refinement.stopped = f"budget: {most:g} forwards"
+        tried.add(key)
+        return None if refinement.stopped else move
+
+    def draw(self, refinements: Sequence[Refinement], moves: Sequence[Move]) -> None:
+        bases = []
+        for refinement, move in zip(refinements, moves, strict=True):
+            mask = _mask(self.policy, refinement, move)
+            bases.append(None if mask is None else Base(refinement.rounds[move.parent].latent, mask))
+        attempts = [move.attempt for move in moves]
+        latents, forwards = draw(self.policy, attempts, bases, self.settings.steps, self.batch)
+        images = torch.cat([self.policy.decode(part).cpu() for part in latents.split(self.batch)])
+        self.judge(refinements, moves, images, latents, forwards)
+
+    def judge(
+        self,
+        refinements: Sequence[Refinement],
+        moves: Sequence[Move],
+        images: Float[Tensor, "N 3 H W"],
+        latents: Latents,
+        forwards: Sequence[float],
+    ) -> None:
+        scored = score(images, [refinement.prompt for refinement in refinements], {self.name: self.critic})
+        names, count = self.critic.names, len(images)
+        critiques = scored.said.get(self.name, [""] * count)
+        requests = scored.requests.get(self.name, [""] * count)
+        regions = scored.boxes.get(self.name, [()] * count)
+        for i, (refinement, move) in enumerate(zip(refinements, moves, strict=True)):
+            new = Round(
+                move.attempt, move.parent, move.names, images[i], latents[i].cpu(),
+                {component: float(scored.parts[f"{self.name}.{component}"][i]) for component in names},
+                critiques[i], requests[i], regions[i], scored.failures.get(i, ""), forwards[i],
+            )  # fmt: skip
+            refinement.add(new, self.settings.by or names[0])
+
+
+def finished(refinement: Refinement, settings: Settings) -> str:
+    """The reason why a refinement ends, "" if it continues."""
+    best = refinement.rounds[refinement.best]
     opinions = [value for value in best.scores.values() if value == value]
     if opinions and min(opinions) >= settings.good:
         return "good"
-    if len(story.rounds) >= settings.images:
+    if len(refinement.rounds) >= settings.images:
         return f"budget: {settings.images} images"
-    if settings.patience is not None and len(story.rounds) - 1 - story.best >= settings.patience:
+    if settings.patience is not None and len(refinement.rounds) - 1 - refinement.best >= settings.patience:
         return f"no gain in {settings.patience} rounds"
     return ""
 
 
-def propose(story: Story, first: Attempt, settings: Settings) -> tuple[Attempt, int, tuple[str, ...]]:
-    """The next attempt, the round it begins from (-1: noise alone), and the moves that could be made."""
-    best, number, moves = story.rounds[story.best], len(story.rounds), []
-    attempt = replace(best.attempt or first)
-    attempt = replace(attempt, start=1.0)
-    parent = -1
-    for move in settings.moves:
+def propose(refinement: Refinement, first: Attempt, settings: Settings) -> Move:
+    """The next round, with the moves of the settings that can be made."""
+    best, number = refinement.rounds[refinement.best], len(refinement.rounds)
+    attempt, parent, names = replace(best.attempt or first, start=1.0), -1, []
+    for name in settings.moves:
         made = True
-        if move == "request" and best.request and best.request != attempt.request:
+        if name == "request" and best.request and best.request != attempt.request:
             attempt = replace(attempt, request=best.request)
-        elif move == "seed":
-            attempt = replace(attempt, seed=seed_of("refine", settings.seed, story.prompt.id, number))
-        elif move == "guidance":
+        elif name == "seed":
+            attempt = replace(attempt, seed=seed_of("refine", settings.seed, refinement.prompt.id, number))
+        elif name == "guidance":
             attempt = replace(attempt, guidance=max(1.0, settings.guidance) + number)
-        elif move == "cut":
-            attempt, parent = replace(attempt, start=settings.cut), story.best
-        elif move == "strength":
+        elif name == "cut":
+            attempt, parent = replace(attempt, start=settings.cut), refinement.best
+        elif name == "strength":
             attempt = replace(attempt, strength=settings.strength)
-        elif move in ("region", "keep") and _boxes(best, move):
-            parent = story.best
+        elif name in ("region", "keep") and _boxes(best, name):
+            parent = refinement.best
         else:
             made = False
-        moves += [move] if made else []
-    return attempt, parent, tuple(moves)
+        names += [name] if made else []
+    return Move(attempt, parent, tuple(names))
 
 
-def _boxes(own: Round, move: str) -> list[Region]:
-    """Of the image, what is redrawn (region) or kept (keep)."""
-    return [region for region in own.regions if (region.credit < 0 if move == "region" else region.credit >= FULL)]
+def _boxes(image: Round, move: str) -> list[Region]:
+    """The regions of an image that are redrawn (region) or preserved (keep)."""
+    return [region for region in image.regions if (region.credit < 0 if move == "region" else region.credit >= FULL)]
 
 
-def _mask(policy, story: Story, move: tuple[Attempt, int, tuple[str, ...]]) -> Float[Tensor, "h w"] | None:
-    """Where the image of a round is redrawn, None if nothing is taken from it."""
-    _, parent, moves = move
-    if parent < 0:
+def _mask(policy: Policy, refinement: Refinement, move: Move) -> Float[Tensor, "h w"] | None:
+    """1 where the image of the parent round is redrawn; None for a round that begins from noise."""
+    if move.parent < 0:
         return None
-    own, latent = story.rounds[parent], policy.latent_shape[1:]
-    mask = torch.ones(latent)
-    size = tuple(own.image.shape[1:])
-    if "region" in moves:
-        mask = (box_shares(_boxes(own, "region"), size, latent).amax(0) > 0).float()
-    if "keep" in moves:
-        mask = mask * (box_shares(_boxes(own, "keep"), size, latent).amax(0) < 0.5).float()
+    image, latent = refinement.rounds[move.parent], policy.latent_shape[1:]
+    mask, size = torch.ones(latent), tuple(image.image.shape[1:])
+    if "region" in move.names:
+        mask = (box_shares(_boxes(image, "region"), size, latent).amax(0) > 0).float()
+    if "keep" in move.names:
+        mask = mask * (box_shares(_boxes(image, "keep"), size, latent).amax(0) < 0.5).float()
     return mask
 
 
-def _key(attempt: Attempt, parent: int, mask: Tensor | None) -> tuple:
-    return attempt, parent, None if mask is None else tuple(mask.flatten().tolist())
-
-
-def _draw(policy, critic, stories: Sequence[Story], made, settings: Settings, batch: int, name: str) -> None:
-    bases = []
-    for story, move in zip(stories, made, strict=True):
-        mask = _mask(policy, story, move)
-        bases.append(None if mask is None else Base(story.rounds[move[1]].latent, mask))
-    latents, forwards = draw(policy, [own for own, _, _ in made], bases, settings.steps, batch)
-    images = torch.cat([policy.decode(part).cpu() for part in latents.split(batch)])
-    _judge(critic, stories, made, images, latents, forwards, settings, name)
-
-
-def _judge(
-    critic, stories: Sequence[Story], made, images, latents, forwards: Sequence[float], settings: Settings, name: str
-) -> None:
-    seen = score(images, [story.prompt for story in stories], {name: critic})
-    by = settings.by or critic.names[0]
-    for i, (story, (attempt, parent, moves)) in enumerate(zip(stories, made, strict=True)):
-        story.add(
-            Round(
-                attempt, parent, moves, images[i], latents[i].cpu(),
-                {component: float(seen.parts[f"{name}.{component}"][i]) for component in critic.names},
-                seen.said.get(name, [""] * len(images))[i], seen.requests.get(name, [""] * len(images))[i],
-                seen.boxes.get(name, [()] * len(images))[i], seen.failures.get(i, ""), forwards[i],
-            ),
-            by,
-        )  # fmt: skip
+def _key(move: Move, mask: Tensor | None) -> tuple:
+    """Equal for rounds that would draw the same image."""
+    return move.attempt, move.parent, None if mask is None else tuple(mask.flatten().tolist())

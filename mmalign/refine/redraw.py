@@ -1,8 +1,8 @@
-"""Make an image once more: from another request, seed or guidance, from a time on, or only in part.
+"""Regenerate images: from another request, seed or guidance, from a later time, or in a region only.
 
-A part of an image is redrawn by a flow that keeps the rest: outside the mask the velocity is `(x_t - x_0) / t`, that of
-the straight line to the known latent `x_0`, which every step therefore meets exactly. Inside, the walk takes fresh
-noise at each step (`ddim` at eta 1), so that what is new comes to fit what is kept; as an ODE the two do not meet.
+A region is redrawn by a flow that preserves the rest: outside the mask the velocity is `(x_t - x_0) / t`, that of the
+straight line to the known latent `x_0`, which every step therefore meets exactly. Inside, each step draws fresh noise
+(`ddim` at eta 1), so that the new content fits what surrounds it; with an ODE the two do not meet.
 """
 
 from collections import defaultdict
@@ -16,15 +16,14 @@ from torch import Tensor
 
 from mmalign.flow.plan import ode, sde
 from mmalign.flow.sample import gaussian, sample, seed_of
-from mmalign.refine import velocity as guide
-from mmalign.refine.velocity import keeping
-from mmalign.types import Latents
+from mmalign.refine.velocity import inpaint, regional_guidance
+from mmalign.types import Latents, Policy
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """How an image is made. `start`: the time the walk begins at, below 1 from an image before, noised that far.
-    `strength`: how much of the adapter acts."""
+    """How an image is made. `start`: the time the trajectory begins at, below 1 from an earlier image, noised to that
+    time. `strength`: how much of the adapter acts."""
 
     request: str
     seed: int
@@ -35,21 +34,26 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Base:
-    """The image an attempt begins from, and where it is redrawn: `mask` [h, w], 1 there, 0 where it is kept."""
+    """The image that an attempt begins from, and its mask: 1 where it is redrawn, 0 where it is preserved."""
 
     latent: Float[Tensor, "C h w"]
     mask: Float[Tensor, "h w"]
 
+    @property
+    def preserves(self) -> bool:
+        """Whether anything of the image is preserved."""
+        return bool((self.mask < 1).any())
+
 
 def times_from(times: Float[Tensor, "states"], start: float) -> Float[Tensor, "fewer"]:
-    """The schedule's times below `start`, and `start`."""
+    """`start`, and the times of the schedule below it."""
     if start >= 1:
         return times
     return torch.cat([torch.tensor([start]), times[times < start - 1e-4]])
 
 
 @contextmanager
-def _guided(policy, guidance: int | float) -> Iterator[None]:
+def _guidance(policy: Policy, guidance: int | float) -> Iterator[None]:
     usual, policy.guidance = policy.guidance, guidance
     try:
         yield
@@ -57,52 +61,63 @@ def _guided(policy, guidance: int | float) -> Iterator[None]:
         policy.guidance = usual
 
 
-def cost(policy, attempt: Attempt, steps: int) -> int:
-    """The network evaluations an attempt takes at most: one a step, twice as many with true guidance, and twice as many
-    where the model without adapter is asked too."""
-    with _guided(policy, attempt.guidance):
+def cost(policy: Policy, attempt: Attempt, steps: int) -> int:
+    """The most network forwards an attempt takes: one a step, twice as many with true guidance, and twice as many where
+    the model without adapter is evaluated too."""
+    with _guidance(policy, attempt.guidance):
         halves = 2 if getattr(policy, "true_guidance", attempt.guidance > 1) else 1
     models = 1 if attempt.strength in (0, 1) else 2
     return (len(times_from(policy.times(steps), attempt.start)) - 1) * halves * models
 
 
 def draw(
-    policy, attempts: Sequence[Attempt], bases: Sequence[Base | None], steps: int, batch: int
+    policy: Policy, attempts: Sequence[Attempt], bases: Sequence[Base | None], steps: int, batch: int
 ) -> tuple[Latents, list[float]]:
-    """The latents of the attempts, and the network evaluations each took. Those that walk alike go together. An attempt
-    with a base whose mask is 1 everywhere, and start 1, is drawn from noise alone."""
-    alike = defaultdict(list)
-    for i, (own, base) in enumerate(zip(attempts, bases, strict=True)):
-        part = base is not None and bool((base.mask < 1).any())
-        alike[own.guidance, own.start, own.strength, part].append(i)
+    """The latents of the attempts, and the network forwards each took. Attempts with equal settings share a batch. An
+    attempt with a base that preserves nothing, and start 1, is drawn from noise alone."""
+    groups = defaultdict(list)
+    for i, (attempt, base) in enumerate(zip(attempts, bases, strict=True)):
+        inpainted = base is not None and base.preserves
+        groups[attempt.guidance, attempt.start, attempt.strength, inpainted].append(i)
     latents = torch.empty(len(attempts), *policy.latent_shape, device=policy.device)
     forwards = [0.0] * len(attempts)
-    for (guidance, start, strength, part), rows in alike.items():
-        for at in range(0, len(rows), batch):
-            some, before = rows[at : at + batch], policy.counts["forwards"]
-            own = [attempts[i] for i in some]
-            with _guided(policy, guidance):
-                latents[some] = _walk(policy, own, [bases[i] for i in some], steps, start, strength, part)
-            spent = (policy.counts["forwards"] - before) / len(some)
-            for i in some:
-                forwards[i] = spent
+    for (guidance, start, strength, inpainted), members in groups.items():
+        for first in range(0, len(members), batch):
+            rows, before = members[first : first + batch], policy.counts["forwards"]
+            with _guidance(policy, guidance):
+                latents[rows] = _sample(
+                    policy, [attempts[i] for i in rows], [bases[i] for i in rows], steps, start, strength, inpainted
+                )
+            share = (policy.counts["forwards"] - before) / len(rows)
+            for i in rows:
+                forwards[i] = share
     return latents, forwards
 
 
-def _walk(policy, attempts, bases, steps: int, start: float, strength: float, part: bool) -> Latents:
-    noise = torch.stack([gaussian(policy.latent_shape, own.seed) for own in attempts]).to(policy.device)
+def _sample(
+    policy: Policy,
+    attempts: Sequence[Attempt],
+    bases: Sequence[Base | None],
+    steps: int,
+    start: float,
+    strength: float,
+    inpainted: bool,
+) -> Latents:
+    """The latents of attempts with equal settings."""
+    noise = torch.stack([gaussian(policy.latent_shape, attempt.seed) for attempt in attempts]).to(policy.device)
     velocity, x = policy.velocity, noise
     if strength != 1:
-        velocity = guide.guided(policy, torch.ones(policy.latent_shape[1:], device=noise.device), strength)
-    if start < 1 or part:
+        mask = torch.ones(policy.latent_shape[1:], device=noise.device)
+        velocity = regional_guidance(policy, mask, strength)
+    if start < 1 or inpainted:
         known = torch.stack([base.latent for base in bases]).to(noise)
         x = (1 - start) * known + start * noise
-    if part:
-        velocity = keeping(velocity, known, torch.stack([base.mask for base in bases]).to(noise))
+    if inpainted:
+        velocity = inpaint(velocity, known, torch.stack([base.mask for base in bases]).to(noise))
     times = times_from(policy.times(steps), start)
-    cond = policy.encode([own.request for own in attempts])
+    cond = policy.encode([attempt.request for attempt in attempts])
     index = torch.arange(len(attempts), device=noise.device)
-    if not part:
+    if not inpainted:
         return sample(velocity, x, cond, index, ode(times), batch=len(attempts)).ends
 
     def fresh(row: int, step: int, path: tuple[int, ...]) -> Tensor:

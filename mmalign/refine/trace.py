@@ -1,49 +1,113 @@
-"""Refine many prompts into a folder, and go on after an interruption.
+"""Refine many prompts into a folder, and continue after an interruption.
 
-    OUT/settings.json    what was asked for; another run into the folder must ask for the same
+    OUT/settings.json    the settings; another run into the folder must have the same
     OUT/trace.jsonl      a line for each finished prompt, with all its rounds
-    OUT/images/          every image, named by prompt and round; OUT/best/ the one that was kept of each prompt
+    OUT/images/          every image, named by prompt and round; OUT/best/ the best one of each prompt
 
-A prompt is done when its line is whole; its images are written before.
+A prompt is done when its line is complete; its images are written before.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from mmalign.errors import BadInput, refusing
-from mmalign.refine.loop import Story
+from mmalign.refine.loop import Refinement, Settings, refine
 from mmalign.runs.folder import ROWS_ARE_WHOLE, failing
-from reward_models import Prompt, files, overlay as heat, tables
+from mmalign.runs.outputs import make_folder
+from mmalign.types import Policy
+from reward_models import Prompt, RewardModel, files, overlay, tables
 from reward_models.images import to_pil
 
 Row = dict[str, Any]
-NAMES = {"id", "prompt", "wants", "rounds", "best", "stopped", "forwards"}  # of a row
+KEYS = {"id", "prompt", "wants", "rounds", "best", "stopped", "forwards"}  # of a row
 
 
-def opened(out: Path, asked: Mapping[str, Any], prompts: Sequence[Prompt]) -> dict[int, Row]:
-    """The rows of prompts that are done, by id, in a folder that is made if it is not there. BadInput if it holds the
-    work of other settings or prompts. A line that was cut off is dropped."""
-    kept, trace = out / "settings.json", out / "trace.jsonl"
-    wanted = json.loads(json.dumps(asked, default=str))
-    if kept.exists():
-        before = _settings(kept)
+@dataclass(frozen=True)
+class Refined:
+    """The rows of all prompts in order, and their `summary`."""
+
+    rows: list[Row]
+    summary: dict[str, Any]
+
+
+def refine_prompts(
+    policy: Policy,
+    critic: RewardModel,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    out: Path,
+    batch: int = 64,
+    images: Mapping[int, Float[Tensor, "1 3 H W"]] | None = None,
+    name: str = "critic",
+    about: Mapping[str, Any] | None = None,
+    progress: Callable[[Iterable[Row], int], Iterable[Row]] = lambda rows, total: rows,
+) -> Refined:
+    """Refine prompts (`mmalign.refine.loop.refine`) into the folder `out`, `batch` at a time. Prompts that are done
+    there are not done again.
+
+    `images` by prompt id are begun from, where given. `about` are facts that must be those of the folder too, such as
+    the model. `progress` wraps the rows while they are made and gets their number. BadInput where the folder holds the
+    work of other settings or prompts; Failed where it cannot be written.
+    """
+    make_folder(out)
+    with failing(out, ROWS_ARE_WHOLE):
+        rows = open_folder(out, asdict(settings) | dict(about or {}), prompts)
+    left = [prompt for prompt in prompts if prompt.id not in rows]
+
+    def refined(some: Sequence[Prompt]) -> list[Refinement]:
+        first = None if images is None else torch.cat([images[prompt.id] for prompt in some])
+        return refine(policy, critic, some, settings, batch, first, name)
+
+    for row in progress(_run(left, batch, refined, out), len(left)):
+        rows[row["id"]] = row
+    ordered = [rows[prompt.id] for prompt in prompts]
+    result = summary(ordered, settings.by or critic.names[0]) | {"before": len(prompts) - len(left), "out": str(out)}
+    usage = getattr(getattr(critic, "judge", None), "usage", None)
+    return Refined(ordered, result | ({} if usage is None else {"judge": dict(usage)}))
+
+
+def _run(
+    left: Sequence[Prompt], batch: int, refined: Callable[[Sequence[Prompt]], list[Refinement]], out: Path
+) -> Iterator[Row]:
+    """Refine `batch` prompts at a time; yields their rows once they are on disk."""
+    for start in range(0, len(left), batch):
+        refinements = refined(left[start : start + batch])
+        with failing(out, ROWS_ARE_WHOLE):
+            rows = [save(refinement, out) for refinement in refinements]
+            files.append(out / "trace.jsonl", *rows)
+            files.sync(out / "trace.jsonl")
+        yield from rows
+
+
+def open_folder(out: Path, settings: Mapping[str, Any], prompts: Sequence[Prompt]) -> dict[int, Row]:
+    """The rows of prompts that are done, by id, in a folder that is made if it is missing. BadInput if it holds the
+    work of other settings or prompts. An incomplete last line is dropped."""
+    file, trace = out / "settings.json", out / "trace.jsonl"
+    wanted = json.loads(json.dumps(settings, default=str))
+    if file.exists():
+        before = _settings(file)
         other = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
         if other:
             key = other[0]
             raise BadInput(
                 f"{out} holds refinements with {key} {before.get(key)!r}, not {wanted.get(key)!r}; "
-                "choose another --out, or the same settings to go on"
+                "choose another --out, or the same settings to continue"
             )
     elif trace.exists():
         raise BadInput(f"{out} has a trace.jsonl but no settings.json; choose another --out")
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "best").mkdir(exist_ok=True)
-    files.replace(kept, (json.dumps(wanted, indent=1) + "\n").encode())
-    rows = list(_whole(trace)) if trace.exists() else []
+    files.replace(file, (json.dumps(wanted, indent=1) + "\n").encode())
+    rows = list(_complete(trace)) if trace.exists() else []
     texts = {prompt.id: prompt.text for prompt in prompts}
     for row in rows:
         if texts.get(row["id"]) != row["prompt"]:
@@ -64,8 +128,8 @@ def _settings(file: Path) -> dict[str, Any]:
     return before
 
 
-def _whole(trace: Path) -> Iterator[Row]:
-    """The rows of a trace; the last may have been cut off."""
+def _complete(trace: Path) -> Iterator[Row]:
+    """The rows of a trace, without a last one that was cut off."""
     with refusing():
         text = files.text(trace)
     lines = files.lines(text)
@@ -75,70 +139,54 @@ def _whole(trace: Path) -> Iterator[Row]:
         except ValueError:
             if number == len(lines) and not text.endswith("\n"):
                 return
-            raise BadInput(f"{trace}, line {number}: no JSON object") from None
-        if not (isinstance(row, dict) and row.keys() >= NAMES and tables.whole(row["id"]) is not None):
-            raise BadInput(f"{trace}, line {number}: no row of a refinement; choose another --out")
+            raise BadInput(f"{trace}, line {number}: not a JSON object") from None
+        if not (isinstance(row, dict) and row.keys() >= KEYS and tables.whole(row["id"]) is not None):
+            raise BadInput(f"{trace}, line {number}: not a row of a refinement; choose another --out")
         yield row
 
 
-def run(
-    left: Sequence[Prompt], together: int, refined: Callable[[Sequence[Prompt]], list[Story]], out: Path
-) -> Iterator[Row]:
-    """Refine `together` prompts at a time; yields their rows once they are on disk."""
-    for start in range(0, len(left), together):
-        stories = refined(left[start : start + together])
-        with failing(out, ROWS_ARE_WHOLE):
-            rows = [written(story, out) for story in stories]
-            files.append(out / "trace.jsonl", *rows)
-            files.sync(out / "trace.jsonl")
-        yield from rows
-
-
-def written(story: Story, out: Path) -> Row:
-    """Write a story's images; returns its row."""
-    stem, rounds = f"{story.prompt.id:05d}", []
-    for number, own in enumerate(story.rounds):
-        name = f"images/{stem}-{number}.png"
-        picture = to_pil(own.image[None])[0]
+def save(refinement: Refinement, out: Path) -> Row:
+    """Write the images of a refinement; returns its row."""
+    prompt, rounds = refinement.prompt, []
+    for number, one in enumerate(refinement.rounds):
+        name = f"images/{prompt.id:05d}-{number}.png"
+        picture = to_pil(one.image[None])[0]
         picture.save(out / name)
-        if number == story.best:
-            picture.save(out / "best" / f"{stem}.png")
+        if number == refinement.best:
+            picture.save(out / "best" / f"{prompt.id:05d}.png")
         rounds.append(
             {
                 "image": name,
-                "from": own.parent if own.parent >= 0 else None,
-                "moves": own.moves,
-                "attempt": asdict(own.attempt) if own.attempt else None,
-                "scores": {key: None if value != value else round(value, 6) for key, value in own.scores.items()},
-                "critique": own.critique,
-                "revised": own.request,
-                "failure": own.failure,
-                "places": heat.record(None, own.regions, tuple(own.image.shape[1:])),
-                "forwards": own.forwards,
+                "from": one.parent if one.parent >= 0 else None,
+                "moves": one.moves,
+                "attempt": asdict(one.attempt) if one.attempt else None,
+                "scores": {key: None if value != value else round(value, 6) for key, value in one.scores.items()},
+                "critique": one.critique,
+                "revised": one.request,
+                "failure": one.failure,
+                "places": overlay.record(None, one.regions, tuple(one.image.shape[1:])),
+                "forwards": one.forwards,
             }
         )
-    prompt = {"id": story.prompt.id, "prompt": story.prompt.text, "wants": dict(story.prompt.wants)}
-    return prompt | {"rounds": rounds, "best": story.best, "stopped": story.stopped, "forwards": story.forwards}
+    row = {"id": prompt.id, "prompt": prompt.text, "wants": dict(prompt.wants), "rounds": rounds}
+    return row | {"best": refinement.best, "stopped": refinement.stopped, "forwards": refinement.forwards}
 
 
 def summary(rows: Sequence[Row], by: str) -> dict[str, Any]:
-    """Mean score of the first image and of the one that was kept, over prompts that have both; what it took; why it
-    ended."""
-    pairs = [(_score(row, 0, by), _score(row, row["best"], by)) for row in rows]
-    had = [(first, best) for first, best in pairs if first is not None and best is not None]
-    why: dict[str, int] = {}
-    for row in rows:
-        reason = row["stopped"].split(":")[0].split(" in ")[0]
-        why[reason] = why.get(reason, 0) + 1
+    """Mean score of the first image and of the best one, over prompts that have both; the images and forwards it took;
+    how many prompts stopped for each reason."""
+    both = [(_score(row, 0, by), _score(row, row["best"], by)) for row in rows]
+    scored = [(first, best) for first, best in both if first is not None and best is not None]
+    reasons = Counter(row["stopped"].split(":")[0].split(" in ")[0] for row in rows)
     return {
         "prompts": len(rows),
-        "first": sum(first for first, _ in had) / len(had) if had else None,
-        "best": sum(best for _, best in had) / len(had) if had else None,
-        "gained": sum(best > first for first, best in had),
-        "unscored": len(rows) - len(had),
+        "first": sum(first for first, _ in scored) / len(scored) if scored else None,
+        "best": sum(best for _, best in scored) / len(scored) if scored else None,
+        "gained": sum(best > first for first, best in scored),
+        "unscored": len(rows) - len(scored),
         "images": sum(len(row["rounds"]) for row in rows),
         "forwards": round(sum(row["forwards"] for row in rows)),
-        "stopped": dict(sorted(why.items())),
+        "stopped": dict(sorted(reasons.items())),
     }
 
 
@@ -149,7 +197,7 @@ def _score(row: Row, number: int, by: str) -> float | None:
 def pairs(rows: Sequence[Row], by: str, folder: str) -> list[Row]:
     """The best and the worst image of each prompt whose scores differ, as a choice between two pictures below `folder`,
     which `mmalign score` reads."""
-    found = []
+    choices = []
     for row in rows:
         scored = [k for k in range(len(row["rounds"])) if _score(row, k, by) is not None]
         if not scored:
@@ -159,20 +207,22 @@ def pairs(rows: Sequence[Row], by: str, folder: str) -> list[Row]:
             best, other = (os.path.join(folder, row["rounds"][k]["image"]) for k in (row["best"], worst))
             images = {"image_a": best, "image_b": other}
             gap = _score(row, row["best"], by) - _score(row, worst, by)
-            found.append(row["wants"] | {"id": row["id"], "prompt": row["prompt"], **images, "chosen": "a", "gap": gap})
-    return found
+            prompt = {"id": row["id"], "prompt": row["prompt"]}
+            choices.append(row["wants"] | prompt | images | {"chosen": "a", "gap": gap})
+    return choices
 
 
 def requests(rows: Sequence[Row], by: str) -> list[Row]:
     """The requests that made a better image than the prompt itself did, as prompts."""
-    found = []
+    better = []
     for row in rows:
         best = row["rounds"][row["best"]]["attempt"]
         first = _score(row, 0, by)
         if best and best["request"] != row["prompt"] and first is not None and _score(row, row["best"], by) > first:
-            found.append(row["wants"] | {"id": row["id"], "prompt": best["request"], "first": row["prompt"]})
-    return found
+            better.append(row["wants"] | {"id": row["id"], "prompt": best["request"], "first": row["prompt"]})
+    return better
 
 
 def export(rows: Sequence[Row], file: Path) -> None:
+    """Write JSON lines."""
     files.write(file, "".join(json.dumps(row) + "\n" for row in rows))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from reward_models.images import from_pil
 from reward_models.scoring import Picture
-from reward_models.tools import score_files as batch
+from reward_models.tools import picture_files
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
 REPEATS = 0.25  # of the spread between images of a prompt: more noise than that drowns what is learnt from
@@ -227,11 +227,11 @@ Pair = tuple[Picture, Picture, Prompt]  # the chosen picture, the other, and the
 def material(source: Path, most: int) -> tuple[Images, list[Prompt], list[Pair]]:
     """Up to `most` pictures of a folder or table, all of the commonest size, their prompts, and labelled pairs of them.
     ValueError if there are not two, or one has no prompt."""
-    items, choices = batch.read(source)
+    items, choices = picture_files.read(source)
     unasked = next((own.name for own in items if own.prompt is None), None)
     if unasked is not None:
         raise ValueError(f"{source}: {unasked} has no prompt, and judges look at it")
-    pictures = {own.key: batch.picture(own) for own in items}
+    pictures = {own.key: picture_files.picture(own) for own in items}
     sizes = Counter(tuple(own.shape[2:]) for own in pictures.values())
     if not sizes or sizes.most_common(1)[0][1] < 2:
         raise ValueError(f"{source}: two pictures of one size are needed")

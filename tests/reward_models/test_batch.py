@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from reward_models import Card, Prompt, Scores, limits
 from reward_models.images import to_pil
-from reward_models.tools import gallery, score_files as batch
+from reward_models.tools import gallery, picture_files, score_files as batch
 
 
 class Brightness:
@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 
 def scored(source, scorer=None, size=2, prompt=None):
-    items, _ = batch.read(source, prompt)
+    items, _ = picture_files.read(source, prompt)
     return list(batch.score(items, {"own": scorer or Brightness()}, size))
 
 
@@ -97,12 +97,13 @@ def test_tables_of_every_kind_read_alike(folder):
 
     parquet.write_table(pyarrow.Table.from_pylist([row | {"tag": "x"} for row in rows]), folder / "t.parquet")
     expected = [
-        batch.Item(f"{i}.png", folder / f"{i}.png", Prompt(f"number {i}", {"tag": "x"}, i + 7)) for i in range(3)
+        picture_files.Item(f"{i}.png", folder / f"{i}.png", Prompt(f"number {i}", {"tag": "x"}, i + 7))
+        for i in range(3)
     ]
     for ending in ("jsonl", "csv", "parquet"):
-        assert batch.read(folder / f"t.{ending}") == (expected, [])
+        assert picture_files.read(folder / f"t.{ending}") == (expected, [])
     (folder / "t.jsonl").rename(folder / "metadata.jsonl")
-    assert batch.read(folder) == (expected, [])
+    assert picture_files.read(folder) == (expected, [])
 
 
 def test_genevals_layout(folder):
@@ -112,7 +113,7 @@ def test_genevals_layout(folder):
         (samples.parent / "metadata.jsonl").write_text(json.dumps({"prompt": f"p {number}", "tag": "colors"}) + "\n")
         for i in range(count):
             Image.new("RGB", (8, 8)).save(samples / f"{i:05d}.png")
-    items, _ = batch.read(folder / "geneval")
+    items, _ = picture_files.read(folder / "geneval")
     assert [item.prompt for item in items] == [Prompt("p 00000", {"tag": "colors"}, 0)] * 2 + [
         Prompt("p 00001", {"tag": "colors"}, 1)
     ]
@@ -120,10 +121,10 @@ def test_genevals_layout(folder):
 
 def test_one_prompt_for_all_that_have_none(folder):
     (folder / "0.txt").unlink()
-    items, _ = batch.read(folder)
+    items, _ = picture_files.read(folder)
     assert items[0].prompt is None
-    assert batch.read(folder, "a cat")[0][0].prompt == Prompt("a cat")
-    assert batch.read(folder, "a cat")[0][1].prompt == Prompt("picture 1")
+    assert picture_files.read(folder, "a cat")[0][0].prompt == Prompt("a cat")
+    assert picture_files.read(folder, "a cat")[0][1].prompt == Prompt("picture 1")
 
 
 @pytest.mark.parametrize(
@@ -139,16 +140,16 @@ def test_one_prompt_for_all_that_have_none(folder):
 def test_a_table_that_is_none_is_explained(folder, text, says):
     (folder / "t.jsonl").write_text(text)
     with pytest.raises(ValueError, match=says) as error:
-        batch.read(folder / "t.jsonl")
+        picture_files.read(folder / "t.jsonl")
     assert "\n" not in str(error.value)
 
 
 def test_sources_that_are_none(tmp_path):
     for source, says in ((tmp_path, "no pictures in it"), (tmp_path / "a.txt", "a folder or a table")):
         with pytest.raises(ValueError, match=says):
-            batch.read(source)
+            picture_files.read(source)
     with pytest.raises(ValueError, match="No such file"):
-        batch.read(tmp_path / "a.jsonl")
+        picture_files.read(tmp_path / "a.jsonl")
 
 
 def lines(rows):
@@ -157,7 +158,7 @@ def lines(rows):
 
 def test_what_was_cut_off_or_failed_is_scored_again_and_nothing_else(folder):
     rows, out = scored(folder), folder / "out.jsonl"
-    items, _ = batch.read(folder)
+    items, _ = picture_files.read(folder)
     out.write_text(lines(rows)[:-40])
     done, left = batch.resume(out, items, {"own": Brightness()})
     assert list(done) == [item.key for item in items[:3]]
@@ -205,7 +206,7 @@ def test_images_of_a_prompt_stay_together_for_those_who_compare_them(groups, siz
 
 
 def test_a_prompt_with_an_image_left_is_compared_again_whole(groups):
-    items, _ = batch.read(groups)
+    items, _ = picture_files.read(groups)
     rows, out = scored(groups, Rank()), groups / "out.jsonl"
     out.write_text(lines(row for row in rows if row["image"] != "4.png"))
     done, left = batch.resume(out, items, {"own": Rank()})
@@ -242,7 +243,11 @@ def test_summary_by_hand():
         row_of("c", "q", 3.0, 1.0),
         row_of("d", "q", None, 2.0),
     ]
-    choices = [batch.Choice("p", "b", "a"), batch.Choice("q", "c", "d"), batch.Choice("p", "a", "a")]
+    choices = [
+        picture_files.Choice("p", "b", "a"),
+        picture_files.Choice("q", "c", "d"),
+        picture_files.Choice("p", "a", "a"),
+    ]
     found = batch.summarise(rows, choices)
     assert found["scores"]["one"] == pytest.approx(
         {"count": 3, "missing": 1, "mean": 2.0, "std": (2 / 3) ** 0.5, "min": 1.0, "max": 3.0}
@@ -258,9 +263,9 @@ def test_pairs_are_read_once_each(folder):
         {"image_a": "2.png", "image_b": "0.png", "prompt": "p", "chosen": "A"},
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    items, choices = batch.read(folder / "pairs.jsonl")
+    items, choices = picture_files.read(folder / "pairs.jsonl")
     assert [item.name for item in items] == ["0.png", "1.png", "2.png"]
-    assert choices == [batch.Choice("p", "1.png", "0.png"), batch.Choice("p", "2.png", "0.png")]
+    assert choices == [picture_files.Choice("p", "1.png", "0.png"), picture_files.Choice("p", "2.png", "0.png")]
 
 
 def test_the_gallery_shows_every_image_best_first_and_escapes(folder):
@@ -283,9 +288,10 @@ def test_the_gallery_shows_every_image_best_first_and_escapes(folder):
 MEMORY = """
 import sys, psutil
 from pathlib import Path
-from reward_models import batch, load
+from reward_models import load
+from reward_models.tools import picture_files, score_files as batch
 
-items, _ = batch.read(Path(sys.argv[1]), "a red square")
+items, _ = picture_files.read(Path(sys.argv[1]), "a red square")
 scorers = {name: load(name) for name in ("clip", "shapes", "jpeg_size", "image_stats")}
 own, seen = psutil.Process(), {}
 for number, row in enumerate(batch.score(items, scorers, 25), 1):
@@ -319,7 +325,7 @@ def test_a_batch_is_bounded_in_pixels_too(tmp_path, monkeypatch):
             sizes.append(images[:, 0].numel())
             return Scores(self.names, images[:, 0, :1, 0] * 255)
 
-    items, _ = batch.read(tmp_path)
+    items, _ = picture_files.read(tmp_path)
     rows = list(batch.score(items, {"shown": Shown()}, 3))
     assert [row["scores"].get("shown.red") for row in rows] == [0, 1, 2, 3, 4, 5, None]
     assert sizes == [2 * 16, 64, 16, 256, 16]  # by size within a batch

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from reward_models import Prompt, tables
 from reward_models.images import from_pil
-from reward_models.tools import score_files as batch
+from reward_models.tools import picture_files, score_files as batch
 
 RED = Image.new("RGB", (8, 8), (255, 0, 0))
 BLUE = Image.new("RGB", (8, 8), (0, 0, 255))
@@ -27,9 +27,9 @@ def png(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def read(folder: Path, name: str, data: bytes) -> list[batch.Item]:
+def read(folder: Path, name: str, data: bytes) -> list[picture_files.Item]:
     (folder / name).write_bytes(data)
-    return batch.read(folder / name)[0]
+    return picture_files.read(folder / name)[0]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def read(folder: Path, name: str, data: bytes) -> list[batch.Item]:
     ],
 )
 def test_tables_of_every_kind_name_their_pictures(tmp_path, name, data):
-    assert read(tmp_path, name, data) == [batch.Item("a.png", tmp_path / "a.png", Prompt("a cat, a dog"))]
+    assert read(tmp_path, name, data) == [picture_files.Item("a.png", tmp_path / "a.png", Prompt("a cat, a dog"))]
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
@@ -58,13 +58,13 @@ def test_a_folder_of_pictures_may_have_a_table_as_datasets_writes_it(tmp_path, n
     else:
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
     (tmp_path / "c.png").write_bytes(png(RED))
-    items, _ = batch.read(tmp_path)
+    items, _ = picture_files.read(tmp_path)
     assert [(item.name, item.prompt) for item in items] == [("a.png", Prompt("a cat")), ("sub/b.png", Prompt("a dog"))]
-    assert batch.left_out(tmp_path, items) == "1 x picture that the table does not name"
+    assert picture_files.left_out(tmp_path, items) == "1 x picture that the table does not name"
     (tmp_path / "metadata.csv").touch()
     (tmp_path / "metadata.jsonl").touch()
     with pytest.raises(ValueError, match=r"metadata.jsonl and metadata.csv.*; name the one that is meant"):
-        batch.read(tmp_path)
+        picture_files.read(tmp_path)
 
 
 def test_pictures_that_lie_in_a_table_are_scored_from_there(tmp_path):
@@ -73,18 +73,18 @@ def test_pictures_that_lie_in_a_table_are_scored_from_there(tmp_path):
     assert [item.name for item in items] == ["a.png", "a.png of row 2", "image of row 3", "image of row 4"]
     assert [item.prompt.text for item in items] == prompts
     for item, picture in zip(items, (RED, BLUE, RED, RED), strict=True):
-        assert batch.picture(item).equal(from_pil([picture]))
+        assert picture_files.picture(item).equal(from_pil([picture]))
 
 
 def test_bytes_alone_and_pairs_of_them(tmp_path):
     rows = [{"image_a": png(RED), "image_b": png(BLUE), "prompt": "p", "chosen": "b"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
-    items, choices = batch.read(tmp_path / "t.parquet")
+    items, choices = picture_files.read(tmp_path / "t.parquet")
     assert [item.name for item in items] == ["image_a of row 1", "image_b of row 1"]
-    assert choices == [batch.Choice("p", "image_b of row 1", "image_a of row 1")]
+    assert choices == [picture_files.Choice("p", "image_b of row 1", "image_a of row 1")]
     (broken,) = read(tmp_path, "b.parquet", corpus.stored([b"no picture"], ["a.png"], ["p"]))
     with pytest.raises(ValueError, match="cannot be read"):
-        batch.picture(broken)
+        picture_files.picture(broken)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_rows_that_cannot_be_right_are_named(tmp_path, name, data, says):
 
 def test_what_lies_about_in_a_folder_is_left_out_and_said(tmp_path):
     scored, aside = corpus.folder_of_all_kinds(tmp_path, png(RED))
-    items, _ = batch.read(tmp_path)
+    items, _ = picture_files.read(tmp_path)
     assert sorted(item.name for item in items) == sorted(scored)
-    assert batch.left_out(tmp_path, items) == aside
+    assert picture_files.left_out(tmp_path, items) == aside
     prompts = {item.name: item.prompt for item in items}
     assert prompts["a.PNG"] == Prompt("a caption")
     assert prompts["00000/samples/0001.jpg"] == Prompt("a cat")
@@ -132,23 +132,23 @@ def test_a_caption_that_is_none_is_named(tmp_path, caption):
     (tmp_path / "a.png").write_bytes(png(RED))
     (tmp_path / "a.txt").write_bytes(caption)
     with pytest.raises(ValueError, match=r"a\.txt"):
-        batch.read(tmp_path)
+        picture_files.read(tmp_path)
 
 
 def test_captions_may_have_a_mark_and_any_line_end(tmp_path):
     (tmp_path / "a.png").write_bytes(png(RED))
     (tmp_path / "a.txt").write_bytes(corpus.BOM + "a\u2028cat\r\nand a dog\r\n".encode())
-    assert batch.read(tmp_path)[0][0].prompt == Prompt("a\u2028cat\nand a dog")
+    assert picture_files.read(tmp_path)[0][0].prompt == Prompt("a\u2028cat\nand a dog")
 
 
 def test_a_name_that_is_no_utf_8_is_written_out(tmp_path):
     (tmp_path / "a\udcff.png").write_bytes(png(RED))
-    ((item,), _) = batch.read(tmp_path)
+    ((item,), _) = picture_files.read(tmp_path)
     assert item.name == "a\\xff.png"
-    assert batch.picture(item).equal(from_pil([RED]))
+    assert picture_files.picture(item).equal(from_pil([RED]))
     (tmp_path / "a\\xff.png").write_bytes(png(RED))
-    with pytest.raises(ValueError, match="two pictures are called alike"):
-        batch.read(tmp_path)
+    with pytest.raises(ValueError, match="two pictures have the same name"):
+        picture_files.read(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ formulas
@@ -187,7 +187,7 @@ def test_scores_are_written_without_formulas(tmp_path):
     with (tmp_path / "t.csv").open(newline="") as file:
         (own,) = csv.DictReader(file)
     assert own == {"image": "'=a.png", "prompt": '\'=cmd|"/c calc"!A1', "id": "-3", "x.y": "-0.5", "failures": ""}
-    ((item,), _) = batch.read(tmp_path / "t.csv")
+    ((item,), _) = picture_files.read(tmp_path / "t.csv")
     assert (item.name, item.prompt.text, item.prompt.id) == ("=a.png", row["prompt"], -3)
 
 

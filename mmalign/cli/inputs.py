@@ -1,0 +1,38 @@
+"""Read the prompts and load the scorers that the options of a command name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmalign.cli.options import Setting
+from mmalign.errors import BadInput, refusing
+from reward_models import Prompt, RewardModel
+
+
+def read_prompts(texts: Sequence[str] | None, source: str | None) -> list[Prompt]:
+    """The prompts of a file or dataset, or those given in quotes, which get the ids 0, 1, ... BadInput unless one
+    of the two is given."""
+    from mmalign.config import paths
+    from mmalign.data import prompts
+
+    if bool(texts) == bool(source):
+        raise BadInput("give prompts in quotes or --prompts SOURCE, one of the two")
+    if source:
+        return prompts.read(paths.locate(source))
+    return [Prompt(text, {}, number) for number, text in enumerate(texts or ())]
+
+
+def load_scorers(
+    names: Sequence[str], settings: Sequence[Setting] | None = None, cache: Path | None = None
+) -> dict[str, RewardModel]:
+    """The scorers by name, with their settings, and with a cache of their scores if a file is given. BadInput."""
+    from reward_models import load
+    from reward_models.cache import Cached
+
+    of_scorer: dict[str, dict] = {name: {} for name in names}
+    for setting in settings or []:
+        if setting.scorer not in of_scorer:
+            raise BadInput(f"--set {setting.text!r} must look like scorer.key=value, with one of {', '.join(names)}")
+        of_scorer[setting.scorer][setting.key] = setting.value
+    with refusing():
+        scorers = {name: load(name, **given) for name, given in of_scorer.items()}
+        return {name: Cached(scorer, cache) for name, scorer in scorers.items()} if cache else scorers

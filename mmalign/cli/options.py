@@ -1,0 +1,162 @@
+"""The options and arguments that several commands share, and the parsers of their values.
+
+A parser is the callback of its option: it takes the text and returns the value, and BadInput names the option. `parser=
+str` hands it the text unchanged whatever the annotation, which is the type that the command gets.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from mmalign.errors import BadInput, refusing
+from reward_models import allowlist
+
+# the sources that `mmalign.data.prompts.read` takes
+PROMPTS = (
+    "file (.txt, .jsonl, .json, .csv, .tsv, .parquet) or dataset (hf:NAME:SPLIT, hf:NAME/CONFIG:SPLIT); with :COLUMN, "
+    "that alone"
+)
+
+prompt_option = partial(typer.Option, rich_help_panel="Prompts")
+model_option = partial(typer.Option, rich_help_panel="Model")
+sampling_option = partial(typer.Option, rich_help_panel="Sampling")
+reward_option = partial(typer.Option, rich_help_panel="Rewards")
+output_option = partial(typer.Option, rich_help_panel="Output")
+
+
+class Box(NamedTuple):
+    """A box in pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+class Setting(NamedTuple):
+    """A setting of one scorer, and the text that gave it."""
+
+    text: str
+    scorer: str
+    key: str
+    value: Any
+
+
+# ------------------------------------------------------------------------------------------------------------- parsers
+
+
+def parse_prompts(texts: list[str] | None) -> list[str] | None:
+    return texts and [parse_prompt(text) for text in texts]
+
+
+def parse_prompt(text: str | None) -> str | None:
+    """A prompt of the command line: UTF-8 where its bytes are, whatever the locale."""
+    from reward_models import tables
+
+    if text is None:
+        return None
+    with suppress(UnicodeError):
+        text = os.fsencode(text).decode()
+    with refusing():
+        return tables.wording(text)
+
+
+def parse_seeds(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    seeds = [int(word) for word in words if re.fullmatch(r"[0-9]{1,19}", word)]
+    if len(seeds) < len(words) or max(seeds) >= 2**63:
+        raise BadInput(f"--seeds {text[:60]!r}: whole numbers from 0 to 2**63 - 1 are needed, separated by commas")
+    if len(set(seeds)) < len(seeds):
+        raise BadInput(f"--seeds {text[:60]!r}: a seed is there twice, and would give the same image")
+    return seeds
+
+
+def parse_boxes(texts: list[str] | None) -> list[Box]:
+    texts = texts or []
+    try:
+        return [Box(*map(float, text.split(","))) for text in texts]
+    except (TypeError, ValueError):
+        raise BadInput(f"--box {' '.join(texts)!r}: left,top,right,bottom in pixels are needed") from None
+
+
+def parse_settings(texts: list[str] | None) -> list[Setting]:
+    return [parse_setting(text) for text in texts or []]
+
+
+def parse_setting(text: str) -> Setting:
+    from mmalign.config.load import parse
+
+    name, equals, value = text.partition("=")
+    scorer, dot, key = name.rpartition(".")
+    if not (equals and dot):
+        raise BadInput(f"--set {text!r} must look like scorer.key=value")
+    return Setting(text, scorer, key, parse(value, f"--set {text!r}"))
+
+
+def parse_names(text: str | None) -> list[str] | None:
+    return None if text is None else text.split(",")
+
+
+def allow(names: list[str] | None) -> list[str]:
+    with refusing():
+        allowlist.allow_modules(names or [])
+    return names or []
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, each replacing one key of the file")]
+Run = Annotated[Path, typer.Argument(help="folder of a run")]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow", callback=allow, help="module whose code a config, run or model may name and so run; may repeat"
+    ),
+]
+
+PromptTexts = Annotated[list[str] | None, typer.Argument(callback=parse_prompts, help="prompts, each in quotes")]
+Prompts = Annotated[str | None, prompt_option(help=PROMPTS)]
+
+Model = Annotated[str, model_option(help="folder or hub id of a diffusers pipeline")]
+Adapter = Annotated[
+    Path | None,
+    model_option(
+        help="folder of a run or of one of its checkpoints, whose model and averaged adapter are used; or a LoRA file, "
+        "or folder of one, of diffusers, ComfyUI or peft, for --model"
+    ),
+]
+Guidance = Annotated[float | None, model_option(help="classifier-free guidance; default: that of the run, or none")]
+
+Seeds = Annotated[
+    Sequence[int],
+    sampling_option(
+        parser=str, callback=parse_seeds, metavar="N,...", help="comma-separated, one image per prompt and seed"
+    ),
+]
+Steps = Annotated[int, sampling_option(min=1, max=1000, help="ODE steps")]
+Batch = Annotated[int, sampling_option(min=1, help="images per forward")]
+
+Rewards = Annotated[
+    Sequence[str],
+    reward_option(parser=str, callback=parse_names, metavar="NAME,...", help="comma-separated scorers"),
+]
+ScorerSettings = Annotated[
+    list[Setting] | None,
+    reward_option(
+        "--set",
+        parser=str,
+        callback=parse_settings,
+        metavar="SCORER.KEY=VALUE",
+        help="a scorer's setting, e.g. clip.model=ViT-B-32; may repeat",
+    ),
+]
+Cache = Annotated[Path | None, reward_option(help="file of cached scores; made if it is missing")]
+
+Json = Annotated[bool, output_option("--json", help="print the result as JSON")]

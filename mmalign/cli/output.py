@@ -1,0 +1,101 @@
+"""What commands print: results on standard output; warnings, errors and progress on standard error."""
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import track
+
+from mmalign.errors import Failed
+
+console = Console(markup=False)  # names and texts from files are printed literally
+
+
+def print_lines(*lines: RenderableType) -> None:
+    """Print lines and tables."""
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=isinstance(line, str))
+
+
+def show(result: Any, as_json: bool, *lines: RenderableType) -> None:
+    """Print a result as JSON, or else the lines and tables that describe it."""
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_lines(*lines)
+
+
+def warn(text: str) -> None:
+    """One line on standard error."""
+    print(f"mmalign: {printable(text)}", file=sys.stderr)
+
+
+def warn_cut(texts: Iterable[str], *models: Any) -> None:
+    """Report how many prompts are longer than what a policy or scorer reads."""
+    from reward_models.lengths import cut
+
+    for line in cut(models, [*texts]):
+        warn(line)
+
+
+def complain(text: str) -> None:
+    """The line that ends a command, where standard error can be written."""
+    with suppress(OSError):
+        warn(text)
+
+
+def printable(text: str) -> str:
+    """The text with line ends and control characters escaped; a file's name can hold them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def progress(rows: Iterable[Any], total: int, title: str) -> Iterable[Any]:
+    """The rows, with a progress bar on standard error while they are made; no bar for none."""
+    return track(rows, title, total, console=Console(stderr=True), disable=not total)
+
+
+# ----------------------------------------------------------------------------------------------------- standard output
+
+
+class Output(io.TextIOWrapper):
+    """Standard output. Characters that its encoding lacks are escaped; a failing write becomes Failed, in one line."""
+
+    def write(self, text: str) -> int:
+        with _failing(self):
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _failing(self):
+            super().flush()
+
+
+@contextmanager
+def _failing(stream: Output) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # takes the rest of the buffer when Python exits
+        raise Failed(f"standard output cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Standard output as an `Output`, flushed at the end."""
+    plain = sys.stdout
+    if not isinstance(plain, io.TextIOWrapper):
+        yield
+        return
+    sys.stdout = Output(plain.buffer, plain.encoding, "backslashreplace", line_buffering=plain.line_buffering)
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        finally:
+            sys.stdout.detach()
+            sys.stdout = plain

@@ -1,0 +1,58 @@
+"""The commands `export` and `report`: what becomes of a finished or running run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmalign.cli import output
+from mmalign.cli.options import Allow, Run, output_option
+from mmalign.errors import BadInput, refusing
+from mmalign.runs.export import Form
+
+Out = Annotated[Path, output_option(help="folder for the files, or for the folder `merged`")]
+Format = Annotated[
+    Form,
+    output_option(
+        "--format",
+        help="diffusers: LoRA for load_lora_weights; comfyui: one LoRA file; peft: LoRA for PeftModel.from_pretrained; "
+        "merged: the whole pipeline with it",
+    ),
+]
+Serve = Annotated[bool, typer.Option("--serve", help="serve the page until Ctrl-C; it follows the run")]
+Host = Annotated[
+    str | None,
+    typer.Option(help="--serve: address to listen on; anyone who can reach it can read the run [127.0.0.1]"),
+]
+Port = Annotated[int | None, typer.Option(min=0, max=65535, help="--serve: 0 is any free one [8001]")]
+
+
+def export(run: Run, out: Out = Path("lora"), form: Format = "diffusers", allow: Allow = None) -> None:
+    """Write a run's averaged adapter for other programs, and read it back once to be sure."""
+    from mmalign.runs.export import export_run
+
+    path = export_run(run, out, form)
+    output.print_lines(f"{path}: read back, and it gives the same velocity")
+
+
+def report(run: Run, serve: Serve = False, host: Host = None, port: Port = None) -> None:
+    """Write a run's report.html again, or serve a page that follows the run while it continues."""
+    from mmalign.reporting import report as reports
+    from mmalign.runs import adapters
+
+    adapters.config_of(run)
+    address = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    if serve:
+        with refusing():
+            from mmalign.reporting import live  # ValueError where an optional package is missing
+
+            live.serve(run, **address)
+        return
+    if address:
+        raise BadInput(f"--{next(iter(address))} acts only with --serve")
+    with refusing():
+        try:
+            page = reports.write(run)
+        except OSError as error:
+            raise BadInput(f"{error.filename}: {error.strerror}") from None
+    output.print_lines(f"report: {page}")
