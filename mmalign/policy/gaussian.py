@@ -1,8 +1,8 @@
-"""A flow whose answer is known: Gaussian data, exact velocity, one learnable shift of the mean.
+"""A flow with a known solution: Gaussian data, exact velocity, one learnable shift of the mean.
 
 For data `x_0 ~ N(mean + shift, spread^2)` in every element, the state at `t` has variance
 `V = (1 - t)^2 spread^2 + t^2` and the velocity is `E[e - x_0 | x] = -m + (t - (1 - t) spread^2) / V * (x - (1 - t) m)`
-with `m = mean + shift`. Samplers can be held to the data's mean and variance, and a reward's gradient to a closed form.
+with `m = mean + shift`. Tests compare samplers with the data's mean and variance, and gradients with closed forms.
 """
 
 from collections import Counter
@@ -40,7 +40,7 @@ class GaussianFlow:
         return (t - (1 - t) * self.spread**2) / variance * (x - (1 - t) * mean) - mean
 
     def decode(self, x: Latents) -> Latents:
-        """The latent as it is: rewards of this flow look at latents."""
+        """The latent itself: rewards of this flow score latents."""
         self.counts["decodes"] += len(x)
         return x
 
@@ -50,9 +50,9 @@ class GaussianFlow:
     def prompt_effect(
         self, x: Latents, t: Float[Tensor, "M"], cond: Float[Tensor, "P"], index: Int[Tensor, "M"]
     ) -> Float[Tensor, "M h w"]:
-        """The empty prompt asks for a mean of 0; a prompt moves all positions alike."""
-        nothing = self.velocity(x, t, torch.zeros_like(cond), index)
-        return (self.velocity(x, t, cond, index) - nothing).norm(dim=1)
+        """The empty prompt stands for a mean of 0; a prompt moves all positions equally."""
+        empty = self.velocity(x, t, torch.zeros_like(cond), index)
+        return (self.velocity(x, t, cond, index) - empty).norm(dim=1)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [self.shift]
