@@ -1,4 +1,4 @@
-"""A flow whose answer is known: Gaussian data, exact velocity, one learnable shift of the mean.
+"""A flow with a known solution: Gaussian data, exact velocity, one learnable shift of the mean.
 
 For data `x_0 ~ N(mean + shift, spread^2)` in every element, the state at `t` has variance
 `V = (1 - t)^2 spread^2 + t^2` and the velocity is `E[e - x_0 | x] = -m + (t - (1 - t) spread^2) / V * (x - (1 - t) m)`
