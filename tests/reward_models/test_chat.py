@@ -65,7 +65,7 @@ FAULTS = {
     "other JSON": ((200, {}, [1, 2]), "no choices"),
     "odd choices": (said("x") | {"choices": "abc"}, "the answer makes no sense"),
     "no message": (said("x", message=None), "no message"),
-    "odd content": (said("x", message={"role": "assistant", "content": 7}), "the reply is no text but 7"),
+    "odd content": (said("x", message={"role": "assistant", "content": 7}), "the reply is not text but 7"),
 }
 
 
@@ -208,7 +208,7 @@ def test_a_real_server_of_a_babbling_model_scores_nothing(served):
     assert found.values.isnan().all()
     assert all(found.replies)
     odds = load("vlm_yes_no", model=str(folder), url=url, retries=1)(IMAGES[:1], PROMPTS[:1])
-    assert "gives no probabilities" in odds.failures[0]
+    assert "gives no token probabilities" in odds.failures[0]
 
 
 # ------------------------------------------------------------------------------------------------ servers as they are
@@ -229,18 +229,18 @@ def test_a_reply_in_parts_is_one_text(content):
 
 
 WITHOUT = {
-    "reasoning of one server": (said(None, message={"content": None, "reasoning_content": "hm, 3"}), "reasoning alone"),
+    "reasoning of one server": (said(None, message={"content": None, "reasoning_content": "hm, 3"}), "only reasoning"),
     "reasoning of another": (
         said(None, message={"content": "", "reasoning": "hm, 3"}, finish_reason="length"),
-        "reasoning alone, for it ran out of tokens",
+        "only reasoning because it ran out of tokens",
     ),
-    "reasoning in parts": (said(None, message={"content": [{"type": "thinking", "thinking": "3"}]}), "reasoning alone"),
+    "reasoning in parts": (said(None, message={"content": [{"type": "thinking", "thinking": "3"}]}), "only reasoning"),
     "no parts": (said(None, message={"content": []}), "the reply is empty"),
-    "a picture": (said(None, message={"content": [{"type": "image_url"}]}), "no text but {'type': 'image_url'}"),
+    "a picture": (said(None, message={"content": [{"type": "image_url"}]}), "not text but {'type': 'image_url'}"),
     "a refusal in parts": (
         said(None, message={"content": [{"type": "refusal", "refusal": "I will not"}]}), "refused: I will not",
     ),
-    "a number in parts": (said(None, message={"content": [7]}), "no text but 7"),
+    "a number in parts": (said(None, message={"content": [7]}), "not text but 7"),
     "a web page": ((200, {"Content-Type": "text/html"}, "<html>log in</html>"), "200 with no JSON: '<html>log in"),
     "an event stream": (
         (200, {"Content-Type": "text/event-stream"}, 'data: {"choices": []}'),
@@ -307,7 +307,7 @@ def test_a_bound_that_is_too_large_is_no_other_name():
 def test_a_server_without_temperatures_is_asked_without_and_that_is_said():
     with chatting(refusing("temperature", "max_tokens", "response_format")) as (url, requests):
         scorer = of(url, concurrency=1, form="json")
-        with pytest.warns(UserWarning, match="the server takes no temperature; replies are drawn at its own"):
+        with pytest.warns(UserWarning, match="the server rejects a temperature; it samples with its own"):
             assert not scorer(IMAGES[:2], PROMPTS[:2]).failures
     assert [sorted({"temperature", "max_tokens", "response_format"} & set(request)) for request in requests] == [
         ["max_tokens", "response_format", "temperature"],

@@ -137,5 +137,5 @@ def test_an_instruction_of_ones_own_changes_the_version(tmp_path):
     own = load("places", **places(tmp_path / "vlm") | {"whole": str(tmp_path / "own.txt")})
     assert plain.card.version != own.card.version
     (tmp_path / "own.txt").write_text("{image} How is it laid out?")
-    with pytest.raises(ValueError, match=r"does not hold \{prompt\}"):
+    with pytest.raises(ValueError, match=r"does not contain \{prompt\}"):
         load("places", model=str(tmp_path / "vlm"), whole=str(tmp_path / "own.txt"))

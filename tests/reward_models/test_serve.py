@@ -85,7 +85,7 @@ def test_every_image_has_its_scores_reasons_and_critiques(client):
 BOMB = png(20_000, 20_000, zlib.compress(bytes(10_000_000)))
 UNREADABLE = {
     "no base64": ("%%%", "Only base64 data is allowed"),
-    "not ascii": ("é", "only ASCII"),
+    "not ascii": ("é", "must be ASCII"),
     "nothing": ("", "cannot identify image file"),
     "garbage": (b64encode(b"garbage" * 9).decode(), "cannot identify image file"),
     "cut off": (encoded(plain([0.5])[0])[:64], "[Tt]runcated|broken|not enough"),
