@@ -185,8 +185,8 @@ def test_scores_are_written_without_formulas(tmp_path):
     row = {"image": "=a.png", "prompt": '=cmd|"/c calc"!A1', "id": -3, "scores": {"x.y": -0.5}, "failures": {}}
     batch.write([row], tmp_path / "t.csv")
     with (tmp_path / "t.csv").open(newline="") as file:
-        (own,) = csv.DictReader(file)
-    assert own == {"image": "'=a.png", "prompt": '\'=cmd|"/c calc"!A1', "id": "-3", "x.y": "-0.5", "failures": ""}
+        (entry,) = csv.DictReader(file)
+    assert entry == {"image": "'=a.png", "prompt": '\'=cmd|"/c calc"!A1', "id": "-3", "x.y": "-0.5", "failures": ""}
     ((item,), _) = batch.read(tmp_path / "t.csv")
     assert (item.name, item.prompt.text, item.prompt.id) == ("=a.png", row["prompt"], -3)
 
