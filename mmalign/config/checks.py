@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from mmalign.config.methods import named
 from mmalign.config.secrets import secret_in
-from mmalign.flow.kernels import FlowSde
+from mmalign.sampling.kernels import FlowSde
 from reward_models.combine import Ramp
 
 MOST = 10**7  # states of an iteration's trajectories

@@ -11,7 +11,8 @@ from torchvision.utils import save_image
 
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import chunks, gaussian, sample
-from mmalign.types import Policy, Trajectories, Velocity
+from mmalign.policy.protocol import Policy
+from mmalign.types import Trajectories, Velocity
 from reward_models import Prompt
 
 

@@ -19,19 +19,15 @@ Replay = Callable[[Any], tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]
 
 @runtime_checkable
 class Peers(Protocol):
-    """The other data-parallel ranks, which hold the rest of the batch."""
+    """The other data-parallel ranks, which hold the rest of the batch. `add_gradients` sums the gradients of all ranks
+    and reports whether there are any; `clip` bounds the norm of the sum and returns what it was; `padded` is how many
+    rows this rank must replay, because a sharded network needs as many on every rank."""
 
-    def add_gradients(self, parameters: Sequence[Parameter]) -> bool:
-        """Sum the gradients of all ranks, and report whether there are any."""
-        ...
+    def add_gradients(self, parameters: Sequence[Parameter]) -> bool: ...
 
-    def clip(self, parameters: Sequence[Parameter], bound: float) -> Any:
-        """Bound the norm of the summed gradient, and return what it was."""
-        ...
+    def clip(self, parameters: Sequence[Parameter], bound: float) -> Any: ...
 
-    def padded(self, rows: int) -> int:
-        """How many rows this rank must replay; a sharded network needs as many on every rank."""
-        ...
+    def padded(self, rows: int) -> int: ...
 
     def all_gather_object(self, value: Any, what: str) -> list[Any]: ...
 

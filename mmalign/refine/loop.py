@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mmalign.errors import BadInput
 from mmalign.flow.sample import seed_of
+from mmalign.policy.protocol import Policy
 from mmalign.refine.redraw import Attempt, Base, cost, draw
 from mmalign.rewards.judge import score
-from mmalign.types import Latents, Policy
+from mmalign.types import Latents
 from reward_models import Prompt, RewardModel
 from reward_models.regions import Region, box_shares
 

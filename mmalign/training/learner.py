@@ -16,9 +16,9 @@ from mmalign.errors import BadInput
 from mmalign.flow.sample import seed_of
 from mmalign.learn.update import update
 from mmalign.objectives.objective import TrainBatch
+from mmalign.policy.protocol import Trainable
 from mmalign.training.finite import Skips
 from mmalign.training.microbatch import AdaptiveBatch
-from mmalign.types import Trainable
 
 
 @dataclass(frozen=True)
