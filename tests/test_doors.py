@@ -100,7 +100,8 @@ class Shifted(GaussianFlow):
 """
 BASE = dict(
     model="mmalign.policy.gaussian:GaussianFlow", held_out=None, iterations=2, prompts_per_iteration=2,
-    rewards={"own_things:Red.mean": 1.0, "own_things:Red.left": 0.9}, seeds=3, steps=4, plan="sde", credit="terminal", checkpoint_every=2,
+    rewards={"own_things:Red.mean": 1.0, "own_things:Red.left": 0.9}, seeds=3,
+    steps=4, plan="sde", credit="terminal", checkpoint_every=2,
 )  # fmt: skip
 METHODS = {
     "credit": ("Discounted", {"gamma": 0.5}),

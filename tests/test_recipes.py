@@ -9,7 +9,7 @@ from zlib import crc32
 import pytest
 import torch
 import yaml
-from chats import chatting, picture, said
+from chats import chatting, completion, picture
 from judge_texts import FULL
 from run_config import rows
 from tiny_pipelines import FAMILIES
@@ -104,7 +104,7 @@ def judge_server():
 
     def answer(request):
         score = 1 + 3 * (crc32(picture(request).tobytes()) % 31) / 30
-        return said(re.sub(r"Score: \S+", f"Score: {score:.1f}", FULL))
+        return completion(re.sub(r"Score: \S+", f"Score: {score:.1f}", FULL))
 
     with chatting(answer) as (url, _):
         yield url

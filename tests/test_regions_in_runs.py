@@ -41,12 +41,12 @@ def test_a_map_without_regions_is_what_is_right_and_what_is_wrong():
 
 
 def test_an_image_whose_box_lies_outside_fails_alone():
-    seen = judge.score(torch.zeros(4, 3, 8, 8), [Prompt("a")] * 4, {"careless": Careless()})
-    assert list(seen.failures) == [1]
-    assert seen.failures[1] == "careless: box (0, 0, 4.0, 16) lies outside the image of 8 x 8 pixels"
-    assert seen.parts["careless.value"].isnan().tolist() == [False, True, False, False]
-    assert seen.maps["careless"][1].isnan().all()
-    assert seen.boxes["careless"][1] == ()
+    scores = judge.score(torch.zeros(4, 3, 8, 8), [Prompt("a")] * 4, {"careless": Careless()})
+    assert list(scores.failures) == [1]
+    assert scores.failures[1] == "careless: box (0, 0, 4.0, 16) lies outside the image of 8 x 8 pixels"
+    assert scores.parts["careless.value"].isnan().tolist() == [False, True, False, False]
+    assert scores.maps["careless"][1].isnan().all()
+    assert scores.boxes["careless"][1] == ()
 
 
 IMAGES = GRPO | {"plan": "ode", "kernel": "flow_sde", "noise": 0.7, "seeds": 4, "weighting": "none"}
@@ -64,7 +64,7 @@ def clean(settings, *parts):
     merged = dict(settings)
     for part in parts:
         merged |= part
-    defaults = {name: own.default for name, own in Config.model_fields.items()}
+    defaults = {name: field.default for name, field in Config.model_fields.items()}
     return {name: value for name, value in merged.items() if value is not None or defaults[name] is not None}
 
 
@@ -100,10 +100,10 @@ def test_a_run_on_records_samples_nothing(settings, tmp_path, objective, random_
     lines[7]["regions"] = [{"box": [9, 0, 3, 3], "score": 1}]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
     records = {"records": str(tmp_path / "records.jsonl"), "prompts_per_iteration": 2, "kernel": None, "noise": None}
-    kept = {
+    basic = {
         name: settings[name] for name in ("model", "held_out", "out", "iterations", "eval_steps") if name in settings
     }
-    out = run(kept | clean({}, objective, {k: v for k, v in records.items() if v is not None}))
+    out = run(basic | clean({}, objective, {k: v for k, v in records.items() if v is not None}))
     metrics = rows(out / "metrics.jsonl")
     assert metrics[0]["images"] == 7
     assert metrics[0]["forwards"] == metrics[0]["decodes"] == metrics[0]["rewards"] == 0
@@ -145,10 +145,10 @@ def test_masks_and_ratios_by_credit_run(settings, focus):
 
 def test_a_few_images_are_kept_with_their_credit(settings):
     out = run(settings | CARELESS)
-    kept = rows(out / "credit.jsonl")
-    assert {row["iteration"] for row in kept} == {2, 4}
-    assert len(kept) == 2 * 6
-    for row in kept:
+    logged = rows(out / "credit.jsonl")
+    assert {row["iteration"] for row in logged} == {2, 4}
+    assert len(logged) == 2 * 6
+    for row in logged:
         assert (out / row["image"]).is_file()
         (step,) = row["advantage"]
         grid = row["advantage"][step]
@@ -162,7 +162,7 @@ def test_a_few_images_are_kept_with_their_credit(settings):
     assert judged["careless:Careless"]["map"][0][0] == -1
     assert "show regions judged right" in page
     run(settings | CARELESS, resume=True)
-    assert len(rows(out / "credit.jsonl")) == len(kept)
+    assert len(rows(out / "credit.jsonl")) == len(logged)
 
 
 def test_boxes_cover_tokens_of_packed_latents():

@@ -10,7 +10,7 @@ import urllib.parse
 
 import pytest
 import torch
-from chats import chatting, said
+from chats import chatting, completion
 from hostile import ANSWERS, SELF_SIGNED, sending
 from hypothesis import given, settings, strategies as st
 
@@ -155,9 +155,9 @@ def test_a_key_that_a_judge_repeats_reaches_nobody(form):
     written = FORMS[form](KEY)
     reply = f"1. Text Faithfulness: 3\nJustification: {written}\n2. Image Quality: 3\n3. Physical Quality: N/A\n"
     bodies = [
-        said(reply),
-        said(None, message={"content": None, "refusal": written}),
-        said(None, message={"content": {written: written}}),
+        completion(reply),
+        completion(None, message={"content": None, "refusal": written}),
+        completion(None, message={"content": {written: written}}),
         {written: written},
         (401, {}, {"error": {"message": f"Incorrect API key: {written}"}}),
         (307, {"Location": f"https://elsewhere.example/{written}".replace("\n", "")}, {}),

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 from PIL import Image
-from services import INFO, Crowd, Faulty, Mean, asked, plain, running, start
+from services import INFO, Crowd, Faulty, Mean, drawings, plain, running, start
 
 from reward_models import Prompt, limits, load
 from reward_models.images import from_pil, to_uint8
@@ -40,7 +40,7 @@ def faulty():
 
 @pytest.mark.parametrize("name", ["jpeg_size", "shapes", "clip", "image_stats"])
 def test_remote_scores_are_the_local_ones(name):
-    images, prompts = asked(9)
+    images, prompts = drawings(9)
     local = load(name)
     prompts[8] = Prompt("without truth", {}, 8)
     with running({name: local}) as url:
@@ -57,7 +57,7 @@ def test_remote_scores_are_the_local_ones(name):
 
 def test_the_contract_holds_from_afar():
     """Order, no neighbours, broken images, no images: as any other scorer."""
-    images, prompts = asked(7)
+    images, prompts = drawings(7)
     with running({"shapes": load("shapes"), "mean": Mean()}) as url:
         remote = Remote(url, batch=3)
         whole = remote(images, prompts).values
@@ -85,7 +85,7 @@ def test_the_card_changes_with_the_service():
 
 
 def test_prompts_and_pixels_arrive_as_they_are(faulty):
-    images, prompts = asked(5)
+    images, prompts = drawings(5)
     prompts[4] = Prompt("é 猫 \n", {"a": [1, 2.5, None, {"b": True}]}, -(2**63))
     Remote(faulty.url, batch=2, workers=1)(images, prompts)
     sent = [(prompt, png) for ask in faulty.asks for prompt, png in zip(ask["prompts"], ask["images"], strict=True)]

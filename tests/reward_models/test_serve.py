@@ -22,7 +22,7 @@ import pytest
 import schemathesis
 from corpus import requests
 from hypothesis import given, strategies as st
-from services import Crowd, Mean, ask, asked, encoded, plain, running, start
+from services import Crowd, Mean, ask, drawings, encoded, plain, running, start
 from starlette.testclient import TestClient
 
 from reward_models import Prompt, limits, load, scoring
@@ -66,7 +66,7 @@ def png(width: int, height: int, data: bytes = b"") -> str:
 
 
 def test_every_image_has_its_scores_reasons_and_critiques(client):
-    images, prompts = asked(4)
+    images, prompts = drawings(4)
     answer = client.post("/score", json=ask(images, [*prompts[:3], Prompt("no truth")])).json()
     local = load("shapes")(images, prompts)
     assert answer["names"] == {"mean": ["mean"], "shapes": ["strict", "partial"]}

@@ -8,7 +8,7 @@ from mmalign.flow import plan as plans
 from mmalign.flow.sample import gaussian, sample
 
 TEXTS = ["a red circle", "three green squares", "a cross"]
-CASES = [(name, guidance) for name, own in FAMILIES.items() for guidance in own.guidances]
+CASES = [(name, guidance) for name, family in FAMILIES.items() for guidance in family.guidances]
 
 
 def opened(folders, name, guidance, size=None):
