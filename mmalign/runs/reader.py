@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from mmalign.config import load as configs
 from mmalign.config.schema import Config
-from mmalign.errors import BadInput
+from mmalign.errors import BadInput, first_problem
 from mmalign.runs import checkpoint, jsonl
 from reward_models import files, limits
 
@@ -115,9 +115,9 @@ def read(run: Path) -> RunRecord:
     lacking: list[str] = []
 
     def rows(name: str, shape: type[_Shape], needed: bool = False) -> list[Row]:
-        rows, problems = _rows(run / name, shape, needed)
+        valid, problems = _rows(run / name, shape, needed)
         lacking.extend(f"{name}: {problem}" for problem in problems)
-        return rows
+        return valid
 
     text, c = "", None
     try:
@@ -163,8 +163,7 @@ def _rows(path: Path, shape: type[_Shape], needed: bool) -> tuple[list[Row], lis
             shape.model_validate(row)
             rows.append(row)
         except ValidationError as error:
-            first = error.errors()[0]
-            wrong.append(f"line {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+            wrong.append(f"line {number}: {first_problem(error)}")
         except BadInput as error:
             wrong.append(f"line {number}: {error}")
     more = f"; {len(wrong) - 1} more lines" if wrong[1:] else ""
