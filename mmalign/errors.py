@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from pydantic import ValidationError
-
 from reward_models import Prompt
 
 
@@ -31,13 +29,6 @@ def refusing() -> Iterator[None]:
         yield
     except ValueError as error:
         raise BadInput(" ".join(str(error).split())) from error
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first problem of a pydantic model's input in one line: its field, and what is wrong with it."""
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    return ": ".join(filter(None, [field, first["msg"].removeprefix("Value error, ")]))
 
 
 SHOWN = 3  # prompts that an error names at most

@@ -9,7 +9,7 @@ never interrupted.
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,53 +18,71 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmalign.config import load as configs
-from mmalign.config.schema import ANEW, Config
-from mmalign.data import prompts as prompt_files
+from mmalign.config.schema import RESUMABLE, Config
 from mmalign.distributed.processes import Ranks, join
 from mmalign.errors import BadInput
 from mmalign.evaluation import evaluate, layouts
 from mmalign.flow.sample import gaussian, seed_of
+from mmalign.policy.protocol import Trainable
 from mmalign.reporting import trackers as tracking
 from mmalign.reporting.trackers import Trackers
 from mmalign.rewards.judge import silent, stop_if_failing
 from mmalign.runs import alarms, checkpoint, folder, jsonl, machine, optimizer_state, state as states
 from mmalign.runs.signals import Stop, Stopped, stopping
 from mmalign.train import iterate
-from mmalign.training import finite as guards, planning as planner
+from mmalign.training import finite, planning, snapshots
+from mmalign.training.learner import optimizer_class
 from mmalign.training.session import Session
-from mmalign.training.setup import open_session, optimizer_of
-from reward_models import files
+from mmalign.training.setup import open_session
+from reward_models import RewardModel, files
 from reward_models.lengths import cut
 from reward_models.weights import fingerprint
 
 
-def train(c: Config, resume: bool = False, console: Console | None = None) -> Path:
-    """Run a config to its end and return the run's folder. Raises BadInput before anything is written, Failed where it
-    cannot go on (disk full, out of memory, scores that fail, values that are not finite), Lost where another of its
-    processes failed, and Stopped after SIGTERM or Ctrl-C. Of many processes the main one alone writes and speaks."""
+def train(
+    c: Config,
+    resume: bool = False,
+    console: Console | None = None,
+    policy: Trainable | None = None,
+    scorers: Mapping[str, RewardModel] | None = None,
+) -> Path:
+    """Run a config to its end and return the run's folder; `policy` and `scorers` as in `open_session`. Raises BadInput
+    before anything is written, Failed where it cannot continue (disk full, out of memory, scores that fail, non-finite
+    values), Lost where another rank failed, and Stopped after SIGTERM or Ctrl-C. Only the main process logs and writes
+    files."""
     ranks = join(c.patience)
     with ranks.failing():
-        return _train(c, resume, (console or Console()) if ranks.main else Console(quiet=True), ranks)
+        console = (console or Console()) if ranks.main else Console(quiet=True)
+        return _train(c, resume, console, ranks, policy, scorers)
 
 
-def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
+def _train(
+    c: Config,
+    resume: bool,
+    console: Console,
+    ranks: Ranks,
+    policy: Trainable | None,
+    scorers: Mapping[str, RewardModel] | None,
+) -> Path:
     say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
     ranks.assert_equal(c.model_dump_json(), "the config")
-    with folder.locked(out, say) if ranks.main else nullcontext(), guards.failing():
+    with folder.locked(out, say) if ranks.main else nullcontext(), finite.oom_as_failed():
         if ranks.main:
             folder.check(out, c, resume)
             with folder.failing(out):
                 folder.tidy(out)
             tracking.check(c.trackers)
         ranks.barrier("the check of the folder")
-        run = open_session(c, ranks)
+        run = open_session(c, ranks, policy, scorers)
         if ranks.main:
             saved = len(checkpoint.numbered(out / "checkpoints"))
             folder.check_space(out, _size(run) * max(1, c.keep_checkpoints + 2 - saved))
         if ranks.main:
-            for line in cut((run.policy, *run.scorers.values()), [p.text for p in (*run.prompts, *run.held_out)]):
+            for line in cut(
+                (run.policy, *run.rewards.scorers.values()), [p.text for p in (*run.prompts.all, *run.held_out)]
+            ):
                 print(f"mmalign: {line}", file=sys.stderr)
-        console.print(planner.describe(run.config, run.cost))
+        console.print(planning.describe(run.config, run.cost))
         done = restore(run, out, say) if resume else 0
         ranks.assert_equal(
             [done, fingerprint(run.policy.adapter(), digits=16)], "the iteration and the adapter to start with"
@@ -101,7 +119,7 @@ def _go_on(
                 if last:
                     break
                 with stop.finishing():
-                    row = iterate(run, done, out if _shown(c, done + 1) else None)
+                    row = iterate(run, done, partial(snapshots.write, run, out, done) if _shown(c, done + 1) else None)
                     done += 1
                     with clock.of("io"):
                         if ranks.main:
@@ -109,7 +127,7 @@ def _go_on(
                             trackers.log(row, done)
                             if _shown(c, done) and trackers.working:
                                 trackers.show(tracking.credit(out, done), done)
-                        watch.look(row, run.skips.reasons)
+                        watch.look(row, run.learner.skips.reasons)
                     note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
                     bar.update(task, completed=done, note=note)
                     stop.share(ranks.all_gather_object(stop.received, "signals"))
@@ -140,8 +158,10 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
     prompts, seeds = (run.held_out, c.eval_seeds) if name else (run.held_out[::stride], 1)
     if name == "before":
         console.print(f"before: {len(prompts)} held-out prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
-    with run.clock.of("evaluate"), run.averaged() if done else run.policy.reference():
-        asked = partial(evaluate.evaluate_distributed, run.ranks, run.policy, prompts, seeds, c.eval_steps, run.scorers)
+    with run.clock.of("evaluate"), run.learner.averaged() if done else run.policy.reference():
+        asked = partial(
+            evaluate.evaluate_distributed, run.ranks, run.policy, prompts, seeds, c.eval_steps, run.rewards.scorers
+        )
         found = run.fits["batch"](asked)
     if found is None:  # of many processes the main one has it
         return {"iteration": done, "name": name}
@@ -173,7 +193,7 @@ def _stop_if_failing(run: Session, done: int, found: evaluate.Evaluation) -> Non
     evaluation is written then: a resumed run makes it again."""
     if not run.config.rewards or run.records:
         return
-    lost = run.combination(done)(found.parts, found.prompt).isnan().nonzero()[:, 0].tolist()
+    lost = run.rewards.combination(done)(found.parts, found.prompt).isnan().nonzero()[:, 0].tolist()
     parts = {name: found.parts[name] for name in run.config.rewards}
     stop_if_failing({i: found.failures.get(i, silent(parts)) for i in lost}, len(found.images), run.config.max_failed)
 
@@ -202,15 +222,15 @@ def _kept(run: Session, iteration: int) -> dict[str, dict]:
     """What a run must go on with: its config, what it is made of, and what it draws next. Prompts, windows and noise
     have no state to be saved; a resumed run shows that it draws the same."""
     c = run.config
-    prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed)
+    prompts = run.prompts(iteration)
     noise = gaussian((8,), seed_of(c.seed, "rollout", iteration, prompts[0].id, 0))
     draws = {
         "order of prompts": [p.id for p in prompts],
-        "windows": [planner.window_start(c, iteration, p.id) for p in prompts],
+        "windows": [planning.position_of(c, iteration, p.id) for p in prompts],
         "random numbers": fingerprint({"noise": noise}, digits=16),
     }
-    made = run.origin | {"noise": run.levels, "reference": run.reference} | draws
-    return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude={*ANEW}), "made": made}))
+    made = run.origin | {"reference": run.rewards.reference} | draws
+    return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude={*RESUMABLE}), "made": made}))
 
 
 def _machine(run: Session) -> dict[str, int | str]:
@@ -221,11 +241,11 @@ def save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
     adapter_hash = fingerprint(adapter, digits=16)
     run.ranks.assert_equal(adapter_hash, f"the adapter after iteration {iteration}")
-    optimizer = optimizer_state.tensors(run.optimizer)  # of which each process may have a part
+    optimizer = optimizer_state.tensors(run.learner.optimizer)  # of which each process may have a part
     if not run.ranks.main:
         return
-    tensors = {"adapter": adapter, "ema": run.ema, "optimizer": optimizer}
-    state = {"adapter_hash": adapter_hash, "multipliers": run.multipliers, "machine": _machine(run)}
+    tensors = {"adapter": adapter, "ema": run.learner.ema, "optimizer": optimizer}
+    state = {"adapter_hash": adapter_hash, "multipliers": run.rewards.multipliers, "machine": _machine(run)}
     state |= {"learnt": optimizer_state.trained(optimizer)} | _kept(run, iteration)
     folder.sync(out)
     checkpoint.save(out / "checkpoints", iteration, tensors, state)
@@ -251,13 +271,13 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
         return 0
     tensors, state = states.read(path)
     done = _held(run, path, state)
-    states.check_adapter(path, tensors, run.ema)
-    optimizer_state.check(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_of(run.config))
+    states.check_adapter(path, tensors, run.learner.ema)
+    optimizer_state.check(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_class(run.config))
     run.policy.load_adapter(tensors["adapter"])
-    optimizer_state.load(run.optimizer, tensors["optimizer"])
-    run.multipliers.update(state.multipliers)
+    optimizer_state.load(run.learner.optimizer, tensors["optimizer"])
+    run.rewards.multipliers.update(state.multipliers)
     for name, value in tensors["ema"].items():
-        run.ema[name].copy_(value)
+        run.learner.ema[name].copy_(value)
     changed = machine.difference(state.machine, _machine(run))
     if changed and run.ranks.main:
         print(f"mmalign: {changed}", file=sys.stderr)
@@ -269,8 +289,8 @@ def _held(run: Session, path: Path, state: states.State) -> int:
     file, done = path / checkpoint.STATE, state.iteration
     if done > run.config.iterations:
         raise states.refused(file, f"iteration: {done}, of a run of {run.config.iterations}")
-    if state.multipliers.keys() != run.multipliers.keys():
-        odd = min(state.multipliers.keys() ^ run.multipliers.keys())
+    if state.multipliers.keys() != run.rewards.multipliers.keys():
+        odd = min(state.multipliers.keys() ^ run.rewards.multipliers.keys())
         raise states.refused(file, f"multipliers: {odd!r} is in one of checkpoint and config alone")
     for kind, now in _kept(run, done).items():
         saved = getattr(state, kind)

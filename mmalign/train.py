@@ -1,71 +1,83 @@
 """The iteration: prompts -> rollout -> judgement -> advantages -> update.
 
 Every random number comes from a seed derived from (run seed, iteration, prompt id, member, step), so results depend
-neither on batch sizes nor on the number of processes nor on whether the run was interrupted.
+neither on batch sizes nor on the number of ranks nor on whether the run was interrupted.
 
 Left out on purpose: a replay buffer (each iteration learns from its own images) and reward models that are trained
 along.
 """
 
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-from mmalign import errors
-from mmalign.data import prompts as prompt_files
 from mmalign.distributed.gather import gather
+from mmalign.errors import NonFinite
+from mmalign.objectives.objective import TrainBatch
 from mmalign.rewards.judge import stop_if_failing, unscored
-from mmalign.training import finite as guards, metrics as measures, rollout, snapshots as exhibit
-from mmalign.training.advantages import advantages
-from mmalign.training.learning import Lesson, finished, from_records, learn, of_images, of_walks
+from mmalign.rewards.rewards import shares
+from mmalign.training import finite
+from mmalign.training.metrics import deviations, metrics
+from mmalign.training.rollout import Rollout, judged, sample_and_score
 from mmalign.training.session import Session
+from mmalign.training.snapshots import Snapshot
 from mmalign.types import Judgement
+from reward_models import Prompt
+
+Row = dict[str, int | float]
+Show = Callable[[Snapshot], None]
 
 
-def iterate(run: Session, iteration: int, keep: Path | None = None) -> dict[str, int | float]:
-    """Roll out, judge, credit, learn; with records, learn from those. Returns the row for metrics.jsonl; a few images
-    go with their credit to the folder `keep`."""
-    c, policy, clock, ranks = run.config, run.policy, run.clock, run.ranks
+def iterate(run: Session, iteration: int, show: Show | None = None) -> Row:
+    """One iteration; returns its row for metrics.jsonl. `show` gets the rollout with its advantages, to log it."""
+    policy, learner, clock = run.policy, run.learner, run.clock
     policy.counts.clear()
-    run.skips.reasons.clear()
-    run.set_rate(iteration)
+    learner.skips.reasons.clear()
+    learner.set_rate(iteration)
+    prompts = run.ranks.local(run.prompts(iteration))
     try:
-        lesson, row = from_records(run, iteration) if run.records else _from_rollout(run, iteration, keep)
-    except errors.NonFinite as found:
-        run.skips.leave_out(iteration, found)
-        lesson, row = None, {"reward": float("nan"), "rewards": 0}
+        batch, row = (from_records if run.records else from_rollout)(run, prompts, iteration, show)
+    except NonFinite as error:
+        learner.skips.leave_out(iteration, error)
+        batch, row = None, {"reward": float("nan"), "rewards": 0}
     forwards = policy.counts["forwards"]
     with clock.of("learn"):
-        statistics = learn(run, lesson, iteration) if lesson else {"transitions": 0}
-    spent = {"forwards": forwards, "replay_forwards": policy.counts["forwards"] - forwards}
-    spent["decodes"] = policy.counts["decodes"]
-    row = {"iteration": iteration + 1} | row | ranks.all_reduce_sum(spent, "counts") | run.asked()
-    row |= {
-        "skipped": len(run.skips.reasons),
-        "lr": run.optimizer.param_groups[0]["lr"],
-        **{f"fit/{name}": fit.rows for name, fit in run.fits.items() if fit.rows < getattr(c, name)},
-    }
-    return row | statistics | run.pace(row["forwards"] + row["replay_forwards"])
+        statistics = learner.update(batch, prompts, iteration) if batch else {"transitions": 0}
+    replayed = policy.counts["forwards"] - forwards
+    counts = {"forwards": forwards, "replay_forwards": replayed, "decodes": policy.counts["decodes"]}
+    row = {"iteration": iteration + 1} | row | run.ranks.all_reduce_sum(counts, "counts")
+    row |= shares(run.ranks.all_reduce_sum(run.rewards.usage(), "counts"))
+    row |= {"skipped": len(learner.skips.reasons), "lr": learner.rate} | run.fitted()
+    return row | statistics | clock.pace(row["forwards"] + row["replay_forwards"])
 
 
-def _drawn(run: Session, iteration: int) -> tuple[rollout.Batch, Judgement]:
-    c = run.config
-    prompts = run.ranks.local(prompt_files.batch(run.prompts, c.prompts_per_iteration, iteration, c.seed))
-    own = rollout.roll_out(run, prompts, run.levels, iteration)
-    return own, rollout.judged(run, own, iteration)
-
-
-def _from_rollout(run: Session, iteration: int, keep: Path | None) -> tuple[Lesson, dict[str, int | float]]:
+def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show | None) -> tuple[TrainBatch, Row]:
+    """Sample, score and judge on each rank; credit over all ranks; train on this rank's trajectories."""
     c, clock = run.config, run.clock
-    own, seen = guards.together(run.ranks.all_gather_object, partial(_drawn, run, iteration))
-    paths, judged = gather(run.ranks, own.paths, seen)
-    stop_if_failing(unscored(paths, judged), len(paths.owner), c.max_failed)
+    rollout, local = finite.on_all_ranks(run.ranks, partial(sample_and_judge, run, prompts, iteration))
+    tree, judgement = gather(run.ranks, rollout.tree, local)
+    stop_if_failing(unscored(tree, judgement), len(tree.owner), c.max_failed)
     with clock.of("learn"):
-        if c.objective == "grpo":
-            credit = advantages(c, paths, judged)
-            lesson = of_walks(run, own.cond, own.paths, credit[run.ranks.is_local(paths.prompt)])
-        else:
-            credit, lesson = None, of_images(run, own.prompts, own.cond, finished(own.paths, seen), iteration)
-    if keep:
-        clock.timed("io", exhibit.write)(run, keep, iteration, own, paths, judged, credit)
-    deviation = measures.deviations(run.ranks, own.paths, own.images)
-    return lesson, measures.of(c, paths, judged, deviation, run.combination(iteration)) | run.move_multipliers(judged)
+        advantage = c.advantage and c.advantage(tree, judgement, c.credit, c.mask, c.dead_spread)
+        mine = None if advantage is None else advantage[run.ranks.is_local(tree.prompt)]
+        batch = c.objective.batch(run, rollout, local, mine, iteration)
+    if show:
+        clock.timed("io", show)(Snapshot(rollout, tree, judgement, advantage))
+    deviation = deviations(run.ranks, rollout.tree, rollout.images)
+    row = metrics(run, tree, judgement, deviation, iteration)
+    return batch, row | run.rewards.move_multipliers(judgement)
+
+
+def sample_and_judge(run: Session, prompts: list[Prompt], iteration: int) -> tuple[Rollout, Judgement]:
+    rollout = sample_and_score(run, prompts, iteration)
+    return rollout, judged(run, rollout, iteration)
+
+
+def from_records(run: Session, prompts: list[Prompt], iteration: int, show: Show | None) -> tuple[TrainBatch, Row]:
+    """Train on judged images of these prompts; nothing is sampled."""
+    c, policy = run.config, run.policy
+    with run.clock.of("learn"):
+        images = run.records.finished(policy, prompts, c.region_grid or policy.latent_shape[1:])
+        cond = policy.encode([p.text for p in prompts])
+        batch = c.objective.of_images(run, prompts, cond, images, iteration)
+    reward = run.ranks.gather(images.reward, "rewards")
+    return batch, {"reward": float(reward.mean()), "images": len(reward), "rewards": 0}

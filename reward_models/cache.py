@@ -19,7 +19,7 @@ import torch
 
 from reward_models.images import to_uint8
 from reward_models.regions import Region
-from reward_models.scoring import TEXTS, asked, unfit
+from reward_models.scoring import TEXTS, score_isolated, unfit
 from reward_models.types import Images, Infinite, Prompt, RewardModel, Scores, Unusable
 
 FORM = 3  # of a record; older ones are not found again
@@ -53,7 +53,7 @@ class Cached:
         failures = {}
         if new:
             try:
-                found = asked(self.scorer, images[new], [prompts[i] for i in new])
+                found = score_isolated(self.scorer, images[new], [prompts[i] for i in new])
             except Infinite as error:
                 bad = {keys[new[place]] for place in error.rows}
                 raise Infinite([i for i, key in enumerate(keys) if key in bad]) from error

@@ -27,7 +27,7 @@ Weights = Float[Tensor, "K"]
 ROUNDING = torch.finfo(torch.float32).eps  # scores are float32 numbers, which lie so far apart in units of their size
 
 
-def within(
+def mean_and_std(
     values: Float[Tensor, "N *rest"], group: Groups
 ) -> tuple[Float[Tensor, "N *rest"], Float[Tensor, "N *rest"]]:
     """Mean and (population) standard deviation of the valid values of each one's group, column by column, computed in
@@ -57,7 +57,7 @@ def alive(
     sizes = (values if size is None else size).double().abs().nan_to_num(0.0)
     place = number.view(-1, *[1] * (sizes.ndim - 1)).expand_as(sizes)
     largest = sizes.new_zeros(int(number.max()) + 1, *sizes.shape[1:]).scatter_reduce_(0, place, sizes, "amax")[number]
-    return within(values.double(), group)[1] > (ROUNDING * largest).clamp(min=floor)
+    return mean_and_std(values.double(), group)[1] > (ROUNDING * largest).clamp(min=floor)
 
 
 def weighted(values: Values, weights: Weights) -> Float[Tensor, "N"]:
@@ -94,7 +94,7 @@ def _not_below_0(rule: str, values: Float[Tensor, "*any"]) -> None:
 def normalised(values: Values, group: Groups, weights: Weights, floor: float = 0.0) -> Float[Tensor, "N"]:
     """Sum of weight x (score - group mean) / group standard deviation: normalise, then add (MRN; ReFine-RFT). Every
     component speaks with its weight, whatever its range; a dead one is silent."""
-    centre, spread = within(values.double(), group)
+    centre, spread = mean_and_std(values.double(), group)
     z = torch.where(alive(values, group, floor), (values - centre) / spread, 0.0)
     used = weights != 0
     opinion = ~values[:, used].isnan().all(1) | ~used.any()
@@ -106,7 +106,7 @@ def whitened(values: Values, group: Groups, weights: Weights, floor: float = 0.0
     stays the same when a component is added. Its mean is 0 already, group by group. All 0 where nothing differs."""
     z = normalised(values, group, weights, floor)
     batch = torch.zeros_like(group)
-    return torch.where(alive(z, batch), z / within(z, batch)[1], z * 0)
+    return torch.where(alive(z, batch), z / mean_and_std(z, batch)[1], z * 0)
 
 
 def referenced(values: Values, mean: Weights, std: Weights) -> Values:
@@ -144,7 +144,7 @@ def health(values: Values, names: Sequence[str], group: Groups, floor: float = 0
     """By component: `spread/` the mean standard deviation within groups, `missing/` the share of images without a
     score, `dead/` the share of images in groups where it tells nothing; `correlation/one~two` (Pearson, over the images
     that have both) where there is something to correlate."""
-    spread, tells = within(values, group)[1], alive(values, group, floor)
+    spread, tells = mean_and_std(values, group)[1], alive(values, group, floor)
     found = {}
     for k, name in enumerate(names):
         found |= {

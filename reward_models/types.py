@@ -1,8 +1,8 @@
-"""The records every scorer speaks in, and the one calling convention.
+"""The records shared by all scorers, and their calling convention.
 
 Letters: `N` images, `K` reward components, `H W` pixels, `a b` a grid laid over the image (row 0 at the top).
 
-Images are `[N, 3, H, W]` float32, RGB, in [0, 1]. No other form crosses a border of this package.
+Images are `[N, 3, H, W]` float32, RGB, in [0, 1]; the public functions of this package take no other form.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_models.regions import Region
+from reward_models.regions import Region, paint
 
 Images = Float[Tensor, "N 3 H W"]
 
@@ -25,9 +25,9 @@ Images = Float[Tensor, "N 3 H W"]
 class Prompt:
     """A request for an image.
 
-    `wants` is the ground truth for scorers that can check one, in the layout of GenEval's metadata
+    `wants` is the ground truth for scorers that can check it, in the layout of GenEval's metadata
     (`tag`, `include`: a list of `class`, `count`, `color`, `position`); empty for free text.
-    `id` names the prompt through a whole run: siblings are found by this integer, never by their text.
+    `id` identifies the prompt throughout a run: images with equal ids are siblings.
     """
 
     text: str
@@ -55,7 +55,7 @@ class Card:
     higher: str = "better"
     comparable_across_prompts: bool = False
     sees_prompt: bool = True
-    size: str = "any size, as it is"
+    size: str = "any size, not resized"
     checkpoint: str = ""
     groupwise: bool = False
     has_map: bool = False
@@ -63,7 +63,7 @@ class Card:
 
     @property
     def version(self) -> str:
-        """16 hexadecimal digits that change whenever a score might: with the weights, the settings, the meaning."""
+        """16 hexadecimal digits that change with the weights, the settings and every other field."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class Card:
 
 
 class Infinite(ValueError):
-    """Scores of which the `rows` are infinite."""
+    """Scores that are infinite at `rows`."""
 
     def __init__(self, rows: Sequence[int]):
         super().__init__("a score is infinite; a scorer must return NaN with a reason instead")
@@ -85,19 +85,31 @@ class Infinite(ValueError):
 
 
 class Unusable(ValueError):
-    """What a scorer works with, such as the file of a cache, cannot be used, whatever the image: asking again for fewer
-    images would not help."""
+    """A resource of the scorer, such as its cache file, cannot be used. Retrying with fewer images would not help."""
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """The scores of one image by one scorer: `values` by component, where a missing one is NaN. The other fields are
+    those of `Scores`; `failure` is the reason for missing values, "" without any."""
+
+    values: Mapping[str, int | float] = field(default_factory=dict)
+    critique: str = ""
+    request: str = ""
+    reply: str = ""
+    regions: tuple[Region, ...] = ()
+    failure: str = ""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one scorer thinks of `N` images. Raw units, higher is better.
+    """The scores of `N` images by one scorer, in raw units; higher is better.
 
-    A score that could not be had is NaN, never 0, and `failures` says why (image index -> reason).
-    NaN without a reason is "no opinion". `critiques` holds a sentence per image, or is empty;
-    `regions` says where, in [-1, 1] with NaN for "no opinion here", or is None; `boxes` holds the regions of each image
-    that the map was painted from, or is empty. A critic has `requests`, for each image a request that might bring a
-    better one ("": none); a judge that writes has `replies`, what it wrote.
+    A missing score is NaN, never 0, and `failures` has the reason (image index -> reason). NaN without a reason means
+    "no opinion". `critiques` has a sentence per image, or is empty. `regions` is a score map in [-1, 1] with NaN for
+    "no opinion here", or None; `boxes` has the regions of each image that its map was painted from, or is empty. A
+    critic fills `requests`, for each image a revised request that might give a better one ("": none). A judge that
+    writes fills `replies`, its raw text.
     """
 
     names: tuple[str, ...]
@@ -108,6 +120,33 @@ class Scores:
     boxes: tuple[tuple[Region, ...], ...] = ()
     requests: tuple[str, ...] = ()
     replies: tuple[str, ...] = ()
+
+    @classmethod
+    def collect(
+        cls,
+        names: tuple[str, ...],
+        rows: Sequence[ImageScores],
+        size: tuple[int, int] = (1, 1),
+        grid: int | None = None,
+    ) -> "Scores":
+        """The scores of images of `size` (height, width), from one row for each. With `grid`, the regions of each image
+        are painted on a map of grid x grid cells."""
+        values = torch.full((len(rows), len(names)), torch.nan)
+        maps = torch.full((len(rows), grid, grid), torch.nan) if grid else None
+        for i, row in enumerate(rows):
+            values[i] = torch.tensor([float(row.values.get(name, torch.nan)) for name in names])
+            if maps is not None:
+                maps[i] = paint(row.regions, size, (grid, grid))
+        return cls(
+            names,
+            values,
+            critiques=tuple(row.critique for row in rows),
+            regions=maps,
+            failures={i: row.failure for i, row in enumerate(rows) if row.failure},
+            boxes=tuple(row.regions for row in rows),
+            requests=tuple(row.request for row in rows),
+            replies=tuple(row.reply for row in rows),
+        )
 
     def __post_init__(self):
         if self.values.ndim != 2 or self.values.shape[1] != len(self.names):
@@ -123,10 +162,10 @@ class Scores:
 
 @runtime_checkable
 class RewardModel(Protocol):
-    """Anything that scores images, in this process or far away. `names` are its components, `card` says what they mean.
+    """Anything that scores images, locally or remotely. `names` are its components, `card` describes their meaning.
 
-    The images of one call need not belong to one prompt, but are of one size. A scorer whose card says `groupwise`
-    gets all images of a prompt (equal `Prompt.id` and text) in one call, whoever calls it.
+    The images of one call have one size but may belong to several prompts. A scorer whose card is `groupwise` always
+    gets all images of a prompt (equal `Prompt.id` and text) in one call.
     """
 
     names: tuple[str, ...]

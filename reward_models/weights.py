@@ -64,14 +64,14 @@ def pretrained(kind: type, place: str, **settings) -> nn.Module:
         build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
         with torch.device("meta"):
             model_folders.check_size(model_folders.counted(build(config)), place, named(place))
-    with hushed():
+    with quiet():
         model, info = kind.from_pretrained(place, output_loading_info=True, trust_remote_code=False, **same, **settings)
     model_folders.complete(model, info)
     return model.eval()
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what transformers logs, and its progress bars: what is wrong with a model is raised, if by `complete`."""
     from transformers.utils import logging
 
@@ -86,7 +86,7 @@ def hushed() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def tried(look: Callable) -> None:
+def check_on_grey_image(look: Callable) -> None:
     """ValueError unless a scorer's `look` has a number for a grey image; whatever the libraries raise otherwise. A
     folder can be whole and yet describe images that its model does not take."""
     if not look(torch.full((1, 3, 64, 64), 0.5), [Prompt("a")]).isfinite().all():

@@ -18,7 +18,7 @@ from tiny_pipelines import FAMILIES
 
 from mmalign import policy as policies, run as runs
 from mmalign.config import load as configs
-from mmalign.config.schema import component, first_without_weight
+from mmalign.config.checks import component, first_without_weight
 from mmalign.data.judged_images import read as read_records
 from mmalign.errors import BadInput
 from mmalign.policy.sd3 import SD3Policy

@@ -17,7 +17,7 @@ from mmalign.rewards.judge import score
 from mmalign.runs import signals
 from reward_models import Prompt, Scores
 from reward_models.cache import Cached
-from reward_models.scoring import asked, score_pictures
+from reward_models.scoring import score_isolated, score_pictures
 from reward_models.types import Unusable
 
 PROMPTS = [Prompt("a cat", {}, 0), Prompt("bad", {}, 1), Prompt("a dog", {}, 2), Prompt("a cow", {}, 3)]
@@ -37,7 +37,7 @@ SAYS = {
 @pytest.mark.parametrize("fault", SAYS)
 def test_a_fault_is_that_images_failure_and_the_others_have_their_scores(fault, groupwise):
     scorer = Faulty(fault, everywhere=False, groupwise=groupwise)
-    found = asked(scorer, IMAGES, PROMPTS)
+    found = score_isolated(scorer, IMAGES, PROMPTS)
     assert found.failures == {1: SAYS[fault]}
     assert found.values[[0, 2, 3], 0].tolist() == pytest.approx([0, 2 / 3, 1])
     assert found.values[1].isnan().all()
@@ -48,11 +48,11 @@ def test_a_fault_is_that_images_failure_and_the_others_have_their_scores(fault, 
 
 
 def test_too_few_scores_are_not_spread_over_all_images():
-    two = asked(Faulty("one score", everywhere=False), IMAGES[:2], PROMPTS[:2])
+    two = score_isolated(Faulty("one score", everywhere=False), IMAGES[:2], PROMPTS[:2])
     assert two.values.tolist() == [[0.0], [1.0]]  # of one image one score is right
     siblings = [Prompt("bad", {}, 1)] * 3
-    found = asked(Faulty("one score", groupwise=True), IMAGES[:3], siblings)
-    assert found.failures == dict.fromkeys(range(3), "3 images were shown, the scores are 1")
+    found = score_isolated(Faulty("one score", groupwise=True), IMAGES[:3], siblings)
+    assert found.failures == dict.fromkeys(range(3), "it was given 3 images, but returned 1 scores")
 
 
 def test_what_is_sound_comes_back_as_it_was_and_in_one_call():
@@ -63,11 +63,11 @@ def test_what_is_sound_comes_back_as_it_was_and_in_one_call():
             calls.append(len(images))
             return Scores(self.names, images.mean((1, 2, 3))[:, None], critiques=("a", "b", "c", "d"))
 
-    found = asked(Counted("exit"), IMAGES, PROMPTS)
+    found = score_isolated(Counted("exit"), IMAGES, PROMPTS)
     assert calls == [4]
     assert found.critiques == ("a", "b", "c", "d")
     assert torch.equal(found.values, IMAGES.mean((1, 2, 3))[:, None])
-    assert asked(Counted("exit"), IMAGES[:0], []).values.shape == (0, 1)
+    assert score_isolated(Counted("exit"), IMAGES[:0], []).values.shape == (0, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -78,7 +78,7 @@ def test_a_signal_in_the_middle_of_a_scorer_still_stops(number):
             return super().__call__(images, prompts)
 
     with signals.stopping(), pytest.raises(signals.Stopped) as stopped:
-        asked(Long("exit"), IMAGES, PROMPTS)
+        score_isolated(Long("exit"), IMAGES, PROMPTS)
     assert stopped.value.code == 128 + number
 
 
@@ -88,7 +88,7 @@ def test_ctrl_c_without_a_run_around_it_passes():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        asked(Long("exit"), IMAGES, PROMPTS)
+        score_isolated(Long("exit"), IMAGES, PROMPTS)
 
 
 def test_a_cache_that_breaks_is_named_and_asked_once(tmp_path):
@@ -98,7 +98,7 @@ def test_a_cache_that_breaks_is_named_and_asked_once(tmp_path):
     with sqlite3.connect(path) as store:
         store.execute("DROP TABLE scores")
     with pytest.raises(Unusable, match=r"cache .*scores.sqlite: no such table"):
-        asked(cached, IMAGES, PROMPTS)
+        score_isolated(cached, IMAGES, PROMPTS)
     with pytest.raises(Failed, match=r"own: cache .*scores.sqlite: no such table"):
         score(IMAGES, PROMPTS, {"own": cached})
 

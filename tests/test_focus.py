@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from mmalign.training.masks import attended, top, within
 from trajectories import walk
 
 from mmalign.flow import plan as plans
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
-from mmalign.training.masks import attended, top, within
 from mmalign.training.microbatch import Fit
 
 PLAN = plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7)

@@ -14,7 +14,7 @@ from services import running
 
 from mmalign import errors, train
 from mmalign.config import load as configs
-from mmalign.config.schema import component
+from mmalign.config.checks import component
 from mmalign.data import prompts
 from mmalign.errors import BadInput
 from mmalign.training import rollout, setup

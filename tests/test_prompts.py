@@ -18,7 +18,7 @@ from mmalign.data import prompts as sources
 from mmalign.errors import BadInput
 from mmalign.evaluation import evaluate, layouts
 from reward_models import Card, Prompt
-from reward_models.detect import Found
+from reward_models.detect import Detection
 from reward_models.images import from_file
 from reward_models.scorers.geneval import GenEval
 from reward_models.tools import picture_files
@@ -91,10 +91,10 @@ def test_geneval_metadata_is_what_its_scorer_asks_for(geneval):
     assert prompts == ASKED
     left, right = (0, 4, 4, 8), (12, 4, 16, 8)
     things = [
-        [Found("bench", 0.9, left)],
-        [Found("clock", 0.95, left), Found("clock", 0.95, right), Found("clock", 0.95, (4, 0, 8, 4))],
-        [Found("bench", 0.9, right), Found("cow", 0.9, left)],
-        [Found("cow", 0.9, left), Found("dog", 0.9, right)],
+        [Detection("bench", 0.9, left)],
+        [Detection("clock", 0.95, left), Detection("clock", 0.95, right), Detection("clock", 0.95, (4, 0, 8, 4))],
+        [Detection("bench", 0.9, right), Detection("cow", 0.9, left)],
+        [Detection("cow", 0.9, left), Detection("dog", 0.9, right)],
     ]
     scores = GenEval(Told(things), Painted(), Card("geneval"))(torch.zeros(4, 3, 16, 16), prompts)
     assert not scores.failures

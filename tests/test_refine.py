@@ -25,7 +25,7 @@ from mmalign.refine.loop import Settings, refine
 from mmalign.refine.redraw import Attempt, Base, cost, draw, times_from
 from reward_models import Card, Prompt, Scores, load
 from reward_models.regions import Region
-from reward_models.scorers.shapes import look
+from reward_models.scorers.shapes import find_blobs
 
 TEXTS = ["a circle and a square", "a red circle above a blue square", "two yellow crosses", "a green triangle"]
 PROMPTS = [Prompt(text, {}, i) for i, text in enumerate(TEXTS)]
@@ -264,7 +264,7 @@ def test_the_embedded_critic_reads_captions_and_asks_for_what_was_left_open():
     assert found.critiques == ("no circle; no square",)
     assert critic(blank, [Prompt("a red circle above a blue square")]).requests == ()
     assert "no ground truth" in critic(blank, [Prompt("a cat")]).failures[0]
-    assert look(images.numpy())
+    assert find_blobs(images.numpy())
 
 
 def invoke(*arguments):

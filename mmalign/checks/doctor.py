@@ -41,23 +41,22 @@ from torch import Tensor
 from mmalign import run as runs
 from mmalign.config.schema import Config
 from mmalign.credit.groups import dead
-from mmalign.data import prompts as prompt_files
 from mmalign.evaluation import generate
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import sample
-from mmalign.learn.update import transitions, update
+from mmalign.learn.update import update
+from mmalign.objectives.replay import transitions
 from mmalign.rewards.judge import score
-from mmalign.training import rollout
-from mmalign.training.advantages import advantages
-from mmalign.training.learning import of_walks
+from mmalign.training.rollout import Rollout, judged, sample_and_score
 from mmalign.training.session import Session
 from mmalign.training.setup import open_session
-from mmalign.types import Judgement, Trajectories, Transitions
+from mmalign.types import Judgement, Transitions, Tree
 from reward_models import Prompt
 from reward_models.tools import examine as health
 from reward_models.tools.examine import Check
 
 BOUND = 0.1  # of the clip range: what replay may be off by in log-density
+CLIP = 1e-4  # the clip range of a loss that has none
 STOCK = {"float32": 1e-3, "bfloat16": 0.1}  # of the difference between images: what ODE sampling may be off by
 MOVED = 0.02  # size of the disturbance of the adapter's matrices
 GIB = 2**30
@@ -65,19 +64,21 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Bench:
-    """A small iteration, taken apart. `judged` is None without a rollout to judge (`records`, `plan: ode`)."""
+    """A small iteration, taken apart."""
 
     run: Session
-    prompts: list[Prompt]
-    cond: object
-    paths: Trajectories
-    images: Float[Tensor, "E 3 H W"]
+    rollout: Rollout
     judged: Judgement
 
     @property
-    def walks(self) -> Transitions:
+    def tree(self) -> Tree:
+        return self.rollout.tree
+
+    @property
+    def steps(self) -> Transitions:
         """Its stochastic steps, with advantages that are not 0."""
-        batch = transitions(self.paths, torch.ones(*self.paths.std.shape, 1, 1, device=self.paths.std.device))
+        std = self.tree.std
+        batch = transitions(self.rollout.paths, torch.ones(*std.shape, 1, 1, device=std.device))
         signs = torch.ones_like(batch.advantage)
         signs[1::2] = -1
         return replace(batch, advantage=signs)
@@ -87,7 +88,7 @@ def examine(c: Config) -> Iterator[Check]:
     """The findings, as they come. Raises BadInput for what keeps the config from being opened at all."""
     with tempfile.TemporaryDirectory() as folder:
         run = open_session(small(c, Path(folder)))
-        own = run.prompts[: max(2, run.config.prompts_per_iteration)]
+        own = run.prompts.all[: max(2, run.config.prompts_per_iteration)]
         for check in (untouched, stock, prompted):
             yield from check(run, own)
         if c.records:
@@ -102,7 +103,7 @@ def examine(c: Config) -> Iterator[Check]:
 
 def small(c: Config, out: Path) -> Config:
     """The same with two prompts and few siblings, in a folder of its own."""
-    most = 2 if (c.children or 1) > 1 else 4
+    most = 2 if c.plan.children > 1 else 4
     change = {"prompts_per_iteration": min(2, c.prompts_per_iteration), "seeds": min(c.seeds, most)}
     return c.model_copy(update=change | {"out": str(out / "run"), "rollout_parts": 1, "cache": None})
 
@@ -115,11 +116,10 @@ def disturb(run: Session) -> None:
 
 
 def _of_rollout(run: Session) -> Iterator[Check]:
-    c = run.config
-    prompts = prompt_files.batch(run.prompts, c.prompts_per_iteration, 0, c.seed)
-    batch = rollout.roll_out(run, prompts, run.levels, 0)
-    bench = Bench(run, prompts, batch.cond, batch.paths, batch.images, rollout.judged(run, batch, 0))
-    for check in (seeds, *((zero_noise, ratio, guidance, gradient, kl_gradient) if c.objective == "grpo" else ())):
+    rollout = sample_and_score(run, run.prompts(0), 0)
+    bench = Bench(run, rollout, judged(run, rollout, 0))
+    of_steps = (zero_noise, ratio, guidance, gradient, kl_gradient) if run.config.objective.stochastic else ()
+    for check in (seeds, *of_steps):
         yield from check(bench)
     for check in (pixels, judged_as_shown, rewards, group_spread):
         yield from check(bench)
@@ -164,7 +164,7 @@ def stock(run: Session, own: list[Prompt]) -> Iterator[Check]:
         "the schedule is not the pipeline's: shift, size or number type differ",
     )  # fmt: skip
     start, owner = generate.initial_noise(policy, [[seed] for seed in numbers])
-    ends = [p.ends for p in generate.trajectories(policy, own[:2], start, owner, times, c.batch)]
+    ends = [p.finals for p in generate.trajectories(policy, own[:2], start, owner, times, c.batch)]
     ours = policy.decode(torch.cat(ends)).cpu()
     apart = float(_rms(theirs[0] - theirs[1]))
     share = float(_rms(ours - theirs)) / max(apart, 1e-9)
@@ -183,7 +183,7 @@ def prompted(run: Session, own: list[Prompt]) -> Iterator[Check]:
     policy = run.policy
     start, _ = generate.initial_noise(policy, [[0]])
     index, texts = torch.arange(2, device=policy.device), [p.text for p in own[:2]]
-    two = sample(policy.velocity, start.repeat(2, 1, 1, 1), policy.encode(texts), index, plans.ode(run.times)).ends
+    two = sample(policy.velocity, start.repeat(2, 1, 1, 1), policy.encode(texts), index, plans.ode(run.times)).finals
     share = float(_rms(two[0] - two[1]) / _rms(two))
     yield Check(
         "prompts", share > 1e-3, f"two prompts from one noise differ by {share:.2g} of the latent",
@@ -196,13 +196,13 @@ def prompted(run: Session, own: list[Prompt]) -> Iterator[Check]:
 
 def seeds(bench: Bench) -> Iterator[Check]:
     """Of every pair of states at one step: the same number, the same state; another number, another state."""
-    paths, twins = bench.paths, 0
+    paths, tree, twins = bench.rollout.paths, bench.tree, 0
     starts = paths.x[:, 0].flatten(1)
-    begun = torch.stack([paths.prompt, paths.member], 1).unique(dim=0)
+    begun = torch.stack([tree.prompt, tree.member], 1).unique(dim=0)
     twins += len(begun) - len(starts.unique(dim=0))
     for k in range(1, paths.x.shape[1]):
-        twins += len(paths.node[:, k].unique()) - len(paths.x[:, k].flatten(1).unique(dim=0))
-    count = len(paths.node[:, -1].unique())
+        twins += len(tree.node[:, k].unique()) - len(paths.x[:, k].flatten(1).unique(dim=0))
+    count = len(tree.node[:, -1].unique())
     yield Check(
         "seeds", twins == 0, f"{count} images from {len(begun)} noises, {twins} states that should differ do not",
         "siblings share their noise: seeds must depend on prompt, member and step",
@@ -210,41 +210,41 @@ def seeds(bench: Bench) -> Iterator[Check]:
 
 
 def zero_noise(bench: Bench) -> Iterator[Check]:
-    b, c = bench.walks, bench.run.config
+    b, c = bench.steps, bench.run.config
     with torch.no_grad():
-        v = bench.run.policy.velocity(b.x, b.t, bench.cond, b.index)
-    still, std = kernels.step(c.kernel, b.x, v, b.t, b.s, torch.zeros_like(b.noise), bench.paths.t_max)
+        v = bench.run.policy.velocity(b.x, b.t, bench.rollout.cond, b.index)
+    still, std = c.kernel.step(b.x, v, b.t, b.s, torch.zeros_like(b.noise), bench.rollout.paths.t_max)
     off = float((still - kernels.ode(b.x, v, b.t, b.s)[0]).abs().max()) + float(std.abs().max())
     yield Check("zero noise", off == 0, f"off the ODE's step by {off:.3g}", "the kernel's mean is not the ODE's")
 
 
 def _replayed(bench: Bench, batch: Transitions) -> tuple[dict[str, float], list[Tensor | None]]:
     """Statistics and gradients of one replay, in the run's own batches; nothing is stepped."""
-    run = bench.run
-    lesson = of_walks(run, bench.cond, bench.paths, advantages(run.config, bench.paths, bench.judged))
-    parameters = run.policy.parameters()
-    found = update(
-        parameters, torch.optim.SGD(parameters, 0.0), batch, lesson.replay, epochs=1, minibatches=1,
-        micro_batch=run.fits["micro_batch"], max_grad_norm=float("inf"), generator=torch.Generator().manual_seed(0),
+    run, c, parameters = bench.run, bench.run.config, bench.run.policy.parameters()
+    advantage = c.advantage(bench.tree, bench.judged, c.credit, c.mask, c.dead_spread)
+    replay = c.objective.batch(run, bench.rollout, bench.judged, advantage, 0).replay
+    statistics = update(
+        parameters, torch.optim.SGD(parameters, 0.0), batch, replay, epochs=1, minibatches=1,
+        micro_batch=run.learner.micro_batch, max_grad_norm=float("inf"), generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     gradients = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
-    return found, gradients
+    return statistics, gradients
 
 
 def ratio(bench: Bench) -> Iterator[Check]:
-    c, b = bench.run.config, bench.walks
-    found, _ = _replayed(bench, b)
-    mean = found.get("log_ratio", float("nan"))
+    c, b = bench.run.config, bench.steps
+    statistics, _ = _replayed(bench, b)
+    mean, clip = statistics.get("log_ratio", float("nan")), getattr(c.loss, "clip", CLIP)
     with torch.no_grad():
-        parts = torch.arange(len(b), device=b.x.device).split(bench.run.fits["micro_batch"].rows)
-        v = torch.cat([bench.run.policy.velocity(b.x[i], b.t[i], bench.cond, b.index[i]) for i in parts])
-    again, std = kernels.step(c.kernel, b.x, v, b.t, b.s, b.noise, bench.paths.t_max)
+        parts = torch.arange(len(b), device=b.x.device).split(bench.run.learner.micro_batch.rows)
+        v = torch.cat([bench.run.policy.velocity(b.x[i], b.t[i], bench.rollout.cond, b.index[i]) for i in parts])
+    again, std = c.kernel.step(b.x, v, b.t, b.s, b.noise, bench.rollout.paths.t_max)
     off = float(kernels.log_ratio(b.y, again, b.mean, std).mean((1, 2)).abs().max())
     worst = max(off, abs(mean))
     yield Check(
-        "ratio", worst <= BOUND * c.clip, f"log-density off by {worst:.3g} at most; clip is {c.clip:g}",
+        "ratio", worst <= BOUND * clip, f"log-density off by {worst:.3g} at most; clip is {clip:g}",
         "rollout and replay differ: precision, attention back end, guidance, or states that were rounded after their "
         "density was taken; in bfloat16 a wider clip, or float32",
     )  # fmt: skip
@@ -252,12 +252,12 @@ def ratio(bench: Bench) -> Iterator[Check]:
 
 def guidance(bench: Bench) -> Iterator[Check]:
     """Forwards a row, and velocities, with and without gradients."""
-    run, b = bench.run, bench.walks[slice(0, 4)]
+    run, b = bench.run, bench.steps[slice(0, 4)]
     spent, found = [], []
     for graded in (False, True):
         before = run.policy.counts["forwards"]
         with torch.set_grad_enabled(graded):
-            found.append(run.policy.velocity(b.x, b.t, bench.cond, b.index).detach())
+            found.append(run.policy.velocity(b.x, b.t, bench.rollout.cond, b.index).detach())
         spent.append((run.policy.counts["forwards"] - before) / len(b))
     off = float(_rms((found[0] - found[1]).float()) / _rms(found[0].float()))
     yield Check(
@@ -269,9 +269,9 @@ def guidance(bench: Bench) -> Iterator[Check]:
 
 def gradient(bench: Bench) -> Iterator[Check]:
     module_of, policy = bench.run.policy.adapter_names(), bench.run.policy
-    _, gradients = _replayed(bench, bench.walks)
+    _, gradients = _replayed(bench, bench.steps)
     idle = [name for name, g in zip(module_of, gradients, strict=True) if g is None or not bool(g.any())]
-    dead = policy.unused(bench.paths.x[:1, 0], bench.cond)
+    dead = policy.unused(bench.rollout.paths.x[:1, 0], bench.rollout.cond)
     lost = [name for name in idle if not any(name.startswith(layer + ".") for layer in dead)]
     extra = policy.trained_besides()
     seen = f"{len(module_of) - len(idle)} of {len(module_of)} matrices"
@@ -285,9 +285,9 @@ def gradient(bench: Bench) -> Iterator[Check]:
 
 
 def kl_gradient(bench: Bench) -> Iterator[Check]:
-    if not bench.run.config.beta:
+    if not bench.run.config.objective.reference:
         return
-    b = bench.walks
+    b = bench.steps
     found, gradients = _replayed(bench, replace(b, advantage=torch.zeros_like(b.advantage)))
     pull = sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
     yield Check(
@@ -300,7 +300,7 @@ def kl_gradient(bench: Bench) -> Iterator[Check]:
 
 
 def pixels(bench: Bench) -> Iterator[Check]:
-    images = bench.images
+    images = bench.rollout.images
     low, high, spread = float(images.min()), float(images.max()), float(images.std())
     good = bool(images.isfinite().all()) and low >= 0 and high <= 1 and spread > 1e-3
     yield Check("images", good, f"pixels {low:.2f} to {high:.2f}, spread {spread:.2g}", "the autoencoder's scaling")
@@ -310,11 +310,11 @@ def judged_as_shown(bench: Bench) -> Iterator[Check]:
     """Rewards of the finished walks, against each one's image alone with its own prompt."""
     run, own, off = bench.run, bench.judged, {}
     for name in run.config.trained:
-        scorer = run.scorers[name]
+        scorer = run.rewards.scorers[name]
         if scorer.card.groupwise:
             continue
-        for i, (end, p) in enumerate(zip(bench.paths.shown[:, -1].tolist(), bench.paths.prompt.tolist(), strict=True)):
-            alone = score(bench.images[end : end + 1], [bench.prompts[p]], {name: scorer})
+        for i, (end, p) in enumerate(zip(bench.tree.final[:, -1].tolist(), bench.tree.prompt.tolist(), strict=True)):
+            alone = score(bench.rollout.images[end : end + 1], [bench.rollout.prompts[p]], {name: scorer})
             for part, value in alone.parts.items():
                 one, two = float(value[0]), float(own.parts[part][i])
                 far = abs(one - two) if one == one and two == two else float(one == one or two == two)
@@ -328,11 +328,11 @@ def judged_as_shown(bench: Bench) -> Iterator[Check]:
 
 
 def rewards(bench: Bench) -> Iterator[Check]:
-    prompts = [bench.prompts[i] for i in bench.paths.owner.tolist()]
+    prompts = [bench.rollout.prompts[i] for i in bench.tree.owner.tolist()]
     for name in bench.run.config.trained:
-        scorer = bench.run.scorers[name]
-        yield replace(failing(scorer, bench.images, prompts), check=f"{name}: a failure")
-        for own in health.examine(scorer, bench.images, prompts):
+        scorer = bench.run.rewards.scorers[name]
+        yield replace(failing(scorer, bench.rollout.images, prompts), check=f"{name}: a failure")
+        for own in health.examine(scorer, bench.rollout.images, prompts):
             asked = own.check in ("answers", "spread", "repeats", "neighbours")
             shown = own.check == "sees the image: noise" and scorer.card.sees_prompt
             if asked or shown:
@@ -354,7 +354,7 @@ def failing(scorer, images: Float[Tensor, "E 3 H W"], prompts: list[Prompt]) -> 
 
 def group_spread(bench: Bench) -> Iterator[Check]:
     shown = bench.judged.reward[:, -1].flatten(1) if bench.judged.reward.ndim > 2 else bench.judged.reward[:, -1:]
-    alive = dead(shown[:, 0], bench.paths.prompt, bench.run.config.dead_spread).mean()
+    alive = dead(shown[:, 0], bench.tree.prompt, bench.run.config.dead_spread).mean()
     share = 1 - float(alive)
     yield Check(
         "group spread", share > 0, f"{share:.0%} of the walks are in groups whose rewards differ",
@@ -366,26 +366,29 @@ def group_spread(bench: Bench) -> Iterator[Check]:
 
 
 def averaged(run: Session) -> Iterator[Check]:
-    before, now = {name: v.clone() for name, v in run.ema.items()}, {n: v + 1 for n, v in run.policy.adapter().items()}
+    before, now = (
+        {name: v.clone() for name, v in run.learner.ema.items()},
+        {n: v + 1 for n, v in run.policy.adapter().items()},
+    )
     kept = run.policy.adapter()
     run.policy.load_adapter(now)
-    run.average()
+    run.learner.average()
     run.policy.load_adapter(kept)
     decay = run.config.ema
-    off = max(float((run.ema[n] - (decay * before[n] + (1 - decay) * now[n])).abs().max()) for n in before)
+    off = max(float((run.learner.ema[n] - (decay * before[n] + (1 - decay) * now[n])).abs().max()) for n in before)
     yield Check("average", off < 1e-5, f"off by {off:.2g}", "the averaged adapter, which is exported, does not follow")
 
 
 def saved(run: Session) -> Iterator[Check]:
     """Save, disturb, restore."""
     out = Path(run.config.out)
-    before = {"adapter": run.policy.adapter(), "ema": {name: v.clone() for name, v in run.ema.items()}}
+    before = {"adapter": run.policy.adapter(), "ema": {name: v.clone() for name, v in run.learner.ema.items()}}
     runs.save(run, out, 1)
     disturb(run)
-    for value in run.ema.values():
+    for value in run.learner.ema.values():
         value.add_(1)
     done = runs.restore(run, out, lambda said: None)
-    after = {"adapter": run.policy.adapter(), "ema": run.ema}
+    after = {"adapter": run.policy.adapter(), "ema": run.learner.ema}
     same = all(torch.equal(before[kind][n], after[kind][n]) for kind in before for n in before[kind])
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     yield Check("checkpoint", same and done == 1, f"{size / 2**20:.1f} MiB, back to the bit: {same}", "see `out`")
@@ -403,7 +406,7 @@ def room(run: Session, out: Path) -> Iterator[Check]:
         "memory", used < 0.95 * total, f"{used / GIB:.1f} of {total / GIB:.1f} GiB of {where} at most so far",
         "gradient_checkpointing, offload, quantize, precision: bfloat16, or smaller batches",
     )  # fmt: skip
-    size = sum(v.numel() * v.element_size() for v in run.ema.values()) * 6
+    size = sum(v.numel() * v.element_size() for v in run.learner.ema.values()) * 6
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     advice = "a checkpoint needs room beside the last"

@@ -57,7 +57,7 @@ def estimate(
     from mmalign import policy as policies
 
     policies.quiet()  # before the imports below, of peft, whose warnings it silences
-    from mmalign.checks import estimate as estimates
+    from mmalign.checks import estimate as estimates, timing
     from mmalign.config import load as configs
     from mmalign.training import setup
 
@@ -65,7 +65,7 @@ def estimate(
     result = estimates.estimate(c, gpus)
     if timed:
         run = setup.open_session(c)
-        result["seconds"] = estimates.durations(run.config, result, estimates.measure(run))
+        result["seconds"] = timing.durations(run.config, result, timing.measure(run))
     head = f"{result['model']}, {' x '.join(map(str, result['size']))} pixels: {result['plan']}"
     output.show(result, as_json, head, *tables.estimates(result), *(f"at most: {note}" for note in result["bounds"]))
 

@@ -11,15 +11,14 @@ from rich.console import Console
 
 from mmalign.cli import output, tables
 from mmalign.cli.options import Allow, ConfigFile, Json, Overrides, output_option
-from mmalign.config.schema import Rule
 from mmalign.errors import BadInput
 from mmalign.runs.outputs import check_file
+from mmalign.training.noise_calibration import Rule
 
 # a calibration samples every step with noise and scores every state, whatever the config does with it
 CALIBRATION = [
-    "plan=sde", "seeds=2", "kernel=scheduled", "credit=gain", "score_states=all", "noise=1", "window=null",
-    "window_moves=null", "window_every=null", "branch_steps=null", "children=null", "baseline=null", "compare=null",
-    "control=null", "completion=null", "max_forwards=null", "max_rewards=null",
+    "plan=sde", "seeds=2", "kernel={type: scheduled, noise: 1.0}", "credit=gain", "max_forwards=null",
+    "max_rewards=null",
 ]  # fmt: skip
 
 Resume = Annotated[bool, typer.Option("--resume", help="continue from the newest complete checkpoint of the run")]

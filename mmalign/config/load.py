@@ -3,19 +3,20 @@
 import difflib
 import json
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
-from mmalign.config import yaml12
+from mmalign.config import old_form, yaml12
+from mmalign.config.methods import named
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from reward_models import files
 
 LONGEST = 2**20  # bytes of a config
+METHODS = ("plan", "kernel", "credit", "objective", "loss", "combine", "advantage", "mask")
 
 
 def parse(text: str, source: str) -> Any:
@@ -36,7 +37,9 @@ def _read(path: Path) -> str:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML 1.2 file, apply `key=value` overrides (values as YAML), and check everything. Raises BadInput."""
+    """Read a YAML 1.2 file, apply `key=value` overrides (values as YAML), and check everything. Raises BadInput.
+
+    `credit.control=fit` changes one setting of a method, or one item of a mapping."""
     values = parse(_read(Path(path)), str(path))
     if not isinstance(values, dict):
         raise BadInput(f"{path}: a mapping of keys to values is needed, got {type(values).__name__}")
@@ -44,28 +47,47 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         key, equals, text = override.partition("=")
         if not equals:
             raise BadInput(f"override {override!r} must look like key=value")
-        values[key.strip()] = parse(text, f"override {override!r}")
+        _override(values, key.strip(), parse(text, f"override {override!r}"))
     return build(values, str(path))
 
 
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key, or one setting of a method by `method.setting`; the names of scorers have dots of their own."""
+    method, dot, setting = key.partition(".")
+    if not dot or method not in METHODS:
+        values[key] = value
+        return
+    known = values.get(method, Config.model_fields[method].get_default() or {})
+    known = {"type": known} if isinstance(known, str) else known
+    values[method] = {**(known if isinstance(known, dict) else {"type": named(known)}), setting: value}
+
+
 def build(values: dict[str, Any], source: str) -> Config:
-    """A checked config from a mapping; every mistake in one line that names the value."""
+    """A checked config from a mapping, in which methods may be objects; every mistake in one line that names the
+    value. Raises BadInput."""
+    if (refusal := old_form.refused(values)) is not None:
+        raise BadInput(f"{source}: {refusal}")
+    objects = {f"object {key}": value for key, value in values.items() if is_dataclass(value)}
+    plain = {key: f"object {key}" if is_dataclass(value) else value for key, value in values.items()}
     try:
-        # as JSON, where a list may be a tuple, and true is no number
-        return Config.model_validate_json(json.dumps(values))
+        # as JSON, where a list may be a tuple, and true is not a number
+        return Config.model_validate_json(json.dumps(plain), context=objects)
     except TypeError as error:
         raise BadInput(f"{source}: {error}") from None
     except ValidationError as error:
-        raise BadInput(f"{source}: " + "; ".join(_say(e) for e in error.errors())) from None
+        problems = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
+        raise BadInput(f"{source}: " + "; ".join(map(_line, problems))) from None
 
 
-def _say(error: dict[str, Any]) -> str:
+def _line(error: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, Config.model_fields, n=1)
         return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {yaml12.shown(error['input'])}" if key else message
+    if not key or key in METHODS:  # a method's message names its value
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, got {yaml12.shown(error['input'])}"
 
 
 def dump(config: Config) -> str:

@@ -22,13 +22,13 @@ def public(value: Any) -> Any:
     return Path(value).name if local else value
 
 
-def _secret_in(value: Any) -> str | None:
+def secret_in(value: Any) -> str | None:
     """What in a scorer's settings is named like a secret, or is a URL with a password."""
     if isinstance(value, dict):
         named = next((repr(key) for key in value if _secret(str(key)) and value[key] is not None), None)
-        return named or next(filter(None, map(_secret_in, value.values())), None)
+        return named or next(filter(None, map(secret_in, value.values())), None)
     if isinstance(value, list | tuple):
-        return next(filter(None, map(_secret_in, value)), None)
+        return next(filter(None, map(secret_in, value)), None)
     return "a URL with a password" if isinstance(value, str) and re.search(r"://[^/]*@", value) else None
 
 

@@ -1,13 +1,12 @@
-"""Credit: from what the reward models saw to advantages over steps and latent positions.
+"""Credit: from rewards to advantages over steps and latent positions.
 
-A credit is a function `(Trajectories, Judgement, **settings) -> advantages [N, T, a, b]`; credit never sees an image.
-The grid `a b` is 1x1 unless the credit says where in the image. Add one: a short file here and a line in the table.
+A credit is called as `credit(tree, judged, units) -> advantages [N, T, a, b]`, 0 where a step was deterministic; it
+never sees a latent or an image. The grid `a b` is 1x1 unless the credit is regional. Add one: a short file here, a
+frozen dataclass with its settings that derives from `mmalign.credit.groups.Credit`, and its name in the table.
 """
 
-from collections.abc import Callable
+from mmalign.credit.branch import Branch
+from mmalign.credit.gain import Gain
+from mmalign.credit.terminal import Terminal
 
-from mmalign.credit.branch import branch
-from mmalign.credit.gain import gain
-from mmalign.credit.terminal import terminal
-
-CREDITS: dict[str, Callable] = {"terminal": terminal, "branch": branch, "gain": gain}
+CREDITS = (Terminal, Branch, Gain)

@@ -1,35 +1,41 @@
-"""Branch credit (TempFlow-GRPO, arXiv 2508.04324): a stochastic step is credited with what became of the states it
-led to.
+"""Branch credit (TempFlow-GRPO, arXiv 2508.04324): a step is credited with the mean reward of the images below it.
 
 The value of a state is the mean reward of the images below it. A step's return is the value of the state it reached; it
 is compared with the other stochastic steps taken at the same time, for the same prompt or from the very same state.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.credit.groups import GRPO, Units, as_grid, group_mean, normalise
-from mmalign.types import Judgement, Trajectories
+from mmalign.credit.groups import GRPO, Credit, Units, as_grid, group_mean, normalise
+from mmalign.types import Judgement, Plan, Tree
 
 
-def branch(
-    paths: Trajectories, judged: Judgement, units: Units = GRPO, baseline: str = "state"
-) -> Float[Tensor, "N T a b"]:
-    """Advantages per step, 0 where the step was deterministic.
+@dataclass(frozen=True)
+class Branch(Credit):
+    """`baseline` "state" compares children of one state (its mean is the value before the step; TempFlow's seed
+    groups), "prompt" all that branched at that step for the prompt. Where no state has two children, only "prompt" has
+    anything to compare."""
 
-    `baseline`: "state" compares children of one state (its mean is the value before the step; TempFlow's seed groups),
-    "prompt" compares all that branched at that step for the prompt. Where no state has two children, only "prompt" has
-    anything to compare.
-    """
-    if baseline not in ("state", "prompt"):
-        raise ValueError(f"no baseline called {baseline!r}; known: state, prompt")
-    reward = judged.reward[:, -1]
-    advantage = torch.zeros(*paths.std.shape, *reward.shape[1:], device=reward.device)
-    for k in range(paths.steps):
-        rows = (paths.std[:, k] > 0).nonzero()[:, 0]
-        if len(rows):
-            value = group_mean(reward[rows], paths.node[rows, k + 1])
-            group = paths.node[rows, k] if baseline == "state" else paths.prompt[rows]
-            advantage[rows, k] = normalise(value, group, units)
-    return as_grid(advantage)
+    baseline: Literal["state", "prompt"] = "state"
+    type = "branch"
+
+    def check(self, plan: Plan) -> None:
+        widest = max((plan.draw[:, k][plan.noise[:, k] > 0].unique().numel() for k in plan.stochastic[:1]), default=0)
+        if self.baseline == "state" and widest == 1:
+            raise ValueError("credit branch compares the children of one state and there is one; set baseline: prompt")
+
+    def __call__(self, tree: Tree, judged: Judgement, units: Units = GRPO) -> Float[Tensor, "N T a b"]:
+        reward = judged.reward[:, -1]
+        advantage = torch.zeros(*tree.std.shape, *reward.shape[1:], device=reward.device)
+        for k in range(tree.steps):
+            rows = (tree.std[:, k] > 0).nonzero()[:, 0]
+            if len(rows):
+                value = group_mean(reward[rows], tree.node[rows, k + 1])
+                group = tree.node[rows, k] if self.baseline == "state" else tree.prompt[rows]
+                advantage[rows, k] = normalise(value, group, units)
+        return as_grid(advantage)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,15 @@ def batch(prompts: list[Prompt], size: int, iteration: int, seed: int) -> list[P
     epoch, slot = divmod(iteration, len(prompts) // size)
     order = np.random.default_rng(seed_of(seed, "prompts", epoch)).permutation(len(prompts))
     return [prompts[i] for i in order[slot * size : (slot + 1) * size]]
+
+
+@dataclass(frozen=True)
+class PromptBatches:
+    """The prompts of a run, `size` an iteration."""
+
+    all: list[Prompt]
+    size: int
+    seed: int
+
+    def __call__(self, iteration: int) -> list[Prompt]:
+        return batch(self.all, self.size, iteration, self.seed)

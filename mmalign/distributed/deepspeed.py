@@ -65,7 +65,7 @@ class ZeroOptimizer(Optimizer):
 
         return run
 
-    def add(self, parameters: Sequence[Parameter]) -> bool:
+    def add_gradients(self, parameters: Sequence[Parameter]) -> bool:
         """Whether any rank had a gradient; they are summed already."""
         return self.any_gradient
 
@@ -74,6 +74,12 @@ class ZeroOptimizer(Optimizer):
         self.engine.optimizer.clip_grad = bound
         with self.ranks.collective("the norm of the gradient"):
             return float(self.engine.optimizer.scaled_global_norm())
+
+    def padded(self, rows: int) -> int:
+        return rows
+
+    def all_gather_object(self, value: Any, what: str) -> list[Any]:
+        return self.ranks.all_gather_object(value, what)
 
     def step(self, closure: None = None) -> None:
         for group, inner in zip(self.param_groups, self.adamw.param_groups, strict=True):

@@ -141,7 +141,7 @@ class Ranks:
         """Whether the network is sharded (FSDP), so that all ranks must take part in every forward."""
         return self.size > 1 and getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
-    def replayed(self, rows: int) -> int:
+    def padded(self, rows: int) -> int:
         """The number of rows that a rank with `rows` must replay: padded to the largest rank's number when the network
         is sharded."""
         return max(self.all_gather_object(rows, "the shares of a minibatch")) if self.sharded else rows
@@ -164,6 +164,10 @@ class Ranks:
                 f"fsdp_transformer_layer_cls_to_wrap: {', '.join(sorted(complete)) or 'no block'} of a "
                 f"{type(network).__name__} is not sharded; leave it out to have all the model names"
             )
+
+    def clip(self, parameters: Sequence[Parameter], bound: float) -> Any:
+        """Bound the norm of the gradient, which is the same on all ranks; return what it was."""
+        return nn.utils.clip_grad_norm_(parameters, bound)
 
     def add_gradients(self, parameters: Sequence[Parameter]) -> bool:
         """All-reduce the gradients to their sum, None where no rank has one. Returns whether there is any."""

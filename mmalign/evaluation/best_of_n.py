@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from mmalign.evaluation.generate import image_file, initial_noise, trajectories
+from mmalign.policy.protocol import Policy
 from mmalign.rewards.judge import score
-from mmalign.types import Policy
 from reward_models import Prompt, RewardModel
 
 
@@ -82,14 +82,14 @@ def best_of(
     alive = torch.arange(len(x)).view(-1, count)
     if survivors is not None and survivors < count:
         peek = torch.cat([times[: after + 1], torch.zeros(1)])
-        parts = [(paths.ends, paths.x[:, after]) for paths in trajectories(policy, prompts, x, owner, peek, batch)]
+        parts = [(paths.finals, paths.x[:, after]) for paths in trajectories(policy, prompts, x, owner, peek, batch)]
         predicted, x = (torch.cat(column) for column in zip(*parts, strict=True))
         _, scores, _ = _scored(policy, predicted, owner, prompts, scorer, component, batch)
         judgements += len(x)
         alive = alive.gather(1, _ranked(scores.view(-1, count))[:, :survivors].sort(1).values)
         x, times = x[alive.flatten()], times[after:]
     rows = alive.flatten()
-    finals = torch.cat([paths.ends for paths in trajectories(policy, prompts, x, owner[rows], times, batch)])
+    finals = torch.cat([paths.finals for paths in trajectories(policy, prompts, x, owner[rows], times, batch)])
     images, values, failures = _scored(policy, finals, owner[rows], prompts, scorer, component, batch)
     scores = torch.full((len(owner),), torch.nan)
     scores[rows] = values

@@ -14,8 +14,8 @@ from torchvision.utils import save_image
 from mmalign.distributed.processes import Ranks
 from mmalign.evaluation.generate import generate
 from mmalign.flow.sample import chunks, seed_of
+from mmalign.policy.protocol import Policy
 from mmalign.rewards.judge import Scorers, score
-from mmalign.types import Policy
 from reward_models import Prompt, overlay
 
 SHEET = 60  # images of a contact sheet

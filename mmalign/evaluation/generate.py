@@ -11,7 +11,8 @@ from torchvision.utils import save_image
 
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import chunks, gaussian, sample
-from mmalign.types import Policy, Trajectories, Velocity
+from mmalign.policy.protocol import Policy
+from mmalign.types import Trajectories, Velocity
 from reward_models import Prompt
 
 
@@ -53,7 +54,7 @@ def generate(
     """
     noise, owner = initial_noise(policy, seeds)
     parts = trajectories(policy, prompts, noise, owner, policy.times(steps), batch, velocity)
-    return torch.cat([policy.decode(paths.ends).cpu() for paths in parts]), owner
+    return torch.cat([policy.decode(paths.finals).cpu() for paths in parts]), owner
 
 
 def initial_noise(policy: Policy, seeds: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "N C h w"], Int[Tensor, "N"]]:

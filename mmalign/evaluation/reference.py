@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from mmalign.config.checks import component
 from mmalign.config.paths import locate
-from mmalign.config.schema import Config, component
+from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.evaluation.evaluate import Evaluation
 from reward_models import RewardModel, files

@@ -19,9 +19,12 @@ steps shrink, `ddim` too. `cps` does not: its noise does not shrink with `h`, so
 step and still ends under-dispersed (about 0.80 of the true standard deviation at eta = 0.8, however many steps).
 
 `x, v` are `[N, C, h, w]`; `t, s` and the noise parameter are scalars or `[N]`; all are taken to float32.
+
+`mmalign.sampling.kernels` has the ones that a config can name.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -62,9 +65,11 @@ def ode(x, v, t: Scalars, s: Scalars) -> Step:
 
 
 def scheduled(x, v, t: Scalars, s: Scalars, g: Scalars) -> Step:
-    """Euler-Maruyama step of `dx = [v + g^2/(2t) e] dt + g dw` with a free noise level `g` per step.
+    """The Euler-Maruyama step of Flow-GRPO's SDE (arXiv 2505.05470, eq. 8) with a free noise level `g` per step:
 
-    The SDE of Flow-GRPO (arXiv 2505.05470, eq. 8) before a particular g is chosen; DenseGRPO (arXiv 2601.20218) fits g.
+        mean = x - h [v + g^2 / (2t) (x + (1 - t) v)],   std = g sqrt(h)
+
+    DenseGRPO (arXiv 2601.20218) fits g.
     """
     t, s = _times(x, t, s)
     variance = _column(g, x) ** 2 * (t - s)
@@ -107,14 +112,21 @@ def ddim(x, v, t: Scalars, s: Scalars, eta: Scalars) -> Step:
     return _preserving(x, v, t, s, _column(eta, x) * s * (1 - kept**2).clamp(min=0).sqrt())
 
 
-STOCHASTIC = {"flow_sde": flow_sde, "dance_sde": dance_sde, "cps": cps, "ddim": ddim, "scheduled": scheduled}
+def levels(noise: float | Sequence[float], steps: int) -> list[float]:
+    """The noise parameter of each step. ValueError unless there is one number, or one for each."""
+    each = [float(noise)] * steps if isinstance(noise, int | float) else [float(level) for level in noise]
+    if len(each) != steps:
+        raise ValueError(f"{len(each)} noise levels for {steps} steps")
+    return each
 
 
-def step(kernel: str, x, v, t: Scalars, s: Scalars, noise: Scalars, t_max: float) -> Step:
-    """The named kernel; `noise` is its own parameter, 0 for an ODE step."""
-    if kernel == "flow_sde":
-        return flow_sde(x, v, t, s, noise, t_max)
-    return STOCHASTIC[kernel](x, v, t, s, noise)
+class Euler:
+    """The ODE step, as a kernel without noise."""
+
+    noise = 0.0
+
+    def step(self, x, v, t: Scalars, s: Scalars, noise: Scalars, t_max: float) -> Step:
+        return ode(x, v, t, s)
 
 
 def log_density(y: Float[Tensor, "N C h w"], mean: Float[Tensor, "N C h w"], std: Scalars) -> Float[Tensor, "N h w"]:
@@ -135,7 +147,7 @@ def log_ratio(
     """Log of the density of `y` under mean `new` less that under mean `old`, in nats per latent element (mean over C).
 
     With `d = new - old` it is `d (y - old) / q^2 - d^2 / 2q^2`, which is exactly 0 where nothing changed and keeps its
-    digits where little did; the difference of two log-densities loses them at the clip ranges in use (1e-6 to 1e-4).
+    digits where little did. The difference of two log-densities loses them at the clip ranges in use (1e-6 to 1e-4).
     """
     std = _column(std, new)
     if not bool((std > 0).all()):

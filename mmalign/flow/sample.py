@@ -1,20 +1,20 @@
 """The one sampling loop: noise -> trajectories, for any plan.
 
-At each step the distinct states of that column are evaluated once, in batches, and every route goes on from its own.
+At each step the distinct states of that column are evaluated once, in batches, and every route continues from its own.
 A completion is a route like any other: its first step takes the velocity its state already has, and completions of
-unlike length share forwards.
+different lengths share forwards.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.flow.kernels import step
-from mmalign.types import Plan, Trajectories, Velocity
+from mmalign.types import Kernel, Plan, Trajectories, Tree, Velocity
 
 Draw = Callable[[int, int, tuple[int, ...]], Float[Tensor, "C h w"]]  # (start, step, path of draws) -> noise
 
@@ -41,73 +41,81 @@ def chunks(total: int, size: int) -> Iterator[slice]:
 
 def distinct(keys: Int[Tensor, "M *k"]) -> tuple[Int[Tensor, "M"], Int[Tensor, "U"]]:
     """The number of each row's key among the `U` different keys, and the first row that has each."""
-    _, number = keys.unique(dim=0, return_inverse=True)
-    first = torch.full((int(number.max()) + 1,), len(keys), device=keys.device)
-    first.scatter_reduce_(0, number, torch.arange(len(keys), device=keys.device), "amin")
-    return number, first
+    _, inverse = keys.unique(dim=0, return_inverse=True)
+    representative = torch.full((int(inverse.max()) + 1,), len(keys), device=keys.device)
+    representative.scatter_reduce_(0, inverse, torch.arange(len(keys), device=keys.device), "amin")
+    return inverse, representative
 
 
 @torch.no_grad()
 def sample(
     velocity: Velocity,
     start: Float[Tensor, "B C h w"],
-    cond,
+    cond: Any,
     prompt: Int[Tensor, "B"],
     plan: Plan | Sequence[Plan],
     draw: Draw | None = None,
     batch: int = 128,
     storage: torch.dtype = torch.float32,
 ) -> Trajectories:
-    """Walk each of the `B` starting noises along every route of its plan (one for all, or one each): `N` trajectories
-    of learnt routes, those of a start together, and the `E` finished latents of all routes.
+    """Integrate each of the `B` initial noises along every route of its plan (one for all, or one each): `N`
+    trajectories of trained routes, those of a start together, and the `E` finished latents of all routes.
 
     `prompt [B]` is each start's row in `cond`. `draw(start, step, path)` gives the noise of one stochastic step (an ODE
     needs none); `path` holds the draws taken so far (-1 for a deterministic step), so adding routes to a plan changes
-    none of the others. Rows of one forward may be at different times.
-    `batch` bounds the rows of one forward and changes no result. States are rounded to `storage` before anything is
-    computed from them, as they will be when they are replayed.
+    none of the others. Rows of one forward may be at different times. `batch` bounds the rows of one forward and
+    changes no result. States are rounded to `storage` before anything is computed from them, as they will be when they
+    are replayed.
+
+    Example, one deterministic trajectory of ten steps:
+
+        noise = gaussian(policy.latent_shape, seed=0)[None]
+        cond, index = policy.encode(["a red circle"]), torch.tensor([0])
+        paths = sample(policy.velocity, noise, cond, index, ode(policy.times(10)))
+        image = policy.decode(paths.finals)
     """
-    table = _table([plan] * len(start) if isinstance(plan, Plan) else plan, start.device)
-    prompt, steps = prompt[table.start], table.noise.shape[1]
-    x = start.to(storage).float()[table.start]
-    states, means, std = [x[table.learnt]], [], torch.zeros_like(table.noise)
+    routes = _stacked([plan] * len(start) if isinstance(plan, Plan) else plan, start.device)
+    kernel, prompt, steps = routes.kernel, prompt[routes.start], routes.noise.shape[1]
+    x = start.to(storage).float()[routes.start]
+    states, means, std = [x[routes.trained]], [], torch.zeros_like(routes.noise)
     for k in range(steps):
-        moving = (table.t[:, k] > 0).nonzero()[:, 0]
-        t, s = table.t[moving, k], table.t[moving, k + 1]
-        same, first = distinct(table.node[moving, k])
-        at = moving[first]
-        v = torch.cat([velocity(x[rows], table.t[rows, k], cond, prompt[rows]).float() for rows in at.split(batch)])
+        moving = (routes.t[:, k] > 0).nonzero()[:, 0]  # rows that have not reached t = 0
+        inverse, representative = distinct(routes.node[moving, k])
+        rows = moving[representative]  # one row per distinct state
+        v = torch.cat([velocity(x[i], routes.t[i, k], cond, prompt[i]).float() for i in rows.split(batch)])
+        t, s, noise = routes.t[moving, k], routes.t[moving, k + 1], routes.noise[moving, k]
         mean = x.clone()
-        mean[moving], std[moving, k] = step(table.kernel, x[moving], v[same], t, s, table.noise[moving, k], table.t_max)
+        mean[moving], std[moving, k] = kernel.step(x[moving], v[inverse], t, s, noise, routes.t_max)
         x = mean.clone()
         stochastic = (std[:, k] > 0).nonzero()[:, 0]
         if len(stochastic):
-            same, first = distinct(table.node[stochastic, k + 1])
-            z = torch.stack([draw(*table.path(row, k)) for row in stochastic[first].tolist()]).to(x)
-            x[stochastic] += std[stochastic, k, None, None, None] * z[same]
+            inverse, representative = distinct(routes.node[stochastic, k + 1])
+            z = torch.stack([draw(*routes.path(row, k)) for row in stochastic[representative].tolist()]).to(x)
+            x[stochastic] += std[stochastic, k, None, None, None] * z[inverse]
         x = x.to(storage).float()
-        states.append(x[table.learnt])
-        means.append(mean[table.learnt])
-    return Trajectories(
-        table.kernel, table.t_max, torch.stack(states, 1), torch.stack(means, 1), std[table.learnt],
-        table.t[table.learnt], table.noise[table.learnt], table.node[table.learnt],
-        prompt[table.learnt], table.start[table.learnt], ends=x, owner=prompt, shown=table.shown,
+        states.append(x[routes.trained])
+        means.append(mean[routes.trained])
+    trained = routes.trained
+    tree = Tree(
+        routes.t[trained], routes.noise[trained], std[trained], routes.node[trained], prompt[trained],
+        routes.start[trained], owner=prompt, final=routes.finished_by,
     )  # fmt: skip
+    return Trajectories(tree, kernel, routes.t_max, torch.stack(states, 1), torch.stack(means, 1), finals=x)
 
 
 @dataclass(frozen=True)
-class _Table:
-    """The plans of all starts, one under the other: a row per (start, route). `learnt` are the rows learnt from."""
+class _Stacked:
+    """The plans of all starts, one under the other: a row per (start, route). `trained` are the rows trained on."""
 
-    kernel: str
+    kernel: Kernel
     t_max: float
     t: Float[Tensor, "R states"]
     noise: Float[Tensor, "R T"]
     draw: Int[Tensor, "R T"]
     node: Int[Tensor, "R states"]
     start: Int[Tensor, "R"]
-    learnt: Int[Tensor, "N"]
-    shown: Int[Tensor, "N states"]
+    trained: Int[Tensor, "N"]
+    finished_by: Int[Tensor, "N states"]
 
     def path(self, row: int, k: int) -> tuple[int, int, tuple[int, ...]]:
         """The key of the noise that `row` takes at step k."""
@@ -115,11 +123,14 @@ class _Table:
         return int(self.start[row]), k, tuple(taken.tolist())
 
 
-def _table(plans: Sequence[Plan], device: torch.device) -> _Table:
-    kinds = {(p.kernel, p.t_max, p.steps) for p in plans}
-    if len(kinds) > 1:
-        raise ValueError(f"plans sampled together must agree in kernel, t_max and number of steps, got {sorted(kinds)}")
-    ((kernel, t_max, _),) = kinds
+def _stacked(plans: Sequence[Plan], device: torch.device) -> _Stacked:
+    first = plans[0]
+    for p in plans:
+        if (p.kernel, p.t_max, p.steps) != (first.kernel, first.t_max, first.steps):
+            raise ValueError(
+                "plans sampled together must agree in kernel, t_max and number of steps, got "
+                f"{(first.kernel, first.t_max, first.steps)} and {(p.kernel, p.t_max, p.steps)}"
+            )
     routes = torch.tensor([p.routes for p in plans])
     offset = (routes.cumsum(0) - routes).tolist()  # above every state and route number of the plans before
     columns = {
@@ -128,7 +139,10 @@ def _table(plans: Sequence[Plan], device: torch.device) -> _Table:
         "draw": [p.draw for p in plans],
         "node": [p.state + o for p, o in zip(plans, offset, strict=True)],
         "start": [torch.full((p.routes,), b) for b, p in enumerate(plans)],
-        "learnt": [torch.arange(p.learnt) + o for p, o in zip(plans, offset, strict=True)],
-        "shown": [torch.where(p.shown < 0, -1, p.shown + o) for p, o in zip(plans, offset, strict=True)],
+        "trained": [torch.arange(p.trained) + o for p, o in zip(plans, offset, strict=True)],
+        "finished_by": [
+            torch.where(p.finished_by < 0, -1, p.finished_by + o) for p, o in zip(plans, offset, strict=True)
+        ],
     }
-    return _Table(kernel, t_max, **{name: torch.cat(parts).to(device) for name, parts in columns.items()})
+    columns = {name: torch.cat(parts).to(device) for name, parts in columns.items()}
+    return _Stacked(first.kernel, first.t_max, **columns)

@@ -1,29 +1,49 @@
 """Surrogate losses, at the advantage's own resolution.
 
-A loss is a function of maps per latent position, `[M, h, w]` in nats per latent element (means over C):
+A loss takes a `Step`, what the current policy makes of transitions, and returns a `Loss`: one number and statistics per
+row. Maps are in nats per latent element (means over C) and are pooled to the advantage's grid by averaging. With a 1x1
+grid the ratio is `exp(mean_{C,h,w} log_ratio)`, the reduction that Flow-GRPO's clip ranges refer to, at its number of
+elements: the D-th root of the true ratio of D of them. With h x w it is a ratio per latent position. At ratio 1 a
+uniform map of advantages gives the gradient of the 1x1 grid.
 
-- `log_ratio`: log of new to old density of the step that was taken, `mean_C (d z) / q - d^2 / 2q^2`,
-- `divergence`: KL from the old to the new step, `mean_C d^2 / 2q^2`,
-
-with d the new mean less the old, q the step's standard deviation and z the noise it took. They are pooled to the
-advantage's grid `[M, a, b]` by averaging. With a 1x1 grid the ratio is `exp(mean_{C,h,w} log_ratio)`, the reduction
-that Flow-GRPO's clip ranges refer to, at its number of elements: the D-th root of the true ratio of D of them. With
-h x w it is a ratio per latent position. At ratio 1 a uniform map of advantages gives the gradient of the 1x1 grid.
-
-Each returns one loss per row and statistics per row; `clipped_low` and `clipped_high` are the shares of cells that the
-bound took the gradient from, with a negative and a positive advantage.
+Add one: a dataclass whose call takes a `Step`, and its name in `LOSSES`.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 Map = Float[Tensor, "M h w"]
 Grid = Float[Tensor, "M a b"]
-Loss = tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Replayed transitions, with d the new mean less the old, q the step's standard deviation, z the noise it took.
+
+    `log_ratio`: log of new to old density of the step that was taken, `mean_C (d z) / q - d^2 / 2q^2`.
+    `divergence`: KL from the old to the new step, `mean_C d^2 / 2q^2`. `std [M]` is q, `h [M]` the length in time.
+    """
+
+    log_ratio: Map
+    divergence: Map
+    advantage: Grid
+    std: Float[Tensor, "M"]
+    h: Float[Tensor, "M"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`value [M]` to minimise. `statistics`: `ratio`, and the shares of cells that the bound took the gradient from,
+    `clipped_low` with a negative and `clipped_high` with a positive advantage."""
+
+    value: Float[Tensor, "M"]
+    statistics: dict[str, Float[Tensor, "M"]]
 
 
 def pool(values: Map, grid: tuple[int, int]) -> Grid:
@@ -34,10 +54,10 @@ def pool(values: Map, grid: tuple[int, int]) -> Grid:
     return F.avg_pool2d(values[:, None], (h // grid[0], w // grid[1]))[:, 0]
 
 
-def alike(values: Map, advantage: Grid) -> Map:
+def by_credit(values: Map, advantage: Grid) -> Map:
     """Each position's value replaced by the mean over all positions of its row with the same advantage (to 1e-5).
 
-    Ratios of maps treated so are geometric means over regions that were judged alike, as those of Rank-GRPO
+    Ratios of such maps are geometric means over regions with the same credit, as those of Rank-GRPO
     (arXiv 2510.20150) are over a rank. How far off policy a cell is then depends neither on a region's size nor on the
     grid, and a map of one value is the whole image at any ratio.
     """
@@ -53,7 +73,7 @@ def alike(values: Map, advantage: Grid) -> Map:
 def _pessimistic(ratio: Grid, advantage: Grid, bound: float) -> Loss:
     loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - bound, 1 + bound) * advantage).mean((1, 2))
     low, high = (ratio < 1 - bound) & (advantage < 0), (ratio > 1 + bound) & (advantage > 0)
-    return loss, _statistics(ratio, low, high)
+    return Loss(loss, _statistics(ratio, low, high))
 
 
 def _statistics(ratio: Grid, low: Tensor, high: Tensor) -> dict[str, Float[Tensor, "M"]]:
@@ -61,12 +81,22 @@ def _statistics(ratio: Grid, low: Tensor, high: Tensor) -> dict[str, Float[Tenso
     return {name: value.mean((1, 2)) for name, value in shares.items()}
 
 
-def clipped(log_ratio: Map, divergence: Map, advantage: Grid, std: Tensor, h: Tensor, bound: float) -> Loss:
-    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7); `bound` keeps the ratio within [1 - bound, 1 + bound]."""
-    return _pessimistic(pool(log_ratio, advantage.shape[1:]).exp(), advantage, bound)
+Clip = Annotated[float, Gt(0)]
 
 
-def guard(log_ratio: Map, divergence: Map, advantage: Grid, std: Tensor, h: Tensor, bound: float) -> Loss:
+@dataclass(frozen=True)
+class Clipped:
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7); `clip` keeps the ratio within [1 - clip, 1 + clip]."""
+
+    clip: Clip = 1e-4
+    type = "clipped"
+
+    def __call__(self, step: Step) -> Loss:
+        return _pessimistic(pool(step.log_ratio, step.advantage.shape[1:]).exp(), step.advantage, self.clip)
+
+
+@dataclass(frozen=True)
+class Guard:
     """GRPO-Guard (arXiv 2510.22319): clip `exp(mean d z)` instead, and weigh steps by 1 / h.
 
     `q (log_ratio + divergence)` is exactly `mean d z`. It is centred on 0 at every step, where the plain log-ratio
@@ -74,19 +104,30 @@ def guard(log_ratio: Map, divergence: Map, advantage: Grid, std: Tensor, h: Tens
     and 1 / h evens out the gradient's scale over steps for `flow_sde`, whose mean moves by a constant times h per unit
     of velocity.
     """
-    centred = std[:, None, None] * (log_ratio + divergence)
-    loss, statistics = _pessimistic(pool(centred, advantage.shape[1:]).exp(), advantage, bound)
-    return loss / h, statistics
+
+    clip: Clip = 1e-4
+    type = "guard"
+
+    def __call__(self, step: Step) -> Loss:
+        centred = step.std[:, None, None] * (step.log_ratio + step.divergence)
+        loss = _pessimistic(pool(centred, step.advantage.shape[1:]).exp(), step.advantage, self.clip)
+        return Loss(loss.value / step.h, loss.statistics)
 
 
-def masked(log_ratio: Map, divergence: Map, advantage: Grid, std: Tensor, h: Tensor, bound: float) -> Loss:
-    """Flow-DPPO (arXiv 2606.11025): no clipping; a cell whose divergence has passed `bound` and whose ratio already
+@dataclass(frozen=True)
+class Masked:
+    """Flow-DPPO (arXiv 2606.11025): no clipping; a cell whose divergence has passed `clip` and whose ratio already
     leans the way its advantage pulls gives no gradient."""
-    grid = advantage.shape[1:]
-    ratio, far = pool(log_ratio, grid).exp(), pool(divergence.detach(), grid) > bound
-    low, high = far & (advantage < 0) & (ratio < 1), far & (advantage > 0) & (ratio > 1)
-    loss = -((ratio * advantage) * ~(low | high)).mean((1, 2))
-    return loss, _statistics(ratio, low, high)
+
+    clip: Clip = 1e-4
+    type = "masked"
+
+    def __call__(self, step: Step) -> Loss:
+        grid, advantage = step.advantage.shape[1:], step.advantage
+        ratio, far = pool(step.log_ratio, grid).exp(), pool(step.divergence.detach(), grid) > self.clip
+        low, high = far & (advantage < 0) & (ratio < 1), far & (advantage > 0) & (ratio > 1)
+        loss = -((ratio * advantage) * ~(low | high)).mean((1, 2))
+        return Loss(loss, _statistics(ratio, low, high))
 
 
-LOSSES: dict[str, Callable[..., Loss]] = {"clipped": clipped, "guard": guard, "masked": masked}
+LOSSES = (Clipped, Guard, Masked)

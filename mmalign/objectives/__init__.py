@@ -1,4 +1,13 @@
-"""Objectives that learn from finished images by regression, beside the policy gradient of `mmalign.learn`.
+"""Objectives: what a judged rollout teaches the policy.
 
-An objective gives rows to learn from and what to replay them with; the update is the same for all.
+An objective gives rows to train on and their loss; the update is the same for all. Add one: a file with a frozen
+dataclass that derives from `mmalign.objectives.objective.OnImages` (it learns from finished images) or `Objective`, and
+its name in the table.
 """
+
+from mmalign.objectives.grpo import Grpo
+from mmalign.objectives.rft import Rft
+from mmalign.objectives.rgdpo import Rgdpo
+from mmalign.objectives.srum import Srum
+
+OBJECTIVES = (Grpo, Srum, Rgdpo, Rft)

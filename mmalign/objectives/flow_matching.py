@@ -1,32 +1,54 @@
-"""The error of flow matching, place by place: how far the velocity is from the one that leads to a given image."""
+"""The error of flow matching, per position: how far the velocity is from the one that leads to a given image."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.types import Latents, Marks, Policy, Rows
+from mmalign.policy.protocol import Policy
+from mmalign.types import Latents, Rows
 
 
 @dataclass(frozen=True)
-class Finished(Rows):
-    """`N` finished images to learn from by regression, whoever made them: clean latents, the row of each one's prompt,
-    its reward, and what was found at places of it."""
+class Examples(Rows):
+    """Noised images, one a row: clean latent, noise, time, weight of each cell, row of the prompt, stretch of time."""
 
-    x: Float[Tensor, "N C h w"]
-    prompt: Int[Tensor, "N"]
-    reward: Float[Tensor, "N"]
-    places: Float[Tensor, "N a b"]
-    marks: Marks
+    x: Latents
+    noise: Latents
+    t: Float[Tensor, "M"]
+    weight: Float[Tensor, "M a b"]
+    index: Int[Tensor, "M"]
+    step: Int[Tensor, "M"]
+
+
+def examples(
+    policy: Policy,
+    x: Float[Tensor, "N C h w"],
+    prompt: Int[Tensor, "N"],
+    weight: Float[Tensor, "N a b"],
+    draws: int,
+    generator: torch.Generator,
+) -> Examples:
+    """Each image at `draws` times, with fresh noise for each."""
+    x = x.repeat_interleave(draws, 0)
+    return Examples(
+        x,
+        noise_like(x, generator),
+        times(policy, draws, len(prompt), generator).flatten().to(x),
+        weight.to(x).repeat_interleave(draws, 0),
+        prompt.repeat_interleave(draws),
+        torch.arange(draws, device=x.device).repeat(len(prompt)),
+    )
 
 
 def times(policy: Policy, draws: int, count: int, generator: torch.Generator) -> Float[Tensor, "count draws"]:
     """Times in (0, 1], spread as the model's own schedule spreads its steps: one in each of `draws` equal stretches of
     it, from noise to image."""
     schedule = policy.times(1000)
-    place = (torch.arange(draws) + torch.rand(count, draws, generator=generator)) / draws
-    return schedule[(place * 1000).long().clamp(max=999)]
+    index = (torch.arange(draws) + torch.rand(count, draws, generator=generator)) / draws
+    return schedule[(index * 1000).long().clamp(max=999)]
 
 
 def noise_like(x: Latents, generator: torch.Generator) -> Latents:
@@ -34,7 +56,7 @@ def noise_like(x: Latents, generator: torch.Generator) -> Latents:
 
 
 def error(
-    policy: Policy, x: Latents, noise: Latents, t: Float[Tensor, "M"], cond, index: Int[Tensor, "M"]
+    policy: Policy, x: Latents, noise: Latents, t: Float[Tensor, "M"], cond: Any, index: Int[Tensor, "M"]
 ) -> Float[Tensor, "M h w"]:
     """Squared distance of the velocity at `(1 - t) x + t noise` from `noise - x`, mean over C."""
     share = t[:, None, None, None]

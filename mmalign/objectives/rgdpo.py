@@ -8,22 +8,25 @@ For an image x, a region m of it, and the flow-matching error e of the policy an
 
 and the loss of a pair of images is the mean of its inter terms plus `intra` times the mean of its intra terms. The
 errors of a pair share noise and time. A region counts the same whatever its size. With one region, the whole image,
-inter is Diffusion-DPO (arXiv 2311.12908). The equations are our reading: the paper was not at hand.
+inter is Diffusion-DPO (arXiv 2311.12908). The equations are our reading; the paper was not available.
 
 Pairs are made of the images of a prompt: best with worst, second with second to last, and so on.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmalign.learn.loss import pool
-from mmalign.objectives.flow_matching import Finished, error, noise_like, times
-from mmalign.types import Marks, Policy, Rows
+from mmalign.objectives.flow_matching import error, noise_like, times
+from mmalign.objectives.objective import Draws, Finished, OnImages
+from mmalign.policy.protocol import Policy, Trainable
+from mmalign.types import Marks, Plan, Rows
 
 GAP = 0.5  # least difference in credit at which one of two regions is the better
 
@@ -40,6 +43,37 @@ class Pairs(Rows):
     named: Bool[Tensor, "M 2 R"]
     index: Int[Tensor, "M"]
     step: Int[Tensor, "M"]
+
+
+@dataclass(frozen=True)
+class Rgdpo(OnImages):
+    """`draws`: noises and times of each pair. `scale`: that of the error's change (DPO's beta). `intra`: weight of
+    right against wrong regions of one image."""
+
+    draws: Draws = 2
+    scale: Annotated[float, Gt(0)] = 10.0
+    intra: Annotated[float, Ge(0)] = 1.0
+    type = "rgdpo"
+    uses = frozenset({"region", "records"})
+    needs = frozenset({"region"})
+    siblings, width, reference = 2, 2, True
+    fewer = "replay_forwards, transitions: fewer where two images have no regions to compare"
+
+    def rows(self, plan: Plan, seeds: int) -> int:
+        return seeds * plan.trained // 2 * self.draws
+
+    def examples(self, policy: Trainable, images: Finished, generator: torch.Generator) -> "Pairs":
+        return pairs(policy, images, self.draws, generator)
+
+    def replay(self, policy: Trainable, cond: Any, rows: "Pairs") -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
+        noise, t, index = (column.repeat_interleave(2, 0) for column in (rows.noise, rows.t, rows.index))
+        x = rows.x.flatten(0, 1)
+        err = error(policy, x, noise, t, cond, index)
+        with torch.no_grad(), policy.reference():
+            anchor = error(policy, x, noise, t, cond, index)
+        moved = regional((err - anchor).unflatten(0, (-1, 2)), rows.share)
+        value, statistics = loss(moved, rows.credit, rows.named, self.scale, self.intra)
+        return value, statistics | {"error": err.detach().mean((1, 2)).view(-1, 2).mean(1)}
 
 
 def better(credit: Float[Tensor, "M 2 R"], named: Bool[Tensor, "M 2 R"], gap: float = GAP) -> Float[Tensor, "M R"]:
@@ -64,17 +98,17 @@ def matched(prompt: Int[Tensor, "N"], reward: Float[Tensor, "N"], marks: Marks) 
     return found[inter | intra]
 
 
-def pairs(policy: Policy, seen: Finished, draws: int, generator: torch.Generator) -> Pairs:
+def pairs(policy: Policy, images: Finished, draws: int, generator: torch.Generator) -> Pairs:
     """The matched images, each pair at `draws` times. There may be none."""
-    found = matched(seen.prompt, seen.reward, seen.marks)
-    left, marks = found[:, 0], vars(seen.marks)
-    noise = noise_like(seen.x[left].repeat_interleave(draws, 0), generator)
-    columns = {"x": seen.x[found]} | {name: values[found] for name, values in marks.items()}
+    found = matched(images.prompt, images.reward, images.marks)
+    left, marks = found[:, 0], vars(images.marks)
+    noise = noise_like(images.x[left].repeat_interleave(draws, 0), generator)
+    columns = {"x": images.x[found]} | {name: values[found] for name, values in marks.items()}
     return Pairs(
         **{name: values.repeat_interleave(draws, 0) for name, values in columns.items()},
         noise=noise,
         t=times(policy, draws, len(found), generator).flatten().to(noise),
-        index=seen.prompt[left].repeat_interleave(draws),
+        index=images.prompt[left].repeat_interleave(draws),
         step=torch.arange(draws, device=noise.device).repeat(len(found)),
     )
 
@@ -112,21 +146,3 @@ def loss(
 def _mean(values: Float[Tensor, "*rows R"], counts: Float[Tensor, "*rows R"]) -> Float[Tensor, "*rows"]:
     """The mean of the values that count, 0 where none does."""
     return (values * counts).sum(-1) / counts.sum(-1).clamp(min=1)
-
-
-def replay(policy: Policy, cond, scale: float, intra: float):
-    """What `mmalign.learn.update.update` replays pairs with."""
-    return partial(_replay, policy, cond, scale, intra)
-
-
-def _replay(policy, cond, scale, intra, rows: Pairs) -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
-    x, noise, t, index = (
-        rows.x.flatten(0, 1),
-        *(column.repeat_interleave(2, 0) for column in (rows.noise, rows.t, rows.index)),
-    )
-    own = error(policy, x, noise, t, cond, index)
-    with torch.no_grad(), policy.reference():
-        anchor = error(policy, x, noise, t, cond, index)
-    moved = regional((own - anchor).unflatten(0, (-1, 2)), rows.share)
-    found, statistics = loss(moved, rows.credit, rows.named, scale, intra)
-    return found, statistics | {"error": own.detach().mean((1, 2)).view(-1, 2).mean(1)}

@@ -1,4 +1,4 @@
-"""SRUM (arXiv 2510.12784): flow matching on the model's own images, weighted by what a judge thinks of each place.
+"""SRUM (arXiv 2510.12784): flow matching on the model's own images, weighted by a judge's score of each region.
 
     L = mean_yx( alpha R err ) + anchor mean_yx( err )
 
@@ -14,40 +14,61 @@ nothing repels and a bad place pulls like the background. No setting here gives 
 """
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float, Int
+from annotated_types import Ge, Le
+from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.learn.loss import Grid, pool
-from mmalign.objectives.flow_matching import Finished, error, noise_like, times
-from mmalign.types import Latents, Policy, Rows
+from mmalign.objectives.flow_matching import Examples, error, examples
+from mmalign.objectives.objective import Draws, Finished, OnImages
+from mmalign.policy.protocol import Trainable
 
 
 @dataclass(frozen=True)
-class Examples(Rows):
-    """Noised images, one a row: clean latent, noise, time, weight of each cell, row of the prompt, stretch of time."""
+class Srum(OnImages):
+    """`draws`: noises and times of each image. `alpha`: rewards of the whole image that make its weight 0 and 1.
+    `background`: credit of positions without an opinion. `anchor`: weight of the plain flow-matching error. `margin`:
+    the error up to which bad positions are pushed away; 0 leaves them out."""
 
-    x: Latents
-    noise: Latents
-    t: Float[Tensor, "M"]
-    weight: Grid
-    index: Int[Tensor, "M"]
-    step: Int[Tensor, "M"]
+    draws: Draws = 2
+    alpha: tuple[float, float] = (0.0, 1.0)
+    background: Annotated[float, Ge(-1), Le(1)] = 0.0
+    anchor: Annotated[float, Ge(0)] = 0.5
+    margin: Annotated[float, Ge(0)] = 0.0
+    type = "srum"
+    uses = frozenset({"region", "records"})
+    needs = frozenset({"region"})
+
+    def examples(self, policy: Trainable, images: Finished, generator: torch.Generator) -> Examples:
+        weight = weights(images, *self.alpha, self.background)
+        return examples(policy, images.x, images.prompt, weight, self.draws, generator)
+
+    def replay(self, policy: Trainable, cond: Any, rows: Examples) -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
+        err = error(policy, rows.x, rows.noise, rows.t, cond, rows.index)
+        value, plain = loss(err, rows.weight, self.anchor, self.margin), pool(err, rows.weight.shape[1:]).detach()
+        repelled = (rows.weight < 0) & (plain < self.margin)
+        return value, {
+            "loss": value.detach(),
+            "error": plain.mean((1, 2)),
+            "attracted": (rows.weight > 0).float().mean((1, 2)),
+            "repelled": repelled.float().mean((1, 2)),
+        }
 
 
 def gate(reward: Float[Tensor, "N"], low: int | float, high: int | float) -> Float[Tensor, "N"]:
     """`alpha`: the reward's place between `low` and `high`, in [0, 1]. Never negative, so that a bad image does not
-    turn a bad place of it into a good one."""
+    turn its bad regions into good ones."""
     return ((reward - low) / (high - low)).clamp(0, 1)
 
 
 def weights(
-    seen: Finished, low: int | float = 0.0, high: int | float = 1.0, background: int | float = 0.0
+    images: Finished, low: int | float = 0.0, high: int | float = 1.0, background: int | float = 0.0
 ) -> Float[Tensor, "N a b"]:
-    """`alpha R`; a place without an opinion counts as `background`."""
-    return gate(seen.reward, low, high)[:, None, None] * seen.places.nan_to_num(background)
+    """`alpha R`; a position without an opinion counts as `background`."""
+    return gate(images.reward, low, high)[:, None, None] * images.places.nan_to_num(background)
 
 
 def loss(err: Float[Tensor, "M h w"], weight: Grid, anchor: float = 0.5, margin: float = 0.0) -> Float[Tensor, "M"]:
@@ -55,35 +76,3 @@ def loss(err: Float[Tensor, "M h w"], weight: Grid, anchor: float = 0.5, margin:
     err = pool(err, weight.shape[1:])
     pull, push = weight.clamp(min=0) * err, (-weight).clamp(min=0) * (margin - err).clamp(min=0)
     return (pull + push + anchor * err).mean((1, 2))
-
-
-def examples(
-    policy: Policy, seen: Finished, weight: Float[Tensor, "N a b"], draws: int, generator: torch.Generator
-) -> Examples:
-    """Each image at `draws` times, with fresh noise for each."""
-    x = seen.x.repeat_interleave(draws, 0)
-    return Examples(
-        x,
-        noise_like(x, generator),
-        times(policy, draws, len(seen.x), generator).flatten().to(x),
-        weight.to(x).repeat_interleave(draws, 0),
-        seen.prompt.repeat_interleave(draws),
-        torch.arange(draws, device=x.device).repeat(len(seen.x)),
-    )
-
-
-def replay(policy: Policy, cond, anchor: float, margin: float):
-    """What `mmalign.learn.update.update` replays examples with."""
-    return partial(_replay, policy, cond, anchor, margin)
-
-
-def _replay(policy, cond, anchor, margin, rows: Examples) -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
-    err = error(policy, rows.x, rows.noise, rows.t, cond, rows.index)
-    found, plain = loss(err, rows.weight, anchor, margin), pool(err, rows.weight.shape[1:]).detach()
-    repelled = (rows.weight < 0) & (plain < margin)
-    return found, {
-        "loss": found.detach(),
-        "error": plain.mean((1, 2)),
-        "attracted": (rows.weight > 0).float().mean((1, 2)),
-        "repelled": repelled.float().mean((1, 2)),
-    }

@@ -47,7 +47,9 @@ def load(
         dtype=getattr(torch, dtype), device=device, guidance=guidance, size=size, quantize=quantize, offload=offload
     )
     if ":" in model and not os.path.exists(model):
-        return import_allowed(model, f"model {model!r}").load(model, **settings)
+        return import_allowed(model, f"model {model!r}", ours=model.startswith("mmalign.policy.")).load(
+            model, **settings
+        )
     return class_of(model).load(model, **settings)
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mmalign.errors import BadInput
 from mmalign.flow.sample import seed_of
+from mmalign.policy.protocol import Policy
 from mmalign.refine.redraw import Attempt, Base, cost, draw
 from mmalign.rewards.judge import score
-from mmalign.types import Latents, Policy
+from mmalign.types import Latents
 from reward_models import Prompt, RewardModel
 from reward_models.regions import Region, box_shares
 
@@ -187,7 +188,7 @@ class _Loop:
     ) -> None:
         scored = score(images, [refinement.prompt for refinement in refinements], {self.name: self.critic})
         names, count = self.critic.names, len(images)
-        critiques = scored.said.get(self.name, [""] * count)
+        critiques = scored.critiques.get(self.name, [""] * count)
         requests = scored.requests.get(self.name, [""] * count)
         regions = scored.boxes.get(self.name, [()] * count)
         for i, (refinement, move) in enumerate(zip(refinements, moves, strict=True)):

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from mmalign.flow.plan import ode, sde
 from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.policy.protocol import Policy
 from mmalign.refine.velocity import inpaint, regional_guidance
-from mmalign.types import Latents, Policy
+from mmalign.sampling.kernels import Ddim
+from mmalign.types import Latents
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,9 @@ def _sample(
     cond = policy.encode([attempt.request for attempt in attempts])
     index = torch.arange(len(attempts), device=noise.device)
     if not inpainted:
-        return sample(velocity, x, cond, index, ode(times), batch=len(attempts)).ends
+        return sample(velocity, x, cond, index, ode(times), batch=len(attempts)).finals
 
     def fresh(row: int, step: int, path: tuple[int, ...]) -> Tensor:
         return gaussian(policy.latent_shape, seed_of("redraw", attempts[row].seed, step))
 
-    return sample(velocity, x, cond, index, sde(times, "ddim", 1.0), fresh, batch=len(attempts)).ends
+    return sample(velocity, x, cond, index, sde(times, Ddim(1.0)), fresh, batch=len(attempts)).finals

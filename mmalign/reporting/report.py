@@ -8,7 +8,7 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,16 +40,22 @@ SMALL = 128  # pixels a side below which an image is enlarged without smoothing
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of the page: its address, or the `problem` if it cannot be shown. `overlay` is a record of
-    `reward_models.overlay`; full colour in it stands for `scale`."""
+    """An image of the page: its address and `size` (height, width), or the `problem` if it cannot be shown.
+
+    `overlay` is a record of `reward_models.overlay`; full colour in it stands for `scale`.
+    """
 
     caption: str
     source: str = ""
+    size: tuple[int, int] | None = None
     problem: str = ""
-    small: bool = False
     frame: str = ""
     overlay: Mapping[str, Any] | None = None
     scale: int | float = 1.0
+
+    @property
+    def small(self) -> bool:
+        return self.size is not None and max(self.size) < SMALL
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -174,13 +180,13 @@ def _picture(path: Path, source: Source, caption: str, **more: Any) -> Picture:
         size = size_of(path)
     except ValueError:
         return Picture(caption, problem=f"{path.name} is {'damaged' if path.exists() else 'missing'}")
-    return Picture(caption, source(path), small=max(size) < SMALL, **more)
+    return Picture(caption, source(path), size, **more)
 
 
 def _sheet(run: Path, last: Row, source: Source) -> dict[str, Any]:
     """The contact sheet of the newest evaluation."""
-    picture = _picture(inside(run / "images", f"{last['name'] or format(last['iteration'], '06d')}.png"), source, "")
-    return {"iteration": last["iteration"], "picture": picture}
+    path = inside(run / "images", f"{last['name'] or format(last['iteration'], '06d')}.png")
+    return {"iteration": last["iteration"], "picture": _picture(path, source, "")}
 
 
 def _credit(run: Path, rows: list[Row], source: Source) -> dict[str, Any] | None:
@@ -190,16 +196,14 @@ def _credit(run: Path, rows: list[Row], source: Source) -> dict[str, Any] | None
         return None
     scale, cards = credit_scale(rows), []
     for row in rows:
-        path = inside(run, row["image"])
-        pictures = [_picture(path, source, "image")]
-        if not pictures[0].problem:
-            size = size_of(path)
-            grids = [("map", row["map"], 1.0)] if any(v is not None for line in row["map"] or () for v in line) else []
-            grids += [(f"credit of step {step}", grid, scale) for step, grid in row["advantage"].items()]
-            pictures += [
-                _picture(path, source, caption, overlay={"size": size, "map": grid, "boxes": []}, scale=full)
-                for caption, grid, full in grids
-            ]
+        plain = _picture(inside(run, row["image"]), source, "image")
+        grids = [("map", row["map"], 1.0)] if any(v is not None for line in row["map"] or () for v in line) else []
+        grids += [(f"credit of step {step}", grid, scale) for step, grid in row["advantage"].items()]
+        over = [
+            replace(plain, caption=caption, overlay={"size": plain.size, "map": grid, "boxes": []}, scale=full)
+            for caption, grid, full in grids
+        ]
+        pictures = [plain] if plain.problem else [plain, *over]
         cards.append({"prompt": row["prompt"], "reward": row["reward"], "pictures": pictures})
     return {"iteration": rows[-1]["iteration"], "scale": scale, "cards": cards}
 

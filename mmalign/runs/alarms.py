@@ -11,7 +11,8 @@ from typing import Any
 
 from scipy import stats
 
-from mmalign.config.schema import Config, component
+from mmalign.config.checks import component
+from mmalign.config.schema import Config
 from mmalign.runs import jsonl
 from reward_models import files
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmalign import errors
 from mmalign.config import load as configs
-from mmalign.config.schema import ANEW, Config
+from mmalign.config.schema import RESUMABLE, Config
 from mmalign.errors import BadInput, Failed
 from mmalign.runs import checkpoint, jsonl
 from reward_models import allowlist as trust, files
@@ -74,7 +74,7 @@ def check(out: Path, c: Config, resume: bool) -> None:
         with errors.refusing():
             trust.no_links_out(out)
         now, before = c.model_dump(), configs.load(saved).model_dump()
-        changed = [key for key in now if now[key] != before[key] and key not in ANEW]
+        changed = [key for key in now if now[key] != before[key] and key not in RESUMABLE]
         if changed:
             key = changed[0]
             raise BadInput(f"--resume: {key} is {now[key]!r} and was {before[key]!r}; a run keeps its config")

@@ -15,9 +15,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 from torch import Tensor
 
-from mmalign.errors import first_problem
 from mmalign.runs import tensors as safetensors_files
 from reward_models import files, limits
+from reward_models.errors import first_problem
 
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")  # of diffusers', ComfyUI's and peft's names
 PEFT_CONFIG = "adapter_config.json"
@@ -87,7 +87,7 @@ def read(file: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], Header]:
         elif "lora_adapter_metadata" in metadata:
             _check_strength(metadata["lora_adapter_metadata"], names, ranks)
     except ValidationError as error:
-        raise ValueError(f"{file}: its header's {first_problem(error)}") from None
+        raise ValueError(f"{file}: its header's {first_problem(error.errors())}") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return matrices, header
@@ -122,7 +122,7 @@ def _settings(content: Mapping[str, Any], name: str) -> Peft:
     try:
         return Peft.model_validate({key: value for key, value in decisive.items() if key in Peft.model_fields})
     except ValidationError as error:
-        raise ValueError(f"{name}: {first_problem(error)}") from None
+        raise ValueError(f"{name}: {first_problem(error.errors())}") from None
 
 
 def _alphas(settings: Peft, ranks: Mapping[str, int]) -> dict[str, Tensor]:

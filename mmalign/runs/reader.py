@@ -13,9 +13,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from mmalign.config import load as configs
 from mmalign.config.schema import Config
-from mmalign.errors import BadInput, first_problem
+from mmalign.errors import BadInput
 from mmalign.runs import checkpoint, jsonl
 from reward_models import files, limits
+from reward_models.errors import first_problem
 
 SIDES = ("before", "after")
 
@@ -163,7 +164,7 @@ def _rows(path: Path, shape: type[_Shape], needed: bool) -> tuple[list[Row], lis
             shape.model_validate(row)
             rows.append(row)
         except ValidationError as error:
-            wrong.append(f"line {number}: {first_problem(error)}")
+            wrong.append(f"line {number}: {first_problem(error.errors())}")
         except BadInput as error:
             wrong.append(f"line {number}: {error}")
     more = f"; {len(wrong) - 1} more lines" if wrong[1:] else ""

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from mmalign.errors import BadInput, first_problem
+from mmalign.errors import BadInput
 from mmalign.runs import checkpoint
 from mmalign.runs.checkpoint import Tensors
 from reward_models.weights import fingerprint
@@ -61,7 +61,9 @@ def read(path: Path) -> tuple[Tensors, State]:
     try:
         state = State.model_validate(content)
     except ValidationError as error:
-        raise refused(file, first_problem(error)) from None
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        raise refused(file, ": ".join(filter(None, [".".join(map(str, first["loc"])), reason]))) from None
     if state.iteration != int(path.name):
         raise refused(file, f"iteration: {state.iteration}, in the folder of {int(path.name)}")
     if missing := sorted(TENSORS - set(tensors)):

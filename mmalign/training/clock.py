@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
 class Clock:
-    """Seconds by name, and `total`, all that passed, since the last reading. What a thread does beside counts too."""
+    """Seconds by name, and `total`, since the last reading. Time that a thread spends in parallel counts too."""
 
     now: Callable[[], float] = time.perf_counter
     seconds: Counter = field(default_factory=Counter)
@@ -26,13 +27,20 @@ class Clock:
             self.seconds[name] += self.now() - start
 
     def timed(self, name: str, function: Callable) -> Callable:
-        def run(*args):
+        def run(*args: Any) -> Any:
             with self.of(name):
                 return function(*args)
 
         return run
 
     def read(self) -> dict[str, float]:
+        """Seconds since the last reading, which begin anew."""
         before, self.last = self.last, self.now()
         out, self.seconds = dict(self.seconds), Counter()
         return out | {"total": self.last - before}
+
+    def pace(self, forwards: int) -> dict[str, float]:
+        """A row of the seconds of each part, and network forwards per second of rollout and learning."""
+        seconds = self.read()
+        rate = forwards / (seconds.get("rollout", 0.0) + seconds["learn"])
+        return {"nfe_per_second": rate} | {f"seconds/{name}": spent for name, spent in seconds.items()}

@@ -1,7 +1,7 @@
-"""What is not finite is caught before anything is learnt from it, and told with the prompts it is of.
+"""Non-finite values are caught before they reach the optimiser, and reported with the prompts that caused them.
 
-The run then stops, or leaves the optimiser step out and goes on, up to `max_skips` times in a row. A reward that is NaN
-for want of a score is no such value but a failed score, which `judge.stop_if_failing` counts.
+The run then stops, or leaves the optimiser step out and continues, up to `max_skips` times in a row. A reward that is
+NaN because a score is missing is a failed score, which `judge.stop_if_failing` counts.
 """
 
 import math
@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from mmalign.distributed.processes import Ranks
 from mmalign.errors import Failed, NonFinite, non_finite
-from mmalign.types import Judgement, Rows, Trajectories
+from mmalign.types import Judgement, Rows, Trajectories, Tree
 from reward_models import Prompt
 
 T = TypeVar("T")
@@ -27,47 +28,47 @@ def _finite(what: str, prompts: Sequence[Prompt], values: Shaped[Tensor, "M *cel
         raise non_finite(what, prompts, owner.cpu()[~good].tolist())
 
 
-def walked(paths: Trajectories, images: Float[Tensor, "E 3 H W"], prompts: Sequence[Prompt]) -> None:
-    """NonFinite where a walk's latents or an image are not."""
-    _finite("latents", prompts, paths.x, paths.prompt)
-    _finite("finished latents", prompts, paths.ends, paths.owner)
-    _finite("decoded images", prompts, images, paths.owner)
+def check_trajectories(paths: Trajectories, images: Float[Tensor, "E 3 H W"], prompts: Sequence[Prompt]) -> None:
+    """Raises NonFinite for the latents of a trajectory or an image."""
+    _finite("latents", prompts, paths.x, paths.tree.prompt)
+    _finite("finished latents", prompts, paths.finals, paths.tree.owner)
+    _finite("decoded images", prompts, images, paths.tree.owner)
 
 
-def rewarded(judged: Judgement, paths: Trajectories, prompts: Sequence[Prompt]) -> None:
-    """NonFinite where a reward is infinite, or NaN although every score it is made of was had."""
+def check_rewards(judged: Judgement, tree: Tree, prompts: Sequence[Prompt]) -> None:
+    """Raises NonFinite where a reward is infinite, or NaN although none of its component scores is missing."""
     reward, scored = judged.reward, torch.stack([*judged.parts.values()], 1).isfinite().all(1)
     bad = reward.isinf().any(1) | (reward[:, -1].isnan() & scored)
     if bool(bad.any()):
-        raise non_finite("combined rewards", prompts, paths.prompt.cpu()[bad].tolist())
+        raise non_finite("combined rewards", prompts, tree.prompt.cpu()[bad].tolist())
 
 
-def together(tell: Callable, work: Callable[[], T]) -> T:
-    """Work that each process does on its part: what is not finite for one is so for all."""
-    done, said = None, None
+def on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> T:
+    """The result of work that each rank does on its part. A NonFinite of one is raised on all."""
+    result, reason = None, None
     try:
-        done = work()
+        result = work()
     except NonFinite as error:
-        said = str(error)
-    found = next(filter(None, tell(said, "what is finite")), None)
-    if found:
-        raise NonFinite(found)
-    return done
+        reason = str(error)
+    first = next(filter(None, ranks.all_gather_object(reason, "what is finite")), None)
+    if first:
+        raise NonFinite(first)
+    return result
 
 
 @dataclass
 class Skips:
-    """Optimiser steps left out: the `reasons` of this iteration's, how many in a row, and how many may be. `tell` lets
-    all processes of a run know what each has found."""
+    """Optimiser steps left out: the `reasons` of this iteration's, how many in a row, and how many may be. `gather`
+    exchanges the reasons of all ranks."""
 
     limit: int
-    tell: Callable[[str | None], list[str | None]] = lambda found: [found]
+    gather: Callable[[str | None], list[str | None]] = lambda reason: [reason]
     reasons: list[str] = field(default_factory=list)
     in_a_row: int = 0
 
-    def leave_out(self, iteration: int, found: NonFinite) -> None:
-        """Note it. Raises NonFinite where no more may be left out."""
-        self.reasons.append(f"iteration {iteration + 1}: {found}")
+    def leave_out(self, iteration: int, error: NonFinite) -> None:
+        """Record it. Raises NonFinite where no more may be left out."""
+        self.reasons.append(f"iteration {iteration + 1}: {error}")
         self.in_a_row += 1
         if self.in_a_row > self.limit:
             before = f" ({self.limit} steps in a row left out before)" if self.limit else ""
@@ -76,26 +77,28 @@ class Skips:
     def may_step(
         self, iteration: int, prompts: Sequence[Prompt], rows: Rows, losses: Sequence[float], norm: float
     ) -> bool:
-        """Whether to step along a minibatch's gradient, whose `norm` is given, and the loss of each row."""
+        """Whether to step along a minibatch's gradient of this `norm`, with the loss of each row."""
         bad = [k for k, loss in zip(rows.index.tolist(), losses, strict=True) if not math.isfinite(loss)]
-        sound = not bad and math.isfinite(norm)
-        own = None if sound else str(non_finite("loss" if bad else "gradient", prompts, bad or rows.index.tolist()))
-        found = next(filter(None, self.tell(own)), None)
-        if found is None:
+        finite = not bad and math.isfinite(norm)
+        reason = None
+        if not finite:
+            reason = str(non_finite("loss" if bad else "gradient", prompts, bad or rows.index.tolist()))
+        first = next(filter(None, self.gather(reason)), None)
+        if first is None:
             self.in_a_row = 0
             return True
-        self.leave_out(iteration, NonFinite(found))
+        self.leave_out(iteration, NonFinite(first))
         return False
 
 
 @contextmanager
-def failing() -> Iterator[None]:
-    """Running out of memory becomes Failed, told in one line. What can be done in smaller parts has been by then."""
+def oom_as_failed() -> Iterator[None]:
+    """Turn running out of memory into Failed, in one line. What can be done in smaller batches has been by then."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        why = str(error).partition("\n")[0] or "the machine's"
+        reason = str(error).partition("\n")[0] or "the machine's"
         raise Failed(
-            f"out of memory: {why}; gradient_checkpointing, offload, quantize, precision: bfloat16 or a smaller size "
-            "need less"
+            f"out of memory: {reason}; gradient_checkpointing, offload, quantize, precision: bfloat16 or a smaller "
+            "size need less"
         ) from error

@@ -19,7 +19,7 @@ from reward_models.images import to_uint8
 from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, linear_chain, located, named, pretrained, read, tried
+from reward_models.weights import check_on_grey_image, fingerprint, linear_chain, located, named, pretrained, read
 
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 SOURCE = "the GitHub repository christophschuhmann/improved-aesthetic-predictor"
@@ -61,13 +61,13 @@ class Aesthetic:
             checkpoint=fingerprint(self.model, self.head),
         )
         with loading("aesthetic", f"{head} on {model}"):
-            tried(self._look)
+            check_on_grey_image(self._score_batch)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, self.batch)
+        return each(images, prompts, self.names, self._score_batch, self.batch)
 
     @torch.no_grad()
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         pixels = self.image_processor(images=list(to_uint8(images)), return_tensors="pt").pixel_values
         embedding = self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output
         return self.head(F.normalize(embedding, dim=-1))

@@ -1,23 +1,23 @@
-"""`checklist`: yes or no to each of a prompt's own criteria, by an image-text model.
+"""`checklist`: a vision-language model answers yes or no to each criterion of a prompt.
 
-Criteria are binary, for judges that grade as a whole are easier to please. They come from `Prompt.wants["criteria"]`,
-else by rule from GenEval's layout (`include`, `text`), else from the model itself, which writes them once per prompt;
-`written` keeps those in a file. A criterion that depends on one that failed has failed; a reply that leaves one without
-an answer fails the image, for the share of the others would be another number. Components, shares of weight in [0, 1],
-higher is better, roughly comparable across prompts:
+Criteria are binary because judges that grade a picture as a whole are easier to please. They come from
+`Prompt.wants["criteria"]`, else by rule from GenEval's layout (`include`, `text`), else from the model itself, which
+writes them once per prompt; `written` stores those in a file. A criterion fails if one it depends on fails. A reply
+that leaves a criterion without an answer fails the image, because the share of the others would be a different
+quantity. Components, shares of weight in [0, 1], higher is better, roughly comparable across prompts:
 
 - `share`: of all criteria.
-- `object`, `count`, `attribute`, `relation`, `text`, `style`: of those of a kind, NaN where there are none.
+- `object`, `count`, `attribute`, `relation`, `text`, `style`: of those of one kind, NaN if there are none.
 
-What failed is said in the critique, and asked for once more in the revised request; evidence boxes become regions of
-credit 1 or -1, labelled with their criterion. After RubiCap, CM2 and DSG; words and rules are ours. Licence: the
-model's own.
+The critique lists the failed criteria, and the revised request asks for them again; evidence boxes become regions of
+credit 1 or -1, labelled with their criterion. After RubiCap, CM2 and DSG; the instructions and rules are ours. Licence:
+the model's own.
 """
 
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from reward_models import files
+from reward_models.errors import first_problem
 from reward_models.regions import Region, inside
 from reward_models.scoring import each
-from reward_models.service.client import first
-from reward_models.types import Images, Prompt, Scores
+from reward_models.types import Images, ImageScores, Prompt, Scores
 from reward_models.vlm import ask, replies, scales, templates, types
 
 KINDS = ("object", "count", "attribute", "relation", "text", "style")
@@ -61,8 +61,8 @@ YES, NO = {"yes", "true", "pass", "passed", "1", "y"}, {"no", "false", "fail", "
 
 @checked(frozen=True, config=ConfigDict(extra="forbid", str_strip_whitespace=True))
 class Criterion:
-    """`question` is answered by yes or no, yes is good. `depends` are numbers, from 1, of criteria above it without
-    which it makes no sense. `fix`: what a request would say to have it, in a few words."""
+    """`question` is answered by yes or no; yes is good. `depends`: the numbers, from 1, of earlier criteria without
+    which it makes no sense. `fix`: a few words that would add it to the request."""
 
     question: str = Field(min_length=3, max_length=500)
     kind: str = Field("object", pattern=f"^({'|'.join(KINDS)})$")
@@ -75,77 +75,77 @@ CRITERIA = TypeAdapter(list[Criterion])
 
 
 def criteria_of(rows: Any) -> list[Criterion]:
-    """ValueError, in one line, if these are no criteria."""
+    """The criteria in a JSON value. ValueError, in one line, if they are invalid."""
     try:
-        found = CRITERIA.validate_python(rows)
+        criteria = CRITERIA.validate_python(rows)
     except ValidationError as error:
-        raise ValueError(f"criteria: {first(error)}") from None
-    if not 1 <= len(found) <= MOST:
-        raise ValueError(f"criteria: {len(found)} of them; 1 to {MOST} are needed")
-    for number, own in enumerate(found, 1):
-        if not all(0 < parent < number for parent in own.depends):
-            raise ValueError(f"criteria: number {number} depends on {list(own.depends)}; only those above it can be")
-    return found
+        raise ValueError(f"criteria: {first_problem(error.errors())}") from None
+    if not 1 <= len(criteria) <= MOST:
+        raise ValueError(f"criteria: {len(criteria)} of them; 1 to {MOST} are needed")
+    for number, criterion in enumerate(criteria, 1):
+        if not all(0 < parent < number for parent in criterion.depends):
+            raise ValueError(f"criteria: number {number} depends on {list(criterion.depends)}; earlier ones are needed")
+    return criteria
 
 
 def by_rule(wants: Mapping[str, Any]) -> list[Criterion]:
-    """The criteria of a prompt in GenEval's layout: each object there, in its number, with its colour and size, in its
-    place, and the words to be written. Empty if the prompt has no such ground truth."""
-    found: list[Criterion] = []
+    """The criteria of a prompt in GenEval's layout: presence, number, colour, size and position of each object, and the
+    words to be written. Empty if the prompt has no such ground truth."""
+    criteria: list[Criterion] = []
     numbers: list[int] = []
     for item in wants.get("include", ()):
         name, count = str(item["class"]), int(item.get("count", 1))
-        found.append(Criterion(f"Is there a {name} in the picture?", "object", 1.0, (), f"a {name}"))
-        numbers.append(parent := len(found))
+        criteria.append(Criterion(f"Is there a {name} in the picture?", "object", 1.0, (), f"a {name}"))
+        numbers.append(parent := len(criteria))
         number = f"exactly {count} {name}{'' if count == 1 else 's'}"
         there = f"Is there {number}" if count == 1 else f"Are there {number}"
-        found.append(Criterion(f"{there} in the picture, no more and no fewer?", "count", 1.0, (parent,), number))
+        criteria.append(Criterion(f"{there} in the picture, no more and no fewer?", "count", 1.0, (parent,), number))
         for key in ("color", "size"):
             if item.get(key):
                 question = f"Is every {name} that was asked for {item[key]}?"
-                found.append(Criterion(question, "attribute", 1.0, (parent,), f"the {name} {item[key]}"))
+                criteria.append(Criterion(question, "attribute", 1.0, (parent,), f"the {name} {item[key]}"))
         if item.get("position"):
             where, other = item["position"]
-            place = f"the {name} {where} the {wants['include'][other]['class']}"
+            arrangement = f"the {name} {where} the {wants['include'][other]['class']}"
             if other < len(numbers) - 1:
-                found.append(Criterion(f"Is {place}?", "relation", 1.0, (parent, numbers[other]), place))
+                criteria.append(Criterion(f"Is {arrangement}?", "relation", 1.0, (parent, numbers[other]), arrangement))
             else:
-                found.append(Criterion(f"Is {place}?", "relation", 1.0, (parent,), place))
+                criteria.append(Criterion(f"Is {arrangement}?", "relation", 1.0, (parent,), arrangement))
     if isinstance(wants.get("text"), str):
-        found.append(
+        criteria.append(
             Criterion(
                 f"Do the words in the picture read {wants['text']!r}?", "text", 1.0, (), f"the text {wants['text']!r}"
             )
         )
-    return found
+    return criteria
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer; why; and where, in pixels, if the judge says so."""
+    """The answer, its evidence, and a box in pixels if the judge gives one."""
 
     answer: bool
-    why: str = ""
+    evidence: str = ""
     box: tuple[int | float, ...] | None = None
 
 
 def read(text: str, count: int, size: tuple[int, int], coordinates: str = "pixels", cut: bool = False) -> list[Verdict]:
     """The verdicts on `count` criteria in a reply about a picture of `size` (height, width). ValueError if a criterion
-    has no answer or two, or a box is not in the picture."""
+    has no answer or two, or a box is outside the picture."""
     verdicts: dict[int, Verdict] = {}
     for number, row in _listed(replies.answer(text, cut)):
         if not 1 <= number <= count:
-            raise ValueError(f"there is no criterion {number}; {count} were given")
+            raise ValueError(f"there is no criterion {number}; there are {count}")
         answer = _answer(replies.one_of(row, ("answer", "verdict", "pass", "satisfied")), number)
         box = row.get("box")
         try:
-            place = None if not box else tuple(replies.scaled(box, size, coordinates))
-            if place:
-                inside([Region(place, 0)], size)
+            pixels = None if not box else tuple(replies.scaled(box, size, coordinates))
+            if pixels:
+                inside([Region(pixels, 0)], size)
         except ValueError as error:
             raise ValueError(f"criterion {number}: {error}") from None
-        why = str(replies.one_of(row, ("evidence", "why", "reason")) or "")
-        if verdicts.setdefault(number, verdict := Verdict(answer, why, place)).answer != verdict.answer:
+        evidence = str(replies.one_of(row, ("evidence", "why", "reason")) or "")
+        if verdicts.setdefault(number, verdict := Verdict(answer, evidence, pixels)).answer != verdict.answer:
             raise ValueError(f"criterion {number} has two answers")
     if not verdicts:
         raise ValueError("the reply answers no criterion")
@@ -156,7 +156,7 @@ def read(text: str, count: int, size: tuple[int, int], coordinates: str = "pixel
 
 
 def _answer(value: Any, number: int) -> bool:
-    """Yes or no alone, perhaps with a note behind it."""
+    """True for yes, False for no; a note may follow. ValueError for anything else."""
     words = " ".join(scales.unwrapped(str(value)).lower().split())
     head = re.match(rf"(?:{'|'.join(YES | NO)})\b(?!\.\d)", words)
     rest = words[head.end() :] if head else words
@@ -167,7 +167,7 @@ def _answer(value: Any, number: int) -> bool:
 
 
 def _listed(text: str) -> list[tuple[int, dict[str, Any]]]:
-    rows = replies.alike(rows for value in replies.values(text) if (rows := _numbered(value)) is not None)
+    rows = replies.unanimous(rows for value in replies.values(text) if (rows := _numbered(value)) is not None)
     if rows is not None:
         return rows
     heads = (NUMBERED.match(line.lstrip(replies.MARKS + "-")) for line in text.split("\n"))
@@ -175,7 +175,7 @@ def _listed(text: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _numbered(value: Any) -> list[tuple[int, dict[str, Any]]] | None:
-    """Verdicts with their numbers, if a JSON value holds them."""
+    """Verdicts with their numbers, if a JSON value contains them."""
     if isinstance(value, dict):
         row = replies.plain(value)
         value = replies.one_of(row, ("verdicts", "answers", "criteria"))
@@ -188,35 +188,36 @@ def _numbered(value: Any) -> list[tuple[int, dict[str, Any]]] | None:
     return [*zip(numbers, rows, strict=True)] if all(type(number) is int for number in numbers) else None
 
 
-def judged(criteria: Sequence[Criterion], verdicts: Sequence[Verdict]) -> ask.Parsed:
-    """What verdicts on criteria come to."""
+def combined(criteria: Sequence[Criterion], verdicts: Sequence[Verdict]) -> ImageScores:
+    """The scores of an image from the verdicts on its criteria; `request` has only the fixes."""
     passed: list[bool] = []
     for criterion, verdict in zip(criteria, verdicts, strict=True):
         passed.append(verdict.answer and all(passed[parent - 1] for parent in criterion.depends))
     values = {}
     for name in ("share", *KINDS):
-        counted = [
+        weighted = [
             (criterion.weight, answer)
             for criterion, answer in zip(criteria, passed, strict=True)
             if name in ("share", criterion.kind)
         ]
-        if counted:
-            values[name] = sum(weight * answer for weight, answer in counted) / sum(weight for weight, _ in counted)
+        if weighted:
+            values[name] = sum(weight * answer for weight, answer in weighted) / sum(weight for weight, _ in weighted)
     failed = [criterion for criterion, answer in zip(criteria, passed, strict=True) if not answer]
     regions = tuple(
-        Region(verdict.box, 1.0 if answer else -1.0, criterion.question, verdict.why)
+        Region(verdict.box, 1.0 if answer else -1.0, criterion.question, verdict.evidence)
         for criterion, verdict, answer in zip(criteria, verdicts, passed, strict=True)
         if verdict.box
     )
     critique = "; ".join(f"no: {criterion.question}" for criterion in failed) or "every criterion is met"
-    return ask.Parsed(values, critique, ", ".join(criterion.fix for criterion in failed if criterion.fix), regions)
+    fixes = ", ".join(criterion.fix for criterion in failed if criterion.fix)
+    return ImageScores(values, critique, fixes, regions=regions)
 
 
 class Checklist:
-    """The scorer. `model` is a folder or hub id, or with `url` the name a server gives it. `written`: a JSONL file of
-    the criteria the model wrote, read and added to. `coordinates`: what boxes count in, "pixels", "thousand" or "unit".
-    `instruction`, `writing`: files in place of ours. `asking`: see `ask.judge`. ValueError if the model cannot be had
-    or a setting is none of these."""
+    """The scorer. `model` is a folder or hub id, or with `url` its name on the server. `written`: a JSONL file of the
+    criteria that the model wrote, read and extended. `coordinates`: the unit of boxes, "pixels", "thousand" or "unit".
+    `instruction`, `writing`: files that replace our instructions. `asking`: see `ask.judge`. ValueError if the model is
+    unavailable or a setting is invalid."""
 
     names = ("share", *KINDS)
 
@@ -238,82 +239,85 @@ class Checklist:
         self.writing = templates.Template.of("checklist", "checklist_write", ("prompt",), writing)
         self.coordinates, self.tokens, self.grid = coordinates, tokens, grid
         self.file = Path(written) if written else None
-        self.known: dict[str, list[Criterion] | str] = dict(_kept(self.file)) if self.file else {}
+        self.known: dict[str, list[Criterion] | str] = dict(_stored(self.file)) if self.file else {}
         self.judge = ask.judge("checklist", model, url, asking)
-        own = {"coordinates": coordinates, "tokens": tokens, "grid": grid}
-        own |= {"instruction": self.template.source, "writing": self.writing.source}
-        self.card = ask.card("checklist", self.judge, 0, 1, own, has_map=True)
+        settings = {"coordinates": coordinates, "tokens": tokens, "grid": grid}
+        settings |= {"instruction": self.template.source, "writing": self.writing.source}
+        self.card = ask.card("checklist", self.judge, 0, 1, settings, has_map=True)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, batch=max(1, len(images)))
+        return each(images, prompts, self.names, self._score_batch, batch=max(1, len(images)))
 
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         size = tuple(images.shape[2:])
         lists = self.criteria(prompts)
 
         def question(i: int) -> types.Question:
             if isinstance(lists[i], str):
                 raise ValueError(lists[i])
-            numbered = "\n".join(f"{k}. {templates.quoted(own.question)}" for k, own in enumerate(lists[i], 1))
+            numbered = "\n".join(
+                f"{k}. {templates.quoted(criterion.question)}" for k, criterion in enumerate(lists[i], 1)
+            )
             units = replies.UNITS[self.coordinates]
             given = {"image": images[i], "prompt": templates.quoted(prompts[i].text)}
             return self.template.fill(**given, criteria=numbered, coordinates=units)
 
-        def finding(i: int, reply: types.Reply) -> ask.Parsed:
+        def parse(i: int, reply: types.Reply) -> ImageScores:
             verdicts = read(reply.text, len(lists[i]), size, self.coordinates, reply.cut)
-            found = judged(lists[i], verdicts)
-            request = f"{prompts[i].text}; {found.request}" if found.request else ""
-            return ask.Parsed(found.values, found.said, request, found.regions)
+            row = combined(lists[i], verdicts)
+            return replace(row, request=f"{prompts[i].text}; {row.request}" if row.request else "")
 
-        asked = ask.together(self.judge, range(len(images)), question, self.tokens, VERDICTS)
-        return ask.findings(self.names, asked, finding, size, self.grid)
+        answers = ask.ask_all(self.judge, range(len(images)), question, self.tokens, VERDICTS)
+        return ask.parse_replies(self.names, answers, parse, size, self.grid)
 
     def criteria(self, prompts: Sequence[Prompt]) -> list[list[Criterion] | str]:
-        """Each prompt's criteria, or why it has none. The model is asked once for those of a text nobody has given."""
-        found: list[list[Criterion] | str | None] = []
+        """The criteria of each prompt, or the reason why it has none. The model writes those of each text at most
+        once."""
+        lists: list[list[Criterion] | str | None] = []
         for prompt in prompts:
             try:
                 given = prompt.wants.get("criteria")
-                own = criteria_of(given) if given is not None else by_rule(prompt.wants)
-                found.append(own or self.known.get(_key(prompt.text)))
+                criteria = criteria_of(given) if given is not None else by_rule(prompt.wants)
+                lists.append(criteria or self.known.get(_key(prompt.text)))
             except (ValueError, KeyError, TypeError, IndexError) as error:
-                found.append(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error))
-        texts = [*dict.fromkeys(prompt.text for prompt, own in zip(prompts, found, strict=True) if own is None)]
-        if texts:
-            new = dict(zip(texts, self._write(texts), strict=True))
-            found = [new[prompt.text] if own is None else own for prompt, own in zip(prompts, found, strict=True)]
-        return found
+                lists.append(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error))
+        missing = [*dict.fromkeys(prompt.text for prompt, known in zip(prompts, lists, strict=True) if known is None)]
+        if missing:
+            new = dict(zip(missing, self._write(missing), strict=True))
+            lists = [new[prompt.text] if known is None else known for prompt, known in zip(prompts, lists, strict=True)]
+        return lists
 
     def _write(self, texts: Sequence[str]) -> list[list[Criterion] | str]:
         questions = [self.writing.fill(prompt=templates.quoted(text)) for text in texts]
-        out: list[list[Criterion] | str] = []
+        lists: list[list[Criterion] | str] = []
         for text, reply in zip(texts, self.judge.ask(questions, self.tokens), strict=True):
             try:
                 if reply.failure:
                     raise ValueError(reply.failure)
-                out.append(criteria_of(_written(reply.text)))
-            except ValueError as error:  # not kept: it is asked again
-                out.append(f"no criteria could be written: {error}")
+                criteria = criteria_of(_criteria_rows(reply.text))
+            except ValueError as error:  # not stored, so that it is tried again
+                lists.append(f"no criteria could be written: {error}")
                 continue
-            self.known[_key(text)] = out[-1]
+            lists.append(criteria)
+            self.known[_key(text)] = criteria
             if self.file:
-                files.append(self.file, {"prompt": text, "criteria": [asdict(own) for own in out[-1]]})
-        return out
+                files.append(self.file, {"prompt": text, "criteria": [asdict(criterion) for criterion in criteria]})
+        return lists
 
 
 def _key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _written(text: str) -> Any:
-    for found in replies.values(replies.answer(text)):
-        rows = replies.one_of(replies.plain(found), ("criteria", "checklist")) if isinstance(found, dict) else found
+def _criteria_rows(text: str) -> Any:
+    for value in replies.values(replies.answer(text)):
+        rows = replies.one_of(replies.plain(value), ("criteria", "checklist")) if isinstance(value, dict) else value
         if isinstance(rows, list):
             return rows
-    raise ValueError(f"the reply holds no list; it begins {replies.shown(text)}")
+    raise ValueError(f"the reply contains no list; it begins {replies.excerpt(text)}")
 
 
-def _kept(file: Path) -> list[tuple[str, list[Criterion]]]:
+def _stored(file: Path) -> list[tuple[str, list[Criterion]]]:
     try:
         lines = files.lines(files.text(file)) if file.exists() else []
         rows = [files.parsed(line) for line in lines if line.strip()]

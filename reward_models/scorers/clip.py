@@ -26,7 +26,7 @@ from reward_models.lengths import Reader
 from reward_models.model_folders import loading
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, named, tried
+from reward_models.weights import check_on_grey_image, fingerprint, named
 
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
@@ -127,10 +127,10 @@ class Clip:
         return (images - mean) / std
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, self.batch)
+        return each(images, prompts, self.names, self._score_batch, self.batch)
 
     @torch.no_grad()
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         row = {text: i for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
         text = self.model.encode_text(self.tokenizer(list(row)).to(self.device), normalize=True)
         image = self.model.encode_image(self.prepared(images), normalize=True)
@@ -160,7 +160,7 @@ def clip(model: str | None = None, pretrained: str | None = None, device: str = 
         )
         _check_preprocessing(open_clip.get_model_preprocess_cfg(loaded))
         scorer = Clip(loaded, tokenizer, card, "cosine", device, batch)
-        tried(scorer._look)
+        check_on_grey_image(scorer._score_batch)
     return scorer
 
 

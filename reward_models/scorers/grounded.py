@@ -1,17 +1,15 @@
-"""`grounded`: are the things that were asked for found where a detector that can be told what to look for (OWLv2,
-Grounding DINO) looks for them?
+"""`grounded`: whether an open-vocabulary detector (OWLv2, Grounding DINO) finds the requested objects.
 
-The things are `Prompt.wants["phrases"]`, or what `Prompt.wants["include"]` (GenEval's layout) asks for: each object
-counts, with its colour in the phrase. Things and detections are matched by assignment on the detector's confidence, so
-that one detection stands for one thing. One score per image in [0, 1], higher is better, roughly comparable across
-prompts:
+The objects are `Prompt.wants["phrases"]`, or those of `Prompt.wants["include"]` (GenEval's layout), each counted and
+with its colour in the phrase. Objects and detections are matched one to one by assignment on the detector's confidence.
+One score per image in [0, 1], higher is better, roughly comparable across prompts:
 
-- `found`: the mean confidence over the things, 0 for one that is missing, times things / detections where there are
+- `found`: the mean confidence over the requested objects, 0 for a missing one, times objects / detections if there are
   too many.
 
-A found thing is credited by its confidence on its box, a detection too many is blamed by its own. Not seen: relations,
-and whether a colour is right where the detector is not sure of it. Licence: the model's own. Not checked against
-released weights.
+The box of a detection is credited with its confidence, that of a surplus detection with minus its confidence. Not
+measured: relations, and whether a colour is right where the detector is unsure. Licence: the model's own. Not checked
+against released weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,16 +20,16 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import nms
 
-from reward_models.detect import Detector, Found, detector
+from reward_models.detect import Detection, Detector, detector
 from reward_models.model_folders import loading
-from reward_models.regions import Region, paint
+from reward_models.regions import Region
 from reward_models.scoring import each
-from reward_models.types import Card, Images, Prompt, Scores
+from reward_models.types import Card, Images, ImageScores, Prompt, Scores
 from reward_models.weights import fingerprint, named
 
 
 def phrases(wants: Mapping[str, Any]) -> list[str]:
-    """What should be found, once for each time it is asked for. ValueError if nothing is."""
+    """The phrases to detect, repeated by their count. ValueError if there are none."""
     given = wants.get("phrases")
     if given is None:
         given = [
@@ -39,40 +37,43 @@ def phrases(wants: Mapping[str, Any]) -> list[str]:
             for item in wants.get("include", ())
             for _ in range(item.get("count", 1))
         ]
-    if not isinstance(given, list) or not given or not all(isinstance(own, str) and own.strip() for own in given):
-        raise ValueError(f"nothing to look for: `phrases` or `include` in wants is needed, got {sorted(wants)}")
+    if (
+        not isinstance(given, list)
+        or not given
+        or not all(isinstance(phrase, str) and phrase.strip() for phrase in given)
+    ):
+        raise ValueError(f"nothing to detect: `phrases` or `include` in wants is needed, got {sorted(wants)}")
     return given
 
 
-def alone(found: Sequence[Found], overlap: int | float) -> list[Found]:
-    """The detections less those that overlap a surer one of the same label by more than `overlap` of their union."""
-    kept = []
-    for label in dict.fromkeys(own.label for own in found):
-        same = [own for own in found if own.label == label]
-        boxes, scores = (
-            torch.tensor([[*map(float, own.box)] for own in same]),
-            torch.tensor([own.score for own in same]),
-        )
-        kept += [same[k] for k in nms(boxes, scores.float(), float(overlap)).tolist()]
-    return kept
+def without_duplicates(detections: Sequence[Detection], overlap: int | float) -> list[Detection]:
+    """Non-maximum suppression per label: drop detections whose intersection over union with a more confident one of the
+    same label exceeds `overlap`."""
+    remaining = []
+    for label in dict.fromkeys(detection.label for detection in detections):
+        same = [detection for detection in detections if detection.label == label]
+        boxes = torch.tensor([[*map(float, detection.box)] for detection in same])
+        scores = torch.tensor([float(detection.score) for detection in same])
+        remaining += [same[k] for k in nms(boxes, scores, float(overlap)).tolist()]
+    return remaining
 
 
-def judge(wanted: Sequence[str], found: Sequence[Found]) -> tuple[float, str, tuple[Region, ...]]:
-    """The score, what is wrong in words, and the regions."""
-    fits = np.array([[own.score if own.label == phrase else 0.0 for own in found] for phrase in wanted])
-    rows, columns = linear_sum_assignment(fits.reshape(len(wanted), len(found)), maximize=True)
+def judge(wanted: Sequence[str], detections: Sequence[Detection]) -> ImageScores:
+    fits = np.array([[d.score if d.label == phrase else 0.0 for d in detections] for phrase in wanted])
+    rows, columns = linear_sum_assignment(fits.reshape(len(wanted), len(detections)), maximize=True)
     match = {int(r): int(c) for r, c in zip(rows, columns, strict=True) if fits[r, c] > 0}
-    score = sum(found[c].score for c in match.values()) / len(wanted) * min(1, len(wanted) / max(1, len(found)))
-    surplus = [own for c, own in enumerate(found) if c not in match.values()]
-    regions = [Region(found[c].box, found[c].score, f"{r + 1} {wanted[r]}") for r, c in match.items()]
-    regions += [Region(own.box, -own.score, "", f"a {own.label} too many") for own in surplus]
+    confidence = sum(detections[c].score for c in match.values()) / len(wanted)
+    score = confidence * min(1, len(wanted) / max(1, len(detections)))
+    surplus = [detection for c, detection in enumerate(detections) if c not in match.values()]
+    regions = [Region(detections[c].box, detections[c].score, f"{r + 1} {wanted[r]}") for r, c in match.items()]
+    regions += [Region(extra.box, -extra.score, "", f"a {extra.label} too many") for extra in surplus]
     wrong = [f"no {phrase}" for r, phrase in enumerate(wanted) if r not in match]
-    wrong += [f"a {own.label} too many" for own in surplus]
-    return float(score), "; ".join(wrong) or "all found", tuple(regions)
+    wrong += [f"a {extra.label} too many" for extra in surplus]
+    return ImageScores({"found": float(score)}, "; ".join(wrong) or "all found", regions=tuple(regions))
 
 
 class Grounded:
-    """The scorer over any detector that can be asked for anything; `grounded` makes it from a checkpoint."""
+    """The scorer over any open-vocabulary detector; `grounded` builds it from a checkpoint."""
 
     names = ("found",)
 
@@ -80,23 +81,20 @@ class Grounded:
         self.finder, self.card, self.overlap, self.grid, self.batch = finder, card, overlap, grid, batch
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, self.batch)
+        return each(images, prompts, self.names, self._score_batch, self.batch)
 
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        values = torch.full((len(images), 1), torch.nan)
-        maps = torch.full((len(images), self.grid, self.grid), torch.nan)
-        said, boxes, failures, wanted = [""] * len(images), [()] * len(images), {}, {}
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        wanted, rows = {}, {}
         for i, prompt in enumerate(prompts):
             try:
                 wanted[i] = phrases(prompt.wants)
             except ValueError as error:
-                failures[i] = str(error)
-        asked = [list(dict.fromkeys(own)) for own in wanted.values()]
-        seen = self.finder.detect(images[list(wanted)], asked) if wanted else []
-        for i, found in zip(wanted, seen, strict=True):
-            values[i, 0], said[i], boxes[i] = judge(wanted[i], alone(found, self.overlap))
-            maps[i] = paint(boxes[i], tuple(images.shape[2:]), (self.grid, self.grid))
-        return Scores(self.names, values, tuple(said), maps, failures, tuple(boxes))
+                rows[i] = ImageScores(failure=str(error))
+        labels = [list(dict.fromkeys(repeated)) for repeated in wanted.values()]
+        detections = self.finder.detect(images[list(wanted)], labels) if wanted else []
+        for i, of_image in zip(wanted, detections, strict=True):
+            rows[i] = judge(wanted[i], without_duplicates(of_image, self.overlap))
+        return Scores.collect(self.names, [rows[i] for i in range(len(images))], tuple(images.shape[2:]), self.grid)
 
 
 def grounded(
@@ -107,16 +105,16 @@ def grounded(
     device: str = "cpu",
     batch: int = 8,
 ) -> Grounded:
-    """The scorer `grounded`. `model`: folder or hub id of a zero-shot detector of transformers. `confidence`: what a
-    detection must exceed, in [0, 1]. `overlap`: the share of their union at which two detections are of one thing.
-    ValueError for settings outside these ranges, for a model that cannot be had, or that only knows classes of its
-    own."""
+    """The scorer `grounded`. `model`: folder or hub id of a zero-shot detector of transformers. `confidence`: the least
+    confidence of a detection, in [0, 1]. `overlap`: the intersection over union above which two detections are
+    duplicates. ValueError for settings outside these ranges, and for a model that is unavailable or has fixed
+    classes."""
     if not (0 <= confidence <= 1 and 0 <= overlap <= 1):
         raise ValueError(f"grounded: confidence and overlap are 0 to 1, not {confidence!r} and {overlap!r}")
     with loading("grounded", model):
         finder = detector(model, confidence, device)
     if finder.classes is not None:
-        raise ValueError(f"grounded: {model} knows classes of its own only; a zero-shot detector is needed")
+        raise ValueError(f"grounded: {model} has fixed classes; a zero-shot detector is needed")
     card = Card(
         "grounded",
         model=named(model),
@@ -125,7 +123,7 @@ def grounded(
         high=1,
         comparable_across_prompts=True,
         has_map=True,
-        size="as the detector's processor has it",
+        size="resized by the detector's processor",
         checkpoint=fingerprint(finder.model),
         settings=dict(confidence=confidence, overlap=overlap, grid=grid),
     )

@@ -8,7 +8,7 @@ Not checked against the released weights.
 from reward_models.model_folders import loading
 from reward_models.scorers.clip import Clip, described, opened
 from reward_models.types import Card
-from reward_models.weights import fingerprint, located, named, tried
+from reward_models.weights import check_on_grey_image, fingerprint, located, named
 
 FILE = "HPS_v2.1_compressed.pt"
 
@@ -29,5 +29,5 @@ def hpsv2(weights: str = "xswu/HPSv2", model: str = "ViT-H-14", device: str = "c
             checkpoint=fingerprint(loaded),
         )
         scorer = Clip(loaded, tokenizer, card, "cosine", device, batch)
-        tried(scorer._look)
+        check_on_grey_image(scorer._score_batch)
     return scorer

@@ -26,7 +26,7 @@ from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.vlm import transformers_model as vlm
-from reward_models.weights import fingerprint, hushed, linear_chain, located, named, read
+from reward_models.weights import fingerprint, linear_chain, located, named, quiet, read
 
 FILE, TOKEN, HEAD = "HPSv3.safetensors", "<|Reward|>", "rm_head."
 SOURCE = "hpsv3/dataset/data_collator_qwen.py"  # of the authors' package, where its words are
@@ -73,7 +73,7 @@ def reward_model(weights: dict[str, Tensor], base: str, dtype: torch.dtype) -> t
     if not rows:
         raise RuntimeError("no token embeddings in the weights")
     config.text_config.vocab_size = rows[0]  # one token was added to the base's
-    with hushed():
+    with quiet():
         model, info = Qwen2VLForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=rest, dtype=dtype, output_loading_info=True
         )
@@ -128,12 +128,12 @@ class Hpsv3:
         )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, self.batch)
+        return each(images, prompts, self.names, self._score_batch, self.batch)
 
     @torch.no_grad()
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         texts = [self.instruction.replace("{prompt}", p.text.replace(TOKEN, "")) for p in prompts]
-        inputs = vlm.asked(self.processor, vlm.about(images, texts), self.device, answering=False)
+        inputs = vlm.inputs_of(self.processor, vlm.image_questions(images, texts), self.device, answering=False)
         places = positions(inputs.attention_mask)
         hidden = self.model.model(**inputs, position_ids=places).last_hidden_state
         return self.head(hidden[inputs.input_ids == self.token].float())[:, :1]

@@ -23,7 +23,7 @@ from reward_models.lengths import Reader, reader
 from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, linear_chain, located, named, read, tried
+from reward_models.weights import check_on_grey_image, fingerprint, linear_chain, located, named, read
 
 SHIFT, SPREAD = 0.16717362830052426, 1.0333394966054072  # mean and standard deviation of raw scores on their data
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -142,16 +142,16 @@ class ImageReward:
             settings={"tokenizer": named(tokenizer)},
         )
         with loading("image_reward", f"{weights} with {tokenizer}"):
-            tried(self._look)
+            check_on_grey_image(self._score_batch)
 
     def readers(self) -> list[Reader]:
         return [reader("image_reward", self.tokenizer, TOKENS)]
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, self.batch)
+        return each(images, prompts, self.names, self._score_batch, self.batch)
 
     @torch.no_grad()
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         pixels = resized(images.to(self.device), (self.side, self.side), "shortest", "bicubic")
         mean, std = (torch.tensor(numbers, device=self.device)[:, None, None] for numbers in (MEAN, STD))
         seen = self.vision(pixel_values=(pixels - mean) / std).last_hidden_state

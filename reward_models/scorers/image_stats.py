@@ -38,9 +38,9 @@ class ImageStats:
     )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look)
+        return each(images, prompts, self.names, self._score_batch)
 
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         luma = (images * torch.tensor(LUMA, device=images.device)[:, None, None]).sum(1, keepdim=True)
         high, low = images.amax(1), images.amin(1)
         laplace = torch.tensor(LAPLACE, device=images.device)

@@ -43,9 +43,9 @@ class JpegSize:
         )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look)
+        return each(images, prompts, self.names, self._score_batch)
 
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         return torch.tensor([[self.sign * self._kilobytes(picture)] for picture in to_pil(images)])
 
     def _kilobytes(self, picture: Image.Image) -> float:

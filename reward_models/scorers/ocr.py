@@ -158,9 +158,9 @@ class Ocr:
         )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, batch=1)
+        return each(images, prompts, self.names, self._score_batch, batch=1)
 
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         (image,), (prompt,) = to_uint8(images).cpu().permute(0, 2, 3, 1).numpy(), prompts
         target = wanted(prompt)
         whole = "".join(target)

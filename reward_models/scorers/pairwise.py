@@ -95,9 +95,9 @@ class Pairwise:
         self.swaps = [0, 0]  # of pairs asked in both orders, those whose winner changed with the side; all of them
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, batch=max(1, len(images)))
+        return each(images, prompts, self.names, self._score_batch, batch=max(1, len(images)))
 
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         names = [hashlib.sha256(own.numpy().tobytes()).hexdigest() for own in to_uint8(images).cpu()]
         games = [self._sides(names, prompts, *pair) for pair in self._pairs(names, prompts)]
         if self.orders == "both":
@@ -114,7 +114,7 @@ class Pairwise:
                     raise ValueError(reply.failure)
                 side = read(reply.text, reply.cut)
             except ValueError as error:
-                why |= dict.fromkeys(pair, f"{error}; the reply begins {replies.shown(reply.text)}")
+                why |= dict.fromkeys(pair, f"{error}; the reply begins {replies.excerpt(reply.text)}")
                 continue
             results[frozenset(pair)].append(None if side is None else pair[side])
         for pair, winners in results.items():

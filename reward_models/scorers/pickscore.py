@@ -16,7 +16,7 @@ from reward_models.lengths import Reader, reader
 from reward_models.model_folders import loading, pinned
 from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, named, pretrained, tried
+from reward_models.weights import check_on_grey_image, fingerprint, named, pretrained
 
 
 class PickScore:
@@ -49,7 +49,7 @@ class PickScore:
             settings={"processor": named(processor)},
         )
         with loading("pickscore", f"{model} with {processor}"):
-            tried(self._look)
+            check_on_grey_image(self._score_batch)
 
     @property
     def length(self) -> int:
@@ -60,10 +60,10 @@ class PickScore:
         return [reader("pickscore", self.tokenizer, self.length)]
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, self.batch)
+        return each(images, prompts, self.names, self._score_batch, self.batch)
 
     @torch.no_grad()
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         row = {text: i for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
         tokens = self.tokenizer(list(row), padding=True, truncation=True, max_length=self.length, return_tensors="pt")
         text = self.model.get_text_features(

@@ -1,25 +1,26 @@
-"""`rational`: a critique of several aspects before each score, and a better request (after RationalRewards).
+"""`rational`: a critique of several aspects before each score, and a refined request (after RationalRewards).
 
-Aspects have a score from 1 to 4, or N/A. Components, in [0, 1], higher is better:
+Each aspect has a score from 1 to 4, or N/A. Components, in [0, 1], higher is better:
 
-- `overall`: (mean - 1) / 3 over the aspects that apply. With text in the request it is a mean over one aspect more, so
-  that it compares images of one prompt, not prompts.
-- `faithfulness`, `quality`, `text`, and in edits `preservation`: (score - 1) / 3; `text` is NaN where the judge writes
+- `overall`: (mean - 1) / 3 over the aspects that apply. If the request contains text, the mean is over one more aspect;
+  so it compares images of one prompt, not prompts.
+- `faithfulness`, `quality`, `text`, and for edits `preservation`: (score - 1) / 3; `text` is NaN if the judge writes
   N/A.
 
-An aspect without a readable score fails the image, for the mean of the others would be another number.
+An aspect without a readable score fails the image, because the mean of the others would be a different quantity.
 
-The critique is in `Scores.critiques`, the refined request in `Scores.requests`. An edit has the picture it began from
-in `Prompt.wants["source"]`, a file. The words are ours (`reward_models/instructions/rational*.txt`); the form of the
-reply is RationalRewards', whose models write it without being told. In their released test-time script the score comes
-before the justification; here it comes after. Licence: the model's own. Not checked against the released models.
+The critique is in `Scores.critiques`, the refined request in `Scores.requests`. For an edit, `Prompt.wants["source"]`
+is the file of the original picture. The instructions are ours (`reward_models/vlm/instructions/rational*.txt`); the
+form of the reply is that of RationalRewards, whose models write it without an instruction. In their released test-time
+script the score comes before the justification; here it comes after. Licence: the model's own. Not checked against the
+released models.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from reward_models.scoring import each
-from reward_models.types import Images, Prompt, Scores
+from reward_models.types import Images, ImageScores, Prompt, Scores
 from reward_models.vlm import ask, critiques, templates, types
 
 ASPECTS = {
@@ -35,21 +36,25 @@ FORMS = ("headings", "json")
 
 def schema(aspects: Sequence[str]) -> dict[str, Any]:
     """The JSON schema of a reply: for each aspect the justification, then the score."""
-    one = {
+    aspect = {
         "type": "object",
         "properties": {"justification": {"type": "string"}, "score": {"type": ["number", "null"]}},
         "required": ["justification", "score"],
         "additionalProperties": False,
     }
-    properties = {"analysis": {"type": "string"}, **dict.fromkeys(aspects, one), "refined_request": {"type": "string"}}
+    properties = {
+        "analysis": {"type": "string"},
+        **dict.fromkeys(aspects, aspect),
+        "refined_request": {"type": "string"},
+    }
     return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
 
 class Rational:
-    """The scorer. `model` is a folder or hub id, or with `url` the name a server gives it. `task` "image" or "edit".
-    `form` of the reply: "headings", or "json", which a server can hold the model to. `instruction`: a file in place of
-    ours. `tokens`: longest reply. `asking`: see `ask.judge`. ValueError if the model cannot be had or a setting is none
-    of these."""
+    """The scorer. `model` is a folder or hub id, or with `url` its name on the server. `task`: "image" or "edit".
+    `form` of the reply: "headings", or "json", which a server can enforce. `instruction`: a file that replaces ours.
+    `tokens`: the longest reply. `asking`: see `ask.judge`. ValueError if the model is unavailable or a setting is
+    invalid."""
 
     def __init__(
         self,
@@ -61,26 +66,33 @@ class Rational:
         tokens: int = 2048,
         **asking: Any,
     ):
-        for name, value, known in (("task", task, TASKS), ("form", form, FORMS)):
+        for setting, value, known in (("task", task, TASKS), ("form", form, FORMS)):
             if value not in known:
-                raise ValueError(f"rational: {name} is one of {', '.join(known)}, not {value!r}")
+                raise ValueError(f"rational: {setting} is one of {', '.join(known)}, not {value!r}")
         self.aspects = {name: ASPECTS[name] for name in TASKS[task]}
         self.names = ("overall", *self.aspects)
         needed = ("image", "prompt", *(["source"] if task == "edit" else []))
-        words = "rational_edit" if task == "edit" else "rational"
-        self.template = templates.Template.of("rational", words, needed, instruction)
-        self.reply = templates.Template.of("rational", f"{words}_{form}", ()).source
+        name = "rational_edit" if task == "edit" else "rational"
+        self.template = templates.Template.of("rational", name, needed, instruction)
+        self.reply = templates.Template.of("rational", f"{name}_{form}", ()).source
         self.task, self.schema, self.tokens = task, schema(TASKS[task]) if form == "json" else None, tokens
         self.judge = ask.judge("rational", model, url, asking)
-        own = {"task": task, "form": form, "instruction": self.template.source, "reply": self.reply, "tokens": tokens}
-        self.card = ask.card("rational", self.judge, 0, 1, own)
+        settings = {
+            "task": task,
+            "form": form,
+            "instruction": self.template.source,
+            "reply": self.reply,
+            "tokens": tokens,
+        }
+        self.card = ask.card("rational", self.judge, 0, 1, settings)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, batch=max(1, len(images)))
+        return each(images, prompts, self.names, self._score_batch, batch=max(1, len(images)))
 
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        asked = ask.together(self.judge, [*zip(images, prompts, strict=True)], self._question, self.tokens, self.schema)
-        return ask.findings(self.names, asked, lambda i, reply: self._read(reply, prompts[i].text))
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        pairs = [*zip(images, prompts, strict=True)]
+        answers = ask.ask_all(self.judge, pairs, self._question, self.tokens, self.schema)
+        return ask.parse_replies(self.names, answers, lambda i, reply: self._parse(reply, prompts[i].text))
 
     def _question(self, pair: tuple[Any, Prompt]) -> types.Question:
         image, prompt = pair
@@ -89,12 +101,12 @@ class Rational:
             given["source"] = ask.picture_of(prompt, "source")
         return self.template.fill(**given)
 
-    def _read(self, reply: types.Reply, prompt: str) -> ask.Parsed:
+    def _parse(self, reply: types.Reply, prompt: str) -> ImageScores:
         critique = critiques.read(reply.text, self.aspects, reply.cut)
         for name, score in critique.scores.items():
             if score is None and name not in OPTIONAL:
-                raise ValueError(f"the score of {name} is N/A; it applies to every image")
+                raise ValueError(f"the score of {name} is N/A, but it applies to every image")
         low, span = critiques.SCALE.low, critiques.SCALE.high - critiques.SCALE.low
         values = {name: (score - low) / span for name, score in critique.scores.items() if score is not None}
         request = "" if critique.request == prompt else critique.request
-        return ask.Parsed({"overall": critique.overall, **values}, str(critique), request)
+        return ImageScores({"overall": critique.overall, **values}, str(critique), request)

@@ -1,16 +1,17 @@
 """`shapes`: the exact verifier of the embedded world (`reward_models.shapes_world`).
 
-It looks at pixels alone: nearest palette colour, 8-connected components, shape or letter by overlap with templates,
-size and centre from the bounding box. It reads what is asked from `Prompt.wants`, never from the text.
+It uses pixels only: nearest palette colour, 8-connected components, shape or letter by overlap with templates, size and
+centre from the bounding box. The request is read from `Prompt.wants`, never from the text.
 
 Two scores per image, both in [0, 1], comparable across prompts:
 
-- `strict`: 1 if everything asked for is there, everything there was asked for, and colours, sizes, relation and
-  letters are right; else 0.
-- `partial`: the mean over the wanted objects of (found + each asked attribute right) / (1 + attributes), the relation
-  counting as one more object, times wanted / seen when there are surplus objects. Letters: 1 - edit distance / length.
+- `strict`: 1 if all requested objects are present, no other objects are, and colours, sizes, relation and letters are
+  right; else 0.
+- `partial`: the mean over the requested objects of (present + each requested attribute right) / (1 + attributes), where
+  the relation counts as one more object, times requested / present if there are surplus objects. Letters:
+  1 - edit distance / length.
 
-It does not look at texture, background noise below an object's size, or anything a person would call beauty.
+It ignores texture, background noise smaller than an object, and aesthetic quality.
 Licence: this project's own.
 """
 
@@ -18,12 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from reward_models.regions import Region, paint
+from reward_models.regions import Region
 from reward_models.scoring import each
 from reward_models.shapes_world import (
     BACKGROUND,
@@ -36,17 +36,17 @@ from reward_models.shapes_world import (
     SMALL_MAX,
     coverage,
 )
-from reward_models.types import Card, Images, Prompt, Scores
+from reward_models.types import Card, Images, ImageScores, Prompt, Scores
 
-MIN_AREA = 14  # px; the smallest thing the world draws covers about 20
-MIN_OVERLAP = 0.62  # intersection over union with the best template below which a blob is "something else"
+MIN_AREA = 14  # px; the smallest object the world draws covers about 20
+MIN_OVERLAP = 0.62  # intersection over union with the best template, below which a blob is unknown
 CANVAS = 12  # components are resampled to this many cells a side before they are compared
 UNKNOWN = "blob"
 
 
 @dataclass(frozen=True)
 class Blob:
-    """One thing found in an image. `box` is (left, top, right, bottom) in px, `name` a shape, a letter or "blob"."""
+    """An object detected in an image. `box` is (left, top, right, bottom) in px, `name` a shape, a letter or "blob"."""
 
     name: str
     colour: str
@@ -73,18 +73,18 @@ def _crops(labels: np.ndarray, ids, n, top, bottom, left, right) -> Float[np.nda
 
 def _boxes(labels: np.ndarray) -> tuple[np.ndarray, ...]:
     """ids, image, top, bottom, left, right of every component, each [M]."""
-    found = [
+    components = [
         (i + 1, *(e for s in box for e in (s.start, s.stop)))
         for i, box in enumerate(ndimage.find_objects(labels))
         if box
     ]
-    ids, n, _, *edges = np.array(found, int).reshape(-1, 7).T
+    ids, n, _, *edges = np.array(components, int).reshape(-1, 7).T
     return ids, n, *edges
 
 
 def _templates() -> tuple[list[str], Float[np.ndarray, "K C C"]]:
-    """Every shape at the world's sizes and at several offsets from the pixel grid, for at eight pixels across a circle
-    is nearly a square; every letter at its one size. Names repeat."""
+    """Every shape at the world's sizes and at several offsets from the pixel grid, because a circle of eight pixels is
+    nearly a square; every letter at its one size. Names repeat."""
     y, x = np.mgrid[:24, :24] - 11.5
     drawn = [
         (name, r, r, dx, dy)
@@ -105,8 +105,8 @@ NAMES, TEMPLATES = _templates()
 def _components(images: Float[np.ndarray, "N 3 H W"]) -> tuple[np.ndarray, np.ndarray]:
     """Label image [N, H, W] (0 = nothing) and the palette index [N, H, W] of each pixel.
 
-    Same-coloured neighbours form a component. Antialiasing leaves a thin fringe of mixed colours around it, which may
-    look like a third colour: a fringe pixel is given to the object it touches if that covers at least half of it.
+    Neighbours of one colour form a component. Antialiasing leaves a thin fringe of mixed colours around it, which may
+    look like a third colour: a fringe pixel is assigned to the object it touches if that covers at least half of it.
     """
     palette = np.array([*COLOURS.values(), BACKGROUND], np.float32)
     pixels = images.transpose(0, 2, 3, 1)[..., None, :]
@@ -124,7 +124,7 @@ def _components(images: Float[np.ndarray, "N 3 H W"]) -> tuple[np.ndarray, np.nd
     sturdy[0] = False
     labels = layered.max(1)  # colours exclude one another
     labels = labels * sturdy[labels]
-    paint = np.zeros(count + 1)  # how far each component's own colour is from the background
+    paint = np.zeros(count + 1)  # distance of each component's colour from the background
     paint[labels] = contrast[colour]
     touching = ndimage.maximum_filter(labels, size=(1, 3, 3))
     labels = np.where((labels == 0) & (from_background > 0.5 * paint[touching]), touching, labels)
@@ -133,10 +133,10 @@ def _components(images: Float[np.ndarray, "N 3 H W"]) -> tuple[np.ndarray, np.nd
     return labels * (area >= MIN_AREA)[labels], colour
 
 
-def look(images: Float[np.ndarray, "N 3 H W"]) -> list[list[Blob]]:
-    """Everything there is in each image, in no particular order."""
+def find_blobs(images: Float[np.ndarray, "N 3 H W"]) -> list[list[Blob]]:
+    """All objects in each image, in no particular order."""
     labels, colour = _components(images)
-    found: list[list[Blob]] = [[] for _ in images]
+    blobs: list[list[Blob]] = [[] for _ in images]
     ids, n, top, bottom, left, right = _boxes(labels)
     masks = _crops(labels, ids, n, top, bottom, left, right)
     both = np.einsum("mij,kij->mk", masks, TEMPLATES)
@@ -148,25 +148,25 @@ def look(images: Float[np.ndarray, "N 3 H W"]) -> list[list[Blob]]:
     names = list(COLOURS)
     for m in range(len(ids)):
         inside = colour[n[m], top[m] : bottom[m], left[m] : right[m]]
-        mine = labels[n[m], top[m] : bottom[m], left[m] : right[m]] == ids[m]
-        votes = np.bincount(inside[mine], minlength=len(names) + 1)[: len(names)]
+        inside_mask = labels[n[m], top[m] : bottom[m], left[m] : right[m]] == ids[m]
+        votes = np.bincount(inside[inside_mask], minlength=len(names) + 1)[: len(names)]
         known = overlap[m, best[m]] >= MIN_OVERLAP and not distorted[m]
         name = NAMES[best[m]] if known else UNKNOWN
-        found[n[m]].append(
+        blobs[n[m]].append(
             Blob(name, names[votes.argmax()], (int(left[m]), int(top[m]), int(right[m]), int(bottom[m])))
         )
-    return found
+    return blobs
 
 
-def _checks(item: dict, seen: Blob) -> list[bool]:
-    """[is it the thing, is each asked attribute right]; attributes count only on the right thing."""
-    is_it = seen.name == item["class"]
-    checks = [is_it]
+def _checks(item: dict, blob: Blob) -> list[bool]:
+    """[right kind of object, each requested attribute right]; attributes count only on the right kind."""
+    right_kind = blob.name == item["class"]
+    checks = [right_kind]
     if "color" in item:
-        checks.append(is_it and seen.colour == item["color"])
+        checks.append(right_kind and blob.colour == item["color"])
     if "size" in item:
-        fits = {"small": seen.extent <= SMALL_MAX, "large": seen.extent >= LARGE_MIN}[item["size"]]
-        checks.append(is_it and fits)
+        fits = {"small": blob.extent <= SMALL_MAX, "large": blob.extent >= LARGE_MIN}[item["size"]]
+        checks.append(right_kind and fits)
     return checks
 
 
@@ -190,77 +190,83 @@ def edit_distance(a: str, b: str) -> int:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`strict` and `partial` as in the module's head; `marks` are the things seen, by credit. `matched`: for each
-    wanted object the checks of the thing that stands for it (see `_checks`), None if nothing does; `holds`: whether the
-    relation does, None if none was asked for."""
+    """`strict` and `partial` as in the module's docstring; `regions` are the objects in the image, with their credit.
+    `matched`: for each requested object the checks of the blob matched to it (see `_checks`), None without a match.
+    `holds`: whether the requested relation holds, None if none was requested."""
 
     strict: float
     partial: float
     critique: str
-    marks: tuple[Region, ...]
+    regions: tuple[Region, ...]
     matched: tuple[list[bool] | None, ...] = ()
     holds: bool | None = None
 
 
-def judge_text(wanted: str, seen: list[Blob]) -> Verdict:
-    read = sorted(seen, key=lambda s: s.centre[0])
-    text = "".join(s.name if s.name in GLYPHS else "?" for s in read)
+def judge_text(wanted: str, blobs: list[Blob]) -> Verdict:
+    ordered = sorted(blobs, key=lambda blob: blob.centre[0])
+    text = "".join(blob.name if blob.name in GLYPHS else "?" for blob in ordered)
     partial = max(0.0, 1 - edit_distance(text, wanted) / len(wanted))
-    marks = tuple(
-        Region(s.box, 1.0 if i < len(wanted) and s.name == wanted[i] else -1.0, _label(i, wanted[i : i + 1]), s.name)
-        for i, s in enumerate(read)
+    regions = tuple(
+        Region(
+            blob.box,
+            1.0 if i < len(wanted) and blob.name == wanted[i] else -1.0,
+            _label(i, wanted[i : i + 1]),
+            blob.name,
+        )
+        for i, blob in enumerate(ordered)
     )
-    return Verdict(float(text == wanted), partial, "right" if text == wanted else f"reads {text!r}", marks)
+    return Verdict(float(text == wanted), partial, "right" if text == wanted else f"reads {text!r}", regions)
 
 
-def _label(place: int, name: str) -> str:
-    return f"{place + 1} {name}" if name else ""
+def _label(index: int, name: str) -> str:
+    return f"{index + 1} {name}" if name else ""
 
 
-def judge_objects(wants: dict, seen: list[Blob]) -> Verdict:
+def judge_objects(wants: dict, blobs: list[Blob]) -> Verdict:
     entities = [item for item in wants["include"] for _ in range(item["count"])]
-    checks = [[_checks(item, s) for s in seen] for item in entities]
-    credit = np.array([[sum(c) / len(c) for c in row] for row in checks]).reshape(len(entities), len(seen))
-    rows, cols = linear_sum_assignment(credit, maximize=True)
-    match = {int(r): int(c) for r, c in zip(rows, cols, strict=True) if credit[r, c] > 0}
+    checks = [[_checks(item, blob) for blob in blobs] for item in entities]
+    credit = np.array([[sum(c) / len(c) for c in row] for row in checks]).reshape(len(entities), len(blobs))
+    rows, columns = linear_sum_assignment(credit, maximize=True)
+    match = {int(r): int(c) for r, c in zip(rows, columns, strict=True) if credit[r, c] > 0}
     earned = [float(credit[r, match[r]]) if r in match else 0.0 for r in range(len(entities))]
-    worth = {r: 2 * earned[r] - 1 for r in match}
+    region_credit = {r: 2 * earned[r] - 1 for r in match}
     matched, holds = tuple(checks[r][match[r]] if r in match else None for r in range(len(entities))), None
     wrong = [f"no {item['class']}" for r, item in enumerate(entities) if r not in match]
     wrong += [
-        f"the {entities[r]['class']} is {seen[c].colour}, {seen[c].extent} px"
+        f"the {entities[r]['class']} is {blobs[c].colour}, {blobs[c].extent} px"
         for r, c in match.items()
         if earned[r] < 1
     ]
     if wants["tag"] == "position":
         relation = wants["include"][0]["position"][0]
-        holds = 0 in match and 1 in match and _related(seen[match[0]], relation, seen[match[1]])
+        holds = 0 in match and 1 in match and _related(blobs[match[0]], relation, blobs[match[1]])
         for r, c in match.items():
-            checks_right = [*checks[r][c], holds]
-            worth[r] = 2 * sum(checks_right) / len(checks_right) - 1
+            with_relation = [*checks[r][c], holds]
+            region_credit[r] = 2 * sum(with_relation) / len(with_relation) - 1
         earned.append(float(holds))
         wrong += [] if holds else [f"not {relation}"]
-    surplus = len(seen) - len(match)
-    wrong += [f"{surplus} surplus"] if surplus else []
-    partial = float(np.mean(earned)) * min(1.0, len(entities) / max(len(seen), 1))
-    marks = [
-        Region(seen[c].box, worth[r], _label(r, entities[r]["class"]), f"{seen[c].colour} {seen[c].name}")
+    surplus = [blob for c, blob in enumerate(blobs) if c not in match.values()]
+    wrong += [f"{len(surplus)} surplus"] if surplus else []
+    partial = float(np.mean(earned)) * min(1.0, len(entities) / max(len(blobs), 1))
+    regions = [
+        Region(blobs[c].box, region_credit[r], _label(r, entities[r]["class"]), f"{blobs[c].colour} {blobs[c].name}")
         for r, c in match.items()
     ]
-    marks += [Region(s.box, -1.0, "", f"{s.colour} {s.name}") for i, s in enumerate(seen) if i not in match.values()]
-    return Verdict(float(not wrong), partial, "; ".join(wrong) or "right", tuple(marks), matched, holds)
+    regions += [Region(blob.box, -1.0, "", f"{blob.colour} {blob.name}") for blob in surplus]
+    return Verdict(float(not wrong), partial, "; ".join(wrong) or "right", tuple(regions), matched, holds)
 
 
-def judge(prompt: Prompt, seen: list[Blob]) -> Verdict:
+def judge(prompt: Prompt, blobs: list[Blob]) -> Verdict:
+    """The verdict on the objects of an image. KeyError for a prompt without ground truth."""
     if "tag" not in prompt.wants:
         raise KeyError("prompt has no ground truth: `shapes` needs captions of the embedded world")
     if prompt.wants["tag"] == "text":
-        return judge_text(prompt.wants["text"], seen)
-    return judge_objects(prompt.wants, seen)
+        return judge_text(prompt.wants["text"], blobs)
+    return judge_objects(prompt.wants, blobs)
 
 
 class Shapes:
-    """The verifier as a scorer. `grid` is the side of the region map; a cell an object covers holds its credit."""
+    """The verifier as a scorer. `grid` is the side of the region map; a cell holds the credit of the object there."""
 
     names = ("strict", "partial")
 
@@ -277,21 +283,16 @@ class Shapes:
         )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look)
+        return each(images, prompts, self.names, self._score_batch)
 
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        values = torch.full((len(images), 2), torch.nan)
-        regions = torch.full((len(images), self.grid, self.grid), torch.nan)
-        critiques, failures, boxes = [], {}, [()] * len(images)
-        for i, (prompt, seen) in enumerate(zip(prompts, look(images.cpu().numpy()), strict=True)):
-            try:
-                verdict = judge(prompt, seen)
-            except KeyError as error:
-                critiques.append("")
-                failures[i] = str(error.args[0])
-                continue
-            values[i] = torch.tensor([verdict.strict, verdict.partial])
-            critiques.append(verdict.critique)
-            boxes[i] = verdict.marks
-            regions[i] = paint(verdict.marks, tuple(images.shape[2:]), (self.grid, self.grid))
-        return Scores(self.names, values, tuple(critiques), regions, failures, tuple(boxes))
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        rows = [self._score(*pair) for pair in zip(prompts, find_blobs(images.cpu().numpy()), strict=True)]
+        return Scores.collect(self.names, rows, tuple(images.shape[2:]), self.grid)
+
+    def _score(self, prompt: Prompt, blobs: list[Blob]) -> ImageScores:
+        try:
+            verdict = judge(prompt, blobs)
+        except KeyError as error:
+            return ImageScores(failure=str(error.args[0]))
+        values = {"strict": verdict.strict, "partial": verdict.partial}
+        return ImageScores(values, verdict.critique, regions=verdict.regions)

@@ -1,30 +1,29 @@
-"""`shapes_critic`: the verifier of the embedded world as a critic. It says what is missing, surplus, wrongly coloured
-or placed, and where, and writes a request that is easier to draw, in the words the embedded model knows.
+"""`shapes_critic`: the verifier of the embedded world as a critic. It reports which objects are missing, surplus,
+wrongly coloured or wrongly placed, and where, and writes a request that is easier to draw, in the vocabulary of the
+embedded model.
 
-Components in [0, 1], comparable across prompts; all that apply are 1 just where `shapes.strict` is:
+Components in [0, 1], comparable across prompts; all that apply are 1 exactly where `shapes.strict` is:
 
 - `overall`: `shapes.partial`.
-- `objects`: the share of the wanted objects that are there, times wanted / seen where there are too many.
-- `attributes`: of the colours and sizes that were asked for, the share that is right. NaN if none was.
-- `relation`: whether it holds, NaN if none was asked for. `text`: the share of letters that is right, NaN likewise.
+- `objects`: the share of the requested objects that are present, times requested / present if there are too many.
+- `attributes`: the share of the requested colours and sizes that are right. NaN if none was requested.
+- `relation`: whether it holds, NaN if none was requested. `text`: the share of letters that are right, NaN likewise.
 
-A prompt without ground truth is understood if it is a caption of the world. The revised request says what the first
-left open, and nothing else: a colour for what has none (that of the object that is right already, else one that is not
-in use), and for two objects where they stand to each other (as the one that is right stands, if one is). It means a
-picture that fits the first request too. Licence: this project's own.
+A prompt without ground truth is understood if it is a caption of the world. The revised request makes explicit what the
+first left open, and changes nothing else: a colour for an object without one (the colour of the object if it is already
+right, else an unused one), and for two objects their relation (the present one if an object is already right). A
+picture that fits the revised request fits the first one too. Licence: this project's own.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from reward_models.regions import Region, paint
-from reward_models.scorers.shapes import Blob, Verdict, judge, look
+from reward_models.regions import Region
+from reward_models.scorers.shapes import Blob, Verdict, judge
 from reward_models.scoring import each
 from reward_models.shapes_world import COLOURS, OPPOSITE, SIDE, caption, understood
-from reward_models.types import Card, Images, Prompt, Scores
+from reward_models.types import Card, Images, ImageScores, Prompt, Scores
 
 Item = Mapping[str, Any]
 
@@ -47,52 +46,49 @@ class ShapesCritic:
         )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look)
+        return each(images, prompts, self.names, self._score_batch)
 
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        values = torch.full((len(images), len(self.names)), torch.nan)
-        maps = torch.full((len(images), self.grid, self.grid), torch.nan)
-        said, requests, boxes, failures = [""] * len(images), [""] * len(images), [()] * len(images), {}
-        for i, (prompt, seen) in enumerate(zip(prompts, look(images.cpu().numpy()), strict=True)):
-            prompt = prompt if "tag" in prompt.wants else replace(prompt, wants=understood(prompt.text))
-            try:
-                verdict = judge(prompt, seen)
-            except KeyError as error:
-                failures[i] = str(error.args[0])
-                continue
-            values[i] = torch.tensor([verdict.partial, *aspects(prompt.wants, seen, verdict)])
-            said[i], boxes[i] = verdict.critique, verdict.marks
-            maps[i] = paint(verdict.marks, tuple(images.shape[2:]), (self.grid, self.grid))
-            if not verdict.strict:
-                requests[i] = revised(prompt, verdict.marks)
-        return Scores(self.names, values, tuple(said), maps, failures, tuple(boxes), tuple(requests))
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        rows = [self._score(*pair) for pair in zip(prompts, find_blobs(images.cpu().numpy()), strict=True)]
+        return Scores.collect(self.names, rows, tuple(images.shape[2:]), self.grid)
+
+    def _score(self, prompt: Prompt, blobs: list[Blob]) -> ImageScores:
+        prompt = prompt if "tag" in prompt.wants else replace(prompt, wants=understood(prompt.text))
+        try:
+            verdict = judge(prompt, blobs)
+        except KeyError as error:
+            return ImageScores(failure=str(error.args[0]))
+        values = {"overall": verdict.partial, **aspects(prompt.wants, blobs, verdict)}
+        request = "" if verdict.strict else revised(prompt, verdict.regions)
+        return ImageScores(values, verdict.critique, request, regions=verdict.regions)
 
 
-def aspects(wants: Item, seen: Sequence[Blob], verdict: Verdict) -> tuple[float, float, float, float]:
-    """objects, attributes, relation, text, as in the module's head."""
-    nan = float("nan")
+def aspects(wants: Item, blobs: Sequence[Blob], verdict: Verdict) -> dict[str, float]:
+    """The components other than `overall`; those that do not apply are left out."""
     if wants["tag"] == "text":
-        return nan, nan, nan, verdict.partial
+        return {"text": verdict.partial}
     wanted = [item for item in wants["include"] for _ in range(item["count"])]
-    found = [verdict.matched[r] for r in range(len(wanted)) if verdict.matched[r] is not None]
-    objects = len(found) / len(wanted) * min(1.0, len(wanted) / max(1, len(seen)))
-    asked = sum(len(item.keys() & {"color", "size"}) for item in wanted)
-    right = sum(sum(checks[1:]) for checks in found)
-    return objects, right / asked if asked else nan, nan if verdict.holds is None else float(verdict.holds), nan
+    matched = [checks for checks in verdict.matched if checks is not None]
+    values = {"objects": len(matched) / len(wanted) * min(1.0, len(wanted) / max(1, len(blobs)))}
+    if attributes := sum(len(item.keys() & {"color", "size"}) for item in wanted):
+        values["attributes"] = sum(sum(checks[1:]) for checks in matched) / attributes
+    if verdict.holds is not None:
+        values["relation"] = float(verdict.holds)
+    return values
 
 
-def revised(prompt: Prompt, marks: Sequence[Region]) -> str:
-    """The request with what it left open said, "" if it left nothing open."""
+def revised(prompt: Prompt, regions: Sequence[Region]) -> str:
+    """The request with its open choices made explicit, "" if it has none."""
     wants = prompt.wants
     if wants["tag"] == "text":
         return ""
-    right = {mark.label.split(" ", 1)[1]: mark for mark in marks if mark.label and mark.credit == 1}
-    used = {item.get("color") for item in wants["include"]} | {mark.reason.split()[0] for mark in right.values()}
+    right = {region.label.split(" ", 1)[1]: region for region in regions if region.label and region.credit == 1}
+    used = {item.get("color") for item in wants["include"]} | {region.reason.split()[0] for region in right.values()}
     free = iter([colour for colour in COLOURS if colour not in used])
     items = []
     for item in wants["include"]:
-        seen = right.get(item["class"])
-        colour = item.get("color") or (seen.reason.split()[0] if seen else next(free))
+        region = right.get(item["class"])
+        colour = item.get("color") or (region.reason.split()[0] if region else next(free))
         items.append(item | {"color": colour})
     tag = wants["tag"]
     if len(items) == 2 and tag != "position":
@@ -102,11 +98,11 @@ def revised(prompt: Prompt, marks: Sequence[Region]) -> str:
 
 
 def _relation(items: Sequence[Item], right: Mapping[str, Region]) -> str:
-    """Where the first thing stands to the second, so that the one that is right may stay where it is."""
-    for place, item in enumerate(items):
+    """The relation of the first object to the second under which the one that is right may stay where it is."""
+    for index, item in enumerate(items):
         if item["class"] in right:
             left, top, far, bottom = right[item["class"]].box
             x, y = (left + far - SIDE) / 2, (top + bottom - SIDE) / 2
             relation = ("left of" if x < 0 else "right of") if abs(x) > abs(y) else ("above" if y < 0 else "below")
-            return OPPOSITE[relation] if place else relation
+            return OPPOSITE[relation] if index else relation
     return "left of"

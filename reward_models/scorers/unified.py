@@ -1,16 +1,16 @@
 """`unified`: UnifiedReward's pointwise scores, from 1 to 5, higher is better.
 
-`version` 1 writes one line, "Final Score: x"; component `score`. `version` 2 writes three; components `alignment`,
-`coherence`, `style`. A reply that lacks one of its scores is a failure. Comparable across prompts, roughly. The words
-of the question are ours, the form of the reply is the models' (arXiv 2503.05236). Licence: the model's own. Not checked
-against the released models.
+`version` 1 writes one line, "Final Score: x"; component `score`. `version` 2 writes three lines; components
+`alignment`, `coherence`, `style`. A reply that lacks one of its scores is a failure. Roughly comparable across prompts.
+The wording of the question is ours, the form of the reply is that of the models (arXiv 2503.05236). Licence: the
+model's own. Not checked against the released models.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from reward_models.scoring import each
-from reward_models.types import Images, Prompt, Scores
+from reward_models.types import Images, ImageScores, Prompt, Scores
 from reward_models.vlm import ask, replies, templates
 from reward_models.vlm.scales import Scale
 
@@ -28,9 +28,9 @@ def read(text: str, version: int, cut: bool = False) -> dict[str, float]:
 
 
 class Unified:
-    """The scorer. `model` is a folder or hub id, or with `url` the name a server gives it; `version` 1 or 2 of the
-    models. `instruction`: a file in place of ours. `asking`: see `ask.judge`. ValueError if the model cannot be had or
-    a setting is none of these."""
+    """The scorer. `model` is a folder or hub id, or with `url` its name on the server; `version` of the models, 1 or 2.
+    `instruction`: a file that replaces ours. `asking`: see `ask.judge`. ValueError if the model is unavailable or a
+    setting is invalid."""
 
     def __init__(
         self,
@@ -46,16 +46,18 @@ class Unified:
         self.version, self.tokens, self.names = version, tokens, tuple(TITLES[version])
         self.template = templates.Template.of("unified", f"unified_{version}", ("image", "prompt"), instruction)
         self.judge = ask.judge("unified", model, url, asking)
-        own = {"version": version, "instruction": self.template.source, "tokens": tokens}
-        self.card = ask.card("unified", self.judge, SCALE.low, SCALE.high, own)
+        settings = {"version": version, "instruction": self.template.source, "tokens": tokens}
+        self.card = ask.card("unified", self.judge, SCALE.low, SCALE.high, settings)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, batch=max(1, len(images)))
+        return each(images, prompts, self.names, self._score_batch, batch=max(1, len(images)))
 
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         questions = [
             self.template.fill(image=image, prompt=templates.quoted(prompt.text))
             for image, prompt in zip(images, prompts, strict=True)
         ]
-        asked = self.judge.ask(questions, self.tokens)
-        return ask.findings(self.names, asked, lambda i, reply: ask.Parsed(read(reply.text, self.version, reply.cut)))
+        answers = self.judge.ask(questions, self.tokens)
+        return ask.parse_replies(
+            self.names, answers, lambda i, reply: ImageScores(read(reply.text, self.version, reply.cut))
+        )

@@ -1,9 +1,9 @@
-"""`vlm_yes_no`: the log-odds that an image-text model answers yes, for each of several questions (VLM3D's reward).
+"""`vlm_yes_no`: the log-odds that a vision-language model answers yes, for each of several questions (VLM3D's reward).
 
-One component per question, log p(yes) - log p(no) of the answer's first word, unbounded, higher is better. Where a
-probability is stuck near 0 or 1 log-odds still tell two images apart. Scores of one question compare between images,
-between prompts roughly. On a server both words must be among the likeliest it lists, or the score is missing. `vqa` is
-the same as a probability. Licence: the model's own.
+One component per question, log p(yes) - log p(no) of the answer's first word, unbounded, higher is better. Log-odds
+still distinguish two images when the probability is close to 0 or 1. Scores of one question are comparable between
+images, and roughly between prompts. On a server both words must be among the listed top words, or the score is missing.
+`vqa` gives the same as a probability. Licence: the model's own.
 """
 
 import math
@@ -18,16 +18,16 @@ from reward_models.vlm import ask, templates, transformers_model as vlm
 
 QUESTIONS = {
     "content": "Does this picture show what the request asks for, all of it and nothing that contradicts it?",
-    "arrangement": "Are the things in this picture placed, counted and joined as the request says and as could be?",
+    "arrangement": "Are the number and position of the objects in this picture plausible and as the request says?",
 }
 REQUEST = "The request, as a JSON string: {prompt}\n"
 WORDS = "{image}\n" + REQUEST + "{question} Answer with one word, {yes} or {no}."
 
 
 class VlmYesNo:
-    """The scorer. `model` is a folder or hub id, or with `url` the name a server gives it. `questions` by component;
-    `{prompt}` in one of them is the request. `answers` are the words for yes and no. `asking`: see `ask.judge`.
-    ValueError if the model cannot be had or does not tell the answers apart."""
+    """The scorer. `model` is a folder or hub id, or with `url` its name on the server. `questions` by component;
+    `{prompt}` in a question is replaced by the request. `answers` are the words for yes and no. `asking`: see
+    `ask.judge`. ValueError if the model is unavailable or its tokens do not distinguish the answers."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class VlmYesNo:
     ):
         if len(answers) != 2 or answers[0].lower() == answers[1].lower():
             raise ValueError(f"vlm_yes_no: answers are two words, for yes and for no, got {list(answers)}")
-        if not questions or not all(isinstance(own, str) and own.strip() for own in questions.values()):
+        if not questions or not all(isinstance(question, str) and question.strip() for question in questions.values()):
             raise ValueError("vlm_yes_no: at least one question, with a name, is needed")
         self.names, self.answers = tuple(questions), tuple(answers)
         self.templates = []
@@ -49,23 +49,22 @@ class VlmYesNo:
             self.templates.append(templates.Template(words))
         self.judge = ask.judge("vlm_yes_no", model, url, asking)
         if isinstance(self.judge, ask.Local):
-            vlm.openings(self.judge.processor.tokenizer, *self.answers)
-        own = {"questions": dict(questions), "answers": list(answers), "words": WORDS}
-        self.card = ask.card("vlm_yes_no", self.judge, -math.inf, math.inf, own)
+            vlm.first_tokens(self.judge.processor.tokenizer, *self.answers)
+        settings = {"questions": dict(questions), "answers": list(answers), "words": WORDS}
+        self.card = ask.card("vlm_yes_no", self.judge, -math.inf, math.inf, settings)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        return each(images, prompts, self.names, self._look, batch=max(1, len(images)))
+        return each(images, prompts, self.names, self._score_batch, batch=max(1, len(images)))
 
-    def _look(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+    def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         questions = [
             template.fill(image=image, prompt=templates.quoted(prompt.text))
             for image, prompt in zip(images, prompts, strict=True)
             for template in self.templates
         ]
-        found = self.judge.odds(questions, self.answers)
         values, failures = torch.full((len(images), len(self.names)), torch.nan), {}
-        for place, odds in enumerate(found):
-            i, k = divmod(place, len(self.names))
+        for number, odds in enumerate(self.judge.odds(questions, self.answers)):
+            i, k = divmod(number, len(self.names))
             if isinstance(odds, str):
                 failures.setdefault(i, f"{self.names[k]}: {odds}")
             else:

@@ -26,6 +26,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from reward_models import limits
+from reward_models.errors import first_problem
 from reward_models.service.batcher import Batcher, Job, shot
 from reward_models.service.schema import About, Answer, Ask, Health, Info, Limits, Problem
 from reward_models.types import Prompt, RewardModel
@@ -150,9 +151,8 @@ def refused(status: int, detail: str, headers: Mapping[str, str] | None = None) 
 
 def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     """The first thing wrong with a request, in one line, without the megabytes that were sent."""
-    first = error.errors()[0]
-    why = f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}"[:300]
-    return refused(422, why.encode("ascii", "backslashreplace").decode())  # what was sent may have no UTF-8
+    detail = first_problem(error.errors())
+    return refused(422, detail.encode("ascii", "backslashreplace").decode())  # the input may have no UTF-8 form
 
 
 def described(scorer: RewardModel) -> About:

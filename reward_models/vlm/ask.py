@@ -1,9 +1,10 @@
-"""Ask a model that sees images and writes: what it is asked, and what comes back. Two back ends answer alike, a model
-run here (`Local`) and a server that speaks OpenAI's protocol (`reward_models.vlm.openai_server.Server`).
+"""Ask a vision-language model (VLM) questions, and collect its replies as scores. There are two back ends with one
+interface: a model run in this process (`Local`) and a server that speaks OpenAI's protocol
+(`reward_models.vlm.openai_server.Server`).
 
-What is asked is a text file anyone can read and change (`reward_models/instructions/`). It is cut at its placeholders
-before anything is filled in, and a user's words go in as a JSON string without line ends or angle brackets: whatever
-they say, they add no heading, no placeholder, no turn and no special token to the question.
+Questions are filled from text files that anyone can read and change (`reward_models/vlm/instructions/`). A template is
+split at its placeholders before anything is filled in, and a user's words go in as a JSON string without line ends or
+angle brackets: they cannot add a heading, a placeholder, a turn or a special token to the question.
 """
 
 from collections import Counter
@@ -14,8 +15,7 @@ from typing import Any
 import torch
 
 from reward_models.images import from_file
-from reward_models.regions import Region, paint
-from reward_models.types import Card, Prompt, Scores
+from reward_models.types import Card, ImageScores, Prompt, Scores
 from reward_models.vlm import replies, transformers_model as vlm
 from reward_models.vlm.types import Judge, Picture, Question, Reply
 from reward_models.weights import fingerprint, named
@@ -23,7 +23,7 @@ from reward_models.weights import fingerprint, named
 
 @dataclass
 class Local:
-    """An image-text model of transformers, run here, `batch` questions at a time; the likeliest token each time."""
+    """An image-text model of transformers, run in this process with greedy decoding, `batch` questions at a time."""
 
     model: torch.nn.Module
     processor: Any
@@ -33,145 +33,135 @@ class Local:
     usage: Counter[str] = field(default_factory=Counter)
 
     def ask(self, questions: Sequence[Question], tokens: int, schema: Mapping[str, Any] | None = None) -> list[Reply]:
-        return self._each(questions, lambda own: self._written(own, tokens), lambda why: Reply(failure=why))
+        return self._each(questions, lambda batch: self._generate(batch, tokens), lambda reason: Reply(failure=reason))
 
     def odds(self, questions: Sequence[Question], answers: tuple[str, str]) -> list[float | str]:
-        yes, no = vlm.openings(self.processor.tokenizer, *answers)
-        return self._each(questions, lambda own: vlm.log_odds(self.model, self._inputs(own), yes, no).tolist(), str)
+        yes, no = vlm.first_tokens(self.processor.tokenizer, *answers)
+        return self._each(questions, lambda batch: vlm.log_odds(self.model, self._inputs(batch), yes, no).tolist(), str)
 
-    def _written(self, questions: Sequence[Question], tokens: int) -> list[Reply]:
+    def _generate(self, questions: Sequence[Question], tokens: int) -> list[Reply]:
         inputs = self._inputs(questions)
-        texts, cut, count = vlm.written(self.model, self.processor, inputs, tokens)
+        texts, cut, count = vlm.generate(self.model, self.processor, inputs, tokens)
         self.usage["prompt_tokens"] += inputs["input_ids"].numel()
         self.usage["reply_tokens"] += count
-        return [Reply(text, cut=short) for text, short in zip(texts, cut, strict=True)]
+        return [Reply(text, cut=truncated) for text, truncated in zip(texts, cut, strict=True)]
 
     def _inputs(self, questions: Sequence[Question]) -> Any:
-        return vlm.asked(self.processor, questions, self.device)
+        return vlm.inputs_of(self.processor, questions, self.device)
 
     def _each(self, questions: Sequence[Question], answer: Callable, failed: Callable[[str], Any]) -> list:
-        """In batches; a batch that fails, for memory or for one question, is tried again in halves."""
+        """Answer in batches; a batch that fails, for lack of memory or because of one question, is retried in
+        halves."""
         self.usage["calls"] += len(questions)
         if not questions:
             return []
-        found = []
+        results = []
         for start in range(0, len(questions), self.batch):
-            part = questions[start : start + self.batch]
+            batch = questions[start : start + self.batch]
             try:
-                found += answer(part)
+                results += answer(batch)
             except (ValueError, RuntimeError) as error:
-                if len(part) == 1:
+                if len(batch) == 1:
                     self.usage["failed"] += 1
-                    found.append(failed(" ".join(str(error).split()) or type(error).__name__))
+                    results.append(failed(" ".join(str(error).split()) or type(error).__name__))
                     continue
-                self.usage["calls"] -= len(part)
-                half = len(part) // 2
-                found += self._each(part[:half], answer, failed) + self._each(part[half:], answer, failed)
-        return found
+                self.usage["calls"] -= len(batch)  # counted again by the two calls below
+                half = len(batch) // 2
+                results += self._each(batch[:half], answer, failed) + self._each(batch[half:], answer, failed)
+        return results
 
 
 LOCAL = {"device": "cpu", "dtype": "float32", "batch": 4}
 
 
 def judge(scorer: str, model: str, url: str | None, settings: Mapping[str, Any]) -> Judge:
-    """The back end: the server at `url` that serves `model`, else `model`, a folder or hub id, here. `settings` are its
-    own: `device`, `dtype`, `batch` here; those of `chat.Server` there. ValueError if it cannot be had, or for a setting
-    it does not have."""
+    """The back end: the server at `url` that serves `model`, else `model`, a folder or hub id, in this process.
+    `settings` of the back end: `device`, `dtype`, `batch` in this process; those of `openai_server.Server` for a
+    server. ValueError if it is unavailable, or for an unknown setting."""
     if url is not None:
         from reward_models.vlm.openai_server import Server
 
         return Server.of(scorer, model, url, settings)
     unknown = sorted(set(settings) - set(LOCAL))
     if unknown:
-        raise ValueError(f"{scorer}: no setting {unknown[0]!r} for a model that runs here; it takes {', '.join(LOCAL)}")
-    own = LOCAL | dict(settings)
-    network, processor = vlm.load(scorer, model, own["device"], own["dtype"])
-    about = {"model": named(model), "checkpoint": fingerprint(network), "dtype": own["dtype"]}
-    return Local(network, processor, own["device"], own["batch"], about)
+        raise ValueError(f"{scorer}: no setting {unknown[0]!r} for a local model; it takes {', '.join(LOCAL)}")
+    chosen = LOCAL | dict(settings)
+    network, processor = vlm.load(scorer, model, chosen["device"], chosen["dtype"])
+    about = {"model": named(model), "checkpoint": fingerprint(network), "dtype": chosen["dtype"]}
+    return Local(network, processor, chosen["device"], chosen["batch"], about)
 
 
-def together(
+def ask_all(
     judge: Judge,
     items: Sequence[Any],
     question: Callable[[Any], Question],
     tokens: int,
     schema: Mapping[str, Any] | None = None,
 ) -> list[Reply]:
-    """A reply for each item, all asked at once. An item `question` raises ValueError for is not asked about."""
-    found: list[Reply | Question] = []
+    """A reply for each item, in one call of the judge. An item for which `question` raises ValueError is not asked
+    about; its reply is the failure."""
+    pending: list[Reply | Question] = []
     for item in items:
         try:
-            found.append(question(item))
+            pending.append(question(item))
         except ValueError as error:
-            found.append(Reply(failure=str(error)))
-    answers = iter(judge.ask([own for own in found if isinstance(own, Question)], tokens, schema))
-    return [next(answers) if isinstance(own, Question) else own for own in found]
+            pending.append(Reply(failure=str(error)))
+    answers = iter(judge.ask([entry for entry in pending if isinstance(entry, Question)], tokens, schema))
+    return [next(answers) if isinstance(entry, Question) else entry for entry in pending]
 
 
 def picture_of(prompt: Prompt, key: str) -> Picture:
-    """The picture in the file that `prompt.wants[key]` names. ValueError if there is none."""
-    place = prompt.wants.get(key)
-    if not isinstance(place, str):
+    """The picture in the file that `prompt.wants[key]` names. ValueError if it is missing."""
+    path = prompt.wants.get(key)
+    if not isinstance(path, str):
         raise ValueError(f"the prompt names no picture: {key!r} in its ground truth, a file, is needed")
     try:
-        return from_file(place)[0]
+        return from_file(path)[0]
     except ValueError as error:
-        raise ValueError(f"{key} {place}: {error}") from None
+        raise ValueError(f"{key} {path}: {error}") from None
 
 
-@dataclass(frozen=True)
-class Parsed:
-    """What one reply says. `values` by component, those left out are NaN."""
-
-    values: Mapping[str, int | float]
-    said: str = ""
-    request: str = ""
-    regions: tuple[Region, ...] = ()
-
-
-def findings(
+def parse_replies(
     names: tuple[str, ...],
-    asked: Sequence[Reply],
-    read: Callable[[int, Reply], Parsed],
+    answers: Sequence[Reply],
+    parse: Callable[[int, Reply], ImageScores],
     size: tuple[int, int] = (1, 1),
     grid: int | None = None,
 ) -> Scores:
-    """The scores of images of `size` (height, width), one reply each. `read(i, reply)` raises ValueError for one that
-    cannot be read; the raw reply is kept either way. With `grid`, regions are painted on grid x grid cells."""
-    values = torch.full((len(asked), len(names)), torch.nan)
-    maps = torch.full((len(asked), grid, grid), torch.nan) if grid else None
-    said, requests, boxes, failures = ([""] * len(asked), [""] * len(asked), [()] * len(asked), {})
-    for i, reply in enumerate(asked):
-        try:
-            if reply.failure:
-                raise ValueError(reply.failure)
-            found = read(i, reply)
-        except ValueError as error:
-            cut = " (it ran out of tokens)" if reply.cut else ""
-            seen = f"; the reply{cut} begins {replies.shown(reply.text)}" if reply.text else ""
-            failures[i] = replies.printable(f"{' '.join(str(error).split())}{seen}")
-            continue
-        values[i] = torch.tensor([float(found.values.get(name, torch.nan)) for name in names])
-        said[i], requests[i] = replies.printable(found.said), replies.printable(found.request)
-        boxes[i] = tuple(
-            replace(own, label=replies.printable(own.label), reason=replies.printable(own.reason))
-            for own in found.regions
-        )
-        if maps is not None:
-            maps[i] = paint(found.regions, size, (grid, grid))
-    raw = tuple(replies.printable(reply.text) for reply in asked)
-    return Scores(names, values, tuple(said), maps, failures, tuple(boxes), tuple(requests), raw)
+    """The scores of images of `size` (height, width) from one reply each. `parse(i, reply)` raises ValueError for a
+    reply it cannot read, which becomes the failure. Raw replies are always included. With `grid`, regions are painted
+    on grid x grid cells."""
+    rows = [_parsed(i, answer, parse) for i, answer in enumerate(answers)]
+    return Scores.collect(names, rows, size, grid)
+
+
+def _parsed(i: int, answer: Reply, parse: Callable[[int, Reply], ImageScores]) -> ImageScores:
+    raw = replies.printable(answer.text)
+    try:
+        if answer.failure:
+            raise ValueError(answer.failure)
+        row = parse(i, answer)
+    except ValueError as error:
+        cut = " (it ran out of tokens)" if answer.cut else ""
+        beginning = f"; the reply{cut} begins {replies.excerpt(answer.text)}" if answer.text else ""
+        return ImageScores(failure=replies.printable(f"{' '.join(str(error).split())}{beginning}"), reply=raw)
+    regions = tuple(
+        replace(region, label=replies.printable(region.label), reason=replies.printable(region.reason))
+        for region in row.regions
+    )
+    critique, request = replies.printable(row.critique), replies.printable(row.request)
+    return ImageScores(row.values, critique, request, raw, regions)
 
 
 def card(scorer: str, judge: Judge, low: int | float, high: int | float, settings: Mapping[str, Any], **more) -> Card:
-    """The card of a scorer that asks `judge`; `settings` are what else changes a score, instructions above all."""
+    """The card of a scorer that asks `judge`. `settings`: what else changes a score, above all the instructions."""
     return Card(
         scorer,
         model=judge.about["model"],
         licence="the model's own",
         low=low,
         high=high,
-        size="as the model's processor has it",
+        size="resized by the model's processor",
         checkpoint=judge.about.get("checkpoint", ""),
         settings={**judge.about, **settings},
         **more,

@@ -12,7 +12,7 @@ from mmalign.flow import plan as plans
 from mmalign.rewards.combination import Combination
 from mmalign.runs.alarms import ALARMS
 from mmalign.types import Judgement
-from reward_models.combine import ROUNDING, alive, health, normalised, whitened, within
+from reward_models.combine import ROUNDING, alive, health, mean_and_std, normalised, whitened
 
 SCALES = ["group", "batch", "none"]
 
@@ -40,7 +40,7 @@ def test_any_equal_numbers_of_any_type_are_dead(g, value, dtype, scale):
     values, group = torch.full((g,), value, dtype=dtype), torch.zeros(g, dtype=torch.long)
     assert torch.equal(normalise(values, group, Units(scale)), torch.zeros(g, dtype=dtype))
     assert not alive(values, group).any()
-    assert torch.equal(within(values, group)[0], values)
+    assert torch.equal(mean_and_std(values, group)[0], values)
 
 
 @given(g=st.integers(2, 24), power=st.integers(-30, 30), seed=st.integers(0, 99))

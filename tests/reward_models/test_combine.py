@@ -8,13 +8,13 @@ from reward_models.combine import (
     Ramp,
     gated,
     health,
+    mean_and_std,
     multiplier,
     normalised,
     product,
     referenced,
     weighted,
     whitened,
-    within,
 )
 
 nan = math.nan
@@ -29,7 +29,7 @@ def draw(n=60, k=3, groups=7, seed=0):
 
 
 def test_moments_are_those_of_each_group():
-    mean, std = within(VALUES, GROUP)
+    mean, std = mean_and_std(VALUES, GROUP)
     for group in (3, 7):
         own = group == GROUP
         torch.testing.assert_close(mean[own], VALUES[own].mean(0).expand(3, 2))
@@ -39,11 +39,11 @@ def test_moments_are_those_of_each_group():
 def test_moments_leave_out_what_is_missing():
     values = VALUES.clone()
     values[0, 0] = nan
-    mean, std = within(values, GROUP)
+    mean, std = mean_and_std(values, GROUP)
     assert mean[2, 0] == 4
     assert std[2, 0] == 1
     values[:, 1] = nan
-    assert within(values, GROUP)[0][:, 1].isnan().all()
+    assert mean_and_std(values, GROUP)[0][:, 1].isnan().all()
 
 
 def test_weighted_sum():
@@ -108,9 +108,9 @@ def test_normalised_rewards_do_not_depend_on_ranges():
     torch.testing.assert_close(
         found, normalised(values * torch.tensor([1e3, 1, 1e-2]) + 5, group, weights), atol=1e-3, rtol=1e-3
     )
-    torch.testing.assert_close(within(found[:, None], group)[0], torch.zeros(60, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(mean_and_std(found[:, None], group)[0], torch.zeros(60, 1), atol=1e-5, rtol=0)
     one = normalised(values, group, torch.tensor([0.0, 2.0, 0.0]))
-    torch.testing.assert_close(within(one[:, None], group)[1], torch.full((60, 1), 2.0))
+    torch.testing.assert_close(mean_and_std(one[:, None], group)[1], torch.full((60, 1), 2.0))
 
 
 def test_a_dead_component_is_silent_in_its_group_alone():

@@ -34,33 +34,33 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 
 from reward_models import Card, Prompt
-from reward_models.detect import Found, detector, known_as, masked
+from reward_models.detect import Detection, detector, known_as, masked
 from reward_models.scorers.clip import clip
 from reward_models.scorers.geneval import (
     GREY,
     PALETTE,
     SENTENCES,
-    ClipEye,
+    ClipColours,
     GenEval,
     checked,
-    counted,
+    count_score,
     cut_out,
     geneval,
     judge,
     related,
     strongest,
 )
-from reward_models.scorers.shapes import look
+from reward_models.scorers.shapes import find_blobs
 from reward_models.shapes_world import COLOURS, OPPOSITE, RELATIONS, SHAPES, draw, requests, thing as shaped
 
 # ---------------------------------------------------------------------------------------------- pure functions
 
 
-def found(label: str, x: float = 0, y: float = 0, score: float = 0.95, side: float = 10) -> Found:
-    return Found(label, score, (x - side / 2, y - side / 2, x + side / 2, y + side / 2))
+def found(label: str, x: float = 0, y: float = 0, score: float = 0.95, side: float = 10) -> Detection:
+    return Detection(label, score, (x - side / 2, y - side / 2, x + side / 2, y + side / 2))
 
 
-def dogs(n: int) -> list[Found]:
+def dogs(n: int) -> list[Detection]:
     return [found("dog", 20 * k) for k in range(n)]
 
 
@@ -68,7 +68,7 @@ def wants(*include: dict, **extra) -> dict:
     return {"include": list(include), **extra}
 
 
-def verdict(asked: dict, things: list[Found], colours: list[str] | None = None, **settings):
+def verdict(asked: dict, things: list[Detection], colours: list[str] | None = None, **settings):
     return judge(asked, things, colours or [None] * len(things), **settings)
 
 
@@ -112,7 +112,7 @@ def test_relations_are_the_opposite_the_other_way_round():
     [(1, 1, 1, 1), (3, 2, 1, 2 / 3), (3, 0, 1, 0), (3, 4, 1, 2 / 3), (3, 4, 0.5, 5 / 6), (3, 4, 0, 1), (1, 5, 1, 0)],
 )
 def test_count_term(asked, seen, surplus, expected):
-    assert counted(asked, seen, surplus) == pytest.approx(expected)
+    assert count_score(asked, seen, surplus) == pytest.approx(expected)
 
 
 def test_single_object():
@@ -251,15 +251,15 @@ def test_only_the_strongest_objects_count():
         ({"tag": "text", "text": "H O"}, "wants has no `include`"),
         (wants({"class": "Unicorn"}), "does not know the class 'Unicorn'"),
         (wants({"class": "dog"}, exclude=[{"class": "unicorn"}]), "does not know the class 'unicorn'"),
-        (wants({"class": "dog", "color": "cyan"}), "no way to tell the colour 'cyan'; known: red, "),
-        (wants({"class": "dog"}, {"class": "Dog"}), "'Dog' is asked for twice"),
+        (wants({"class": "dog", "color": "cyan"}), "the colour 'cyan' is not recognised; known: red, "),
+        (wants({"class": "dog"}, {"class": "Dog"}), "'Dog' is requested twice"),
         (wants({"class": "dog", "count": 0}), "a count of at least 1"),
         (wants({"class": "dog", "count": "two"}), "a count of at least 1"),
         (wants({"count": 1}), "needs a class"),
-        (wants({"class": "dog", "position": ["left of", 0]}), "no relation to another entry"),
-        (wants({"class": "dog", "position": ["behind", 1]}, {"class": "cat"}), "no relation to another entry"),
-        (wants({"class": "dog", "position": ["above", 2]}, {"class": "cat"}), "no relation to another entry"),
-        (wants({"class": "dog", "position": None}, {"class": "cat"}), "no relation to another entry"),
+        (wants({"class": "dog", "position": ["left of", 0]}), "is not a relation to another entry"),
+        (wants({"class": "dog", "position": ["behind", 1]}, {"class": "cat"}), "is not a relation to another entry"),
+        (wants({"class": "dog", "position": ["above", 2]}, {"class": "cat"}), "is not a relation to another entry"),
+        (wants({"class": "dog", "position": None}, {"class": "cat"}), "is not a relation to another entry"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(asked, says):
@@ -283,8 +283,8 @@ class WorldDetector:
 
     def detect(self, images, asked):
         return [
-            [Found(seen.name, 1.0, seen.box) for seen in things if seen.name in labels]
-            for things, labels in zip(look(images.numpy()), asked, strict=True)
+            [Detection(seen.name, 1.0, seen.box) for seen in things if seen.name in labels]
+            for things, labels in zip(find_blobs(images.numpy()), asked, strict=True)
         ]
 
 
@@ -292,7 +292,7 @@ class WorldEye:
     palette = tuple(COLOURS)
 
     def name(self, image, found):
-        by_box = {seen.box: seen.colour for seen in look(image[None].numpy())[0]}
+        by_box = {seen.box: seen.colour for seen in find_blobs(image[None].numpy())[0]}
         return [by_box[thing.box] for thing in found]
 
 
@@ -378,7 +378,7 @@ def test_without_an_eye_colours_are_not_scored(drawn):
     scores = blind(drawn[0], [Prompt("", w) for w in drawn[1]])
     coloured = [i for i, w in enumerate(drawn[1]) if any("color" in item for item in w["include"])]
     assert list(scores.failures) == coloured
-    assert "no way to tell the colour" in scores.failures[coloured[0]]
+    assert "is not recognised; known" in scores.failures[coloured[0]]
     assert scores.values.isnan().all(1).sum() == len(coloured)
 
 
@@ -506,7 +506,7 @@ def test_detectors_find_what_is_asked_inside_the_image(kind, folders, images):
         assert [thing.score for thing in things] == sorted((thing.score for thing in things), reverse=True)
 
 
-def same(one: list[Found], two: list[Found]) -> None:
+def same(one: list[Detection], two: list[Detection]) -> None:
     """Equal up to rounding, and up to the order of equal scores."""
 
     def by_place(things):
@@ -570,7 +570,7 @@ def test_masks_lie_where_they_are_in_padded_images():
 
 def test_a_model_that_detects_nothing_is_refused(tmp_path):
     ViTConfig(hidden_size=16).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"geneval: .*ViTConfig belongs to no detector known here") as error:
+    with pytest.raises(ValueError, match=r"geneval: .*ViTConfig is not a supported detector") as error:
         geneval(str(tmp_path), colour_model=None)
     assert "\n" not in str(error.value)
 
@@ -653,16 +653,20 @@ def test_an_object_is_cut_out_on_grey():
     image = torch.arange(48).reshape(1, 6, 8).expand(3, 6, 8) / 48
     mask = torch.zeros(6, 8, dtype=torch.bool)
     mask[2:4, 3] = True
-    cut = cut_out(image, Found("dog", 1, (2.4, 2, 4.6, 4), mask))
+    cut = cut_out(image, Detection("dog", 1, (2.4, 2, 4.6, 4), mask))
     assert cut.shape == (3, 2, 3)
     assert torch.equal(cut[:, :, 1], image[:, 2:4, 3])
     assert cut[:, :, [0, 2]].unique().tolist() == pytest.approx([GREY])
-    assert cut_out(image, Found("dog", 1, (7.8, 5.8, 8, 6))).shape == (3, 1, 1)
+    assert cut_out(image, Detection("dog", 1, (7.8, 5.8, 8, 6))).shape == (3, 1, 1)
 
 
 def test_colours_are_named_by_the_likeliest_sentence(folders, images):
-    eye = ClipEye(clip(str(folders["clip"])))
-    things = [Found("dog", 1, (0, 0, 30, 30)), Found("cat", 1, (20, 10, 60, 50)), Found("dog", 1, (5, 5, 25, 40))]
+    eye = ClipColours(clip(str(folders["clip"])))
+    things = [
+        Detection("dog", 1, (0, 0, 30, 30)),
+        Detection("cat", 1, (20, 10, 60, 50)),
+        Detection("dog", 1, (5, 5, 25, 40)),
+    ]
     named = eye.name(images[0], things)
     assert [eye.name(images[0], [thing])[0] for thing in things] == named
     for thing, colour in zip(things, named, strict=True):

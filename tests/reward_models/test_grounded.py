@@ -5,8 +5,8 @@ import torch
 from tiny_scorers import geneval, grounded as tiny_grounded
 
 from reward_models import Card, Prompt, load
-from reward_models.detect import Found
-from reward_models.scorers.grounded import Grounded, alone, judge, phrases
+from reward_models.detect import Detection
+from reward_models.scorers.grounded import Grounded, judge, phrases, without_duplicates
 
 IMAGES = torch.rand(2, 3, 40, 80, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
 CAT, DOG, OTHER = (0, 0, 40, 40), (40, 0, 80, 20), (40, 20, 80, 40)
@@ -21,8 +21,8 @@ def test_phrases_of_wants():
 @pytest.mark.parametrize(
     "wants", [{}, {"include": []}, {"phrases": []}, {"phrases": "cat"}, {"include": [{"count": 1}]}]
 )
-def test_nothing_to_look_for_is_a_failure_with_a_reason(wants):
-    with pytest.raises(ValueError, match="nothing to look for"):
+def test_nothing_to_detect_is_a_failure_with_a_reason(wants):
+    with pytest.raises(ValueError, match="nothing to detect"):
         phrases(wants)
 
 
@@ -30,10 +30,10 @@ def test_nothing_to_look_for_is_a_failure_with_a_reason(wants):
     ("found", "score", "says", "credits"),
     [
         ([], 0.0, "no cat; no dog", {}),
-        ([Found("cat", 0.8, CAT)], 0.4, "no dog", {"1 cat": 0.8}),
-        ([Found("cat", 0.8, CAT), Found("dog", 0.6, DOG)], 0.7, "all found", {"1 cat": 0.8, "2 dog": 0.6}),
+        ([Detection("cat", 0.8, CAT)], 0.4, "no dog", {"1 cat": 0.8}),
+        ([Detection("cat", 0.8, CAT), Detection("dog", 0.6, DOG)], 0.7, "all found", {"1 cat": 0.8, "2 dog": 0.6}),
         (
-            [Found("cat", 0.8, CAT), Found("dog", 0.6, DOG), Found("cat", 0.5, OTHER)],
+            [Detection("cat", 0.8, CAT), Detection("dog", 0.6, DOG), Detection("cat", 0.5, OTHER)],
             0.7 * 2 / 3,
             "a cat too many",
             {"1 cat": 0.8, "2 dog": 0.6, "": -0.5},
@@ -41,24 +41,33 @@ def test_nothing_to_look_for_is_a_failure_with_a_reason(wants):
     ],
 )
 def test_verdicts(found, score, says, credits):
-    value, critique, regions = judge(["cat", "dog"], found)
-    assert value == pytest.approx(score)
-    assert critique == says
-    assert {own.label: own.credit for own in regions} == credits
+    row = judge(["cat", "dog"], found)
+    assert row.values["found"] == pytest.approx(score)
+    assert row.critique == says
+    assert {region.label: region.credit for region in row.regions} == credits
 
 
 def test_two_of_a_kind_need_two_detections():
-    value, says, regions = judge(["cat", "cat"], [Found("cat", 0.9, CAT), Found("cat", 0.7, DOG)])
-    assert value == pytest.approx(0.8)
-    assert says == "all found"
-    assert sorted(own.label for own in regions) == ["1 cat", "2 cat"]
+    row = judge(["cat", "cat"], [Detection("cat", 0.9, CAT), Detection("cat", 0.7, DOG)])
+    assert row.values["found"] == pytest.approx(0.8)
+    assert row.critique == "all found"
+    assert sorted(region.label for region in row.regions) == ["1 cat", "2 cat"]
 
 
 def test_detections_of_one_thing_count_once():
     near = (1, 0, 40, 40)
-    found = [Found("cat", 0.9, CAT), Found("cat", 0.8, near), Found("dog", 0.7, near), Found("cat", 0.6, DOG)]
-    assert [(own.label, own.score) for own in alone(found, 0.5)] == [("cat", 0.9), ("cat", 0.6), ("dog", 0.7)]
-    assert alone([], 0.5) == []
+    found = [
+        Detection("cat", 0.9, CAT),
+        Detection("cat", 0.8, near),
+        Detection("dog", 0.7, near),
+        Detection("cat", 0.6, DOG),
+    ]
+    assert [(d.label, d.score) for d in without_duplicates(found, 0.5)] == [
+        ("cat", 0.9),
+        ("cat", 0.6),
+        ("dog", 0.7),
+    ]
+    assert without_duplicates([], 0.5) == []
 
 
 class Finder:
@@ -75,7 +84,7 @@ class Finder:
 
 
 def test_where_on_the_map():
-    finder = Finder(Found("cat", 0.8, CAT), Found("dog", 0.6, DOG), Found("dog", 0.5, OTHER))
+    finder = Finder(Detection("cat", 0.8, CAT), Detection("dog", 0.6, DOG), Detection("dog", 0.5, OTHER))
     scorer = Grounded(finder, Card("grounded", has_map=True), grid=2)
     found = scorer(IMAGES, [Prompt("", {"phrases": ["cat", "dog"]}), Prompt("free text")])
     assert list(found.failures) == [1]
@@ -97,7 +106,7 @@ def test_a_real_detector_end_to_end(tmp_path):
 
 def test_a_detector_with_classes_of_its_own_is_refused(tmp_path):
     geneval(tmp_path)
-    with pytest.raises(ValueError, match="knows classes of its own only; a zero-shot detector is needed"):
+    with pytest.raises(ValueError, match="has fixed classes; a zero-shot detector is needed"):
         load("grounded", model=str(tmp_path))
     with pytest.raises(ValueError, match="confidence and overlap are 0 to 1, not 2"):
         load("grounded", model=str(tmp_path), confidence=2)

@@ -51,7 +51,7 @@ def test_scores_of_the_whole(reply, expected):
     [
         ("", "the score is missing"),
         ("I cannot judge this image.", "the score is missing"),
-        ("<think>Score: 0.9", "ends before it has thought to an end"),
+        ("<think>Score: 0.9", "ends within its thinking part"),
         ("Score: 3.5", "the score is 3.5; the scale is -1 to 1"),
         ("Score: 3/4", "the score is 3 out of 4; the scale is -1 to 1"),
         ('{"score": 85}', "the score is 85;"),
@@ -85,7 +85,7 @@ def test_scores_that_are_none(reply, says):
     ],
 )
 def test_a_region_in_many_dresses(reply):
-    assert replies.places(reply, SIZE) == [CAT]
+    assert replies.read_regions(reply, SIZE) == [CAT]
 
 
 @pytest.mark.parametrize("between", ["\n", "\n\n", "\n-----\n", "\n***\n\n"])
@@ -94,19 +94,19 @@ def test_regions_by_number_however_they_are_divided(between, order):
     """Also with the dashed lines of the example in SRUM's prompt."""
     scores = {1: 0.8, 2: -0.4, 3: 0.0}
     reply = between.join(f"Region {k}:\nIdentified Object: thing {k}\nScore: {scores[k]}" for k in order)
-    found = replies.places(reply, SIZE, proposed=GIVEN)
+    found = replies.read_regions(reply, SIZE, proposed=GIVEN)
     assert found == [Region(GIVEN[k - 1], scores[k], f"thing {k}") for k in order]
 
 
 def test_json_regions_by_number():
     reply = '[{"region": 2, "score": 1, "label": ""}, {"id": 1, "score": -1}]'
-    assert replies.places(reply, SIZE, proposed=GIVEN[:2]) == [Region(GIVEN[1], 1.0), Region(GIVEN[0], -1.0)]
+    assert replies.read_regions(reply, SIZE, proposed=GIVEN[:2]) == [Region(GIVEN[1], 1.0), Region(GIVEN[0], -1.0)]
     with pytest.raises(ValueError, match=re.escape("scores the regions [1, 2]; each of 3 once is needed")):
-        replies.places(reply, SIZE, proposed=GIVEN)
+        replies.read_regions(reply, SIZE, proposed=GIVEN)
 
 
 def test_no_regions_is_an_answer():
-    assert replies.places("[]", SIZE) == replies.places('{"regions": []}', SIZE) == []
+    assert replies.read_regions("[]", SIZE) == replies.read_regions('{"regions": []}', SIZE) == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_no_regions_is_an_answer():
     [("pixels", [20, 50, 100, 100]), ("thousand", [100, 500, 500, 1000]), ("unit", [0.1, 0.5, 0.5, 1])],
 )
 def test_what_boxes_count_in(coordinates, box):
-    (found,) = replies.places(f'[{{"box": {box}, "score": 1}}]', SIZE, coordinates)
+    (found,) = replies.read_regions(f'[{{"box": {box}, "score": 1}}]', SIZE, coordinates)
     assert found.box == pytest.approx((20, 50, 100, 100))
 
 
@@ -124,7 +124,7 @@ def test_what_boxes_count_in(coordinates, box):
         ("There is a cat.", "the reply names no regions"),
         ("[1, 2]", "the reply names no regions"),
         ('{"comment": "none"}', "the reply names no regions"),
-        ("<think>[]", "ends before it has thought"),
+        ("<think>[]", "ends within its thinking part"),
         (f"[{ONE[:-8]}", "names no regions"),  # cut off
         ('[{"box": [30, 20, 10, 40], "score": 1}]', "region 1: box (30.0, 20.0, 10.0, 40.0) is empty"),
         ('[{"box": [10, 20, 10, 40], "score": 1}]', "region 1: box (10.0, 20.0, 10.0, 40.0) is empty"),
@@ -136,22 +136,22 @@ def test_what_boxes_count_in(coordinates, box):
         ('[{"score": 1}]', "region 1: box None is not four numbers"),
         ('[{"box": [0, 0, 30, 40]}]', "region 1: the score is missing"),
         ('[{"box": [0, 0, 30, 40], "score": 4}]', "region 1: the score is 4;"),
-        (f'[{ONE[:-1]}, "size": [64, 64]}}]', "its box is of an image of [64, 64] pixels, this one is [200, 100]"),
+        (f'[{ONE[:-1]}, "size": [64, 64]}}]', "its box refers to an image of [64, 64] pixels, this one is [200, 100]"),
         ("Region 1:\nScore: 0.5", "region 1: box None is not four numbers"),
         ("Region 1:\nBox: [a, 2, 3, 4]\nScore: 0.5", "is not four numbers"),
     ],
 )
 def test_regions_that_are_none(reply, says):
     with pytest.raises(ValueError, match=re.escape(says)) as error:
-        replies.places(reply, SIZE)
+        replies.read_regions(reply, SIZE)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("number", ["4", '"two"', "null"])
 def test_a_number_that_was_not_given_is_refused(number):
-    with pytest.raises(ValueError, match=r"there is no region .*; 3 were given"):
-        replies.places(f'[{{"region": {number}, "score": 1}}]', SIZE, proposed=GIVEN)
+    with pytest.raises(ValueError, match=r"there is no region .*; there are 3"):
+        replies.read_regions(f'[{{"region": {number}, "score": 1}}]', SIZE, proposed=GIVEN)
 
 
 pieces = st.sampled_from(
@@ -164,11 +164,15 @@ pieces = st.sampled_from(
 @hypothesis.given(st.one_of(st.text(max_size=60), st.lists(pieces, max_size=40).map("".join)))
 @hypothesis.settings(max_examples=400, deadline=None, derandomize=True, database=None)
 def test_nothing_but_a_value_error_comes_of_any_reply(reply):
-    for read in (replies.overall, lambda r: replies.places(r, SIZE), lambda r: replies.places(r, SIZE, "unit", GIVEN)):
+    for read in (
+        replies.overall,
+        lambda r: replies.read_regions(r, SIZE),
+        lambda r: replies.read_regions(r, SIZE, "unit", GIVEN),
+    ):
         with contextlib.suppress(ValueError):
             read(reply)
 
 
 def test_unknown_coordinates_are_refused():
     with pytest.raises(ValueError, match="no coordinates called 'percent'; known: pixels, thousand, unit"):
-        replies.places("[]", SIZE, "percent")
+        replies.read_regions("[]", SIZE, "percent")

@@ -84,7 +84,7 @@ def test_vqa_agrees_with_one_plain_forward(images, made):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"answers": ["Yes", "Yes"]}, "do not tell 'Yes' from 'Yes'"),
+        ({"answers": ["Yes", "Yes"]}, "do not distinguish 'Yes' from 'Yes'"),
         ({"answers": ["Yes"]}, "answers are two words"),
         ({"dtype": "int8"}, "dtype is one of float32, bfloat16, float16, not 'int8'"),
         ({"model": "nobody/nothing"}, "vqa: nobody/nothing could not be loaded"),
@@ -97,15 +97,15 @@ def test_vqa_refuses_in_one_line(made, change, says):
 
 
 def test_answers_that_share_a_beginning_are_told_apart_by_what_they_do_not_share(tmp_path, made):
-    from reward_models.vlm.transformers_model import openings
+    from reward_models.vlm.transformers_model import first_tokens
 
     words = tiny_vlm.new_tokenizer([])  # bytes alone: " yes" and " no" both begin with a space
     space = words.encode(" ", add_special_tokens=False)[0]
-    yes, no = openings(words, "Yes", "No")
+    yes, no = first_tokens(words, "Yes", "No")
     assert space not in yes + no
     assert set(yes) == set(words.encode("Yy", add_special_tokens=False))
-    with pytest.raises(ValueError, match="do not tell 'yes' from 'yeah'"):
-        openings(words, "yes", "yeah")
+    with pytest.raises(ValueError, match="do not distinguish 'yes' from 'yeah'"):
+        first_tokens(words, "yes", "yeah")
 
 
 def test_half_precision_is_near(images, made):
@@ -141,7 +141,7 @@ def test_hpsv3_numbers_all_tokens_one_after_another(images, made):
     scores, expected, others = scorer(images, PROMPTS).values, [], []
     for image, prompt in zip(images, PROMPTS, strict=True):
         words = scorer.instruction.replace("{prompt}", prompt.text)
-        inputs = vlm.asked(scorer.processor, [(image, words)], "cpu", answering=False)
+        inputs = vlm.inputs_of(scorer.processor, [(image, words)], "cpu", answering=False)
         at = inputs.input_ids[0].tolist().index(scorer.token)
         number = torch.arange(inputs.input_ids.shape[1])
         with torch.no_grad():

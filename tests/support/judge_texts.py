@@ -31,8 +31,8 @@ READERS = {
     "pair": pairwise.read,
     "verdicts": lambda text: checklist.read(text, 3, SIZE),
     "discrepancies": lambda text: visual_erm.read(text, SIZE, 50),
-    "criteria": lambda text: checklist.criteria_of(checklist._written(text)),
+    "criteria": lambda text: checklist.criteria_of(checklist._criteria_rows(text)),
     "overall": replies.overall,
-    "places": lambda text: replies.places(text, SIZE),
-    "places by number": lambda text: replies.places(text, SIZE, proposed=[(0, 0, 8, 8), (8, 8, 16, 16)]),
+    "places": lambda text: replies.read_regions(text, SIZE),
+    "places by number": lambda text: replies.read_regions(text, SIZE, proposed=[(0, 0, 8, 8), (8, 8, 16, 16)]),
 }

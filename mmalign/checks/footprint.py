@@ -1,0 +1,87 @@
+"""The bytes of a run: on the device of a rank, in its main memory, and on disk.
+
+Bytes are those of tensors that are known to exist; what makes up each figure stands with its function. Not covered:
+fragmentation of the allocator, activations of autoencoder and text encoders, reward models, copies while tensors are
+moved or stacked, what CUDA and libraries take themselves (one to two GiB a process), and the communication between
+GPUs.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from math import ceil, prod
+
+import torch
+
+from mmalign.config.schema import Config
+from mmalign.evaluation.evaluate import SHEET
+from mmalign.policy import loading, meta
+from mmalign.policy.family import Family
+from mmalign.training import planning, snapshots
+from mmalign.types import Plan
+
+WEIGHT = {"float32": 4, "bfloat16": 2, "int8": 1, "llm_int8": 1, "nf4": 0.5}  # bytes of a frozen weight
+MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes the optimiser keeps of a trained parameter
+HEADERS = 430  # bytes of a checkpoint's headers for each trained matrix: names, shapes and counters in three files
+
+
+def memory(
+    c: Config, policy: Family, plans: Collection[Plan], prompts: int, parts: Mapping[str, int], trained: int, texts: int
+) -> dict[str, dict[str, int]]:
+    """Bytes on the device of the rank with most prompts, and in its main memory.
+
+    - each part of the pipeline: parameters x bytes of the precision, the transformer's as `quantize` says; with
+      `offload` only the transformer is on the device;
+    - adapter, gradients, ema: 4 bytes a trained parameter each; moments: 8 (AdamW), or 2 in 8 bits;
+    - texts: the embeddings of the prompts and of the empty one, at the greatest length;
+    - latents, float32: trajectories x (states + means of their steps) and finished ones, and three of each row trained
+      on (state, next state, mean);
+    - rollout: the peak of one row's velocity (`mmalign.policy.meta.peak`) x rows of a forward: `batch`, or all routes
+      if they are fewer;
+    - replay: the peak of one row's velocity and gradients, with gradient checkpointing if it is on, x rows of a
+      micro-batch; and that of rollout once more where the model without adapter is evaluated beside it.
+
+    `total` has the larger of rollout and replay. Main memory: the finished images, float32, and the embeddings
+    cached of the run's `texts` prompts.
+    """
+    shape, starts = prod(policy.latent_shape), prompts * c.seeds
+    trained_routes, routes = (max(values) for values in zip(*((p.trained, p.routes) for p in plans), strict=True))
+    steps = max(plan.steps for plan in plans)
+    rows = max(planning.cost_of(c.model_copy(update={"prompts_per_iteration": prompts}), p, False).rows for p in plans)
+    held = starts * (trained_routes * (2 * steps + 1) + routes) + 3 * rows
+
+    micro = min(c.micro_batch, ceil(rows / c.minibatches)) * c.objective.width
+    drawn = meta.peak(policy, learn=False)
+    policy.save_memory(gradients=c.gradient_checkpointing)
+    learnt_row = meta.peak(policy, learn=True) + (drawn if c.measures_kl else 0)
+
+    weights = {name: int(count * WEIGHT[c.precision]) for name, count in parts.items()}
+    weights["transformer"] = int(parts["transformer"] * WEIGHT[c.quantize or c.precision])
+    idle = {name: size for name, size in weights.items() if c.offload and name != "transformer"}
+    device = {name: size for name, size in weights.items() if name not in idle}
+    device |= {"adapter": 4 * trained, "gradients": 4 * trained, "moments": MOMENTS[c.optimizer] * trained}
+    text = size_of(loading.placeholder_texts(policy, 1).values())
+    device |= {
+        "ema": 4 * trained,
+        "texts": (prompts + 1) * text,
+        "latents": 4 * held * shape,
+    }
+    rollout, replay = min(c.batch, starts * routes) * drawn, micro * learnt_row
+    total = sum(device.values()) + max(rollout, replay)
+    images = 4 * starts * routes * 3 * prod(policy.image_size)
+    main = idle | {"images": images, "texts": min(c.text_cache, texts + 1) * text}
+    return {"device": device | {"rollout": rollout, "replay": replay, "total": total}, "main": main}
+
+
+def size_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def disk(c: Config, held_out: int, size: tuple[int, int], trained: list[int]) -> dict[str, int]:
+    """Bytes of a run's folder. A checkpoint has the adapter, its average (4 bytes a parameter each) and the optimiser's
+    moments; the newest are kept, and the best. Images are counted as if PNG did not compress: at most."""
+    checkpoint = (8 + MOMENTS[c.optimizer]) * sum(trained) + HEADERS * len(trained)
+    saved = min(ceil(c.iterations / c.checkpoint_every), c.keep_checkpoints + 1)
+    shown = c.iterations // c.eval_every + bool(c.iterations % c.eval_every) if c.eval_every else 1
+    between = (c.iterations - 1) // c.eval_every if c.eval_every else 0
+    sheets = SHEET * (2 + between) if held_out else 0
+    images = 3 * prod(size) * (2 * held_out * c.eval_seeds + sheets + snapshots.COUNT * shown)
+    return {"checkpoint": checkpoint, "checkpoints": saved, "images": images, "total": saved * checkpoint + images}

@@ -1,0 +1,185 @@
+"""What the settings of a config must have in common, beside the type of each."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from mmalign.config.methods import named
+from mmalign.config.secrets import secret_in
+from mmalign.sampling.kernels import FlowSde
+from reward_models.combine import Ramp
+
+MOST = 10**7  # states of an iteration's trajectories
+SMALLEST, LARGEST = 1e-12, 1e6  # of the numbers of a config that are not 0
+OPTIONAL = ("credit", "loss", "advantage", "mask", "max_kl", "region", "records")  # an objective `uses` some of them
+SAMPLING = (
+    "region", "combine", "at_least", "reference", "steps", "seeds", "plan", "kernel", "max_forwards", "max_rewards",
+    "cache", "rollout_parts",
+)  # fmt: skip
+
+
+def component(reward: str) -> tuple[str, str]:
+    """The name of a scorer and of its component, of `scorer.component`. A module's dots come before its colon
+    (`my.module:Scorer.part`); a component may have its own (`remote.clip.cosine`)."""
+    module, colon, rest = reward.rpartition(":")
+    scorer, _, part = rest.partition(".")
+    return module + colon + scorer, part
+
+
+def check(c: BaseModel) -> None:
+    """ValueError, in one line that names the setting, unless the settings of a `Config` go together."""
+    for suits in (_numbers, _secrets, _settings_act, _rewards, _schedule, _plan):
+        suits(c)
+
+
+def _numbers(c: BaseModel) -> None:
+    """Squared or multiplied in float32, other numbers would become 0 or infinite."""
+    for name, value in c:
+        for number in _floats(value) if name != "scorers" else ():
+            if number and not SMALLEST <= abs(number) <= LARGEST:
+                raise ValueError(f"{name}: {number:g} is out of range; 0, or {SMALLEST:g} to {LARGEST:g} in size")
+
+
+def _secrets(c: BaseModel) -> None:
+    """A run's folder is passed on, and its config with it."""
+    for name, own in c.scorers.items():
+        if (secret := secret_in(own)) is not None:
+            raise ValueError(
+                f"scorers: {name}: {secret} is a secret, and a config is stored and passed on; put it into the "
+                "environment (OPENAI_API_KEY for judges, MMALIGN_TOKEN for remote)"
+            )
+
+
+def _settings_act(c: BaseModel) -> None:
+    """Refuse what the objective, the plan or the records leave without effect, and what is missing."""
+    objective, name = c.objective, named(c.objective)
+    idle = {f"objective: {name}": [key for key in OPTIONAL if key not in objective.uses]}
+    if not c.plan.stochastic:
+        idle[f"plan: {named(c.plan)}"] = ["kernel"]
+    if c.records:
+        idle["records"] = SAMPLING
+    if c.held_out is None or c.eval_every == 0:
+        idle["held_out: null or eval_every: 0"] = ["keep_best"]
+    for owner, keys in idle.items():
+        for key in keys:
+            default = type(c).model_fields[key].get_default()
+            if getattr(c, key) not in (default, None):
+                raise ValueError(f"{key} does not act with {owner}; remove it")
+    for key in ("credit", "loss", "advantage"):
+        if key in objective.uses and getattr(c, key) is None:
+            raise ValueError(f"{key}: null; objective: {name} needs one")
+    if "region" in objective.needs and not c.records and c.region is None:
+        raise ValueError(f"objective: {name} needs region, a scorer with a map, or records")
+    if objective.stochastic and not c.plan.stochastic:
+        raise ValueError(
+            f"plan: {named(c.plan)} has no stochastic step, and objective: {name} learns from those; use another "
+            "plan, or an objective on finished images"
+        )
+    if c.region is None and c.mask is not None and c.mask.region:
+        raise ValueError(f"mask: {named(c.mask)} needs region, a scorer with a map")
+    if c.region is None and not c.records and c.region_grid is not None:
+        raise ValueError("region_grid acts only with region or records; remove it")
+    weights = (1, 1) if c.advantage is None else (c.advantage.whole, c.advantage.regional)
+    if c.region is None and weights != (1, 1):
+        raise ValueError("advantage: whole and regional act only with region; remove them")
+    if not c.rewards and not c.records:
+        raise ValueError("rewards: at least one is needed; only training on records does without")
+
+
+def _rewards(c: BaseModel) -> None:
+    rule, name = c.combine, f"combine: {named(c.combine)}"
+    if c.reference and not rule.below_0:
+        raise ValueError(
+            f"reference: in standard deviations above a mean about half of all scores are below 0, and {name} needs "
+            "scores of at least 0; use sum, mrn or gdpo with it"
+        )
+    if rule.scale and c.advantage is not None and c.advantage.scale != rule.scale:
+        raise ValueError(f"{name} needs advantage: {{scale: {rule.scale}}}; it has normalised in groups already")
+    if c.at_least and not rule.below_0:
+        raise ValueError(f"at_least adds to a sum; with {name} it cannot act")
+    idle = first_without_weight(c.rewards, c.iterations) if c.rewards else None
+    if idle is not None and not (rule.weightless or c.at_least or c.records):
+        raise ValueError(
+            f"rewards: all weights are 0 in iteration {idle + 1}, which could not train anything; give one a "
+            "weight, or let a ramp begin, end and pass elsewhere than at 0"
+        )
+    if c.rewards:
+        rule.check({k: (w.start, w.end) if isinstance(w, Ramp) else (w, w) for k, w in c.rewards.items()})
+    if c.region is not None and c.region not in c.trained:
+        raise ValueError(f"region: {c.region!r} is not among the scorers of rewards: {', '.join(c.trained)}")
+    if c.keep_best and component(c.keep_best)[0] not in (*c.trained, *c.watch):
+        raise ValueError(f"keep_best: {c.keep_best!r} is not a component of the scorers of rewards or watch")
+
+
+def _schedule(c: BaseModel) -> None:
+    if c.rollout_parts > c.prompts_per_iteration:
+        raise ValueError(f"rollout_parts: {c.rollout_parts} of {c.prompts_per_iteration} prompts; each part needs one")
+    if c.warmup + c.cooldown > c.iterations:
+        raise ValueError(f"warmup {c.warmup} + cooldown {c.cooldown} exceed iterations {c.iterations}")
+
+
+def _plan(c: BaseModel) -> None:
+    """Try the plan on an even schedule: its steps, its noise, and what the credit makes of it."""
+    if c.records:
+        return
+    _size(c, 1)
+    siblings = c.seeds * c.plan.children
+    if siblings < c.objective.siblings:
+        raise ValueError(
+            f"seeds x children = {siblings}: objective: {named(c.objective)} compares siblings, at least "
+            f"{c.objective.siblings} are needed"
+        )
+    even = torch.linspace(1, 0, c.steps + 1)
+    kernel = FlowSde() if isinstance(c.kernel.noise, str) else c.kernel
+    for position in c.plan.positions(c.steps):
+        try:
+            table = c.plan(even, kernel, position)
+        except ValueError as error:
+            raise ValueError(f"plan: {named(c.plan)}: {error}") from None
+        if c.credit is not None:
+            c.credit.check(table)
+            states, _ = c.credit.completions(table)
+            if states and not 0 <= min(states) <= max(states) < c.steps:
+                raise ValueError(f"credit: states {states} must lie within 0 to {c.steps - 1}")
+            _size(c, c.steps if states else 1)
+
+
+def _size(c: BaseModel, completions: int) -> None:
+    states = c.prompts_per_iteration * c.seeds * c.plan.routes * c.steps * completions
+    if states > MOST:
+        raise ValueError(
+            f"an iteration would hold {states:.2g} states in memory; lower prompts_per_iteration, seeds, steps, or "
+            "the plan's children or steps"
+        )
+
+
+def first_without_weight(rewards: Mapping[str, float | Ramp], iterations: int) -> int | None:
+    """The first iteration, from 0, in which all weights are 0. A ramp passes 0 once at most."""
+    steady = [weight for weight in rewards.values() if not isinstance(weight, Ramp)]
+    ramps = [weight for weight in rewards.values() if isinstance(weight, Ramp)]
+    if any(steady):
+        return None
+    last = max(1, iterations - 1)
+    passed = [
+        bisect_left(range(iterations), True, key=lambda i: (ramp.end - ramp.start) * ramp.at(i / last) >= 0)
+        for ramp in ramps
+    ]
+    places = sorted({0, iterations - 1, *passed})
+    return next((i for i in places if i < iterations and not any(ramp.at(i / last) for ramp in ramps)), None)
+
+
+def _floats(value: Any) -> Iterator[float]:
+    """The numbers with a fraction in a setting, at any depth."""
+    if isinstance(value, float):
+        yield value
+    elif is_dataclass(value) or isinstance(value, BaseModel | Mapping):
+        fields = value if isinstance(value, Mapping) else vars(value)
+        for part in fields.values():
+            yield from _floats(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _floats(part)

@@ -1,0 +1,114 @@
+"""Settings of a config that are methods: one of a table of frozen dataclasses, chosen by name.
+
+`credit: gain` is the method with its defaults, `credit: {type: gain, control: fit}` changes some. `type` may be an
+import path, `my_module:MyCredit`, of a module that is allowed (`reward_models.allowlist`); in Python the object itself
+will do. A setting that a method does not have is refused, and so it cannot be without effect.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
+
+from reward_models.allowlist import import_allowed
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def one_of(kinds: Sequence[type], what: str, optional: bool = False) -> Any:
+    """The type of a config's field that takes one of `kinds`, or a dataclass from elsewhere, or null if `optional`."""
+    table = {kind.type: kind for kind in kinds}
+    chosen, written = partial(_chosen, table, what, optional), partial(_written, table)
+    return Annotated[Any, PlainValidator(chosen), PlainSerializer(written)]
+
+
+def settings(kind: type, optional: bool = False) -> Any:
+    """The type of a field that takes the settings of one dataclass, or null if `optional`."""
+    filled, written = partial(_filled, kind, None, optional=optional), partial(_written, None)
+    return Annotated[Any, PlainValidator(filled), PlainSerializer(written)]
+
+
+def named(method: Any) -> str:
+    """A method in a message: its `type`, or its import path."""
+    return getattr(method, "type", f"{type(method).__module__}:{type(method).__qualname__}")
+
+
+def described(method: Any) -> str:
+    """A method and its settings in a line, e.g. `branch (steps 0 1 2, children 6)`."""
+    words = []
+    for key, value in dataclasses.asdict(method).items():
+        words.append(f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return named(method) + (f" ({', '.join(words)})" if words else "")
+
+
+def _written(table: Mapping[str, type] | None, method: Any) -> dict[str, Any] | None:
+    """A method as a file has it: `type` is its name in the table, or its import path."""
+    if method is None:
+        return None
+    values = json.loads(json.dumps(dataclasses.asdict(method)))
+    if table is None:
+        return values
+    known = table.get(getattr(method, "type", None)) is type(method)
+    return {"type": method.type if known else f"{type(method).__module__}:{type(method).__qualname__}"} | values
+
+
+def _chosen(table: Mapping[str, type], what: str, optional: bool, value: Any, info: Any) -> Any:
+    if isinstance(value, str) and value in (info.context or {}):
+        value = info.context[value]
+    if value is None and optional:
+        return None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # an object is held to the same bounds
+        return _filled(type(value), what, dataclasses.asdict(value))
+    name = value.get("type") if isinstance(value, Mapping) else value
+    if not isinstance(name, str):
+        raise ValueError(f"a name or {{type: NAME, ...}} is needed; known: {', '.join(table)}")
+    if name in table:
+        kind = table[name]
+    elif ":" in name:
+        kind = import_allowed(name, f"{what} {name!r}")
+        if not dataclasses.is_dataclass(kind):
+            raise ValueError(f"{name} must be a frozen dataclass with its settings as fields")
+    else:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no {what} called {name!r}{hint}; known: {', '.join(table)}, or my_module:MyClass")
+    return _filled(kind, name, {k: v for k, v in value.items() if k != "type"} if isinstance(value, Mapping) else {})
+
+
+def _filled(kind: type, name: str | None, value: Any, info: Any = None, optional: bool = False) -> Any:
+    """An instance of the dataclass with the settings of a mapping. ValueError with the first problem."""
+    if info is not None and isinstance(value, str) and value in (info.context or {}):
+        value = info.context[value]
+    if value is None and optional:
+        return None
+    value = dataclasses.asdict(value) if isinstance(value, kind) else value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"a mapping of its settings is needed: {', '.join(_fields(kind))}")
+    if "__pydantic_config__" not in vars(kind):
+        kind.__pydantic_config__ = STRICT
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(value))
+    except ValidationError as error:
+        raise ValueError(_first(kind, name, error)) from None
+
+
+def _first(kind: type, name: str | None, error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        near = difflib.get_close_matches(key, _fields(kind), n=1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; it has {', '.join(_fields(kind)) or 'no settings'}"
+        return f"{name + ' has ' if name else ''}no setting {key!r}{hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    messages = dict.fromkeys(p["msg"] for p in error.errors() if p["loc"][:1] == problem["loc"][:1])
+    return f"{key}: {' or '.join(messages)}, got {json.dumps(problem['input'])}"
+
+
+def _fields(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]

@@ -1,0 +1,65 @@
+"""The rewards of a run: its scorers, their weights as they stand, and the constraints' multipliers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.rewards.combination import Combination
+from mmalign.rewards.judge import Scored, judge
+from mmalign.types import Judgement, Trajectories
+from reward_models import RewardModel, combine
+from reward_models.cache import Cached
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """`scorers` by name, trained and watched; `multipliers` of the constraints and the frozen `reference`'s mean and
+    standard deviation by component."""
+
+    config: Any
+    scorers: dict[str, RewardModel]
+    multipliers: dict[str, float]
+    reference: dict[str, tuple[float, float]] | None
+
+    @property
+    def trained(self) -> dict[str, RewardModel]:
+        return {name: self.scorers[name] for name in self.config.trained}
+
+    def combination(self, iteration: int) -> Combination:
+        """The weights as they stand: ramps by how much of the run is done, constraints by their multipliers."""
+        c, progress = self.config, iteration / max(1, self.config.iterations - 1)
+        weights = {name: w.at(progress) if isinstance(w, combine.Ramp) else w for name, w in c.rewards.items()}
+        weights |= {name: weights.get(name, 0.0) + u for name, u in self.multipliers.items()}
+        return Combination(weights, c.combine, self.reference, c.dead_spread)
+
+    def judge(self, paths: Trajectories, scored: Scored, images: Float[Tensor, "E 3 H W"], iteration: int) -> Judgement:
+        """The rewards of a rollout by the weights of the iteration."""
+        c, size = self.config, tuple(images.shape[2:])
+        return judge(paths, scored, size, self.combination(iteration), c.region, c.region_grid)
+
+    def move_multipliers(self, judged: Judgement) -> dict[str, float]:
+        """Move each constraint's multiplier by how far its mean score is from the bound; as a row for the metrics."""
+        for name, limit in self.config.at_least.items():
+            mean = float(judged.parts[name].nanmean())
+            self.multipliers[name] = combine.multiplier(self.multipliers[name], limit.bound, mean, limit.rate)
+        return {f"multiplier/{name}": u for name, u in self.multipliers.items()}
+
+    def usage(self) -> dict[str, int]:
+        """Counts of this rank so far, evaluations included: scores requested and those that were cached, and for VLM
+        judges the number of calls, failures and tokens."""
+        cached = [scorer for scorer in self.scorers.values() if isinstance(scorer, Cached)]
+        row = {"hits": sum(s.hits for s in cached), "asked": sum(s.asked for s in cached)} if cached else {}
+        for name, scorer in self.scorers.items():
+            judging = getattr(getattr(scorer, "scorer", scorer), "judge", None)
+            row |= {f"judge/{name}/{key}": count for key, count in dict(judging.spent).items()} if judging else {}
+        return row
+
+
+def shares(usage: dict[str, int | float]) -> dict[str, int | float]:
+    """`usage` of all ranks with the share of cached scores instead of its counts."""
+    row = dict(usage)
+    if "asked" not in row:
+        return row
+    return {"cache_hits": row.pop("hits") / max(1, row.pop("asked"))} | row

@@ -1,0 +1,44 @@
+"""The pages: their links and file names lead to files, and the index lists every page."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("assets/*/README.md")])
+CODE = re.compile(r"`((?:mmalign|reward_models|scripts|tests|configs|assets|docs)/[\w./*-]+)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_file_names_lead_to_files(page):
+    text = page.read_text(encoding="utf-8")
+    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    assert [link for link in links if link and not (page.parent / link).exists()] == []
+    assert [name for name in CODE.findall(text) if not list(ROOT.glob(name.rstrip("/")))] == []
+
+
+@pytest.mark.parametrize("folder", ["docs", "docs/methods"])
+def test_the_index_lists_every_page(folder):
+    index = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    pages = sorted(page.name for page in (ROOT / folder).glob("*.md") if page.name != "README.md")
+    assert [page for page in pages if f"({page})" not in index] == []
+
+
+def test_the_readme_lists_every_module_and_package():
+    tree = re.search(r"^## Layout\n\n```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    listed, package = set(), ""
+    for line in tree[1].splitlines():
+        name = line.split()[0]
+        package = package if line.startswith("  ") else name
+        listed.add(package + name if line.startswith("  ") else name)
+    assert [name for name in sorted(listed) if not (ROOT / name).exists()] == []
+    modules = {
+        str(path.relative_to(ROOT)) for root in ("mmalign", "reward_models") for path in (ROOT / root).glob("*.py")
+    }
+    packages = {
+        f"{path.parent.relative_to(ROOT)}/"
+        for root in ("mmalign", "reward_models")
+        for path in (ROOT / root).glob("*/*.py")
+    }
+    assert sorted(name for name in modules | packages if "__" not in name and name not in listed) == []
