@@ -57,7 +57,7 @@ def config(random_model, prompt_files, tmp_path):
         (["noise=[0.7]"], "noise has 1 levels for 3 steps"),
         (["noise=-1"], "noise"),
         (["noise=psi.json"], "a calibration is for kernel scheduled, not flow_sde"),
-        (["noise=psi.json", "kernel=scheduled"], "psi.json is no file written by `mmalign calibrate`"),
+        (["noise=psi.json", "kernel=scheduled"], "psi.json is not a file written by `mmalign calibrate`"),
         (["max_forwards=3"], "the thinnest plan takes 14 forwards and 4 rewards an iteration, allowed are 3 and any"),
         (["cooldown=3"], "exceed iterations 2"),
         (["prompts=nowhere.jsonl"], "prompts nowhere.jsonl: No such file or directory"),

@@ -124,7 +124,7 @@ def test_a_size_the_model_cannot_draw_is_refused(folders):
 
 def test_guidance_a_model_was_not_made_for_is_refused(folders):
     for name in ("FLUX.1-schnell", "FLUX.2-klein, distilled"):
-        with pytest.raises(ValueError, match="not made for guidance; 1 is needed"):
+        with pytest.raises(ValueError, match="does not take guidance; 1 is needed"):
             opened(folders, name, 3.5)
 
 
