@@ -35,8 +35,8 @@ class Held:
 def test_a_line_for_each_that_cuts():
     texts = ["one two", "one two three", "one two three", "one two three four five", ""]
     assert cut([Words(2), Words(9), object(), Held(Words(4))], texts) == [
-        "2 of 4 prompts are longer than the 2 tokens that a reader of 2 reads; what is beyond is not seen",
-        "1 of 4 prompts are longer than the 4 tokens that a reader of 4 reads; what is beyond is not seen",
+        "2 of 4 prompts are longer than the 2 tokens that a reader of 2 reads; they are truncated",
+        "1 of 4 prompts are longer than the 4 tokens that a reader of 4 reads; they are truncated",
     ]
     assert cut([Words(1)], []) == []
 
@@ -71,7 +71,7 @@ def test_what_a_scorer_cuts_changes_nothing(tmp_path, name):
     assert not torch.equal(whole, shorter)
 
 
-LINE = "mmalign: 1 of 2 prompts are longer than the {} tokens that {} reads; what is beyond is not seen\n"
+LINE = "mmalign: 1 of 2 prompts are longer than the {} tokens that {} reads; they are truncated\n"
 
 
 def test_the_commands_say_it_once(random_model, settings, tmp_path, capsys):

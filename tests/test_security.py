@@ -323,7 +323,7 @@ def test_a_report_reads_no_file_outside_the_run(tmp_path, image):
             (run / "images" / side / image).symlink_to(tmp_path / "secret.png")
     result = mmalign("report", run)
     assert (result.returncode, result.stdout) == (2, "")
-    assert "leads out of that folder; it is not touched" in result.stderr
+    assert "leads out of that folder" in result.stderr
     assert not (run / "report.html").exists()
 
 
@@ -339,7 +339,7 @@ def test_a_run_with_a_link_out_of_it_is_not_touched(settings, tmp_path, name):
     for command in (["report", run], ["train", config, "--resume"], ["export", run], ["sample", "x", "--adapter", run]):
         result = mmalign(*command)
         assert result.returncode == 2
-        assert f"{name!r} leads out of that folder; it is not touched" in result.stderr
+        assert f"{name!r} leads out of that folder" in result.stderr
     assert target.read_text() == "mine"
 
 

@@ -244,7 +244,7 @@ WITHOUT = {
     "a web page": ((200, {"Content-Type": "text/html"}, "<html>log in</html>"), "200 with no JSON: '<html>log in"),
     "an event stream": (
         (200, {"Content-Type": "text/event-stream"}, 'data: {"choices": []}'),
-        "status 200 with an event stream, where one answer was asked for: 'data: ",
+        "status 200 with an event stream instead of one answer: 'data: ",
     ),
     "an error with 200": (completion("x") | {"choices": None, "error": {"message": "no GPU"}}, "begins .*no GPU"),
     "a redirect": ((308, {"Location": "https://elsewhere.example/v1"}, ""), "answered 308 .it points to https://elsewhere"),

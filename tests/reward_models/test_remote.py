@@ -186,7 +186,7 @@ def test_an_answer_without_an_end_is_cut(faulty, monkeypatch):
     assert scores.failures == {0: "the answer is larger than 10000 bytes"}
     faulty.reply = lambda sent: (200, {}, (time.sleep(0.05) or b" " for _ in repeat(0)))
     scores = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
-    assert scores.failures == {0: "no whole answer within 0.4 s"}
+    assert scores.failures == {0: "no complete answer within 0.4 s"}
 
 
 def test_a_service_that_hangs_or_hangs_up_is_a_reason(faulty):
@@ -235,7 +235,7 @@ def test_the_breaker_spares_a_service_that_is_down_and_tries_again_later(faulty,
     scores = remote(plain([0.1] * 8), FINE)
     assert len(faulty.asks) == 3
     assert scores.values.isnan().all()
-    assert scores.failures[7] == "not asked, since 3 requests in a row failed; the last: the service answered 500"
+    assert scores.failures[7] == "not sent, because 3 requests in a row failed; the last: the service answered 500"
     clock[0] = 0.35
     remote(plain([0.1] * 4), FINE[:4])
     assert len(faulty.asks) == 4  # one trial
@@ -343,8 +343,8 @@ def test_the_token_comes_from_the_environment_and_is_told_to_nobody(monkeypatch,
         (dict(url="http://127.0.0.1:9"), "http://127.0.0.1:9: cannot be reached"),
         (dict(url="nonsense"), "remote: nonsense"),
         (dict(url="http://user:password@127.0.0.1"), "a URL with a password in it"),
-        (dict(batch=0), "batch, workers, faults and timeout are above 0"),
-        (dict(scorers=["clap"]), "it has clip; asked for clap"),
+        (dict(batch=0), "batch, workers, faults and timeout must be above 0"),
+        (dict(scorers=["clap"]), "it has clip; requested: clap"),
     ],
 )
 def test_a_service_that_is_not_there_is_told_in_one_line(faulty, settings, says):
@@ -355,7 +355,7 @@ def test_a_service_that_is_not_there_is_told_in_one_line(faulty, settings, says)
 
 def test_something_else_that_answers_is_no_service(faulty, monkeypatch):
     monkeypatch.setitem(INFO, "limits", "none")
-    with pytest.raises(ValueError, match="what answers there is no reward service"):
+    with pytest.raises(ValueError, match="this is not a reward service"):
         Remote(faulty.url)
 
 
