@@ -13,7 +13,7 @@ from mmalign.refine.velocity import regional_guidance, soft, towards
 def walked(flow, velocity, starts=3):
     start = torch.stack([gaussian(flow.latent_shape, i) for i in range(starts)])
     index = torch.zeros(starts, dtype=torch.long)
-    return sample(velocity, start, flow.encode(["0.5"]), index, ode(flow.times(6))).ends
+    return sample(velocity, start, flow.encode(["0.5"]), index, ode(flow.times(6))).finals
 
 
 def moved(flow):
