@@ -17,16 +17,13 @@ from mmalign.runs import checkpoint
 
 PLANS = {
     "branch": {},
-    "sde": {"plan": "sde", "branch_steps": None, "children": None},
-    "window": {"plan": "window", "window": (1, 3), "branch_steps": None, "children": 2},
-    "moving": {
-        "plan": "window", "window": (0, 1), "window_moves": "progressive", "window_every": 1, "branch_steps": None,
-        "children": 3,
-    },
-    "random": {"plan": "window", "window": (0, 1), "window_moves": "random", "branch_steps": None, "steps": 8},
-    "gain": {"plan": "sde", "branch_steps": None, "children": None, "credit": "gain", "score_states": "all"},
+    "sde": {"plan": "sde"},
+    "window": {"plan": {"type": "window", "steps": (1, 3), "children": 2}},
+    "moving": {"plan": {"type": "window", "steps": (0, 1), "children": 3, "moves": "progressive"}},
+    "random": {"plan": {"type": "window", "steps": (0, 1), "children": 2, "moves": "random"}, "steps": 8},
+    "gain": {"plan": "sde", "credit": "gain"},
     "guided": {"guidance": 3.0, "epochs": 2, "minibatches": 2},
-    "attended": {"focus": "prompt", "focus_share": 0.25},
+    "attended": {"mask": {"type": "prompt", "share": 0.25}},
     "budget": {"max_forwards": 70, "max_rewards": 12},
 }  # fmt: skip
 
@@ -38,7 +35,7 @@ def told(settings, gpus=1, **changed):
 @pytest.mark.parametrize("name", PLANS)
 def test_counts_are_those_of_the_run(settings, name):
     """With beta > 0 every row is replayed, so that all counts are known before."""
-    changed = PLANS[name] | {"beta": 0.1, "iterations": 3, "eval_every": 0}
+    changed = PLANS[name] | {"objective": {"type": "grpo", "beta": 0.1}, "iterations": 3, "eval_every": 0}
     changed |= {"credit": "terminal"} if name not in ("branch", "gain", "guided", "attended", "budget") else {}
     found, out = told(settings, **changed), run(settings, **changed)
     metrics = rows(out / "metrics.jsonl")
@@ -148,7 +145,7 @@ def test_the_command_tells_it(settings, tmp_path):
 
 
 def test_seconds_are_counts_times_speed(settings):
-    c = configs.build(settings | {"beta": 0.1}, "test")
+    c = configs.build(settings | {"objective": {"type": "grpo", "beta": 0.1}}, "test")
     found = estimate.estimate(c, 2)
     speed = estimate.Speed(forward=1.0, learn=3.0, decode=10.0, reward=100.0, judge=1000.0)
     rank, held = found["ranks"][0], found["evaluations"]
