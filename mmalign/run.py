@@ -9,7 +9,7 @@ never interrupted.
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,21 +33,37 @@ from mmalign.training import finite, planning, snapshots
 from mmalign.training.learner import optimizer_class
 from mmalign.training.session import Session
 from mmalign.training.setup import open_session
-from reward_models import files
+from mmalign.types import Trainable
+from reward_models import RewardModel, files
 from reward_models.lengths import cut
 from reward_models.weights import fingerprint
 
 
-def train(c: Config, resume: bool = False, console: Console | None = None) -> Path:
-    """Run a config to its end and return the run's folder. Raises BadInput before anything is written, Failed where it
-    cannot go on (disk full, out of memory, scores that fail, values that are not finite), Lost where another of its
-    processes failed, and Stopped after SIGTERM or Ctrl-C. Of many processes the main one alone writes and speaks."""
+def train(
+    c: Config,
+    resume: bool = False,
+    console: Console | None = None,
+    policy: Trainable | None = None,
+    scorers: Mapping[str, RewardModel] | None = None,
+) -> Path:
+    """Run a config to its end and return the run's folder; `policy` and `scorers` as in `open_session`. Raises BadInput
+    before anything is written, Failed where it cannot continue (disk full, out of memory, scores that fail, non-finite
+    values), Lost where another rank failed, and Stopped after SIGTERM or Ctrl-C. Only the main process logs and writes
+    files."""
     ranks = join(c.patience)
     with ranks.failing():
-        return _train(c, resume, (console or Console()) if ranks.main else Console(quiet=True), ranks)
+        console = (console or Console()) if ranks.main else Console(quiet=True)
+        return _train(c, resume, console, ranks, policy, scorers)
 
 
-def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
+def _train(
+    c: Config,
+    resume: bool,
+    console: Console,
+    ranks: Ranks,
+    policy: Trainable | None,
+    scorers: Mapping[str, RewardModel] | None,
+) -> Path:
     say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
     ranks.assert_equal(c.model_dump_json(), "the config")
     with folder.locked(out, say) if ranks.main else nullcontext(), finite.oom_as_failed():
@@ -57,7 +73,7 @@ def _train(c: Config, resume: bool, console: Console, ranks: Ranks) -> Path:
                 folder.tidy(out)
             tracking.check(c.trackers)
         ranks.barrier("the check of the folder")
-        run = open_session(c, ranks)
+        run = open_session(c, ranks, policy, scorers)
         if ranks.main:
             saved = len(checkpoint.numbered(out / "checkpoints"))
             folder.check_space(out, _size(run) * max(1, c.keep_checkpoints + 2 - saved))

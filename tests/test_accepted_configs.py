@@ -244,7 +244,7 @@ def beside_rows(tmp_path):
         ({"keep_best": "smooth:Smooth.blue"}, "keep_best: no component 'blue'; smooth:Smooth gives red, even"),
         ({"at_least": {"smooth:Smooth.blue": {"bound": 1}}}, "at_least: no component 'blue'"),
         ({"watch": ["no_such_scorer"]}, "no scorer called 'no_such_scorer'"),
-        ({"prompts_per_iteration": 5}, "prompts_per_iteration: 5 asked for, the file has 4"),
+        ({"prompts_per_iteration": 5}, "prompts_per_iteration: 5 requested, the file has 4"),
         ({"out": "x" * 300}, "out: cannot write in x+: File name too long"),
         ({"out": below_a_file}, "out: cannot write in .*: Not a directory"),
         ({"out": beside_rows}, "out: .*metrics.jsonl exists already and belongs to no run"),

@@ -106,7 +106,7 @@ def test_a_calibration_round_trips_and_belongs_to_its_schedule(tmp_path):
         calibrate.load(str(path), C, torch.linspace(1, 0, 5))
     with pytest.raises(BadInput, match=r"calibrated with guidance 1\.0, this run has 4\.5"):
         calibrate.load(str(path), C.model_copy(update={"guidance": 4.5}), TIMES)
-    with pytest.raises(BadInput, match="is no file written by"):
+    with pytest.raises(BadInput, match="is not a file written by"):
         calibrate.load(str(tmp_path / "absent.json"), C, TIMES)
     calibrate.plot(tmp_path / "noise.png", path)
     assert (tmp_path / "noise.png").stat().st_size > 5000

@@ -67,7 +67,7 @@ def config(random_model, prompt_files, tmp_path):
         (["rewards={jpeg_size.size: 1}"], "no component 'size'; jpeg_size gives kilobytes"),
         (["scorers={clip: {}}"], "settings for 'clip', which is neither in rewards nor in watch"),
         (["lora_targets=[to_z]"], "'to_z' matches no linear layer"),
-        (["prompts_per_iteration=9"], "9 asked for, the file has 4"),
+        (["prompts_per_iteration=9"], "9 requested, the file has 4"),
         (["out=/proc/run"], "out: cannot write in /proc"),
         (["out=/dev/null/run"], "out: cannot write in /dev/null/run"),
     ],

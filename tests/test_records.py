@@ -49,10 +49,10 @@ def row(image="0.png", prompt="a circle", score=0.5, regions=(GOOD,), **more):
         (row(regions=[GOOD | {"score": None}]), "the score of a region is None"),
         (row(regions=[{"box": [0, 0, 3, 4]}]), "no 'score'"),
         (row(size=[24, 16]), "the boxes refer to an image of [24, 16] pixels, 0.png is [12, 8]"),
-        (row("square.png"), "square.png is 8 x 8 pixels; the model makes 12 x 8"),
+        (row("square.png"), "square.png is 8 x 8 pixels; the model generates 12 x 8"),
         (row("lost.png"), "lost.png"),
-        (row(score=None), "the score of the whole image is None"),
-        (row(score=float("nan")), "the score of the whole image is nan"),
+        (row(score=None), "the score of the full image is None"),
+        (row(score=float("nan")), "the score of the full image is nan"),
         ({"image": "0.png", "score": 1}, "no 'prompt'"),
         ("not JSON", "Expecting value"),
         ([1, 2], "an object with image, prompt"),
@@ -115,12 +115,12 @@ def test_the_files_of_srums_release_are_read_as_they_are(write, theirs):
     [
         (
             {"global_layout_score": 0.0, "reason": "VLM failed"},
-            "global_layout_reward is 0, which stands for a judge that",
+            "global_layout_reward is 0, which stands for a judge without",
         ),
-        (None, "no score of the whole image: global_layout_reward is needed, or score"),
-        ({"reason": "none"}, "the score of the whole image is None; a number is needed"),
-        ({"global_layout_score": "0.4"}, "the score of the whole image is '0.4'; a number is needed"),
-        ({"global_layout_score": True}, "the score of the whole image is True; a number is needed"),
+        (None, "no score of the full image: global_layout_reward is needed, or score"),
+        ({"reason": "none"}, "the score of the full image is None; a number is needed"),
+        ({"global_layout_score": "0.4"}, "the score of the full image is '0.4'; a number is needed"),
+        ({"global_layout_score": True}, "the score of the full image is True; a number is needed"),
     ],
 )
 def test_a_release_record_without_a_score_of_the_whole_is_left_out_with_its_reason(write, whole, says):

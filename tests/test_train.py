@@ -237,7 +237,7 @@ def test_prompt_order_is_a_function_of_the_iteration(prompt_files):
     first = [p.id for i in range(2) for p in prompts.batch(wanted, 2, i, seed=0)]
     assert sorted(first) == [0, 1, 2, 3]
     assert first == [p.id for i in range(2) for p in prompts.batch(wanted, 2, i, seed=0)]
-    with pytest.raises(BadInput, match="5 asked for, the file has 4"):
+    with pytest.raises(BadInput, match="5 requested, the file has 4"):
         prompts.batch(wanted, 5, 0, 0)
 
 

@@ -1,4 +1,4 @@
-"""Where prompts come from, and the order in which a run meets them."""
+"""Read prompts from files and datasets, and divide them into the batches of a run."""
 
 import json
 import re
@@ -24,16 +24,16 @@ def read(source: str | Path) -> list[Prompt]:
 
     - `FILE.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, `.parquet` (extra `parquet`): a table, see
       `reward_models.tables`; GenEval's metadata is one
-    - `hf:NAME[/CONFIG]:SPLIT`: a row each of a dataset on the Hugging Face hub, of a folder of data files, or of one
-      that `save_to_disk` wrote (extra `datasets`); a split may be a slice, `train[:1000]`, but not of a saved one
-    - `FILE.csv:COLUMN`, `hf:NAME[/CONFIG]:SPLIT:COLUMN`: the texts of one column and nothing else
-    - `FILE.txt`: a prompt a line, blank lines left out, spaces around it taken off; a line that begins with `#` is
-      refused, for it may be meant as a remark or as a prompt
+    - `hf:NAME[/CONFIG]:SPLIT`: the rows of a dataset on the Hugging Face hub, of a folder of data files, or of one that
+      `save_to_disk` wrote (extra `datasets`); a split may be a slice, `train[:1000]`, but not of a saved dataset
+    - `FILE.csv:COLUMN`, `hf:NAME[/CONFIG]:SPLIT:COLUMN`: the texts of one column alone
+    - `FILE.txt`: a prompt a line, stripped, blank lines left out; a line that begins with `#` is refused, because it
+      may be meant as a comment or as a prompt
 
-    An object or row has `prompt`, perhaps `id`, and all else that is not null is the prompt's ground truth. What has no
-    id is numbered by its line or row, from 0. In a column a row without text is left out, and a text that comes again
-    is the same prompt, numbered by the first of its rows. Raises BadInput in one line for anything else: a blank
-    prompt, one with control characters, a file of any other name.
+    An object or row has `prompt`, optionally `id`, and all other fields that are not null are the prompt's ground
+    truth. Without an id the number of the line or row is used, from 0. In a column a row without text is left out, and
+    a repeated text is the same prompt, numbered by its first row. BadInput in one line for anything else: a blank
+    prompt, one with control characters, a file of another type.
     """
     source = str(source)
     try:
@@ -59,7 +59,7 @@ def _prompts(source: str) -> Iterator[Prompt]:
         path = Path(files.home(parts["name"]))
         return _of_table(tables.read(path), parts["column"], path.parent.absolute())
     path = Path(files.home(source))
-    files.opened(path).close()  # that it is not there comes before what it is called
+    files.opened(path).close()  # a missing file is reported before a wrong ending
     if path.suffix.lower() != ".txt":
         raise ValueError(f"a list of prompts is .txt, with a prompt a line, or a table: {', '.join(tables.ENDINGS)}")
     return _of_lines(files.decoded(files.content(path, limits.TEXT)))
@@ -73,12 +73,12 @@ def _of_lines(text: str) -> Iterator[Prompt]:
             continue
         if line.lstrip().startswith("#"):
             raise ValueError(
-                f"line {number + 1} begins with #: a remark has no place among prompts, and a prompt that begins so "
-                "goes into a table (.jsonl)"
+                f"line {number + 1} begins with #: comments are not allowed, and a prompt that begins with # needs a "
+                "table (.jsonl)"
             )
         if "\r" in line:
             raise ValueError(f"line {number + 1} holds a carriage return; lines end with a line feed")
-        yield Prompt(_worded(line.strip(), f"line {number + 1}"), {}, number)
+        yield Prompt(_checked(line.strip(), f"line {number + 1}"), {}, number)
 
 
 def _of_table(table: Table, column: str | None, folder: Path) -> Iterator[Prompt]:
@@ -93,7 +93,7 @@ def _of_table(table: Table, column: str | None, folder: Path) -> Iterator[Prompt
         if not isinstance(text, str | None):
             raise ValueError(f"{table.where(number)}: {column!r} holds {type(text).__name__}, not text")
         if text and text.strip():
-            first.setdefault(_worded(text.strip(), table.where(number)), number)
+            first.setdefault(_checked(text.strip(), table.where(number)), number)
     yield from (Prompt(text, {}, number) for text, number in first.items())
 
 
@@ -102,16 +102,18 @@ def _of_row(row: Mapping[str, Any], number: int, where: str, folder: Path) -> Pr
     if not isinstance(text := wants.pop("prompt", None), str):
         raise ValueError(f"{where}: an object with a `prompt`, a text, is needed")
     given = wants.pop("id", number)
-    if (name := tables.whole(given)) is None:
+    if (id_ := tables.whole(given)) is None:
         raise ValueError(f"{where}: `id` must be a whole number of 64 bits, got {given!r}")
     try:
         json.dumps(wants, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: no ground truth: {error}; name the column of prompts to read it alone") from None
-    return Prompt(_worded(text, where), beside(wants, folder), name)
+        raise ValueError(
+            f"{where}: invalid ground truth: {error}; name the column of prompts to read it alone"
+        ) from None
+    return Prompt(_checked(text, where), beside(wants, folder), id_)
 
 
-def _worded(text: str, where: str) -> str:
+def _checked(text: str, where: str) -> str:
     try:
         return tables.wording(text)
     except ValueError as error:
@@ -119,44 +121,43 @@ def _worded(text: str, where: str) -> str:
 
 
 def _dataset(name: str, split: str) -> Table:
-    """The rows of a split of a dataset. `datasets` 4 and later runs no code that comes with one."""
+    """The rows of a split of a dataset. `datasets` 4 and later never runs a dataset's code."""
     try:
         import datasets
     except ImportError:
         raise ValueError("datasets of Hugging Face need an extra: pip install 'mmalign[datasets]'") from None
     config = None
     if not Path(name).exists() and name[0] not in "./" and name.count("/") > 1:
-        owner, own, config = name.split("/", 2)
-        name = f"{owner}/{own}"
+        owner, repository, config = name.split("/", 2)
+        name = f"{owner}/{repository}"
     try:
         if any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(name)
             splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
             if split not in splits:
                 raise ValueError(f"no split {split!r}; there are {', '.join(splits)}")
-            found = splits[split]
+            data = splits[split]
         else:
-            found = datasets.load_dataset(name, config, split=split)
+            data = datasets.load_dataset(name, config, split=split)
     except datasets.exceptions.DatasetsError as error:
         raise ValueError(f"{error.__cause__ or error}") from None
 
     def rows(only: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
-        chosen = found.select_columns(only) if only else found
+        chosen = data.select_columns(only) if only else data
         for number, row in enumerate(chosen):
             yield number, tables.given(row)
 
-    return Table(found.column_names, "row", rows)
+    return Table(data.column_names, "row", rows)
 
 
 def batch(prompts: list[Prompt], size: int, iteration: int, seed: int) -> list[Prompt]:
-    """The prompts of one iteration: epochs of all prompts, each shuffled by its own seed, cut into whole batches.
+    """The prompts of one iteration: epochs of all prompts, each shuffled by its own seed and divided into batches.
 
-    A function of its arguments alone, so a resumed run needs no cursor; a batch never holds a prompt twice. What is
-    left over at the end of an epoch is dropped, another remainder each time. Raises BadInput for a batch beyond the
-    file.
+    A function of its arguments alone, so that a resumed run needs no cursor; a batch never holds a prompt twice. The
+    remainder of an epoch is dropped, a different one each time. BadInput for a batch larger than the file.
     """
     if size > len(prompts):
-        raise BadInput(f"prompts_per_iteration: {size} asked for, the file has {len(prompts)}")
+        raise BadInput(f"prompts_per_iteration: {size} requested, the file has {len(prompts)}")
     epoch, slot = divmod(iteration, len(prompts) // size)
     order = np.random.default_rng(seed_of(seed, "prompts", epoch)).permutation(len(prompts))
     return [prompts[i] for i in order[slot * size : (slot + 1) * size]]

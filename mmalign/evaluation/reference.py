@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mmalign.config.paths import locate
 from mmalign.config.checks import component
+from mmalign.config.paths import locate
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.evaluation.evaluate import Evaluation

@@ -1,7 +1,8 @@
-"""Policies: one file per model family; diffusers and peft live only here.
+"""Policies: text-to-image models with a trainable adapter, one file per model family.
 
-A policy gets texts and latents, never prompts or scores. Add a family: `texts` and `network` in a file
-(`mmalign.policy.family` lists what else can differ), and a line in the table.
+Only this package imports diffusers and peft. A policy takes texts and latents, never prompts or scores. To add a
+family, write `texts` and `network` in a file (`mmalign.policy.family` lists what else can differ), and a line in the
+table.
 """
 
 import os
@@ -14,7 +15,7 @@ from reward_models.files import parsed, text
 from reward_models.limits import CONFIG
 from reward_models.model_folders import configs
 
-POLICIES = {  # a pipeline's class -> ours
+POLICIES = {  # diffusers' pipeline class -> the policy's class
     "StableDiffusion3Pipeline": "mmalign.policy.sd3:SD3Policy",
     "ZImagePipeline": "mmalign.policy.z_image:ZImagePolicy",
     "QwenImagePipeline": "mmalign.policy.qwen_image:QwenImagePolicy",
@@ -26,19 +27,19 @@ POLICIES = {  # a pipeline's class -> ours
 def load(
     model: str,
     *,
-    dtype="float32",
+    dtype: str = "float32",
     device: str = "cpu",
     guidance: float = 1.0,
     size: tuple[int, int] | None = None,
     quantize: str | None = None,
     offload: bool = False,
-):
-    """A policy from a local folder or a hub id of a diffusers pipeline, or of the user's own class, as
-    `my_module:MyPolicy`, whose `load` takes the same settings; its module must be allowed (`reward_models.allowlist`).
+) -> Any:
+    """The policy of a local folder or a hub id of a diffusers pipeline, or of a user's class, as `my_module:MyPolicy`,
+    whose `load` takes the same settings; its module must be allowed (`reward_models.allowlist`).
 
-    `quantize` names how the transformer's weights are stored (`mmalign.policy.loading.QUANTIZED`); with `offload` text
-    encoders and autoencoder wait in main memory while idle. Raises ValueError for a model that is not there or of a
-    family we do not drive, and for settings that cannot act here.
+    `quantize` names the storage of the transformer's weights (`mmalign.policy.loading.QUANTIZED`); with `offload` text
+    encoders and autoencoder stay in main memory while idle. ValueError for a model that is missing or of an unknown
+    family, and for settings that have no effect here.
     """
     import torch
 
@@ -46,14 +47,16 @@ def load(
         dtype=getattr(torch, dtype), device=device, guidance=guidance, size=size, quantize=quantize, offload=offload
     )
     if ":" in model and not os.path.exists(model):
-        return import_allowed(model, f"model {model!r}").load(model, **settings)
+        return import_allowed(model, f"model {model!r}", ours=model.startswith("mmalign.policy.")).load(
+            model, **settings
+        )
     return class_of(model).load(model, **settings)
 
 
 def class_of(model: str) -> type:
-    """The policy's class for a local folder or a hub id of a diffusers pipeline. Its settings are looked at first
+    """The policy's class for a local folder or a hub id of a diffusers pipeline, whose settings are checked first
     (`reward_models.model_folders`)."""
-    _, index = opened(model)
+    _, index = checked_index(model)
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise ValueError(f"model {model!r}: its model_index.json names no pipeline")
@@ -62,8 +65,9 @@ def class_of(model: str) -> type:
     return import_allowed(POLICIES[name], name, ours=True)
 
 
-def opened(model: str) -> tuple[Path, Mapping[str, Any]]:
-    """The folder of a pipeline's settings, here or the hub's snapshot, and its index, both looked at."""
+def checked_index(model: str) -> tuple[Path, Mapping[str, Any]]:
+    """The folder of a pipeline's settings, local or the hub's snapshot, and its index. ValueError where they are not
+    safe to load."""
     if os.path.exists(model) and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"model {model!r}: no model_index.json in that folder; a diffusers pipeline is needed")
     folder = configs(model, f"model {model!r}")
@@ -71,13 +75,13 @@ def opened(model: str) -> tuple[Path, Mapping[str, Any]]:
 
 
 def quiet() -> None:
-    """Nothing from the model libraries, and none of their progress bars: the command line has its own, and what they
-    log as an error they raise as well."""
+    """Switch off the messages and progress bars of the model libraries: the command line has its own, and the libraries
+    also raise what they log as errors."""
     import logging
 
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    for library in (of_diffusers, of_transformers):
+    for library in (diffusers_logging, transformers_logging):
         library.set_verbosity(logging.CRITICAL)
         library.disable_progress_bar()

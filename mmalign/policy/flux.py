@@ -1,8 +1,8 @@
 """FLUX.1, through diffusers' stock pipeline.
 
-Conventions: the transformer sees 2 x 2 latent positions as one token (packed here, latents are `[C, h, w]` everywhere
-else), is told t, and, where it was distilled with guidance (FLUX.1-dev), the guidance scale as a number, at one forward
-a row. FLUX.1-schnell takes no guidance. The schedule is shifted by the image's size.
+Conventions: the transformer takes 2 x 2 latent positions as one token (packed here; latents are `[C, h, w]` everywhere
+else), timestep = t, and, where it was distilled with guidance (FLUX.1-dev), the guidance scale as a number, at one
+forward a row. FLUX.1-schnell takes no guidance. The schedule is shifted by the image's size.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class FluxPolicy(PipelinePolicy):
     def __init__(self, pipe: DiffusionPipeline, guidance: float = 1.0, size: tuple[int, int] | None = None):
         super().__init__(pipe, guidance, size)
         if guidance != 1 and not pipe.transformer.config.guidance_embeds:
-            raise ValueError(f"guidance {guidance:g}: this FLUX model was not made for guidance; 1 is needed")
+            raise ValueError(f"guidance {guidance:g}: this FLUX model does not take guidance; 1 is needed")
 
     @property
     def true_guidance(self) -> bool:
@@ -31,7 +31,7 @@ class FluxPolicy(PipelinePolicy):
 
     @property
     def length(self) -> int:
-        """Tokens of T5."""
+        """The number of T5's tokens."""
         return min(512, self.pipe.tokenizer_2.model_max_length) if self.pipe.tokenizer_2 else 512
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """FLUX.2-klein, through diffusers' stock pipeline.
 
 Conventions: latents are the autoencoder's in blocks of 2 x 2, normalised channel by channel by the statistics it was
-saved with, so that a latent position is a token; the transformer is told t. True guidance with the empty prompt, which
-the distilled models do without. The schedule is shifted by the image's size and the number of steps.
+saved with, so that a latent position is a token; timestep = t. True guidance with the empty prompt; the distilled
+models take none. The schedule is shifted by the image's size and the number of steps.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from reward_models.lengths import Reader, reader
 
 class Flux2KleinPolicy(PipelinePolicy):
     pipeline = "Flux2KleinPipeline"
-    targets = (*ATTENTION, "to_qkv_mlp_proj", "to_out")  # the last two: of the single blocks, with the feed-forward's
+    targets = (*ATTENTION, "to_qkv_mlp_proj", "to_out")  # the last two: single blocks, with their feed-forward
 
     def __init__(self, pipe: DiffusionPipeline, guidance: float = 1.0, size: tuple[int, int] | None = None):
         super().__init__(pipe, guidance, size)
         if guidance > 1 and pipe.config.is_distilled:
-            raise ValueError(f"guidance {guidance:g}: this FLUX.2 model was not made for guidance; 1 is needed")
+            raise ValueError(f"guidance {guidance:g}: this FLUX.2 model does not take guidance; 1 is needed")
 
     @staticmethod
     def pixels_of(pipe: DiffusionPipeline) -> int:
@@ -70,4 +70,4 @@ class Flux2KleinPolicy(PipelinePolicy):
     def units(self, x: Latents) -> tuple[Tensor, Tensor]:
         norm = self.pipe.vae.bn
         factor = (norm.running_var + self.pipe.vae.config.batch_norm_eps).rsqrt()
-        return tuple(own.to(x)[None, :, None, None] for own in (norm.running_mean, factor))
+        return tuple(values.to(x)[None, :, None, None] for values in (norm.running_mean, factor))

@@ -1,19 +1,22 @@
-"""A flow whose answer is known: Gaussian data, exact velocity, one learnable shift of the mean.
+"""A flow with a known solution: Gaussian data, exact velocity, one learnable shift of the mean.
 
 For data `x_0 ~ N(mean + shift, spread^2)` in every element, the state at `t` has variance
 `V = (1 - t)^2 spread^2 + t^2` and the velocity is `E[e - x_0 | x] = -m + (t - (1 - t) spread^2) / V * (x - (1 - t) m)`
 with `m = mean + shift`. Samplers can be held to the data's mean and variance, and a reward's gradient to a closed form.
+`mmalign train` trains it as `model: mmalign.policy.gaussian:GaussianFlow`, on prompts that are numbers.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.types import Latents
+from reward_models.weights import fingerprint
 
 
 class GaussianFlow:
@@ -25,6 +28,11 @@ class GaussianFlow:
         self.shift = torch.nn.Parameter(torch.zeros(shape))
         self.enabled = True
         self.counts: Counter[str] = Counter()
+
+    @classmethod
+    def load(cls, model: str, **settings: Any) -> "GaussianFlow":
+        """The flow itself, whatever the settings of a pipeline are: float32 on the CPU, without guidance."""
+        return cls()
 
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "P"]:
         return torch.tensor([float(text) for text in texts])
@@ -40,19 +48,32 @@ class GaussianFlow:
         return (t - (1 - t) * self.spread**2) / variance * (x - (1 - t) * mean) - mean
 
     def decode(self, x: Latents) -> Latents:
-        """The latent as it is: rewards of this flow look at latents."""
+        """Pixels in [0, 1]: eight standard units of the latent, centred on grey."""
         self.counts["decodes"] += len(x)
-        return x
+        return (x / 8 + 0.5).clamp(0, 1)
 
     def encode_images(self, images: Latents) -> Latents:
-        return images
+        return (images - 0.5) * 8
 
     def prompt_effect(
         self, x: Latents, t: Float[Tensor, "M"], cond: Float[Tensor, "P"], index: Int[Tensor, "M"]
     ) -> Float[Tensor, "M h w"]:
-        """The empty prompt asks for a mean of 0; a prompt moves all positions alike."""
-        nothing = self.velocity(x, t, torch.zeros_like(cond), index)
-        return (self.velocity(x, t, cond, index) - nothing).norm(dim=1)
+        """The empty prompt stands for a mean of 0; a prompt moves all positions by the same amount."""
+        empty = self.velocity(x, t, torch.zeros_like(cond), index)
+        return (self.velocity(x, t, cond, index) - empty).norm(dim=1)
+
+    def fingerprint(self) -> str:
+        return fingerprint({"shape": torch.tensor(self.latent_shape), "spread": torch.tensor(self.spread)}, digits=16)
+
+    def attach_lora(self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> None:
+        """The shift is the adapter, and is the identity at first."""
+
+    def adapter(self) -> dict[str, Tensor]:
+        return {"shift": self.shift.detach().clone()}
+
+    def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.shift.copy_(tensors["shift"])
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [self.shift]

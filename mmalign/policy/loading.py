@@ -77,7 +77,7 @@ def skeleton(family: type[Family], model: str, dtype: torch.dtype) -> DiffusionP
     """The pipeline without weights, tokenizers and processors, on the meta device. One velocity and one image are tried
     in shapes alone. ValueError for a model that is missing, and for components that cannot be built, do not fit each
     other, or generate nothing."""
-    (folder, _), what = policies.opened(model), f"model {model!r}"
+    (folder, _), what = policies.checked_index(model), f"model {model!r}"
     with loading(what, "its configs"):
         kind = getattr(diffusers, family.pipeline)
         index = kind.load_config(folder)

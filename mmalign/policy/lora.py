@@ -1,4 +1,4 @@
-"""LoRA on a diffusers transformer, through peft. The reference policy is the same network with the adapter off."""
+"""LoRA on a diffusers transformer, by peft. The reference policy is the same network with the adapter disabled."""
 
 import re
 from collections import Counter
@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-Matrices = Mapping[str, tuple[Tensor, Tensor]]  # of a layer A [rank, in] and B [out, rank]; B A is added to its weight
+Matrices = Mapping[str, tuple[Tensor, Tensor]]  # by layer, A [rank, in] and B [out, rank]; B A is added to its weight
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -28,16 +28,16 @@ def attach(module: nn.Module, rank: int, alpha: float, targets: Sequence[str], s
     for target in targets:
         if not any(_ends(layer, target) for layer in layers):
             raise ValueError(
-                f"lora_targets: {target!r} matches no linear layer; names end like {', '.join(sorted(layers)[:6])}"
+                f"lora_targets: {target!r} matches no linear layer; names end in {', '.join(sorted(layers)[:6])}"
             )
-    # whole names: a target may be the end of another kind of module's name too, which peft would refuse
+    # full names: a target may also be the end of the name of another kind of module, which peft would refuse
     adapted = [layer for layer in layers if any(_ends(layer, target) for target in targets)]
     _add(module, seed, r=rank, lora_alpha=alpha, target_modules=adapted)
 
 
 def insert(module: nn.Module, matrices: Matrices) -> None:
     """Freeze `module` and add an adapter of these matrices; layers may differ in rank. Raises ValueError for a layer
-    that is not there or of another shape."""
+    that does not exist or has another shape."""
     module.requires_grad_(False)
     layers = linear(module)
     for layer, (a, b) in matrices.items():
@@ -50,13 +50,13 @@ def insert(module: nn.Module, matrices: Matrices) -> None:
             )
     ranks = {layer: len(a) for layer, (a, _) in matrices.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {f"^{re.escape(layer)}": own for layer, own in ranks.items() if own != rank}
+    others = {f"^{re.escape(layer)}": other for layer, other in ranks.items() if other != rank}
     _add(module, 0, r=rank, lora_alpha=rank, target_modules=[*matrices], rank_pattern=others, alpha_pattern=others)
     load_state(module, named(matrices))
 
 
 def linear(module: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers by name."""
+    """The linear layers of a network by name."""
     return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
 
 
@@ -64,7 +64,7 @@ def _ends(layer: str, target: str) -> bool:
     return layer == target or layer.endswith("." + target)
 
 
-def _add(module: nn.Module, seed: int, **settings) -> None:
+def _add(module: nn.Module, seed: int, **settings: Any) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module.add_adapter(LoraConfig(init_lora_weights="gaussian", **settings))
@@ -83,8 +83,8 @@ def names(module: nn.Module) -> list[str]:
 
 
 def unused(module: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
-    """The adapted layers whose output `loss` does not depend on, whatever their weights: for one, the text's query in
-    the last block of SD3, which no later layer reads."""
+    """The adapted layers that `loss` does not depend on, whatever their weights: for example the text's query in the
+    last block of SD3, whose output no later layer uses."""
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
     nudges = {name: torch.zeros((), device=p.device, requires_grad=True)
               for name, layer in layers.items() for p in [next(layer.parameters())]}  # fmt: skip
@@ -93,20 +93,23 @@ def unused(module: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
         for name, layer in layers.items()
     ]
     try:
-        found = torch.autograd.grad(loss(), list(nudges.values()), allow_unused=True)
+        gradients = torch.autograd.grad(loss(), list(nudges.values()), allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
-    return [name for name, g in zip(nudges, found, strict=True) if g is None or not bool(g)]
+    return [name for name, g in zip(nudges, gradients, strict=True) if g is None or not bool(g)]
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapter's matrices, by name."""
     return {name: value.detach().clone() for name, value in sorted(get_peft_model_state_dict(module).items())}
 
 
 def load_state(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Set the adapter's matrices. ValueError unless they are those of `state`, by name and shape."""
     expected, given = (
-        {(name, *value.shape) for name, value in own.items()} for own in (get_peft_model_state_dict(module), values)
+        {(name, *value.shape) for name, value in matrices.items()}
+        for matrices in (get_peft_model_state_dict(module), values)
     )
     if expected != given:
         odd = sorted({name for name, *_ in expected ^ given})
@@ -115,9 +118,9 @@ def load_state(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def base(module: nn.Module) -> dict[str, Tensor]:
-    """The untouched weights, by the names they have without an adapter."""
-    own = module.state_dict().items()
-    return {name.replace(".base_layer.", "."): value for name, value in own if ".lora_" not in name}
+    """The base weights, by the names they have without an adapter."""
+    weights = module.state_dict().items()
+    return {name.replace(".base_layer.", "."): value for name, value in weights if ".lora_" not in name}
 
 
 def folded(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -134,15 +137,15 @@ def folded(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def config(module: nn.Module) -> dict[str, Any]:
-    """peft's settings of the adapter whose matrices `folded` gives: each layer by its name, alpha equal to the rank."""
-    own = module.peft_config["default"]
+    """peft's settings of the adapter with the matrices of `folded`: each layer by its name, alpha equal to the rank."""
+    used = module.peft_config["default"]
     adapted = sorted(name for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer))
-    settings = own.to_dict() | {"target_modules": adapted, "lora_alpha": own.r, "alpha_pattern": own.rank_pattern}
-    return settings | {"peft_type": own.peft_type.value}
+    settings = used.to_dict() | {"target_modules": adapted, "lora_alpha": used.r, "alpha_pattern": used.rank_pattern}
+    return settings | {"peft_type": used.peft_type.value}
 
 
 def named(matrices: Matrices, prefix: str = "", alphas: bool = False) -> dict[str, Tensor]:
-    """As `lora_A.weight` and `lora_B.weight` of each layer, with an `alpha` that equals the rank or without."""
+    """`lora_A.weight` and `lora_B.weight` of each layer, and with `alphas` an `alpha` equal to the rank."""
     tensors = {}
     for layer, (a, b) in matrices.items():
         tensors |= {f"{prefix}{layer}.lora_A.weight": a.contiguous(), f"{prefix}{layer}.lora_B.weight": b.contiguous()}
@@ -152,34 +155,35 @@ def named(matrices: Matrices, prefix: str = "", alphas: bool = False) -> dict[st
 
 
 def layers(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the layers that the tensors of a LoRA belong to."""
     return sorted({name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name})
 
 
 def matrices(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The reverse of `named`, in float32; an `alpha` other than the rank is folded into B. ValueError for a matrix that
+    """The inverse of `named`, in float32; an `alpha` other than the rank is folded into B. ValueError for a matrix that
     is missing, foreign, not finite, or of a shape or type that does not fit."""
-    found, left = {}, dict(tensors)
+    pairs, left = {}, dict(tensors)
     for layer in layers(tensors):
-        for part in ("lora_A.weight", "lora_B.weight"):
-            if f"{layer}.{part}" not in left:
-                raise ValueError(f"{layer} has no {part}")
+        for name in ("lora_A.weight", "lora_B.weight"):
+            if f"{layer}.{name}" not in left:
+                raise ValueError(f"{layer} has no {name}")
         a, b = (left.pop(f"{layer}.lora_{side}.weight") for side in "AB")
         alpha = left.pop(f"{layer}.alpha", torch.tensor(float(a.shape[0] if a.ndim else 0)))
         if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not len(a) or alpha.numel() != 1:
             raise ValueError(
-                f"{layer}: shapes {[*a.shape]}, {[*b.shape]}, {[*alpha.shape]} are no LoRA's A, B and alpha"
+                f"{layer}: shapes {[*a.shape]}, {[*b.shape]}, {[*alpha.shape]} are not a LoRA's A, B and alpha"
             )
-        odd = [str(own.dtype) for own in (a, b, alpha) if own.dtype not in TYPES]
+        odd = [str(value.dtype) for value in (a, b, alpha) if value.dtype not in TYPES]
         if odd:
             raise ValueError(f"{layer}: its matrices are of {odd[0]}; float16, bfloat16, float32 or float64 are needed")
         a, b = a.float(), b.float() * (float(alpha) / len(a))
-        size = float(a.double().norm() * b.double().norm())  # no number of B A is larger
+        size = float(a.double().norm() * b.double().norm())  # an upper bound on the values of B A
         if not size <= torch.finfo(torch.float32).max:
             raise ValueError(f"{layer}: its matrices are not finite")
-        found[layer] = (a, b)
+        pairs[layer] = (a, b)
     if left:
-        raise ValueError(f"{min(left)!r} is no matrix of a LoRA")
-    return found
+        raise ValueError(f"{min(left)!r} is not a matrix of a LoRA")
+    return pairs
 
 
 def changes(matrices: Matrices) -> dict[str, Tensor]:
@@ -188,14 +192,14 @@ def changes(matrices: Matrices) -> dict[str, Tensor]:
 
 
 def changed(module: nn.Module, changes: dict[str, Tensor]) -> nn.Module:
-    """A stock network with the untouched weights of `module`, and some layers' changed (added in float32, then rounded
-    to the weight's type). The others are shared. ValueError for a layer that is not there or of another shape."""
+    """A stock network with the base weights of `module`, some of them changed (added in float32, then rounded to the
+    weight's type) and the others shared. ValueError for a layer that does not exist or has another shape."""
     weights = base(module)
     for layer, change in changes.items():
         weight = weights.get(f"{layer}.weight")
         if weight is None or weight.shape != change.shape:
-            had = "none" if weight is None else [*weight.shape]
-            raise ValueError(f"{layer}: a change of shape {[*change.shape]}, and the model's weight is {had}")
+            shape = "none" if weight is None else [*weight.shape]
+            raise ValueError(f"{layer}: a change of shape {[*change.shape]}, and the model's weight is {shape}")
         weights[f"{layer}.weight"] = (weight.float() + change.to(weight.device)).to(weight.dtype)
     with init_empty_weights():
         network = type(module).from_config(module.config)
@@ -205,7 +209,7 @@ def changed(module: nn.Module, changes: dict[str, Tensor]) -> nn.Module:
 
 @contextmanager
 def disabled(module: nn.Module) -> Iterator[None]:
-    """The untouched network, to the bit."""
+    """Within this block the network has its base weights, to the bit."""
     module.disable_adapters()
     try:
         yield

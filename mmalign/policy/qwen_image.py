@@ -1,8 +1,9 @@
 """Qwen-Image, through diffusers' stock pipeline.
 
-Conventions: the transformer sees 2 x 2 latent positions as one token (packed here), is told t and a mask over texts of
-unlike length. True guidance with a blank prompt, after which each token's velocity is given the norm it has without
-guidance. The autoencoder is one of videos with one frame, and scales each channel by its own mean and spread.
+Conventions: the transformer takes 2 x 2 latent positions as one token (packed here), timestep = t, and a mask over
+texts of different lengths. True guidance with a blank prompt, after which each token's velocity is rescaled to its norm
+without guidance. The autoencoder is a video model, used with one frame, and scales each channel by its mean and
+standard deviation.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from mmalign.policy.pipeline import PipelinePolicy
 from mmalign.types import Latents
 from reward_models.lengths import Reader, reader
 
-BLANK = " "  # what the model was trained with in place of no text
+BLANK = " "  # the model's unconditional text in training
 
 
 class QwenImagePolicy(PipelinePolicy):
@@ -26,11 +27,11 @@ class QwenImagePolicy(PipelinePolicy):
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         tokens, mask = self.pipe.encode_prompt([text or BLANK for text in texts], self.device)
         mask = torch.ones(tokens.shape[:2], device=tokens.device) if mask is None else mask
-        return ragged([row[there.bool()] for row, there in zip(tokens, mask, strict=True)])
+        return ragged([row[valid.bool()] for row, valid in zip(tokens, mask, strict=True)])
 
     def readers(self) -> list[Reader]:
         pipe = self.pipe
-        most = pipe.tokenizer_max_length + pipe.prompt_template_encode_start_idx  # the frame's words count
+        most = pipe.tokenizer_max_length + pipe.prompt_template_encode_start_idx  # the template's tokens count
         return [reader("text_encoder", pipe.tokenizer, most, pipe.prompt_template_encode.format)]
 
     def stock_settings(self, count: int) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class QwenImagePolicy(PipelinePolicy):
 
     def units(self, x: Latents) -> tuple[Tensor, Tensor]:
         config = self.pipe.vae.config
-        mean, spread = (
-            torch.tensor(own).to(x)[None, :, None, None] for own in (config.latents_mean, config.latents_std)
+        mean, std = (
+            torch.tensor(values).to(x)[None, :, None, None] for values in (config.latents_mean, config.latents_std)
         )
-        return mean, 1 / spread
+        return mean, 1 / std

@@ -1,9 +1,9 @@
 """Stable Diffusion 3 and 3.5, through diffusers' stock pipeline.
 
-Conventions: the transformer is told 1000 t; true classifier-free guidance with the empty prompt, unconditional half
-first; latents decode as `vae(x / scaling_factor + shift_factor)`. A pipeline saved without T5 gets no padding in its
-place (`max_sequence_length=0`), where stock diffusers appends 256 zero tokens unless told otherwise. The stock
-pipeline's own default schedule shifts twice and so ends with a step that does next to nothing; ours shifts once.
+Conventions: the transformer takes timestep = 1000 t; true classifier-free guidance with the empty prompt, unconditional
+half first; latents decode as `vae(x / scaling_factor + shift_factor)`. A pipeline saved without T5 gets no padding
+instead of it (`max_sequence_length=0`), where stock diffusers appends 256 zero tokens by default. The stock pipeline's
+default schedule shifts twice and so ends with a step of almost no effect; here it shifts once.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class SD3Policy(PipelinePolicy):
 
     @property
     def length(self) -> int:
-        """Tokens of T5."""
+        """The number of T5's tokens."""
         return 0 if self.pipe.text_encoder_3 is None else 256
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -41,8 +41,8 @@ class SD3Policy(PipelinePolicy):
 
     def readers(self) -> list[Reader]:
         pipe, most = self.pipe, self.pipe.tokenizer_max_length
-        own = [reader("text_encoder", pipe.tokenizer, most), reader("text_encoder_2", pipe.tokenizer_2, most)]
-        return own + ([reader("text_encoder_3", pipe.tokenizer_3, self.length)] if self.length else [])
+        clip = [reader("text_encoder", pipe.tokenizer, most), reader("text_encoder_2", pipe.tokenizer_2, most)]
+        return clip + ([reader("text_encoder_3", pipe.tokenizer_3, self.length)] if self.length else [])
 
     def stock_settings(self, count: int) -> dict[str, Any]:
         return {"guidance_scale": self.guidance, "max_sequence_length": self.length}

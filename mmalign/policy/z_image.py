@@ -1,8 +1,8 @@
 """Z-Image, through diffusers' stock pipeline.
 
-Conventions: the transformer is told 1 - t, and gives the velocity with the other sign; texts differ in length and are
-passed as a list. True guidance with the empty prompt; ours is `empty + guidance (wanted - empty)` as everywhere, and
-the stock pipeline's `guidance_scale` is one less.
+Conventions: the transformer takes timestep = 1 - t and returns the velocity with the opposite sign; texts differ in
+length and are passed as a list. True guidance with the empty prompt is `empty + guidance (wanted - empty)`, as in all
+families; the stock pipeline's `guidance_scale` is one less.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from mmalign.policy.family import chat, ragged
 from mmalign.policy.pipeline import PipelinePolicy
 from reward_models.lengths import Reader, reader
 
-LENGTH = 512  # tokens of a text at most
+LENGTH = 512  # the largest number of tokens of a text
 
 
 class ZImagePolicy(PipelinePolicy):
@@ -56,7 +56,7 @@ class ZImagePolicy(PipelinePolicy):
 
     def network(self, x: Tensor, t: Tensor, embeds: dict[str, Tensor]) -> Tensor:
         tokens, mask = embeds["tokens"], embeds["mask"].bool()
-        rows = [row[there] for row, there in zip(tokens, mask, strict=True)]
-        pictures = list(x.to(tokens.dtype).unsqueeze(2).unbind())
-        out = self.pipe.transformer(pictures, 1 - t, rows, return_dict=False)[0]
+        rows = [row[valid] for row, valid in zip(tokens, mask, strict=True)]
+        images = list(x.to(tokens.dtype).unsqueeze(2).unbind())
+        out = self.pipe.transformer(images, 1 - t, rows, return_dict=False)[0]
         return -torch.stack(list(out)).squeeze(2)

@@ -17,14 +17,8 @@ from mmalign.runs import checkpoint
 from mmalign.runs.checkpoint import Tensors
 from reward_models.weights import fingerprint
 
-IMAGE_SETTINGS = (
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-    "precision",
-    "guidance",
-    "size",
-)  # settings that decide an adapter's images
+# settings that decide an adapter's images
+IMAGE_SETTINGS = ("lora_rank", "lora_alpha", "lora_targets", "precision", "guidance", "size")
 TENSORS = {"adapter", "ema", "optimizer"}
 
 

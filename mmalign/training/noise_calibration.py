@@ -20,10 +20,11 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from mmalign.config.schema import Config
@@ -88,6 +89,18 @@ def settled(rows: list[dict], rule: Rule) -> list[float]:
     return (noise[-1] if rule == "paper" else noise[len(rows) // 2 :].mean(0)).tolist()
 
 
+class Calibration(BaseModel):
+    """The fields of a calibration's file that a run reads."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    times: list[float]
+    guidance: float
+    model: str
+    rewards: dict[str, Any]
+    noise: list[float]
+
+
 def identity(c: Config, times: Float[Tensor, "states"]) -> dict:
     """What a calibration belongs to."""
     return {
@@ -109,18 +122,18 @@ def ours(text: str) -> bool:
 
 
 def load(path: str, c: Config, times: Float[Tensor, "states"]) -> list[float]:
-    """The calibrated noise of each step. Raises BadInput where it belongs to something else."""
+    """The calibrated noise of each step. BadInput where it was calibrated for something else."""
     try:
-        record = files.parsed(files.text(path))
-        levels = [float(level) for level in record["noise"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise BadInput(f"noise: {path} is no file written by `mmalign calibrate`") from None
+        record = Calibration.model_validate(files.parsed(files.text(path)))
+    except (OSError, ValueError):
+        raise BadInput(f"noise: {path} is not a file written by `mmalign calibrate`") from None
     for key, value in identity(c, times).items():
-        if record.get(key) != value:
+        if getattr(record, key) != value:
             raise BadInput(
-                f"noise: {path} was calibrated with {key} {record.get(key)}, this run has {value}; calibrate again, or "
-                "give the levels as a list to use them all the same"
+                f"noise: {path} was calibrated with {key} {getattr(record, key)}, this run has {value}; calibrate again"
+                " or give the levels as a list to use them nevertheless"
             )
+    levels = record.noise
     if len(levels) != c.steps or not all(0 <= level < math.inf for level in levels):
         raise BadInput(f"noise: {path} has the levels {levels}; {c.steps} of at least 0 are needed")
     return levels

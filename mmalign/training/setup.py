@@ -1,9 +1,10 @@
 """Load and check everything that a config names, before anything is written."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import partial
+from types import MappingProxyType
 
 from mmalign import policy as policies
 from mmalign.config.checks import component
@@ -29,15 +30,21 @@ from reward_models import Prompt, RewardModel, combine, load as load_scorer
 from reward_models.cache import Cached
 
 
-def open_session(c: Config, ranks: Ranks | None = None) -> Session:
-    """Load and check everything a config names, before anything is written. Raises BadInput."""
+def open_session(
+    c: Config,
+    ranks: Ranks | None = None,
+    policy: Trainable | None = None,
+    scorers: Mapping[str, RewardModel] | None = None,
+) -> Session:
+    """Load and check everything a config names, before anything is written. Raises BadInput. A `policy` is used instead
+    of loading the config's model, and so is each of the `scorers` that the config names."""
     ranks = ranks or join(c.patience)
     _check_ranks(c, ranks)
     prompts = [] if c.records else prompt_files.read(locate(c.prompts))
     held_out = prompt_files.read(locate(c.held_out)) if c.held_out else []
     with refusing():
-        scorers = load_scorers(c, [*c.trained, *c.watch])
-        policy, weights = load_policy(c, str(ranks.accelerator.device))
+        scorers = load_scorers(c, [*c.trained, *c.watch], scorers or {})
+        policy, weights = load_policy(c, str(ranks.accelerator.device), policy)
         known = reference.load(c, weights, scorers) if c.reference else None
         records = judged_images.read(locate(c.records), policy.image_size) if c.records else None
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
@@ -60,13 +67,14 @@ def open_session(c: Config, ranks: Ranks | None = None) -> Session:
     )  # fmt: skip
 
 
-def load_policy(c: Config, device: str) -> tuple[Trainable, str]:
-    """A config's policy without an adapter, and the fingerprint of its weights. ValueError for one that cannot be
-    trained, or that a setting does not suit."""
-    policy = policies.load(
-        locate(c.model), dtype=c.precision, device=device, guidance=c.guidance, size=c.size, quantize=c.quantize,
-        offload=c.offload,
-    )  # fmt: skip
+def load_policy(c: Config, device: str, policy: Trainable | None = None) -> tuple[Trainable, str]:
+    """A config's policy without an adapter, or the one given, and the fingerprint of its weights. ValueError for one
+    that cannot be trained, or that a setting does not suit."""
+    if policy is None:
+        policy = policies.load(
+            locate(c.model), dtype=c.precision, device=device, guidance=c.guidance, size=c.size, quantize=c.quantize,
+            offload=c.offload,
+        )  # fmt: skip
     if not isinstance(policy, Trainable):
         missing = [name for name in dir(Trainable) if name[0] != "_" and not hasattr(policy, name)]
         raise ValueError(f"model {c.model!r} cannot be trained: it has no {', '.join(missing)}")
@@ -86,12 +94,18 @@ def load_policy(c: Config, device: str) -> tuple[Trainable, str]:
     return policy, policy.fingerprint()
 
 
-def load_scorers(c: Config, names: Iterable[str]) -> dict[str, RewardModel]:
-    """The scorers of a config by name. BadInput for settings of others, and components that they do not have."""
+def load_scorers(
+    c: Config, names: Iterable[str], given: Mapping[str, RewardModel] = MappingProxyType({})
+) -> dict[str, RewardModel]:
+    """The scorers of a config by name, loaded unless `given`. BadInput for settings of others, and for components that
+    they do not have."""
     unused = sorted(set(c.scorers) - {*c.trained, *c.watch})
     if unused:
         raise BadInput(f"scorers: settings for {unused[0]!r}, which is neither in rewards nor in watch")
-    scorers = {name: load_scorer(name, **c.scorers.get(name, {})) for name in dict.fromkeys(names)}
+    scorers = {
+        name: given[name] if name in given else load_scorer(name, **c.scorers.get(name, {}))
+        for name in dict.fromkeys(names)
+    }
     for key, rewards in (("rewards", c.rewards), ("at_least", c.at_least), ("keep_best", filter(None, [c.keep_best]))):
         for reward in rewards:
             name, part = component(reward)

@@ -1,8 +1,8 @@
-"""Images of many callers, scored together: a bounded queue, and one thread that runs the scorers.
+"""Batch the images of many callers: a bounded queue, and one thread that runs the scorers.
 
-Images that do not depend on each other share a batch, whoever sent them. A `groupwise` scorer is shown one caller's
-images at a time, since ids of different callers' prompts may be equal by chance. What cannot be read or scored has a
-reason instead, and the others are scored.
+Images that do not depend on each other share a batch, even from different callers. A `groupwise` scorer gets one
+caller's images at a time, because ids of different callers' prompts may be equal by chance. An image that cannot be
+read or scored gets a reason, and the others are scored.
 """
 
 import base64
@@ -22,14 +22,14 @@ from reward_models.images import from_base64, from_pil
 from reward_models.scoring import each, score_isolated, score_pictures
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
-PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # how the file begins, before its width and height
-READERS = 4  # threads that decode
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # the beginning of a PNG file, before width and height
+READERS = 4  # decoding threads
 
 
 @dataclass(eq=False)
 class Shot:
-    """One image: its PNG in base64, how many pixels its header promises, its picture (RGB), or why there is none, once
-    somebody reads it, and what has been found: see `score_pictures`."""
+    """One image: its PNG in base64, the number of pixels in its header, its decoded picture (RGB) or the reason for a
+    failure, and its results as in `score_pictures`."""
 
     png: str
     prompt: Prompt
@@ -42,7 +42,7 @@ class Shot:
 
 @dataclass(eq=False)
 class Job:
-    """One caller's images, and the names of the scorers asked. `done` is set when all of them have answered."""
+    """One caller's images, and the names of the requested scorers. `done` is set when all of them have finished."""
 
     shots: list[Shot]
     scorers: Sequence[str]
@@ -56,9 +56,9 @@ class Job:
 class Batcher:
     """The queue and its thread.
 
-    A batch is what came within `wait` seconds, in order of arrival: at most `batch` images of `limits.TOGETHER` pixels,
-    or one larger job alone. At most `queue` images of `limits.QUEUED` pixels wait. `watch` is called with the jobs of
-    each batch once they are scored.
+    A batch has the jobs that arrive within `wait` seconds, in order of arrival: at most `batch` images with
+    `limits.TOGETHER` pixels, or one larger job. At most `queue` images with `limits.QUEUED` pixels wait. `watch` is
+    called with the jobs of each batch after they are scored.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Batcher:
         self.thread.start()
 
     def submit(self, job: Job) -> bool:
-        """Whether the job was taken: there was room in the queue, and somebody there to empty it."""
+        """Whether the job was accepted: the queue has room and is not closed."""
         with self.changed:
             full = self.waiting + len(job.shots) > self.queue or self.pixels + job.pixels > limits.QUEUED
             if self.closed or full:
@@ -91,18 +91,18 @@ class Batcher:
         return True
 
     def close(self) -> None:
-        """Let the thread end when nothing waits any more."""
+        """Let the thread end once the queue is empty."""
         with self.changed:
             self.closed = True
             self.changed.notify()
 
     def _work(self) -> None:
-        while taken := self._next():
-            jobs = [job for job in taken if job.done.set_running_or_notify_cancel()]  # some callers may have left
+        while batch := self._next():
+            jobs = [job for job in batch if job.done.set_running_or_notify_cancel()]  # skips cancelled callers
             try:
                 self._score(jobs)
                 self.watch(jobs)
-            except Exception as error:  # nothing may end this thread
+            except Exception as error:  # this thread must never end
                 for job in jobs:
                     job.done.set_exception(error)
             else:
@@ -110,18 +110,18 @@ class Batcher:
                     job.done.set_result(None)
 
     def _next(self) -> list[Job]:
-        """The jobs of the next batch; none when there will be no more."""
+        """The jobs of the next batch; empty when the queue is closed and empty."""
         with self.changed:
             self.changed.wait_for(lambda: self.jobs or self.closed)
             self.changed.wait_for(lambda: self.waiting >= self.batch or self.closed, self.wait)
-            taken = [self.jobs.popleft() for _ in range(self._first_batch())]
-            self.waiting -= sum(len(job.shots) for job in taken)
-            self.pixels -= sum(job.pixels for job in taken)
+            batch = [self.jobs.popleft() for _ in range(self._first_batch())]
+            self.waiting -= sum(len(job.shots) for job in batch)
+            self.pixels -= sum(job.pixels for job in batch)
             self._read_ahead()
-        return taken
+        return batch
 
     def _first_batch(self) -> int:
-        """How many of the jobs that wait are scored together next."""
+        """The number of waiting jobs in the next batch."""
         number = images = pixels = 0
         for job in self.jobs:
             images, pixels = images + len(job.shots), pixels + job.pixels
@@ -131,57 +131,58 @@ class Batcher:
         return number
 
     def _read_ahead(self) -> None:
-        """Have the next batch decoded while one is scored; but no more, for pictures take up to 10,000 times their
-        PNG."""
+        """Decode the next batch while one is scored, but no more, because pictures take up to 10,000 times the memory
+        of their PNG."""
         for job in islice(self.jobs, self._first_batch()):
             for shot in job.shots:
                 shot.picture = shot.picture or self.readers.submit(decode, shot.png, shot.pixels)
 
     def _score(self, jobs: Sequence[Job]) -> None:
         for name, scorer in self.scorers.items():
-            asking = [job for job in jobs if name in job.scorers]
-            for together in [[job] for job in asking] if scorer.card.groupwise else [asking]:
-                shots = [shot for job in together for shot in job.shots]
-                read = [shot.picture.result() for shot in shots]
-                pictures = [own if isinstance(own, str) else from_pil([own]) for own in read]
-                found = score_pictures(pictures, [shot.prompt for shot in shots], {name: scorer})
-                for shot, own in zip(shots, found, strict=True):
-                    shot.scores |= own["scores"]
-                    shot.failures |= own["failures"]
-                    shot.critiques |= own["critiques"]
+            requesting = [job for job in jobs if name in job.scorers]
+            for batch in [[job] for job in requesting] if scorer.card.groupwise else [requesting]:
+                shots = [shot for job in batch for shot in job.shots]
+                decoded = [shot.picture.result() for shot in shots]
+                pictures = [picture if isinstance(picture, str) else from_pil([picture]) for picture in decoded]
+                rows = score_pictures(pictures, [shot.prompt for shot in shots], {name: scorer})
+                for shot, row in zip(shots, rows, strict=True):
+                    shot.scores |= row["scores"]
+                    shot.failures |= row["failures"]
+                    shot.critiques |= row["critiques"]
 
 
 class Isolated:
-    """A scorer that costs no caller a score because of another's image or prompt. Where images do not depend on each
-    other, those it fails on are found by halving, as `each` does it, `batch` or `limits.AT_ONCE` pixels at a time."""
+    """A scorer whose failures affect no other caller. If images do not depend on each other, those that fail are found
+    by halving, as in `each`, in batches of `batch` images or `limits.AT_ONCE` pixels."""
 
     def __init__(self, scorer: RewardModel, batch: int):
         self.scorer, self.batch, self.names, self.card = scorer, batch, scorer.names, scorer.card
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        look = partial(score_isolated, self.scorer)
+        score = partial(score_isolated, self.scorer)
         if self.card.groupwise:
-            return look(images, prompts)
+            return score(images, prompts)
         fitting = limits.AT_ONCE // images[0, 0].numel() if len(images) else 1
-        return each(images, prompts, self.names, look, max(1, min(self.batch, fitting)))
+        return each(images, prompts, self.names, score, max(1, min(self.batch, fitting)))
 
 
 def shot(png: str, prompt: Prompt, most: int) -> Shot:
-    """An image as it was sent. One of more than `most` pixels by its header, or in no ASCII, is let go of at once."""
+    """An image as received. One with more than `most` pixels in its header, or that is not ASCII, is dropped at
+    once."""
     width, height = promised(png)
     if width * height > most:
-        why = f"cannot be read: {width} x {height} pixels, more than the {most} allowed"
+        reason = f"cannot be read: {width} x {height} pixels, more than the {most} allowed"
     elif not png.isascii():
-        why = "cannot be read: only ASCII stands for base64"
+        reason = "cannot be read: base64 must be ASCII"
     else:
         return Shot(png, prompt, width * height)
     refused: Future[Image.Image | str] = Future()
-    refused.set_result(why)
+    refused.set_result(reason)
     return Shot("", prompt, 0, refused)
 
 
 def promised(png: str) -> tuple[int, int]:
-    """Width and height by the header of a base64 PNG; 0, 0 where it is no such header."""
+    """Width and height in the header of a base64 PNG; 0, 0 if it is not a PNG header."""
     try:
         head = base64.b64decode(png[:32], validate=True)
     except ValueError:
@@ -190,7 +191,7 @@ def promised(png: str) -> tuple[int, int]:
 
 
 def decode(png: str, pixels: int) -> Image.Image | str:
-    """The picture in a base64 PNG, or why there is none, such as more than the `pixels` that were promised."""
+    """The picture in a base64 PNG, or the reason for a failure, such as more than the `pixels` in its header."""
     try:
         return from_base64(png, pixels)
     except ValueError as error:

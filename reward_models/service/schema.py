@@ -1,6 +1,6 @@
-"""What passes between `remote` and `serve`: JSON with images as base64 PNG, and what each field means. Never pickle.
+"""The JSON schema between the `remote` client and the reward service; images are base64 PNG. Never pickle.
 
-A score is null where there is none: the scorer has no opinion, or failed, and `failures` says why.
+A score is null if the scorer has no opinion, or failed; then `failures` has the reason.
 """
 
 import json
@@ -23,7 +23,7 @@ class Prompt(Wire):
     text: str = Field(max_length=limits.PROMPT)
     wants: dict[str, JsonValue] = Field(
         {},
-        description=f"ground truth for scorers that can check one; at most {limits.WANTS} bytes of JSON, nested "
+        description=f"ground truth for scorers that can check it; at most {limits.WANTS} bytes of JSON, nested "
         f"at most {limits.DEPTH} deep",
     )
     id: int = Field(0, ge=-(2**63), lt=2**63)
@@ -32,7 +32,7 @@ class Prompt(Wire):
     def is_bounded(self):
         if deeper(self.wants, limits.DEPTH):
             raise ValueError(f"wants are nested deeper than {limits.DEPTH}")
-        self.text.encode()  # ValueError for half a surrogate pair, which a Python string can hold
+        self.text.encode()  # ValueError for a lone surrogate
         size = len(json.dumps(self.wants, ensure_ascii=False).encode())
         if size > limits.WANTS:
             raise ValueError(f"wants take {size} bytes of JSON, more than the {limits.WANTS} allowed")
@@ -40,9 +40,9 @@ class Prompt(Wire):
 
 
 def deeper(value: Any, most: int) -> bool:
-    """Whether lists and objects lie within each other more than `most` deep."""
+    """Whether lists and objects are nested more than `most` deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return inner is not None and (most == 0 or any(deeper(own, most - 1) for own in inner))
+    return inner is not None and (most == 0 or any(deeper(part, most - 1) for part in inner))
 
 
 class Ask(Wire):
@@ -50,16 +50,16 @@ class Ask(Wire):
 
     images: Annotated[list[str], FailFast()] = Field(description="PNG files, base64")
     prompts: Annotated[list[Prompt], FailFast()] = Field(description="one per image")
-    scorers: list[Scorer] | None = Field(None, description="which to ask; all if null", max_length=limits.NAMES)
+    scorers: list[Scorer] | None = Field(None, description="the scorers to run; all if null", max_length=limits.NAMES)
 
 
 class Answer(Wire):
-    """What was found, by image in the order asked."""
+    """The results, by image in the order of the request."""
 
-    names: dict[Scorer, list[str]] = Field(description="the components of each scorer asked")
+    names: dict[Scorer, list[str]] = Field(description="the components of each requested scorer")
     scores: list[dict[str, float | None]] = Field(description="by `scorer.component`")
-    failures: list[dict[Scorer, str]] = Field(description="why a scorer, or `image` itself, failed")
-    critiques: list[dict[Scorer, str]] = Field(description="in words, where a scorer has any")
+    failures: list[dict[Scorer, str]] = Field(description="the reason why a scorer, or the `image` itself, failed")
+    critiques: list[dict[Scorer, str]] = Field(description="a sentence from each scorer that writes one")
 
 
 class Card(Wire):
@@ -70,13 +70,13 @@ class Card(Wire):
     licence: str
     low: float | None = Field(description="least score, null without a bound")
     high: float | None = Field(description="greatest score, null without a bound")
-    higher: str = Field(description="what a higher score is: `better`, or `more` for an alarm that is no reward")
+    higher: str = Field(description="what higher means: `better`, or `more` for a statistic that is not a reward")
     comparable_across_prompts: bool = Field(description="whether scores of different prompts may be compared")
     sees_prompt: bool
-    size: str = Field(description="what becomes of an image's size")
+    size: str = Field(description="how an image is resized")
     checkpoint: str = Field(description="SHA-256 of the weights")
-    groupwise: bool = Field(description="whether the images of one prompt are shown together")
-    has_map: bool = Field(description="whether it says where; maps are not sent")
+    groupwise: bool = Field(description="whether the images of one prompt must be in one call")
+    has_map: bool = Field(description="whether it also scores regions; maps are not sent")
     settings: dict[str, JsonValue]
 
 
@@ -84,14 +84,14 @@ class About(Wire):
     """A scorer."""
 
     names: list[str] = Field(description="components")
-    version: str = Field(description="changes whenever a score might")
+    version: str = Field(description="changes with the weights and settings")
     card: Card
 
 
 class Limits(Wire):
-    """What the service takes."""
+    """The limits of the service."""
 
-    images: int = Field(description="images in a request, and waiting in all")
+    images: int = Field(description="images in a request, and in the queue")
     body: int = Field(description="bytes of a request")
     pixels: int = Field(description="pixels of an image")
     together: int = Field(limits.TOGETHER, description="pixels of the images of a request")
@@ -108,6 +108,6 @@ class Health(Wire):
 
 
 class Problem(Wire):
-    """Why a request was refused, in one line."""
+    """The reason why a request was rejected, in one line."""
 
     detail: str

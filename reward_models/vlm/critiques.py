@@ -1,9 +1,9 @@
-"""Critiques aspect by aspect, read tolerantly: headings with a justification and a score, or JSON.
+"""A tolerant parser of critiques by aspect: headings with a justification and a score, or JSON.
 
-The form is RationalRewards' (numbered aspects, each with justification and score from 1 to 4 or N/A, then a refined
-request). Models put scores in bold, out of 4, in another order, or stop short. Every aspect that was asked for needs
-one readable score, or N/A: the mean over the others would be another number. Two different scores for one aspect are
-refused: one of them may be words of the picture or of the request, and a guess would train.
+The form is that of RationalRewards (numbered aspects, each with a justification and a score from 1 to 4 or N/A, then a
+refined request). Models write scores in bold, as "3/4", in another order, or stop early. Every requested aspect needs
+one readable score, or N/A, because the mean over the others would be a different quantity. Two different scores for one
+aspect are rejected: one of them may come from words in the picture or the request, and a guess would be trained on.
 """
 
 import re
@@ -15,7 +15,7 @@ from reward_models.files import lines
 from reward_models.vlm import replies
 from reward_models.vlm.scales import Scale
 
-# half a point outside is clamped, as the paper does: judges add to and deduct from whole levels
+# values up to half a point outside are clamped, as in the paper: judges adjust whole levels by tenths
 SCALE = Scale(1, 4, beyond=0.5, optional=True)
 START = ("detailed judgement", "detailed judgment")
 SUMMARY = ("summary", "user request refinement", "refinement comments", "refined request")
@@ -26,8 +26,8 @@ REQUESTS = ("refined_request", "request", "refined_prompt", "revised_request")
 
 @dataclass(frozen=True)
 class Critique:
-    """`scores` from 1 to 4 by aspect, None where the judge says that it does not apply; `reasons` by aspect; the
-    refined request, "" if none."""
+    """`scores` from 1 to 4 by aspect, None where the judge answers N/A; `reasons` by aspect; the refined request, "" if
+    none."""
 
     scores: dict[str, float | None]
     reasons: dict[str, str]
@@ -46,7 +46,7 @@ class Critique:
 
 
 def read(reply: str, aspects: Mapping[str, Sequence[str]], cut: bool = False) -> Critique:
-    """The critique in a reply, which may be `cut` off. `aspects`: for each, the headings it goes by, in lower case.
+    """The critique in a reply, which may be `cut` off. `aspects`: the possible headings of each, in lower case.
     ValueError if an aspect has neither a readable score nor N/A, one has two, or none applies."""
     text = replies.answer(reply, cut)
     critique = _from_json(text, aspects) or _from_headings(text, aspects)
@@ -54,7 +54,7 @@ def read(reply: str, aspects: Mapping[str, Sequence[str]], cut: bool = False) ->
     if len(missing) == len(aspects) or all(score is None for score in critique.scores.values()):
         raise ValueError(f"no aspect has a score; looked for {', '.join(aspects)}")
     if missing:
-        raise ValueError(f"{'the reply ends before' if cut else 'there is no score of'} {', '.join(missing)}")
+        raise ValueError(f"{'the reply ends before' if cut else 'there is no score for'} {', '.join(missing)}")
     return critique
 
 
@@ -63,7 +63,7 @@ def _from_json(text: str, aspects: Mapping[str, Sequence[str]]) -> Critique | No
 
 
 def _of_value(value: Any, aspects: Mapping[str, Sequence[str]]) -> Critique | None:
-    """The critique in a JSON value; None where it is of something else."""
+    """The critique in a JSON value; None if the value is not a critique."""
     critique = replies.plain(value) if isinstance(value, dict) else {}
     rows = _rows(critique.get("aspects", critique.get("scores", critique)), aspects)
     if not rows:
@@ -76,7 +76,7 @@ def _of_value(value: Any, aspects: Mapping[str, Sequence[str]]) -> Critique | No
 
 
 def _rows(listed: Any, aspects: Mapping[str, Sequence[str]]) -> dict[str, tuple[Any, str]]:
-    """Score and reason by aspect, of a list of objects with a name, or of an object by name."""
+    """Score and reason by aspect, from a list of named objects or an object with the names as keys."""
     if isinstance(listed, list):
         rows = [replies.plain(row) for row in listed if isinstance(row, dict)]
         pairs = [(replies.one_of(row, ("aspect", "name", "title")), row) for row in rows]
@@ -129,7 +129,7 @@ def _from_headings(text: str, aspects: Mapping[str, Sequence[str]]) -> Critique:
 
 
 def _inline(rest: str, note: str) -> list[float | None]:
-    """The score on the line of an aspect itself; none where the line goes on in words."""
+    """The score on the line of the aspect itself; empty if words follow instead."""
     try:
         return [SCALE.read(rest, note=note)] if rest.strip(replies.MARKS) else []
     except ValueError:
@@ -141,7 +141,7 @@ def _shown(score: float | None) -> str:
 
 
 def _request(text: str) -> str:
-    """The refined request, in one line; "" for none, and for a form that was left as it was."""
+    """The refined request, in one line; "" for none, and for a placeholder that was not filled in."""
     line = next((part for part in lines(text) if part.strip(" *_`")), "").strip(" *_`")
     line = line[1:-1].strip() if len(line) > 1 and (line[0], line[-1]) in {('"', '"'), ("'", "'"), ("“", "”")} else line
     return "" if line.lower().rstrip(".") in NOTHING or re.fullmatch(r"[<\[{].*[>\]}]", line) else line

@@ -1,8 +1,8 @@
-"""What a judge wrote, read tolerantly: JSON, fenced or among other text, or headings and lines.
+"""Tolerant parsers of judges' replies: JSON, fenced or among other text, or headings and lines.
 
-Models leave out what they were asked for, wrap it, and put it in bold; all of that is read. What is then still unclear,
-a score without a scale, a box outside the image, is refused with a ValueError that names it: a guess would train.
-Every reader takes time linear in the reply, which may be anything.
+Models leave parts out, wrap them, and write them in bold; the parsers accept that. Anything still ambiguous or wrong,
+such as a score off its scale or a box outside the image, is rejected with a ValueError that names it, because a guess
+would be trained on. Every parser takes time linear in the reply, which may be any text.
 """
 
 import json
@@ -14,7 +14,7 @@ from reward_models import limits
 from reward_models.regions import Region, inside
 from reward_models.vlm.scales import Scale
 
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 UNITS: dict[str, str] = {
     "pixels": "pixels of the picture",
     "thousand": "thousandths of the picture's width and height",
@@ -24,23 +24,23 @@ BOX, SCORE = ("box", "bbox", "bbox_2d"), ("score", "credit", "reward")
 LABEL, NUMBER = ("label", "object", "identified_object"), ("region", "region_id", "id")
 SIZE, LISTS = ("image_size", "size"), ("regions", "objects", "vlm_rewards", "rewards")
 CREDIT = Scale(-1, 1)
-MARKS = " \t\r#*_>`~|•"  # around the words of a heading
+MARKS = " \t\r#*_>`~|•"  # that may surround a heading
 TITLES = ("score", "final score", "overall score")
 REGION = re.compile(r"region\s?(?:id)?\s?[:#\[(]?\s?(\d{1,9})(?!\d)", re.IGNORECASE)
-SHOWN = 120  # letters of a reply in an error
+SHOWN = 120  # characters of a reply in an error message
 OPENING = re.compile(r"[\[{]")
 ITEM = re.compile(r"\s{0,99}(?:#|[*>-]{0,9}\s?\d{1,3}[.):](?:\s|$))")
-TRIES = 1000  # brackets of a reply that are tried as the beginning of JSON
+TRIES = 1000  # opening brackets of a reply at which JSON is tried
 
 
 def answer(reply: str, cut: bool = False) -> str:
-    """The reply without what was thought before it; of one that was `cut` off, without its last line, which may have
-    lost its end. ValueError if the thinking has no end, or the reply is longer than `limits.REPLY`."""
+    """The reply without its thinking part and, if it was `cut` off, without its last line, which may be incomplete.
+    ValueError if the thinking has no end, or the reply is longer than `limits.REPLY`."""
     if len(reply) > limits.REPLY:
         raise ValueError(f"the reply has {len(reply)} characters; at most {limits.REPLY} are read")
     _, end, rest = reply.rpartition("</think>")
     if not end and "<think>" in reply:
-        raise ValueError("the reply ends before it has thought to an end")
+        raise ValueError("the reply ends within its thinking part")
     text = rest if end else reply
     return (text.rpartition("\n")[0] if cut else text).strip()
 
@@ -52,61 +52,60 @@ def excerpt(reply: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with half surrogate pairs, which no file can hold, replaced."""
+    """The text with lone surrogates, which UTF-8 cannot encode, replaced."""
     return text.encode("utf-8", "replace").decode()
 
 
 def values(text: str) -> Iterator[Any]:
-    """The JSON objects and lists in a text, outermost ones, in order. What stands in one that breaks off is not taken
-    for one of its own, and what is nested too deeply for the parser ends the search. ValueError for an object that has
-    a key twice, with two values."""
-    decoder, place = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_once), 0
-    for _ in range(TRIES):  # an error counts the lines before it, so its price grows with the text
-        start = OPENING.search(text, place)
+    """The outermost JSON objects and lists in a text, in order. Parts of a value that breaks off are skipped, and a
+    value nested too deeply for the parser ends the search. ValueError for an object that has a key twice with different
+    values."""
+    decoder, position = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_unique_keys), 0
+    for _ in range(TRIES):  # an error counts the lines before it, so its cost grows with the text
+        start = OPENING.search(text, position)
         if start is None:
             return
         try:
-            value, place = decoder.raw_decode(text, start.start())
+            value, position = decoder.raw_decode(text, start.start())
         except json.JSONDecodeError as error:
-            place = max(start.end(), error.pos)  # all before was looked at; to look again would take quadratic time
+            position = max(start.end(), error.pos)  # searching the parsed part again would take quadratic time
             continue
         except RecursionError:
             return
         yield value
 
 
-def _whole(digits: str) -> int | float:
+def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) < 20 else float(digits)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key, value in pairs:
         if key in row and row[key] != value:
-            raise ValueError(f"the reply gives {key[:SHOWN]!r} twice, with two values")
+            raise ValueError(f"the reply gives {key[:SHOWN]!r} twice, with different values")
         row[key] = value
     return row
 
 
-def unanimous(candidates: Iterable[Found]) -> Found | None:
-    """The one thing that a reply gives, perhaps more than once; None if there is none. ValueError for two that
-    differ."""
+def unanimous(candidates: Iterable[Value]) -> Value | None:
+    """The value that all candidates agree on; None without candidates. ValueError if two differ."""
     first, *others = [*candidates] or [None]
     if any(other != first for other in others):
-        raise ValueError("the reply gives two answers that differ")
+        raise ValueError("the reply gives two different answers")
     return first
 
 
 def heading(line: str, dashes: bool = True) -> tuple[str, str, str]:
     """Title, note and remainder of a line such as `**2. Visual Quality (1-4):** 3.5`: the title in lower case, without
-    number and marks, the note with its brackets, the remainder as it is. A line without a colon is all title, unless
-    `dashes` or the cells of a table divide it."""
+    number and marks, the note with its brackets, the remainder unchanged. A line without a colon is all title, unless
+    the cells of a table or, with `dashes`, a dash divide it."""
     text = line.lstrip(MARKS + "-–").rstrip()
     if text.lower().startswith(("<score>", "<rating>")):
         return "score", "", text
     if number := re.match(r"\d{1,3}\s?[.):]", text):
         text = text[number.end() :].lstrip(MARKS)
-    ends = [place for mark in ":=：" if (place := text.find(mark)) >= 0]
+    ends = [position for mark in ":=：" if (position := text.find(mark)) >= 0]
     rest = ""
     if ends:
         text, rest = text[: min(ends)], text[min(ends) + 1 :]
@@ -122,13 +121,13 @@ def heading(line: str, dashes: bool = True) -> tuple[str, str, str]:
 
 
 def named(title: str) -> str:
-    """A title as titles are compared: lower case, words joined by single spaces."""
+    """A title in normal form: lower case, words joined by single spaces."""
     return re.sub(r"[\s_&-]+", " ", title).strip(MARKS + ":.").lower()
 
 
 def after(lines: Sequence[str], number: int, rest: str) -> str:
-    """What a heading at `lines[number]` introduces: the remainder of its line, or the next line that is not empty and
-    is neither a heading nor an item of a list."""
+    """The content of a heading at `lines[number]`: the remainder of its line, or the next line that is not empty,
+    unless that is a heading or an item of a list."""
     if rest.strip(MARKS):
         return rest
     line = next((line for line in lines[number + 1 : number + 4] if line.strip(MARKS)), "")
@@ -136,16 +135,16 @@ def after(lines: Sequence[str], number: int, rest: str) -> str:
 
 
 def titled(text: str, titles: Sequence[str], dashes: bool = True) -> list[tuple[str, str]]:
-    """What each heading with one of the titles introduces, and the heading's note, in order."""
+    """The content of each heading with one of the titles, and the heading's note, in order."""
     lines = text.split("\n")
     heads = ((number, *heading(line, dashes)) for number, line in enumerate(lines))
     return [(after(lines, number, rest), note) for number, title, note, rest in heads if title in titles]
 
 
 def score_of(text: str, scale: Scale, titles: Sequence[str] = TITLES, what: str = "the score") -> float | None:
-    """The score that the headings `titles` of a text give. ValueError, naming `what`, for none, for one that is not
-    alone on the scale, and for two."""
-    lines = titled(text, titles, dashes=scale.low >= 0)  # where a dash may be a sign, it divides nothing
+    """The score under the headings `titles` of a text. ValueError, naming `what`, if it is missing, not a single number
+    on the scale, or given twice with different values."""
+    lines = titled(text, titles, dashes=scale.low >= 0)  # if scores may be negative, a dash may be a sign
     scores = [scale.read(line, what, note) for line, note in lines]
     if not scores:
         return scale.read(None, what)
@@ -155,7 +154,7 @@ def score_of(text: str, scale: Scale, titles: Sequence[str] = TITLES, what: str 
 
 
 def overall(reply: str, cut: bool = False) -> tuple[float, str]:
-    """The score in [-1, 1] of the whole image and the reason for it."""
+    """The score in [-1, 1] of the image and the reason for it."""
     text = answer(reply, cut)
     rows = [row for row in map(plain, (value for value in values(text) if isinstance(value, dict))) if _has_score(row)]
     score = unanimous(_credit(row) for row in rows)
@@ -169,7 +168,7 @@ def _has_score(row: Mapping[str, Any]) -> bool:
 
 
 def _credit(row: Mapping[str, Any]) -> float:
-    """The score of a row, by whichever of its names; ValueError where two of them differ."""
+    """The score of a row, under any of its names; ValueError if two of them differ."""
     return (
         unanimous(CREDIT.read(row[name]) for name in SCORE if row.get(name) is not None)
         if _has_score(row)
@@ -184,9 +183,9 @@ def read_regions(
     proposed: Sequence[Sequence[int | float]] = (),
     cut: bool = False,
 ) -> list[Region]:
-    """The regions a judge names in an image of `size` (height, width). `coordinates`: what boxes count in, see `UNITS`.
-    With `proposed` boxes, in pixels, a region is named by its number, from 1. ValueError names the region that cannot
-    be right."""
+    """The regions that a judge names in an image of `size` (height, width). `coordinates`: the unit of boxes, see
+    `UNITS`. With `proposed` boxes, in pixels, a region is named by its number, from 1. ValueError names the invalid
+    region."""
     if coordinates not in UNITS:
         raise ValueError(f"no coordinates called {coordinates!r}; known: {', '.join(UNITS)}")
     text = answer(reply)
@@ -194,14 +193,13 @@ def read_regions(
     if rows is None:
         raise ValueError("the reply names no regions")
     regions, numbers = [], []
-    for place, row in enumerate(rows, 1):
+    for index, row in enumerate(rows, 1):
         number = one_of(row, NUMBER)
-        where = f"region {place if number is None else number}"
         try:
             regions.append(_region(row, number, size, coordinates, proposed))
             inside(regions[-1:], size)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"region {index if number is None else number}: {error}") from None
         numbers.append(number)
     if proposed and sorted(numbers) != [*range(1, len(proposed) + 1)]:
         raise ValueError(f"the reply scores the regions {sorted(numbers)}; each of {len(proposed)} once is needed")
@@ -209,7 +207,7 @@ def read_regions(
 
 
 def _listed(text: str, cut: bool) -> Iterable[dict[str, Any]] | None:
-    """A row for each region, read when its turn comes; None if there is no list of them."""
+    """A row for each region, parsed lazily; None if there is no list of regions."""
     rows = unanimous(filter(lambda rows: rows is not None, map(_rows, values(text))))
     if rows is not None:
         return rows
@@ -226,7 +224,7 @@ def _listed(text: str, cut: bool) -> Iterable[dict[str, Any]] | None:
 
 
 def _rows(value: Any) -> list[dict[str, Any]] | None:
-    """The rows that a JSON value lists, if it is a list of regions, an object that holds one, or one region."""
+    """The rows in a JSON value, if it is a list of regions, an object with such a list, or one region."""
     if isinstance(value, dict):
         row = plain(value)
         inner = one_of(row, LISTS)
@@ -256,25 +254,25 @@ def _region(
     credit = _credit(row)
     if proposed:
         if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number <= len(proposed):
-            raise ValueError(f"there is no region {number!r}; {len(proposed)} were given")
+            raise ValueError(f"there is no region {number!r}; there are {len(proposed)}")
         box = proposed[number - 1]
     else:
         box = scaled(one_of(row, BOX), size, coordinates)
-        meant = one_of(row, SIZE)
-        if meant is not None and meant != [size[1], size[0]]:
-            raise ValueError(f"its box is of an image of {meant} pixels, this one is {[size[1], size[0]]}")
+        reported = one_of(row, SIZE)
+        if reported is not None and reported != [size[1], size[0]]:
+            raise ValueError(f"its box refers to an image of {reported} pixels, this one is {[size[1], size[0]]}")
     return Region(tuple(box), credit, str(one_of(row, LABEL) or ""), str(row.get("reason") or ""))
 
 
 def scaled(box: Any, size: tuple[int, int], coordinates: str) -> list[float]:
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(edge) for edge in box):
         raise ValueError(f"box {box!r:.80} is not four numbers")
-    whole = {"pixels": (1, 1), "thousand": (size[1] / 1000, size[0] / 1000), "unit": (size[1], size[0])}[coordinates]
-    return [float(edge) * whole[k % 2] for k, edge in enumerate(box)]
+    unit = {"pixels": (1, 1), "thousand": (size[1] / 1000, size[0] / 1000), "unit": (size[1], size[0])}[coordinates]
+    return [float(edge) * unit[k % 2] for k, edge in enumerate(box)]
 
 
 def plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """With keys in lower case and without spaces or stars."""
+    """The row with its keys in lower case, without spaces or stars."""
     return {re.sub(r"[\s-]+", "_", str(key).strip(" *").lower()): value for key, value in row.items()}
 
 
@@ -283,7 +281,7 @@ def one_of(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12  # not for NaN
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12  # false for NaN
 
 
 def _number(text: str) -> float | str:
@@ -292,5 +290,5 @@ def _number(text: str) -> float | str:
 
 
 def _line(text: str, title: str) -> str:
-    """What the first heading of a title introduces, without marks."""
+    """The content of the first heading with the title, without marks."""
     return next((line for line, _ in titled(text, (title,))), "").strip(MARKS + "\"'")

@@ -1,8 +1,8 @@
-"""A score in a judge's words: one number alone on its scale, in any usual wrapping, and anything else is refused.
+"""Parse a score in a judge's text: a single number on its scale, in any usual wrapping; anything else is rejected.
 
 Bold, quotes, brackets, code, `\\boxed{}`, "about", "3.5/4", "3.5 out of 4", "3.5 points", a decimal comma, a number
-word and a note behind the number are wrappings. A range, a choice, a percentage, another scale, a second number are
-not: a guess would train. Every step takes time linear in the text.
+word and a note after the number are accepted. A range, a choice, a percentage, another scale and a second number are
+rejected, because a guess would be trained on. Every step takes time linear in the text.
 """
 
 import math
@@ -29,8 +29,8 @@ SHOWN = 40  # characters of a value in an error
 
 @dataclass(frozen=True)
 class Scale:
-    """Scores from `low` to `high`. One up to `beyond` outside is clamped: some judges are asked to deduct from the
-    greatest score and to add to the least. `optional`: "N/A" may stand for a score."""
+    """Scores from `low` to `high`. A score up to `beyond` outside is clamped, because some judges are asked to adjust
+    the highest and the lowest level. `optional`: "N/A" is accepted."""
 
     low: int | float
     high: int | float
@@ -38,9 +38,9 @@ class Scale:
     optional: bool = False
 
     def read(self, value: Any, what: str = "the score", note: str = "") -> float | None:
-        """The score that `value` is: text, or a value of JSON. None for N/A, where that may be. ValueError, naming
-        `what`, for anything that is not one number on the scale, and for a `note` beside it that names another scale,
-        as `(1-10)` or `(%)`."""
+        """The score in `value`, a text or a JSON value. None for N/A, if that is allowed. ValueError, naming `what`,
+        for anything but one number on the scale, and for a `note` beside it that names another scale, such as `(1-10)`
+        or `(%)`."""
         out_of = OUT_OF.fullmatch(note)
         if note and not (_value(out_of[1]) == self.high if out_of else self._is_note(f" {note}")):
             raise self._off(f"{str(value)[:SHOWN].strip()} {note[:SHOWN]}", what)
@@ -79,8 +79,7 @@ class Scale:
         return number
 
     def _is_note(self, rest: str) -> bool:
-        """Whether what follows a number leaves it alone: nothing, or a note without another number but the scale's own
-        ends."""
+        """Whether the text after a number is empty or a note without another number, except the ends of the scale."""
         scale = re.match(rf"\s*[(\[]\s*(?:scale\s*:?\s*)?{self.low:g}\s?(?:-|–|to)\s?{self.high:g}\s*[)\]]", rest)
         rest = rest[scale.end() :] if scale else rest
         return bool(NOTE.match(rest)) and not ANOTHER.search(rest) and not any(map(str.isnumeric, rest))
@@ -92,18 +91,18 @@ class Scale:
     def _unclear(self, value: Any, what: str) -> ValueError:
         if value is None:
             return ValueError(f"{what} is missing; a number from {self.low:g} to {self.high:g} is needed")
-        shown = repr(" ".join(value.split()) if isinstance(value, str) else value)
-        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+        excerpt = repr(" ".join(value.split()) if isinstance(value, str) else value)
+        excerpt = excerpt if len(excerpt) <= SHOWN else f"{excerpt[:SHOWN]}..."
         or_none = " or N/A" if self.optional else ""
-        return ValueError(f"{what} is {shown}; a number from {self.low:g} to {self.high:g}{or_none} is needed")
+        return ValueError(f"{what} is {excerpt}; a number from {self.low:g} to {self.high:g}{or_none} is needed")
 
-    def _off(self, shown: str, what: str) -> ValueError:
-        return ValueError(f"{what} is {shown}; the scale is {self.low:g} to {self.high:g}")
+    def _off(self, given: str, what: str) -> ValueError:
+        return ValueError(f"{what} is {given}; the scale is {self.low:g} to {self.high:g}")
 
 
 def unwrapped(text: str) -> str:
     """The text without the marks that judges put around a value: emphasis, quotes, code, tags, one pair of brackets.
-    Full-width letters, digits and signs become plain ones."""
+    Full-width letters, digits and signs become ASCII."""
     text = text.translate(WIDE)
     for _ in range(2):  # \boxed{\text{3}}
         text = WRAPPED.sub(lambda match: f" {match[1] or ''} ", text)
@@ -117,7 +116,7 @@ def unwrapped(text: str) -> str:
 
 
 def _value(digits: str) -> float | None:
-    """The number that digits or a word stand for; None for digits that may be thousands."""
+    """The number in digits or as a word; None for digits with a possible thousands separator."""
     if digits.lower() in WORDS:
         return float(WORDS.index(digits.lower()))
     if re.fullmatch(r"[+-]?\d+,\d{3}", digits):

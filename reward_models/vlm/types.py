@@ -1,4 +1,4 @@
-"""What a judge takes and gives: questions with pictures, and replies."""
+"""The interface of judges: questions with pictures, and replies."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 Picture = Float[Tensor, "3 H W"]
-
-
 Part = str | Tensor  # text, or a picture
 
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """Text and pictures [3, H, W] in [0, 1], in order; `system` is what the model is told beforehand."""
+    """Text and pictures [3, H, W] in [0, 1], in order; `system` is the system message."""
 
     parts: tuple[Part, ...]
     system: str = ""
@@ -29,7 +27,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back. `failure` says why there is none; `cut`: the model ran out of tokens."""
+    """The text of a reply. `failure`: the reason if there is no reply. `cut`: the model ran out of tokens."""
 
     text: str = ""
     failure: str = ""
@@ -38,17 +36,18 @@ class Reply:
 
 @runtime_checkable
 class Judge(Protocol):
-    """A back end. `about` names what answers, for a scorer's card; `usage` counts calls, failed ones, and tokens where
+    """A back end. `about` describes the model, for a scorer's card; `usage` counts calls, failed calls, and tokens if
     they are known."""
 
     about: Mapping[str, Any]
     usage: Counter[str]
 
     def ask(self, questions: Sequence[Question], tokens: int, schema: Mapping[str, Any] | None = None) -> list[Reply]:
-        """A reply to each, of at most `tokens`. `schema`: the JSON schema of a reply, where the model can be held to
-        one. Nothing is raised for a question that fails."""
+        """A reply to each question, of at most `tokens`. `schema`: the JSON schema of a reply, for back ends that can
+        enforce it. A question that fails raises nothing."""
         ...
 
     def odds(self, questions: Sequence[Question], answers: tuple[str, str]) -> list[float | str]:
-        """log p(first answer) - log p(second) of the next word, or why there is none."""
+        """For each question log p(first answer) - log p(second answer) of the next word, or the reason for a
+        failure."""
         ...

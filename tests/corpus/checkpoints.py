@@ -153,18 +153,18 @@ ADAPTERS = {
     ),
     "alpha of two": Forged(
         "a strength that is a row", lambda t: t.update({_first(t, "lora_A.weight")[:-13] + "alpha": torch.ones(2)}),
-        "are no LoRA's A, B and alpha",
+        "are not a LoRA's A, B and alpha",
     ),
     "rank 0": Forged(
         "matrices without numbers",
         lambda t: t.update(
             {_first(t, "lora_A.weight"): torch.ones(0, 32), _first(t, "lora_B.weight"): torch.ones(32, 0)}
         ),
-        "are no LoRA's A, B and alpha",
+        "are not a LoRA's A, B and alpha",
     ),
     "other rank in B": Forged(
         "matrices that cannot be multiplied", lambda t: t.update({_first(t, "lora_B.weight"): torch.ones(32, 3)}),
-        "are no LoRA's A, B and alpha",
+        "are not a LoRA's A, B and alpha",
     ),
     "too wide": Forged(
         "a layer of another model", lambda t: t.update({_first(t, "lora_A.weight"): torch.ones(2, 33)}),
@@ -185,8 +185,8 @@ ADAPTERS = {
         "the model has no linear layer 'transformer_blocks.0.attn.norm_q'",
     ),
     "unknown key": Forged(
-        "what is no LoRA", lambda t: t.update({"x.dora_scale": torch.ones(1)}), "is no matrix of a LoRA"
+        "not a LoRA", lambda t: t.update({"x.dora_scale": torch.ones(1)}), "is not a matrix of a LoRA"
     ),
-    "alpha alone": Forged("what is no LoRA", lambda t: t.update({"x.alpha": torch.ones(())}), "is no matrix of a LoRA"),
+    "alpha alone": Forged("not a LoRA", lambda t: t.update({"x.alpha": torch.ones(())}), "is not a matrix of a LoRA"),
     "nothing": Forged("no tensor at all", lambda t: t.clear(), "begins with none of transformer., diffusion_model."),
 }  # fmt: skip

@@ -200,8 +200,8 @@ def groups(tmp_path):
 @pytest.mark.parametrize("size", [1, 4, 6, 64])
 def test_images_of_a_prompt_stay_together_for_those_who_compare_them(groups, size):
     scorer = Rank()
-    found = {row["image"]: row["scores"]["own.rank"] for row in scored(groups, scorer, size)}
-    assert found == {f"{i}.png": (i // 3) / 2 for i in range(9)}
+    scores = {row["image"]: row["scores"]["own.rank"] for row in scored(groups, scorer, size)}
+    assert scores == {f"{i}.png": (i // 3) / 2 for i in range(9)}
     assert [text for call in scorer.calls for text in call] == ["a", "b", "c"]
 
 
@@ -248,13 +248,13 @@ def test_summary_by_hand():
         picture_files.Choice("q", "c", "d"),
         picture_files.Choice("p", "a", "a"),
     ]
-    found = batch.summarise(rows, choices)
-    assert found["scores"]["one"] == pytest.approx(
+    summary = batch.summarise(rows, choices)
+    assert summary["scores"]["one"] == pytest.approx(
         {"count": 3, "missing": 1, "mean": 2.0, "std": (2 / 3) ** 0.5, "min": 1.0, "max": 3.0}
         | {"best": 2.5, "prompts": 2, "choices": 2, "agrees": 0.75}
     )
-    assert found["scores"]["two"]["agrees"] == pytest.approx((0 + 0 + 0.5) / 3)
-    assert found["correlation"] == {"one ~ two": pytest.approx(-1.0)}
+    assert summary["scores"]["two"]["agrees"] == pytest.approx((0 + 0 + 0.5) / 3)
+    assert summary["correlation"] == {"one ~ two": pytest.approx(-1.0)}
 
 
 def test_pairs_are_read_once_each(folder):
@@ -293,11 +293,11 @@ from reward_models.tools import picture_files, score_files as batch
 
 items, _ = picture_files.read(Path(sys.argv[1]), "a red square")
 scorers = {name: load(name) for name in ("clip", "shapes", "jpeg_size", "image_stats")}
-own, seen = psutil.Process(), {}
+process, memory = psutil.Process(), {}
 for number, row in enumerate(batch.score(items, scorers, 25), 1):
     assert row["scores"]["clip.cosine"] is not None
-    seen[number] = own.memory_info().rss
-print(len(seen), seen[1000] / seen[200])
+    memory[number] = process.memory_info().rss
+print(len(memory), memory[1000] / memory[200])
 """
 
 

@@ -56,9 +56,9 @@ def test_what_was_scored_is_remembered_to_the_bit(tmp_path, images):
 
 def test_twins_in_one_call_are_scored_once(tmp_path, images):
     scorer = Cached(Counting(), tmp_path / "c.sqlite")
-    found = scorer(images[[0, 1, 0, 0]], [PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[1]])
+    scores = scorer(images[[0, 1, 0, 0]], [PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[1]])
     assert scorer.scorer.shown == ["a", "b", "b"]
-    same(found, Counting()(images[[0, 1, 0, 0]], [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[1]]))
+    same(scores, Counting()(images[[0, 1, 0, 0]], [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[1]]))
 
 
 def test_anything_that_changes_the_score_is_another_entry(tmp_path, images):
@@ -87,14 +87,14 @@ def test_failures_are_tried_again(tmp_path, images):
     images[1] = 0
     scorer = Cached(Counting(), tmp_path / "c.sqlite")
     for _ in range(2):
-        found = scorer(images, PROMPTS)
-        assert found.failures == {1: "black"}
-        assert found.values[1].isnan().all()
+        scores = scorer(images, PROMPTS)
+        assert scores.failures == {1: "black"}
+        assert scores.values[1].isnan().all()
     assert scorer.scorer.shown == ["a", "b", "a", "b"]
     broken = images.clone()
     broken[2, 0, 0, 0] = torch.nan
-    found = Cached(load("image_stats"), tmp_path / "c.sqlite")(broken, PROMPTS)
-    assert found.failures == {2: "a pixel is not finite"}
+    scores = Cached(load("image_stats"), tmp_path / "c.sqlite")(broken, PROMPTS)
+    assert scores.failures == {2: "a pixel is not finite"}
 
 
 def test_those_who_compare_images_are_always_asked(tmp_path, images):

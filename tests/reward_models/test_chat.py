@@ -33,8 +33,8 @@ def of(url, scorer="rational", **settings):
 def test_pictures_arrive_as_they_are_after_the_rules():
     with chatting(lambda request: said(FULL)) as (url, requests):
         scorer = of(url, concurrency=1)
-        found = scorer(IMAGES, PROMPTS)
-    assert found.column("overall").tolist() == pytest.approx([0.75] * 8)
+        scores = scorer(IMAGES, PROMPTS)
+    assert scores.column("overall").tolist() == pytest.approx([0.75] * 8)
     for request, image in zip(requests, IMAGES, strict=True):
         assert np.array_equal(np.asarray(picture(request)).transpose(2, 0, 1), to_uint8(image[None])[0].numpy())
         assert [message["role"] for message in request["messages"]] == ["system", "user"]
@@ -65,7 +65,7 @@ FAULTS = {
     "other JSON": ((200, {}, [1, 2]), "no choices"),
     "odd choices": (said("x") | {"choices": "abc"}, "the answer makes no sense"),
     "no message": (said("x", message=None), "no message"),
-    "odd content": (said("x", message={"role": "assistant", "content": 7}), "the reply is no text but 7"),
+    "odd content": (said("x", message={"role": "assistant", "content": 7}), "the reply is not text but 7"),
 }
 
 
@@ -78,12 +78,12 @@ def test_a_fault_costs_its_own_image_and_is_never_nought(name):
         return fault if abs(np.asarray(picture(request)).mean() / 255 - bright) < 1e-6 else said(FULL)
 
     with chatting(answer) as (url, _):
-        found = of(url, timeout=3)(IMAGES, PROMPTS)
-    assert list(found.failures) == [3]
-    assert re.search(says, found.failures[3])
-    assert "\n" not in found.failures[3]
-    assert found.values[3].isnan().all()
-    assert found.column("overall")[[0, 1, 2, 4, 5, 6, 7]].tolist() == pytest.approx([0.75] * 7)
+        scores = of(url, timeout=3)(IMAGES, PROMPTS)
+    assert list(scores.failures) == [3]
+    assert re.search(says, scores.failures[3])
+    assert "\n" not in scores.failures[3]
+    assert scores.values[3].isnan().all()
+    assert scores.column("overall")[[0, 1, 2, 4, 5, 6, 7]].tolist() == pytest.approx([0.75] * 7)
 
 
 @pytest.mark.parametrize("first", [(429, {"Retry-After": "1"}, {}), (500, {}, {}), (503, {}, {}), CUT, HANG])
@@ -91,8 +91,8 @@ def test_what_passes_is_tried_again(first):
     answers = iter([first])
     with chatting(lambda request: next(answers, said(FULL))) as (url, requests):
         began = time.perf_counter()
-        found = of(url, timeout=1, retries=2)(IMAGES[:1], PROMPTS[:1])
-    assert not found.failures
+        scores = of(url, timeout=1, retries=2)(IMAGES[:1], PROMPTS[:1])
+    assert not scores.failures
     assert len(requests) == 2
     if isinstance(first, tuple) and first[0] == 429:
         assert time.perf_counter() - began >= 1
@@ -108,9 +108,9 @@ def test_a_server_that_is_not_there():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    (why,) = set(of(url)(IMAGES, PROMPTS).failures.values())
-    assert why.startswith(f"{url}: cannot be reached: ")
-    assert "Connect call failed" in why
+    (reason,) = set(of(url)(IMAGES, PROMPTS).failures.values())
+    assert reason.startswith(f"{url}: cannot be reached: ")
+    assert "Connect call failed" in reason
 
 
 def test_no_more_requests_at_once_than_asked_for():
@@ -128,9 +128,9 @@ def test_no_more_requests_at_once_than_asked_for():
 def test_calls_have_a_budget():
     with chatting(lambda request: said(FULL)) as (url, requests):
         scorer = of(url, max_calls=5, concurrency=1)
-        found = scorer(IMAGES, PROMPTS)
-        assert sorted(found.failures) == [5, 6, 7]
-        assert "budget of 5 calls" in found.failures[5]
+        scores = scorer(IMAGES, PROMPTS)
+        assert sorted(scores.failures) == [5, 6, 7]
+        assert "budget of 5 calls" in scores.failures[5]
         assert len(requests) == 5
         assert len(scorer(IMAGES, PROMPTS).failures) == 8
     assert scorer.judge.usage["refused"] == 3 + 8
@@ -154,10 +154,10 @@ def test_odds_from_the_likeliest_words():
         return said("Yes", logprobs={"content": [TOP[0] | {"top_logprobs": listed}]})
 
     with chatting(answer) as (url, _):
-        found = of(url, "vlm_yes_no", questions={"one": "Is it?", "two": "Is its content?"})(IMAGES[:1], PROMPTS[:1])
-    assert found.values[0, 0] == pytest.approx(math.log(3))
-    assert found.values[0, 1].isnan()
-    assert "not both of 'Yes' and 'No'" in found.failures[0]
+        scores = of(url, "vlm_yes_no", questions={"one": "Is it?", "two": "Is its content?"})(IMAGES[:1], PROMPTS[:1])
+    assert scores.values[0, 0] == pytest.approx(math.log(3))
+    assert scores.values[0, 1].isnan()
+    assert "not both of 'Yes' and 'No'" in scores.failures[0]
 
 
 @pytest.fixture(scope="module")
@@ -202,13 +202,13 @@ def test_a_real_server_sees_what_a_model_here_sees(served):
 
 def test_a_real_server_of_a_babbling_model_scores_nothing(served):
     folder, url = served
-    found = load("rational", model=str(folder), url=url, tokens=12, retries=1)(IMAGES[:3], PROMPTS[:3])
-    assert sorted(found.failures) == [0, 1, 2]
-    assert all("no aspect has a score" in why for why in found.failures.values())
-    assert found.values.isnan().all()
-    assert all(found.replies)
+    scores = load("rational", model=str(folder), url=url, tokens=12, retries=1)(IMAGES[:3], PROMPTS[:3])
+    assert sorted(scores.failures) == [0, 1, 2]
+    assert all("no aspect has a score" in reason for reason in scores.failures.values())
+    assert scores.values.isnan().all()
+    assert all(scores.replies)
     odds = load("vlm_yes_no", model=str(folder), url=url, retries=1)(IMAGES[:1], PROMPTS[:1])
-    assert "gives no probabilities" in odds.failures[0]
+    assert "gives no token probabilities" in odds.failures[0]
 
 
 # ------------------------------------------------------------------------------------------------ servers as they are
@@ -223,24 +223,24 @@ PARTS = [
 @pytest.mark.parametrize("content", [PARTS, [FULL], [{"type": "output_text", "text": FULL}]])
 def test_a_reply_in_parts_is_one_text(content):
     with chatting(lambda request: said(None, message={"content": content})) as (url, _):
-        found = of(url)(IMAGES[:1], PROMPTS[:1])
-    assert found.column("overall").tolist() == pytest.approx([0.75])
-    assert found.replies == (FULL,)
+        scores = of(url)(IMAGES[:1], PROMPTS[:1])
+    assert scores.column("overall").tolist() == pytest.approx([0.75])
+    assert scores.replies == (FULL,)
 
 
 WITHOUT = {
-    "reasoning of one server": (said(None, message={"content": None, "reasoning_content": "hm, 3"}), "reasoning alone"),
+    "reasoning of one server": (said(None, message={"content": None, "reasoning_content": "hm, 3"}), "only reasoning"),
     "reasoning of another": (
         said(None, message={"content": "", "reasoning": "hm, 3"}, finish_reason="length"),
-        "reasoning alone, for it ran out of tokens",
+        "only reasoning because it ran out of tokens",
     ),
-    "reasoning in parts": (said(None, message={"content": [{"type": "thinking", "thinking": "3"}]}), "reasoning alone"),
+    "reasoning in parts": (said(None, message={"content": [{"type": "thinking", "thinking": "3"}]}), "only reasoning"),
     "no parts": (said(None, message={"content": []}), "the reply is empty"),
-    "a picture": (said(None, message={"content": [{"type": "image_url"}]}), "no text but {'type': 'image_url'}"),
+    "a picture": (said(None, message={"content": [{"type": "image_url"}]}), "not text but {'type': 'image_url'}"),
     "a refusal in parts": (
         said(None, message={"content": [{"type": "refusal", "refusal": "I will not"}]}), "refused: I will not",
     ),
-    "a number in parts": (said(None, message={"content": [7]}), "no text but 7"),
+    "a number in parts": (said(None, message={"content": [7]}), "not text but 7"),
     "a web page": ((200, {"Content-Type": "text/html"}, "<html>log in</html>"), "200 with no JSON: '<html>log in"),
     "an event stream": (
         (200, {"Content-Type": "text/event-stream"}, 'data: {"choices": []}'),
@@ -256,21 +256,21 @@ WITHOUT = {
 def test_a_reason_names_url_status_and_what_came(name):
     answer, says = WITHOUT[name]
     with chatting(lambda request: answer) as (url, _):
-        found = of(url)(IMAGES[:1], PROMPTS[:1])
-    assert found.values.isnan().all()
-    assert found.failures[0].startswith(f"{url}: ")
-    assert re.search(says, found.failures[0])
-    assert re.search(r"status 200|answered \d{3}", found.failures[0])
-    assert "\n" not in found.failures[0]
+        scores = of(url)(IMAGES[:1], PROMPTS[:1])
+    assert scores.values.isnan().all()
+    assert scores.failures[0].startswith(f"{url}: ")
+    assert re.search(says, scores.failures[0])
+    assert re.search(r"status 200|answered \d{3}", scores.failures[0])
+    assert "\n" not in scores.failures[0]
 
 
 @pytest.mark.parametrize(("path", "hinted"), [("", True), ("/v1", False), ("/v1/", False), ("/api", True)])
 def test_an_address_without_v1_is_told(path, hinted):
     with chatting(lambda request: (404, {}, {"detail": "Not Found"})) as (url, _):
-        why = of(url.removesuffix("/v1") + path)(IMAGES[:1], PROMPTS[:1]).failures[0]
-    assert ("(perhaps it is " in why) == hinted
+        reason = of(url.removesuffix("/v1") + path)(IMAGES[:1], PROMPTS[:1]).failures[0]
+    assert ("(perhaps it is " in reason) == hinted
     if hinted:
-        assert why.endswith(f"(perhaps it is {url.removesuffix('/v1')}{path}/v1)")
+        assert reason.endswith(f"(perhaps it is {url.removesuffix('/v1')}{path}/v1)")
 
 
 def refusing(*names: str, status: int = 400):
@@ -307,7 +307,7 @@ def test_a_bound_that_is_too_large_is_no_other_name():
 def test_a_server_without_temperatures_is_asked_without_and_that_is_said():
     with chatting(refusing("temperature", "max_tokens", "response_format")) as (url, requests):
         scorer = of(url, concurrency=1, form="json")
-        with pytest.warns(UserWarning, match="the server takes no temperature; replies are drawn at its own"):
+        with pytest.warns(UserWarning, match="the server rejects a temperature; it samples with its own"):
             assert not scorer(IMAGES[:2], PROMPTS[:2]).failures
     assert [sorted({"temperature", "max_tokens", "response_format"} & set(request)) for request in requests] == [
         ["max_tokens", "response_format", "temperature"],

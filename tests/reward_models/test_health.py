@@ -29,22 +29,22 @@ class Judge:
 
     def __call__(self, images, prompts):
         self.calls += 1
-        found = self.inner(images, prompts)
-        return Scores(self.names, self.twist(found.values[:, 1:], images, prompts, self.calls))
+        scores = self.inner(images, prompts)
+        return Scores(self.names, self.twist(scores.values[:, 1:], images, prompts, self.calls))
 
 
 def bad(scorer, choices=None):
     return {
-        own.check.removeprefix("sees the image: ")
-        for own in health.examine(scorer, IMAGES, PROMPTS, choices)
-        if own.good is False
+        check.check.removeprefix("sees the image: ")
+        for check in health.examine(scorer, IMAGES, PROMPTS, choices)
+        if check.good is False
     }
 
 
 def test_a_good_judge_has_nothing_wrong_with_it():
     rows = health.examine(load("shapes"), IMAGES, PROMPTS)
-    assert [own.check.removeprefix("sees the image: ") for own in rows] == [*ALL]
-    assert all(own.good for own in rows)
+    assert [row.check.removeprefix("sees the image: ") for row in rows] == [*ALL]
+    assert all(check.good for check in rows)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_few_failures_are_said_with_their_reason():
         def __call__(self, images, prompts):
             return each(images, prompts, self.names, look, batch=1)
 
-    row = next(own for own in health.examine(Away(), IMAGES, PROMPTS) if own.check == "answers")
+    row = next(check for check in health.examine(Away(), IMAGES, PROMPTS) if check.check == "answers")
     assert row.seen == "100% without a score; the server is away"
 
 

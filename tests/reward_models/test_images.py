@@ -63,10 +63,10 @@ def read(folder, data: bytes) -> np.ndarray:
     """The levels [H, W, 3] of a file of these bytes, which every reader must agree on."""
     path = folder / "picture"
     path.write_bytes(data)
-    found = to_uint8(images.from_file(path))[0].permute(1, 2, 0).numpy()
-    assert np.array_equal(found, images.levels(path))
-    assert images.size_of(path) == found.shape[:2]
-    return found
+    pixels = to_uint8(images.from_file(path))[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(pixels, images.levels(path))
+    assert images.size_of(path) == pixels.shape[:2]
+    return pixels
 
 
 def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -100,7 +100,7 @@ def pngs(draw):
     elif kind == 2:
         levels, alpha = upper, np.full_like(samples[..., :1], 255)
         if clear:
-            before = [(b"tRNS", b"".join(int(own).to_bytes(2, "big") for own in samples[0, 0]))]
+            before = [(b"tRNS", b"".join(int(sample).to_bytes(2, "big") for sample in samples[0, 0]))]
             alpha = np.where((upper == upper[0, 0]).all(-1, keepdims=True), 0, 255)
     elif kind == 3:
         palette, alphas = rng.integers(0, 256, (2**depth, 3)), np.full(2**depth, 255)
@@ -154,11 +154,11 @@ def test_pictures_stand_as_their_camera_was_held(tmp_path, form, orientation):
     tags = Image.Exif()
     tags[0x0112] = orientation
     more = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(form, {})
-    found = read(tmp_path, pictures.saved(stored, form, exif=tags, **more))
-    assert found.shape == levels.shape
-    assert np.abs(found.astype(int) - levels).max() <= (3 if form == "JPEG" else 0)
+    pixels = read(tmp_path, pictures.saved(stored, form, exif=tags, **more))
+    assert pixels.shape == levels.shape
+    assert np.abs(pixels.astype(int) - levels).max() <= (3 if form == "JPEG" else 0)
     with Image.open(tmp_path / "picture") as opened:  # however it gets here, it is turned once
-        assert np.array_equal(to_uint8(from_pil([opened]))[0].permute(1, 2, 0).numpy(), found)
+        assert np.array_equal(to_uint8(from_pil([opened]))[0].permute(1, 2, 0).numpy(), pixels)
 
 
 @pytest.mark.parametrize("broken", [b"", b"Exif\0\0", b"MM\0*\xff\xff\xff\xff", pictures.exif(0), pictures.exif(9)])
@@ -171,8 +171,8 @@ def test_exif_that_says_nothing_turns_nothing(tmp_path, broken):
 def test_of_several_pictures_the_first_is_read(tmp_path, kind):
     first = np.zeros((8, 8, 3), np.uint8)
     first[:4] = 200, 100, 0
-    found = read(tmp_path, pictures.animations(first)[kind])
-    assert np.array_equal(found, first)
+    pixels = read(tmp_path, pictures.animations(first)[kind])
+    assert np.array_equal(pixels, first)
     assert images.for_page(tmp_path / "picture").startswith("data:image/png;base64,")
 
 
@@ -183,20 +183,20 @@ def test_colours_of_print_become_light(tmp_path):
     ink = RNG.integers(0, 256, (6, 7, 4), dtype=np.uint8)
     cyan, black = ink[..., :3].astype(float), ink[..., 3:].astype(float)
     expected = (255 - black) * (255 - cyan) / 255
-    found = read(tmp_path, pictures.saved(Image.fromarray(ink, "CMYK"), "TIFF"))
-    assert np.abs(found - expected).max() <= 1
+    pixels = read(tmp_path, pictures.saved(Image.fromarray(ink, "CMYK"), "TIFF"))
+    assert np.abs(pixels - expected).max() <= 1
     flat = Image.new("CMYK", (16, 16), (0, 200, 255, 30))
-    found = read(tmp_path, pictures.saved(flat, "JPEG", quality=100))
-    assert np.abs(found - np.array([225, 225 * 55 / 255, 0])).max() <= 4
+    pixels = read(tmp_path, pictures.saved(flat, "JPEG", quality=100))
+    assert np.abs(pixels - np.array([225, 225 * 55 / 255, 0])).max() <= 4
 
 
 def test_lightness_and_opponent_colours_become_rgb(tmp_path):
     """Black, white, sRGB's red and a grey, whose L, a, b under D50 are published; a and b are rounded to whole numbers,
     which is worth up to 5 levels of red."""
     lab = Image.fromarray(np.array([[[0, 0, 0], [255, 0, 0], [138, 81, 70], [136, 0, 0]]], np.uint8), "LAB")
-    found = read(tmp_path, pictures.saved(lab, "TIFF")).astype(int)
+    pixels = read(tmp_path, pictures.saved(lab, "TIFF")).astype(int)
     expected = [[0, 0, 0], [255, 255, 255], [255, 0, 0], [127, 127, 127]]
-    assert np.abs(found[0] - expected).max() <= 5
+    assert np.abs(pixels[0] - expected).max() <= 5
 
 
 def test_brightness_and_two_colour_differences_become_rgb(tmp_path):

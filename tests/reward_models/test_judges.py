@@ -49,30 +49,30 @@ def test_a_request_stays_one_quoted_line_of_the_question(scorer, text):
 
 def test_a_hostile_reply_of_a_judge_who_repeats_the_request_is_no_score():
     made, _ = judged("rational", lambda question: HOSTILE[1].replace("# Summary", "1. Text Faithfulness: 1\n# Summary"))
-    found = made(IMAGES[:1], PROMPTS[:1])
-    assert "two scores" in found.failures[0]
-    assert found.values.isnan().all()
+    scores = made(IMAGES[:1], PROMPTS[:1])
+    assert "two scores" in scores.failures[0]
+    assert scores.values.isnan().all()
 
 
 def test_criteria_with_words_of_a_picture_stay_quoted():
     wants = {"text": "STOP'?\n2. yes {image}"}
     made, judge = judged("checklist", lambda question: '{"1": true}')
-    found = made(IMAGES[:1], [Prompt("a sign", wants)])
-    assert found.column("share").tolist() == [1.0]
-    assert [len(own.parts) for own in judge.asked] == [2]
+    scores = made(IMAGES[:1], [Prompt("a sign", wants)])
+    assert scores.column("share").tolist() == [1.0]
+    assert [len(question.parts) for question in judge.asked] == [2]
     assert sum(line.startswith("2.") for line in judge.asked[0].text.splitlines()) == 0
 
 
 def test_rational_has_aspects_critique_and_request():
     made, judge = judged("rational", lambda question: FULL)
-    found = made(IMAGES[:2], PROMPTS[:2])
-    assert found.names == ("overall", "faithfulness", "quality", "text")
-    assert found.values[0, :3].tolist() == pytest.approx([0.75, 2.5 / 3, 2 / 3])
-    assert found.values[:, 3].isnan().all()
-    assert not found.failures
-    assert found.requests == ("a large red circle on a plain ground",) * 2
-    assert found.replies == (FULL, FULL)
-    assert "faithfulness 3.5/4 The circle is there and it is red." in found.critiques[0]
+    scores = made(IMAGES[:2], PROMPTS[:2])
+    assert scores.names == ("overall", "faithfulness", "quality", "text")
+    assert scores.values[0, :3].tolist() == pytest.approx([0.75, 2.5 / 3, 2 / 3])
+    assert scores.values[:, 3].isnan().all()
+    assert not scores.failures
+    assert scores.requests == ("a large red circle on a plain ground",) * 2
+    assert scores.replies == (FULL, FULL)
+    assert "faithfulness 3.5/4 The circle is there and it is red." in scores.critiques[0]
     assert judge.schemas == [None]
 
 
@@ -86,14 +86,14 @@ def test_an_edit_is_shown_before_and_after(tmp_path):
     to_pil(IMAGES[3:])[0].save(tmp_path / "before.png")
     made, judge = judged("rational", lambda question: FULL, task="edit")
     wants = [{"source": str(tmp_path / "before.png")}, {}, {"source": str(tmp_path / "gone.png")}]
-    found = made(IMAGES[:3], [Prompt("make it red", own) for own in wants])
+    scores = made(IMAGES[:3], [Prompt("make it red", want) for want in wants])
     pictures = [part for part in judge.asked[0].parts if not isinstance(part, str)]
     assert torch.equal(pictures[0], IMAGES[3])
     assert torch.equal(pictures[1], IMAGES[0])
     assert len(judge.asked) == 1
-    assert "'source'" in found.failures[1]
-    assert "gone.png: cannot be read" in found.failures[2]
-    assert found.values[1:].isnan().all()
+    assert "'source'" in scores.failures[1]
+    assert "gone.png: cannot be read" in scores.failures[2]
+    assert scores.values[1:].isnan().all()
 
 
 def test_a_reply_that_was_cut_off_before_an_aspect_is_no_score():
@@ -116,11 +116,11 @@ def test_a_number_at_the_end_of_a_reply_that_was_cut_off_is_no_score():
 def test_one_failure_costs_one_image_and_is_never_nought():
     replies = iter([FULL, "no", Reply(failure="the server answered 500"), FULL])
     made, _ = judged("rational", lambda question: next(replies))
-    found = made(IMAGES, PROMPTS)
-    assert sorted(found.failures) == [1, 2]
-    assert found.failures[1].endswith("the reply begins 'no'")
-    assert found.values[[1, 2]].isnan().all()
-    assert found.values[[0, 3], 0].tolist() == pytest.approx([0.75, 0.75])
+    scores = made(IMAGES, PROMPTS)
+    assert sorted(scores.failures) == [1, 2]
+    assert scores.failures[1].endswith("the reply begins 'no'")
+    assert scores.values[[1, 2]].isnan().all()
+    assert scores.values[[0, 3], 0].tolist() == pytest.approx([0.75, 0.75])
 
 
 def test_requests_and_replies_are_remembered(tmp_path):
@@ -138,16 +138,16 @@ def test_log_odds_by_question():
         "vlm_yes_no", odds=lambda question: 2.0 if "red" in question.text else "not among the likeliest words",
         questions={"red": "Is it red?", "all": "Is it {prompt}?"},
     )  # fmt: skip
-    found = made(IMAGES[:1], [Prompt("a cat")])
-    assert found.names == ("red", "all")
-    assert found.values[0, 0] == 2
-    assert found.values[0, 1].isnan()
-    assert found.failures == {0: "all: not among the likeliest words"}
-    assert [own.text.count('"a cat"') for own in judge.asked] == [1, 1]
+    scores = made(IMAGES[:1], [Prompt("a cat")])
+    assert scores.names == ("red", "all")
+    assert scores.values[0, 0] == 2
+    assert scores.values[0, 1].isnan()
+    assert scores.failures == {0: "all: not among the likeliest words"}
+    assert [question.text.count('"a cat"') for question in judge.asked] == [1, 1]
 
 
 def test_rules_make_criteria_of_ground_truth():
-    kinds = [own.kind for own in by_rule(WANTS)]
+    kinds = [criterion.kind for criterion in by_rule(WANTS)]
     assert kinds == ["object", "count", "attribute", "object", "count", "relation"]
     assert by_rule(WANTS)[5].depends == (4, 1)
     assert by_rule({}) == []
@@ -170,24 +170,24 @@ def test_a_checklist_counts_by_weight_and_by_what_depends_on_what():
     made, judge = judged("checklist", lambda question: json.dumps(reply), grid=2)
     assert "criterion 4 has no answer" in made(IMAGES[:1], [Prompt("a cat", {"criteria": criteria})]).failures[0]
     judge.asked.clear()
-    found = made(IMAGES[:1], [Prompt("a red cat at night", {"criteria": criteria[:3]})])
-    share = dict(zip(found.names, found.values[0].tolist(), strict=True))
+    scores = made(IMAGES[:1], [Prompt("a red cat at night", {"criteria": criteria[:3]})])
+    share = dict(zip(scores.names, scores.values[0].tolist(), strict=True))
     assert share["share"] == pytest.approx(2 / (3 + 1 + 2))
     assert share["attribute"] == 0.0  # red, but of a cat that is not there
     assert (share["object"], share["style"]) == (0.0, 1.0)
-    assert found.column("text").isnan().all()
-    assert found.requests == ("a red cat at night; a cat, a red cat",)
-    assert found.boxes[0][0].credit == -1
-    assert found.regions[0, :, 0].eq(-1).all()
+    assert scores.column("text").isnan().all()
+    assert scores.requests == ("a red cat at night; a cat, a red cat",)
+    assert scores.boxes[0][0].credit == -1
+    assert scores.regions[0, :, 0].eq(-1).all()
     assert len(judge.asked) == 1
 
 
 def test_criteria_are_written_once_per_prompt_and_kept(tmp_path):
-    own = '{"criteria": [{"question": "Is there a cat?", "kind": "object", "weight": 3}]}'
+    checklist = '{"criteria": [{"question": "Is there a cat?", "kind": "object", "weight": 3}]}'
     file = tmp_path / "criteria.jsonl"
 
     def reply(question):
-        return own if "You write a checklist" in question.system else '{"1": true}'
+        return checklist if "You write a checklist" in question.system else '{"1": true}'
 
     made, judge = judged("checklist", reply, written=str(file))
     assert (
@@ -215,10 +215,10 @@ def test_criteria_are_written_once_per_prompt_and_kept(tmp_path):
 def test_bad_criteria_fail_their_prompt_alone(criteria, says):
     made, judge = judged("checklist", lambda question: '{"1": true}')
     good = [{"question": "Is there a cat?"}]
-    found = made(IMAGES[:2], [Prompt("a cat", {"criteria": criteria}), Prompt("a cat", {"criteria": good})])
-    assert list(found.failures) == [0]
-    assert says in found.failures[0]
-    assert found.values[1, 0] == 1
+    scores = made(IMAGES[:2], [Prompt("a cat", {"criteria": criteria}), Prompt("a cat", {"criteria": good})])
+    assert list(scores.failures) == [0]
+    assert says in scores.failures[0]
+    assert scores.values[1, 0] == 1
     assert len(judge.asked) == 1
 
 
@@ -249,7 +249,7 @@ def test_a_judge_that_prefers_a_side_wins_nothing_by_it():
     many = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
     random(many, [Prompt("x", {}, 1)] * 24)
     place = {image.numpy().tobytes(): i for i, image in enumerate(many)}
-    shown = [[place[part.numpy().tobytes()] for part in own.parts if not isinstance(part, str)] for own in judge.asked]
+    shown = [[place[part.numpy().tobytes()] for part in q.parts if not isinstance(part, str)] for q in judge.asked]
     assert 0.4 < sum(one < two for one, two in shown) / len(shown) < 0.6
 
 
@@ -260,27 +260,27 @@ def test_dead_comparisons_shrink_the_count():
         return brightest(question)
 
     made, _ = judged("pairwise", reply)
-    found = made(GREY, PROMPTS)
-    assert found.column("wins")[:3].tolist() == pytest.approx([0, 0.5, 1])
-    assert found.column("wins")[3].isnan()
-    assert "did not answer in time" in found.failures[3]
-    assert list(found.failures) == [3]
+    scores = made(GREY, PROMPTS)
+    assert scores.column("wins")[:3].tolist() == pytest.approx([0, 0.5, 1])
+    assert scores.column("wins")[3].isnan()
+    assert "did not answer in time" in scores.failures[3]
+    assert list(scores.failures) == [3]
 
 
 def test_prompts_do_not_play_each_other_and_one_image_has_nobody_to_play():
     made, judge = judged("pairwise", brightest)
-    found = made(GREY, [Prompt("a", {}, 1), Prompt("a", {}, 1), Prompt("b", {}, 2), Prompt("c", {}, 3)])
+    scores = made(GREY, [Prompt("a", {}, 1), Prompt("a", {}, 1), Prompt("b", {}, 2), Prompt("c", {}, 3)])
     assert judge.usage["calls"] == 1
-    assert found.column("wins")[:2].tolist() == [0, 1]
-    assert "only image of its prompt" in found.failures[2]
+    assert scores.column("wins")[:2].tolist() == [0, 1]
+    assert "only image of its prompt" in scores.failures[2]
 
 
 def test_fewer_opponents_cost_fewer_calls():
     many = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     made, judge = judged("pairwise", brightest, opponents=4)
-    found = made(many, [Prompt("x", {}, 1)] * 12)
+    scores = made(many, [Prompt("x", {}, 1)] * 12)
     assert judge.usage["calls"] == 12 * 4 // 2
-    assert not found.failures
+    assert not scores.failures
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,14 @@ KEY = 'sk-"hush/+ &<é>\\'.replace("é", "e")
 def judged(url: str, **more) -> str:
     """Why a judge behind a server has no score."""
     judge = load("rational", model="m", url=url, **{"timeout": 0.4, "retries": 0} | more)
-    found = judge(torch.zeros(1, 3, 8, 8), [Prompt("a red circle")])
-    assert found.values.isnan().all()
-    return found.failures[0]
+    scores = judge(torch.zeros(1, 3, 8, 8), [Prompt("a red circle")])
+    assert scores.values.isnan().all()
+    return scores.failures[0]
 
 
 def linked(url: str) -> str:
     with pytest.raises(Fault) as error:
-        Link(url, "hush", 0.4, 0).post("/score", b"{}", lambda found: found)
+        Link(url, "hush", 0.4, 0).post("/score", b"{}", lambda answer: answer)
     return str(error.value)
 
 
@@ -41,16 +41,16 @@ def test_whatever_a_server_sends_there_is_a_reason_in_time(kind, ask):
     """Most of them go on for ever: without a deadline this would not end."""
     parts, pause, says = ANSWERS[kind]
     with sending(parts, pause) as url:
-        why = ask(url)
-    assert re.search(says, why)
-    assert why.startswith(f"{url}: ") == (ask is judged)
-    assert "\n" not in why
-    assert len(why) < 700
+        reason = ask(url)
+    assert re.search(says, reason)
+    assert reason.startswith(f"{url}: ") == (ask is judged)
+    assert "\n" not in reason
+    assert len(reason) < 700
 
 
 def test_a_request_that_nobody_takes_ends_in_time():
     with sending(*ANSWERS["nothing"][:2]) as url, pytest.raises(Fault, match="no answer within"):
-        Link(url, "hush", 0.4, 0).post("/score", b" " * 10**8, lambda found: found)
+        Link(url, "hush", 0.4, 0).post("/score", b" " * 10**8, lambda answer: answer)
 
 
 def test_no_more_of_an_answer_is_held_than_the_bound(monkeypatch):
@@ -113,14 +113,14 @@ FORMS = {
     "plain": lambda key: key,
     "in JSON": lambda key: json.dumps(key)[1:-1],
     "in JSON in JSON": lambda key: json.dumps(json.dumps(key))[3:-3],
-    "as JSON numbers": lambda key: "".join(f"\\u{ord(own):04X}" for own in key),
+    "as JSON numbers": lambda key: "".join(f"\\u{ord(letter):04X}" for letter in key),
     "in a URL": lambda key: urllib.parse.quote(key, safe=""),
     "in a path": urllib.parse.quote,
     "in a form": urllib.parse.quote_plus,
     "in a URL twice": lambda key: urllib.parse.quote(urllib.parse.quote(key, safe="")),
-    "all of it in a URL": lambda key: "".join(f"%{ord(own):02x}" for own in key),
+    "all of it in a URL": lambda key: "".join(f"%{ord(letter):02x}" for letter in key),
     "in HTML": html.escape,
-    "as HTML numbers": lambda key: "".join(f"&#{ord(own)};" for own in key),
+    "as HTML numbers": lambda key: "".join(f"&#{ord(letter)};" for letter in key),
     "in base64": lambda key: base64.b64encode(key.encode()).decode(),
     "as it was sent, in base64": lambda key: base64.b64encode(f"Bearer {key}".encode()).decode(),
 }
@@ -131,9 +131,9 @@ VISIBLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=4
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 def test_a_secret_is_struck_out_in_any_form(key, form, before, after):
     written = FORMS[form](key)
-    found = striking(key)(f"{before}|{written}|{after}")
-    assert written not in found.replace("...", "")
-    assert "..." in found
+    struck = striking(key)(f"{before}|{written}|{after}")
+    assert written not in struck.replace("...", "")
+    assert "..." in struck
 
 
 @given(VISIBLE, st.text(max_size=60))
@@ -167,10 +167,10 @@ def test_a_key_that_a_judge_repeats_reaches_nobody(form):
     with chatting(lambda request: next(answers)) as (url, _):
         judge = load("rational", model="m", url=url, key=KEY, timeout=9, retries=0)
         for _ in bodies:
-            found = judge(torch.zeros(1, 3, 8, 8), [Prompt("a red circle")])
-            told = [*found.failures.values(), *found.critiques, *found.requests, *found.replies, str(judge.card)]
-            assert "..." in "".join(told)
-            assert written not in "".join(told)
+            scores = judge(torch.zeros(1, 3, 8, 8), [Prompt("a red circle")])
+            texts = [*scores.failures.values(), *scores.critiques, *scores.requests, *scores.replies, str(judge.card)]
+            assert "..." in "".join(texts)
+            assert written not in "".join(texts)
             assert KEY not in repr(judge.judge)
 
 

@@ -201,7 +201,7 @@ def test_damaged_weights_are_one_line(good, tmp_path, name, damage):
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "why"),
+    ("name", "spoil", "reason"),
     [
         ("clip", lambda w: w.pop("positional_embedding"), "positional_embedding"),
         ("clip", lambda w: w.update(extra=torch.zeros(2)), "extra"),
@@ -215,13 +215,13 @@ def test_damaged_weights_are_one_line(good, tmp_path, name, damage):
         ),
     ],
 )
-def test_weights_of_another_model_are_refused(good, tmp_path, name, spoil, why):
+def test_weights_of_another_model_are_refused(good, tmp_path, name, spoil, reason):
     settings = good(name, tmp_path / "model")
     path = next((tmp_path / "model").glob("*.safetensors"))
     weights = load_file(path)
     spoil(weights)
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=why) as refused:
+    with pytest.raises(ValueError, match=reason) as refused:
         load(name, **settings)
     assert "\n" not in str(refused.value)
 

@@ -82,7 +82,7 @@ def test_reading_order_is_by_row_then_by_column():
         return Line(text, (left, middle - 10, left + 40, middle + 10))
 
     slanted = [line("d", 0, 80), line("b", 50, 22), line("e", 50, 71), line("c", 100, 28), line("a", 0, 20)]
-    assert "".join(found.text for found in in_order(slanted)) == "abcde"
+    assert "".join(line.text for line in in_order(slanted)) == "abcde"
     assert in_order([]) == []
 
 
@@ -94,11 +94,11 @@ def test_words_share_a_box_by_their_letters():
 
 def test_words_are_credited_by_their_letters_of_the_target():
     lines = [Line("BIG SALE", (0, 0, 80, 10)), Line("tooday xyz", (0, 20, 100, 30))]
-    found = credited(["sale", "today"], lines)
-    assert {region.reason: region.credit for region in found} == pytest.approx(
+    regions = credited(["sale", "today"], lines)
+    assert {region.reason: region.credit for region in regions} == pytest.approx(
         {"BIG": -1, "SALE": 1, "tooday": 2 * 5 / 6 - 1, "xyz": -1}
     )
-    assert [region.label for region in found] == ["", "1 sale", "2 today", ""]
+    assert [region.label for region in regions] == ["", "1 sale", "2 today", ""]
     assert credited(["sale"], []) == []
 
 

@@ -21,12 +21,12 @@ def judge():
     """The scorer with a judge of `replies`, told the text of a question; and that judge."""
 
     def made(replies, **settings):
-        return judged("places", lambda question: replies(told(question)), **settings)
+        return judged("places", lambda question: replies(question_text(question)), **settings)
 
     return made
 
 
-def told(question):
+def question_text(question):
     return f"{question.system}\n{question.text}"
 
 
@@ -36,48 +36,48 @@ def is_whole(text):
 
 def test_scores_map_and_reason(judge):
     local = '[{"box": [0, 0, 24, 32], "score": 1, "label": "1 cat"}, {"box": [24, 0, 48, 16], "score": -0.5}]'
-    scorer, asked = judge(lambda text: WHOLE if is_whole(text) else local, grid=2)
-    found = scorer(IMAGES, PROMPTS)
-    assert not found.failures
-    assert found.values[0].tolist() == pytest.approx([0.5, (768 * 1 - 384 * 0.5) / (768 + 384)])
+    scorer, judge_model = judge(lambda text: WHOLE if is_whole(text) else local, grid=2)
+    scores = scorer(IMAGES, PROMPTS)
+    assert not scores.failures
+    assert scores.values[0].tolist() == pytest.approx([0.5, (768 * 1 - 384 * 0.5) / (768 + 384)])
     nan = torch.nan
-    torch.testing.assert_close(found.regions[0], torch.tensor([[1, -0.5], [1, nan]]), equal_nan=True)
-    assert [own.label for own in found.boxes[0]] == ["1 cat", ""]
-    assert found.critiques[0] == "well laid out"
-    texts = [told(own) for own in asked.asked]
+    torch.testing.assert_close(scores.regions[0], torch.tensor([[1, -0.5], [1, nan]]), equal_nan=True)
+    assert [box.label for box in scores.boxes[0]] == ["1 cat", ""]
+    assert scores.critiques[0] == "well laid out"
+    texts = [question_text(question) for question in judge_model.asked]
     assert len(texts) == 6
     assert sum(map(is_whole, texts)) == 3
     assert all("pixels of the picture" in text for text in texts if not is_whole(text))
-    assert len(found.replies) == 3
-    assert WHOLE in found.replies[0]
+    assert len(scores.replies) == 3
+    assert WHOLE in scores.replies[0]
 
 
 def test_a_prompt_cannot_change_the_question(judge):
-    scorer, asked = judge(lambda text: WHOLE if is_whole(text) else "[]")
+    scorer, judge_model = judge(lambda text: WHOLE if is_whole(text) else "[]")
     scorer(IMAGES, PROMPTS)
-    assert sum('"a dog {regions} {coordinates} {prompt}"' in own.text for own in asked.asked) == 2
+    assert sum('"a dog {regions} {coordinates} {prompt}"' in question.text for question in judge_model.asked) == 2
 
 
 def test_no_region_is_no_opinion(judge):
     scorer, _ = judge(lambda text: WHOLE if is_whole(text) else "[]")
-    found = scorer(IMAGES, PROMPTS)
-    assert not found.failures
-    assert found.values[:, 0].eq(0.5).all()
-    assert found.values[:, 1].isnan().all()
-    assert found.regions.isnan().all()
+    scores = scorer(IMAGES, PROMPTS)
+    assert not scores.failures
+    assert scores.values[:, 0].eq(0.5).all()
+    assert scores.values[:, 1].isnan().all()
+    assert scores.regions.isnan().all()
 
 
 def test_a_bad_reply_fails_its_image_alone_and_is_never_nought(judge):
     bad = '[{"box": [0, 0, 99, 9], "score": 1}]'
     scorer, _ = judge(lambda text: WHOLE if is_whole(text) else bad if "dog" in text else "[]")
-    found = scorer(IMAGES, PROMPTS)
-    assert list(found.failures) == [1]
-    assert found.failures[1].startswith(
+    scores = scorer(IMAGES, PROMPTS)
+    assert list(scores.failures) == [1]
+    assert scores.failures[1].startswith(
         "region 1: box (0.0, 0.0, 99.0, 9.0) lies outside the image of 48 x 32 pixels; "
     )
-    assert found.failures[1].endswith(f"the reply begins {bad!r}")
-    assert found.values[1].isnan().all()
-    assert found.values[[0, 2], 0].eq(0.5).all()
+    assert scores.failures[1].endswith(f"the reply begins {bad!r}")
+    assert scores.values[1].isnan().all()
+    assert scores.values[[0, 2], 0].eq(0.5).all()
 
 
 def test_proposed_regions_are_put_to_the_judge_by_number(judge, tmp_path):
@@ -90,31 +90,31 @@ def test_proposed_regions_are_put_to_the_judge_by_number(judge, tmp_path):
             [{"region": k + 1, "score": 1} for k in range(len(re.findall(r"^\d+: \[", text, re.MULTILINE)))]
         )
 
-    scorer, asked = judge(reply, proposals=detr, confidence=0.05)
-    found = scorer(IMAGES, PROMPTS)
-    assert not found.failures
-    assert any(found.boxes)
-    for boxes in found.boxes:
-        areas = [(own.box[2] - own.box[0]) * (own.box[3] - own.box[1]) for own in boxes]
+    scorer, judge_model = judge(reply, proposals=detr, confidence=0.05)
+    scores = scorer(IMAGES, PROMPTS)
+    assert not scores.failures
+    assert any(scores.boxes)
+    for boxes in scores.boxes:
+        areas = [(box.box[2] - box.box[0]) * (box.box[3] - box.box[1]) for box in boxes]
         assert areas == sorted(areas, reverse=True)
         assert len(boxes) <= 10
-    assert all("{regions}" not in own.text or "dog" in own.text for own in asked.asked)
+    assert all("{regions}" not in question.text or "dog" in question.text for question in judge_model.asked)
 
 
 def test_a_real_model_that_babbles_fails_honestly(tmp_path):
-    found = load("places", model=str(tiny_vlm.folder_of(tmp_path)), tokens=12)(IMAGES, PROMPTS)
-    assert sorted(found.failures) == [0, 1, 2]
-    assert all("the reply (it ran out of tokens) begins " in why for why in found.failures.values())
-    assert all(found.replies)
-    assert found.values.isnan().all()
+    scores = load("places", model=str(tiny_vlm.folder_of(tmp_path)), tokens=12)(IMAGES, PROMPTS)
+    assert sorted(scores.failures) == [0, 1, 2]
+    assert all("the reply (it ran out of tokens) begins " in reason for reason in scores.failures.values())
+    assert all(scores.replies)
+    assert scores.values.isnan().all()
 
 
 def test_a_real_model_writes_through_its_own_generate(tmp_path):
-    found = load("places", **places(tmp_path))(IMAGES, PROMPTS)
-    said = json.loads(REPLY)
-    assert found.column("overall").eq(said["score"]).all()
-    assert found.boxes[0][0].box == tuple(said["regions"][0]["box"])
-    assert found.column("local").eq(said["regions"][0]["score"]).all()
+    scores = load("places", **places(tmp_path))(IMAGES, PROMPTS)
+    reply = json.loads(REPLY)
+    assert scores.column("overall").eq(reply["score"]).all()
+    assert scores.boxes[0][0].box == tuple(reply["regions"][0]["box"])
+    assert scores.column("local").eq(reply["regions"][0]["score"]).all()
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_settings_are_checked(tmp_path, settings, says):
 def test_an_instruction_of_ones_own_changes_the_version(tmp_path):
     (tmp_path / "own.txt").write_text("{image} How is it laid out, for {prompt}?")
     plain = load("places", **places(tmp_path / "vlm"))
-    own = load("places", **places(tmp_path / "vlm") | {"whole": str(tmp_path / "own.txt")})
-    assert plain.card.version != own.card.version
+    reworded = load("places", **places(tmp_path / "vlm") | {"whole": str(tmp_path / "own.txt")})
+    assert plain.card.version != reworded.card.version
     (tmp_path / "own.txt").write_text("{image} How is it laid out?")
-    with pytest.raises(ValueError, match=r"does not hold \{prompt\}"):
+    with pytest.raises(ValueError, match=r"does not contain \{prompt\}"):
         load("places", model=str(tmp_path / "vlm"), whole=str(tmp_path / "own.txt"))

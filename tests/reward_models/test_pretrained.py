@@ -58,10 +58,10 @@ def test_hpsv2_is_the_cosine_of_padded_images(images, made):
     transform = image_transform_v2(config, is_train=False)
     image = model.encode_image(torch.stack([transform(picture) for picture in to_pil(images)]), normalize=True)
     text = model.encode_text(open_clip.get_tokenizer(architecture)(TEXTS), normalize=True)
-    found = load("hpsv2", **made["hpsv2"])(images, PROMPTS).values[:, 0]
-    torch.testing.assert_close(found, (image * text).sum(1), rtol=0, atol=5e-3)
+    scores = load("hpsv2", **made["hpsv2"])(images, PROMPTS).values[:, 0]
+    torch.testing.assert_close(scores, (image * text).sum(1), rtol=0, atol=5e-3)
     square = load("hpsv2", **made["hpsv2"])(images[:, :, :35], PROMPTS).values[:, 0]
-    assert not torch.allclose(found, square, atol=5e-3)
+    assert not torch.allclose(scores, square, atol=5e-3)
 
 
 @torch.no_grad()
@@ -85,14 +85,14 @@ def test_image_reward_is_its_head_on_blip_under_the_original_names(images, made)
     words = BertTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
     square = F.interpolate(images[:, :, :35], (24, 24), mode="bicubic", antialias=True).clamp(0, 1)
     pixels = (square - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    seen = vision(pixel_values=pixels).last_hidden_state
+    features = vision(pixel_values=pixels).last_hidden_state
     features = text(
-        input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen
+        input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=features
     ).last_hidden_state[:, 0]
     chain = linear_chain(torch.load(f"{folder}/ImageReward.pt", weights_only=True), "mlp.layers.")
     expected = (chain(features) - SHIFT) / SPREAD
-    found = load("image_reward", **made["image_reward"])(images[:, :, :35], PROMPTS).values
-    torch.testing.assert_close(found, expected)
+    scores = load("image_reward", **made["image_reward"])(images[:, :, :35], PROMPTS).values
+    torch.testing.assert_close(scores, expected)
     assert expected.std() > 1e-2
 
 
@@ -221,6 +221,8 @@ def test_a_file_of_weights_has_the_activation_of_the_name(tagged):
 
 
 def test_aesthetic_says_where_its_weights_are():
-    why = r"sac\+logos\+ava1-l14-linearMSE.pth of the GitHub repository christophschuhmann/improved-aesthetic-predictor"
-    with pytest.raises(ValueError, match=f"aesthetic: head: the predictor's weights are needed, {why}"):
+    reason = (
+        r"sac\+logos\+ava1-l14-linearMSE.pth of the GitHub repository christophschuhmann/improved-aesthetic-predictor"
+    )
+    with pytest.raises(ValueError, match=f"aesthetic: head: the predictor's weights are needed, {reason}"):
         load("aesthetic")

@@ -9,26 +9,26 @@ nan = torch.nan
 
 
 def test_a_box_on_whole_cells_fills_them_and_no_other():
-    found = paint([Region((8, 0, 16, 4), -0.5)], (8, 32), (2, 8))
+    grid = paint([Region((8, 0, 16, 4), -0.5)], (8, 32), (2, 8))
     expected = torch.full((2, 8), nan)
     expected[0, 2:4] = -0.5
-    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(grid, expected, equal_nan=True)
 
 
 def test_where_boxes_overlap_their_mean_by_area_holds():
-    found = paint([Region((0, 0, 4, 4), 1.0), Region((2, 0, 4, 4), -1.0), Region((0, 0, 1, 4), 0.0)], (4, 4), (1, 1))
-    assert found.item() == pytest.approx((1.0 * 16 - 1.0 * 8) / (16 + 8 + 4))
+    grid = paint([Region((0, 0, 4, 4), 1.0), Region((2, 0, 4, 4), -1.0), Region((0, 0, 1, 4), 0.0)], (4, 4), (1, 1))
+    assert grid.item() == pytest.approx((1.0 * 16 - 1.0 * 8) / (16 + 8 + 4))
     assert paint([], (4, 4), (2, 2)).isnan().all()
 
 
 def test_rules_where_regions_overlap():
     regions = [Region((0, 0, 4, 4), 0.5), Region((2, 0, 4, 4), -1.0), Region((3, 0, 4, 4), 0.25)]
-    found = {rule: paint(regions, (4, 8), (1, 8), rule)[0].tolist()[:4] for rule in ("max", "min", "last", "mean")}
-    assert found["max"] == [0.5, 0.5, 0.5, 0.5]
-    assert found["min"] == [0.5, 0.5, -1, -1]
-    assert found["last"] == [0.5, 0.5, -1, 0.25]
-    assert found["mean"] == pytest.approx([0.5, 0.5, -0.25, -1 / 12])
-    for rule in found:
+    grid = {rule: paint(regions, (4, 8), (1, 8), rule)[0].tolist()[:4] for rule in ("max", "min", "last", "mean")}
+    assert grid["max"] == [0.5, 0.5, 0.5, 0.5]
+    assert grid["min"] == [0.5, 0.5, -1, -1]
+    assert grid["last"] == [0.5, 0.5, -1, 0.25]
+    assert grid["mean"] == pytest.approx([0.5, 0.5, -0.25, -1 / 12])
+    for rule in grid:
         assert paint(regions, (4, 8), (1, 8), rule)[0, 4:].isnan().all()
         assert paint([], (4, 8), (2, 2), rule).isnan().all()
     with pytest.raises(ValueError, match="no overlap rule called 'sum'; known: mean, max, min, last"):
@@ -40,9 +40,9 @@ def test_a_mask_covers_what_its_box_would():
     mask[0, 3:9, 4:13] = True
     box = box_shares([Region((4, 3, 13, 9), 1.0)], (12, 18), (4, 6))
     torch.testing.assert_close(mask_shares(mask, (4, 6)), box)
-    found = blend(mask_shares(mask, (4, 6)), torch.tensor([-0.5]))
-    assert torch.equal(found.isnan(), box[0] == 0)
-    assert found[box[0] > 0].eq(-0.5).all()
+    grid = blend(mask_shares(mask, (4, 6)), torch.tensor([-0.5]))
+    assert torch.equal(grid.isnan(), box[0] == 0)
+    assert grid[box[0] > 0].eq(-0.5).all()
 
 
 @pytest.mark.parametrize("box", [(-1, 0, 3, 3), (0, -0.5, 3, 3), (0, 0, 9, 3), (0, 0, 3, 5)])
@@ -77,12 +77,12 @@ def test_a_box_comes_back_at_the_cells_it_touches(high, wide, rows, columns, dat
     top, bottom = sorted(
         data.draw(st.tuples(st.integers(0, high), st.integers(0, high)).filter(lambda e: e[0] != e[1]))
     )
-    found = paint([Region((left, top, right, bottom), 0.25)], (high, wide), (rows, columns))
+    grid = paint([Region((left, top, right, bottom), 0.25)], (high, wide), (rows, columns))
     y, x = torch.arange(rows)[:, None], torch.arange(columns)
     touches = (y * high < bottom * rows) & ((y + 1) * high > top * rows)
     touches = touches & (x * wide < right * columns) & ((x + 1) * wide > left * columns)
-    assert torch.equal(~found.isnan(), touches)
-    torch.testing.assert_close(found[touches], torch.full((int(touches.sum()),), 0.25))
+    assert torch.equal(~grid.isnan(), touches)
+    torch.testing.assert_close(grid[touches], torch.full((int(touches.sum()),), 0.25))
 
 
 @hypothesis.given(sides, sides, sides)

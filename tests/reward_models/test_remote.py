@@ -45,14 +45,14 @@ def test_remote_scores_are_the_local_ones(name):
     prompts[8] = Prompt("without truth", {}, 8)
     with running({name: local}) as url:
         remote = Remote(url)
-        found, expected = remote(images, prompts), local(images, prompts)
+        scores, expected = remote(images, prompts), local(images, prompts)
         in_parts = Remote(url, batch=4)(images, prompts)
     assert remote.names == tuple(f"{name}.{component}" for component in local.names)
-    torch.testing.assert_close(found.values, expected.values, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(scores.values, expected.values, rtol=0, atol=0, equal_nan=True)
     # sums of floats depend on how many images a model is shown at once
     torch.testing.assert_close(in_parts.values, expected.values, rtol=0, atol=1e-6, equal_nan=True)
-    assert found.failures == in_parts.failures == expected.failures
-    assert found.critiques == in_parts.critiques == expected.critiques
+    assert scores.failures == in_parts.failures == expected.failures
+    assert scores.critiques == in_parts.critiques == expected.critiques
 
 
 def test_the_contract_holds_from_afar():
@@ -64,10 +64,10 @@ def test_the_contract_holds_from_afar():
         order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
         assert torch.equal(remote(images[order], [prompts[i] for i in order]).values, whole[order])
         images[2, 0, 0, 0], images[4] = torch.nan, -1
-        found = remote(images, prompts)
-        assert found.failures == {2: "a pixel is not finite", 4: "pixels from -1 to -1; an image lies in [0, 1]"}
+        scores = remote(images, prompts)
+        assert scores.failures == {2: "a pixel is not finite", 4: "pixels from -1 to -1; an image lies in [0, 1]"}
         rest = [0, 1, 3, 5, 6]
-        assert torch.equal(found.values[rest], whole[rest])
+        assert torch.equal(scores.values[rest], whole[rest])
         assert remote(images[:0], []).values.shape == (0, 3)
         with pytest.raises(ValueError, match="7 images but 6 prompts"):
             remote(images, prompts[:6])
@@ -97,8 +97,8 @@ def test_prompts_and_pixels_arrive_as_they_are(faulty):
 def test_the_images_of_a_prompt_stay_in_one_request():
     prompts = [Prompt("ab"[i % 2], {}, i % 2) for i in range(8)]
     with running({"crowd": Crowd()}, wait=0) as url:
-        found = Remote(url, batch=3, workers=2)(plain([0.1] * 8), prompts)
-    assert found.column("crowd.siblings").tolist() == [4] * 8
+        scores = Remote(url, batch=3, workers=2)(plain([0.1] * 8), prompts)
+    assert scores.column("crowd.siblings").tolist() == [4] * 8
     assert packed([[0, 1], [2, 3, 4, 5], [6]], 3) == [[0, 1], [2, 3, 4, 5], [6]]
     assert packed([[0], [1], [2]], 2) == [[0, 1], [2]]
 
@@ -137,10 +137,10 @@ BODIES = {
 @pytest.mark.parametrize("kind", BODIES)
 def test_an_answer_that_makes_no_sense_is_no_score(faulty, kind):
     faulty.reply = lambda sent: (200, {}, BODIES[kind](faulty, sent))
-    found = Remote(faulty.url, **QUICK)(plain([0.1, 0.2, 0.3]), FINE[:3])
-    assert found.values.isnan().all()
-    assert len(found.failures) == 3
-    assert all(why.startswith("the answer makes no sense: ") for why in found.failures.values())
+    scores = Remote(faulty.url, **QUICK)(plain([0.1, 0.2, 0.3]), FINE[:3])
+    assert scores.values.isnan().all()
+    assert len(scores.failures) == 3
+    assert all(reason.startswith("the answer makes no sense: ") for reason in scores.failures.values())
     assert len(faulty.asks) == 1  # asking again would bring the same
 
 
@@ -157,55 +157,55 @@ def test_an_answer_that_makes_no_sense_is_no_score(faulty, kind):
 )
 def test_a_refusal_is_no_score_and_only_a_busy_service_is_asked_again(faulty, status, asks, says):
     faulty.reply = lambda sent: (status, {}, b"oops")
-    found = Remote(faulty.url, timeout=5, retries=2)(plain([0.1]), FINE[:1])
-    assert found.values.isnan().all()
-    assert found.failures == {0: says}
+    scores = Remote(faulty.url, timeout=5, retries=2)(plain([0.1]), FINE[:1])
+    assert scores.values.isnan().all()
+    assert scores.failures == {0: says}
     assert len(faulty.asks) == asks
 
 
 def test_a_busy_service_is_waited_for_as_long_as_it_asks(faulty):
     numbers, began = count(), time.monotonic()
     faulty.reply = lambda sent: (503, {"Retry-After": "1"}, b"") if next(numbers) < 1 else faulty.well(sent)
-    found = Remote(faulty.url, timeout=5, retries=2)(plain([0.1]), FINE[:1])
+    scores = Remote(faulty.url, timeout=5, retries=2)(plain([0.1]), FINE[:1])
     assert time.monotonic() - began >= 1
-    assert found.values.tolist() == [[0.5]]
-    assert not found.failures
+    assert scores.values.tolist() == [[0.5]]
+    assert not scores.failures
 
 
 def test_a_service_that_asks_for_more_time_than_there_is_is_not_asked_again(faulty):
     faulty.reply = lambda sent: (503, {"Retry-After": "3600"}, b"")
-    found = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
-    assert found.failures == {0: "the service answered 503"}
+    scores = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
+    assert scores.failures == {0: "the service answered 503"}
     assert len(faulty.asks) == 1
 
 
 def test_an_answer_without_an_end_is_cut(faulty, monkeypatch):
     monkeypatch.setattr(limits, "ANSWER", 10_000)
     faulty.reply = lambda sent: (200, {}, repeat(b" " * 1000))
-    found = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
-    assert found.failures == {0: "the answer is larger than 10000 bytes"}
+    scores = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
+    assert scores.failures == {0: "the answer is larger than 10000 bytes"}
     faulty.reply = lambda sent: (200, {}, (time.sleep(0.05) or b" " for _ in repeat(0)))
-    found = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
-    assert found.failures == {0: "no whole answer within 0.4 s"}
+    scores = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
+    assert scores.failures == {0: "no whole answer within 0.4 s"}
 
 
 def test_a_service_that_hangs_or_hangs_up_is_a_reason(faulty):
     release = threading.Event()
     faulty.reply = lambda sent: release.wait(60) and None
-    found = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
-    assert found.failures == {0: "no answer within 0.4 s"}
+    scores = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
+    assert scores.failures == {0: "no answer within 0.4 s"}
     release.set()
     faulty.reply = lambda sent: None
-    found = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
-    assert found.failures[0].startswith("cannot be reached: ")
-    assert found.values.isnan().all()
+    scores = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
+    assert scores.failures[0].startswith("cannot be reached: ")
+    assert scores.values.isnan().all()
 
 
 def test_one_request_that_fails_costs_the_others_nothing(faulty):
     faulty.reply = lambda sent: (500, {}, b"") if sent["prompts"][0]["id"] == 2 else faulty.well(sent)
-    found = Remote(faulty.url, batch=2, workers=1)(plain([0.1] * 6), FINE[:6])
-    assert found.values[:, 0].isnan().tolist() == [False, False, True, True, False, False]
-    assert list(found.failures) == [2, 3]
+    scores = Remote(faulty.url, batch=2, workers=1)(plain([0.1] * 6), FINE[:6])
+    assert scores.values[:, 0].isnan().tolist() == [False, False, True, True, False, False]
+    assert list(scores.failures) == [2, 3]
 
 
 def test_what_failed_over_there_keeps_its_reason_and_has_no_number(faulty):
@@ -216,9 +216,9 @@ def test_what_failed_over_there_keeps_its_reason_and_has_no_number(faulty):
         return 200, {}, json.dumps(faulty.answer(sent) | {"failures": failures}).encode()
 
     faulty.reply = reply
-    found = Remote(faulty.url)(plain([0.1] * 3), FINE[:3])
-    assert found.values[:, 0].isnan().tolist() == [True, False, True]
-    assert found.failures == {0: "out of memory", 2: "cannot be read"}
+    scores = Remote(faulty.url)(plain([0.1] * 3), FINE[:3])
+    assert scores.values[:, 0].isnan().tolist() == [True, False, True]
+    assert scores.failures == {0: "out of memory", 2: "cannot be read"}
 
 
 @pytest.fixture
@@ -232,10 +232,10 @@ def clock(monkeypatch):
 def test_the_breaker_spares_a_service_that_is_down_and_tries_again_later(faulty, clock):
     faulty.reply = lambda sent: (500, {}, b"")
     remote = Remote(faulty.url, batch=1, workers=1, retries=0, faults=3, rest=0.3)
-    found = remote(plain([0.1] * 8), FINE)
+    scores = remote(plain([0.1] * 8), FINE)
     assert len(faulty.asks) == 3
-    assert found.values.isnan().all()
-    assert found.failures[7] == "not asked, since 3 requests in a row failed; the last: the service answered 500"
+    assert scores.values.isnan().all()
+    assert scores.failures[7] == "not asked, since 3 requests in a row failed; the last: the service answered 500"
     clock[0] = 0.35
     remote(plain([0.1] * 4), FINE[:4])
     assert len(faulty.asks) == 4  # one trial
@@ -287,16 +287,16 @@ def test_a_process_that_hangs_and_one_killed_in_the_middle_are_reasons():
         reach(2)  # both tries have been scored, for nobody
         killer = threading.Thread(target=kill)
         killer.start()
-        found = remote(plain([i / 10 for i in range(8)]), FINE)
+        scores = remote(plain([i / 10 for i in range(8)]), FINE)
         killer.join()
     finally:
         process.kill()
         process.wait()
-    scored = ~found.values[:, 0].isnan()
+    scored = ~scores.values[:, 0].isnan()
     assert scored[0]
     assert not scored[-1]
-    torch.testing.assert_close(found.values[scored, 0], torch.arange(8)[scored] / 10, atol=3e-3, rtol=0)
-    assert list(found.failures) == (~scored).nonzero()[:, 0].tolist()
+    torch.testing.assert_close(scores.values[scored, 0], torch.arange(8)[scored] / 10, atol=3e-3, rtol=0)
+    assert list(scores.failures) == (~scored).nonzero()[:, 0].tolist()
 
 
 def test_sixty_four_callers_get_their_own_scores():
@@ -304,8 +304,8 @@ def test_sixty_four_callers_get_their_own_scores():
     with running({"mean": mean}, wait=0.02, queue=512) as url, ThreadPoolExecutor(64) as pool:
         remote = Remote(url)
         levels = torch.arange(64) / 255
-        found = list(pool.map(lambda level: remote(plain([level, 1 - level]), FINE[:2]), levels.tolist()))
-    values = torch.stack([own.values[:, 0] for own in found])
+        scores = list(pool.map(lambda level: remote(plain([level, 1 - level]), FINE[:2]), levels.tolist()))
+    values = torch.stack([item.values[:, 0] for item in scores])
     torch.testing.assert_close(values, torch.stack([levels, 1 - levels], 1), atol=1e-6, rtol=0)
     assert len(mean.calls) < 64
 
@@ -314,9 +314,9 @@ def test_a_full_queue_is_waited_for():
     mean = Mean(0.05)
     with running({"mean": mean}, batch=2, queue=4, wait=0) as url:
         remote = Remote(url, batch=2, workers=6, retries=9)
-        found = remote(plain([i / 20 for i in range(16)]), [Prompt("", {}, i) for i in range(16)])
-    assert not found.failures
-    torch.testing.assert_close(found.values[:, 0], torch.arange(16) / 20, atol=3e-3, rtol=0)
+        scores = remote(plain([i / 20 for i in range(16)]), [Prompt("", {}, i) for i in range(16)])
+    assert not scores.failures
+    torch.testing.assert_close(scores.values[:, 0], torch.arange(16) / 20, atol=3e-3, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------- who may and where
@@ -333,8 +333,8 @@ def test_the_token_comes_from_the_environment_and_is_told_to_nobody(monkeypatch,
         assert not remote(plain([0.5]), FINE[:1]).failures
         assert "secret" not in f"{remote.card} {remote.card.settings} {remote!r} {vars(remote)}"
     faulty.reply = lambda sent: (400, {}, f"you sent {sent['authorization']}".encode())
-    found = Remote(faulty.url, token="hush")(plain([0.5]), FINE[:1])
-    assert found.failures == {0: "the service answered 400: you sent Bearer ..."}
+    scores = Remote(faulty.url, token="hush")(plain([0.5]), FINE[:1])
+    assert scores.failures == {0: "the service answered 400: you sent Bearer ..."}
 
 
 @pytest.mark.parametrize(
@@ -361,6 +361,6 @@ def test_something_else_that_answers_is_no_service(faulty, monkeypatch):
 
 def test_prompts_that_are_no_json_fail_alone(faulty):
     prompts = [FINE[0], Prompt("half \ud800"), Prompt("x", {"a": object()}), FINE[3]]
-    found = Remote(faulty.url)(plain([0.1] * 4), prompts)
-    assert found.values[:, 0].isnan().tolist() == [False, True, True, False]
-    assert all(why.startswith("the prompt has no JSON form") for why in found.failures.values())
+    scores = Remote(faulty.url)(plain([0.1] * 4), prompts)
+    assert scores.values[:, 0].isnan().tolist() == [False, True, True, False]
+    assert all(reason.startswith("the prompt has no JSON form") for reason in scores.failures.values())

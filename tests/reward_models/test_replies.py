@@ -51,7 +51,7 @@ def test_scores_of_the_whole(reply, expected):
     [
         ("", "the score is missing"),
         ("I cannot judge this image.", "the score is missing"),
-        ("<think>Score: 0.9", "ends before it has thought to an end"),
+        ("<think>Score: 0.9", "ends within its thinking part"),
         ("Score: 3.5", "the score is 3.5; the scale is -1 to 1"),
         ("Score: 3/4", "the score is 3 out of 4; the scale is -1 to 1"),
         ('{"score": 85}', "the score is 85;"),
@@ -124,7 +124,7 @@ def test_what_boxes_count_in(coordinates, box):
         ("There is a cat.", "the reply names no regions"),
         ("[1, 2]", "the reply names no regions"),
         ('{"comment": "none"}', "the reply names no regions"),
-        ("<think>[]", "ends before it has thought"),
+        ("<think>[]", "ends within its thinking part"),
         (f"[{ONE[:-8]}", "names no regions"),  # cut off
         ('[{"box": [30, 20, 10, 40], "score": 1}]', "region 1: box (30.0, 20.0, 10.0, 40.0) is empty"),
         ('[{"box": [10, 20, 10, 40], "score": 1}]', "region 1: box (10.0, 20.0, 10.0, 40.0) is empty"),
@@ -136,7 +136,7 @@ def test_what_boxes_count_in(coordinates, box):
         ('[{"score": 1}]', "region 1: box None is not four numbers"),
         ('[{"box": [0, 0, 30, 40]}]', "region 1: the score is missing"),
         ('[{"box": [0, 0, 30, 40], "score": 4}]', "region 1: the score is 4;"),
-        (f'[{ONE[:-1]}, "size": [64, 64]}}]', "its box is of an image of [64, 64] pixels, this one is [200, 100]"),
+        (f'[{ONE[:-1]}, "size": [64, 64]}}]', "its box refers to an image of [64, 64] pixels, this one is [200, 100]"),
         ("Region 1:\nScore: 0.5", "region 1: box None is not four numbers"),
         ("Region 1:\nBox: [a, 2, 3, 4]\nScore: 0.5", "is not four numbers"),
     ],
@@ -150,7 +150,7 @@ def test_regions_that_are_none(reply, says):
 
 @pytest.mark.parametrize("number", ["4", '"two"', "null"])
 def test_a_number_that_was_not_given_is_refused(number):
-    with pytest.raises(ValueError, match=r"there is no region .*; 3 were given"):
+    with pytest.raises(ValueError, match=r"there is no region .*; there are 3"):
         replies.read_regions(f'[{{"region": {number}, "score": 1}}]', SIZE, proposed=GIVEN)
 
 

@@ -42,7 +42,7 @@ def test_a_number_in_any_wrapping_is_itself(wrapping, number):
     assert FOUR.read(wrapping.format(n=number, high=4)) == float(number.replace(",", "."))
 
 
-@pytest.mark.parametrize("wrapping", [own for own in WRAPPINGS if ": " not in own])
+@pytest.mark.parametrize("wrapping", [item for item in WRAPPINGS if ": " not in item])
 @pytest.mark.parametrize(("name", "form", "high"), FORMS)
 def test_every_parser_reads_a_number_in_any_wrapping(wrapping, name, form, high):
     number = {1: "0.5", 4: "3.5", 5: "3.5"}[high]

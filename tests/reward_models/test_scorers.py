@@ -32,7 +32,7 @@ def scorer(request):
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
+def data(tmp_path_factory):
     """What every scorer can check: objects in colours GenEval knows, letters, and a picture to compare with."""
     rng = np.random.default_rng(0)
     some = [w for w in requests() if w["include"] and not any(item.get("color") == "cyan" for item in w["include"])]
@@ -54,8 +54,8 @@ def noise(n: int, high: int, wide: int) -> torch.Tensor:
     return torch.rand(n, 3, high, wide, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
 
 
-def test_contract(scorer, asked):
-    images, prompts = asked
+def test_contract(scorer, data):
+    images, prompts = data
     before = images.clone()
     scores = scorer(images, prompts)
     assert isinstance(scores, Scores)
@@ -69,8 +69,8 @@ def test_contract(scorer, asked):
     torch.testing.assert_close(scorer(images, prompts).values, scores.values, rtol=0, atol=0, equal_nan=True)
 
 
-def test_each_image_is_scored_alone_and_in_order(scorer, asked):
-    images, prompts = asked
+def test_each_image_is_scored_alone_and_in_order(scorer, data):
+    images, prompts = data
     together = scorer(images, prompts).values
     alone = torch.cat([scorer(images[i : i + 1], prompts[i : i + 1]).values for i in range(len(images))])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5, equal_nan=True)
@@ -80,19 +80,19 @@ def test_each_image_is_scored_alone_and_in_order(scorer, asked):
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
-def test_constant_images_are_scored(scorer, asked, level):
-    scores = scorer(torch.full((2, 3, 32, 32), level), asked[1][:2])
+def test_constant_images_are_scored(scorer, data, level):
+    scores = scorer(torch.full((2, 3, 32, 32), level), data[1][:2])
     assert sure(scorer, scores).isfinite().all()
     assert not scores.failures
 
 
-def test_number_of_prompts_must_match(scorer, asked):
+def test_number_of_prompts_must_match(scorer, data):
     with pytest.raises(ValueError, match="10 images but 9 prompts"):
-        scorer(asked[0], asked[1][:9])
+        scorer(data[0], data[1][:9])
 
 
 @pytest.mark.parametrize(
-    ("value", "why"),
+    ("value", "reason"),
     [
         (torch.nan, "a pixel is not finite"),
         (-torch.inf, "a pixel is not finite"),
@@ -100,26 +100,26 @@ def test_number_of_prompts_must_match(scorer, asked):
         (255.0, "pixels from .* to 255; an image lies in"),
     ],
 )
-def test_a_broken_image_fails_alone(scorer, value, why, asked):
-    images, prompts = asked[0].clone(), asked[1]
+def test_a_broken_image_fails_alone(scorer, value, reason, data):
+    images, prompts = data[0].clone(), data[1]
     whole = scorer(images, prompts).values
     images[2, 0, 5, 5] = value
     scores = scorer(images, prompts)
     assert list(scores.failures) == [2]
-    assert re.match(why, scores.failures[2])
+    assert re.match(reason, scores.failures[2])
     assert scores.values[2].isnan().all()
     rest = [i for i in range(len(images)) if i != 2]
     torch.testing.assert_close(scores.values[rest], whole[rest], rtol=0, atol=1e-5, equal_nan=True)
 
 
-def test_an_image_scores_as_the_png_written_from_it(scorer, asked, tmp_path):
+def test_an_image_scores_as_the_png_written_from_it(scorer, data, tmp_path):
     """Also where it lies between two of a PNG's levels."""
-    images = (asked[0] + 0.004 * torch.randn(asked[0].shape, generator=torch.Generator().manual_seed(5))).clamp(0, 1)
+    images = (data[0] + 0.004 * torch.randn(data[0].shape, generator=torch.Generator().manual_seed(5))).clamp(0, 1)
     for i, picture in enumerate(to_pil(images)):
         picture.save(tmp_path / f"{i}.png")
     from_disk = from_pil([Image.open(tmp_path / f"{i}.png") for i in range(len(images))])
     assert not torch.equal(images, from_disk)
-    one, two = scorer(images, asked[1]), scorer(from_disk, asked[1])
+    one, two = scorer(images, data[1]), scorer(from_disk, data[1])
     torch.testing.assert_close(one.values, two.values, rtol=0, atol=0, equal_nan=True)
     assert one.critiques == two.critiques
 
@@ -128,9 +128,9 @@ def test_no_images_have_no_scores(scorer):
     assert scorer(torch.zeros(0, 3, 32, 32), []).values.shape == (0, len(scorer.names))
 
 
-def test_the_card_says_what_the_scores_do(scorer, asked):
-    images, prompts = asked
-    card, values = scorer.card, sure(scorer, scorer(*asked))
+def test_the_card_says_what_the_scores_do(scorer, data):
+    images, prompts = data
+    card, values = scorer.card, sure(scorer, scorer(*data))
     assert card.licence
     assert card.licence != "unknown"
     assert card.low <= values.min()
@@ -138,7 +138,7 @@ def test_the_card_says_what_the_scores_do(scorer, asked):
     assert len(card.version) == 16
     other = scorer(images, [Prompt("something else", p.wants, p.id) for p in prompts]).values
     if not card.sees_prompt:
-        assert torch.equal(other, scorer(*asked).values)
+        assert torch.equal(other, scorer(*data).values)
     if card.model != "none" and card.scorer != "remote":  # its versions stand in the settings
         assert re.fullmatch("[0-9a-f]{64}", card.checkpoint)
 
@@ -158,11 +158,11 @@ def test_image_stats_of_known_pictures():
     grey, red = torch.full((1, 3, 8, 8), 0.4), torch.zeros(1, 3, 8, 8)
     red[:, 0] = 0.8
     checks = ((torch.arange(8)[:, None] + torch.arange(8)) % 2).float().expand(1, 3, 8, 8)
-    found = load("image_stats")(torch.cat([grey, red, checks]), [Prompt("")] * 3)
-    torch.testing.assert_close(found.values[0], torch.tensor([0.4, 0.0, 0.0, 0.0]))
-    torch.testing.assert_close(found.values[1], torch.tensor([0.8 * 0.299, 0.0, 1.0, 0.0]))
-    torch.testing.assert_close(found.values[2, :3], torch.tensor([0.5, 0.5, 0.0]))
-    assert 3 < found.column("sharpness")[2] <= 4  # 4 inside, less at the border
+    scores = load("image_stats")(torch.cat([grey, red, checks]), [Prompt("")] * 3)
+    torch.testing.assert_close(scores.values[0], torch.tensor([0.4, 0.0, 0.0, 0.0]))
+    torch.testing.assert_close(scores.values[1], torch.tensor([0.8 * 0.299, 0.0, 1.0, 0.0]))
+    torch.testing.assert_close(scores.values[2, :3], torch.tensor([0.5, 0.5, 0.0]))
+    assert 3 < scores.column("sharpness")[2] <= 4  # 4 inside, less at the border
 
 
 def test_quality_is_checked():
@@ -170,25 +170,25 @@ def test_quality_is_checked():
         load("jpeg_size", quality=101)
 
 
-def test_embedded_clip_tells_right_captions_from_wrong_ones(asked):
-    images, prompts = asked
+def test_embedded_clip_tells_right_captions_from_wrong_ones(data):
+    images, prompts = data
     right = load("clip")(images, prompts).values
     wrong = load("clip")(images, prompts[5:] + prompts[:5]).values
     assert (right > wrong).float().mean() >= 0.8
 
 
 @pytest.mark.parametrize("folder", ["random", "embedded"])
-def test_clip_agrees_with_open_clip(folder, random_clip, asked):
+def test_clip_agrees_with_open_clip(folder, random_clip, data):
     scorer = clip(str(random_clip)) if folder == "random" else clip()
     name = f"local-dir:{random_clip if folder == 'random' else TINY}"
-    images = asked[0] if folder == "embedded" else noise(10, 40, 57)
+    images = data[0] if folder == "embedded" else noise(10, 40, 57)
     model, _, preprocess = open_clip.create_model_and_transforms(name)
-    texts = [p.text for p in asked[1]]
+    texts = [p.text for p in data[1]]
     with torch.no_grad():
         pixels = torch.stack([preprocess(picture) for picture in to_pil(images)])
         image = model.eval().encode_image(pixels, normalize=True)
         text = model.encode_text(open_clip.get_tokenizer(name)(texts), normalize=True)
-    torch.testing.assert_close(scorer(images, asked[1]).values[:, 0], (image * text).sum(1), rtol=0, atol=5e-3)
+    torch.testing.assert_close(scorer(images, data[1]).values[:, 0], (image * text).sum(1), rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
@@ -202,8 +202,8 @@ def test_resizing_agrees_with_open_clip(mode, interpolation, size, source):
     config = PreprocessCfg(size, "RGB", (0.0,) * 3, (1.0,) * 3, interpolation, mode, fill_color=51)
     transform = image_transform_v2(config, is_train=False)
     expected = torch.stack([transform(picture) for picture in to_pil(images)])
-    found = resized(images, size, mode, interpolation, fill=51 / 255)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2.5 / 255)  # PIL rounds after each of them
+    actual = resized(images, size, mode, interpolation, fill=51 / 255)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2.5 / 255)  # PIL rounds after each of them
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,8 @@ def test_every_image_has_its_scores_reasons_and_critiques(client):
     local = load("shapes")(images, prompts)
     assert answer["names"] == {"mean": ["mean"], "shapes": ["strict", "partial"]}
     for i in range(3):
-        own = dict(zip(("shapes.strict", "shapes.partial"), local.values[i].tolist(), strict=True))
-        assert answer["scores"][i] == {"mean.mean": answer["scores"][i]["mean.mean"]} | own
+        shapes = dict(zip(("shapes.strict", "shapes.partial"), local.values[i].tolist(), strict=True))
+        assert answer["scores"][i] == {"mean.mean": answer["scores"][i]["mean.mean"]} | shapes
         assert answer["critiques"][i] == {"shapes": local.critiques[i]}
     assert answer["scores"][3]["shapes.strict"] is None
     assert answer["scores"][3]["mean.mean"] > 0
@@ -85,7 +85,7 @@ def test_every_image_has_its_scores_reasons_and_critiques(client):
 BOMB = png(20_000, 20_000, zlib.compress(bytes(10_000_000)))
 UNREADABLE = {
     "no base64": ("%%%", "Only base64 data is allowed"),
-    "not ascii": ("é", "only ASCII"),
+    "not ascii": ("é", "must be ASCII"),
     "nothing": ("", "cannot identify image file"),
     "garbage": (b64encode(b"garbage" * 9).decode(), "cannot identify image file"),
     "cut off": (encoded(plain([0.5])[0])[:64], "[Tt]runcated|broken|not enough"),
@@ -102,7 +102,7 @@ def test_an_image_that_cannot_be_read_fails_alone(client, kind):
     body = ask([plain([0.2])[0], image, plain([0.6], size=9)[0]], scorers=["mean"])
     answer = client.post("/score", json=body).json()
     assert [row["mean.mean"] for row in answer["scores"]] == [pytest.approx(0.2), None, pytest.approx(0.6)]
-    assert [list(why) for why in answer["failures"]] == [[], ["image"], []]
+    assert [list(reason) for reason in answer["failures"]] == [[], ["image"], []]
     assert answer["failures"][1]["image"].startswith("cannot be read: ")
     assert re.search(says, answer["failures"][1]["image"])
 
@@ -217,8 +217,8 @@ def test_a_full_queue_says_when_to_come_again():
         refused = send(0.8)
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
         gate.set()
-        found = [answer.result().json()["scores"][0]["mean.mean"] for answer in (first, *others)]
-        assert found == pytest.approx([0.2, 0.4, 0.6], abs=0.01)
+        means = [answer.result().json()["scores"][0]["mean.mean"] for answer in (first, *others)]
+        assert means == pytest.approx([0.2, 0.4, 0.6], abs=0.01)
         assert send(0.8).status_code == 200
 
 
@@ -331,8 +331,8 @@ def test_a_caller_that_leaves_does_not_break_the_batch():
         stayer = pool.submit(httpx.post, f"{url}/score", json=ask(plain([0.4])), timeout=20)
         until(lambda: httpx.get(f"{url}/health").json()["waiting"] == 2)
         gate.set()
-        found = [answer.result().json()["scores"][0]["mean.mean"] for answer in (first, stayer)]
-        assert found == pytest.approx([0.2, 0.4])
+        means = [answer.result().json()["scores"][0]["mean.mean"] for answer in (first, stayer)]
+        assert means == pytest.approx([0.2, 0.4])
         assert httpx.get(f"{url}/health").json() == {"ok": True, "waiting": 0}
 
 
@@ -344,9 +344,9 @@ def processes():
     """Two services, started together: one to finish its work, one that is too slow to."""
     settings = ({"seconds": 0.3, "batch": 1}, {"seconds": 86_400, "batch": 1, "grace": 1})
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda own: start(**own), settings))
-    yield found
-    for process, _ in found:
+        services = list(pool.map(lambda arguments: start(**arguments), settings))
+    yield services
+    for process, _ in services:
         process.kill()
         process.wait()
 

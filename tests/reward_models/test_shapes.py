@@ -113,9 +113,9 @@ def test_nothing_and_noise_score_zero():
 
 def test_a_prompt_without_ground_truth_fails_alone():
     wants = BY_TAG["colors"][:3]
-    asked = prompts(wants)
-    asked[1] = Prompt("something nice")
-    scores = Shapes()(drawings(wants, 5), asked)
+    requested = prompts(wants)
+    requested[1] = Prompt("something nice")
+    scores = Shapes()(drawings(wants, 5), requested)
     assert scores.values.isnan().any(1).tolist() == [False, True, False]
     assert list(scores.failures) == [1]
     assert "ground truth" in scores.failures[1]
@@ -124,13 +124,13 @@ def test_a_prompt_without_ground_truth_fails_alone():
 
 def test_each_image_is_judged_alone():
     wants = requests()[::150]
-    images, asked = drawings(wants[::-1], 6), prompts(wants)
-    together = Shapes()(images, asked)
-    alone = [Shapes()(images[i : i + 1], asked[i : i + 1]) for i in range(len(asked))]
+    images, requested = drawings(wants[::-1], 6), prompts(wants)
+    together = Shapes()(images, requested)
+    alone = [Shapes()(images[i : i + 1], requested[i : i + 1]) for i in range(len(requested))]
     assert torch.equal(together.values, torch.cat([s.values for s in alone]))
     torch.testing.assert_close(together.regions, torch.cat([s.regions for s in alone]), equal_nan=True, rtol=0, atol=0)
-    order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(Shapes()(images[order], [asked[i] for i in order]).values, together.values[order])
+    order = torch.randperm(len(requested), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Shapes()(images[order], [requested[i] for i in order]).values, together.values[order])
 
 
 @pytest.mark.parametrize("grid", [4, 8])
@@ -140,8 +140,8 @@ def test_regions_cover_the_object_with_its_credit(grid):
     cell = 32 // grid
     painted = (images - torch.tensor(BACKGROUND)[:, None, None]).norm(dim=1) > 0.8
     painted = painted.unflatten(1, (grid, cell)).unflatten(3, (grid, cell)).any(4).any(2)
-    for asked, lowest, highest in ((red, 1, 1), (blue, -1, 0.99)):
-        regions = Shapes(grid)(images, prompts([asked] * 20)).regions
+    for requested, lowest, highest in ((red, 1, 1), (blue, -1, 0.99)):
+        regions = Shapes(grid)(images, prompts([requested] * 20)).regions
         assert regions.shape == (20, grid, grid)
         assert ((regions >= lowest) & (regions <= highest))[painted].all()
         assert (regions.isnan() | (regions.abs() <= 1)).all()

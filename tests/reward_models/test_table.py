@@ -28,7 +28,7 @@ def refuses():
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def my_module(tmp_path, monkeypatch):
     (tmp_path / "own_scorers.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("MMALIGN_ALLOW", "own_scorers, no_such_module")
@@ -42,7 +42,7 @@ def test_every_entry_loads_and_says_what_it_is(name, tmp_path):
     assert "\n" not in str(card)
 
 
-def test_settings_are_passed_on(own):
+def test_settings_are_passed_on(my_module):
     assert load("jpeg_size", quality=50, direction="larger").quality == 50
     assert load("own_scorers:Mine", weight=3).weight == 3
 
@@ -67,7 +67,7 @@ def test_a_scorer_may_be_had_twice_under_other_names():
         ("no_such_module:Mine", {}, "no module named 'no_such_module'"),
     ],
 )
-def test_a_mistake_is_explained_in_one_line(own, name, settings, says):
+def test_a_mistake_is_explained_in_one_line(my_module, name, settings, says):
     with pytest.raises(ValueError, match=says) as error:
         load(name, **settings)
     assert "\n" not in str(error.value)

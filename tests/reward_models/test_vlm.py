@@ -84,7 +84,7 @@ def test_vqa_agrees_with_one_plain_forward(images, made):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"answers": ["Yes", "Yes"]}, "do not tell 'Yes' from 'Yes'"),
+        ({"answers": ["Yes", "Yes"]}, "do not distinguish 'Yes' from 'Yes'"),
         ({"answers": ["Yes"]}, "answers are two words"),
         ({"dtype": "int8"}, "dtype is one of float32, bfloat16, float16, not 'int8'"),
         ({"model": "nobody/nothing"}, "vqa: nobody/nothing could not be loaded"),
@@ -104,7 +104,7 @@ def test_answers_that_share_a_beginning_are_told_apart_by_what_they_do_not_share
     yes, no = first_tokens(words, "Yes", "No")
     assert space not in yes + no
     assert set(yes) == set(words.encode("Yy", add_special_tokens=False))
-    with pytest.raises(ValueError, match="do not tell 'yes' from 'yeah'"):
+    with pytest.raises(ValueError, match="do not distinguish 'yes' from 'yeah'"):
         first_tokens(words, "yes", "yeah")
 
 

@@ -19,7 +19,7 @@ PROMPTS = Path(__file__).parents[2] / "assets" / "prompts"
 
 
 @pytest.mark.parametrize(
-    ("item", "said"),
+    ("item", "wording"),
     [
         (thing("circle"), "a circle"),
         (thing("square", "orange"), "an orange square"),
@@ -27,8 +27,8 @@ PROMPTS = Path(__file__).parents[2] / "assets" / "prompts"
         (thing("circle", "red", size="small"), "a small red circle"),
     ],
 )
-def test_phrases(item, said):
-    assert phrase(item) == said
+def test_phrases(item, wording):
+    assert phrase(item) == wording
 
 
 def test_every_request_has_a_caption_of_its_own():
