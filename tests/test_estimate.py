@@ -9,7 +9,7 @@ from run_config import rows, run
 from tiny_pipelines import FAMILIES
 from typer.testing import CliRunner
 
-from mmalign.checks import estimate
+from mmalign.checks import estimate, timing
 from mmalign.cli.app import app
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
@@ -77,7 +77,7 @@ def test_ranks_share_whole_groups_and_add_up(settings, gpus, plan):
     assert len(shares) == gpus
     assert sum(shares) == 4
     assert max(shares) - min(shares) <= 1
-    for count in ("prompts", "walks", *estimate.COUNTS):
+    for count in ("prompts", "trajectories", *estimate.COUNTS):
         assert sum(rank[count] for rank in found["ranks"]) == found["iteration"][count]
     summed = Counter()
     for rank in found["run_ranks"]:
@@ -147,9 +147,9 @@ def test_the_command_tells_it(settings, tmp_path):
 def test_seconds_are_counts_times_speed(settings):
     c = configs.build(settings | {"objective": {"type": "grpo", "beta": 0.1}}, "test")
     found = estimate.estimate(c, 2)
-    speed = estimate.Speed(forward=1.0, learn=3.0, decode=10.0, reward=100.0, judge=1000.0)
+    speed = timing.Speed(forward=1.0, learn=3.0, decode=10.0, reward=100.0, judge=1000.0)
     rank, held = found["ranks"][0], found["evaluations"]
     iteration = rank["forwards"] + 2 * rank["replay_forwards"] + 110 * rank["decodes"]
-    taken = estimate.durations(c, found, speed)
+    taken = timing.durations(c, found, speed)
     assert taken["iteration"] == iteration
     assert taken["evaluations"] == (held["forwards"] + 1010 * held["decodes"]) / 2

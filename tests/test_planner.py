@@ -31,7 +31,9 @@ def test_costs_are_the_closed_forms():
     assert (branch.rollout, branch.replay, branch.rewards) == (1116, 216, 216)
     plain = fit(config(plan="sde", credit="terminal", seeds=24, prompts_per_iteration=1))[1]
     assert (plain.rollout, plain.replay, plain.rewards) == (240, 216, 24)
-    doubled = fit(config(**DENSE, guidance=4.5, objective=BETA, epochs=2, rewards={"shapes.strict": 1, "clip.cosine": 1}))[1]
+    doubled = fit(
+        config(**DENSE, guidance=4.5, objective=BETA, epochs=2, rewards={"shapes.strict": 1, "clip.cosine": 1})
+    )[1]
     assert (doubled.rollout, doubled.replay, doubled.rewards) == (2640, 216 * 2 * 2 * 2, 480)
 
 
