@@ -52,7 +52,8 @@ def base(random_model, tmp_path_factory):
     return dict(
         model=random_model, prompts=str(folder / "train.jsonl"), held_out=None, rewards={"smooth:Smooth.red": 1.0},
         iterations=3, prompts_per_iteration=3, seeds=2, steps=4,
-        plan={"type": "branch", "steps": [0, 1], "children": 2}, lora_rank=2, minibatches=2, eval_every=2, eval_seeds=2, eval_steps=2, checkpoint_every=2,
+        plan={"type": "branch", "steps": [0, 1], "children": 2}, lora_rank=2, minibatches=2,
+        eval_every=2, eval_seeds=2, eval_steps=2, checkpoint_every=2,
         batch=1, decode_batch=1, micro_batch=1,  # a forward rounds by the rows it has, which differ
     )  # fmt: skip
 
@@ -196,8 +197,7 @@ def test_a_sharded_network_learns_what_a_whole_one_does(base, tmp_path):
     """And saves the same matrices, which draw the same images. The shorter share of a minibatch is replayed to the
     length of the longer."""
     settings = base | dict(
-        prompts_per_iteration=4, objective=BETA, micro_batch=3, minibatches=3,
-        checkpoint_every=3,
+        prompts_per_iteration=4, objective=BETA, micro_batch=3, minibatches=3, checkpoint_every=3
     )  # fmt: skip
     held_out = base["prompts"].replace("train", "held_out")
     runs = {

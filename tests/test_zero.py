@@ -64,7 +64,8 @@ def base(random_model, tmp_path_factory):
     return dict(
         model=random_model, prompts=str(folder / "train.jsonl"), held_out=None, rewards={"smooth:Smooth.red": 1.0},
         iterations=3, prompts_per_iteration=3, seeds=2, steps=4,
-        plan={"type": "branch", "steps": [0, 1], "children": 2}, lora_rank=2, minibatches=2, checkpoint_every=2, batch=1, decode_batch=1,
+        plan={"type": "branch", "steps": [0, 1], "children": 2}, lora_rank=2, minibatches=2,
+        checkpoint_every=2, batch=1, decode_batch=1,
     )  # fmt: skip
 
 
