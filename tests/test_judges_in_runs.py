@@ -15,7 +15,6 @@ from services import running
 from mmalign import errors, train
 from mmalign.config import load as configs
 from mmalign.config.checks import component
-from mmalign.data import prompts
 from mmalign.errors import BadInput
 from mmalign.training import rollout, setup
 from reward_models import load
@@ -34,14 +33,14 @@ def test_a_part_is_judged_while_the_next_is_drawn(settings, captions, monkeypatc
     part is begun with more than one, besides that which is judged, waiting for the judge."""
     changed = {"scorers": {"slow": {"scorer": "slow_judge:Slow"}}, "prompts_per_iteration": 5, "rollout_parts": 5}
     opened = setup.open_session(configs.build(settings | captions | changed, "test"))
-    slow, walk = opened.scorers["slow"], rollout.walk
+    slow, trajectories = opened.rewards.scorers["slow"], rollout.trajectories
     begun, answered = [threading.Event() for _ in range(6)], []
 
-    def walking(*args):
+    def sampling(*args):
         (part,) = args[-1]
         begun[part].set()
         answered.append(slow.answered)
-        return walk(*args)
+        return trajectories(*args)
 
     def waiting(number):
         assert begun[number + 1].wait(600), f"part {number + 1} was not begun"
@@ -49,7 +48,7 @@ def test_a_part_is_judged_while_the_next_is_drawn(settings, captions, monkeypatc
 
     begun[5].set()  # after the last there is nothing to wait for
     slow.wait = waiting
-    monkeypatch.setattr(rollout, "walk", walking)
+    monkeypatch.setattr(rollout, "trajectories", sampling)
     train.iterate(opened, 0)
     assert slow.answered == 5
     assert all(count >= part - 1 for part, count in enumerate(answered))
@@ -59,12 +58,12 @@ def test_a_part_is_judged_while_the_next_is_drawn(settings, captions, monkeypatc
     "method",
     [
         {},
-        {"plan": "sde", "branch_steps": None, "children": None, "credit": "gain", "score_states": "all"},
+        {"plan": "sde", "credit": "gain"},
         {
             "at_least": {"slow.strict": {"bound": 0.5, "rate": 0.1}},
             "combine": "mrn",
-            "advantage_scale": "none",
-            "children": 3,
+            "advantage": {"scale": "none"},
+            "plan": {"type": "branch", "steps": [0, 1], "children": 3},
         },
         {"region": "slow", "rewards": {"slow.partial": 1.0, "jpeg_size.kilobytes": 0.1}},
     ],
@@ -88,16 +87,16 @@ def test_what_is_not_finite_in_a_part_is_shown_to_no_judge(settings, captions, m
 
     def spoilt(session, paths):
         images = decoded(session, paths)
-        images[paths.owner == 1] = torch.nan
+        images[paths.tree.owner == 1] = torch.nan
         return images
 
     monkeypatch.setattr(rollout, "decoded", spoilt)
-    bad = prompts.batch(opened.prompts, 3, 0, opened.config.seed)[1]
+    bad = opened.prompts(0)[1]
     with pytest.raises(
         errors.NonFinite, match=f"^iteration 1: decoded images not finite; prompts: {bad.id} '{bad.text}'$"
     ):
         train.iterate(opened, 0)
-    assert opened.scorers["slow"].answered <= parts - 1
+    assert opened.rewards.scorers["slow"].answered <= parts - 1
 
 
 def test_a_part_needs_a_prompt(settings):
@@ -107,16 +106,15 @@ def test_a_part_needs_a_prompt(settings):
 
 def test_full_groups_teach_nothing_and_are_counted(settings, tmp_path):
     good = {"rewards": {"full.good": 1.0}, "scorers": {"full": {"scorer": "slow_judge:Full"}}, "held_out": None}
-    c = configs.build(settings | good | {"saturated": 0.9}, "test")
+    c = configs.build(settings | good | {"advantage": {"saturated": 0.9}}, "test")
     opened = setup.open_session(c)
     row = train.iterate(opened, 0)
-    even = [prompt.id % 2 == 0 for prompt in opened.prompts]
+    even = [prompt.id % 2 == 0 for prompt in opened.prompts.all]
     assert 0 <= row["saturated_groups"] <= 1
     shares = [train.iterate(opened, i)["saturated_groups"] for i in range(1, 4)]
     assert sum([row["saturated_groups"], *shares]) / 4 == pytest.approx(sum(even) / len(even))
-    srum = {"draws": 1, "alpha_range": [0, 1], "background": 0, "anchor": 0.5, "margin": 0}
-    with pytest.raises(BadInput, match="saturated does not act with objective: srum"):
-        configs.build(settings | srum | {"objective": "srum", "region": "shapes", "saturated": 0.9}, "test")
+    with pytest.raises(BadInput, match="advantage does not act with objective: srum"):
+        configs.build(settings | {"objective": "srum", "region": "shapes", "advantage": {"saturated": 0.9}}, "test")
 
 
 def test_a_written_judgement_is_a_reward_with_its_aspects(settings):

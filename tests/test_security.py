@@ -103,13 +103,15 @@ def evil(tmp_path, monkeypatch):
     sys.modules.pop("evil", None)
 
 
+METHODS = ("plan", "kernel", "credit", "objective", "loss", "combine", "mask")
 NAMES = {
     "model": {"model": "evil:Thing"},
     "rewards": {"rewards": {"evil:Thing.value": 1.0}},
     "at_least": {"at_least": {"evil:Thing.value": {"bound": 0}}},
     "watch": {"watch": ["evil:Thing"]},
     "scorers": {"watch": ["mine"], "scorers": {"mine": {"scorer": "evil:Thing"}}},
-    "region": {"rewards": {"evil:Thing.value": 1.0}, "region": "evil:Thing", "region_weight": 1.0},
+    "region": {"rewards": {"evil:Thing.value": 1.0}, "region": "evil:Thing"},
+    **{method: {method: {"type": "evil:Thing"}} for method in METHODS},
 }
 
 

@@ -81,6 +81,12 @@ class Gain(Credit):
     control: Annotated[float, Ge(0), Le(1)] | Literal["fit"] = 1.0
     type = "gain"
 
+    def __post_init__(self):
+        if self.states != "all" and len(set(self.states)) < len(self.states):
+            raise ValueError(f"states: {list(self.states)}; a state is there twice")
+        if isinstance(self.completion, tuple) and (self.states == "all" or len(self.completion) != len(self.states)):
+            raise ValueError(f"completion: {list(self.completion)} needs as many states, got {self.states}")
+
     def completions(self, plan: Plan) -> tuple[list[int], int | tuple[int, ...] | None]:
         if self.states != "all":
             return list(self.states), self.completion

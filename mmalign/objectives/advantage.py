@@ -30,6 +30,10 @@ class Advantage:
     whole: Annotated[float, Ge(0)] = 1.0
     regional: Annotated[float, Gt(0)] = 1.0
 
+    def __post_init__(self):
+        if self.floor and self.scale == "none":
+            raise ValueError(f"floor: {self.floor} acts only where advantages are divided; remove it or change scale")
+
     def units(self, dead: float) -> Units:
         """The units, with the spread up to which a group is dead."""
         return Units(self.scale, self.floor, self.clip, dead)

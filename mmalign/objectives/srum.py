@@ -42,6 +42,10 @@ class Srum(OnImages):
     uses = frozenset({"region", "records"})
     needs = frozenset({"region"})
 
+    def __post_init__(self):
+        if not self.alpha[0] < self.alpha[1]:
+            raise ValueError(f"alpha {list(self.alpha)} must rise")
+
     def examples(self, policy: Trainable, images: Finished, generator: torch.Generator) -> Examples:
         weight = weights(images, *self.alpha, self.background)
         return examples(policy, images.x, images.prompt, weight, self.draws, generator)

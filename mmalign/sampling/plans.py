@@ -74,6 +74,12 @@ class Window(Fixed):
     every: Annotated[int, Ge(1)] = 1
     type = "window"
 
+    def __post_init__(self):
+        if not self.steps[0] < self.steps[1]:
+            raise ValueError(f"steps: {list(self.steps)}; the first stochastic step and the first after it are needed")
+        if self.every > 1 and self.moves != "progressive":
+            raise ValueError(f"every: {self.every} acts only with moves: progressive")
+
     @property
     def routes(self) -> int:
         return self.children
@@ -105,6 +111,10 @@ class Branch(Fixed):
     steps: Annotated[tuple[Step, ...], MinLen(1)] = (0, 1)
     children: Children = 4
     type = "branch"
+
+    def __post_init__(self):
+        if len(set(self.steps)) < len(self.steps):
+            raise ValueError(f"steps: {list(self.steps)}; a step is there twice")
 
     @property
     def routes(self) -> int:

@@ -123,7 +123,7 @@ def _check_factors(c: Config, scorers: dict[str, RewardModel]) -> None:
     def least(reward: str, weight: float | combine.Ramp) -> float:
         card = scorers[component(reward)[0]].card
         ends = (weight.start, weight.end) if isinstance(weight, combine.Ramp) else (weight,)
-        return min(end * bound for end in ends for bound in (card.low, card.high) if end) if any(ends) else 0.0
+        return float(min(end * bound for end in ends for bound in (card.low, card.high) if end)) if any(ends) else 0.0
 
     low = {name: least(name, 1.0) for name in c.rewards}
     factors = c.combine.factors(low, {name: least(name, weight) for name, weight in c.rewards.items()})

@@ -22,28 +22,29 @@ def learn(settings: dict) -> dict[str, torch.Tensor]:
     """Advantages, gradients, the numbers of each iteration, and the adapter at the end."""
     from mmalign import train
     from mmalign.config import load as configs
+    from mmalign.objectives.advantage import Advantage
     from mmalign.training.setup import open_session
 
-    run, tensors, credit = open_session(configs.build(settings, "test")), {}, train.advantages
+    run, tensors, credit = open_session(configs.build(settings, "test")), {}, Advantage.__call__
 
     def recorded(*args):
-        tensors[f"advantage/{len(tensors)}"] = result = credit(*args)
-        return result
+        tensors[f"advantage/{len(tensors)}"] = advantage = credit(*args)
+        return advantage
 
     def step(optimizer, *_):
         grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         tensors[f"gradient/{len(tensors)}"] = torch.cat([torch.empty(0), *grads])  # DeepSpeed leaves none where it was
 
-    train.advantages = recorded
-    run.optimizer.register_step_pre_hook(step)
+    Advantage.__call__ = recorded
+    run.learner.optimizer.register_step_pre_hook(step)
     try:
         for i in range(run.config.iterations):
             row = train.iterate(run, i)
             row = {key: value for key, value in row.items() if "second" not in key}
             tensors |= {f"row/{i}/{key}": torch.tensor([float(value)]) for key, value in row.items()}
     finally:
-        train.advantages = credit
-    for name, matrices in (("adapter", run.policy.adapter()), ("ema", run.ema)):
+        Advantage.__call__ = credit
+    for name, matrices in (("adapter", run.policy.adapter()), ("ema", run.learner.ema)):
         tensors |= {f"{name}/{key}": value for key, value in matrices.items()}
     return {key: value.contiguous() for key, value in tensors.items()}
 
