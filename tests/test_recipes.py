@@ -22,8 +22,8 @@ from mmalign.config import load as configs, paths
 from mmalign.config.schema import Config
 from mmalign.credit import Gain
 from mmalign.data import prompts as prompt_files
-from mmalign.flow.plan import Branch, Window
 from mmalign.policy import meta
+from mmalign.sampling.plans import Branch, Window
 from reward_models.scorers.geneval import GenEval
 from reward_models.scorers.ocr import Ocr
 

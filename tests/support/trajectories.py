@@ -2,9 +2,9 @@
 
 import torch
 
-from mmalign.flow.kernels import FlowSde
 from mmalign.flow.sample import gaussian, sample, seed_of
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.sampling.kernels import FlowSde
 from mmalign.types import Judgement, Plan
 
 
