@@ -9,12 +9,13 @@ from torch import Tensor
 
 from mmalign.credit import Terminal
 from mmalign.flow.plan import sde
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.learn.loss import Clipped
 from mmalign.learn.update import update
 from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.sampling.kernels import FlowSde
+from mmalign.seeds import gaussian, seed_of
 from mmalign.types import Judgement
 
 TARGET, SIBLINGS, STEPS = torch.tensor([2.0, -1.0]), 32, 6

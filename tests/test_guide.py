@@ -5,9 +5,10 @@ import torch
 
 from mmalign import policy as policies
 from mmalign.flow.plan import ode
-from mmalign.flow.sample import gaussian, sample
+from mmalign.flow.sample import sample
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.refine.velocity import regional_guidance, soft, towards
+from mmalign.seeds import gaussian
 
 
 def walked(flow, velocity, starts=3):

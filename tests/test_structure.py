@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "mmalign").rglob("*.py"), *(ROOT / "reward_models").rglob("*.py")])
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 ORDER = (  # of the parts of mmalign: each imports only those before it
-    "errors", "types", "flow", "credit", "learn", "sampling", "policy", "objectives", "rewards", "data", "distributed",
+    "errors", "types", "seeds", "flow", "credit", "learn", "sampling", "policy", "objectives", "rewards", "data", "distributed",
     "config", "runs", "evaluation", "pages", "refine", "reporting", "training", "train", "run", "checks", "cli",
 )  # fmt: skip
 MATHS = ("flow", "credit", "learn", "sampling", "objectives")
@@ -79,10 +79,10 @@ def test_a_report_is_made_from_a_folder_alone():
 
 
 def test_the_heart_is_short():
-    """Read in twenty minutes: about 1,200 lines."""
+    """Read in twenty minutes: 1,200 lines that are not blank."""
     heart = [ROOT / "mmalign/types.py", ROOT / "mmalign/train.py"]
     heart += [path for part in ("flow", "credit", "learn") for path in (ROOT / "mmalign" / part).glob("*.py")]
-    assert sum(len(path.read_text().splitlines()) for path in heart) <= 1300
+    assert sum(bool(line.strip()) for path in heart for line in path.read_text().splitlines()) <= 1200
 
 
 def test_the_schema_and_the_commands_are_short():

@@ -97,8 +97,7 @@ class Gain(Credit):
         worse than no step-wise reward); then every second, third, ... state, always with the first."""
         if isinstance(self.completion, tuple):
             raise ValueError("a list of completion lengths leaves a budget no choice; give one number or none")
-        moves = plan is None and self.states == "all"  # the states it needs move with the plan
-        some = [] if moves else self.completions(plan)[0]
+        some = [*self.states] if self.states != "all" else [] if plan is None else self.completions(plan)[0]
         for states in (self.states, *(tuple(some[::stride]) for stride in range(2, len(some) + 1))):
             for n in (self.completion, *range((self.completion or steps) - 1, 1, -1)):
                 yield replace(self, states=states, completion=n)

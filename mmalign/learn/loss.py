@@ -9,6 +9,7 @@ uniform map of advantages gives the gradient of the 1x1 grid.
 Add one: a dataclass whose call takes a `Step`, and its name in `LOSSES`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -46,7 +47,7 @@ class Loss:
     statistics: dict[str, Float[Tensor, "M"]]
 
 
-def pool(values: Map, grid: tuple[int, int]) -> Grid:
+def pool(values: Map, grid: Sequence[int]) -> Grid:
     """Mean over the cells of an `a x b` grid; `h, w` must be multiples of it, so that every position counts once."""
     h, w = values.shape[1:]
     if h % grid[0] or w % grid[1]:

@@ -14,9 +14,9 @@ from annotated_types import Ge, Le
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmalign.flow.sample import seed_of
 from mmalign.learn.update import Replay
 from mmalign.policy.protocol import Trainable
+from mmalign.seeds import seed_of
 from mmalign.types import Judgement, Marks, Plan, Rows, Trajectories
 
 Draws = Annotated[int, Ge(1), Le(10_000)]  # times and noises of an image

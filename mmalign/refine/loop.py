@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.errors import BadInput
-from mmalign.flow.sample import seed_of
 from mmalign.policy.protocol import Policy
 from mmalign.refine.redraw import Attempt, Base, cost, draw
 from mmalign.rewards.judge import score
+from mmalign.seeds import seed_of
 from mmalign.types import Latents
 from reward_models import Prompt, RewardModel
 from reward_models.regions import Region, box_shares

@@ -12,8 +12,8 @@ from mmalign.config.paths import locate
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import seed_of
 from mmalign.policy.protocol import Policy
+from mmalign.seeds import seed_of
 from mmalign.training import noise_calibration
 from mmalign.types import Kernel, Plan
 

@@ -17,9 +17,9 @@ from mmalign.distributed.deepspeed import ZeroOptimizer
 from mmalign.distributed.processes import Ranks, join
 from mmalign.errors import BadInput, refusing
 from mmalign.evaluation import reference
-from mmalign.flow.sample import seed_of
 from mmalign.policy.protocol import Trainable
 from mmalign.rewards.rewards import Rewards
+from mmalign.seeds import seed_of
 from mmalign.training import planning
 from mmalign.training.clock import Clock
 from mmalign.training.finite import Skips

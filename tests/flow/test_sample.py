@@ -6,9 +6,10 @@ from trajectories import plan_by_hand
 
 from mmalign.config.schema import Config
 from mmalign.flow import kernels, plan as plans
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.sampling.kernels import KERNELS, FlowSde
+from mmalign.seeds import gaussian, seed_of
 
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.5, "cps": 0.8, "ddim": 1.0, "scheduled": 0.8}
 BY_NAME = {kind.type: kind for kind in KERNELS}

@@ -7,8 +7,9 @@ from tiny_policies import CASES, TEXTS, latents, moved, opened
 
 from mmalign import policy as policies
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.learn.update import surrogate, transitions, update
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.microbatch import Fit
 
 BOTH = pytest.mark.parametrize(("name", "guidance"), CASES)

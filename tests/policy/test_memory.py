@@ -11,7 +11,7 @@ from torch import nn
 from mmalign import policy as policies
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
-from mmalign.flow.sample import gaussian
+from mmalign.seeds import gaussian
 from mmalign.training.microbatch import Fit
 from mmalign.training.setup import open_session
 

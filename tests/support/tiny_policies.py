@@ -5,7 +5,8 @@ from tiny_pipelines import FAMILIES, STEPS
 
 from mmalign import policy as policies
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import gaussian, sample
+from mmalign.flow.sample import sample
+from mmalign.seeds import gaussian
 
 TEXTS = ["a red circle", "three green squares", "a cross"]
 CASES = [(name, guidance) for name, family in FAMILIES.items() for guidance in family.guidances]
