@@ -139,7 +139,7 @@ def refine(
 
 @dataclass(frozen=True)
 class _Loop:
-    """What all rounds of all prompts share."""
+    """The loop over rounds: the things that all rounds of all prompts share, and its steps."""
 
     policy: Policy
     critic: RewardModel
