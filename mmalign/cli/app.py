@@ -832,7 +832,7 @@ def _examined(name: str, rows) -> Table:
         table.add_column(heading)
     for own in rows:
         mark = {True: Text("good", "green"), False: Text("bad", "red"), None: "unknown"}[own.good]
-        table.add_row(own.check, mark, own.seen, "" if own.good else own.advice)
+        table.add_row(own.check, mark, own.result, "" if own.good else own.advice)
     return table
 
 
