@@ -95,14 +95,9 @@ def check_on_grey_image(score_batch: Callable) -> None:
         raise ValueError("its score of a grey image is not finite")
 
 
-<<<<<<< HEAD
 def fingerprint(*parts: nn.Module | Mapping[str, Tensor], digits: int = 64) -> str:
     """The first `digits` of the SHA-256, in hexadecimal, over the names, types, shapes and bits of all tensors: the
     parameters and buffers of a model, or tensors by name, in whatever order and file they are."""
-=======
-def fingerprint(*models: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and values of all parameters and buffers, independent of the file format."""
->>>>>>> helper_A
     digest = hashlib.sha256()
     for part in parts:
         tensors = part.state_dict() if isinstance(part, nn.Module) else part

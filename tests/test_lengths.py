@@ -1,4 +1,4 @@
-"""A prompt of which a model or scorer reads only the beginning is told, once and with a count."""
+"""A prompt of which a model or scorer reads only the beginning is output, once and with a count."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_clip_reads_77_tokens_with_its_marks(clip, words):
 
 @pytest.mark.parametrize("name", ["pickscore", "image_reward", "hpsv2"])
 def test_what_a_scorer_cuts_changes_nothing(tmp_path, name):
-    """The longest text that is read whole is told apart from the same with one word more, which scores the same."""
+    """The longest text that is read whole is output apart from the same with one word more, which scores the same."""
     (tmp_path / name).mkdir()
     scorer = load(name, **tiny_scorers.settings(name, tmp_path / name))
     (reader,) = scorer.readers()
@@ -82,13 +82,8 @@ def test_the_commands_say_it_once(random_model, settings, tmp_path, capsys):
         Image.new("RGB", (32, 32)).save(folder / row["image"])
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = tiny_scorers.open_clip_folder(tmp_path / "clip")
-<<<<<<< HEAD
     output = mmalign("score", folder, "--set", f"clip.model={model}", "--out", tmp_path / "s.jsonl")
-    assert (output.returncode, output.stderr.count("what is beyond"), LINE.format(77, "clip") in output.stderr) == (
-=======
-    told = mmalign("score", folder, "--set", f"clip.model={model}", "--out", tmp_path / "s.jsonl")
-    assert (told.returncode, told.stderr.count("they are truncated"), LINE.format(77, "clip") in told.stderr) == (
->>>>>>> helper_A
+    assert (output.returncode, output.stderr.count("they are truncated"), LINE.format(77, "clip") in output.stderr) == (
         0,
         1,
         True,

@@ -22,11 +22,7 @@ from torch import Tensor
 
 from reward_models.images import from_pil
 from reward_models.scoring import Picture
-<<<<<<< HEAD
 from reward_models.tools import picture_files
-=======
-from reward_models.tools import score_files
->>>>>>> helper_A
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
 REPEATS = 0.25  # noise as a share of the spread between images; more would drown the training signal
@@ -232,25 +228,14 @@ Pair = tuple[Picture, Picture, Prompt]  # the chosen picture, the other, and the
 
 
 def material(source: Path, most: int) -> tuple[Images, list[Prompt], list[Pair]]:
-<<<<<<< HEAD
-    """Up to `most` pictures of a folder or table, all of the commonest size, their prompts, and labelled pairs of them.
-    ValueError if there are not two, or one has no prompt."""
-    items, choices = picture_files.read(source)
-    unasked = next((own.name for own in items if own.prompt is None), None)
-    if unasked is not None:
-        raise ValueError(f"{source}: {unasked} has no prompt, and judges look at it")
-    pictures = {own.key: picture_files.picture(own) for own in items}
-    sizes = Counter(tuple(own.shape[2:]) for own in pictures.values())
-=======
     """Up to `most` pictures of a folder or table, all of the most common size, their prompts, and labelled pairs of
     them. ValueError if there are fewer than two, or one has no prompt."""
-    items, choices = score_files.read(source)
+    items, choices = picture_files.read(source)
     without = next((item.name for item in items if item.prompt is None), None)
     if without is not None:
         raise ValueError(f"{source}: {without} has no prompt, which judges need")
-    pictures = {item.key: score_files.picture(item) for item in items}
+    pictures = {item.key: picture_files.picture(item) for item in items}
     sizes = Counter(tuple(picture.shape[2:]) for picture in pictures.values())
->>>>>>> helper_A
     if not sizes or sizes.most_common(1)[0][1] < 2:
         raise ValueError(f"{source}: two pictures of one size are needed")
     size = sizes.most_common(1)[0][0]
