@@ -18,6 +18,7 @@ import typer
 from mmalign import policy as policies
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
+from mmalign.sampling.kernels import Ddim
 from mmalign.seeds import gaussian, seed_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +31,7 @@ def main(trajectories: int = 24, steps: int = 10, repeats: int = 3, batch: int =
     cond, index = policy.encode(["a red circle"]), torch.zeros(trajectories, dtype=torch.long)
     times, shape = policy.times(steps), policy.latent_shape
     start = torch.stack([gaussian(shape, i) for i in range(trajectories)])
-    bare = plans.sde(times, "ddim", 1.0)
+    bare = plans.sde(times, Ddim(1.0))
     dense = plans.complete(bare, range(steps))
 
     def integrate(plan, start=start, batch=batch):

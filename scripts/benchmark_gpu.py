@@ -25,11 +25,14 @@ from mmalign import policy as policies
 from mmalign.checks import estimate
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
-from mmalign.learn.update import surrogate, transitions, update
+from mmalign.learn.loss import Clipped
+from mmalign.learn.update import update
+from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.policy import loading, meta
 from mmalign.policy.pipeline import Conditioning
+from mmalign.sampling.kernels import Cps
 from mmalign.seeds import gaussian, seed_of
-from mmalign.training.microbatch import Fit
+from mmalign.training.microbatch import AdaptiveBatch
 
 MODEL = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -99,7 +102,7 @@ def measure(policy, steps: int, images: int, micro: int, repeats: int) -> dict[s
     device = policy.device
     cond, index = _texts(policy, images), torch.arange(images, device=device)
     start = torch.stack([gaussian(policy.latent_shape, i) for i in range(images)]).to(device)
-    plan = plans.sde(policy.times(steps), "cps", 0.8)
+    plan = plans.sde(policy.times(steps), Cps(0.8))
     paths = None
 
     def draw(*key):
@@ -111,19 +114,19 @@ def measure(policy, steps: int, images: int, micro: int, repeats: int) -> dict[s
 
     roll_out()
     rows = transitions(paths, torch.ones(images, steps, 1, 1, device=device))[slice(0, 4 * micro)]
-    replay = surrogate(policy, cond, kernel="cps", t_max=plan.t_max, loss="clipped", clip=1e-4, beta=0.0)
+    replay = Surrogate(policy, cond, plan.kernel, plan.t_max, Clipped(1e-4))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
 
     def learn():
         update(
-            policy.parameters(), optimizer, rows, replay, epochs=1, minibatches=1, micro_batch=Fit(micro),
-            max_grad_norm=1.0, generator=torch.Generator().manual_seed(0),
+            policy.parameters(), optimizer, rows, replay, epochs=1, minibatches=1,
+            micro_batch=AdaptiveBatch(micro), max_grad_norm=1.0, generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
 
     def forwards():
         with torch.no_grad():
             for k in range(steps):
-                policy.velocity(paths.x[:, k], paths.t[:, k], cond, index)
+                policy.velocity(paths.x[:, k], paths.tree.t[:, k], cond, index)
 
     def backwards():
         for part in torch.arange(len(rows), device=device).split(micro):

@@ -16,13 +16,13 @@ from typing import Annotated
 import torch
 import typer
 from compare_credits import VARIANTS as CREDITS, seconds_of
-from compare_regions import VARIANTS as PLACES
+from compare_regions import VARIANTS as REGIONS
 
 from mmalign import policy as policies, train as trainer
 from mmalign.config import load as configs
 from mmalign.training import setup
 
-VARIANTS = CREDITS | PLACES
+VARIANTS = CREDITS | REGIONS
 
 
 def gradients(overrides: list[str], batches: int) -> tuple[list[torch.Tensor], float]:

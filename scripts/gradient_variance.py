@@ -18,17 +18,20 @@ import torch
 import typer
 from torch import Tensor
 
-from mmalign.credit import CREDITS
-from mmalign.credit.groups import Units
+from mmalign.credit import Branch, Gain, Terminal
+from mmalign.credit.groups import Credit, Units
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import sample
-from mmalign.learn.update import surrogate, transitions, update
+from mmalign.learn.loss import Clipped
+from mmalign.learn.update import update
+from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.sampling.kernels import FlowSde
 from mmalign.seeds import gaussian, seed_of
-from mmalign.training.microbatch import Fit
-from mmalign.types import Judgement
+from mmalign.training.microbatch import AdaptiveBatch
+from mmalign.types import Judgement, Plan
 
-SHAPE, STEPS, NOISE = (2, 2, 2), 6, 0.7
+SHAPE, STEPS, KERNEL = (2, 2, 2), 6, FlowSde(0.7)
 RAW = Units("none")
 
 
@@ -40,32 +43,31 @@ def reward(x: Tensor) -> Tensor:
 
 def variants(times: Tensor) -> dict[str, tuple]:
     """name -> (plan, credit, starts of one estimate, which exact gradient it estimates)."""
-    sde, first = plans.sde(times, "flow_sde", NOISE), range(STEPS)
-    branch = plans.branch(times, "flow_sde", NOISE, range(STEPS - 1), 8)
-    gain = CREDITS["gain"]
+    sde, first = plans.sde(times, KERNEL), range(STEPS)
+    branch = plans.branch(times, KERNEL, range(STEPS - 1), 8)
     return {
-        "terminal": (sde, CREDITS["terminal"], 16, "trajectory"),
-        "terminal, window of 2": (plans.window(times, "flow_sde", NOISE, 0, 2), CREDITS["terminal"], 16, "window"),
-        "gain, n = remaining": (plans.complete(sde, first), gain, 16, "steps"),
-        "gain, n = 2": (plans.complete(sde, first, 2), gain, 16, "steps"),
-        "gain, n = 1": (plans.complete(sde, first, 1), gain, 16, "steps"),
-        "branch, 8 children": (branch, CREDITS["branch"], 2, "trunk"),
+        "terminal": (sde, Terminal(), 16, "trajectory"),
+        "terminal, window of 2": (plans.window(times, KERNEL, 0, 2), Terminal(), 16, "window"),
+        "gain, n = remaining": (plans.complete(sde, first), Gain(), 16, "steps"),
+        "gain, n = 2": (plans.complete(sde, first, 2), Gain(), 16, "steps"),
+        "gain, n = 1": (plans.complete(sde, first, 1), Gain(), 16, "steps"),
+        "branch, 8 children": (branch, Branch(), 2, "trunk"),
     }
 
 
-def estimate(plan, credit, starts: int, seed: int) -> tuple[Tensor, int]:
+def estimate(plan: Plan, credit: Credit, starts: int, seed: int) -> tuple[Tensor, int]:
     """The gradient of the expected reward (up to a factor) from one batch, and the forwards it took."""
     flow = GaussianFlow(SHAPE)
     draw = lambda *key: gaussian(SHAPE, seed_of("draw", seed, *key))  # noqa: E731
     start = torch.stack([gaussian(SHAPE, seed_of("start", seed, i)) for i in range(starts)])
     cond, index = flow.encode(["0.0"]), torch.zeros(starts, dtype=torch.long)
     paths = sample(flow.velocity, start, cond, index, plan, draw, batch=10**6)
-    judged = Judgement(paths.at_states(reward(paths.ends)), {})
-    replay = surrogate(flow, cond, kernel=paths.kernel, t_max=paths.t_max, loss="clipped", clip=1.0, beta=0.0)
+    judged = Judgement(paths.tree.at_states(reward(paths.finals)), {})
+    replay = Surrogate(flow, cond, paths.kernel, paths.t_max, Clipped(1.0))
+    batch = transitions(paths, credit(paths.tree, judged, RAW))
     update(
-        flow.parameters(), torch.optim.SGD(flow.parameters(), 0.0), transitions(paths, credit(paths, judged, RAW)),
-        replay, epochs=1, minibatches=1, micro_batch=Fit(10**6), max_grad_norm=1e9,
-        generator=torch.Generator().manual_seed(0),
+        flow.parameters(), torch.optim.SGD(flow.parameters(), 0.0), batch, replay, epochs=1, minibatches=1,
+        micro_batch=AdaptiveBatch(10**6), max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     return -flow.shift.grad.flatten(), flow.counts["forwards"]
 
@@ -81,7 +83,7 @@ def exact(what: str, times: Tensor, starts: int = 20_000) -> Tensor:
         v = flow.velocity(x, times[k].expand(starts), cond, index)
         if not noisy:
             return kernels.ode(x, v, times[k], times[k + 1])[0]
-        mean, std = kernels.flow_sde(x, v, times[k], times[k + 1], NOISE, plans.t_max_of(times))
+        mean, std = kernels.flow_sde(x, v, times[k], times[k + 1], KERNEL.noise, plans.t_max_of(times))
         return mean + std[:, None, None, None] * torch.randn(x.shape, generator=g)
 
     if what in ("ode", "trajectory", "window"):
@@ -100,7 +102,7 @@ def exact(what: str, times: Tensor, starts: int = 20_000) -> Tensor:
     return flow.shift.grad.flatten()
 
 
-def measure(plan, credit, starts: int, repeats: int) -> tuple[Tensor, float, int]:
+def measure(plan: Plan, credit: Credit, starts: int, repeats: int) -> tuple[Tensor, float, int]:
     """Mean of many estimates, the relative variance of one, and its forwards."""
     estimates = [estimate(plan, credit, starts, seed) for seed in range(repeats)]
     gradients = torch.stack([gradient for gradient, _ in estimates])

@@ -2,24 +2,25 @@
 
 import pytest
 import torch
-from mmalign.training.masks import attended, top, within
-from trajectories import walk
+from trajectories import sampled
 
 from mmalign.flow import plan as plans
-from mmalign.learn.update import surrogate, transitions, update
+from mmalign.learn.loss import Clipped
+from mmalign.learn.update import update
+from mmalign.objectives.masks import Prompt, top, within
+from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.policy.gaussian import GaussianFlow
-from mmalign.training.microbatch import Fit
+from mmalign.sampling.kernels import FlowSde
+from mmalign.training.microbatch import AdaptiveBatch
 
-PLAN = plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7)
+PLAN = plans.sde(torch.linspace(1, 0, 5), FlowSde(0.7))
 
 
 def learn(flow, batch, paths):
-    replay = surrogate(
-        flow, flow.encode(["0.0"]), kernel=paths.kernel, t_max=paths.t_max, loss="clipped", clip=1.0, beta=0.0
-    )
+    replay = Surrogate(flow, flow.encode(["0.0"]), paths.kernel, paths.t_max, Clipped(1.0))
     update(
         flow.parameters(), torch.optim.SGD(flow.parameters(), 1.0), batch, replay, epochs=1, minibatches=1,
-        micro_batch=Fit(64), max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
+        micro_batch=AdaptiveBatch(64), max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     return flow.shift.detach()
 
@@ -44,11 +45,11 @@ def test_top_takes_the_share_of_each_row():
     assert top(values, 1.0).all()
 
 
-def test_masked_places_get_no_gradient_and_the_rest_that_of_the_whole():
+def test_masked_positions_get_no_gradient_and_the_rest_that_of_the_whole():
     shifts = []
     for masked in (False, True):
         flow = GaussianFlow()
-        paths = walk(PLAN, 6, flow=flow)
+        paths = sampled(PLAN, 6, flow=flow)
         advantage = torch.randn(6, 4, 1, 1, generator=torch.Generator().manual_seed(0))
         mask = torch.zeros(6, 4, 4, 4, dtype=torch.bool)
         mask[..., :2] = True
@@ -66,14 +67,14 @@ class Attentive(GaussianFlow):
         return effect
 
 
-def test_attended_places_are_those_where_the_prompt_acts():
+def test_the_prompt_mask_is_where_the_prompt_acts():
     flow = Attentive()
-    paths = walk(PLAN, 6, flow=flow)
+    paths = sampled(PLAN, 6, flow=flow)
     batch = transitions(paths, torch.ones(6, 4, 1, 1))
-    found = attended(flow, flow.encode(["0.0"]), batch, 2 / 16, rows=5)
+    found = Prompt(2 / 16).masked(flow, flow.encode(["0.0"]), batch, 5)
     assert found.advantage.shape == (len(batch), 4, 4)
     assert found.advantage[:, 0, :2].eq(8).all()
     assert found.advantage.count_nonzero() == 2 * len(batch)
     assert learn(flow, found, paths)[:, 0, :2].ne(0).all()
-    whole = attended(flow, flow.encode(["0.0"]), batch, 1.0, rows=64)
+    whole = Prompt(1.0).masked(flow, flow.encode(["0.0"]), batch, 64)
     torch.testing.assert_close(whole.advantage, torch.ones(len(batch), 4, 4))

@@ -363,7 +363,7 @@ def group_spread(bench: Bench) -> Iterator[Check]:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- the saved state, and room
+# -------------------------------------------------------------------------------------------- the saved state, and room
 
 
 def averaged(run: Session) -> Iterator[Check]:

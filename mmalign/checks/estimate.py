@@ -73,8 +73,8 @@ def folder(model: str) -> str:
 
 
 def shares(c: Config, gpus: int) -> list[int]:
-    """Prompts of each rank, which takes every `gpus`-th of an iteration's from its own number on: groups are never split,
-    and ranks differ by one at most."""
+    """Prompts of each rank, which takes every `gpus`-th of an iteration's from its own number on: groups are never
+    split, and ranks differ by one at most."""
     return [len(range(rank, c.prompts_per_iteration, gpus)) for rank in range(gpus)]
 
 

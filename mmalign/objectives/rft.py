@@ -11,12 +11,13 @@ from mmalign.objectives.flow_matching import Examples, error, examples
 from mmalign.objectives.objective import Draws, Finished, OnImages
 from mmalign.policy.protocol import Trainable
 from mmalign.types import Plan
+from reward_models.combine import alive
 
 
 @dataclass(frozen=True)
 class Rft(OnImages):
-    """The best image of each prompt, at `draws` times and noises. A prompt whose images all have the same reward has
-    no best one and gives no row."""
+    """The best image of each prompt, at `draws` times and noises. A prompt whose images all have the same reward, up
+    to rounding, has no best one and gives no row."""
 
     draws: Draws = 2
     type, siblings = "rft", 2
@@ -26,7 +27,7 @@ class Rft(OnImages):
         return self.draws
 
     def examples(self, policy: Trainable, images: Finished, generator: torch.Generator) -> Examples:
-        differ = len(images.reward.unique()) > 1
+        differ = len(images) > 1 and bool(alive(images.reward, images.prompt).any())
         best = images[images.reward.argsort(descending=True, stable=True)[: 1 if differ else 0]]
         return examples(policy, best.x, best.prompt, torch.ones(len(best), 1, 1), self.draws, generator)
 

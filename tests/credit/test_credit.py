@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trajectories import judged_as, tree, walk
+from trajectories import judged_as, plan_by_hand, sampled
 
-from mmalign.credit import CREDITS
+from mmalign.credit import Branch, Terminal
 from mmalign.credit.groups import Units, dead, group_mean, group_std, normalise
 from mmalign.flow import plan as plans
+from mmalign.sampling.kernels import FlowSde
 
 NAN = float("nan")
+KERNEL = FlowSde(0.7)
 GROUP = torch.tensor([7, 7, 7, 3, 3, 3])
 
 
@@ -59,31 +61,31 @@ def test_groups_never_mix():
 
 
 def test_terminal_repeats_one_advantage_over_steps():
-    paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=6, prompts=2)
+    tree = sampled(plans.sde(torch.linspace(1, 0, 5), KERNEL), starts=6, prompts=2).tree
     reward = torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0])
-    advantage = CREDITS["terminal"](paths, judged_as(paths, reward))
+    advantage = Terminal()(tree, judged_as(tree, reward))
     assert advantage.shape == (6, 4, 1, 1)
-    assert torch.equal(advantage[:, :, 0, 0], normalise(reward, paths.prompt)[:, None].expand(6, 4))
+    assert torch.equal(advantage[:, :, 0, 0], normalise(reward, tree.prompt)[:, None].expand(6, 4))
 
 
 def test_branch_with_prompt_baseline_on_a_plain_plan_is_terminal():
-    paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=6, prompts=2)
-    judged = judged_as(paths, torch.randn(6))
-    terminal, branch = CREDITS["terminal"](paths, judged), CREDITS["branch"](paths, judged, baseline="prompt")
+    tree = sampled(plans.sde(torch.linspace(1, 0, 5), KERNEL), starts=6, prompts=2).tree
+    judged = judged_as(tree, torch.randn(6))
+    terminal, branch = Terminal()(tree, judged), Branch("prompt")(tree, judged)
     assert torch.equal(branch[:, :3], terminal[:, :3])
     assert branch[:, 3].eq(0).all()  # the last step is deterministic
 
 
 def test_branch_compares_children_of_one_state():
     """Two seeds, branching at steps 0 and 2 with three children: each (seed, step) is a group of its own."""
-    paths = walk(plans.branch(torch.linspace(1, 0, 6), "flow_sde", 0.7, [0, 2], 3), starts=2)
+    tree = sampled(plans.branch(torch.linspace(1, 0, 6), KERNEL, [0, 2], 3), starts=2).tree
     reward = torch.tensor([1.0, 2, 3, 10, 20, 60, 5, 5, 5, 0, 0, 1])
-    advantage = CREDITS["branch"](paths, judged_as(paths, reward), units=Units("none"))[:, :, 0, 0]
+    advantage = Branch()(tree, judged_as(tree, reward), Units("none"))[:, :, 0, 0]
     assert advantage.count_nonzero(dim=0).tolist() == [2, 0, 6, 0, 0]
     assert advantage[:3, 0].tolist() == [-1, 0, 1]
     assert torch.allclose(advantage[3:6, 2], torch.tensor([-20.0, -10, 30]))
     assert advantage[6:9].eq(0).all()
-    prompt = CREDITS["branch"](paths, judged_as(paths, reward), units=Units("none"), baseline="prompt")[:, :, 0, 0]
+    prompt = Branch("prompt")(tree, judged_as(tree, reward), Units("none"))[:, :, 0, 0]
     at_zero = reward[[0, 1, 2, 6, 7, 8]]
     assert torch.allclose(prompt[[0, 1, 2, 6, 7, 8], 0], at_zero - at_zero.mean())
 
@@ -94,30 +96,27 @@ def test_value_of_a_shared_state_is_the_mean_below_it():
     noise = torch.zeros(4, 4)
     noise[:, :2] = 0.7
     draw = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]])
-    paths = walk(tree(t, noise, draw), starts=1)
-    assert [len(paths.node[:, k].unique()) for k in range(5)] == [1, 2, 4, 4, 4]
-    advantage = CREDITS["branch"](paths, judged_as(paths, torch.tensor([0.0, 1.0, 2.0, 4.0])), units=Units("none"))[
-        ..., 0, 0
-    ]
+    tree = sampled(plan_by_hand(t, noise, draw), starts=1).tree
+    assert [len(tree.node[:, k].unique()) for k in range(5)] == [1, 2, 4, 4, 4]
+    advantage = Branch()(tree, judged_as(tree, torch.tensor([0.0, 1.0, 2.0, 4.0])), Units("none"))[..., 0, 0]
     assert advantage[:, 0].tolist() == [-1.25, -1.25, 1.25, 1.25]
     assert advantage[:, 1].tolist() == [-0.5, 0.5, -1.0, 1.0]
     assert advantage[:, 2:].eq(0).all()
 
 
 def test_seeds_may_be_permuted():
-    plan = plans.branch(torch.linspace(1, 0, 6), "flow_sde", 0.7, [0, 2], 3)
-    paths = walk(plan, starts=2)
+    plan = plans.branch(torch.linspace(1, 0, 6), KERNEL, [0, 2], 3)
+    tree = sampled(plan, starts=2).tree
     reward = torch.randn(12)
     swap = torch.cat([torch.arange(6, 12), torch.arange(6)])
-    rows = ("x", "mean", "std", "t", "noise", "node", "prompt", "member", "shown")
-    moved = replace(paths, **{name: getattr(paths, name)[swap] for name in rows})
+    rows = ("std", "t", "noise", "node", "prompt", "member", "final")
+    moved = replace(tree, **{name: getattr(tree, name)[swap] for name in rows})
     for baseline in ("state", "prompt"):
-        one = CREDITS["branch"](paths, judged_as(paths, reward), baseline=baseline)
-        two = CREDITS["branch"](moved, judged_as(moved, reward[swap]), baseline=baseline)
+        one = Branch(baseline)(tree, judged_as(tree, reward))
+        two = Branch(baseline)(moved, judged_as(moved, reward[swap]))
         assert torch.allclose(one[swap], two, atol=1e-6)
 
 
-def test_unknown_choices_are_named():
-    paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=2)
+def test_unknown_choices_are_named(unchecked_types):
     with pytest.raises(ValueError, match="no baseline called 'seed'"):
-        CREDITS["branch"](paths, judged_as(paths, torch.zeros(2)), baseline="seed")
+        Branch("seed")

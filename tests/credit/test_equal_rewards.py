@@ -3,14 +3,15 @@
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from trajectories import walk
+from trajectories import sampled
 
 from mmalign.config.schema import Config
-from mmalign.credit.gain import fitted, gain
+from mmalign.credit.gain import Gain, fitted
 from mmalign.credit.groups import Units, dead, group_std, normalise
 from mmalign.flow import plan as plans
-from mmalign.rewards.combination import Combination
+from mmalign.rewards.combination import Combination, Gdpo, Mrn, Product, Sum
 from mmalign.runs.alarms import ALARMS
+from mmalign.sampling.kernels import FlowSde
 from mmalign.types import Judgement
 from reward_models.combine import ROUNDING, alive, health, mean_and_std, normalised, whitened
 
@@ -91,12 +92,12 @@ def test_a_floor_of_ones_own_adds_to_the_rule():
 
 def test_gains_are_judged_by_the_size_of_what_they_are_differences_of():
     """Two scores of 21.7 that differ in their last digit give a gain of 2e-6: no preference."""
-    paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts=6)
+    tree = sampled(plans.sde(torch.linspace(1, 0, 5), FlowSde(0.7)), starts=6).tree
     reward = torch.full((6, 5), 21.7)
     reward[::2, 1:] = torch.nextafter(reward[::2, 1:], torch.tensor(torch.inf))
-    assert gain(paths, Judgement(reward, {})).eq(0).all()
+    assert Gain()(tree, Judgement(reward, {})).eq(0).all()
     reward[::2, 1:] += 1e-3
-    assert gain(paths, Judgement(reward, {}))[:, 0, 0, 0].tolist() == pytest.approx([1, -1] * 3, abs=1e-3)
+    assert Gain()(tree, Judgement(reward, {}))[:, 0, 0, 0].tolist() == pytest.approx([1, -1] * 3, abs=1e-3)
 
 
 def test_the_share_worth_subtracting_does_not_depend_on_the_scale():
@@ -109,7 +110,7 @@ def test_the_share_worth_subtracting_does_not_depend_on_the_scale():
 def test_equal_scores_of_several_parts_are_seen_by_the_alarm():
     parts = {"a.one": torch.full((12,), 21.7), "b.two": torch.full((12,), 0.3)}
     owner = torch.arange(2).repeat_interleave(6)
-    for rule in ("sum", "product", "mrn", "gdpo"):
+    for rule in (Sum(), Product(), Mrn(), Gdpo()):
         reward = Combination({"a.one": 0.7, "b.two": 0.1}, rule)(parts, owner)
         assert dead(reward, owner).mean() == 1
     row = {"dead_groups": float(dead(parts["a.one"], owner).mean())}

@@ -2,19 +2,21 @@
 
 import pytest
 import torch
-from trajectories import judged as judged_by, judged_as, walk
+from trajectories import judged as judged_by, sampled
 
-from mmalign.credit import CREDITS
+from mmalign.credit import Gain, Terminal
 from mmalign.credit.gain import balance, fitted, gains, values
 from mmalign.credit.groups import Units
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.sampling.kernels import FlowSde
 from mmalign.seeds import gaussian, seed_of
 from mmalign.types import Judgement
 
 T = 6
 TIMES = torch.linspace(1, 0, T + 1)
+KERNEL = FlowSde(0.7)
 
 
 def reward(x):
@@ -27,7 +29,7 @@ def judged(paths):
 
 
 def dense(starts=6, length=None, states=range(T), prompts=2, plan=None):
-    return walk(plans.complete(plan or plans.sde(TIMES, "flow_sde", 0.7), states, length), starts, prompts)
+    return sampled(plans.complete(plan or plans.sde(TIMES, KERNEL), states, length), starts, prompts)
 
 
 @pytest.mark.parametrize("length", [None, 1, 2, 9])
@@ -36,7 +38,7 @@ def test_gains_add_up_to_the_reward_less_the_value_of_the_start(length, states):
     paths = dense(length=length, states=states)
     report = judged(paths)
     starts = sorted(states)
-    own = gains(paths, report)[:, starts]  # one per stretch
+    own = gains(paths.tree, report)[:, starts]  # one per stretch
     assert torch.allclose(own.sum(1), report.reward[:, -1] - report.reward[:, 0], atol=1e-5)
 
 
@@ -45,66 +47,66 @@ def test_each_value_is_the_reward_of_the_state_completed_alone():
     report = judged(paths)
     for k in range(T):
         start = paths.x[:, k]
-        alone = sample(flow.velocity, start, flow.encode(["0.0"]), paths.prompt * 0, plans.ode(TIMES[k:]))
-        assert torch.allclose(report.reward[:, k], reward(alone.ends), atol=1e-5)
+        alone = sample(flow.velocity, start, flow.encode(["0.0"]), paths.tree.prompt * 0, plans.ode(TIMES[k:]))
+        assert torch.allclose(report.reward[:, k], reward(alone.finals), atol=1e-5)
 
 
 def test_without_noise_every_gain_is_exactly_zero():
-    paths = walk(plans.complete(plans.ode(TIMES), range(T)), 4)
-    assert len(paths.ends) == 4
-    assert gains(paths, judged(paths)).eq(0).all()
-    one = walk(plans.complete(plans.ode(TIMES), range(T), 1), 4)
-    assert gains(one, judged(one))[:, :-1].ne(0).any()  # the jump to the clean latent is biased
+    paths = sampled(plans.complete(plans.ode(TIMES), range(T)), 4)
+    assert len(paths.finals) == 4
+    assert gains(paths.tree, judged(paths)).eq(0).all()
+    one = sampled(plans.complete(plans.ode(TIMES), range(T), 1), 4)
+    assert gains(one.tree, judged(one))[:, :-1].ne(0).any()  # the jump to the clean latent is biased
 
 
 def test_with_hardly_any_noise_gains_hardly_differ_from_zero():
-    paths = walk(plans.complete(plans.sde(TIMES, "flow_sde", 1e-4), range(T)), 4)
-    assert gains(paths, judged(paths)).abs().max() < 5e-3
+    paths = sampled(plans.complete(plans.sde(TIMES, FlowSde(1e-4)), range(T)), 4)
+    assert gains(paths.tree, judged(paths)).abs().max() < 5e-3
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_with_the_finished_image_alone_it_is_terminal_credit(scale):
-    paths = walk(plans.sde(TIMES, "flow_sde", 0.7), 6, 2)
+    paths = sampled(plans.sde(TIMES, KERNEL), 6, 2)
     report, units = judged(paths), Units(scale)
-    stochastic = paths.std[:, :, None, None] > 0
-    terminal = CREDITS["terminal"](paths, report, units)
-    assert torch.allclose(CREDITS["gain"](paths, report, units), terminal * stochastic, atol=1e-6)
+    stochastic = paths.tree.std[:, :, None, None] > 0
+    terminal = Terminal()(paths.tree, report, units)
+    assert torch.allclose(Gain()(paths.tree, report, units), terminal * stochastic, atol=1e-6)
 
 
 def test_a_window_over_all_steps_is_flow_grpo():
-    whole = walk(plans.window(TIMES, "flow_sde", 0.7, 0, T - 1), 4)
-    plain = walk(plans.sde(TIMES, "flow_sde", 0.7), 4)
+    whole = sampled(plans.window(TIMES, KERNEL, 0, T - 1), 4)
+    plain = sampled(plans.sde(TIMES, KERNEL), 4)
     assert torch.equal(whole.x, plain.x)
     assert torch.equal(whole.mean, plain.mean)
-    same = [CREDITS["terminal"](paths, judged(paths)) for paths in (whole, plain)]
+    same = [Terminal()(paths.tree, judged(paths)) for paths in (whole, plain)]
     assert torch.equal(*same)
 
 
 def test_gains_depend_on_the_noise_up_to_their_step_alone():
     flow = GaussianFlow()
     start = torch.stack([gaussian(flow.latent_shape, i) for i in range(3)])
-    plan = plans.complete(plans.sde(TIMES, "flow_sde", 0.7), range(T))
+    plan = plans.complete(plans.sde(TIMES, KERNEL), range(T))
 
     def changed(changed_from):
         draw = lambda b, k, path: gaussian(flow.latent_shape, seed_of(b, k, k >= changed_from))  # noqa: E731
         paths = sample(flow.velocity, start, flow.encode(["0.0"]), torch.zeros(3, dtype=torch.long), plan, draw)
-        return gains(paths, judged(paths))
+        return gains(paths.tree, judged(paths))
 
     one, two = changed(9), changed(3)
     assert torch.allclose(one[:, :3], two[:, :3], atol=1e-6)
     assert (one[:, 3:5] - two[:, 3:5]).abs().min() > 1e-4
 
 
-def test_advantages_are_normalised_at_each_step_or_over_the_walk():
+def test_advantages_are_normalised_at_each_step_or_over_the_sampled():
     paths = dense(starts=16, prompts=2)
     report = judged(paths)
-    step = CREDITS["gain"](paths, report)[:, : T - 1, 0, 0].reshape(2, 8, T - 1)
+    step = Gain()(paths.tree, report)[:, : T - 1, 0, 0].reshape(2, 8, T - 1)
     assert torch.allclose(step.mean(1), torch.zeros(2, T - 1), atol=1e-5)
     assert torch.allclose(step.std(1, correction=0), torch.ones(2, T - 1), atol=1e-4)
-    joint = CREDITS["gain"](paths, report, compare="walk")[:, : T - 1, 0, 0].reshape(2, 8 * (T - 1))
-    own = gains(paths, report)[:, : T - 1].reshape(2, 8 * (T - 1))
+    joint = Gain(compare="trajectory")(paths.tree, report)[:, : T - 1, 0, 0].reshape(2, 8 * (T - 1))
+    own = gains(paths.tree, report)[:, : T - 1].reshape(2, 8 * (T - 1))
     assert torch.allclose(joint, (own - own.mean(1, True)) / own.std(1, correction=0, keepdim=True), atol=1e-4)
-    assert CREDITS["gain"](paths, report)[:, -1].eq(0).all()  # the last step is deterministic
+    assert Gain()(paths.tree, report)[:, -1].eq(0).all()  # the last step is deterministic
 
 
 def test_the_share_of_the_value_before_is_the_slope_within_groups():
@@ -122,55 +124,55 @@ def test_the_share_of_the_value_before_is_the_slope_within_groups():
 def test_control_subtracts_its_share(control):
     paths = dense(starts=16, prompts=2)
     report = judged(paths)
-    before, after = values(paths, report)
+    before, after = values(paths.tree, report)
     expected = (after - control * before)[:, : T - 1].view(2, 8, T - 1)
-    found = CREDITS["gain"](paths, report, Units("none"), control=control)[:, : T - 1, 0, 0].reshape(2, 8, T - 1)
+    found = Gain(control=control)(paths.tree, report, Units("none"))[:, : T - 1, 0, 0].reshape(2, 8, T - 1)
     assert torch.allclose(found, expected - expected.mean(1, keepdim=True), atol=1e-5)
-    fit = CREDITS["gain"](paths, report, Units("none"), control="fit")[:, : T - 1, 0, 0].reshape(2, 8, T - 1)
+    fit = Gain(control="fit")(paths.tree, report, Units("none"))[:, : T - 1, 0, 0].reshape(2, 8, T - 1)
     assert (fit.square().sum((0, 1)) <= found.square().sum((0, 1)) + 1e-5).all()  # no share does better at any step
 
 
 def test_a_floor_keeps_small_spreads_small():
     paths = dense(starts=16, prompts=2)
     report = judged(paths)
-    spread = gains(paths, report)[:8].std(0, correction=0)[: T - 1]
+    spread = gains(paths.tree, report)[:8].std(0, correction=0)[: T - 1]
     floor = float(spread.sort().values[2:4].mean())
-    floored = CREDITS["gain"](paths, report, Units("group", floor))[:8, : T - 1, 0, 0].std(0, correction=0)
+    floored = Gain()(paths.tree, report, Units("group", floor))[:8, : T - 1, 0, 0].std(0, correction=0)
     assert torch.allclose(floored, (spread / floor).clamp(max=1), atol=1e-4)
 
 
 def test_a_failed_state_silences_its_two_steps_and_nothing_else():
     paths = dense(starts=4, prompts=1)
     report = judged(paths)
-    whole = gains(paths, report)
+    whole = gains(paths.tree, report)
     report.reward[1, 2] = torch.nan
-    holed = gains(paths, report)
+    holed = gains(paths.tree, report)
     missing = torch.zeros_like(whole, dtype=torch.bool)
     missing[1, 1:3] = True
     assert torch.equal(holed.isnan(), missing)
     assert torch.equal(holed[~missing], whole[~missing])
-    advantage = CREDITS["gain"](paths, report)[:, :, 0, 0]
+    advantage = Gain()(paths.tree, report)[:, :, 0, 0]
     assert not advantage.isnan().any()
     assert advantage[1, 1:3].eq(0).all()
 
 
 def test_on_a_branch_plan_gains_are_child_less_trunk():
-    plan = plans.complete(plans.branch(TIMES, "flow_sde", 0.7, [0, 2], 4), [0, 2])
-    paths = walk(plan, 2)
+    plan = plans.complete(plans.branch(TIMES, KERNEL, [0, 2], 4), [0, 2])
+    paths = sampled(plan, 2)
     report = judged(paths)
-    trunk = reward(walk(plans.ode(TIMES), 2).ends)
-    rows, cols = (paths.std > 0).nonzero(as_tuple=True)
-    expected = report.reward[rows, -1] - trunk[paths.member[rows]]
-    assert torch.allclose(gains(paths, report)[rows, cols], expected, atol=1e-5)
+    trunk = reward(sampled(plans.ode(TIMES), 2).finals)
+    rows, cols = (paths.tree.std > 0).nonzero(as_tuple=True)
+    expected = report.reward[rows, -1] - trunk[paths.tree.member[rows]]
+    assert torch.allclose(gains(paths.tree, report)[rows, cols], expected, atol=1e-5)
 
 
 def test_balance_of_signs_by_hand():
-    paths = walk(plans.complete(plans.window(TIMES, "flow_sde", 0.7, 1, 3), [1, 2, 3]), 4)
-    table = torch.full(paths.node.shape, torch.nan)
+    paths = sampled(plans.complete(plans.window(TIMES, KERNEL, 1, 3), [1, 2, 3]), 4)
+    table = torch.full(paths.tree.node.shape, torch.nan)
     table[:, 1], table[:, 2] = 1.0, torch.tensor([2.0, 2.0, 0.0, 1.0])
     table[:, 3] = table[:, 2] - 1
     table[:, -1] = 0.0
-    found = balance(paths, Judgement(table, {}))
+    found = balance(paths.tree, Judgement(table, {}))
     assert found["gain/1"] == 0.25
     assert found["balance/1"] == 0.25
     assert found["balance/2"] == -1
@@ -178,7 +180,6 @@ def test_balance_of_signs_by_hand():
     assert set(found) == {f"{name}/{k}" for name in ("gain", "gain_std", "balance") for k in (1, 2)}
 
 
-def test_unknown_comparisons_are_named():
-    paths = walk(plans.sde(TIMES, "flow_sde", 0.7), 2)
+def test_unknown_comparisons_are_named(unchecked_types):
     with pytest.raises(ValueError, match="no comparison called 'group'"):
-        CREDITS["gain"](paths, judged_as(paths, torch.zeros(2)), compare="group")
+        Gain(compare="group")

@@ -129,8 +129,8 @@ def test_times_and_fan_out_are_checked_when_the_plan_is_built():
 
 
 def final(name, noise, steps, spread):
-    """Standard deviation of the samples over that of the data, and the error of their mean, from 32 trajectories of 3,072
-    independent elements: standard errors 0.0023 and 0.0032 spread."""
+    """Standard deviation of the samples over that of the data, and the error of their mean, from 32 trajectories of
+    3,072 independent elements: standard errors 0.0023 and 0.0032 spread."""
     flow = GaussianFlow((12, 16, 16), spread)
     g = torch.Generator().manual_seed(7)
     start, index = torch.randn(32, *flow.latent_shape, generator=g), torch.zeros(32, dtype=torch.long)

@@ -3,19 +3,25 @@
 import gradient_variance
 import pytest
 import torch
-from trajectories import judged, tree
+from trajectories import judged, plan_by_hand
 
 from mmalign.credit import CREDITS
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import sample
-from mmalign.learn.loss import LOSSES, alike, pool
-from mmalign.learn.update import surrogate as surrogate_of, transitions, update
+from mmalign.learn.loss import LOSSES, Clipped, Step, by_credit, pool
+from mmalign.learn.update import update
+from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.sampling.kernels import KERNELS, FlowSde
 from mmalign.seeds import gaussian, seed_of
-from mmalign.training.microbatch import Fit
+from mmalign.training.microbatch import AdaptiveBatch
 
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.5, "cps": 0.8, "ddim": 1.0, "scheduled": 0.8}
-SETTINGS = dict(loss="clipped", clip=1e-4, beta=0.0, epochs=1, minibatches=1, micro_batch=Fit(64), max_grad_norm=1e9)
+KINDS = {kind.type: kind for kind in KERNELS}
+LOSS = {kind.type: kind for kind in LOSSES}
+CREDIT = {kind.type: kind() for kind in CREDITS}
+KERNEL, CLIPPED = FlowSde(0.7), Clipped(1e-4)
+SETTINGS = dict(epochs=1, minibatches=1, micro_batch=AdaptiveBatch(64), max_grad_norm=1e9)
 
 
 def rollout(flow, plan, starts, iteration=0):
@@ -24,20 +30,19 @@ def rollout(flow, plan, starts, iteration=0):
     return sample(flow.velocity, start, flow.encode(["0.0"]), torch.zeros(starts, dtype=torch.long), plan, draw)
 
 
-def advance(flow, optimizer, paths, advantage, **changed):
-    given = SETTINGS | changed
-    batch, of_replay = transitions(paths, advantage), {key: given.pop(key) for key in ("loss", "clip", "beta")}
-    over = given.pop("over", "cell")
-    replay = surrogate_of(flow, flow.encode(["0.0"]), kernel=paths.kernel, t_max=paths.t_max, over=over, **of_replay)
-    generator = torch.Generator().manual_seed(0)
-    return update(flow.parameters(), optimizer, batch, replay, generator=generator, **given)
+def advance(flow, optimizer, paths, advantage, loss=CLIPPED, beta=0.0, ratio="cell", **changed):
+    replay = Surrogate(flow, flow.encode(["0.0"]), paths.kernel, paths.t_max, loss, beta, ratio)
+    generator, batch = torch.Generator().manual_seed(0), transitions(paths, advantage)
+    return update(flow.parameters(), optimizer, batch, replay, generator=generator, **SETTINGS | changed)
 
 
 def surrogate(name, log_ratio, advantage, bound=1e-4, divergence=None, std=None, h=None):
     """A loss on rows of unit standard deviation and unit step."""
     rows = torch.ones(len(log_ratio))
     divergence = torch.zeros_like(log_ratio) if divergence is None else divergence
-    return LOSSES[name](log_ratio, divergence, advantage, rows if std is None else std, rows if h is None else h, bound)
+    step = Step(log_ratio, divergence, advantage, rows if std is None else std, rows if h is None else h)
+    loss = LOSS[name](bound)(step)
+    return loss.value, loss.statistics
 
 
 @pytest.mark.parametrize("loss", ["clipped", "guard"])
@@ -64,7 +69,7 @@ def test_the_mask_takes_the_same_quadrants_but_only_far_from_the_old_policy(adva
     assert bool(log_ratio.grad.abs().sum() > 0) == (not far or (ratio - 1) * advantage < 0)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSS)
 def test_gradient_at_ratio_one_is_minus_advantage_times_score(loss):
     """For GRPO-Guard times q / h: its ratio is the q-th power, its weight 1 / h."""
     log_ratio = torch.zeros(3, 4, 4).requires_grad_()
@@ -133,14 +138,14 @@ def test_log_ratio_is_the_noise_times_the_shift_less_the_divergence():
 def test_the_rollout_graph_gives_the_gradient_of_the_replay():
     """At ratio 1, differentiating the rollout's own log-density (as LeanGRPO does) equals replaying it."""
     flow = GaussianFlow()
-    paths = rollout(flow, plans.sde(flow.times(5), "flow_sde", 0.7), 3)
+    paths = rollout(flow, plans.sde(flow.times(5), KERNEL), 3)
     advantage = torch.randn(3, 5, 1, 1)
     advance(flow, torch.optim.SGD(flow.parameters(), 0.0), paths, advantage)
     replayed = flow.shift.grad.clone()
-    total, t = 0.0, paths.t[0]
+    total, t = 0.0, paths.tree.t[0]
     for k in range(4):
-        v = flow.velocity(paths.x[:, k], t[k].expand(3), flow.encode(["0.0"]), paths.prompt)
-        mean, std = kernels.step("flow_sde", paths.x[:, k], v, t[k], t[k + 1], 0.7, paths.t_max)
+        v = flow.velocity(paths.x[:, k], t[k].expand(3), flow.encode(["0.0"]), paths.tree.prompt)
+        mean, std = KERNEL.step(paths.x[:, k], v, t[k], t[k + 1], 0.7, paths.t_max)
         total = (
             total - (advantage[:, k, 0, 0] * kernels.log_density(paths.x[:, k + 1], mean, std).mean((1, 2))).sum() / 12
         )
@@ -163,17 +168,17 @@ def test_uniform_map_equals_the_scalar_and_zero_stays_zero():
     assert logp.grad.count_nonzero() == 4
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSS)
 def test_over_equal_credit_a_map_of_one_value_is_the_whole_image_at_any_ratio(loss):
-    """Away from ratio 1 the clip of each cell is not that of the image; with a ratio over all that is credited alike
-    it is."""
+    """Away from ratio 1 the clip of each cell is not that of the image; with one ratio for all cells of equal credit it
+    is."""
     torch.manual_seed(0)
     values = 0.2 * torch.randn(6, 4, 4)
     advantage = torch.linspace(-1, 1, 6)[:, None, None]
     expected = surrogate(loss, values, advantage, 0.05, values.abs())
     for grid in ((2, 2), (4, 4)):
         place = advantage.expand(6, *grid)
-        found = surrogate(loss, alike(values, place), place, 0.05, alike(values.abs(), place))
+        found = surrogate(loss, by_credit(values, place), place, 0.05, by_credit(values.abs(), place))
         torch.testing.assert_close(found, expected)
         assert not torch.allclose(surrogate(loss, values, place, 0.05, values.abs())[0], expected[0], atol=1e-4)
 
@@ -181,27 +186,27 @@ def test_over_equal_credit_a_map_of_one_value_is_the_whole_image_at_any_ratio(lo
 def test_the_ratio_of_a_region_is_the_geometric_mean_of_its_cells():
     values = torch.arange(16.0).view(1, 4, 4)
     advantage = torch.tensor([[[1.0, 0.3], [1.0, 0.0]]])
-    found = alike(values, advantage)
+    found = by_credit(values, advantage)
     for rows, columns, place in (
         (slice(4), slice(2), 1.0),
         (slice(2), slice(2, 4), 0.3),
         (slice(2, 4), slice(2, 4), 0),
     ):
         assert (found[0, rows, columns] == values[0, rows, columns].mean()).all(), place
-    two = alike(torch.cat([values, values + 7]), advantage.expand(2, -1, -1))  # rows keep to themselves
+    two = by_credit(torch.cat([values, values + 7]), advantage.expand(2, -1, -1))  # rows keep to themselves
     torch.testing.assert_close(two, torch.cat([found, found + 7]))
 
 
 def test_a_whole_update_over_equal_credit():
     """The option reaches the loss: off policy the first cell's clip differs from its region's."""
     shifts = []
-    for over in ("cell", "credit"):
+    for ratio in ("cell", "credit"):
         flow = GaussianFlow()
-        paths = rollout(flow, plans.sde(flow.times(5), "flow_sde", 0.7), 4)
+        paths = rollout(flow, plans.sde(flow.times(5), KERNEL), 4)
         advantage = torch.ones(4, 5, 4, 4)
         advantage[..., :2] = -1
         optimizer = torch.optim.SGD(flow.parameters(), 5.0)
-        advance(flow, optimizer, paths, advantage, over=over, epochs=3, clip=1e-2)
+        advance(flow, optimizer, paths, advantage, loss=Clipped(1e-2), ratio=ratio, epochs=3)
         shifts.append(flow.shift.detach().clone())
     assert not torch.allclose(*shifts, atol=1e-3)
 
@@ -212,10 +217,10 @@ def test_pool_needs_a_grid_that_divides():
         pool(torch.zeros(1, 4, 4), (3, 3))
 
 
-@pytest.mark.parametrize("name", kernels.STOCHASTIC)
+@pytest.mark.parametrize("name", KINDS)
 def test_on_policy_ratio_is_one_for_every_step(name):
     flow = GaussianFlow()
-    paths = rollout(flow, plans.sde(flow.times(6), name, LEVELS[name]), 8)
+    paths = rollout(flow, plans.sde(flow.times(6), KINDS[name](LEVELS[name])), 8)
     statistics = advance(flow, torch.optim.SGD(flow.parameters(), 0.0), paths, torch.randn(8, 6, 1, 1))
     for k in range(5):
         assert statistics[f"ratio/{k}"] == pytest.approx(1, abs=1e-6)
@@ -229,7 +234,7 @@ def test_shared_steps_are_learnt_once_and_deterministic_ones_never():
     noise = torch.zeros(4, 4)
     noise[:, :2] = 0.7
     draw = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]])
-    paths = rollout(flow, tree(t, noise, draw), 2)
+    paths = rollout(flow, plan_by_hand(t, noise, draw), 2)
     batch = transitions(paths, torch.ones(8, 4, 1, 1))
     assert len(batch) == 2 * (2 + 4)
     assert batch.step.bincount().tolist() == [4, 8]
@@ -239,10 +244,10 @@ def test_noise_weights_have_mean_one_and_the_published_values():
     """SD3.5, ten steps of shift 3 applied twice, a = 0.7, nine trained steps: 2.25 q (TempFlow-GRPO's constant)."""
     t = torch.tensor([1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0.0])
     flow = GaussianFlow()
-    paths = rollout(flow, plans.sde(t, "flow_sde", 0.7), 2)
+    paths = rollout(flow, plans.sde(t, KERNEL), 2)
     batch = transitions(paths, torch.ones(2, 10, 1, 1), "noise")
     assert batch.weight.mean().item() == pytest.approx(1, abs=1e-6)
-    std = paths.std[0, :9]
+    std = paths.tree.std[0, :9]
     assert torch.allclose(batch.weight[:9] / std[batch.step[:9]], torch.tensor(2.25), rtol=2e-3)
 
 
@@ -250,11 +255,11 @@ def test_micro_batches_and_dead_rows_change_nothing():
     results = []
     for micro in (1, 3, 64):
         flow = GaussianFlow()
-        paths = rollout(flow, plans.sde(flow.times(5), "flow_sde", 0.7), 6)
-        advantage = CREDITS["terminal"](paths, judged(paths, lambda x: x.mean((1, 2, 3))))
+        paths = rollout(flow, plans.sde(flow.times(5), KERNEL), 6)
+        advantage = CREDIT["terminal"](paths.tree, judged(paths, lambda x: x.mean((1, 2, 3))))
         advantage[0] = 0
         optimizer = torch.optim.SGD(flow.parameters(), 1.0)
-        advance(flow, optimizer, paths, advantage, micro_batch=Fit(micro))
+        advance(flow, optimizer, paths, advantage, micro_batch=AdaptiveBatch(micro))
         results.append(flow.shift.detach().clone())
     assert torch.allclose(results[0], results[2], atol=1e-6)
     assert torch.allclose(results[1], results[2], atol=1e-6)
@@ -263,8 +268,8 @@ def test_micro_batches_and_dead_rows_change_nothing():
 
 def test_constant_reward_learns_nothing():
     flow = GaussianFlow()
-    paths = rollout(flow, plans.sde(flow.times(5), "flow_sde", 0.7), 6)
-    advantage = CREDITS["terminal"](paths, judged(paths, lambda x: torch.ones(len(x))))
+    paths = rollout(flow, plans.sde(flow.times(5), KERNEL), 6)
+    advantage = CREDIT["terminal"](paths.tree, judged(paths, lambda x: torch.ones(len(x))))
     statistics = advance(flow, torch.optim.AdamW(flow.parameters(), 0.1), paths, advantage)
     assert flow.shift.eq(0).all()
     assert all(value == value for value in statistics.values())
@@ -272,7 +277,7 @@ def test_constant_reward_learns_nothing():
 
 def test_kl_pulls_back_to_the_reference_only_when_away_from_it():
     flow = GaussianFlow()
-    paths = rollout(flow, plans.sde(flow.times(5), "flow_sde", 0.7), 4)
+    paths = rollout(flow, plans.sde(flow.times(5), KERNEL), 4)
     statistics = advance(flow, torch.optim.SGD(flow.parameters(), 1.0), paths, torch.zeros(4, 5, 1, 1), beta=1.0)
     assert statistics["kl"] == 0
     assert flow.shift.eq(0).all()
@@ -297,7 +302,7 @@ def test_the_estimated_policy_gradient_is_the_exact_one(name):
 
 
 def test_step_wise_gains_take_the_luck_of_the_start_out():
-    """At equal walks the estimate of the gain is less noisy than terminal credit's."""
+    """With as many trajectories the estimate of the gain is less noisy than terminal credit's."""
     noise = {}
     for name in ("terminal", "gain, n = remaining"):
         plan, credit, starts, _ = gradient_variance.variants(TIMES)[name]
@@ -305,21 +310,21 @@ def test_step_wise_gains_take_the_luck_of_the_start_out():
     assert noise["gain, n = remaining"] < 0.5 * noise["terminal"]
 
 
-@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("credit", CREDIT)
 def test_bandit_improves(credit):
     """The mean reward of successive quarters of the run rises, each above the one before."""
     flow = GaussianFlow((2, 2, 2), spread=0.5)
     optimizer = torch.optim.AdamW(flow.parameters(), 0.025, weight_decay=0.0)
     t = flow.times(5)
-    plan = plans.branch(t, "flow_sde", 0.7, [0, 1, 2], 4) if credit == "branch" else plans.sde(t, "flow_sde", 0.7)
+    plan = plans.branch(t, KERNEL, [0, 1, 2], 4) if credit == "branch" else plans.sde(t, KERNEL)
     if credit == "gain":
         plan = plans.complete(plan, range(5))
     rewards = []
     for iteration in range(40):
-        paths = rollout(flow, plan, 48 // plan.learnt, iteration)
+        paths = rollout(flow, plan, 48 // plan.trained, iteration)
         report = judged(paths, lambda x: -((x - 1) ** 2).mean((1, 2, 3)))
         rewards.append(float(report.reward[:, -1].mean()))
-        advance(flow, optimizer, paths, CREDITS[credit](paths, report))
+        advance(flow, optimizer, paths, CREDIT[credit](paths.tree, report))
     quarters = torch.tensor(rewards).view(4, 10).mean(1)
     assert (quarters.diff() > 0).all()
     assert quarters[3] > 0.5 * quarters[0]  # rewards are negative: less than half the loss is left

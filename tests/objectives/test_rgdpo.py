@@ -1,6 +1,7 @@
 """Region-grouped preferences: known losses, equalities with plain DPO, and learning in one place."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from torch.nn import functional as F
 
 from mmalign.learn.update import update
 from mmalign.objectives import rgdpo
-from mmalign.objectives.flow_matching import Finished, error
+from mmalign.objectives.flow_matching import error
+from mmalign.objectives.objective import Finished
+from mmalign.objectives.rgdpo import Rgdpo
 from mmalign.policy.gaussian import GaussianFlow
-from mmalign.training.microbatch import Fit
+from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.types import Marks
 
 nan = torch.nan
@@ -66,7 +69,7 @@ def test_at_the_reference_every_term_is_log_two():
         marks = Marks(share, torch.tensor(credit), named(torch.tensor(credit)))
         batch = rgdpo.pairs(flow, finished(x, marks), 3, torch.Generator().manual_seed(0))
         assert len(batch) == 3
-        found, _ = rgdpo.replay(flow, flow.encode(["0.0"]), 50.0, 0.5)(batch)
+        found, _ = Rgdpo(3, 50.0, 0.5).replay(flow, flow.encode(["0.0"]), batch)
         torch.testing.assert_close(found, torch.full((3,), expected))
 
 
@@ -74,7 +77,7 @@ def test_one_region_that_is_the_whole_image_is_dpo_of_flow_errors():
     flow = moved(GaussianFlow())
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     batch = rgdpo.pairs(flow, finished(x, whole([1.0, -1.0])), 5, torch.Generator().manual_seed(1))
-    found, statistics = rgdpo.replay(flow, flow.encode(["0.0"]), 7.0, 1.0)(batch)
+    found, statistics = Rgdpo(5, 7.0, 1.0).replay(flow, flow.encode(["0.0"]), batch)
     drop = []
     for side in (0, 1):
         shown = (batch.x[:, side], batch.noise, batch.t, flow.encode(["0.0"]), batch.index)
@@ -100,7 +103,7 @@ def test_changing_sides_changes_nothing():
     turned = replace(
         batch, x=batch.x.flip(1), share=batch.share.flip(1), credit=batch.credit.flip(1), named=batch.named.flip(1)
     )
-    replay = rgdpo.replay(flow, flow.encode(["0.0"]), 7.0, 1.0)
+    replay = partial(Rgdpo(4, 7.0, 1.0).replay, flow, flow.encode(["0.0"]))
     torch.testing.assert_close(replay(batch)[0], replay(turned)[0])
 
 
@@ -129,8 +132,8 @@ def test_no_pairs_no_step():
 
 def learn(flow, optimizer, batch, scale):
     return update(
-        flow.parameters(), optimizer, batch, rgdpo.replay(flow, flow.encode(["0.0"]), scale, 1.0), epochs=1,
-        minibatches=1, micro_batch=Fit(64), max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
+        flow.parameters(), optimizer, batch, partial(Rgdpo(2, scale).replay, flow, flow.encode(["0.0"])), epochs=1,
+        minibatches=1, micro_batch=AdaptiveBatch(64), max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """SRUM's weighted flow matching, on numbers and on the closed-form flow."""
 
+from functools import partial
+
 import hypothesis
 import pytest
 import torch
@@ -7,33 +9,34 @@ from hypothesis import strategies as st
 
 from mmalign.learn.update import update
 from mmalign.objectives import flow_matching as matching, srum
-from mmalign.objectives.flow_matching import Finished
+from mmalign.objectives.objective import Finished
+from mmalign.objectives.srum import Srum
 from mmalign.policy.gaussian import GaussianFlow
-from mmalign.training.microbatch import Fit
+from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.types import Marks
 
 nan = torch.nan
 NOTHING = Marks(torch.zeros(1, 0, 8, 8), torch.zeros(1, 0), torch.zeros(1, 0, dtype=torch.bool))
 
 
-def seen(x, reward, places):
+def finished(x, reward, places):
     rows = torch.zeros(len(x), dtype=torch.long)
     return Finished(x, rows, reward, places, NOTHING[rows])
 
 
 def learn(flow, optimizer, batch, replay):
     update(
-        flow.parameters(), optimizer, batch, replay, epochs=1, minibatches=1, micro_batch=Fit(64), max_grad_norm=1e9,
-        generator=torch.Generator().manual_seed(0),
+        flow.parameters(), optimizer, batch, replay, epochs=1, minibatches=1, micro_batch=AdaptiveBatch(64),
+        max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
 
 
 def test_the_whole_images_score_gates_and_never_turns_a_place_round():
     places = torch.tensor([[[1.0, nan], [-1.0, 0.5]]]).expand(3, 2, 2)
-    found = srum.weights(seen(torch.zeros(3, 1, 2, 2), torch.tensor([-1.0, 0.0, 3.0]), places), -1, 1)
+    found = srum.weights(finished(torch.zeros(3, 1, 2, 2), torch.tensor([-1.0, 0.0, 3.0]), places), -1, 1)
     expected = torch.tensor([[1.0, 0.0], [-1.0, 0.5]])
     torch.testing.assert_close(found, torch.stack([0 * expected, 0.5 * expected, expected]))
-    shaded = srum.weights(seen(torch.zeros(1, 1, 2, 2), torch.ones(1), places[:1]), 0, 1, background=0.5)
+    shaded = srum.weights(finished(torch.zeros(1, 1, 2, 2), torch.ones(1), places[:1]), 0, 1, background=0.5)
     assert shaded[0, 0, 1] == 0.5
 
 
@@ -83,7 +86,7 @@ def test_times_follow_the_schedule_one_in_each_stretch():
 
 
 def test_the_error_is_least_at_the_flows_own_data():
-    """Of flows whose data have unlike means, that whose mean the images have has the least flow-matching error."""
+    """Of flows whose data have different means, that whose mean the images have has the least flow-matching error."""
     x = torch.randn(400, 3, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.7
     errors = {}
     for mean in ("0.2", "0.7", "1.2"):
@@ -103,16 +106,17 @@ def test_a_painted_square_grows_red_inside_and_nothing_changes_outside():
         generator = torch.Generator().manual_seed(i)
         x = torch.randn(24, 3, 8, 8, generator=generator) + flow.shift.detach()
         red = x[:, 0].clamp(-1, 1)
-        images = seen(x, torch.ones(24), torch.where(inside, red, nan))
-        batch = srum.examples(flow, images, srum.weights(images), 2, generator)
-        learn(flow, optimizer, batch, srum.replay(flow, flow.encode(["0.0"]), 0.0, 0.0))
+        images = finished(x, torch.ones(24), torch.where(inside, red, nan))
+        objective = Srum(draws=2, anchor=0.0)
+        batch = objective.examples(flow, images, generator)
+        learn(flow, optimizer, batch, partial(objective.replay, flow, flow.encode(["0.0"])))
     shift = flow.shift.detach()
     assert shift[0, inside].mean() > 0.2
     assert shift[:, ~inside].abs().max() == 0  # a weight of 0 gives no gradient at all
 
 
 def test_the_anchor_holds_the_model_where_nothing_is_said():
-    """Images of the model itself, no opinion: flow matching on them leaves the model as it is but for their sampling
+    """Images of the model itself, no opinion: flow matching on them leaves the model unchanged but for their sampling
     noise, and a displaced one comes back to where they are."""
     flow = GaussianFlow((3, 4, 4))
     optimizer = torch.optim.SGD(flow.parameters(), 5.0)
@@ -121,7 +125,8 @@ def test_the_anchor_holds_the_model_where_nothing_is_said():
     for i in range(60):
         generator = torch.Generator().manual_seed(i)
         x = torch.randn(64, 3, 4, 4, generator=generator)
-        images = seen(x, torch.ones(64), torch.full((64, 4, 4), nan))
-        batch = srum.examples(flow, images, srum.weights(images), 1, generator)
-        learn(flow, optimizer, batch, srum.replay(flow, flow.encode(["0.0"]), 0.5, 0.0))
+        images = finished(x, torch.ones(64), torch.full((64, 4, 4), nan))
+        objective = Srum(draws=1, anchor=0.5)
+        batch = objective.examples(flow, images, generator)
+        learn(flow, optimizer, batch, partial(objective.replay, flow, flow.encode(["0.0"])))
     assert flow.shift.abs().max() < 0.35

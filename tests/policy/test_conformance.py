@@ -8,9 +8,12 @@ from tiny_policies import CASES, TEXTS, latents, moved, opened
 from mmalign import policy as policies
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
-from mmalign.learn.update import surrogate, transitions, update
+from mmalign.learn.loss import Clipped
+from mmalign.learn.update import update
+from mmalign.objectives.replay import Surrogate, transitions
+from mmalign.sampling.kernels import FlowSde
 from mmalign.seeds import gaussian, seed_of
-from mmalign.training.microbatch import Fit
+from mmalign.training.microbatch import AdaptiveBatch
 
 BOTH = pytest.mark.parametrize(("name", "guidance"), CASES)
 
@@ -34,7 +37,7 @@ def test_guidance_and_prompts_matter(folders, name, guidance):
     policy = opened(folders, name, guidance)
     images = policy.decode(latents(policy))
     start, index = torch.stack([gaussian(policy.latent_shape, 0)] * 3), torch.arange(3)
-    same = sample(policy.velocity, start, policy.encode(TEXTS), index, plans.ode(policy.times(STEPS))).ends
+    same = sample(policy.velocity, start, policy.encode(TEXTS), index, plans.ode(policy.times(STEPS))).finals
     assert (same[0] - same[1]).abs().max() > 1e-3
     if guidance != 1:
         plain = opened(folders, name, 1.0)
@@ -67,13 +70,13 @@ def test_the_ratio_on_policy_is_one(folders, name, guidance):
     policy = moved(opened(folders, name, guidance))
     cond, index = policy.encode(TEXTS), torch.arange(len(TEXTS))
     start = torch.stack([gaussian(policy.latent_shape, i) for i in range(len(TEXTS))])
-    plan = plans.sde(policy.times(STEPS), "flow_sde", 0.7)
+    plan = plans.sde(policy.times(STEPS), FlowSde(0.7))
     paths = sample(policy.velocity, start, cond, index, plan, lambda *key: gaussian(policy.latent_shape, seed_of(*key)))
     batch = transitions(paths, torch.ones(len(TEXTS), STEPS, 1, 1))
-    replay = surrogate(policy, cond, kernel="flow_sde", t_max=plan.t_max, loss="clipped", clip=1e-4, beta=0.1)
+    replay = Surrogate(policy, cond, plan.kernel, plan.t_max, Clipped(1e-4), beta=0.1)
     statistics = update(
         policy.parameters(), torch.optim.SGD(policy.parameters(), 0.0), batch, replay, epochs=1, minibatches=1,
-        micro_batch=Fit(len(TEXTS)), max_grad_norm=1.0, generator=torch.Generator().manual_seed(0),
+        micro_batch=AdaptiveBatch(len(TEXTS)), max_grad_norm=1.0, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     for k in range(STEPS - 1):
         assert statistics[f"ratio/{k}"] == pytest.approx(1, abs=1e-6)

@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 from tiny_policies import moved
 
 from mmalign import policy as policies
-from mmalign.flow import kernels, plan as plans
+from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
 from mmalign.learn.loss import LOSSES
-from mmalign.learn.update import surrogate, transitions, update
+from mmalign.learn.update import update
+from mmalign.objectives.replay import Surrogate, transitions
+from mmalign.sampling.kernels import KERNELS
 from mmalign.seeds import gaussian, seed_of
-from mmalign.training.microbatch import Fit
+from mmalign.training.microbatch import AdaptiveBatch
 
 TEXTS = ["a red circle", "three green squares", "a blue triangle left of a yellow circle", 'the text "O H"']
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ddim": 1.0, "scheduled": 0.5}
@@ -103,21 +105,21 @@ def test_a_wrong_export_is_noticed(random_model, tmp_path):
         policy.check_export(tmp_path)
 
 
-@pytest.mark.parametrize("name", kernels.STOCHASTIC)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kind: kind.type)
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 @pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_on_policy_ratio_is_one(random_model, name, guidance, size, loss):
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda kind: kind.type)
+def test_on_policy_ratio_is_one(random_model, kernel, guidance, size, loss):
     policy = moved(policies.load(random_model, guidance=guidance))
     cond, index = policy.encode(TEXTS[:size]), torch.arange(size)
     start = torch.stack([gaussian(policy.latent_shape, i) for i in range(size)])
-    plan = plans.sde(policy.times(STEPS), name, LEVELS[name])
+    plan = plans.sde(policy.times(STEPS), kernel(LEVELS[kernel.type]))
     paths = sample(policy.velocity, start, cond, index, plan, lambda *key: gaussian(policy.latent_shape, seed_of(*key)))
     batch = transitions(paths, torch.ones(size, STEPS, 1, 1))
     optimizer = torch.optim.SGD(policy.parameters(), 0.0)
-    replay = surrogate(policy, cond, kernel=name, t_max=plan.t_max, loss=loss, clip=1e-4, beta=0.1)
+    replay = Surrogate(policy, cond, plan.kernel, plan.t_max, loss(1e-4), beta=0.1)
     statistics = update(
-        policy.parameters(), optimizer, batch, replay, epochs=1, minibatches=1, micro_batch=Fit(size),
+        policy.parameters(), optimizer, batch, replay, epochs=1, minibatches=1, micro_batch=AdaptiveBatch(size),
         max_grad_norm=1.0, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     for k in range(STEPS - 1):
