@@ -17,7 +17,8 @@ import typer
 
 from mmalign import policy as policies
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
+from mmalign.seeds import gaussian, seed_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,10 +24,11 @@ import typer
 from mmalign import policy as policies
 from mmalign.checks import estimate
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy import loading, meta
 from mmalign.policy.pipeline import Conditioning
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.microbatch import Fit
 
 MODEL = "stabilityai/stable-diffusion-3.5-medium"

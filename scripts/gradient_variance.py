@@ -21,9 +21,10 @@ from torch import Tensor
 from mmalign.credit import CREDITS
 from mmalign.credit.groups import Units
 from mmalign.flow import kernels, plan as plans
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.microbatch import Fit
 from mmalign.types import Judgement
 

@@ -66,7 +66,7 @@ def config(random_model, prompt_files, tmp_path):
         (["max_forwards=3"], "the thinnest plan takes 14 forwards and 4 rewards an iteration, allowed are 3 and any"),
         (["cooldown=3"], "exceed iterations 2"),
         (["prompts=nowhere.jsonl"], "prompts nowhere.jsonl: No such file or directory"),
-        (["prompts=/dev/null"], "prompts /dev/null: no regular file"),
+        (["prompts=/dev/null"], "prompts /dev/null: not a regular file"),
         (["model=/nowhere"], "model '/nowhere'"),
         (["rewards={shape.strict: 1}"], "no scorer called 'shape'; near names: shapes"),
         (["rewards={jpeg_size.size: 1}"], "no component 'size'; jpeg_size gives kilobytes"),

@@ -12,7 +12,7 @@ from mmalign.checks import doctor
 from mmalign.cli.app import main
 from mmalign.config import load as configs
 from mmalign.flow import sample as sampling
-from mmalign.learn import replay as learning
+from mmalign.objectives import replay as learning
 from mmalign.policy.sd3 import SD3Policy
 from mmalign.training import learner, rollout
 

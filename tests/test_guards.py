@@ -13,13 +13,13 @@ from mmalign import errors, run as runs
 from mmalign.config import load as configs
 from mmalign.errors import BadInput, Failed, NonFinite
 from mmalign.flow import plan as plans
-from mmalign.flow.kernels import FlowSde
 from mmalign.learn.update import update
 from mmalign.policy.sd3 import SD3Policy
 from mmalign.reporting import report
 from mmalign.rewards.combination import Combination, Product, Sum
 from mmalign.rewards.judge import judge, score
 from mmalign.runs import alarms, checkpoint
+from mmalign.sampling.kernels import FlowSde
 from mmalign.training import finite
 from mmalign.training.finite import Skips
 from mmalign.types import Rows

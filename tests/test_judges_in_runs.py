@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chats import chatting, said
+from chats import chatting, completion
 from judge_texts import FULL
 from kill_and_resume import outcome
 from run_config import rows, run
@@ -85,8 +85,8 @@ def test_what_is_not_finite_in_a_part_is_shown_to_no_judge(settings, captions, m
     opened = setup.open_session(configs.build(settings | captions | changed, "test"))
     decoded = rollout.decoded
 
-    def spoilt(own, paths):
-        images = decoded(own, paths)
+    def spoilt(session, paths):
+        images = decoded(session, paths)
         images[paths.tree.owner == 1] = torch.nan
         return images
 
@@ -109,10 +109,10 @@ def test_full_groups_teach_nothing_and_are_counted(settings, tmp_path):
     c = configs.build(settings | good | {"advantage": {"saturated": 0.9}}, "test")
     opened = setup.open_session(c)
     row = train.iterate(opened, 0)
-    even = [own.id % 2 == 0 for own in opened.prompts.all]
+    even = [prompt.id % 2 == 0 for prompt in opened.prompts.all]
     assert 0 <= row["saturated_groups"] <= 1
-    seen = [train.iterate(opened, i)["saturated_groups"] for i in range(1, 4)]
-    assert sum([row["saturated_groups"], *seen]) / 4 == pytest.approx(sum(even) / len(even))
+    shares = [train.iterate(opened, i)["saturated_groups"] for i in range(1, 4)]
+    assert sum([row["saturated_groups"], *shares]) / 4 == pytest.approx(sum(even) / len(even))
     with pytest.raises(BadInput, match="advantage does not act with objective: srum"):
         configs.build(settings | {"objective": "srum", "region": "shapes", "advantage": {"saturated": 0.9}}, "test")
 
@@ -121,30 +121,30 @@ def test_a_written_judgement_is_a_reward_with_its_aspects(settings):
     scores = iter(range(10**6))
 
     def answer(request):
-        return said(FULL.replace("3.5", f"{1 + (next(scores) * 7) % 30 / 10:.1f}"))
+        return completion(FULL.replace("3.5", f"{1 + (next(scores) * 7) % 30 / 10:.1f}"))
 
     with chatting(answer) as (url, requests):
         judge = {"rational": {"model": "m", "url": url, "retries": 0}}
         rewards = {"rational.faithfulness": 0.7, "rational.quality": 0.3}
         out = run(settings, rewards=rewards, scorers=judge, iterations=2, held_out=None, rollout_parts=2)
-        asked = len(requests)
+        count = len(requests)
     last = rows(out / "metrics.jsonl")[-1]
-    assert last["judge/rational/calls"] == asked
-    assert last["judge/rational/reply_tokens"] == 3 * asked
+    assert last["judge/rational/calls"] == count
+    assert last["judge/rational/reply_tokens"] == 3 * count
     assert last["part/rational.quality"] == pytest.approx(2 / 3)
     assert 0 <= last["part/rational.faithfulness"] <= 1
     assert last["failed"] == 0
 
 
 def test_a_run_whose_calls_are_spent_stops_and_says_so(settings):
-    with chatting(lambda request: said(FULL)) as (url, _):
+    with chatting(lambda request: completion(FULL)) as (url, _):
         judge = {"rational": {"model": "m", "url": url, "retries": 0, "max_calls": 20}}
         with pytest.raises(RuntimeError, match="budget of 20 calls is spent"):
             run(settings, rewards={"rational.overall": 1.0}, scorers=judge, iterations=3, held_out=None)
 
 
 def test_a_cache_saves_the_second_run_its_calls(settings, tmp_path):
-    with chatting(lambda request: said(FULL)) as (url, requests):
+    with chatting(lambda request: completion(FULL)) as (url, requests):
         judge = {"rational": {"model": "m", "url": url}}
         same = {"rewards": {"rational.overall": 1.0}, "scorers": judge, "iterations": 1, "held_out": None}
         run(settings, **same, cache=str(tmp_path / "cache.sqlite"))

@@ -10,7 +10,7 @@ from zlib import crc32
 import pytest
 import torch
 import yaml
-from chats import chatting, picture, said
+from chats import chatting, completion, picture
 from judge_texts import FULL
 from run_config import rows
 from tiny_pipelines import FAMILIES
@@ -22,8 +22,8 @@ from mmalign.config import load as configs, paths
 from mmalign.config.schema import Config
 from mmalign.credit import Gain
 from mmalign.data import prompts as prompt_files
-from mmalign.flow.plan import Branch, Window
 from mmalign.policy import meta
+from mmalign.sampling.plans import Branch, Window
 from reward_models.scorers.geneval import GenEval
 from reward_models.scorers.ocr import Ocr
 
@@ -110,7 +110,7 @@ def judge_server():
 
     def answer(request):
         score = 1 + 3 * (crc32(picture(request).tobytes()) % 31) / 30
-        return said(re.sub(r"Score: \S+", f"Score: {score:.1f}", FULL))
+        return completion(re.sub(r"Score: \S+", f"Score: {score:.1f}", FULL))
 
     with chatting(answer) as (url, _):
         yield url

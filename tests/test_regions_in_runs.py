@@ -39,12 +39,12 @@ def test_a_map_without_regions_is_what_is_right_and_what_is_wrong():
 
 
 def test_an_image_whose_box_lies_outside_fails_alone():
-    seen = judge.score(torch.zeros(4, 3, 8, 8), [Prompt("a")] * 4, {"careless": Careless()})
-    assert list(seen.failures) == [1]
-    assert seen.failures[1] == "careless: box (0, 0, 4.0, 16) lies outside the image of 8 x 8 pixels"
-    assert seen.parts["careless.value"].isnan().tolist() == [False, True, False, False]
-    assert seen.maps["careless"][1].isnan().all()
-    assert seen.boxes["careless"][1] == ()
+    scores = judge.score(torch.zeros(4, 3, 8, 8), [Prompt("a")] * 4, {"careless": Careless()})
+    assert list(scores.failures) == [1]
+    assert scores.failures[1] == "careless: box (0, 0, 4.0, 16) lies outside the image of 8 x 8 pixels"
+    assert scores.parts["careless.value"].isnan().tolist() == [False, True, False, False]
+    assert scores.maps["careless"][1].isnan().all()
+    assert scores.boxes["careless"][1] == ()
 
 
 IMAGES = {"plan": "ode", "seeds": 4}
@@ -139,10 +139,10 @@ def test_masks_and_ratios_by_credit_run(settings, mask):
 
 def test_a_few_images_are_kept_with_their_credit(settings):
     out = run(settings | CARELESS)
-    kept = rows(out / "credit.jsonl")
-    assert {row["iteration"] for row in kept} == {2, 4}
-    assert len(kept) == 2 * 6
-    for row in kept:
+    logged = rows(out / "credit.jsonl")
+    assert {row["iteration"] for row in logged} == {2, 4}
+    assert len(logged) == 2 * 6
+    for row in logged:
         assert (out / row["image"]).is_file()
         (step,) = row["advantage"]
         grid = row["advantage"][step]
@@ -156,7 +156,7 @@ def test_a_few_images_are_kept_with_their_credit(settings):
     assert judged["careless:Careless"]["map"][0][0] == -1
     assert "show regions judged right" in page
     run(settings | CARELESS, resume=True)
-    assert len(rows(out / "credit.jsonl")) == len(kept)
+    assert len(rows(out / "credit.jsonl")) == len(logged)
 
 
 def test_boxes_cover_tokens_of_packed_latents():

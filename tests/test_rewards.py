@@ -16,9 +16,9 @@ from mmalign.credit.terminal import Terminal
 from mmalign.errors import BadInput, Failed
 from mmalign.evaluation import reference as references
 from mmalign.flow import plan as plans
-from mmalign.flow.kernels import FlowSde
 from mmalign.rewards.combination import Combination, Gate, Gdpo, Mrn, Product
 from mmalign.rewards.judge import judge, score
+from mmalign.sampling.kernels import FlowSde
 from mmalign.training import setup
 from reward_models import Prompt, Scores, combine
 from reward_models.types import Card

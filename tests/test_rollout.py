@@ -5,10 +5,11 @@ from dataclasses import fields
 import torch
 
 from mmalign.flow import plan as plans
-from mmalign.flow.kernels import FlowSde
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.rewards.judge import joined, score
+from mmalign.sampling.kernels import FlowSde
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.rollout import stacked
 from reward_models import Card, Prompt, Scores
 from reward_models.regions import Region

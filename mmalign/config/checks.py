@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from mmalign.config.methods import named
 from mmalign.config.secrets import secret_in
-from mmalign.flow.kernels import FlowSde
+from mmalign.sampling.kernels import FlowSde
 from reward_models.combine import Ramp
 
 MOST = 10**7  # states of an iteration's trajectories
@@ -46,8 +46,8 @@ def _numbers(c: BaseModel) -> None:
 
 def _secrets(c: BaseModel) -> None:
     """A run's folder is passed on, and its config with it."""
-    for name, own in c.scorers.items():
-        if (secret := secret_in(own)) is not None:
+    for name, settings in c.scorers.items():
+        if (secret := secret_in(settings)) is not None:
             raise ValueError(
                 f"scorers: {name}: {secret} is a secret, and a config is stored and passed on; put it into the "
                 "environment (OPENAI_API_KEY for judges, MMALIGN_TOKEN for remote)"

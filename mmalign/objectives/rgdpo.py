@@ -14,17 +14,19 @@ Pairs are made of the images of a prompt: best with worst, second with second to
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmalign.learn.loss import pool
 from mmalign.objectives.flow_matching import error, noise_like, times
-from mmalign.objectives.objective import Finished, OnImages
-from mmalign.types import Marks, Plan, Policy, Rows, Trainable
+from mmalign.objectives.objective import Draws, Finished, OnImages
+from mmalign.policy.protocol import Policy, Trainable
+from mmalign.types import Marks, Plan, Rows
 
 GAP = 0.5  # least difference in credit at which one of two regions is the better
 
@@ -48,20 +50,14 @@ class Rgdpo(OnImages):
     """`draws`: noises and times of each pair. `scale`: that of the error's change (DPO's beta). `intra`: weight of
     right against wrong regions of one image."""
 
-    draws: int = 2
-    scale: float = 10.0
-    intra: float = 1.0
+    draws: Draws = 2
+    scale: Annotated[float, Gt(0)] = 10.0
+    intra: Annotated[float, Ge(0)] = 1.0
     type = "rgdpo"
     uses = frozenset({"region", "records"})
     needs = frozenset({"region"})
     siblings, width, reference = 2, 2, True
     fewer = "replay_forwards, transitions: fewer where two images have no regions to compare"
-
-    def __post_init__(self):
-        if not 1 <= self.draws <= 10_000:
-            raise ValueError(f"draws: {self.draws}; 1 to 10,000 are needed")
-        if not (self.scale > 0 and self.intra >= 0):
-            raise ValueError(f"scale: {self.scale}, intra: {self.intra}; above 0, and at least 0, are needed")
 
     def rows(self, plan: Plan, seeds: int) -> int:
         return seeds * plan.trained // 2 * self.draws
@@ -95,25 +91,25 @@ def matched(prompt: Int[Tensor, "N"], reward: Float[Tensor, "N"], marks: Marks) 
         rows = rows[reward[rows].argsort(descending=True, stable=True)]
         half = len(rows) // 2
         pairs.append(torch.stack([rows[:half], rows.flip(0)[:half]], 1))
-    found = torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
-    credit = marks.credit[found]
-    inter = better(credit, marks.named[found]).ne(0).any(1)
+    matches = torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
+    credit = marks.credit[matches]
+    inter = better(credit, marks.named[matches]).ne(0).any(1)
     intra = ((credit > 0).any(2) & (credit < 0).any(2)).any(1)
-    return found[inter | intra]
+    return matches[inter | intra]
 
 
 def pairs(policy: Policy, images: Finished, draws: int, generator: torch.Generator) -> Pairs:
     """The matched images, each pair at `draws` times. There may be none."""
-    found = matched(images.prompt, images.reward, images.marks)
-    left, marks = found[:, 0], vars(images.marks)
+    matches = matched(images.prompt, images.reward, images.marks)
+    left, marks = matches[:, 0], vars(images.marks)
     noise = noise_like(images.x[left].repeat_interleave(draws, 0), generator)
-    columns = {"x": images.x[found]} | {name: values[found] for name, values in marks.items()}
+    columns = {"x": images.x[matches]} | {name: values[matches] for name, values in marks.items()}
     return Pairs(
         **{name: values.repeat_interleave(draws, 0) for name, values in columns.items()},
         noise=noise,
-        t=times(policy, draws, len(found), generator).flatten().to(noise),
+        t=times(policy, draws, len(matches), generator).flatten().to(noise),
         index=images.prompt[left].repeat_interleave(draws),
-        step=torch.arange(draws, device=noise.device).repeat(len(found)),
+        step=torch.arange(draws, device=noise.device).repeat(len(matches)),
     )
 
 
@@ -139,9 +135,9 @@ def loss(
     right, wrong = (credit > 0).float(), (credit < 0).float()
     both = right.any(2) & wrong.any(2)
     within = _mean(-F.logsigmoid(-scale * (_mean(moved, right) - _mean(moved, wrong))), both.float())
-    found = between + intra * within
-    return found, {
-        "loss": found.detach(),
+    value = between + intra * within
+    return value, {
+        "loss": value.detach(),
         "agrees": ((ahead.detach() > 0).float() * compared).sum(1) / compared.sum(1),
         "regions_compared": compared.sum(1),
     }

@@ -17,15 +17,15 @@ from mmalign.distributed.deepspeed import ZeroOptimizer
 from mmalign.distributed.processes import Ranks, join
 from mmalign.errors import BadInput, refusing
 from mmalign.evaluation import reference
-from mmalign.flow.sample import seed_of
+from mmalign.policy.protocol import Trainable
 from mmalign.rewards.rewards import Rewards
+from mmalign.seeds import seed_of
 from mmalign.training import planning
 from mmalign.training.clock import Clock
 from mmalign.training.finite import Skips
 from mmalign.training.learner import Learner, optimizer_class
 from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.training.session import Session
-from mmalign.types import Trainable
 from reward_models import Prompt, RewardModel, combine, load as load_scorer
 from reward_models.cache import Cached
 

@@ -8,8 +8,9 @@ from mmalign.credit import CREDITS
 from mmalign.credit.gain import balance, fitted, gains, values
 from mmalign.credit.groups import Units
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.seeds import gaussian, seed_of
 from mmalign.types import Judgement
 
 T = 6

@@ -11,9 +11,10 @@ from mmalign.credit import CREDITS
 from mmalign.credit.groups import Units, normalise
 from mmalign.credit.region import by_place, maps
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.learn.update import surrogate, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.microbatch import Fit
 from mmalign.types import Judgement
 

@@ -2,16 +2,20 @@
 
 import pytest
 import torch
-from trajectories import walk
+from trajectories import sampled
 
 from mmalign.flow import plan as plans
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.sampling.kernels import Cps, Ddim, FlowSde, Scheduled
+from mmalign.training.planning import noise_after
+from mmalign.types import Plan
 
 STOCK = torch.tensor([1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0.0])  # of SD3.5
+KERNEL = FlowSde(0.7)
 
 
 def rollout(plan, starts=3, flow=None):
-    return walk(plan, starts, flow=flow)
+    return sampled(plan, starts, flow=flow)
 
 
 def test_points_of_short_completions_are_the_papers():
@@ -28,22 +32,22 @@ def test_points_of_short_completions_are_the_papers():
 
 def test_dense_costs_ten_and_forty_five_forwards():
     """T = 10, all remaining steps, 24 images: 1,320 forwards, not 1,560: a completion starts from the velocity its
-    state already has. The last step is deterministic, so the state before it is completed by the walk itself."""
+    state already has. The last step is deterministic, so the state before it is completed by the trajectory itself."""
     flow, t = GaussianFlow(), GaussianFlow().times(10)
-    plan = plans.complete(plans.sde(t, "flow_sde", 0.7), range(10))
+    plan = plans.complete(plans.sde(t, KERNEL), range(10))
     assert plan.cost == (55, 10, 9)
     paths = rollout(plan, 24, flow=flow)
     assert flow.counts["forwards"] == 1320
-    assert len(paths.ends) == 240
+    assert len(paths.finals) == 240
     assert len(paths.x) == 24
-    assert (paths.shown >= 0).all()
+    assert (paths.tree.final >= 0).all()
 
 
 @pytest.mark.parametrize(("length", "forwards"), [(1, 10), (2, 10 + 9), (3, 10 + 9 + 8), (None, 10 + 45)])
 def test_cost_of_capped_completions(length, forwards):
     """A completion of n steps costs n - 1 forwards; the last states have fewer steps left."""
     t = GaussianFlow().times(10)
-    plan = plans.complete(plans.sde(t, "flow_sde", 0.7), range(10), length)
+    plan = plans.complete(plans.sde(t, KERNEL), range(10), length)
     flow = GaussianFlow()
     rollout(plan, 2, flow=flow)
     assert plan.cost[0] == forwards
@@ -52,7 +56,7 @@ def test_cost_of_capped_completions(length, forwards):
 
 def test_branch_costs_and_images_in_closed_form():
     t, children = GaussianFlow().times(10), 6
-    plan = plans.branch(t, "flow_sde", 0.7, range(9), children)
+    plan = plans.branch(t, KERNEL, range(9), children)
     assert plan.cost == (children * 45 + 9, children * 9, children * 9)
     assert [4 * n for n in plan.cost] == [1116, 216, 216]
     valued = plans.complete(plan, range(9))  # the trunk's own image stands for all its states
@@ -61,69 +65,69 @@ def test_branch_costs_and_images_in_closed_form():
 
 def test_completing_from_noise_is_plain_ode_sampling():
     t = GaussianFlow().times(6)
-    plan = plans.complete(plans.sde(t, "flow_sde", 0.7), [0])
+    plan = plans.complete(plans.sde(t, KERNEL), [0])
     paths, plain = rollout(plan), rollout(plans.ode(t))
-    assert torch.equal(paths.ends[paths.shown[:, 0]], plain.x[:, -1])
+    assert torch.equal(paths.finals[paths.tree.final[:, 0]], plain.x[:, -1])
 
 
 def test_one_step_completion_is_the_predicted_clean_latent():
     flow, t = GaussianFlow(), GaussianFlow().times(6)
-    paths = rollout(plans.complete(plans.sde(t, "flow_sde", 0.7), range(6), 1))
+    paths = rollout(plans.complete(plans.sde(t, KERNEL), range(6), 1))
     for k in range(6):
         x = paths.x[:, k]
-        clean = x - t[k] * flow.velocity(x, t[k].expand(3), flow.encode(["0.0"]), paths.prompt)
-        assert torch.equal(paths.ends[paths.shown[:, k]], clean)
+        clean = x - t[k] * flow.velocity(x, t[k].expand(3), flow.encode(["0.0"]), paths.tree.prompt)
+        assert torch.equal(paths.finals[paths.tree.final[:, k]], clean)
 
 
 def test_completions_equal_completing_each_state_alone():
-    """Unlike lengths in one batch change nothing but the time it takes."""
+    """Different lengths in one batch change nothing but the time it takes."""
     flow, t = GaussianFlow(), GaussianFlow().times(6)
-    paths = rollout(plans.complete(plans.sde(t, "flow_sde", 0.7), range(6)))
+    paths = rollout(plans.complete(plans.sde(t, KERNEL), range(6)))
     for i in range(3):
         for k in range(6):
             x = paths.x[i : i + 1, k]
             for j in range(k, 6):
-                x = x - (t[j] - t[j + 1]) * flow.velocity(x, t[j : j + 1], flow.encode(["0.0"]), paths.prompt[:1])
-            assert torch.allclose(paths.ends[paths.shown[i, k]], x[0], atol=1e-6)
+                x = x - (t[j] - t[j + 1]) * flow.velocity(x, t[j : j + 1], flow.encode(["0.0"]), paths.tree.prompt[:1])
+            assert torch.allclose(paths.finals[paths.tree.final[i, k]], x[0], atol=1e-6)
 
 
-def test_showing_states_changes_no_walk():
+def test_completing_states_changes_no_trajectory():
     t = GaussianFlow().times(6)
-    bare = rollout(plans.sde(t, "flow_sde", 0.7))
+    bare = rollout(plans.sde(t, KERNEL))
     for length in (None, 1, 2, 9):
-        shown = rollout(plans.complete(plans.sde(t, "flow_sde", 0.7), range(6), length))
-        assert torch.equal(shown.x[:, :7], bare.x)
-        assert torch.equal(shown.ends[shown.shown[:, -1]], bare.x[:, -1])
+        completed = rollout(plans.complete(plans.sde(t, KERNEL), range(6), length))
+        assert torch.equal(completed.x[:, :7], bare.x)
+        assert torch.equal(completed.finals[completed.tree.final[:, -1]], bare.x[:, -1])
 
 
 def test_finer_completions_come_nearer_to_the_exact_flow():
     """More steps where noise is high: the flow of Gaussian data is known, x_0 = x_1 here."""
     errors = []
     for n in (6, 12, 48):
-        paths = rollout(plans.complete(plans.sde(GaussianFlow().times(6), "flow_sde", 0.7), [0], [n]))
-        errors.append(float((paths.ends[paths.shown[:, 0]] - paths.x[:, 0]).abs().max()))
+        paths = rollout(plans.complete(plans.sde(GaussianFlow().times(6), KERNEL), [0], [n]))
+        errors.append(float((paths.finals[paths.tree.final[:, 0]] - paths.x[:, 0]).abs().max()))
     assert errors[1] * 12 == pytest.approx(errors[0] * 6, rel=0.1)
     assert errors[2] * 48 == pytest.approx(errors[0] * 6, rel=0.1)  # the Euler error falls like 1 / n
 
 
-def test_plans_of_unlike_windows_are_walked_together_as_apart():
+def test_plans_of_different_windows_are_sampled_together_as_apart():
     t = GaussianFlow().times(6)
-    early, late = (plans.complete(plans.window(t, "flow_sde", 0.7, k, k + 2), [k, k + 1, k + 2]) for k in (0, 3))
+    early, late = (plans.complete(plans.window(t, KERNEL, k, k + 2), [k, k + 1, k + 2]) for k in (0, 3))
     both = rollout([early, late], 2)
-    assert torch.equal((both.std > 0).nonzero()[:, 1], torch.tensor([0, 1, 3, 4]))
+    assert torch.equal((both.tree.std > 0).nonzero()[:, 1], torch.tensor([0, 1, 3, 4]))
     for i, plan in enumerate((early, late)):
         alone = rollout(plan, 2)
         assert torch.equal(both.x[i], alone.x[i])
-        shown = alone.shown[i] >= 0
-        assert torch.equal(both.shown[i] >= 0, shown)
-        assert torch.equal(both.ends[both.shown[i, shown]], alone.ends[alone.shown[i, shown]])
+        completed = alone.tree.final[i] >= 0
+        assert torch.equal(both.tree.final[i] >= 0, completed)
+        assert torch.equal(both.finals[both.tree.final[i, completed]], alone.finals[alone.tree.final[i, completed]])
     with pytest.raises(ValueError, match="must agree"):
         rollout([early, plans.ode(GaussianFlow().times(5))], 2)
 
 
 def test_children_of_a_window_share_the_ode_before_it():
     flow, t = GaussianFlow(), GaussianFlow().times(10)
-    plan = plans.window(t, "flow_sde", 0.7, 4, 6, children=3)
+    plan = plans.window(t, KERNEL, 4, 6, children=3)
     paths = rollout(plan, 2, flow=flow)
     assert flow.counts["forwards"] == 2 * (5 + 3 * 5) == 2 * plan.cost[0]
     assert len(paths.x[:, 4].unique(dim=0)) == 2
@@ -132,26 +136,26 @@ def test_children_of_a_window_share_the_ode_before_it():
 
 def test_what_a_plan_refuses():
     t = torch.linspace(1, 0, 7)
-    walk = plans.sde(t, "flow_sde", 0.7)
+    sde = plans.sde(t, KERNEL)
     with pytest.raises(ValueError, match="state 6 is outside the plan's 6 steps"):
-        plans.complete(walk, [6])
+        plans.complete(sde, [6])
     with pytest.raises(ValueError, match="at least one step"):
-        plans.complete(walk, [0], 0)
+        plans.complete(sde, [0], 0)
     with pytest.raises(ValueError, match="3 noise levels for 6 steps"):
-        plans.sde(t, "scheduled", [0.1, 0.2, 0.3])
+        plans.sde(t, Scheduled((0.1, 0.2, 0.3)))
     with pytest.raises(ValueError, match=r"noise must be positive at a stochastic step, got 0\.0 at step 2"):
-        plans.window(t, "scheduled", [0.1, 0.2, 0.0, 0.0, 0.0, 0.0], 0, 3)
-    other = plans.complete(walk, [1])
-    wrong = other.shown.clone()
-    wrong[0, 2] = other.shown[0, 1]  # leaves the walk a step before the state it is to stand for
+        plans.window(t, Scheduled((0.1, 0.2, 0.0, 0.0, 0.0, 0.0)), 0, 3)
+    other = plans.complete(sde, [1])
+    wrong = other.finished_by.clone()
+    wrong[0, 2] = other.finished_by[0, 1]  # leaves the trajectory a step before the state it is to complete
     with pytest.raises(ValueError, match="route 1 does not complete state 2 of route 0"):
-        plans.Plan(other.kernel, other.t, other.noise, other.draw, other.t_max, wrong)
+        Plan(other.kernel, other.t, other.noise, other.draw, other.t_max, wrong)
 
 
 def test_noise_left_by_the_stock_schedules_dangerous_step():
     """From t = 0.278 to 0.0089 in one step: 27 times too much noise with flow_sde, the right amount with ddim
     and cps."""
-    for kernel, level, factor in (("flow_sde", 0.7, 26.9), ("ddim", 1.0, 1.0), ("cps", 0.8, 1.0)):
-        left = plans.noise_after(kernel, STOCK, level, 8)[0] / float(STOCK[9])
+    for kernel, factor in ((KERNEL, 26.9), (Ddim(1.0), 1.0), (Cps(0.8), 1.0)):
+        left = noise_after(kernel, STOCK, kernel.noise, 8)[0] / float(STOCK[9])
         assert left == pytest.approx(factor, rel=0.01)
-    assert plans.noise_after("flow_sde", STOCK, 0.7, 0)[0] / float(STOCK[1]) == pytest.approx(1.04, abs=0.01)
+    assert noise_after(KERNEL, STOCK, 0.7, 0)[0] / float(STOCK[1]) == pytest.approx(1.04, abs=0.01)

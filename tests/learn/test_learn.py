@@ -7,10 +7,11 @@ from trajectories import judged, tree
 
 from mmalign.credit import CREDITS
 from mmalign.flow import kernels, plan as plans
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.learn.loss import LOSSES, alike, pool
 from mmalign.learn.update import surrogate as surrogate_of, transitions, update
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.microbatch import Fit
 
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.5, "cps": 0.8, "ddim": 1.0, "scheduled": 0.8}

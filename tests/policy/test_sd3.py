@@ -11,9 +11,10 @@ from tiny_policies import moved
 
 from mmalign import policy as policies
 from mmalign.flow import kernels, plan as plans
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.learn.loss import LOSSES
 from mmalign.learn.update import surrogate, transitions, update
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.microbatch import Fit
 
 TEXTS = ["a red circle", "three green squares", "a blue triangle left of a yellow circle", 'the text "O H"']

@@ -11,7 +11,8 @@ from torch import Tensor
 from mmalign.flow.kernels import gaussian_kl, log_ratio
 from mmalign.flow.sample import distinct
 from mmalign.learn.loss import Loss, Step, by_credit
-from mmalign.types import Kernel, Trainable, Trajectories, Transitions
+from mmalign.policy.protocol import Trainable
+from mmalign.types import Kernel, Trajectories, Transitions
 
 
 def transitions(
@@ -47,7 +48,7 @@ def transitions(
 
 @dataclass(frozen=True)
 class Surrogate:
-    """The loss of transitions under the policy as it is now: `loss`, plus `beta` times the exact KL divergence to the
+    """The loss of transitions under the current policy: `loss`, plus `beta` times the exact KL divergence to the
     reference, which `measure` reports even with `beta` 0. Ratios are per `cell` of the advantage's grid, or per
     `credit`: one for all cells with the same advantage (`mmalign.learn.loss.by_credit`)."""
 
