@@ -16,13 +16,13 @@ from mmalign import run as runs
 from mmalign.checks import doctor
 from mmalign.config.schema import Config
 from mmalign.credit import CREDITS
-from mmalign.flow.kernels import KERNELS
-from mmalign.flow.plan import PLANS
 from mmalign.learn.loss import LOSSES
 from mmalign.objectives import OBJECTIVES
 from mmalign.objectives.advantage import Advantage
 from mmalign.objectives.masks import MASKS
 from mmalign.rewards.combination import COMBINATIONS
+from mmalign.sampling.kernels import KERNELS
+from mmalign.sampling.plans import PLANS
 from reward_models.registry import SCORERS
 
 ROOT = Path(__file__).parents[1]
