@@ -12,7 +12,7 @@ from mmalign import policy as policies
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
 from mmalign.seeds import gaussian
-from mmalign.training.microbatch import Fit
+from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.training.setup import open_session
 
 TEXTS = ["a red circle", "three green squares", "a cross"]
@@ -221,7 +221,7 @@ def test_work_that_does_not_fit_is_done_again_by_halves():
             raise torch.OutOfMemoryError("no")
         return size
 
-    fit = Fit(20)
+    fit = AdaptiveBatch(20)
     assert fit(work) == 3
     assert tried == [20, 10, 5, 3]
     assert fit(work) == 3
