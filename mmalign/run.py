@@ -22,18 +22,18 @@ from mmalign.config.schema import RESUMABLE, Config
 from mmalign.distributed.processes import Ranks, join
 from mmalign.errors import BadInput
 from mmalign.evaluation import evaluate, layouts
-from mmalign.flow.sample import gaussian, seed_of
+from mmalign.policy.protocol import Trainable
 from mmalign.reporting import trackers as tracking
 from mmalign.reporting.trackers import Trackers
 from mmalign.rewards.judge import silent, stop_if_failing
 from mmalign.runs import alarms, checkpoint, folder, jsonl, machine, optimizer_state, state as states
 from mmalign.runs.signals import Stop, Stopped, stopping
+from mmalign.seeds import gaussian, seed_of
 from mmalign.train import iterate
 from mmalign.training import finite, planning, snapshots
 from mmalign.training.learner import optimizer_class
 from mmalign.training.session import Session
 from mmalign.training.setup import open_session
-from mmalign.types import Trainable
 from reward_models import RewardModel, files
 from reward_models.lengths import cut
 from reward_models.weights import fingerprint

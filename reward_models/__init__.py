@@ -1,4 +1,4 @@
-"""Reward models: what an image is worth. `load("shapes")` gives a scorer; call it with images and prompts."""
+"""Reward models: scorers for generated images. `load("shapes")` gives a scorer; call it with images and prompts."""
 
 from reward_models.registry import load
 from reward_models.types import Card, Prompt, RewardModel, Scores

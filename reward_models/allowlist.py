@@ -1,9 +1,9 @@
-"""What files from others may do here: name code only where it was allowed, and files only within their own folder.
+"""The allowlist of importable modules, and checks that untrusted paths stay in their folder.
 
-A config, a run's folder or a model's index may name a class by import path (`my_module:MyScorer`). Importing runs code,
-so a module is imported only when the user allowed its top-level name, by `--allow my_module` on the command line or in
-the environment variable MMALIGN_ALLOW (comma-separated). No file can: not a config, not a run's own `config.yaml`. This
-holds for modules that are installed or imported already, too: `os:system` is an import path like any other.
+A config, a run folder or a model index may name a class by import path (`my_module:MyScorer`). Importing runs code, so
+a module is imported only if the user allowed its top-level name, by `--allow my_module` on the command line or in the
+environment variable MMALIGN_ALLOW (comma-separated). A file cannot allow a module, not even a run's own `config.yaml`.
+The rule includes modules that are already installed or imported: `os:system` is an import path like any other.
 """
 
 import os
@@ -16,7 +16,7 @@ VARIABLE = "MMALIGN_ALLOW"
 
 
 def allow_modules(names: Iterable[str]) -> None:
-    """Allow modules by top-level name in this process and those it starts. ValueError for anything else."""
+    """Allow modules by top-level name in this process and its children. ValueError for anything but such a name."""
     names = list(names)
     for name in names:
         if not name.isidentifier():
@@ -29,7 +29,7 @@ def allowed() -> list[str]:
 
 
 def check(module: str, what: str) -> None:
-    """ValueError unless `module` was allowed; `what` names its user."""
+    """ValueError unless `module` is allowed; `what` names what needs it."""
     top = module.partition(".")[0]
     if top not in allowed():
         raise ValueError(
@@ -39,8 +39,8 @@ def check(module: str, what: str) -> None:
 
 
 def import_allowed(path: str, what: str, ours: bool = False) -> Any:
-    """What an import path `my_module:name` stands for; `what` names its user. ValueError if the module is not allowed
-    (unless it is `ours`), cannot be imported or has no such name."""
+    """The object at an import path `my_module:name`; `what` names what needs it. ValueError if the module is not
+    allowed (unless it is `ours`), cannot be imported or lacks the name."""
     module, _, name = path.partition(":")
     if not ours:
         check(module, what)
@@ -53,21 +53,21 @@ def import_allowed(path: str, what: str, ours: bool = False) -> Any:
 
 
 def inside(folder: str | Path, name: str) -> Path:
-    """The file called `name` in `folder`. ValueError if that is outside of it, be it by `..`, a root or a link."""
+    """The path of `name` in `folder`. ValueError if it lies outside, by `..`, an absolute path or a link."""
     path = Path(folder) / name
     try:
         end = path.resolve()
     except (OSError, RuntimeError):
-        raise ValueError(f"{folder}: {name!r} is a link in a circle") from None
+        raise ValueError(f"{folder}: {name!r} is a circular link") from None
     if not end.is_relative_to(Path(folder).resolve()):
-        raise ValueError(f"{folder}: {name!r} leads out of that folder; it is not touched")
+        raise ValueError(f"{folder}: {name!r} leads out of that folder; it is not used")
     return path
 
 
 def no_links_out(folder: str | Path) -> None:
-    """ValueError if a link in `folder` leads out of it: what is read there would be from, and what is written to,
-    elsewhere. `folder` itself may be a link."""
-    for where, folders, files in os.walk(folder):
+    """ValueError if a link in `folder` leads out of it, because reads and writes would go elsewhere. `folder` itself
+    may be a link."""
+    for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            if os.path.islink(os.path.join(where, name)):
-                inside(folder, os.path.relpath(os.path.join(where, name), folder))
+            if os.path.islink(os.path.join(parent, name)):
+                inside(folder, os.path.relpath(os.path.join(parent, name), folder))

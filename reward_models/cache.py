@@ -1,8 +1,8 @@
-"""Scores that were had before: a scorer that remembers, in one SQLite file that several processes may share.
+"""A score cache in one SQLite file, which several processes may share.
 
-A score is found again by the image's 256 levels, the prompt (text and ground truth; neither where the scorer does not
-look at it) and the version on the scorer's card, which changes with its weights and settings. Failures are not kept:
-they are tried again. A scorer that compares the images of a prompt is asked every time, for its scores belong to the
+The key of a score is the image's 8-bit levels, the prompt (text and ground truth; neither if the scorer ignores the
+prompt) and the version on the scorer's card, which changes with its weights and settings. Failures are not cached, so
+that they are retried. A scorer that compares the images of a prompt is not cached, because its scores belong to the
 group.
 """
 
@@ -22,12 +22,12 @@ from reward_models.regions import Region
 from reward_models.scoring import TEXTS, score_isolated, unfit
 from reward_models.types import Images, Infinite, Prompt, RewardModel, Scores, Unusable
 
-FORM = 3  # of a record; older ones are not found again
+FORM = 3  # version of the record format; older records are ignored
 WAIT = 60  # seconds for another process to finish writing
 
 
 class Cached:
-    """`scorer` with a memory at `path`. `asked` and `hits` count images. Unusable if the file cannot be used."""
+    """`scorer` with a cache at `path`. `asked` counts images, `hits` those from the cache. Unusable if the file is."""
 
     def __init__(self, scorer: RewardModel, path: str | Path):
         self.scorer, self.names, self.card, self.path = scorer, scorer.names, scorer.card, Path(path)
@@ -43,7 +43,7 @@ class Cached:
             return self.scorer(images, prompts)
         broken = unfit(images)
         keys = [self._key(images[i], prompts[i], i in broken) for i in range(len(images))]
-        known = self._recall(set(keys))
+        known = self._load(set(keys))
         first: dict[str, int] = {}
         for i, key in enumerate(keys):
             first.setdefault(key, i)
@@ -53,20 +53,20 @@ class Cached:
         failures = {}
         if new:
             try:
-                found = score_isolated(self.scorer, images[new], [prompts[i] for i in new])
+                scores = score_isolated(self.scorer, images[new], [prompts[i] for i in new])
             except Infinite as error:
-                bad = {keys[new[place]] for place in error.rows}
-                raise Infinite([i for i, key in enumerate(keys) if key in bad]) from error
-            records = {keys[i]: _record(found, place) for place, i in enumerate(new)}
-            failures = {keys[new[place]]: why for place, why in found.failures.items()}
-            self._keep({key: record for key, record in records.items() if key not in failures})
+                infinite = {keys[new[k]] for k in error.rows}
+                raise Infinite([i for i, key in enumerate(keys) if key in infinite]) from error
+            records = {keys[i]: _record(scores, k) for k, i in enumerate(new)}
+            failures = {keys[new[k]]: reason for k, reason in scores.failures.items()}
+            self._store({key: record for key, record in records.items() if key not in failures})
             known |= records
         reasons = {i: failures[key] for i, key in enumerate(keys) if key in failures}
         return replace(_scores(self.names, [known[key] for key in keys]), failures=reasons)
 
     def _key(self, image: torch.Tensor, prompt: Prompt, broken: bool) -> str:
         digest = hashlib.sha256(f"{FORM} {self.card.version} {list(image.shape)}".encode())
-        if broken:  # has no 8-bit form, is not scored, is not kept
+        if broken:  # has no 8-bit form; it is neither scored nor cached
             digest.update(image.cpu().contiguous().numpy().tobytes())
         else:
             digest.update(to_uint8(image[None]).cpu().contiguous().numpy().tobytes())
@@ -82,23 +82,23 @@ class Cached:
         except sqlite3.Error as error:
             raise Unusable(f"cache {self.path}: {error}") from error
 
-    def _recall(self, keys: set[str]) -> dict[str, dict[str, Any]]:
+    def _load(self, keys: set[str]) -> dict[str, dict[str, Any]]:
         with self._open() as store:
             rows = (store.execute("SELECT key, record FROM scores WHERE key = ?", (key,)).fetchone() for key in keys)
             return {row[0]: json.loads(row[1]) for row in rows if row}
 
-    def _keep(self, records: Mapping[str, dict[str, Any]]) -> None:
+    def _store(self, records: Mapping[str, dict[str, Any]]) -> None:
         rows = [(key, json.dumps(record)) for key, record in records.items()]
         with self._open() as store:
             store.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
 
 
-def _record(scores: Scores, place: int) -> dict[str, Any]:
+def _record(scores: Scores, index: int) -> dict[str, Any]:
     return {
-        "values": _listed(scores.values[place]),
-        "texts": {name: own[place] for name in TEXTS if (own := getattr(scores, name))},
-        "regions": None if scores.regions is None else [_listed(row) for row in scores.regions[place]],
-        "boxes": [asdict(region) for region in scores.boxes[place]] if scores.boxes else [],
+        "values": _listed(scores.values[index]),
+        "texts": {name: texts[index] for name in TEXTS if (texts := getattr(scores, name))},
+        "regions": None if scores.regions is None else [_listed(row) for row in scores.regions[index]],
+        "boxes": [asdict(region) for region in scores.boxes[index]] if scores.boxes else [],
     }
 
 
@@ -112,12 +112,12 @@ def _tensor(values: list) -> torch.Tensor:
 
 def _scores(names: tuple[str, ...], records: Sequence[dict[str, Any]]) -> Scores:
     texts = {name: tuple(record["texts"].get(name, "") for record in records) for name in TEXTS}
-    grids = [None if own["regions"] is None else torch.stack([*map(_tensor, own["regions"])]) for own in records]
-    some = next((grid for grid in grids if grid is not None), None)
+    grids = [None if row["regions"] is None else torch.stack([*map(_tensor, row["regions"])]) for row in records]
+    example = next((grid for grid in grids if grid is not None), None)
     regions = None
-    if some is not None:
-        regions = torch.stack([torch.full_like(some, torch.nan) if grid is None else grid for grid in grids])
+    if example is not None:
+        regions = torch.stack([torch.full_like(example, torch.nan) if grid is None else grid for grid in grids])
     values = torch.stack([_tensor(record["values"]) for record in records]) if records else torch.zeros(0, len(names))
-    boxes = tuple(tuple(Region(**own | {"box": tuple(own["box"])}) for own in record["boxes"]) for record in records)
-    said = {name: own if any(own) else () for name, own in texts.items()}
-    return Scores(names, values, regions=regions, boxes=boxes if any(boxes) else (), **said)
+    boxes = tuple(tuple(Region(**box | {"box": tuple(box["box"])}) for box in record["boxes"]) for record in records)
+    texts = {name: column if any(column) else () for name, column in texts.items()}
+    return Scores(names, values, regions=regions, boxes=boxes if any(boxes) else (), **texts)

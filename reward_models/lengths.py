@@ -1,4 +1,4 @@
-"""Texts of which a model reads only the beginning. A model or scorer that cuts texts has a method `readers`."""
+"""Find prompts that models truncate. A model or scorer that truncates texts has a method `readers`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads a text, the tokens that it takes of one at most, and whether a text has more."""
+    """A text encoder: its name, its maximum number of tokens, and whether a text exceeds it."""
 
     name: str
     tokens: int
@@ -15,20 +15,20 @@ class Reader:
 
 
 def reader(name: str, tokenizer: Any, most: int, worded: Callable[[str], str] = str) -> Reader:
-    """The reader behind a tokenizer of transformers; `worded` is what it is given of a text."""
+    """The reader with a tokenizer of transformers; `worded` maps a prompt to the text that is tokenized."""
     return Reader(name, most, lambda text: len(tokenizer(worded(text), verbose=False).input_ids) > most)
 
 
 def cut(models: Iterable[Any], texts: Sequence[str]) -> list[str]:
-    """A line for each reader of `models`, policies and scorers, that does not see all of some texts. Models that say
-    nothing of what they read are left out."""
-    lines, whole = [], [*dict.fromkeys(texts)]
+    """A line for each reader of `models` (policies and scorers) that truncates some of the texts. Models without
+    `readers` are skipped."""
+    lines, distinct = [], [*dict.fromkeys(texts)]
     for model in models:
-        ask = getattr(getattr(model, "scorer", model), "readers", list)  # a memory of scores holds the scorer
-        for own in ask():
-            if count := sum(map(own.cuts, whole)):
+        readers = getattr(getattr(model, "scorer", model), "readers", list)  # a `Cached` scorer wraps another
+        for text_reader in readers():
+            if count := sum(map(text_reader.cuts, distinct)):
                 lines.append(
-                    f"{count} of {len(whole)} prompts are longer than the {own.tokens} tokens that {own.name} reads; "
-                    "what is beyond is not seen"
+                    f"{count} of {len(distinct)} prompts are longer than the {text_reader.tokens} tokens that "
+                    f"{text_reader.name} reads; they are truncated"
                 )
     return lines

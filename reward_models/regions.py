@@ -1,4 +1,4 @@
-"""Where in an image a score holds: boxes and masks to a grid laid over it. Row 0 is at the top."""
+"""Regions of an image with scores, and painting boxes and masks onto a grid. Row 0 is at the top."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from torch import Tensor
 class Region:
     """A box (left, top, right, bottom) in pixels of the scored image, and its credit in [-1, 1].
 
-    `label` names what was asked for and is judged there, the same in all images of a prompt ("" for what nobody asked
-    for): regions of equal label can be compared. `reason` is for people.
+    `label` names the part of the request that is judged there ("" for none) and is the same in all images of a prompt,
+    so that regions with equal labels can be compared. `reason` is for people.
     """
 
     box: tuple[int | float, int | float, int | float, int | float]
@@ -26,12 +26,12 @@ class Region:
         left, top, right, bottom = self.box
         if not (left < right and top < bottom):
             raise ValueError(f"box {self.box} is empty; (left, top, right, bottom) in pixels is needed")
-        if not -1 <= self.credit <= 1:  # also for NaN
+        if not -1 <= self.credit <= 1:  # true for NaN as well
             raise ValueError(f"credit {self.credit} is outside [-1, 1]")
 
 
 def inside(regions: Sequence[Region], size: tuple[int, int]) -> None:
-    """ValueError that names the first box that is not inside an image of `size` (height, width)."""
+    """ValueError with the first box that is not inside an image of `size` (height, width)."""
     for region in regions:
         left, top, right, bottom = region.box
         if left < 0 or top < 0 or right > size[1] or bottom > size[0]:
@@ -60,23 +60,24 @@ def mask_shares(masks: Bool[Tensor, "R H W"], grid: tuple[int, int]) -> Float[Te
 
 
 def blend(shares: Float[Tensor, "R a b"], credits: Float[Tensor, "R"], overlap: str = "mean") -> Float[Tensor, "a b"]:
-    """The credit of each cell: of the regions that cover some of it the mean, weighted by the area each covers, the
-    greatest, the least, or the last in order; NaN where there is none. Credit is not thinned by what is left bare."""
-    there, credit = shares > 0, credits[:, None, None].expand_as(shares)
-    bare = ~there.any(0)
+    """The credit of each cell from the regions that cover part of it: their mean weighted by covered area, their
+    maximum or minimum, or the last in order; NaN in cells without a region. The uncovered part of a cell has no
+    influence."""
+    covers, credit = shares > 0, credits[:, None, None].expand_as(shares)
+    empty = ~covers.any(0)
     if overlap == "mean":
-        found = (shares * credit).sum(0) / shares.sum(0)
+        blended = (shares * credit).sum(0) / shares.sum(0)
     elif overlap == "max":
-        found = torch.where(there, credit, -torch.inf).amax(0) if len(shares) else torch.zeros(shares.shape[1:])
+        blended = torch.where(covers, credit, -torch.inf).amax(0) if len(shares) else torch.zeros(shares.shape[1:])
     elif overlap == "min":
-        found = torch.where(there, credit, torch.inf).amin(0) if len(shares) else torch.zeros(shares.shape[1:])
+        blended = torch.where(covers, credit, torch.inf).amin(0) if len(shares) else torch.zeros(shares.shape[1:])
     elif overlap == "last":
-        found = torch.zeros(shares.shape[1:])
-        for own, value in zip(there, credit, strict=True):
-            found = torch.where(own, value, found)
+        blended = torch.zeros(shares.shape[1:])
+        for mask, value in zip(covers, credit, strict=True):
+            blended = torch.where(mask, value, blended)
     else:
         raise ValueError(f"no overlap rule called {overlap!r}; known: mean, max, min, last")
-    return torch.where(bare, torch.nan, found)
+    return torch.where(empty, torch.nan, blended)
 
 
 def paint(
@@ -88,9 +89,8 @@ def paint(
 
 
 def resampled(maps: Float[Tensor, "N a b"], grid: tuple[int, int]) -> Float[Tensor, "N c d"]:
-    """The maps on another grid over the same images: in each new cell the mean of the old ones it covers, weighted by
-    area, those without an opinion (NaN) left out; NaN where there is none. Sums over area are kept where all cells have
-    an opinion."""
+    """The maps on another grid over the same images: each new cell is the mean of the old cells it covers, weighted by
+    area, ignoring NaN (no opinion); NaN if all are. The integral is preserved if no cell is NaN."""
     rows, columns = (_overlaps(new, old) for new, old in zip(grid, maps.shape[1:], strict=True))
     valid = (~maps.isnan()).to(maps.dtype)
     area = torch.einsum("ya,nab,xb->nyx", rows, valid, columns)
@@ -99,5 +99,5 @@ def resampled(maps: Float[Tensor, "N a b"], grid: tuple[int, int]) -> Float[Tens
 
 
 def _overlaps(new: int, old: int) -> Float[Tensor, "new old"]:
-    """The share of each of `new` equal parts of a side that each of `old` equal parts covers."""
+    """The share of each of `new` equal parts of a side that is covered by each of `old` equal parts."""
     return torch.from_numpy(np.stack([covered(k / old, (k + 1) / old, new, 1) for k in range(old)], 1)).float()

@@ -1,4 +1,4 @@
-"""Scorers by name. One line here adds one; a user's own needs no line, only its import path."""
+"""The registry of scorers. A new built-in scorer needs one line here; a user's own needs only its import path."""
 
 import inspect
 import re
@@ -38,15 +38,16 @@ HOME = re.compile(r"~[\w.-]*(/|\Z)")
 
 
 def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardModel:
-    """A `RewardModel` of `SCORERS`, or the user's own as `my_module:MyScorer`, made with `settings`. With `scorer`,
-    `name` is only what the user calls it: one scorer may be had twice, with other settings.
+    """A `RewardModel` of `SCORERS`, or the user's own as `my_module:MyScorer`, built with `settings`. With `scorer`,
+    `name` is only a label, so that one scorer can be used twice with different settings.
 
-    ValueError, in one line: no such name (near names are listed), a module that is not allowed
-    (`reward_models.allowlist`), no such module or attribute, settings it does not take, or settings it refuses. A
-    scorer's module is imported when it is asked for, never before. A setting that begins with `~/` is a path in
-    the home folder.
+    ValueError, in one line: an unknown name (similar names are listed), a module that is not allowed
+    (`reward_models.allowlist`), a missing module or attribute, unknown settings, or invalid ones. A scorer's module is
+    imported only when it is loaded. A setting that begins with `~/` is a path in the home folder.
     """
-    settings = {key: home(own) if isinstance(own, str) and HOME.match(own) else own for key, own in settings.items()}
+    settings = {
+        key: home(value) if isinstance(value, str) and HOME.match(value) else value for key, value in settings.items()
+    }
     name = scorer or name
     if name not in SCORERS and ":" not in name:
         near = get_close_matches(name, SCORERS, cutoff=0.4) or SCORERS
@@ -62,5 +63,5 @@ def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardMode
     except (TypeError, AttributeError, RuntimeError, OSError, OverflowError) as error:
         if not settings:
             raise
-        why = " ".join(str(error).split())
-        raise ValueError(f"scorer {name!r}: not with these {', '.join(settings)}: {why[:300]}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"scorer {name!r}: not with these {', '.join(settings)}: {reason[:300]}") from error

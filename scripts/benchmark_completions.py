@@ -17,8 +17,9 @@ import typer
 
 from mmalign import policy as policies
 from mmalign.flow import plan as plans
-from mmalign.flow.kernels import Ddim
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
+from mmalign.sampling.kernels import Ddim
+from mmalign.seeds import gaussian, seed_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,13 +24,14 @@ import typer
 from mmalign import policy as policies
 from mmalign.checks import estimate
 from mmalign.flow import plan as plans
-from mmalign.flow.kernels import Cps
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.learn.loss import Clipped
-from mmalign.learn.replay import Surrogate, transitions
 from mmalign.learn.update import update
+from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.policy import loading, meta
 from mmalign.policy.pipeline import Conditioning
+from mmalign.sampling.kernels import Cps
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.microbatch import AdaptiveBatch
 
 MODEL = "stabilityai/stable-diffusion-3.5-medium"

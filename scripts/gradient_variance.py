@@ -21,12 +21,13 @@ from torch import Tensor
 from mmalign.credit import Branch, Gain, Terminal
 from mmalign.credit.groups import Credit, Units
 from mmalign.flow import kernels, plan as plans
-from mmalign.flow.kernels import FlowSde
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.learn.loss import Clipped
-from mmalign.learn.replay import Surrogate, transitions
 from mmalign.learn.update import update
+from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.sampling.kernels import FlowSde
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.types import Judgement, Plan
 

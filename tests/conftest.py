@@ -40,9 +40,9 @@ def prompt_files(tmp_path_factory) -> dict[str, str]:
     """Two small disjoint files of prompts."""
     folder = tmp_path_factory.mktemp("prompts")
     texts = ["a red circle", "a blue square", "two green crosses", "a circle above a square", "a cross", "a triangle"]
-    for name, own in (("train", texts[:4]), ("held_out", texts[4:])):
+    for name, prompts in (("train", texts[:4]), ("held_out", texts[4:])):
         (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps({"prompt": t, "id": i}) + "\n" for i, t in enumerate(own))
+            "".join(json.dumps({"prompt": t, "id": i}) + "\n" for i, t in enumerate(prompts))
         )
     return {name: str(folder / f"{name}.jsonl") for name in ("train", "held_out")}
 
@@ -59,9 +59,7 @@ def settings(random_model, prompt_files, tmp_path):
         prompts_per_iteration=2,
         seeds=2,
         steps=4,
-        plan="branch",
-        branch_steps=[0, 1],
-        children=2,
+        plan={"type": "branch", "steps": [0, 1], "children": 2},
         lora_rank=2,
         eval_seeds=2,
         eval_steps=2,

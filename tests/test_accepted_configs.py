@@ -161,8 +161,9 @@ def answered(tmp_path_factory):
 ONE = {"smooth:Smooth.red": 1.0}
 TWO = {"smooth:Smooth.red": 0.0, "smooth:Smooth.even": 0.0}
 RISING, FALLING, CROSSING = {"start": 0, "end": 1}, {"start": 1, "end": 0, "over": "cosine"}, {"start": -1, "end": 1}
-MRN, GDPO = ({"combine": name, "advantage_scale": unit} for name, unit in (("mrn", "none"), ("gdpo", "batch")))
-SDE = dict(plan="sde", branch_steps=None, children=None, credit="terminal")
+MRN, GDPO = ({"combine": name, "advantage": {"scale": unit}} for name, unit in (("mrn", "none"), ("gdpo", "batch")))
+GATE = {"type": "gate", "by": "shapes.partial"}
+SDE = dict(plan="sde", credit="terminal")
 MAPPED = {"region": "smooth:Smooth", "rewards": ONE}
 
 
@@ -180,12 +181,12 @@ MAPPED = {"region": "smooth:Smooth", "rewards": ONE}
             {"combine": "product", "rewards": {"shapes.partial": CROSSING | {"end": 2}}},
             "a weight below 0 under combine: product",
         ),
-        ({"kernel": "cps", "noise": 3.0}, "noise: 3.0 with kernel cps, whose parameter is 1 at most"),
-        ({"kernel": "ddim", "noise": [0.5, 1.5, 1.0, 1.0]}, "with kernel ddim, whose parameter is 1 at most"),
-        ({"branch_steps": []}, "branch_steps: List should have at least 1 item"),
-        ({"branch_steps": [0, 1, 0]}, r"branch_steps \[0, 1, 0\]: a step is there twice"),
-        (SDE | {"credit": "gain", "score_states": [1, 1]}, r"score_states \[1, 1\]: a step is there twice"),
-        (SDE | {"credit": "gain", "score_states": []}, "List should have at least 1 item"),
+        ({"kernel": {"type": "cps", "noise": 3.0}}, "kernel: noise: 3.0; numbers of at least 0 and at most 1"),
+        ({"kernel": {"type": "ddim", "noise": [0.5, 1.5, 1.0, 1.0]}}, r"noise: \(0.5, 1.5, 1.0, 1.0\); .* at most 1"),
+        ({"plan": {"type": "branch", "steps": []}}, r"plan: steps: \[\]"),
+        ({"plan": {"type": "branch", "steps": [0, 1, 0]}}, r"plan: steps: \[0, 1, 0\]; .* each once"),
+        (SDE | {"credit": {"type": "gain", "states": [1, 1]}}, r"credit: states: \[1, 1\]; .* each once"),
+        (SDE | {"credit": {"type": "gain", "states": []}}, r"credit: states: \[\]; "),
         ({"lora_targets": []}, "lora_targets: List should have at least 1 item"),
         ({"out": ""}, "out: String should have at least 1 character"),
     ],
@@ -234,13 +235,19 @@ def beside_rows(tmp_path):
             {"combine": "product", "rewards": {"smooth:Smooth.even": 1.0}},
             "product needs scores of at least 0; smooth",
         ),
-        ({"combine": "gate", "gate": "smooth:Smooth.red"}, "gate needs scores of at least 0; smooth:Smooth.red may be"),
         (
-            {"combine": "gate", "gate": "shapes.partial", "rewards": {"shapes.partial": 1, "shapes.strict": -2}},
+            {"combine": {"type": "gate", "by": "smooth:Smooth.red"}},
+            "gate needs scores of at least 0; smooth:Smooth.red",
+        ),
+        (
+            {
+                "combine": {"type": "gate", "by": "shapes.partial"},
+                "rewards": {"shapes.partial": 1, "shapes.strict": -2},
+            },
             r"1 \+ the weighted sum of the others may be as low as -1",
         ),
-        (SDE | {"kernel": "dance_sde", "noise": 1e-6}, "step 0, .* would draw noise of standard deviation"),
-        (SDE | {"noise": 1e3}, "step 0, .* times the noise that belongs there"),
+        (SDE | {"kernel": {"type": "dance_sde", "noise": 1e-6}}, "step 0, .* would draw noise of standard deviation"),
+        (SDE | {"kernel": {"type": "flow_sde", "noise": 1e3}}, "step 0, .* times the noise that belongs there"),
         ({"keep_best": "smooth:Smooth.blue"}, "keep_best: no component 'blue'; smooth:Smooth gives red, even"),
         ({"at_least": {"smooth:Smooth.blue": {"bound": 1}}}, "at_least: no component 'blue'"),
         ({"watch": ["no_such_scorer"]}, "no scorer called 'no_such_scorer'"),

@@ -10,7 +10,7 @@ from mmalign.errors import BadInput
 from mmalign.training import noise_calibration as calibrate
 
 TIMES = torch.linspace(1, 0, 6)
-C = configs.build(dict(steps=5, branch_steps=[0], children=2), "test")
+C = configs.build(dict(steps=5, plan={"type": "branch", "steps": [0], "children": 2}), "test")
 
 
 def signs(shares, n=100):

@@ -268,10 +268,16 @@ def test_the_best_is_told_by_the_images_all_evaluations_share(settings, capsys, 
     ("change", "says"),
     [
         (dict(keep_checkpoints=0), "keep_checkpoints: Input should be greater than or equal to 1"),
-        (dict(keep_best="clip.cosine"), "keep_best: 'clip.cosine' is no component of the scorers"),
+        (dict(keep_best="clip.cosine"), "keep_best: 'clip.cosine' is not a component of the scorers"),
         (dict(keep_best="jpeg_size.megabytes"), "no component 'megabytes'; jpeg_size gives kilobytes"),
-        (dict(keep_best="jpeg_size.kilobytes", held_out=None), "keep_best acts only with held_out and eval_every"),
-        (dict(keep_best="jpeg_size.kilobytes", eval_every=0), "keep_best acts only with held_out and eval_every"),
+        (
+            dict(keep_best="jpeg_size.kilobytes", held_out=None),
+            "keep_best does not act with held_out: null or eval_every: 0",
+        ),
+        (
+            dict(keep_best="jpeg_size.kilobytes", eval_every=0),
+            "keep_best does not act with held_out: null or eval_every: 0",
+        ),
     ],
 )
 def test_what_cannot_be_kept_is_refused(settings, change, says):

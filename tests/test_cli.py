@@ -23,9 +23,8 @@ def config(random_model, prompt_files, tmp_path):
     path = tmp_path / "tiny.yaml"
     values = dict(
         model=random_model, prompts=prompt_files["train"], held_out=prompt_files["held_out"], out=str(tmp_path / "run"),
-        rewards={"jpeg_size.kilobytes": 1.0}, iterations=2, prompts_per_iteration=2, steps=3, branch_steps=[0],
-        children=2,
-        lora_rank=2, eval_seeds=1, eval_steps=2,
+        rewards={"jpeg_size.kilobytes": 1.0}, iterations=2, prompts_per_iteration=2, steps=3,
+        plan={"type": "branch", "steps": [0], "children": 2}, lora_rank=2, eval_seeds=1, eval_steps=2,
     )  # fmt: skip
     path.write_text(yaml.safe_dump(values))
     return path
@@ -38,26 +37,32 @@ def config(random_model, prompt_files, tmp_path):
         (["iterations=many"], "iterations: Input should be a valid integer"),
         (["iterations=0"], "iterations: Input should be greater than or equal to 1, got 0"),
         (["iterations"], "override 'iterations' must look like key=value"),
-        (["children=1"], "advantages compare siblings"),
-        (["seeds=2", "children=1"], "set baseline: prompt"),
-        (["branch_steps=[2]"], "must lie within 0 to 1; the last step stays ODE"),
-        (["plan=sde"], "branch_steps acts only with plan: branch"),
-        (["plan=window"], "plan: window needs window"),
-        (["credit=terminal", "baseline=state"], "baseline acts only with credit: branch"),
-        (["credit=gain"], "credit: gain needs score_states"),
-        (["score_states=all"], "score_states acts only with credit: gain"),
-        (["completion=2"], "completion acts only with score_states"),
-        (["credit=gain", "score_states=[3]"], "score_states [3] must lie within 0 to 2"),
-        (["credit=gain", "score_states=all", "completion=0"], "completion"),
-        (["credit=gain", "score_states=all", "completion=[1,2]"], "needs score_states with as many states"),
-        (["window_moves=random"], "window_moves acts only with plan: window"),
-        (["plan=window", "window=[0,1]", "branch_steps=null", "window_moves=progressive"], "needs window_every"),
-        (["loss=ppo"], "loss: Input should be 'clipped', 'guard' or 'masked', got 'ppo'"),
-        (["advantage_scale=none", "advantage_floor=0.1"], "advantage_floor acts only where advantages are divided"),
-        (["noise=[0.7]"], "noise has 1 levels for 3 steps"),
-        (["noise=-1"], "noise"),
-        (["noise=psi.json"], "a calibration is for kernel scheduled, not flow_sde"),
-        (["noise=psi.json", "kernel=scheduled"], "psi.json is no file written by `mmalign calibrate`"),
+        (["plan.children=1"], "compares siblings"),
+        (["seeds=2", "plan.children=1"], "set baseline: prompt"),
+        (["plan.steps=[2]"], "plan: branch: step 2 ends at t = 0"),
+        (["plan.steps=[3]"], "plan: branch: step 3 is outside the plan's 3 steps"),
+        (["plan={type: sde, steps: [0]}"], "plan: sde has no setting 'steps'; it has no settings"),
+        (["plan={type: window, steps: [1, 1]}"], "plan: steps: [1, 1]"),
+        (["plan={type: window, steps: [1, 9]}"], "plan: window: step 3 is outside the plan's 3 steps"),
+        (["plan.child=3"], "plan: branch has no setting 'child', did you mean 'children'?"),
+        (["credit={type: terminal, baseline: state}"], "credit: terminal has no setting 'baseline'"),
+        (["credit.states=all"], "credit: branch has no setting 'states'"),
+        (["credit.completion=2"], "credit: branch has no setting 'completion'"),
+        (["credit={type: gain, states: [3]}"], "credit: states [3] must lie within 0 to 2"),
+        (["credit={type: gain, completion: 0}"], "credit: completion: 0"),
+        (["credit={type: gain, completion: [1, 2]}"], "credit: completion: [1, 2] needs as many states, got all"),
+        (["plan.moves=random"], "plan: branch has no setting 'moves'"),
+        (["plan={type: window, every: 2}"], "plan: every: 2 acts only with moves: progressive"),
+        (["loss=ppo"], "loss: no loss called 'ppo'; known: clipped, guard, masked, or my_module:MyClass"),
+        (["loss.clip=0"], "loss: clip: 0"),
+        (["advantage={scale: none, floor: 0.1}"], "advantage: floor: 0.1 acts only where advantages are divided"),
+        (["children=3"], "instead of these write plan: {type: branch, steps: [0], children: 3}"),
+        (["noise=0.5"], "instead of these write kernel: {type: flow_sde, noise: 0.5}"),
+        (["window_moves=random"], "window_moves: settings of a method belong to it now"),
+        (["kernel.noise=[0.7]"], "1 noise levels for 3 steps"),
+        (["kernel.noise=-1"], "kernel: noise: -1"),
+        (["kernel.noise=psi.json"], "kernel: noise: Input should be a valid number"),
+        (["kernel={type: scheduled, noise: psi.json}"], "psi.json is not a file written by `mmalign calibrate`"),
         (["max_forwards=3"], "the thinnest plan takes 14 forwards and 4 rewards an iteration, allowed are 3 and any"),
         (["cooldown=3"], "exceed iterations 2"),
         (["prompts=nowhere.jsonl"], "prompts nowhere.jsonl: No such file or directory"),
@@ -103,7 +108,7 @@ def test_calibrated_noise_is_trained_with_and_belongs_to_its_schedule(config, tm
     assert result.returncode == 0, result.stderr
     assert "round 2: gains above 0" in result.stdout
     assert noise.with_suffix(".png").exists()
-    with_it = ["kernel=scheduled", f"noise={noise}"]
+    with_it = ["kernel=scheduled", f"kernel.noise={noise}"]
     assert mmalign("train", config, *with_it).returncode == 0
     levels = json.loads(noise.read_text())["noise"]
     row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])

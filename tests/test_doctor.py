@@ -12,11 +12,14 @@ from mmalign.checks import doctor
 from mmalign.cli.app import main
 from mmalign.config import load as configs
 from mmalign.flow import sample as sampling
-from mmalign.learn import update as learning
+from mmalign.objectives import replay as learning
 from mmalign.policy.sd3 import SD3Policy
-from mmalign.training import rollout, session as sessions
+from mmalign.training import learner, rollout
 
-QUIET = dict(beta=0.1, guidance=3.0, rewards={"odd_scorers:Bright.mean": 1.0}, noise=0.7)
+QUIET = dict(
+    objective={"type": "grpo", "beta": 0.1}, guidance=3.0, rewards={"odd_scorers:Bright.mean": 1.0},
+    kernel={"type": "flow_sde", "noise": 0.7},
+)  # fmt: skip
 
 
 def bad(settings, **changed):
@@ -30,9 +33,9 @@ def bad(settings, **changed):
     "changed",
     [
         {},
-        dict(guidance=1.0, beta=0.0, kernel="cps"),
-        dict(plan="sde", branch_steps=None, children=None, credit="gain", score_states="all", beta=0.0, kernel="ddim"),
-        dict(precision="bfloat16", clip=1.0),
+        dict(guidance=1.0, objective="grpo", kernel="cps"),
+        dict(plan="sde", credit="gain", objective="grpo", kernel="ddim"),
+        dict(precision="bfloat16", loss={"type": "clipped", "clip": 1.0}),
     ],
 )
 def test_a_sound_run_has_no_red_line(settings, changed):
@@ -115,7 +118,7 @@ def test_wrong_guidance_in_replay(settings, monkeypatch):
 
 
 def test_a_stale_average(settings, monkeypatch):
-    monkeypatch.setattr(sessions.Session, "average", lambda self: None)
+    monkeypatch.setattr(learner.Learner, "average", lambda self: None)
     assert bad(settings) == {"average"}
 
 

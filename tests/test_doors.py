@@ -24,6 +24,7 @@ from mmalign.objectives.flow_matching import error, examples
 from mmalign.objectives.objective import OnImages
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.rewards.combination import Rule
+from mmalign.sampling.plans import Fixed
 from reward_models import Card, Scores
 
 
@@ -48,11 +49,11 @@ class Discounted(Credit):
 
 
 @dataclass(frozen=True)
-class Alternating(plans.Fixed):
+class Alternating(Fixed):
     every: int = 2
 
     def __call__(self, t, kernel, position=0):
-        return plans._plan(t, kernel, [dict.fromkeys(range(0, len(t) - 2, self.every), 0)])
+        return plans.table(t, kernel, [dict.fromkeys(range(0, len(t) - 2, self.every), 0)])
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ class Shifted(GaussianFlow):
         return super().velocity(x, t, cond + 0.1, index)
 """
 BASE = dict(
-    model="mmalign.policy.gaussian:GaussianFlow", held_out=None, rewards={"own_things:Red.mean": 1.0, "own_things:Red.left": 0.9}, iterations=2,
-    prompts_per_iteration=2, seeds=3, steps=4, plan="sde", credit="terminal", checkpoint_every=2,
+    model="mmalign.policy.gaussian:GaussianFlow", held_out=None, iterations=2, prompts_per_iteration=2,
+    rewards={"own_things:Red.mean": 1.0, "own_things:Red.left": 0.9}, seeds=3,
+    steps=4, plan="sde", credit="terminal", checkpoint_every=2,
 )  # fmt: skip
 METHODS = {
     "credit": ("Discounted", {"gamma": 0.5}),

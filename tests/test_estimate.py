@@ -9,7 +9,7 @@ from run_config import rows, run
 from tiny_pipelines import FAMILIES
 from typer.testing import CliRunner
 
-from mmalign.checks import estimate
+from mmalign.checks import estimate, timing
 from mmalign.cli.app import app
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
@@ -17,16 +17,13 @@ from mmalign.runs import checkpoint
 
 PLANS = {
     "branch": {},
-    "sde": {"plan": "sde", "branch_steps": None, "children": None},
-    "window": {"plan": "window", "window": (1, 3), "branch_steps": None, "children": 2},
-    "moving": {
-        "plan": "window", "window": (0, 1), "window_moves": "progressive", "window_every": 1, "branch_steps": None,
-        "children": 3,
-    },
-    "random": {"plan": "window", "window": (0, 1), "window_moves": "random", "branch_steps": None, "steps": 8},
-    "gain": {"plan": "sde", "branch_steps": None, "children": None, "credit": "gain", "score_states": "all"},
+    "sde": {"plan": "sde"},
+    "window": {"plan": {"type": "window", "steps": (1, 3), "children": 2}},
+    "moving": {"plan": {"type": "window", "steps": (0, 1), "children": 3, "moves": "progressive"}},
+    "random": {"plan": {"type": "window", "steps": (0, 1), "children": 2, "moves": "random"}, "steps": 8},
+    "gain": {"plan": "sde", "credit": "gain"},
     "guided": {"guidance": 3.0, "epochs": 2, "minibatches": 2},
-    "attended": {"focus": "prompt", "focus_share": 0.25},
+    "attended": {"mask": {"type": "prompt", "share": 0.25}},
     "budget": {"max_forwards": 70, "max_rewards": 12},
 }  # fmt: skip
 
@@ -38,7 +35,7 @@ def told(settings, gpus=1, **changed):
 @pytest.mark.parametrize("name", PLANS)
 def test_counts_are_those_of_the_run(settings, name):
     """With beta > 0 every row is replayed, so that all counts are known before."""
-    changed = PLANS[name] | {"beta": 0.1, "iterations": 3, "eval_every": 0}
+    changed = PLANS[name] | {"objective": {"type": "grpo", "beta": 0.1}, "iterations": 3, "eval_every": 0}
     changed |= {"credit": "terminal"} if name not in ("branch", "gain", "guided", "attended", "budget") else {}
     found, out = told(settings, **changed), run(settings, **changed)
     metrics = rows(out / "metrics.jsonl")
@@ -80,7 +77,7 @@ def test_ranks_share_whole_groups_and_add_up(settings, gpus, plan):
     assert len(shares) == gpus
     assert sum(shares) == 4
     assert max(shares) - min(shares) <= 1
-    for count in ("prompts", "walks", *estimate.COUNTS):
+    for count in ("prompts", "trajectories", *estimate.COUNTS):
         assert sum(rank[count] for rank in found["ranks"]) == found["iteration"][count]
     summed = Counter()
     for rank in found["run_ranks"]:
@@ -148,11 +145,11 @@ def test_the_command_tells_it(settings, tmp_path):
 
 
 def test_seconds_are_counts_times_speed(settings):
-    c = configs.build(settings | {"beta": 0.1}, "test")
+    c = configs.build(settings | {"objective": {"type": "grpo", "beta": 0.1}}, "test")
     found = estimate.estimate(c, 2)
-    speed = estimate.Speed(forward=1.0, learn=3.0, decode=10.0, reward=100.0, judge=1000.0)
+    speed = timing.Speed(forward=1.0, learn=3.0, decode=10.0, reward=100.0, judge=1000.0)
     rank, held = found["ranks"][0], found["evaluations"]
     iteration = rank["forwards"] + 2 * rank["replay_forwards"] + 110 * rank["decodes"]
-    taken = estimate.durations(c, found, speed)
+    taken = timing.durations(c, found, speed)
     assert taken["iteration"] == iteration
     assert taken["evaluations"] == (held["forwards"] + 1010 * held["decodes"]) / 2

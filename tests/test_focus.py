@@ -5,12 +5,12 @@ import torch
 from trajectories import sampled
 
 from mmalign.flow import plan as plans
-from mmalign.flow.kernels import FlowSde
 from mmalign.learn.loss import Clipped
-from mmalign.learn.replay import Surrogate, transitions
 from mmalign.learn.update import update
 from mmalign.objectives.masks import Prompt, top, within
+from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.sampling.kernels import FlowSde
 from mmalign.training.microbatch import AdaptiveBatch
 
 PLAN = plans.sde(torch.linspace(1, 0, 5), FlowSde(0.7))

@@ -16,10 +16,11 @@ from mmalign.flow import plan as plans
 from mmalign.learn.update import update
 from mmalign.policy.sd3 import SD3Policy
 from mmalign.reporting import report
-from mmalign.rewards.combination import Combination
+from mmalign.rewards.combination import Combination, Product, Sum
 from mmalign.rewards.judge import judge, score
 from mmalign.runs import alarms, checkpoint
-from mmalign.training import finite as guards
+from mmalign.sampling.kernels import FlowSde
+from mmalign.training import finite
 from mmalign.training.finite import Skips
 from mmalign.types import Rows
 from reward_models import Prompt, Scores, files
@@ -204,6 +205,9 @@ def test_three_prompts_are_named_and_the_others_counted():
     assert said == f"latents not finite; prompts: 0 '{'x' * 60}', 1 '{'x' * 60}', 5 '{'x' * 60}' and 2 more"
 
 
+SUM = Sum()
+
+
 class Given:
     names, card = ("value",), Card("given")
 
@@ -214,21 +218,22 @@ class Given:
         return Scores(self.names, torch.tensor(self.values)[:, None])
 
 
-def seen(values, weights, rule="sum", reference=None):
-    """The judgement of three walks of three prompts, the walks and the prompts."""
-    paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), 3, 3)
+def seen(values, weights, rule=SUM, reference=None):
+    """The judgement of three trajectories of three prompts, their tree and the prompts."""
+    paths = walk(plans.sde(torch.linspace(1, 0, 5), FlowSde()), 3, 3)
     combination = Combination(weights, rule, reference=reference)
-    return judge(paths, score(paths.ends, PROMPTS, {"given": Given(values)}), (8, 8), combination), paths, PROMPTS
+    scored = score(paths.finals, PROMPTS, {"given": Given(values)})
+    return judge(paths, scored, (8, 8), combination), paths.tree, PROMPTS
 
 
 def test_rewards_that_are_not_finite_are_named_and_failed_scores_are_not():
     with pytest.raises(NonFinite, match=r"^scores of given not finite; prompts: 11 'a cross'$"):
         seen([0.5, -torch.inf, torch.nan], {"given.value": 1.0})
-    guards.rewarded(*seen([0.5, 1.0, torch.nan], {"given.value": 1.0}))
+    finite.check_rewards(*seen([0.5, 1.0, torch.nan], {"given.value": 1.0}))
     with pytest.raises(NonFinite, match=r"^combined rewards not finite; prompts: 12 'a square'$"):
-        guards.rewarded(*seen([0.5, 1.0, 3e38], {"given.value": 2.0}))
+        finite.check_rewards(*seen([0.5, 1.0, 3e38], {"given.value": 2.0}))
     with pytest.raises(Failed, match=r"combine: product: .* at least 0, got -1"):
-        seen([0.5, 1.0, -1.0], {"given.value": 1.0}, "product")
+        seen([0.5, 1.0, -1.0], {"given.value": 1.0}, Product())
 
 
 # ---------------------------------------------------------------------------------------------------------- KL budget

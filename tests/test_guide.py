@@ -5,15 +5,16 @@ import torch
 
 from mmalign import policy as policies
 from mmalign.flow.plan import ode
-from mmalign.flow.sample import gaussian, sample
+from mmalign.flow.sample import sample
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.refine.velocity import regional_guidance, soft, towards
+from mmalign.seeds import gaussian
 
 
 def walked(flow, velocity, starts=3):
     start = torch.stack([gaussian(flow.latent_shape, i) for i in range(starts)])
     index = torch.zeros(starts, dtype=torch.long)
-    return sample(velocity, start, flow.encode(["0.5"]), index, ode(flow.times(6))).ends
+    return sample(velocity, start, flow.encode(["0.5"]), index, ode(flow.times(6))).finals
 
 
 def moved(flow):

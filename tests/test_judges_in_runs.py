@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chats import chatting, said
+from chats import chatting, completion
 from judge_texts import FULL
 from kill_and_resume import outcome
 from run_config import rows, run
@@ -15,7 +15,6 @@ from services import running
 from mmalign import errors, train
 from mmalign.config import load as configs
 from mmalign.config.checks import component
-from mmalign.data import prompts
 from mmalign.errors import BadInput
 from mmalign.training import rollout, setup
 from reward_models import load
@@ -34,14 +33,14 @@ def test_a_part_is_judged_while_the_next_is_drawn(settings, captions, monkeypatc
     part is begun with more than one, besides that which is judged, waiting for the judge."""
     changed = {"scorers": {"slow": {"scorer": "slow_judge:Slow"}}, "prompts_per_iteration": 5, "rollout_parts": 5}
     opened = setup.open_session(configs.build(settings | captions | changed, "test"))
-    slow, walk = opened.scorers["slow"], rollout.walk
+    slow, trajectories = opened.rewards.scorers["slow"], rollout.trajectories
     begun, answered = [threading.Event() for _ in range(6)], []
 
-    def walking(*args):
+    def sampling(*args):
         (part,) = args[-1]
         begun[part].set()
         answered.append(slow.answered)
-        return walk(*args)
+        return trajectories(*args)
 
     def waiting(number):
         assert begun[number + 1].wait(600), f"part {number + 1} was not begun"
@@ -49,7 +48,7 @@ def test_a_part_is_judged_while_the_next_is_drawn(settings, captions, monkeypatc
 
     begun[5].set()  # after the last there is nothing to wait for
     slow.wait = waiting
-    monkeypatch.setattr(rollout, "walk", walking)
+    monkeypatch.setattr(rollout, "trajectories", sampling)
     train.iterate(opened, 0)
     assert slow.answered == 5
     assert all(count >= part - 1 for part, count in enumerate(answered))
@@ -59,12 +58,12 @@ def test_a_part_is_judged_while_the_next_is_drawn(settings, captions, monkeypatc
     "method",
     [
         {},
-        {"plan": "sde", "branch_steps": None, "children": None, "credit": "gain", "score_states": "all"},
+        {"plan": "sde", "credit": "gain"},
         {
             "at_least": {"slow.strict": {"bound": 0.5, "rate": 0.1}},
             "combine": "mrn",
-            "advantage_scale": "none",
-            "children": 3,
+            "advantage": {"scale": "none"},
+            "plan": {"type": "branch", "steps": [0, 1], "children": 3},
         },
         {"region": "slow", "rewards": {"slow.partial": 1.0, "jpeg_size.kilobytes": 0.1}},
     ],
@@ -86,18 +85,18 @@ def test_what_is_not_finite_in_a_part_is_shown_to_no_judge(settings, captions, m
     opened = setup.open_session(configs.build(settings | captions | changed, "test"))
     decoded = rollout.decoded
 
-    def spoilt(own, paths):
-        images = decoded(own, paths)
-        images[paths.owner == 1] = torch.nan
+    def spoilt(session, paths):
+        images = decoded(session, paths)
+        images[paths.tree.owner == 1] = torch.nan
         return images
 
     monkeypatch.setattr(rollout, "decoded", spoilt)
-    bad = prompts.batch(opened.prompts, 3, 0, opened.config.seed)[1]
+    bad = opened.prompts(0)[1]
     with pytest.raises(
         errors.NonFinite, match=f"^iteration 1: decoded images not finite; prompts: {bad.id} '{bad.text}'$"
     ):
         train.iterate(opened, 0)
-    assert opened.scorers["slow"].answered <= parts - 1
+    assert opened.rewards.scorers["slow"].answered <= parts - 1
 
 
 def test_a_part_needs_a_prompt(settings):
@@ -107,46 +106,45 @@ def test_a_part_needs_a_prompt(settings):
 
 def test_full_groups_teach_nothing_and_are_counted(settings, tmp_path):
     good = {"rewards": {"full.good": 1.0}, "scorers": {"full": {"scorer": "slow_judge:Full"}}, "held_out": None}
-    c = configs.build(settings | good | {"saturated": 0.9}, "test")
+    c = configs.build(settings | good | {"advantage": {"saturated": 0.9}}, "test")
     opened = setup.open_session(c)
     row = train.iterate(opened, 0)
-    even = [own.id % 2 == 0 for own in opened.prompts]
+    even = [prompt.id % 2 == 0 for prompt in opened.prompts.all]
     assert 0 <= row["saturated_groups"] <= 1
-    seen = [train.iterate(opened, i)["saturated_groups"] for i in range(1, 4)]
-    assert sum([row["saturated_groups"], *seen]) / 4 == pytest.approx(sum(even) / len(even))
-    srum = {"draws": 1, "alpha_range": [0, 1], "background": 0, "anchor": 0.5, "margin": 0}
-    with pytest.raises(BadInput, match="saturated does not act with objective: srum"):
-        configs.build(settings | srum | {"objective": "srum", "region": "shapes", "saturated": 0.9}, "test")
+    shares = [train.iterate(opened, i)["saturated_groups"] for i in range(1, 4)]
+    assert sum([row["saturated_groups"], *shares]) / 4 == pytest.approx(sum(even) / len(even))
+    with pytest.raises(BadInput, match="advantage does not act with objective: srum"):
+        configs.build(settings | {"objective": "srum", "region": "shapes", "advantage": {"saturated": 0.9}}, "test")
 
 
 def test_a_written_judgement_is_a_reward_with_its_aspects(settings):
     scores = iter(range(10**6))
 
     def answer(request):
-        return said(FULL.replace("3.5", f"{1 + (next(scores) * 7) % 30 / 10:.1f}"))
+        return completion(FULL.replace("3.5", f"{1 + (next(scores) * 7) % 30 / 10:.1f}"))
 
     with chatting(answer) as (url, requests):
         judge = {"rational": {"model": "m", "url": url, "retries": 0}}
         rewards = {"rational.faithfulness": 0.7, "rational.quality": 0.3}
         out = run(settings, rewards=rewards, scorers=judge, iterations=2, held_out=None, rollout_parts=2)
-        asked = len(requests)
+        count = len(requests)
     last = rows(out / "metrics.jsonl")[-1]
-    assert last["judge/rational/calls"] == asked
-    assert last["judge/rational/reply_tokens"] == 3 * asked
+    assert last["judge/rational/calls"] == count
+    assert last["judge/rational/reply_tokens"] == 3 * count
     assert last["part/rational.quality"] == pytest.approx(2 / 3)
     assert 0 <= last["part/rational.faithfulness"] <= 1
     assert last["failed"] == 0
 
 
 def test_a_run_whose_calls_are_spent_stops_and_says_so(settings):
-    with chatting(lambda request: said(FULL)) as (url, _):
+    with chatting(lambda request: completion(FULL)) as (url, _):
         judge = {"rational": {"model": "m", "url": url, "retries": 0, "max_calls": 20}}
         with pytest.raises(RuntimeError, match="budget of 20 calls is spent"):
             run(settings, rewards={"rational.overall": 1.0}, scorers=judge, iterations=3, held_out=None)
 
 
 def test_a_cache_saves_the_second_run_its_calls(settings, tmp_path):
-    with chatting(lambda request: said(FULL)) as (url, requests):
+    with chatting(lambda request: completion(FULL)) as (url, requests):
         judge = {"rational": {"model": "m", "url": url}}
         same = {"rewards": {"rational.overall": 1.0}, "scorers": judge, "iterations": 1, "held_out": None}
         run(settings, **same, cache=str(tmp_path / "cache.sqlite"))

@@ -35,8 +35,8 @@ class Held:
 def test_a_line_for_each_that_cuts():
     texts = ["one two", "one two three", "one two three", "one two three four five", ""]
     assert cut([Words(2), Words(9), object(), Held(Words(4))], texts) == [
-        "2 of 4 prompts are longer than the 2 tokens that a reader of 2 reads; what is beyond is not seen",
-        "1 of 4 prompts are longer than the 4 tokens that a reader of 4 reads; what is beyond is not seen",
+        "2 of 4 prompts are longer than the 2 tokens that a reader of 2 reads; they are truncated",
+        "1 of 4 prompts are longer than the 4 tokens that a reader of 4 reads; they are truncated",
     ]
     assert cut([Words(1)], []) == []
 
@@ -71,7 +71,7 @@ def test_what_a_scorer_cuts_changes_nothing(tmp_path, name):
     assert not torch.equal(whole, shorter)
 
 
-LINE = "mmalign: 1 of 2 prompts are longer than the {} tokens that {} reads; what is beyond is not seen\n"
+LINE = "mmalign: 1 of 2 prompts are longer than the {} tokens that {} reads; they are truncated\n"
 
 
 def test_the_commands_say_it_once(random_model, settings, tmp_path, capsys):
@@ -82,18 +82,18 @@ def test_the_commands_say_it_once(random_model, settings, tmp_path, capsys):
         Image.new("RGB", (32, 32)).save(folder / row["image"])
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = tiny_scorers.open_clip_folder(tmp_path / "clip")
-    told = mmalign("score", folder, "--set", f"clip.model={model}", "--out", tmp_path / "s.jsonl")
-    assert (told.returncode, told.stderr.count("what is beyond"), LINE.format(77, "clip") in told.stderr) == (
+    output = mmalign("score", folder, "--set", f"clip.model={model}", "--out", tmp_path / "s.jsonl")
+    assert (output.returncode, output.stderr.count("what is beyond"), LINE.format(77, "clip") in output.stderr) == (
         0,
         1,
         True,
     )
     policy = policies.load(random_model)
-    expected = [LINE.format(own.tokens, own.name) for own in policy.readers()]
-    told = mmalign("sample", "a", LONG, "--model", random_model, "--steps", 2, "--out", tmp_path / "drawn")
-    assert (told.returncode, told.stderr) == (0, "".join(expected))
-    told = mmalign("sample", "a", "--model", random_model, "--steps", 2, "--out", tmp_path / "drawn")
-    assert (told.returncode, told.stderr) == (0, "")
+    expected = [LINE.format(reader.tokens, reader.name) for reader in policy.readers()]
+    output = mmalign("sample", "a", LONG, "--model", random_model, "--steps", 2, "--out", tmp_path / "drawn")
+    assert (output.returncode, output.stderr) == (0, "".join(expected))
+    output = mmalign("sample", "a", "--model", random_model, "--steps", 2, "--out", tmp_path / "drawn")
+    assert (output.returncode, output.stderr) == (0, "")
 
 
 def test_training_says_it_once(settings, tmp_path, capfd):

@@ -25,4 +25,4 @@ def test_quickstart_raises_the_held_out_score(seed, tmp_path):
 def test_configs_of_the_embedded_model_open(name):
     session = setup.open_session(configs.load(ROOT / f"configs/{name}.yaml"))
     assert len(session.held_out) >= 300
-    assert {name.rpartition(".")[0] for name in session.config.rewards} <= set(session.scorers)
+    assert {name.rpartition(".")[0] for name in session.config.rewards} <= set(session.rewards.scorers)

@@ -17,33 +17,30 @@ from safetensors.torch import load_file
 
 from mmalign.config.schema import Config
 
-SDE = dict(plan="sde", branch_steps=None, children=None, seeds=3)
-ODE = dict(plan="ode", branch_steps=None, children=None, seeds=4, region="smooth:Smooth", draws=2)
+BETA = {"type": "grpo", "beta": 0.01}
+SDE = dict(plan="sde", seeds=3)
+ODE = dict(plan="ode", seeds=4, region="smooth:Smooth")
 BRIGHT = {"scorers": {"smooth:Smooth": {"limit": 0.52}}, "max_failed": 1.0}  # some images are not scored
 FEW = {
     "terminal": SDE | dict(credit="terminal", prompts_per_iteration=3),
-    "gain": SDE | dict(credit="gain", score_states="all", control="fit", beta=0.01, prompts_per_iteration=4),
-    "branch": dict(weighting="noise", prompts_per_iteration=5, epochs=2),
+    "gain": SDE
+    | dict(credit={"type": "gain", "control": "fit"}, objective=BETA, prompts_per_iteration=4),
+    "branch": dict(objective={"type": "grpo", "weighting": "noise"}, prompts_per_iteration=5, epochs=2),
     "region": BRIGHT
-    | dict(region="smooth:Smooth", region_weight=1.0, region_grid=[2, 2], advantage_scale="batch"),
+    | dict(region="smooth:Smooth", region_grid=[2, 2], advantage={"scale": "batch", "regional": 1.0}),
     "gdpo": dict(
-        rewards={"smooth:Smooth.red": 1.0, "smooth:Smooth.even": 0.5}, combine="gdpo", advantage_scale="batch",
+        rewards={"smooth:Smooth.red": 1.0, "smooth:Smooth.even": 0.5}, combine="gdpo", advantage={"scale": "batch"},
         at_least={"smooth:Smooth.even": {"bound": 0.1}},
     ),
 }  # fmt: skip
 MORE = FEW | {
     "window": dict(
-        plan="window",
-        window=[0, 1],
-        window_moves="random",
-        branch_steps=None,
-        credit="terminal",
-        steps=6,
+        plan={"type": "window", "steps": [0, 1], "children": 2, "moves": "random"}, credit="terminal", steps=6,
         rollout_parts=2,
     ),
-    "srum": ODE | dict(objective="srum", alpha_range=[0, 1], background=0.0, anchor=0.5, margin=1.0),
-    "rgdpo": ODE | dict(objective="rgdpo", preference_scale=10.0, intra_weight=1.0),
-}
+    "srum": ODE | dict(objective={"type": "srum", "draws": 2, "alpha": [0, 1], "anchor": 0.5, "margin": 1.0}),
+    "rgdpo": ODE | dict(objective={"type": "rgdpo", "draws": 2, "scale": 10.0, "intra": 1.0}),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +51,11 @@ def base(random_model, tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     return dict(
         model=random_model, prompts=str(folder / "train.jsonl"), held_out=None, rewards={"smooth:Smooth.red": 1.0},
-        iterations=3, prompts_per_iteration=3, seeds=2, steps=4, plan="branch", branch_steps=[0, 1], children=2,
-        lora_rank=2, minibatches=2, eval_every=2, eval_seeds=2, eval_steps=2, checkpoint_every=2,
+        iterations=3, prompts_per_iteration=3, seeds=2, steps=4,
+        plan={"type": "branch", "steps": [0, 1], "children": 2}, lora_rank=2, minibatches=2,
+        eval_every=2, eval_seeds=2, eval_steps=2, checkpoint_every=2,
         batch=1, decode_batch=1, micro_batch=1,  # a forward rounds by the rows it has, which differ
     )  # fmt: skip
-
-
-def over(base, changes):
-    return {key: value for key, value in (base | changes).items() if value is not None or key == "held_out"}
 
 
 BOUND = 1e-5
@@ -90,7 +84,7 @@ def same(one, many):
 
 def test_two_processes_are_one(base, tmp_path):
     """The shortest of these: three prompts of unlike shares, two iterations, and a prompt too few for both."""
-    settings = over(base, dict(iterations=2))
+    settings = base | dict(iterations=2)
     runs = {"few": (settings | {"prompts_per_iteration": 1, "out": str(tmp_path / "few")}, False)}
     found, ended, *_ = launch(tmp_path, 2, {"learnt": settings}, runs)
     same(learn(settings), found["learnt"])
@@ -116,13 +110,13 @@ def two(base, tmp_path_factory):
         "breaking": (base | breaking | {"out": str(folder / "breaking")}, False),
         "killing": (base | killing | {"out": str(folder / "killing")}, False),
     }
-    return folder, *launch(folder, 2, {name: over(base, own) for name, own in FEW.items()}, runs)
+    return folder, *launch(folder, 2, {name: base | own for name, own in FEW.items()}, runs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_two_learn_what_one_does(base, two, name):
-    same(learn(over(base, FEW[name])), two[1][name])
+    same(learn(base | FEW[name]), two[1][name])
 
 
 @pytest.mark.slow
@@ -202,7 +196,9 @@ def drawn(out: Path, *of) -> np.ndarray:
 def test_a_sharded_network_learns_what_a_whole_one_does(base, tmp_path):
     """And saves the same matrices, which draw the same images. The shorter share of a minibatch is replayed to the
     length of the longer."""
-    settings = over(base, dict(prompts_per_iteration=4, beta=0.01, micro_batch=3, minibatches=3, checkpoint_every=3))
+    settings = base | dict(
+        prompts_per_iteration=4, objective=BETA, micro_batch=3, minibatches=3, checkpoint_every=3
+    )  # fmt: skip
     held_out = base["prompts"].replace("train", "held_out")
     runs = {
         "whole": (settings | {"held_out": held_out, "out": str(tmp_path / "run")}, False),
@@ -227,7 +223,7 @@ def test_a_sharded_network_learns_what_a_whole_one_does(base, tmp_path):
 def test_every_credit_and_objective(base, tmp_path, size):
     """For numbers of groups that divide and that do not. Adam moves an element whose gradient is 0 but for rounding by
     a part of its rate, and others follow: one matrix element in a hundred may be further off, by less than the rate."""
-    jobs = {f"{name}-{p}": over(base, own | {"prompts_per_iteration": p}) for name, own in MORE.items() for p in (4, 5)}
+    jobs = {f"{name}-{p}": base | own | {"prompts_per_iteration": p} for name, own in MORE.items() for p in (4, 5)}
     found, *_ = launch(tmp_path, size, jobs, {})
     for name, settings in jobs.items():
         away = apart(learn(settings), found[name])

@@ -3,13 +3,14 @@ tiny pipeline of its family, scaled down in nothing but size."""
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from zlib import crc32
 
 import pytest
 import torch
 import yaml
-from chats import chatting, picture, said
+from chats import chatting, completion, picture
 from judge_texts import FULL
 from run_config import rows
 from tiny_pipelines import FAMILIES
@@ -19,8 +20,10 @@ from mmalign import run as runs
 from mmalign.checks import estimate
 from mmalign.config import load as configs, paths
 from mmalign.config.schema import Config
+from mmalign.credit import Gain
 from mmalign.data import prompts as prompt_files
 from mmalign.policy import meta
+from mmalign.sampling.plans import Branch, Window
 from reward_models.scorers.geneval import GenEval
 from reward_models.scorers.ocr import Ocr
 
@@ -34,10 +37,11 @@ MODELS = {  # a recipe's model -> its family
 }
 RECIPES = [name for name, path in CONFIGS.items() if configs.load(path).model in MODELS]
 DECIDES = {
-    "size", "prompts_per_iteration", "seeds", "guidance", "steps", "plan", "kernel", "noise", "credit",
-    "advantage_scale", "loss", "clip", "beta", "lora_rank", "lora_alpha", "learning_rate", "weight_decay",
-    "max_grad_norm", "minibatches", "ema", "eval_steps", "precision",
+    "size", "prompts_per_iteration", "seeds", "guidance", "steps", "plan", "kernel", "credit", "advantage", "loss",
+    "objective", "lora_rank", "lora_alpha", "learning_rate", "weight_decay", "max_grad_norm", "minibatches", "ema",
+    "eval_steps", "precision",
 }  # fmt: skip
+METHODS = {"kernel": "noise", "advantage": "scale", "loss": "clip"}  # and of each the setting that decides
 BLIND = {"geneval": GenEval, "ocr": Ocr}  # they find nothing in what random weights draw
 
 
@@ -61,7 +65,9 @@ def test_a_recipe_is_complete_and_its_prompts_are_apart(name):
 def test_what_decides_a_result_stands_in_the_file(name):
     """Not left to defaults, which may change; and the file says that it was not run."""
     text = CONFIGS[name].read_text()
-    assert set(yaml.safe_load(text)) >= DECIDES
+    values = yaml.safe_load(text)
+    assert set(values) >= DECIDES
+    assert all(setting in values[method] for method, setting in METHODS.items())
     assert "not run" in " ".join(text.replace("#", "").lower().split())
 
 
@@ -104,7 +110,7 @@ def judge_server():
 
     def answer(request):
         score = 1 + 3 * (crc32(picture(request).tobytes()) % 31) / 30
-        return said(re.sub(r"Score: \S+", f"Score: {score:.1f}", FULL))
+        return completion(re.sub(r"Score: \S+", f"Score: {score:.1f}", FULL))
 
     with chatting(answer) as (url, _):
         yield url
@@ -133,9 +139,14 @@ def first_lines(path: str, number: int, out: Path) -> str:
     return str(out)
 
 
+def scaled_plan(plan) -> dict[str, int]:
+    few = {"children": min(plan.children, 3), "every": 1}
+    return {name: value for name, value in few.items() if name in {field.name for field in fields(plan)}}
+
+
 def scaled(c: Config, folder: Path, model: str, judges) -> Config:
-    """The recipe with everything but its size: fewer prompts, walks and iterations, images of 32 px, scorers of a few
-    thousand weights. Plan, kernel, noise, steps, credit, loss, clip, beta and the rule of combining stay."""
+    """The recipe with everything but its size: fewer prompts, trajectories and iterations, images of 32 px, scorers of
+    a few thousand weights. Plan, kernel, steps, credit, loss, objective and the rule of combining stay."""
     small = dict(
         model=model,
         size=(32, 32),
@@ -147,8 +158,7 @@ def scaled(c: Config, folder: Path, model: str, judges) -> Config:
         prompts_per_iteration=2,
         rollout_parts=min(c.rollout_parts, 2),
         seeds=min(c.seeds, 2),
-        children=c.children and min(c.children, 3),
-        window_every=c.window_every and 1,
+        plan=c.model_dump()["plan"] | scaled_plan(c.plan),
         minibatches=1,
         lora_rank=2,
         lora_alpha=2 * c.lora_alpha / c.lora_rank,
@@ -165,17 +175,21 @@ def scaled(c: Config, folder: Path, model: str, judges) -> Config:
     return configs.build(c.model_dump() | small, "scaled")
 
 
+def all_states(c: Config) -> bool:
+    return isinstance(c.credit, Gain) and c.credit.states == "all"
+
+
 def expected(c: Config, iteration: int) -> tuple[list[int], int, int]:
     """In closed form: the stochastic steps of an iteration, the transitions learnt and the images scored."""
     starts = c.prompts_per_iteration * c.seeds
-    if c.plan == "branch":
-        routes = len(c.branch_steps) * c.children
-        return c.branch_steps, starts * routes, starts * routes
-    steps, routes = [*range(c.steps - 1)], c.children or 1
-    if c.plan == "window":
-        first = c.window[0] + (iteration if c.window_moves == "progressive" else 0)
-        steps = [first + k for k in range(c.window[1] - c.window[0])]
-    images = c.steps if c.score_states == "all" else 1  # the last but one is completed by the walk itself
+    if isinstance(c.plan, Branch):
+        routes = len(c.plan.steps) * c.plan.children
+        return [*c.plan.steps], starts * routes, starts * routes
+    steps, routes = [*range(c.steps - 1)], c.plan.children
+    if isinstance(c.plan, Window):
+        first = c.plan.steps[0] + (iteration if c.plan.moves == "progressive" else 0)
+        steps = [first + k for k in range(c.plan.steps[1] - c.plan.steps[0])]
+    images = c.steps if all_states(c) else 1  # the last but one is completed by the trajectory itself
     return steps, starts * routes * len(steps), starts * routes * images
 
 
@@ -190,8 +204,9 @@ def test_two_iterations_of_a_recipe(name, tmp_path, tiny_models, tiny_judges):
         assert all(value == value and abs(value) != float("inf") for value in row.values()), row
         steps, transitions, images = expected(c, iteration)
         noisy = sorted(int(key.removeprefix("std/")) for key in row if key.startswith("std/"))
-        if c.window_moves == "random":  # a window of its own for each prompt
-            assert set(noisy) <= set(range(c.window[0], c.steps // 2 + c.window[1] - c.window[0] - 1))
+        if isinstance(c.plan, Window) and c.plan.moves == "random":  # each prompt has its window
+            first, stop = c.plan.steps
+            assert set(noisy) <= set(range(first, c.steps // 2 + stop - first - 1))
         else:
             assert noisy == steps
         assert row["transitions"] == transitions
@@ -199,9 +214,9 @@ def test_two_iterations_of_a_recipe(name, tmp_path, tiny_models, tiny_judges):
         assert row["group_std"] > 0
         assert row["grad_norm"] > 0
         assert row["failed"] == 0
-        assert (row["kl/" + str(noisy[0])] >= 0) if c.beta else ("kl" not in row)
-        assert [f"gain/{k}" in row for k in noisy] == [c.score_states == "all"] * len(noisy)
-        assert ("saturated_groups" in row) == (c.saturated is not None)
+        assert (row["kl/" + str(noisy[0])] >= 0) if c.objective.beta else ("kl" not in row)
+        assert [f"gain/{k}" in row for k in noisy] == [all_states(c)] * len(noisy)
+        assert ("saturated_groups" in row) == (c.advantage.saturated is not None)
         assert abs(row["ratio"] - 1) < 1e-6
         assert row["clipped_low"] == row["clipped_high"] == 0
     before, after = rows(out / "evaluations.jsonl")

@@ -19,10 +19,10 @@ from mmalign.cli.app import app
 from mmalign.config.paths import locate
 from mmalign.errors import BadInput
 from mmalign.evaluation import generate
-from mmalign.flow.sample import gaussian, seed_of
 from mmalign.refine import trace as on_disk
 from mmalign.refine.loop import Settings, refine
 from mmalign.refine.redraw import Attempt, Base, cost, draw, times_from
+from mmalign.seeds import gaussian, seed_of
 from reward_models import Card, Prompt, Scores, load
 from reward_models.regions import Region
 from reward_models.scorers.shapes import find_blobs

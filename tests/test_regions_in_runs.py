@@ -9,7 +9,6 @@ from run_config import rows, run
 from torchvision.utils import save_image
 
 from mmalign.config import load as configs
-from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.reporting import report
 from mmalign.rewards import judge, regions
@@ -17,7 +16,6 @@ from reward_models import Prompt
 from reward_models.regions import Region, box_shares
 
 nan = torch.nan
-GRPO = {"plan": None, "branch_steps": None, "children": None, "baseline": None}
 
 
 def test_labels_share_a_column_and_the_rest_stands_alone():
@@ -41,17 +39,19 @@ def test_a_map_without_regions_is_what_is_right_and_what_is_wrong():
 
 
 def test_an_image_whose_box_lies_outside_fails_alone():
-    seen = judge.score(torch.zeros(4, 3, 8, 8), [Prompt("a")] * 4, {"careless": Careless()})
-    assert list(seen.failures) == [1]
-    assert seen.failures[1] == "careless: box (0, 0, 4.0, 16) lies outside the image of 8 x 8 pixels"
-    assert seen.parts["careless.value"].isnan().tolist() == [False, True, False, False]
-    assert seen.maps["careless"][1].isnan().all()
-    assert seen.boxes["careless"][1] == ()
+    scores = judge.score(torch.zeros(4, 3, 8, 8), [Prompt("a")] * 4, {"careless": Careless()})
+    assert list(scores.failures) == [1]
+    assert scores.failures[1] == "careless: box (0, 0, 4.0, 16) lies outside the image of 8 x 8 pixels"
+    assert scores.parts["careless.value"].isnan().tolist() == [False, True, False, False]
+    assert scores.maps["careless"][1].isnan().all()
+    assert scores.boxes["careless"][1] == ()
 
 
-IMAGES = GRPO | {"plan": "ode", "kernel": "flow_sde", "noise": 0.7, "seeds": 4, "weighting": "none"}
-SRUM = {"objective": "srum", "draws": 2, "alpha_range": (0, 1), "background": 0.0, "anchor": 0.5, "margin": 1.0}
-RGDPO = {"objective": "rgdpo", "draws": 2, "preference_scale": 10.0, "intra_weight": 1.0}
+IMAGES = {"plan": "ode", "seeds": 4}
+SRUM = {
+    "objective": {"type": "srum", "draws": 2, "alpha": (0, 1), "background": 0.0, "anchor": 0.5, "margin": 1.0},
+}
+RGDPO = {"objective": {"type": "rgdpo", "draws": 2, "scale": 10.0, "intra": 1.0}}
 CARELESS = {
     "rewards": {"careless:Careless.value": 1.0},
     "region": "careless:Careless",
@@ -59,18 +59,9 @@ CARELESS = {
 }
 
 
-def clean(settings, *parts):
-    """The settings with others laid over; None takes one out."""
-    merged = dict(settings)
-    for part in parts:
-        merged |= part
-    defaults = {name: own.default for name, own in Config.model_fields.items()}
-    return {name: value for name, value in merged.items() if value is not None or defaults[name] is not None}
-
-
 @pytest.mark.parametrize("objective", [SRUM, RGDPO], ids=["srum", "rgdpo"])
 def test_a_run_learns_from_finished_images_and_from_no_bad_one(settings, tmp_path, objective):
-    out = run(clean(settings, IMAGES, CARELESS, objective))
+    out = run(settings | IMAGES | CARELESS | objective)
     metrics = rows(out / "metrics.jsonl")
     assert all(row["failed"] > 0 for row in metrics)
     assert all(row["transitions"] > 0 and row["grad_norm"] > 0 for row in metrics)
@@ -81,7 +72,7 @@ def test_a_run_learns_from_finished_images_and_from_no_bad_one(settings, tmp_pat
         assert metrics[0]["replay_forwards"] == metrics[0]["transitions"]
     else:
         assert metrics[0]["replay_forwards"] == 4 * metrics[0]["transitions"]
-    again = run(clean(settings, IMAGES, CARELESS, objective, {"out": str(tmp_path / "again"), "micro_batch": 3}))
+    again = run(settings | IMAGES | CARELESS | objective, out=str(tmp_path / "again"), micro_batch=3)
     for one, two in zip(metrics[:2], rows(again / "metrics.jsonl")[:2], strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
@@ -99,11 +90,11 @@ def test_a_run_on_records_samples_nothing(settings, tmp_path, objective, random_
         lines.append({"image": f"{k}.png", "prompt": f"thing {k // 4}", "score": k / 8, "regions": [region]})
     lines[7]["regions"] = [{"box": [9, 0, 3, 3], "score": 1}]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    records = {"records": str(tmp_path / "records.jsonl"), "prompts_per_iteration": 2, "kernel": None, "noise": None}
+    records = {"records": str(tmp_path / "records.jsonl"), "prompts_per_iteration": 2}
     kept = {
         name: settings[name] for name in ("model", "held_out", "out", "iterations", "eval_steps") if name in settings
     }
-    out = run(kept | clean({}, objective, {k: v for k, v in records.items() if v is not None}))
+    out = run(kept | objective | records)
     metrics = rows(out / "metrics.jsonl")
     assert metrics[0]["images"] == 7
     assert metrics[0]["forwards"] == metrics[0]["decodes"] == metrics[0]["rewards"] == 0
@@ -113,42 +104,45 @@ def test_a_run_on_records_samples_nothing(settings, tmp_path, objective, random_
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"objective": "srum"}, "objective: srum needs region, a scorer that says where, or records"),
+        ({"objective": "srum"}, "objective: srum needs region, a scorer with a map, or records"),
         (IMAGES | RGDPO | {"region": "shapes", "credit": "terminal"}, "credit does not act with objective: rgdpo"),
-        (IMAGES | RGDPO | {"region": "shapes", "beta": 0.1}, "beta does not act with objective: rgdpo"),
-        (IMAGES | RGDPO | {"region": "shapes", "anchor": 0.1}, "anchor acts only with objective: srum"),
-        (IMAGES | {"objective": "srum", "region": "shapes"}, "objective: srum needs draws"),
-        (IMAGES | SRUM | {"region": "shapes", "alpha_range": (1, 0)}, "alpha_range [1.0, 0.0] must rise"),
-        (IMAGES | SRUM | {"region": "shapes", "noise": 0.5}, "noise does not act with plan: ode"),
-        (IMAGES, "plan: ode has no stochastic step to learn from"),
-        ({"draws": 2}, "draws acts only with objective: srum or rgdpo"),
-        ({"focus": "map"}, "focus: map needs region"),
-        ({"focus": "prompt"}, "focus: prompt needs focus_share"),
-        ({"focus_share": 0.5}, "focus_share acts only with focus: prompt"),
-        ({"records": "r.jsonl"}, "steps does not act with records"),
+        (IMAGES | RGDPO | {"region": "shapes", "max_kl": 0.1}, "max_kl does not act with objective: rgdpo"),
+        (IMAGES | RGDPO | {"region": "shapes", "loss": "guard"}, "loss does not act with objective: rgdpo"),
+        (IMAGES | RGDPO | {"region": "shapes", "mask": "map"}, "mask does not act with objective: rgdpo"),
+        ({"objective": {"type": "rgdpo", "beta": 0.1}}, "objective: rgdpo has no setting 'beta'"),
+        ({"objective": {"type": "rgdpo", "anchor": 0.1}}, "objective: rgdpo has no setting 'anchor'"),
+        ({"objective": {"type": "srum", "alpha": (1, 0)}}, "objective: alpha [1.0, 0.0] must rise"),
+        (IMAGES | SRUM | {"region": "shapes", "kernel": {"type": "flow_sde", "noise": 0.5}},
+         "kernel does not act with plan: ode"),
+        (IMAGES, "plan: ode has no stochastic step"),
+        ({"objective": {"type": "grpo", "draws": 2}}, "objective: grpo has no setting 'draws'"),
+        ({"mask": "map"}, "mask: map needs region"),
+        ({"mask": {"type": "map", "share": 0.5}}, "mask: map has no setting 'share'"),
+        ({"records": "r.jsonl"}, "records does not act with objective: grpo"),
+        ({"advantage": {"whole": 0.5}}, "advantage: whole and regional act only with region"),
+        (SRUM | {"records": "r.jsonl"}, "steps does not act with records"),
         ({"rewards": {}}, "rewards: at least one is needed"),
         (SRUM | {"records": "r.jsonl", "region": "shapes"}, "region does not act with records"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_act_is_refused(settings, changed, says):
-    shapes = {"rewards": {"shapes.strict": 1.0}}
     with pytest.raises(BadInput) as refusal:
-        configs.build(clean(settings, shapes, changed), "test")
+        configs.build(settings | {"rewards": {"shapes.strict": 1.0}} | changed, "test")
     assert says in str(refusal.value)
 
 
-@pytest.mark.parametrize("focus", [{"focus": "map"}, {"focus": "prompt", "focus_share": 0.25}])
-def test_masks_and_ratios_by_credit_run(settings, focus):
-    out = run(settings | CARELESS | focus | {"ratio_over": "credit"})
+@pytest.mark.parametrize("mask", ["map", {"type": "prompt", "share": 0.25}])
+def test_masks_and_ratios_by_credit_run(settings, mask):
+    out = run(settings | CARELESS | {"mask": mask, "objective": {"type": "grpo", "ratio": "credit"}})
     assert all(row["grad_norm"] > 0 for row in rows(out / "metrics.jsonl"))
 
 
 def test_a_few_images_are_kept_with_their_credit(settings):
     out = run(settings | CARELESS)
-    kept = rows(out / "credit.jsonl")
-    assert {row["iteration"] for row in kept} == {2, 4}
-    assert len(kept) == 2 * 6
-    for row in kept:
+    logged = rows(out / "credit.jsonl")
+    assert {row["iteration"] for row in logged} == {2, 4}
+    assert len(logged) == 2 * 6
+    for row in logged:
         assert (out / row["image"]).is_file()
         (step,) = row["advantage"]
         grid = row["advantage"][step]
@@ -162,7 +156,7 @@ def test_a_few_images_are_kept_with_their_credit(settings):
     assert judged["careless:Careless"]["map"][0][0] == -1
     assert "show regions judged right" in page
     run(settings | CARELESS, resume=True)
-    assert len(rows(out / "credit.jsonl")) == len(kept)
+    assert len(rows(out / "credit.jsonl")) == len(logged)
 
 
 def test_boxes_cover_tokens_of_packed_latents():

@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 from mmalign.cli.app import app
 from mmalign.config import load as configs
 from mmalign.credit.groups import Units
-from mmalign.credit.terminal import terminal
+from mmalign.credit.terminal import Terminal
 from mmalign.errors import BadInput, Failed
 from mmalign.evaluation import reference as references
 from mmalign.flow import plan as plans
-from mmalign.rewards.combination import Combination
+from mmalign.rewards.combination import Combination, Gate, Gdpo, Mrn, Product
 from mmalign.rewards.judge import judge, score
+from mmalign.sampling.kernels import FlowSde
 from mmalign.training import setup
 from reward_models import Prompt, Scores, combine
 from reward_models.types import Card
@@ -33,20 +34,20 @@ class Twice:
 
 
 def shown(combination, starts=12, prompts=3):
-    paths = walk(plans.sde(torch.linspace(1, 0, 5), "flow_sde", 0.7), starts, prompts)
-    seen = score(paths.ends, [Prompt("")] * len(paths.ends), {"twice": Twice()})
+    paths = walk(plans.sde(torch.linspace(1, 0, 5), FlowSde()), starts, prompts)
+    seen = score(paths.finals, [Prompt("")] * len(paths.finals), {"twice": Twice()})
     return paths, judge(paths, seen, (8, 8), combination)
 
 
 WEIGHTS = {"twice.mean": 1.0, "twice.first": 0.5}
 
 
-@pytest.mark.parametrize(("rule", "scale", "whole"), [("mrn", "none", "normalised"), ("gdpo", "batch", "whitened")])
+@pytest.mark.parametrize(("rule", "scale", "whole"), [(Mrn(), "none", "normalised"), (Gdpo(), "batch", "whitened")])
 def test_terminal_credit_of_normalised_rewards_is_the_papers_advantage(rule, scale, whole):
     paths, judged = shown(Combination(WEIGHTS, rule))
-    advantage = terminal(paths, judged, Units(scale, limit=100.0))[:, 0, 0, 0]
+    advantage = Terminal()(paths.tree, judged, Units(scale, clip=100.0))[:, 0, 0, 0]
     values = torch.stack([*judged.parts.values()], 1)
-    expected = getattr(combine, whole)(values, paths.prompt, torch.tensor([1.0, 0.5]))
+    expected = getattr(combine, whole)(values, paths.tree.prompt, torch.tensor([1.0, 0.5]))
     torch.testing.assert_close(advantage, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -56,22 +57,22 @@ def test_a_reference_changes_units_and_nothing_that_compares_siblings():
     paths, plain = shown(Combination({"twice.mean": 1.0}))
     _, moved = shown(Combination({"twice.mean": 1.0}, reference=known))
     torch.testing.assert_close(moved.reward[:, -1], (plain.reward[:, -1] - 0.3) / 0.2)
-    torch.testing.assert_close(terminal(paths, moved), terminal(paths, plain), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(Terminal()(paths.tree, moved), Terminal()(paths.tree, plain), atol=1e-4, rtol=1e-4)
 
 
 def test_product_and_gate_read_the_raw_parts():
     paths = walk(plans.ode(torch.linspace(1, 0, 3)), 4, 2)
     parts = dict(zip(WEIGHTS, torch.rand(2, 4).unbind(), strict=True))
-    product = Combination(WEIGHTS, "product")(parts, paths.owner)
+    product = Combination(WEIGHTS, Product())(parts, paths.tree.owner)
     torch.testing.assert_close(product, parts["twice.mean"] * parts["twice.first"].sqrt())
-    gated = Combination(WEIGHTS, "gate", "twice.first")(parts, paths.owner)
+    gated = Combination(WEIGHTS, Gate("twice.first"))(parts, paths.tree.owner)
     torch.testing.assert_close(gated, parts["twice.first"] * (1 + parts["twice.mean"]))
 
 
-@pytest.mark.parametrize(("rule", "gate"), [("gate", "twice.first"), ("product", None)])
-def test_a_factor_below_0_stops_a_run_with_a_line(rule, gate):
-    with pytest.raises(Failed, match=rf"combine: {rule}: .* at least 0, got -"):
-        shown(Combination(WEIGHTS, rule, gate))
+@pytest.mark.parametrize("rule", [Gate("twice.first"), Product()])
+def test_a_factor_below_0_stops_a_run_with_a_line(rule):
+    with pytest.raises(Failed, match=rf"combine: {rule.type}: .* at least 0, got -"):
+        shown(Combination(WEIGHTS, rule))
 
 
 TWO = {"jpeg_size.kilobytes": 1.0, "image_stats.brightness": 2.0}
@@ -88,7 +89,7 @@ def test_every_part_is_in_the_metrics(settings):
 
 @pytest.mark.parametrize(("rule", "scale"), [("mrn", "none"), ("gdpo", "batch")])
 def test_with_normalised_rewards_the_weighted_sum_of_the_raw_ones_is_logged(settings, rule, scale):
-    out = run(settings, rewards=TWO, combine=rule, advantage_scale=scale, iterations=1, held_out=None)
+    out = run(settings, rewards=TWO, combine=rule, advantage={"scale": scale}, iterations=1, held_out=None)
     (row,) = rows(out / "metrics.jsonl")
     assert row["reward"] == pytest.approx(row["part/jpeg_size.kilobytes"] + 2 * row["part/image_stats.brightness"])
     assert abs(row["reward"]) > 0.1
@@ -97,10 +98,10 @@ def test_with_normalised_rewards_the_weighted_sum_of_the_raw_ones_is_logged(sett
 def test_the_level_is_in_the_references_units_and_nan_without_a_part():
     parts = {"twice.mean": torch.tensor([0.5, 0.7, torch.nan]), "twice.first": torch.tensor([1.0, 3.0, 1.0])}
     known = {"twice.mean": (0.3, 0.2), "twice.first": (1.0, 4.0)}
-    found = Combination(WEIGHTS, "mrn", reference=known).level(parts, torch.zeros(3))
+    found = Combination(WEIGHTS, Mrn(), reference=known).level(parts, torch.zeros(3))
     assert found.tolist() == pytest.approx([1.0, 2.25, torch.nan], nan_ok=True)
     reward = torch.tensor([1.0, 2.0, 3.0])
-    assert torch.equal(Combination(WEIGHTS, "sum").level(parts, reward), reward)
+    assert torch.equal(Combination(WEIGHTS).level(parts, reward), reward)
 
 
 def test_a_second_run_with_the_same_cache_scores_nothing_twice(settings, tmp_path):
@@ -155,20 +156,20 @@ def test_a_constraint_holds_by_a_multiplier_that_survives_an_interruption(settin
     assert rows(out / "metrics.jsonl")[-1][f"multiplier/{key}"] == found[-1][f"multiplier/{key}"]
 
 
+GATE = {"type": "gate", "by": "jpeg_size.kilobytes"}
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (dict(combine="mrn"), "combine: mrn needs advantage_scale: none"),
-        (dict(combine="gdpo"), "combine: gdpo needs advantage_scale: batch"),
-        (dict(combine="gate"), "gate: one of the rewards is needed"),
-        (dict(gate="jpeg_size.kilobytes"), "gate: one of the rewards is needed"),
-        (dict(combine="gate", gate="clip.cosine"), "gate: one of the rewards is needed"),
-        (
-            dict(combine="gate", gate="jpeg_size.kilobytes", reference="ref.json"),
-            "combine: gate needs scores of at least 0",
-        ),
+        (dict(combine="mrn"), "combine: mrn needs advantage: {scale: none}"),
+        (dict(combine="gdpo"), "combine: gdpo needs advantage: {scale: batch}"),
+        (dict(combine="gate"), "gate: by: one of the rewards is needed"),
+        (dict(combine={"type": "sum", "by": "jpeg_size.kilobytes"}), "combine: sum has no setting 'by'"),
+        (dict(combine=GATE | {"by": "clip.cosine"}), "gate: by: one of the rewards is needed"),
+        (dict(combine=GATE, reference="ref.json"), "combine: gate needs scores of at least 0"),
         (dict(combine="product", reference="ref.json"), "combine: product needs scores of at least 0"),
-        (dict(combine="gate", gate="jpeg_size.kilobytes"), "jpeg_size.kilobytes may be as low as -inf"),
+        (dict(combine=GATE), "jpeg_size.kilobytes may be as low as -inf"),
         (dict(combine="product"), "jpeg_size.kilobytes may be as low as -inf"),
         (dict(combine="product", at_least={"image_stats.brightness": {"bound": 1}}), "with combine: product it cannot"),
         (dict(at_least={"image_stats.brightness": {"bound": 1, "rate": 0}}), "at_least.image_stats.brightness.rate"),
@@ -243,18 +244,19 @@ def test_a_run_with_credit_by_place(settings, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("MMALIGN_ALLOW", "own_places")
     name = "own_places:Places"
-    changed = dict(rewards={f"{name}.mean": 1.0}, region=name, region_weight=0.5, iterations=2, held_out=None)
-    for more in ({}, {"region_grid": [2, 4]}, {"whole_weight": 0.0, "region_grid": [1, 1]}):
-        out = run(settings, **changed, **more, out=f"{settings['out']}{len(more)}")
+    changed = dict(rewards={f"{name}.mean": 1.0}, region=name, advantage={"regional": 0.5}, iterations=2, held_out=None)
+    weights = {"whole": 0.0, "regional": 0.5}
+    for more in ({}, {"region_grid": [2, 4]}, {"advantage": weights, "region_grid": [1, 1]}):
+        out = run(settings, **changed | more, out=f"{settings['out']}{len(more)}")
         assert rows(out / "metrics.jsonl")[0]["ratio/1"] == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (dict(region="jpeg_size"), "jpeg_size says nothing about where"),
+        (dict(region="jpeg_size"), "jpeg_size has no map"),
         (dict(region="shapes"), "region: 'shapes' is not among the scorers of rewards: jpeg_size"),
-        (dict(region_weight=1.0), "region_weight acts only with region"),
+        (dict(advantage={"regional": 0.5}), "advantage: whole and regional act only with region"),
         (dict(region="jpeg_size", region_grid=[0, 1]), "region_grid"),
     ],
 )

@@ -5,9 +5,11 @@ from dataclasses import fields
 import torch
 
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.rewards.judge import joined, score
+from mmalign.sampling.kernels import FlowSde
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.rollout import stacked
 from reward_models import Card, Prompt, Scores
 from reward_models.regions import Region
@@ -18,7 +20,7 @@ PROMPTS = [Prompt(text, id=i) for i, text in enumerate(["a dog", "a cat", "a cow
 def test_walks_drawn_in_parts_are_those_drawn_together():
     flow = GaussianFlow()
     cond, t = flow.encode(["0.5", "-1.0", "0.25"]), flow.times(5)
-    plan = plans.branch(t, "flow_sde", 0.7, [0, 2], 3)
+    plan = plans.branch(t, FlowSde(), [0, 2], 3)
 
     def drawn(prompts):
         starts = [(p, m) for p in prompts for m in range(2)]
@@ -30,9 +32,11 @@ def test_walks_drawn_in_parts_are_those_drawn_together():
         return sample(flow.velocity, noise, cond, torch.tensor([p for p, _ in starts]), plan, draw, batch=1)
 
     whole, parts = drawn([0, 1, 2]), stacked([drawn([0]), drawn([1, 2])])
-    for field in fields(whole):
-        one, two = getattr(whole, field.name), getattr(parts, field.name)
-        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, field.name
+    pairs = [(whole, parts, field.name) for field in fields(whole) if field.name != "tree"]
+    pairs += [(whole.tree, parts.tree, field.name) for field in fields(whole.tree)]
+    for first, second, name in pairs:
+        one, two = getattr(first, name), getattr(second, name)
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, name
 
 
 class Telling:
@@ -66,7 +70,7 @@ def test_images_seen_in_parts_are_those_seen_together():
     for name, values in whole.parts.items():
         torch.testing.assert_close(parts.parts[name], values, equal_nan=True, atol=0, rtol=0)
     assert parts.failures == whole.failures == {1: "none: a cat"}
-    assert (parts.boxes, parts.said, parts.requests) == (whole.boxes, whole.said, whole.requests)
+    assert (parts.boxes, parts.critiques, parts.requests) == (whole.boxes, whole.critiques, whole.requests)
     assert [*parts.maps] == [*whole.maps] == ["all", "few"]
     assert torch.equal(parts.maps["all"], whole.maps["all"])
     assert torch.equal(parts.maps["few"][2:4], whole.maps["few"][2:4])

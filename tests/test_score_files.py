@@ -268,7 +268,7 @@ def test_a_full_disk_is_one_line_and_what_is_written_stays(pictures, tmp_path):
     assert (result.returncode, "Traceback" in result.stderr) == (1, False)
     last = result.stderr.strip().split("\n")[-1]
     assert last.startswith("mmalign: cannot write in ")
-    assert "what was done before is on the disk" in last
+    assert "earlier results are on the disk" in last
     rows = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
     assert 0 < len(rows) < 4
     assert mmalign(*score).returncode == 0

@@ -33,27 +33,27 @@ IMPORTERS = {"reward_models/allowlist.py"}
 
 def unsafe(source: str, place: str = "module.py") -> list[str]:
     """What in a module can run code it was handed, or unpickle."""
-    found = []
+    outside = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = getattr(node, "module", None)
-            names = {f"{module}.{own.name}" if module else own.name for own in node.names} - PICKLE_ERRORS
-            found += [name for name in names if name.partition(".")[0] in PICKLES]
-            found += [name for name in names if name.startswith("importlib") and "metadata" not in name
+            names = {f"{module}.{item.name}" if module else item.name for item in node.names} - PICKLE_ERRORS
+            outside += [name for name in names if name.partition(".")[0] in PICKLES]
+            outside += [name for name in names if name.startswith("importlib") and "metadata" not in name
                       and place not in IMPORTERS]  # fmt: skip
         if not isinstance(node, ast.Call):
             continue
-        call, given = ast.unparse(node.func), {own.arg: ast.unparse(own.value) for own in node.keywords}
+        call, given = ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         if call in RUNS_CODE or call in ("os.system", "os.popen", "yaml.load", "yaml.load_all", "yaml.unsafe_load"):
-            found.append(call)
+            outside.append(call)
         if call == "torch.load" and given.get("weights_only") != "True":
-            found.append("torch.load without weights_only=True")
-        found += [
+            outside.append("torch.load without weights_only=True")
+        outside += [
             f"{name}=True" for name in ("shell", "trust_remote_code", "allow_pickle") if given.get(name) == "True"
         ]
         if re.match(r"Auto[A-Z]\w*\.", call) and given.get("trust_remote_code") != "False":
-            found.append(f"{call} without trust_remote_code=False")  # transformers would ask on the terminal
-    return found
+            outside.append(f"{call} without trust_remote_code=False")  # transformers would ask on the terminal
+    return outside
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -103,13 +103,15 @@ def evil(tmp_path, monkeypatch):
     sys.modules.pop("evil", None)
 
 
+METHODS = ("plan", "kernel", "credit", "objective", "loss", "combine", "mask")
 NAMES = {
     "model": {"model": "evil:Thing"},
     "rewards": {"rewards": {"evil:Thing.value": 1.0}},
     "at_least": {"at_least": {"evil:Thing.value": {"bound": 0}}},
     "watch": {"watch": ["evil:Thing"]},
     "scorers": {"watch": ["mine"], "scorers": {"mine": {"scorer": "evil:Thing"}}},
-    "region": {"rewards": {"evil:Thing.value": 1.0}, "region": "evil:Thing", "region_weight": 1.0},
+    "region": {"rewards": {"evil:Thing.value": 1.0}, "region": "evil:Thing"},
+    **{method: {method: {"type": "evil:Thing"}} for method in METHODS},
 }
 
 
@@ -187,8 +189,8 @@ def test_a_model_names_no_code_that_was_not_allowed(random_model, evil, tmp_path
     monkeypatch.syspath_prepend(tmp_path)
     model = tmp_path / "model"
     model.mkdir()
-    for own in Path(random_model).iterdir():
-        (model / own.name).symlink_to(own)
+    for path in Path(random_model).iterdir():
+        (model / path.name).symlink_to(path)
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").unlink()
     (model / "model_index.json").write_text(json.dumps(index | {part: ["evil", "Thing"]}))
@@ -201,16 +203,18 @@ def test_a_model_names_no_code_that_was_not_allowed(random_model, evil, tmp_path
 
 
 @pytest.mark.parametrize(
-    "own",
+    "scorer_settings",
     [
         {"key": "sk-hush"}, {"api_key": "sk-hush"}, {"token": "sk-hush"}, {"extra": {"auth_token": "sk-hush"}},
         {"extra": {"headers": {"Authorization": "sk-hush"}}}, {"url": "https://me:sk-hush@host/v1"},
         {"scorers": ["http://sk-hush@host"]},
     ],
 )  # fmt: skip
-def test_a_config_holds_no_secret(settings, tmp_path, own):
+def test_a_config_holds_no_secret(settings, tmp_path, scorer_settings):
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings | {"watch": ["judge"], "scorers": {"judge": {"scorer": "remote"} | own}}))
+    path.write_text(
+        yaml.safe_dump(settings | {"watch": ["judge"], "scorers": {"judge": {"scorer": "remote"} | scorer_settings}})
+    )
     result = mmalign("train", path)
     assert result.returncode == 2
     assert "it belongs into the environment (OPENAI_API_KEY for judges, MMALIGN_TOKEN for remote)" in result.stderr
@@ -260,11 +264,11 @@ class Tags(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.found: set[str] = set()
+        self.names: set[str] = set()
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.found |= {tag, *(f"{tag} {name}" for name, _ in attrs)}
+        self.names |= {tag, *(f"{tag} {name}" for name, _ in attrs)}
 
 
 def a_run(folder: Path, words: str, image: str = "a.png", step: str = "0", size=(8, 8)) -> Path:
@@ -276,7 +280,7 @@ def a_run(folder: Path, words: str, image: str = "a.png", step: str = "0", size=
         (folder / "images" / side).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / "images" / side / "a.png")
         rows = [row, row | {"id": 1}]
-        (folder / "images" / side / "scores.jsonl").write_text("".join(json.dumps(own) + "\n" for own in rows))
+        (folder / "images" / side / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     credit = {"iteration": 1, "image": "images/after/a.png", "prompt": words, "reward": 1.0, "map": [[1.0]]}
     (folder / "credit.jsonl").write_text(json.dumps(credit | {"advantage": {step: [[1.0]]}}) + "\n")
     counts = dict.fromkeys(("forwards", "replay_forwards", "decodes", "rewards", "seconds/rollout"), 1)
@@ -297,7 +301,7 @@ def test_a_report_shows_words_and_runs_none(tmp_path):
         result = mmalign("report", a_run(tmp_path / name, words, step=words))
         assert result.returncode == 0, result.stderr
         pages.append((tmp_path / name / "report.html").read_text())
-    tame, wild = (Tags(page).found for page in pages)
+    tame, wild = (Tags(page).names for page in pages)
     assert wild == tame
     assert pages[1].count("alert(1)") > 20  # it is all there, as text
 
@@ -309,7 +313,7 @@ def test_a_report_leaves_out_what_is_no_number(tmp_path, changed):
     assert mmalign("report", a_run(tmp_path / "run", "tame", **changed)).returncode == 0
     page = (tmp_path / "run/report.html").read_text()
     assert "images/after/scores.jsonl: line 1: places.tame.size" in page
-    assert not {"b", "script"} & Tags(page).found
+    assert not {"b", "script"} & Tags(page).names
 
 
 @pytest.mark.parametrize("image", ["../../../secret.png", "{root}/secret.png", "link.png"])
@@ -321,7 +325,7 @@ def test_a_report_reads_no_file_outside_the_run(tmp_path, image):
             (run / "images" / side / image).symlink_to(tmp_path / "secret.png")
     result = mmalign("report", run)
     assert (result.returncode, result.stdout) == (2, "")
-    assert "leads out of that folder; it is not touched" in result.stderr
+    assert "leads out of that folder" in result.stderr
     assert not (run / "report.html").exists()
 
 
@@ -337,7 +341,7 @@ def test_a_run_with_a_link_out_of_it_is_not_touched(settings, tmp_path, name):
     for command in (["report", run], ["train", config, "--resume"], ["export", run], ["sample", "x", "--adapter", run]):
         result = mmalign(*command)
         assert result.returncode == 2
-        assert f"{name!r} leads out of that folder; it is not touched" in result.stderr
+        assert f"{name!r} leads out of that folder" in result.stderr
     assert target.read_text() == "mine"
 
 
@@ -357,11 +361,11 @@ def test_a_gallery_shows_words_and_runs_none(tmp_path):
         summary = {"scores": {words: {"count": 1}}, "failed": 1}
         gallery.write([row], summary, tmp_path, tmp_path / f"{name}.html")
         pages.append((tmp_path / f"{name}.html").read_text())
-    assert Tags(pages[0]).found == Tags(pages[1]).found
+    assert Tags(pages[0]).names == Tags(pages[1]).names
 
 
 def test_a_page_of_refinements_shows_words_and_runs_none(tmp_path):
-    found = []
+    tags = []
     for name, words in (("tame", "tame"), ("wild", HOSTILE)):
         places = {"size": [8, 8], "map": None, "boxes": []}
         places["boxes"] = [{"box": [0, 0, 4, 4], "credit": 1.0, "label": words, "reason": words}]
@@ -376,8 +380,8 @@ def test_a_page_of_refinements_shows_words_and_runs_none(tmp_path):
         summary = dict.fromkeys(("prompts", "images", "forwards", "gained"), 1)
         summary |= {"first": 0.5, "best": 1.0, "stopped": {words: 1}}
         refine_page.write([row], summary, words, tmp_path, tmp_path / f"{name}.html")
-        found.append(Tags((tmp_path / f"{name}.html").read_text()).found)
-    assert found[0] == found[1]
+        tags.append(Tags((tmp_path / f"{name}.html").read_text()).names)
+    assert tags[0] == tags[1]
 
 
 def test_a_message_is_one_line_whatever_is_in_it(tmp_path):

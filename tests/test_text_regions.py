@@ -31,29 +31,29 @@ def pages():
 
 
 @pytest.fixture(scope="module")
-def seen(pages):
+def scored(pages):
     prompts = [Prompt('a sign that says "Coffee market"', {}, 3)] * len(pages)
-    found = judge.score(pages, prompts, {"ocr": load("ocr")})
-    assert not found.failures
-    return found
+    scores = judge.score(pages, prompts, {"ocr": load("ocr")})
+    assert not scores.failures
+    return scores
 
 
-def test_the_words_read_are_the_regions(seen):
-    right, misspelt, _, missing = seen.boxes["ocr"]
-    assert [(own.label, own.credit) for own in right] == [("1 coffee", 1), ("2 market", 1)]
+def test_the_words_read_are_the_regions(scored):
+    right, misspelt, _, missing = scored.boxes["ocr"]
+    assert [(region.label, region.credit) for region in right] == [("1 coffee", 1), ("2 market", 1)]
     assert misspelt[0].credit == 1
     assert misspelt[1].label == "2 market"
     assert misspelt[1].credit < 0.5
-    assert [own.label for own in missing] == ["2 market"]
-    for own, (left, top) in zip(right, PLACES, strict=True):
-        assert own.box[0] - 8 < left < own.box[2]
-        assert own.box[1] - 8 < top < own.box[3]
+    assert [region.label for region in missing] == ["2 market"]
+    for region, (left, top) in zip(right, PLACES, strict=True):
+        assert region.box[0] - 8 < left < region.box[2]
+        assert region.box[1] - 8 < top < region.box[3]
 
 
-def test_they_drive_the_preference_of_the_misspelt_word_and_of_nothing_else(pages, seen):
-    marks = regions.marked(seen.boxes["ocr"], [0] * 4, (SIDE, SIDE), (GRID, GRID))
+def test_they_drive_the_preference_of_the_misspelt_word_and_of_nothing_else(pages, scored):
+    marks = regions.marked(scored.boxes["ocr"], [0] * 4, (SIDE, SIDE), (GRID, GRID))
     x = F.avg_pool2d(pages, SIDE // GRID)
-    finished = Finished(x, torch.zeros(4, dtype=torch.long), seen.parts["ocr.match"], seen.maps["ocr"], marks)
+    finished = Finished(x, torch.zeros(4, dtype=torch.long), scored.parts["ocr.match"], scored.maps["ocr"], marks)
     flow = GaussianFlow((3, GRID, GRID))
     batch = rgdpo.pairs(flow, finished, 8, torch.Generator().manual_seed(0))
     pair = rgdpo.matched(finished.prompt, finished.reward, marks)

@@ -35,15 +35,15 @@ def float32(values) -> np.ndarray:
 
 def same_as_the_record(out) -> None:
     """Every number of every row, at its iteration, as TensorBoard keeps numbers."""
-    found, metrics, evaluations = events(out), rows(out / "metrics.jsonl"), rows(out / "evaluations.jsonl")
+    loaded, metrics, evaluations = events(out), rows(out / "metrics.jsonl"), rows(out / "evaluations.jsonl")
     expected = {key: [(row["iteration"], row[key]) for row in metrics if key in row] for row in metrics for key in row}
     for key in {key for row in evaluations for key in row} - {"iteration", "name"}:
         expected[f"held_out/{key}"] = [(row["iteration"], row[key]) for row in evaluations if key in row]
-    assert set(found.Tags()["scalars"]) == set(expected)
+    assert set(loaded.Tags()["scalars"]) == set(expected)
     for key, points in expected.items():
-        told = found.Scalars(key)
-        assert [event.step for event in told] == [step for step, _ in points]
-        assert np.array_equal(float32(e.value for e in told), float32(v for _, v in points), equal_nan=True)
+        logged = loaded.Scalars(key)
+        assert [event.step for event in logged] == [step for step, _ in points]
+        assert np.array_equal(float32(e.value for e in logged), float32(v for _, v in points), equal_nan=True)
 
 
 def test_tensorboard_has_the_record(settings):
@@ -54,8 +54,8 @@ def test_tensorboard_has_the_record(settings):
     assert {"credit/image", "credit/step 0", "credit/step 1"} <= set(images.Tags()["images"])
     sheet = Image.open(io.BytesIO(images.Images("held_out")[-1].encoded_image_string))
     assert np.array_equal(np.asarray(sheet), np.asarray(Image.open(out / "images/after.png").convert("RGB")))
-    (told,) = (out / "mmalign").rglob("hparams.yml")
-    assert json.loads(yaml12.parsed(told.read_text())["scorers"]) == {"jpeg_size": {"quality": 80}}
+    (logged,) = (out / "mmalign").rglob("hparams.yml")
+    assert json.loads(yaml12.parsed(logged.read_text())["scorers"]) == {"jpeg_size": {"quality": 80}}
 
 
 def test_a_resumed_run_takes_back_what_it_logs_again(settings):
@@ -67,10 +67,10 @@ def test_a_resumed_run_takes_back_what_it_logs_again(settings):
 
 def test_secrets_stay(settings):
     c = configs.build(settings | {"scorers": {"jpeg_size": {"quality": 80}}}, "test")
-    told = tracking._flat(c.model_copy(update={"scorers": {"jpeg_size": {"token": "abc", "quality": 80}}}))
-    assert json.loads(told["scorers"])["jpeg_size"]["quality"] == 80
-    assert "abc" not in str(told)
-    assert all(own is None or isinstance(own, bool | int | float | str) for own in told.values())
+    logged = tracking._flat(c.model_copy(update={"scorers": {"jpeg_size": {"token": "abc", "quality": 80}}}))
+    assert json.loads(logged["scorers"])["jpeg_size"]["quality"] == 80
+    assert "abc" not in str(logged)
+    assert all(value is None or isinstance(value, bool | int | float | str) for value in logged.values())
 
 
 def test_a_tracker_that_is_not_there_is_refused_before_anything_is_written(settings, monkeypatch, tmp_path):
@@ -101,13 +101,13 @@ class Broken(GeneralTracker):
 
 
 def test_a_tracker_that_fails_is_said_once_and_costs_nothing(settings, monkeypatch):
-    broken, said = Broken(), io.StringIO()
+    broken, output = Broken(), io.StringIO()
     accelerator = SimpleNamespace(init_trackers=lambda *_: None, trackers=[broken])
     monkeypatch.setattr(tracking, "Accelerator", lambda **_: accelerator)
-    out = runs.train(configs.build(settings, "test"), console=Console(file=said, width=200))
+    out = runs.train(configs.build(settings, "test"), console=Console(file=output, width=200))
     assert broken.steps == [0, 1]
     assert [row["iteration"] for row in rows(out / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert said.getvalue().count("broken failed and is disabled: OSError: the network is down") == 1
+    assert output.getvalue().count("broken failed and is disabled: OSError: the network is down") == 1
 
 
 def test_a_tracker_that_does_not_begin_is_bad_input_and_leaves_no_run(settings, monkeypatch, tmp_path):
@@ -125,8 +125,8 @@ def test_tints_are_the_cells_of_the_page():
     tinted = heat.tinted(image, [[1.0, None, 0.0], [None, -0.5, None]])
     right, wrong = ([int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in (heat.RIGHT, heat.WRONG))
     expected = image.copy()
-    expected[:2, :2] = [round(0.6 * 200 + 0.4 * own) for own in right]
-    expected[2:, 2:4] = [round(0.8 * 200 + 0.2 * own) for own in wrong]
+    expected[:2, :2] = [round(0.6 * 200 + 0.4 * value) for value in right]
+    expected[2:, 2:4] = [round(0.8 * 200 + 0.2 * value) for value in wrong]
     assert np.array_equal(tinted, expected)
 
 
@@ -169,9 +169,9 @@ def test_the_parts_of_an_iteration_are_all_its_time(settings, monkeypatch):
         {"io": wrote + 17 + 11 + wrote, "evaluate": 100 + 19 + 23},  # what is evaluated is saved first
         {"io": wrote + 17 + 7 + exhibit.COUNT},  # a checkpoint, and the exhibits of the last
     )
-    for own, extra in zip(parts, (first, second, third, fourth), strict=True):
+    for part, extra in zip(parts, (first, second, third, fourth), strict=True):
         expected = {"rollout": 2, "decode": 19, "reward": 23, "learn": 3 + 5} | extra
-        assert own == expected | {"total": sum(expected.values())}
+        assert part == expected | {"total": sum(expected.values())}
     assert [row["nfe_per_second"] for row in metrics] == [
         (row["forwards"] + row["replay_forwards"]) / (2 + 3 + 5) for row in metrics
     ]

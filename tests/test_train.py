@@ -89,17 +89,17 @@ def test_the_record_of_a_run(settings):
     page = report.write(out).read_text()
     assert page.count("<img") == 8 + 2 * 6  # before and after; six images and their credit
     assert "held-out jpeg_size.kilobytes" in page
-    assert "branch_steps" in page
+    assert "children: 2" in page
     rise = report.summary(out)["rises"]["jpeg_size.kilobytes"]
     assert rise["rise"] == pytest.approx(rise["after"] - rise["before"], abs=1e-5)
 
 
-DENSE = dict(plan="sde", branch_steps=None, children=None, credit="gain", score_states="all", seeds=3)
+DENSE = dict(plan="sde", credit={"type": "gain", "states": "all"}, seeds=3)
 
 
 def test_the_record_of_a_dense_run(settings, capsys):
     """Counters equal the closed forms; everything is logged by step; the page shows it."""
-    out = run(settings, **DENSE, beta=0.01)
+    out = run(settings, **DENSE, objective={"type": "grpo", "beta": 0.01})
     assert "3 stochastic steps; states all completed by ODE, all steps that remain" in " ".join(
         capsys.readouterr().out.split()
     )
@@ -126,7 +126,7 @@ def test_a_budget_is_kept_and_said(settings, capsys):
 
 
 def test_groups_with_windows_of_their_own_learn_together(settings):
-    changed = dict(plan="window", window=(0, 1), window_moves="random", branch_steps=None, credit="terminal", steps=6)
+    changed = dict(plan=dict(type="window", steps=(0, 1), children=2, moves="random"), credit="terminal", steps=6)
     metrics = rows(run(settings, **changed) / "metrics.jsonl")
     seen = {key for row in metrics for key in row if key.startswith("std/")}
     assert seen == {"std/0", "std/1", "std/2"}
@@ -152,7 +152,7 @@ def test_a_scorer_of_ones_own_is_learnt(settings, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("MMALIGN_ALLOW", "own_brightness")
     changes = dict(rewards={"own_brightness:Brightness.mean": 1.0}, iterations=24, learning_rate=0.01, ema=0.5)
-    out = run(settings, **changes, eval_every=0, prompts_per_iteration=4, children=4)
+    out = run(settings, **changes, eval_every=0, prompts_per_iteration=4, plan=settings["plan"] | {"children": 4})
     rewards = torch.tensor([row["reward"] for row in rows(out / "metrics.jsonl")])
     assert rewards[-6:].mean() > rewards[:6].mean()
     assert report.summary(out)["rises"]["own_brightness:Brightness.mean"]["rise"] > 0
@@ -161,15 +161,18 @@ def test_a_scorer_of_ones_own_is_learnt(settings, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        dict(plan="sde", credit="terminal", branch_steps=None, children=None),
+        dict(plan="sde", credit="terminal"),
         dict(
-            plan="window", window=[1, 3], branch_steps=None, children=None, baseline="prompt", kernel="cps", noise=0.8
+            plan={"type": "window", "steps": [1, 3]}, credit={"type": "branch", "baseline": "prompt"},
+            kernel={"type": "cps", "noise": 0.8},
         ),
         dict(
-            baseline="prompt", guidance=2.0, beta=0.1, weighting="noise", epochs=2, minibatches=2, precision="bfloat16"
+            credit={"type": "branch", "baseline": "prompt"}, guidance=2.0,
+            objective={"type": "grpo", "beta": 0.1, "weighting": "noise"}, epochs=2, minibatches=2,
+            precision="bfloat16",
         ),
     ],
-)
+)  # fmt: skip
 def test_other_methods_run(settings, change):
     out = run(settings, **(change | dict(iterations=2, held_out=None)))
     assert all(row["ratio/1"] == pytest.approx(1, abs=1e-2) for row in rows(out / "metrics.jsonl"))
@@ -183,12 +186,12 @@ def test_calibrated_noise_is_frozen_for_a_run(settings, tmp_path):
     path = tmp_path / "noise.json"
     rounds = [{"noise": [0.5, 0.4, 0.3, 0.0], "better": [1.0] * 4, "worse": [1.0] * 4}] * 2
     calibrate.save(path, c, times, rounds, "z")
-    changed = dict(kernel="scheduled", noise=str(path), iterations=2, held_out=None)
+    changed = dict(kernel={"type": "scheduled", "noise": str(path)}, iterations=2, held_out=None)
     out = run(settings, **changed)
     assert rows(out / "metrics.jsonl")[0]["std/0"] == pytest.approx(0.5 * float(times[0] - times[1]) ** 0.5, rel=1e-5)
     rounds[1] = rounds[0] | {"noise": [0.6, 0.4, 0.3, 0.0]}
     calibrate.save(path, c, times, rounds, "z")
-    with pytest.raises(BadInput, match="a run keeps its noise"):
+    with pytest.raises(BadInput, match="a run keeps its kernel"):
         run(settings, resume=True, **changed)
 
 

@@ -63,15 +63,16 @@ def base(random_model, tmp_path_factory):
     (folder / "train.jsonl").write_text("\n".join(lines))
     return dict(
         model=random_model, prompts=str(folder / "train.jsonl"), held_out=None, rewards={"smooth:Smooth.red": 1.0},
-        iterations=3, prompts_per_iteration=3, seeds=2, steps=4, plan="branch", branch_steps=[0, 1], children=2,
-        lora_rank=2, minibatches=2, checkpoint_every=2, batch=1, decode_batch=1,
+        iterations=3, prompts_per_iteration=3, seeds=2, steps=4,
+        plan={"type": "branch", "steps": [0, 1], "children": 2}, lora_rank=2, minibatches=2,
+        checkpoint_every=2, batch=1, decode_batch=1,
     )  # fmt: skip
 
 
 LEARNT = {
-    "uneven": dict(weighting="noise", prompts_per_iteration=5, epochs=2),
+    "uneven": dict(objective={"type": "grpo", "weighting": "noise"}, prompts_per_iteration=5, epochs=2),
     "one-sided": dict(prompts_per_iteration=2, minibatches=20),  # of most minibatches one process has no row
-    "micro": dict(beta=0.01, micro_batch=3, minibatches=3, max_grad_norm=1e-3),
+    "micro": dict(objective={"type": "grpo", "beta": 0.01}, micro_batch=3, minibatches=3, max_grad_norm=1e-3),
 }
 
 

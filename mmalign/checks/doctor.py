@@ -44,8 +44,8 @@ from mmalign.credit.groups import dead
 from mmalign.evaluation import generate
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import sample
-from mmalign.learn.replay import transitions
 from mmalign.learn.update import update
+from mmalign.objectives.replay import transitions
 from mmalign.rewards.judge import score
 from mmalign.training.rollout import Rollout, judged, sample_and_score
 from mmalign.training.session import Session

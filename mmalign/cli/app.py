@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -22,7 +23,7 @@ COMMANDS = (
 class _Command(typer.core.TyperCommand):
     """A command whose paths may begin with `~`, the home folder."""
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: Any) -> Any:
         with refusing():
             ctx.params |= {
                 name: Path(files.home(str(path))) for name, path in ctx.params.items() if isinstance(path, Path)

@@ -1,4 +1,4 @@
-"""The commands `estimate` and `doctor`: what a run will take, and whether it and its judges are sound."""
+"""The commands `estimate` and `doctor`: the cost of a run, and sanity checks of runs and scorers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -80,8 +80,8 @@ def doctor(
     allow: Allow = None,
     as_json: Json = False,
 ) -> None:
-    """Is a run sound, before time is spent on it; is a judge fit to be a reward? Exit code 1 if not; each red line has
-    advice."""
+    """Sanity checks of a run before time is spent on it, or of scorers as rewards. Exit code 1 if one fails; each red
+    line has advice."""
     from reward_models.tools import examine
 
     check_file(out, "--out", lambda text: examine.HEADING in text)

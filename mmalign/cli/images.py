@@ -145,7 +145,7 @@ def _best_scorer(
     return scorer
 
 
-def _show_best(result, rows: list[dict[str, Any]], best: str, keep: int | None, out: Path, as_json: bool) -> None:
+def _show_best(result: Any, rows: list[dict[str, Any]], best: str, keep: int | None, out: Path, as_json: bool) -> None:
     from mmalign.evaluation.best_of_n import curve
 
     expected = curve(result.scores)

@@ -1,4 +1,4 @@
-"""What commands print: results on standard output; warnings, errors and progress on standard error."""
+"""The output of commands: results on standard output; warnings, errors and progress on standard error."""
 
 import io
 import json

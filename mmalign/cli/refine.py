@@ -27,9 +27,9 @@ from mmalign.cli.options import (
     sampling_option,
 )  # fmt: skip
 from mmalign.errors import BadInput, Failed, refusing
+from mmalign.policy.protocol import Policy
 from mmalign.runs.inference import load_policy
 from mmalign.runs.outputs import check_file, has_rows
-from mmalign.types import Policy
 from reward_models import Prompt, RewardModel
 
 

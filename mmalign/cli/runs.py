@@ -1,4 +1,4 @@
-"""The commands `export` and `report`: what becomes of a finished or running run."""
+"""The commands `export` and `report`: the adapter and the page of a run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ Format = Annotated[
     output_option(
         "--format",
         help="diffusers: LoRA for load_lora_weights; comfyui: one LoRA file; peft: LoRA for PeftModel.from_pretrained; "
-        "merged: the whole pipeline with it",
+        "merged: the complete pipeline with it",
     ),
 ]
 Serve = Annotated[bool, typer.Option("--serve", help="serve the page until Ctrl-C; it follows the run")]

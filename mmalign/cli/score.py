@@ -25,7 +25,7 @@ Batch = Annotated[int, typer.Option(min=1, help="images scored at once")]
 Host = Annotated[str, typer.Option(help="address to listen on; one that others reach needs a token")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")]
 Token = Annotated[str | None, typer.Option(envvar="MMALIGN_TOKEN", help="what callers must show")]
-Together = Annotated[int, typer.Option("--batch", min=1, help="images scored together at most, whoever sent them")]
+Together = Annotated[int, typer.Option("--batch", min=1, help="images scored together at most, of all callers")]
 Queue = Annotated[int, typer.Option(min=1, help="images that may wait; more are refused with 503")]
 Body = Annotated[int, typer.Option(min=1, help="largest request in bytes; more is refused with 413")]
 

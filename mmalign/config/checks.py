@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from mmalign.config.methods import named
 from mmalign.config.secrets import secret_in
-from mmalign.flow.kernels import FlowSde
+from mmalign.sampling.kernels import FlowSde
 from reward_models.combine import Ramp
 
 MOST = 10**7  # states of an iteration's trajectories
@@ -108,7 +108,8 @@ def _rewards(c: BaseModel) -> None:
             "weight, or let a ramp begin, end and pass elsewhere than at 0"
         )
     if c.rewards:
-        rule.check({k: (w.start, w.end) if isinstance(w, Ramp) else (w, w) for k, w in c.rewards.items()})
+        ends = {k: (w.start, w.end) if isinstance(w, Ramp) else (w, w) for k, w in c.rewards.items()}
+        rule.check({k: (float(start), float(end)) for k, (start, end) in ends.items()})
     if c.region is not None and c.region not in c.trained:
         raise ValueError(f"region: {c.region!r} is not among the scorers of rewards: {', '.join(c.trained)}")
     if c.keep_best and component(c.keep_best)[0] not in (*c.trained, *c.watch):

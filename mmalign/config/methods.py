@@ -37,6 +37,14 @@ def named(method: Any) -> str:
     return getattr(method, "type", f"{type(method).__module__}:{type(method).__qualname__}")
 
 
+def described(method: Any) -> str:
+    """A method and its settings in a line, e.g. `branch (steps 0 1 2, children 6)`."""
+    words = []
+    for key, value in dataclasses.asdict(method).items():
+        words.append(f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return named(method) + (f" ({', '.join(words)})" if words else "")
+
+
 def _written(table: Mapping[str, type] | None, method: Any) -> dict[str, Any] | None:
     """A method as a file has it: `type` is its name in the table, or its import path."""
     if method is None:
@@ -50,9 +58,11 @@ def _written(table: Mapping[str, type] | None, method: Any) -> dict[str, Any] | 
 
 def _chosen(table: Mapping[str, type], what: str, optional: bool, value: Any, info: Any) -> Any:
     if isinstance(value, str) and value in (info.context or {}):
-        return info.context[value]
-    if (value is None and optional) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-        return value
+        value = info.context[value]
+    if value is None and optional:
+        return None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # an object is held to the same bounds
+        return _filled(type(value), what, dataclasses.asdict(value))
     name = value.get("type") if isinstance(value, Mapping) else value
     if not isinstance(name, str):
         raise ValueError(f"a name or {{type: NAME, ...}} is needed; known: {', '.join(table)}")
@@ -73,8 +83,9 @@ def _filled(kind: type, name: str | None, value: Any, info: Any = None, optional
     """An instance of the dataclass with the settings of a mapping. ValueError with the first problem."""
     if info is not None and isinstance(value, str) and value in (info.context or {}):
         value = info.context[value]
-    if (value is None and optional) or isinstance(value, kind):
-        return value
+    if value is None and optional:
+        return None
+    value = dataclasses.asdict(value) if isinstance(value, kind) else value
     if not isinstance(value, Mapping):
         raise ValueError(f"a mapping of its settings is needed: {', '.join(_fields(kind))}")
     if "__pydantic_config__" not in vars(kind):

@@ -44,25 +44,30 @@ def refused(values: Mapping[str, Any]) -> str | None:
     if not old:
         return None
     new = {key: value for key, value in modern(values).items() if key not in values or values[key] != value}
-    lines = ", ".join(f"{key}: {_inline(value)}" for key, value in new.items()) or "nothing"
-    return f"{', '.join(old)}: settings of a method belong to it now; instead of these write {lines}"
+    lines = ", ".join(f"{key}: {_inline(value)}" for key, value in new.items())
+    instead = f"instead of these write {lines}" if lines else "the methods chosen have none of these; remove them"
+    return f"{', '.join(old)}: settings of a method belong to it now; {instead}"
 
 
 def modern(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings in the form of now."""
     new = {key: value for key, value in values.items() if key not in OLD}
     for method, kinds in METHODS.items():
-        name = values.get(FORMER.get(method, method), DEFAULT.get(method))
+        chosen = values.get(FORMER.get(method, method), DEFAULT.get(method))
+        known = {**chosen} if isinstance(chosen, Mapping) else {"type": chosen}  # an override may lie over a new form
+        name = known.get("type")
         if not isinstance(name, str):
             continue
         settings = kinds.get(name, kinds.get("", {}))
         given = {key: values[old] for key, old in settings.items() if values.get(old) is not None}
         if given.get("compare") == "walk":
             given["compare"] = "trajectory"
-        if given or values.get(FORMER.get(method, method)) is not None:
-            new[method] = {"type": name, **given} if given else name
+        if given:
+            new[method] = known | given
+        elif values.get(FORMER.get(method, method)) is not None:
+            new[method] = chosen
     advantage = {key: values[old] for key, old in ADVANTAGE.items() if values.get(old) is not None}
-    return new | ({"advantage": advantage} if advantage else {})
+    return new | ({"advantage": {**(new.get("advantage") or {}), **advantage}} if advantage else {})
 
 
 def _inline(value: Any) -> str:

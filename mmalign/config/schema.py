@@ -13,13 +13,13 @@ from mmalign.config import checks
 from mmalign.config.checks import component
 from mmalign.config.methods import one_of, settings
 from mmalign.credit import CREDITS, Branch as BranchCredit
-from mmalign.flow.kernels import KERNELS, FlowSde
-from mmalign.flow.plan import PLANS, Branch
 from mmalign.learn.loss import LOSSES, Clipped
 from mmalign.objectives import OBJECTIVES, Grpo
 from mmalign.objectives.advantage import Advantage
 from mmalign.objectives.masks import MASKS
 from mmalign.rewards.combination import COMBINATIONS, Sum
+from mmalign.sampling.kernels import KERNELS, FlowSde
+from mmalign.sampling.plans import PLANS, Branch
 from reward_models import files
 from reward_models.combine import Ramp
 

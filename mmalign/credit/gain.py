@@ -7,15 +7,18 @@ noise. The gains of a trajectory add up to its reward less the value of its firs
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Le, MinLen
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.credit.groups import GRPO, Credit, Units, as_grid, normalise
 from mmalign.types import Judgement, Plan, Tree, over
 from reward_models.combine import alive, mean_and_std
+
+Length = Annotated[int, Ge(1), Le(1000)]
 
 
 def values(tree: Tree, judged: Judgement) -> tuple[Float[Tensor, "N T *cells"], Float[Tensor, "N T *cells"]]:
@@ -72,24 +75,17 @@ class Gain(Credit):
     value before does not depend on the step's noise; a fitted one is estimated on the same trajectories, and nearly so.
     """
 
-    states: Literal["all"] | tuple[int, ...] = "all"
-    completion: int | tuple[int, ...] | None = None
+    states: Literal["all"] | Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(1)] = "all"
+    completion: Length | tuple[Length, ...] | None = None
     compare: Literal["step", "trajectory"] = "step"
-    control: float | Literal["fit"] = 1.0
+    control: Annotated[float, Ge(0), Le(1)] | Literal["fit"] = 1.0
     type = "gain"
 
     def __post_init__(self):
-        if self.states != "all" and (not self.states or len(set(self.states)) < len(self.states)):
-            raise ValueError(f"states: {list(self.states)}; all, or states from 0, each once, are needed")
-        lengths = self.completion if isinstance(self.completion, tuple) else (self.completion or 1,)
-        if not all(1 <= n <= 1000 for n in lengths) or self.completion == 0:
-            raise ValueError(f"completion: {self.completion}; 1 to 1,000 steps are needed")
+        if self.states != "all" and len(set(self.states)) < len(self.states):
+            raise ValueError(f"states: {list(self.states)}; a state is there twice")
         if isinstance(self.completion, tuple) and (self.states == "all" or len(self.completion) != len(self.states)):
             raise ValueError(f"completion: {list(self.completion)} needs as many states, got {self.states}")
-        if self.compare not in ("step", "trajectory"):
-            raise ValueError(f"no comparison called {self.compare!r}; known: step, trajectory")
-        if self.control != "fit" and not 0 <= self.control <= 1:
-            raise ValueError(f"control: {self.control}; a share in [0, 1] or fit is needed")
 
     def completions(self, plan: Plan) -> tuple[list[int], int | tuple[int, ...] | None]:
         if self.states != "all":
@@ -101,15 +97,10 @@ class Gain(Credit):
         worse than no step-wise reward); then every second, third, ... state, always with the first."""
         if isinstance(self.completion, tuple):
             raise ValueError("a list of completion lengths leaves a budget no choice; give one number or none")
-        moves = plan is None and self.states == "all"  # the states it needs move with the plan
-        some = [] if moves else self.completions(plan)[0]
+        some = [*self.states] if self.states != "all" else [] if plan is None else self.completions(plan)[0]
         for states in (self.states, *(tuple(some[::stride]) for stride in range(2, len(some) + 1))):
             for n in (self.completion, *range((self.completion or steps) - 1, 1, -1)):
                 yield replace(self, states=states, completion=n)
-
-    def describe(self) -> str:
-        length = "all steps that remain" if self.completion is None else f"steps {self.completion}"
-        return f"; states {self.states if self.states == 'all' else list(self.states)} completed by ODE, {length}"
 
     def __call__(self, tree: Tree, judged: Judgement, units: Units = GRPO) -> Float[Tensor, "N T a b"]:
         before, after = values(tree, judged)

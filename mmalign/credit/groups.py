@@ -50,14 +50,6 @@ class Units:
     clip: float = 5.0
     dead: float = 0.0
 
-    def __post_init__(self):
-        if self.scale not in ("group", "batch", "none"):
-            raise ValueError(f"no scale called {self.scale!r}; known: group, batch, none")
-        if not (self.floor >= 0 and self.clip > 0 and self.dead >= 0):
-            raise ValueError(f"floor: {self.floor}, clip: {self.clip}, dead: {self.dead}; none may be below 0")
-        if self.floor and self.scale == "none":
-            raise ValueError(f"floor: {self.floor} acts only where advantages are divided; remove it or change scale")
-
 
 GRPO = Units()
 
@@ -79,9 +71,6 @@ class Credit:
     def statistics(self, tree: Tree, judged: Judgement) -> dict[str, float]:
         """What it adds to the metrics of an iteration."""
         return {}
-
-    def describe(self) -> str:
-        return ""
 
 
 def as_grid(advantage: Float[Tensor, "N T *cells"]) -> Float[Tensor, "N T a b"]:

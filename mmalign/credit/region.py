@@ -24,14 +24,14 @@ def regional(
     advantage = whole * credit(tree, judged)
     if not local:
         return advantage
-    if judged.regions is None:
-        raise ValueError("regional credit needs a scorer with a map; this one has none")
     return advantage + local * credit(tree, replace(judged, reward=maps(tree, judged)))
 
 
 def maps(tree: Tree, judged: Judgement) -> Float[Tensor, "N states a b"]:
     """The map of rewards at each completed state. A position without an opinion is NaN, unless the map of another state
     of the same trajectory has one: then it is 0, so that what appears or vanishes between two states is a gain."""
+    if judged.regions is None:
+        raise ValueError("regional credit needs a scorer with a map; this one has none")
     each = tree.at_states(judged.regions)
     scored = ~tree.at_states(judged.regions.isnan().all((1, 2)).float()).nan_to_num(1.0).bool()
     somewhere = (~each.isnan()).any(1, keepdim=True)

@@ -22,8 +22,8 @@ import torch
 
 from mmalign.errors import BadInput
 from mmalign.objectives.objective import Finished
+from mmalign.policy.protocol import Policy
 from mmalign.rewards.regions import marked
-from mmalign.types import Policy
 from reward_models import Prompt, files, tables
 from reward_models.images import from_file, size_of
 from reward_models.regions import Region, inside, paint

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmalign.errors import BadInput
-from mmalign.flow.sample import seed_of
+from mmalign.seeds import seed_of
 from reward_models import Prompt, files, limits, tables
 from reward_models.images import beside
 from reward_models.tables import Table

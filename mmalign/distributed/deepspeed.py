@@ -6,9 +6,9 @@ that ranks may replay different numbers of rows, and start again where memory do
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from mmalign.distributed.processes import Ranks
 from mmalign.errors import BadInput, refusing
 from mmalign.learn.update import Bounded
 
+T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DECIDED = {  # settings that the run decides: nothing is averaged or clipped a second time
     "train_micro_batch_size_per_gpu": 1,
@@ -46,7 +47,7 @@ class ZeroOptimizer(Optimizer):
     def summing(self, bounded: Bounded) -> Bounded:
         """`bounded`, after whose work the gradients of all ranks are summed, and each rank has its shard of the sum."""
 
-        def run(work):
+        def run(work: Callable[[int], T]) -> T:
             with ExitStack() as adding:
                 adding.enter_context(self.engine.coalesce_grad_reduction())
                 try:
@@ -80,7 +81,7 @@ class ZeroOptimizer(Optimizer):
     def all_gather_object(self, value: Any, what: str) -> list[Any]:
         return self.ranks.all_gather_object(value, what)
 
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:
         for group, inner in zip(self.param_groups, self.adamw.param_groups, strict=True):
             inner.update({name: value for name, value in group.items() if name != "params"})
         self.engine.optimizer.refresh_fp32_params()

@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from mmalign.evaluation.generate import image_file, initial_noise, trajectories
+from mmalign.policy.protocol import Policy
 from mmalign.rewards.judge import score
-from mmalign.types import Policy
 from reward_models import Prompt, RewardModel
 
 

@@ -13,9 +13,10 @@ from torchvision.utils import save_image
 
 from mmalign.distributed.processes import Ranks
 from mmalign.evaluation.generate import generate
-from mmalign.flow.sample import chunks, seed_of
+from mmalign.flow.sample import chunks
+from mmalign.policy.protocol import Policy
 from mmalign.rewards.judge import Scorers, score
-from mmalign.types import Policy
+from mmalign.seeds import seed_of
 from reward_models import Prompt, overlay
 
 SHEET = 60  # images of a contact sheet

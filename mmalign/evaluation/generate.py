@@ -10,8 +10,10 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from mmalign.flow.plan import ode
-from mmalign.flow.sample import chunks, gaussian, sample
-from mmalign.types import Policy, Trajectories, Velocity
+from mmalign.flow.sample import chunks, sample
+from mmalign.policy.protocol import Policy
+from mmalign.seeds import gaussian
+from mmalign.types import Trajectories, Velocity
 from reward_models import Prompt
 
 

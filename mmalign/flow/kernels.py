@@ -20,14 +20,11 @@ step and still ends under-dispersed (about 0.80 of the true standard deviation a
 
 `x, v` are `[N, C, h, w]`; `t, s` and the noise parameter are scalars or `[N]`; all are taken to float32.
 
-The functions are the maths; below them a dataclass each owns the noise of a run and is what a config names. Add one: a
-class with `noise` and `step`, and its name in `KERNELS`.
+`mmalign.sampling.kernels` has the ones that a config can name.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -115,10 +112,7 @@ def ddim(x, v, t: Scalars, s: Scalars, eta: Scalars) -> Step:
     return _preserving(x, v, t, s, _column(eta, x) * s * (1 - kept**2).clamp(min=0).sqrt())
 
 
-Noise = float | Sequence[float]  # a kernel's parameter, for all steps or one for each
-
-
-def levels(noise: Noise, steps: int) -> list[float]:
+def levels(noise: float | Sequence[float], steps: int) -> list[float]:
     """The noise parameter of each step. ValueError unless there is one number, or one for each."""
     each = [float(noise)] * steps if isinstance(noise, int | float) else [float(level) for level in noise]
     if len(each) != steps:
@@ -126,61 +120,13 @@ def levels(noise: Noise, steps: int) -> list[float]:
     return each
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    """`noise`, from 0 to `most`: one number above 0 for all steps, or one for each. `transition` is the step."""
+class Euler:
+    """The ODE step, as a kernel without noise."""
 
-    noise: float | tuple[float, ...] = 0.7
-    most: ClassVar[float] = math.inf
-
-    def __post_init__(self):
-        each = self.noise if isinstance(self.noise, tuple) else (self.noise,)
-        if isinstance(self.noise, str):
-            return  # the file of a calibration, which is read before the first step
-        if not each or not all(0 <= level <= self.most for level in each) or self.noise == 0:
-            bound = "" if self.most == math.inf else f" and at most {self.most:g}"
-            raise ValueError(f"noise: {self.noise}; numbers of at least 0{bound} are needed, a single one above 0")
+    noise = 0.0
 
     def step(self, x, v, t: Scalars, s: Scalars, noise: Scalars, t_max: float) -> Step:
-        return self.transition(x, v, t, s, noise)
-
-
-class FlowSde(_Kernel):
-    """Flow-GRPO (arXiv 2505.05470); `noise` is its a."""
-
-    type = "flow_sde"
-
-    def step(self, x, v, t: Scalars, s: Scalars, noise: Scalars, t_max: float) -> Step:
-        return flow_sde(x, v, t, s, noise, t_max)
-
-
-class DanceSde(_Kernel):
-    """DanceGRPO (arXiv 2505.07818); `noise` is its eta."""
-
-    type, transition = "dance_sde", staticmethod(dance_sde)
-
-
-class Cps(_Kernel):
-    """Flow-CPS (arXiv 2509.05952); `noise` is its eta, at most 1."""
-
-    type, transition, most = "cps", staticmethod(cps), 1.0
-
-
-class Ddim(_Kernel):
-    """Stochastic DDIM (DiffusionNFT, arXiv 2509.16117, appendix); `noise` is its eta, at most 1."""
-
-    type, transition, most = "ddim", staticmethod(ddim), 1.0
-
-
-@dataclass(frozen=True)
-class Scheduled(_Kernel):
-    """`noise` is g, mostly one for each step, or the file in which `mmalign calibrate` wrote them."""
-
-    noise: float | tuple[float, ...] | str = 0.7
-    type, transition = "scheduled", staticmethod(scheduled)
-
-
-KERNELS = (FlowSde, DanceSde, Cps, Ddim, Scheduled)
+        return ode(x, v, t, s)
 
 
 def log_density(y: Float[Tensor, "N C h w"], mean: Float[Tensor, "N C h w"], std: Scalars) -> Float[Tensor, "N h w"]:

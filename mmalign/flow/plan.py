@@ -4,24 +4,21 @@ A plan is a table (`mmalign.types.Plan`), so ODE, SDE, a window, a set of branch
 data for one loop. Routes that have taken the same steps share their states: a branch plan's trunk is integrated once,
 and a completion starts from the velocity its state already has.
 
-The functions make tables; the dataclasses at the end own a run's settings. Add one: a class whose call makes a table,
-and its name in `PLANS`.
+`mmalign.sampling.plans` has the ones that a config can name.
 """
 
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.flow.kernels import FlowSde, levels
+from mmalign.flow.kernels import Euler, levels
 from mmalign.types import Kernel, Plan
 
 Times = Float[Tensor, "states"]
-DETERMINISTIC = FlowSde()  # any kernel without noise is the ODE step
+EULER = Euler()
 
 
 def t_max_of(t: Times) -> float:
@@ -29,7 +26,7 @@ def t_max_of(t: Times) -> float:
     return float(t[1]) if len(t) > 2 else 1 - 1e-3
 
 
-def _plan(t: Times, kernel: Kernel, routes: list[dict[int, int]]) -> Plan:
+def table(t: Times, kernel: Kernel, routes: list[dict[int, int]]) -> Plan:
     """`routes`: {stochastic step: its draw} for each. Refuses a stochastic step that cannot be trained on."""
     if not bool((t[1:] < t[:-1]).all()):
         raise ValueError(f"times must fall from noise to image, got {[round(x, 4) for x in t.tolist()]}")
@@ -53,9 +50,9 @@ def _plan(t: Times, kernel: Kernel, routes: list[dict[int, int]]) -> Plan:
     return Plan(kernel, t.float().repeat(len(routes), 1), noise, draw, t_max_of(t), finished_by)
 
 
-def ode(t: Times, kernel: Kernel = DETERMINISTIC) -> Plan:
+def ode(t: Times, kernel: Kernel = EULER) -> Plan:
     """One deterministic route."""
-    return _plan(t, kernel, [{}])
+    return table(t, kernel, [{}])
 
 
 def window(t: Times, kernel: Kernel, start: int, stop: int, children: int = 1) -> Plan:
@@ -63,7 +60,7 @@ def window(t: Times, kernel: Kernel, start: int, stop: int, children: int = 1) -
     routes part at the window's first step and share the ODE before it (Flow-GRPO-Fast)."""
     if not start < stop:
         raise ValueError(f"an empty window: steps {start} to {stop - 1}")
-    return _plan(t, kernel, [dict.fromkeys(range(start, stop), j) for j in range(children)])
+    return table(t, kernel, [dict.fromkeys(range(start, stop), j) for j in range(children)])
 
 
 def sde(t: Times, kernel: Kernel) -> Plan:
@@ -81,7 +78,7 @@ def branch(t: Times, kernel: Kernel, steps: Sequence[int], children: int) -> Pla
         )
     if len(set(steps)) < len(steps):
         raise ValueError(f"branch steps repeat: {list(steps)}")
-    return _plan(t, kernel, [{k: j} for k in steps for j in range(children)])
+    return table(t, kernel, [{k: j} for k in steps for j in range(children)])
 
 
 def remaining(t: Times, n: int) -> Float[Tensor, "fewer"]:
@@ -140,137 +137,3 @@ def _steps(plan: Plan, row: int, stop: int) -> tuple[tuple, tuple]:
     """Noise levels and draws before step `stop`, without the deterministic end."""
     taken = int((plan.noise[row, :stop] > 0).nonzero().max()) + 1 if bool((plan.noise[row, :stop] > 0).any()) else 0
     return tuple(plan.noise[row, :taken].tolist()), tuple(plan.draw[row, :taken].tolist())
-
-
-class Fixed:
-    """A plan with one position, `children` trained routes per start and nothing to leave out: what most plans are."""
-
-    stochastic: ClassVar[bool] = True
-    children: ClassVar[int] = 1  # siblings that a start gives at a step
-    routes: int = 1  # trained routes of a start, which are siblings
-    uneven: bool = False  # whether groups of one iteration differ in how many forwards they take
-
-    def positions(self, steps: int) -> range:
-        """Where the plan may stand; the call takes one of these."""
-        return range(1)
-
-    def position(self, iteration: int, steps: int, seed: int) -> int:
-        """Where it stands for one prompt's group; siblings must share it to be compared. `seed` is the group's."""
-        return self.positions(steps)[0]
-
-    def thinner(self) -> Iterator["Fixed"]:
-        """Cheaper plans of the same kind, dearest first, for a budget."""
-        return iter(())
-
-    def describe(self, steps: int) -> str:
-        return f"plan {self}"
-
-
-@dataclass(frozen=True)
-class Ode(Fixed):
-    """No stochastic step, for objectives that need finished images alone."""
-
-    type, stochastic = "ode", False
-
-    def __call__(self, t: Times, kernel: Kernel, position: int = 0) -> Plan:
-        return ode(t, kernel)
-
-    def describe(self, steps: int) -> str:
-        return "no stochastic step"
-
-
-@dataclass(frozen=True)
-class Sde(Fixed):
-    """Every step stochastic but the last (Flow-GRPO)."""
-
-    type = "sde"
-
-    def __call__(self, t: Times, kernel: Kernel, position: int = 0) -> Plan:
-        return sde(t, kernel)
-
-    def describe(self, steps: int) -> str:
-        return f"{steps - 1} stochastic steps"
-
-
-@dataclass(frozen=True)
-class Window(Fixed):
-    """Stochastic from step `steps[0]` to before `steps[1]` (MixGRPO), with `children` routes that part at its start.
-
-    `moves` "progressive": one step later every `every` iterations, and back to the start after the last position
-    (MixGRPO); "random": each prompt's group draws a window within the first half of the steps (Flow-GRPO-Fast), or
-    stays where there is no room; None: it stays.
-    """
-
-    steps: tuple[int, int] = (0, 2)
-    children: int = 1
-    moves: Literal["progressive", "random"] | None = None
-    every: int = 1
-    type = "window"
-
-    def __post_init__(self):
-        if not 0 <= self.steps[0] < self.steps[1]:
-            raise ValueError(f"steps: {list(self.steps)}; the first stochastic step and the first after it are needed")
-        if not 1 <= self.children <= 1000 or self.every < 1:
-            raise ValueError(f"children: {self.children}, every: {self.every}; 1 to 1,000, and at least 1, are needed")
-        if self.every > 1 and self.moves != "progressive":
-            raise ValueError(f"every: {self.every} acts only with moves: progressive")
-
-    @property
-    def routes(self) -> int:
-        return self.children
-
-    @property
-    def uneven(self) -> bool:
-        return self.moves == "random"
-
-    def __call__(self, t: Times, kernel: Kernel, position: int | None = None) -> Plan:
-        start = self.steps[0] if position is None else position
-        return window(t, kernel, start, start + self.steps[1] - self.steps[0], self.children)
-
-    def positions(self, steps: int) -> range:
-        first, size = self.steps[0], self.steps[1] - self.steps[0]
-        last = {"progressive": steps - 1 - size, "random": steps // 2 - size}
-        return range(first, max(first, last.get(self.moves, first)) + 1)
-
-    def position(self, iteration: int, steps: int, seed: int) -> int:
-        positions = self.positions(steps)
-        if self.moves == "progressive":
-            return positions[iteration // self.every % len(positions)]
-        return random.Random(seed).choice(positions)
-
-    def describe(self, steps: int) -> str:
-        return f"stochastic window {list(self.steps)}" + (f" ({self.moves})" if self.moves else "")
-
-
-@dataclass(frozen=True)
-class Branch(Fixed):
-    """`children` routes leave a deterministic trunk at each of `steps` (TempFlow-GRPO)."""
-
-    steps: tuple[int, ...] = (0, 1)
-    children: int = 4
-    type = "branch"
-
-    def __post_init__(self):
-        if not self.steps or min(self.steps) < 0 or len(set(self.steps)) < len(self.steps):
-            raise ValueError(f"steps: {list(self.steps)}; steps of the schedule from 0 are needed, each once")
-        if not 1 <= self.children <= 1000:
-            raise ValueError(f"children: {self.children}; 1 to 1,000 are needed")
-
-    @property
-    def routes(self) -> int:
-        return len(self.steps) * self.children
-
-    def __call__(self, t: Times, kernel: Kernel, position: int = 0) -> Plan:
-        return branch(t, kernel, sorted(self.steps), self.children)
-
-    def thinner(self) -> Iterator["Branch"]:
-        """Fewer steps, the latest first, because the layout is decided early; then fewer children, down to two."""
-        early = tuple(sorted(self.steps))
-        yield from (replace(self, steps=early[:n]) for n in range(len(early) - 1, 0, -1))
-        yield from (replace(self, steps=early[:1], children=n) for n in range(self.children - 1, 1, -1))
-
-    def describe(self, steps: int) -> str:
-        return f"{self.children} children at steps {list(self.steps)}"
-
-
-PLANS = (Ode, Sde, Window, Branch)

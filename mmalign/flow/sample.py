@@ -5,7 +5,6 @@ A completion is a route like any other: its first step takes the velocity its st
 different lengths share forwards.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,21 +16,6 @@ from torch import Tensor
 from mmalign.types import Kernel, Plan, Trajectories, Tree, Velocity
 
 Draw = Callable[[int, int, tuple[int, ...]], Float[Tensor, "C h w"]]  # (start, step, path of draws) -> noise
-
-
-def seed_of(*key: int | str | tuple[int, ...]) -> int:
-    """A number of 63 bits from any key, e.g. (run seed, iteration, prompt id, member): the same on every machine.
-
-    As the seed of torch's CPU generator (`gaussian`, and all else that torch draws) its lower 32 bits alone count: two
-    keys share their noise with a probability of 2^-32, and of runs with 10,000 draws 1 in 86 has such a pair.
-    """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def gaussian(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Standard normal noise from one seed, drawn on the CPU as diffusers does with a seeded generator."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:
@@ -89,6 +73,8 @@ def sample(
         x = mean.clone()
         stochastic = (std[:, k] > 0).nonzero()[:, 0]
         if len(stochastic):
+            if draw is None:
+                raise ValueError("a stochastic step needs draw, which gives its noise")
             inverse, representative = distinct(routes.node[stochastic, k + 1])
             z = torch.stack([draw(*routes.path(row, k)) for row in stochastic[representative].tolist()]).to(x)
             x[stochastic] += std[stochastic, k, None, None, None] * z[inverse]

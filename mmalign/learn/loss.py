@@ -9,9 +9,12 @@ uniform map of advantages gives the gradient of the 1x1 grid.
 Add one: a dataclass whose call takes a `Step`, and its name in `LOSSES`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,7 +47,7 @@ class Loss:
     statistics: dict[str, Float[Tensor, "M"]]
 
 
-def pool(values: Map, grid: tuple[int, int]) -> Grid:
+def pool(values: Map, grid: Sequence[int]) -> Grid:
     """Mean over the cells of an `a x b` grid; `h, w` must be multiples of it, so that every position counts once."""
     h, w = values.shape[1:]
     if h % grid[0] or w % grid[1]:
@@ -79,25 +82,22 @@ def _statistics(ratio: Grid, low: Tensor, high: Tensor) -> dict[str, Float[Tenso
     return {name: value.mean((1, 2)) for name, value in shares.items()}
 
 
+Clip = Annotated[float, Gt(0)]
+
+
 @dataclass(frozen=True)
-class _Bounded:
-    clip: float = 1e-4
-
-    def __post_init__(self):
-        if not self.clip > 0:
-            raise ValueError(f"clip: {self.clip}; a number above 0 is needed")
-
-
-class Clipped(_Bounded):
+class Clipped:
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7); `clip` keeps the ratio within [1 - clip, 1 + clip]."""
 
+    clip: Clip = 1e-4
     type = "clipped"
 
     def __call__(self, step: Step) -> Loss:
         return _pessimistic(pool(step.log_ratio, step.advantage.shape[1:]).exp(), step.advantage, self.clip)
 
 
-class Guard(_Bounded):
+@dataclass(frozen=True)
+class Guard:
     """GRPO-Guard (arXiv 2510.22319): clip `exp(mean d z)` instead, and weigh steps by 1 / h.
 
     `q (log_ratio + divergence)` is exactly `mean d z`. It is centred on 0 at every step, where the plain log-ratio
@@ -106,6 +106,7 @@ class Guard(_Bounded):
     of velocity.
     """
 
+    clip: Clip = 1e-4
     type = "guard"
 
     def __call__(self, step: Step) -> Loss:
@@ -114,10 +115,12 @@ class Guard(_Bounded):
         return Loss(loss.value / step.h, loss.statistics)
 
 
-class Masked(_Bounded):
+@dataclass(frozen=True)
+class Masked:
     """Flow-DPPO (arXiv 2606.11025): no clipping; a cell whose divergence has passed `clip` and whose ratio already
     leans the way its advantage pulls gives no gradient."""
 
+    clip: Clip = 1e-4
     type = "masked"
 
     def __call__(self, step: Step) -> Loss:

@@ -19,19 +19,15 @@ Replay = Callable[[Any], tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]
 
 @runtime_checkable
 class Peers(Protocol):
-    """The other data-parallel ranks, which hold the rest of the batch."""
+    """The other data-parallel ranks, which hold the rest of the batch. `add_gradients` sums the gradients of all ranks
+    and reports whether there are any; `clip` bounds the norm of the sum and returns what it was; `padded` is how many
+    rows this rank must replay, because a sharded network needs as many on every rank."""
 
-    def add_gradients(self, parameters: Sequence[Parameter]) -> bool:
-        """Sum the gradients of all ranks, and report whether there are any."""
-        ...
+    def add_gradients(self, parameters: Sequence[Parameter]) -> bool: ...
 
-    def clip(self, parameters: Sequence[Parameter], bound: float) -> Any:
-        """Bound the norm of the summed gradient, and return what it was."""
-        ...
+    def clip(self, parameters: Sequence[Parameter], bound: float) -> Any: ...
 
-    def padded(self, rows: int) -> int:
-        """How many rows this rank must replay; a sharded network needs as many on every rank."""
-        ...
+    def padded(self, rows: int) -> int: ...
 
     def all_gather_object(self, value: Any, what: str) -> list[Any]: ...
 
@@ -58,7 +54,7 @@ ALONE = Alone()
 def update(
     parameters: Sequence[Parameter],
     optimizer: torch.optim.Optimizer,
-    batch: Rows,
+    batch: Any,
     replay: Replay,
     *,
     needed: Bool[Tensor, "M"] | None = None,
@@ -71,16 +67,13 @@ def update(
     peers: Peers = ALONE,
     may_step: Callable[[Rows, list[float], float], bool] = lambda rows, losses, norm: True,
 ) -> dict[str, float]:
-    """Replay `batch` for `epochs` shuffled passes, each in `minibatches` optimiser steps, and return statistics.
+    """Replay `batch`, rows with a `step` each, for `epochs` shuffled passes, each in `minibatches` optimiser steps.
 
-    The loss is the mean of `replay`'s over a minibatch. `micro_batch` bounds the rows of one forward and backward;
-    gradients add up, so it changes nothing else, and where memory does not suffice the minibatch is begun again with
-    fewer. Rows that are not `needed`, because their gradient is zero, cost no forward but count in the mean. Order,
+    The loss is the mean of `replay`'s over a minibatch. `micro_batch` bounds the rows of one forward and changes nothing
+    else. Rows that are not `needed`, because their gradient is zero, cost no forward but count in the mean. Order,
     minibatches and means are those of the global batch: `local [B]` marks its rows on this rank (None: all), and
-    `peers` hold the rest. Where `may_step(rows, their losses, gradient's norm)` is false, parameters and optimiser stay
-    unchanged.
-
-    Statistics are means over all rows replayed, `name/k` over those whose `step` is k; `grad_norm` is before clipping.
+    `peers` hold the rest. Where `may_step(rows, their losses, gradient's norm)` is false nothing is stepped. Returns
+    means over all rows replayed, `name/k` over those whose `step` is k; `grad_norm` is before clipping.
     """
     local = torch.ones_like(batch.step, dtype=torch.bool) if local is None else local
     row_of = local.cumsum(0) - 1  # from a row of the global batch to its row in `batch`
@@ -117,8 +110,8 @@ class _Means:
         self.counts: dict[str, float] = defaultdict(float)
 
     def add(self, name: str, value: float, step: int | None = None) -> None:
-        if value == value:
-            for key in (name,) if step is None else (name, f"{name}/{step}"):
+        for key in (name,) if step is None else (name, f"{name}/{step}"):
+            if value == value:
                 self.sums[key] += value
                 self.counts[key] += 1
 
@@ -126,13 +119,11 @@ class _Means:
         """The means over the rows of all ranks."""
         ranks = peers.all_gather_object([self.sums, self.counts], "statistics of the update")
         names = dict.fromkeys(name for sums, _ in ranks for name in sums)
-        return {
-            name: sum(s.get(name, 0.0) for s, _ in ranks) / sum(n.get(name, 0.0) for _, n in ranks) for name in names
-        }
+        return {n: sum(s.get(n, 0.0) for s, _ in ranks) / sum(c.get(n, 0.0) for _, c in ranks) for n in names}
 
 
 def _gradients(
-    optimizer: torch.optim.Optimizer, batch: Rows, rows: Int[Tensor, "A"], padding: Int[Tensor, "I"], total: int,
+    optimizer: torch.optim.Optimizer, batch: Any, rows: Int[Tensor, "A"], padding: Int[Tensor, "I"], total: int,
     replay: Replay, size: int,
 ) -> list[tuple[str, float, int]]:  # fmt: skip
     """Leave the gradient of these `rows` of a minibatch of `total`, `size` at once; statistics as (name, value, step).

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Gt
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -22,16 +24,15 @@ class Advantage:
     """
 
     scale: Scale = "group"
-    floor: float = 0.0
-    clip: float = 5.0
+    floor: Annotated[float, Ge(0)] = 0.0
+    clip: Annotated[float, Gt(0)] = 5.0
     saturated: float | None = None
-    whole: float = 1.0
-    regional: float = 1.0
+    whole: Annotated[float, Ge(0)] = 1.0
+    regional: Annotated[float, Gt(0)] = 1.0
 
     def __post_init__(self):
-        self.units(0.0)
-        if not (self.whole >= 0 and self.regional > 0):
-            raise ValueError(f"whole: {self.whole}, regional: {self.regional}; at least 0, and above 0, are needed")
+        if self.floor and self.scale == "none":
+            raise ValueError(f"floor: {self.floor} acts only where advantages are divided; remove it or change scale")
 
     def units(self, dead: float) -> Units:
         """The units, with the spread up to which a group is dead."""

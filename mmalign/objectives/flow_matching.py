@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.types import Latents, Policy, Rows
+from mmalign.policy.protocol import Policy
+from mmalign.types import Latents, Rows
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Policy gradient on the stochastic steps of trajectories (Flow-GRPO, arXiv 2505.05470), with any credit and loss."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.learn.replay import Surrogate, transitions
 from mmalign.objectives.objective import Objective, Rollout, Run, TrainBatch
+from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.types import Judgement, Plan
 
 
@@ -17,16 +18,12 @@ class Grpo(Objective):
     standard deviation (TempFlow-GRPO). `ratio`: one ratio per "cell" of the credit grid, or per "credit", for all cells
     of an image with the same advantage."""
 
-    beta: float = 0.0
+    beta: Annotated[float, Ge(0)] = 0.0
     weighting: Literal["none", "noise"] = "none"
     ratio: Literal["cell", "credit"] = "cell"
     type = "grpo"
     uses = frozenset({"credit", "loss", "advantage", "mask", "max_kl", "region"})
     stochastic, siblings = True, 2
-
-    def __post_init__(self):
-        if not self.beta >= 0:
-            raise ValueError(f"beta: {self.beta}; a weight of at least 0 is needed")
 
     @property
     def reference(self) -> bool:

@@ -5,9 +5,10 @@ frozen dataclass that derives from `Mask`, and its name in `MASKS`.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
+from annotated_types import Gt, Le
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -54,12 +55,8 @@ class Prompt(Mask):
     """Train at the `share` of positions where the prompt changes the velocity most, at each step (Video-KTR's
     attribution masks, for a flow: the length of conditional less unconditional velocity)."""
 
-    share: float = 0.5
+    share: Annotated[float, Gt(0), Le(1)] = 0.5
     type, forwards = "prompt", 2
-
-    def __post_init__(self):
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share: {self.share}; a share in (0, 1] is needed")
 
     @torch.no_grad()
     def masked(self, policy: Attributing, cond: Any, batch: Transitions, rows: int) -> Transitions:

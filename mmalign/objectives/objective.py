@@ -7,15 +7,19 @@ they write `examples`, the rows of one prompt's images, and `replay`, the loss o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
+from annotated_types import Ge, Le
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmalign.flow.sample import seed_of
 from mmalign.learn.update import Replay
-from mmalign.types import Judgement, Marks, Plan, Rows, Trainable, Trajectories
+from mmalign.policy.protocol import Trainable
+from mmalign.seeds import seed_of
+from mmalign.types import Judgement, Marks, Plan, Rows, Trajectories
+
+Draws = Annotated[int, Ge(1), Le(10_000)]  # times and noises of an image
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,6 @@ class Objective:
         """How many rows the images or steps of one prompt give, at most."""
         raise NotImplementedError
 
-    def describe(self) -> str:
-        return ""
-
 
 class OnImages(Objective):
     """An objective that learns from finished images. The random numbers of a prompt's rows depend on the prompt."""
@@ -99,9 +100,6 @@ class OnImages(Objective):
 
     def rows(self, plan: Plan, seeds: int) -> int:
         return seeds * plan.trained * self.draws
-
-    def describe(self) -> str:
-        return f"; {name_of(self)} on the finished images, {self.draws} draws each"
 
     def batch(
         self, run: Run, rollout: Rollout, judged: Judgement, advantage: Tensor | None, iteration: int

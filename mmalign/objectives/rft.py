@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.objectives.flow_matching import Examples, error, examples
-from mmalign.objectives.objective import Finished, OnImages
-from mmalign.types import Plan, Trainable
+from mmalign.objectives.objective import Draws, Finished, OnImages
+from mmalign.policy.protocol import Trainable
+from mmalign.types import Plan
 from reward_models.combine import alive
 
 
@@ -18,13 +19,9 @@ class Rft(OnImages):
     """The best image of each prompt, at `draws` times and noises. A prompt whose images all have the same reward, up
     to rounding, has no best one and gives no row."""
 
-    draws: int = 2
+    draws: Draws = 2
     type, siblings = "rft", 2
     fewer = "replay_forwards, transitions: fewer where a prompt's images have the same reward"
-
-    def __post_init__(self):
-        if not 1 <= self.draws <= 10_000:
-            raise ValueError(f"draws: {self.draws}; 1 to 10,000 are needed")
 
     def rows(self, plan: Plan, seeds: int) -> int:
         return self.draws

@@ -14,17 +14,19 @@ Pairs are made of the images of a prompt: best with worst, second with second to
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmalign.learn.loss import pool
 from mmalign.objectives.flow_matching import error, noise_like, times
-from mmalign.objectives.objective import Finished, OnImages
-from mmalign.types import Marks, Plan, Policy, Rows, Trainable
+from mmalign.objectives.objective import Draws, Finished, OnImages
+from mmalign.policy.protocol import Policy, Trainable
+from mmalign.types import Marks, Plan, Rows
 
 GAP = 0.5  # least difference in credit at which one of two regions is the better
 
@@ -48,20 +50,14 @@ class Rgdpo(OnImages):
     """`draws`: noises and times of each pair. `scale`: that of the error's change (DPO's beta). `intra`: weight of
     right against wrong regions of one image."""
 
-    draws: int = 2
-    scale: float = 10.0
-    intra: float = 1.0
+    draws: Draws = 2
+    scale: Annotated[float, Gt(0)] = 10.0
+    intra: Annotated[float, Ge(0)] = 1.0
     type = "rgdpo"
     uses = frozenset({"region", "records"})
     needs = frozenset({"region"})
     siblings, width, reference = 2, 2, True
     fewer = "replay_forwards, transitions: fewer where two images have no regions to compare"
-
-    def __post_init__(self):
-        if not 1 <= self.draws <= 10_000:
-            raise ValueError(f"draws: {self.draws}; 1 to 10,000 are needed")
-        if not (self.scale > 0 and self.intra >= 0):
-            raise ValueError(f"scale: {self.scale}, intra: {self.intra}; above 0, and at least 0, are needed")
 
     def rows(self, plan: Plan, seeds: int) -> int:
         return seeds * plan.trained // 2 * self.draws

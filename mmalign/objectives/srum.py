@@ -14,16 +14,17 @@ nothing repels and a bad place pulls like the background. No setting here gives 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le
 from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.learn.loss import Grid, pool
 from mmalign.objectives.flow_matching import Examples, error, examples
-from mmalign.objectives.objective import Finished, OnImages
-from mmalign.types import Trainable
+from mmalign.objectives.objective import Draws, Finished, OnImages
+from mmalign.policy.protocol import Trainable
 
 
 @dataclass(frozen=True)
@@ -32,25 +33,18 @@ class Srum(OnImages):
     `background`: credit of positions without an opinion. `anchor`: weight of the plain flow-matching error. `margin`:
     the error up to which bad positions are pushed away; 0 leaves them out."""
 
-    draws: int = 2
+    draws: Draws = 2
     alpha: tuple[float, float] = (0.0, 1.0)
-    background: float = 0.0
-    anchor: float = 0.5
-    margin: float = 0.0
+    background: Annotated[float, Ge(-1), Le(1)] = 0.0
+    anchor: Annotated[float, Ge(0)] = 0.5
+    margin: Annotated[float, Ge(0)] = 0.0
     type = "srum"
     uses = frozenset({"region", "records"})
     needs = frozenset({"region"})
 
     def __post_init__(self):
-        if not 1 <= self.draws <= 10_000:
-            raise ValueError(f"draws: {self.draws}; 1 to 10,000 are needed")
         if not self.alpha[0] < self.alpha[1]:
             raise ValueError(f"alpha {list(self.alpha)} must rise")
-        if not (-1 <= self.background <= 1 and self.anchor >= 0 and self.margin >= 0):
-            raise ValueError(
-                f"background: {self.background}, anchor: {self.anchor}, margin: {self.margin}; a credit in [-1, 1] and "
-                "numbers of at least 0 are needed"
-            )
 
     def examples(self, policy: Trainable, images: Finished, generator: torch.Generator) -> Examples:
         weight = weights(images, *self.alpha, self.background)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmalign.policy import lora
-from mmalign.types import Policy
+from mmalign.policy.protocol import Policy
 from reward_models import files
 from reward_models.weights import fingerprint
 

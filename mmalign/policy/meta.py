@@ -3,9 +3,10 @@ trainable parameters and peak memory come from the classes that drive the loaded
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class _Live(TorchDispatchMode):
         self.bytes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
         self.now, self.most = 0, 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self.bytes:
@@ -114,12 +115,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(context, query, key, value, mask):
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         out = torch.empty_like(query)
         sums = torch.empty(query.shape[:-1], device=query.device)
         context.save_for_backward(query, key, value, mask, out, sums)
         return out
 
     @staticmethod
-    def backward(context, _):
+    def backward(context: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         return *(torch.empty_like(saved) for saved in context.saved_tensors[:3]), None

@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.errors import BadInput
-from mmalign.flow.sample import seed_of
+from mmalign.policy.protocol import Policy
 from mmalign.refine.redraw import Attempt, Base, cost, draw
 from mmalign.rewards.judge import score
-from mmalign.types import Latents, Policy
+from mmalign.seeds import seed_of
+from mmalign.types import Latents
 from reward_models import Prompt, RewardModel
 from reward_models.regions import Region, box_shares
 
@@ -138,7 +139,7 @@ def refine(
 
 @dataclass(frozen=True)
 class _Loop:
-    """What all rounds of all prompts share."""
+    """The loop over rounds: the things that all rounds of all prompts share, and its steps."""
 
     policy: Policy
     critic: RewardModel

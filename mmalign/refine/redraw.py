@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.flow.kernels import Ddim
 from mmalign.flow.plan import ode, sde
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
+from mmalign.policy.protocol import Policy
 from mmalign.refine.velocity import inpaint, regional_guidance
-from mmalign.types import Latents, Policy
+from mmalign.sampling.kernels import Ddim
+from mmalign.seeds import gaussian, seed_of
+from mmalign.types import Latents
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.errors import BadInput, refusing
+from mmalign.policy.protocol import Policy
 from mmalign.refine.loop import Refinement, Settings, refine
 from mmalign.runs.folder import ROWS_ARE_WHOLE, failing
 from mmalign.runs.outputs import make_folder
-from mmalign.types import Policy
 from reward_models import Prompt, RewardModel, files, overlay, tables
 from reward_models.images import to_pil
 

@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from mmalign.types import Latents, Policy, Velocity
+from mmalign.policy.protocol import Policy
+from mmalign.types import Latents, Velocity
 from reward_models.regions import Region, box_shares, inside
 
 Box = tuple[int | float, int | float, int | float, int | float]

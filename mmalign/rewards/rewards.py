@@ -53,7 +53,7 @@ class Rewards:
         row = {"hits": sum(s.hits for s in cached), "asked": sum(s.asked for s in cached)} if cached else {}
         for name, scorer in self.scorers.items():
             judging = getattr(getattr(scorer, "scorer", scorer), "judge", None)
-            row |= {f"judge/{name}/{key}": count for key, count in dict(judging.spent).items()} if judging else {}
+            row |= {f"judge/{name}/{key}": count for key, count in dict(judging.usage).items()} if judging else {}
         return row
 
 

@@ -109,9 +109,9 @@ def _file(path: Path) -> Path:
         raise ValueError(f"{path}: no run there (config.yaml is missing), and no file of an adapter")
     if (path / "model_index.json").exists():
         raise ValueError(f"{path} is a complete pipeline; load it by --model {path}, without --adapter")
-    found = [name for name in NAMES if os.path.lexists(path / name)]
-    if not found:
+    present = [name for name in NAMES if os.path.lexists(path / name)]
+    if not present:
         raise ValueError(f"{path}: no run there (config.yaml is missing), and no adapter ({', '.join(NAMES)})")
-    if len(found) > 1:
-        raise ValueError(f"{path}: found {' and '.join(found)}; name one of the files")
-    return path / found[0]
+    if len(present) > 1:
+        raise ValueError(f"{path}: found {' and '.join(present)}; name one of the files")
+    return path / present[0]

@@ -1,6 +1,7 @@
 """Load a policy to draw images with: a base model, or one with the adapter of a run or of a file."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from mmalign.config import paths
 from mmalign.errors import refusing
 
 
-def load_policy(model: str, guidance: float | None = None, adapter: Path | None = None):
+def load_policy(model: str, guidance: float | None = None, adapter: Path | None = None) -> Any:
     """The policy, on a GPU if there is one.
 
     An adapter (`mmalign.runs.adapters.read`) may name its model, which then replaces `model`, and has the precision and

@@ -116,9 +116,9 @@ def read(run: Path) -> RunRecord:
     lacking: list[str] = []
 
     def rows(name: str, shape: type[_Shape], needed: bool = False) -> list[Row]:
-        rows, problems = _rows(run / name, shape, needed)
+        valid, problems = _rows(run / name, shape, needed)
         lacking.extend(f"{name}: {problem}" for problem in problems)
-        return rows
+        return valid
 
     text, c = "", None
     try:

@@ -13,12 +13,12 @@ from mmalign.config.schema import Config
 from mmalign.distributed.deepspeed import ZeroOptimizer
 from mmalign.distributed.processes import Ranks
 from mmalign.errors import BadInput
-from mmalign.flow.sample import seed_of
 from mmalign.learn.update import update
 from mmalign.objectives.objective import TrainBatch
+from mmalign.policy.protocol import Trainable
+from mmalign.seeds import seed_of
 from mmalign.training.finite import Skips
 from mmalign.training.microbatch import AdaptiveBatch
-from mmalign.types import Trainable
 
 
 @dataclass(frozen=True)

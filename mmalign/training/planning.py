@@ -7,14 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.config.methods import named
+from mmalign.config.methods import described, named
 from mmalign.config.paths import locate
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import seed_of
+from mmalign.policy.protocol import Policy
+from mmalign.seeds import seed_of
 from mmalign.training import noise_calibration
-from mmalign.types import Kernel, Plan, Policy
+from mmalign.types import Kernel, Plan
 
 LEAST = 1e-5  # standard deviation that a stochastic step draws, in latent units; float32 rounds by some 5e-7 there
 TOO_MUCH, NOTICEABLE = 2.0, 0.1  # standard deviation left after a step: in units of what belongs there; in latent units
@@ -156,5 +157,6 @@ def describe(c: Config, spent: Cost) -> str:
     """One line: what a run does in an iteration and what it costs at most."""
     if c.records:
         return f"{named(c.objective)} on the images of {c.prompts_per_iteration} prompts of {c.records} an iteration"
-    what = c.plan.describe(c.steps) + ("" if c.credit is None else c.credit.describe()) + c.objective.describe()
+    methods = {"plan": c.plan, "kernel": c.kernel, "credit": c.credit, "objective": c.objective}
+    what = ", ".join(f"{key} {described(method)}" for key, method in methods.items() if method is not None)
     return f"{what}; an iteration takes at most {spent.rollout} + {spent.replay} forwards and {spent.rewards} rewards"

@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.credit.gain import gains
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.rewards.judge import Scored, joined, score
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training import finite, planning
 from mmalign.training.session import Session
 from mmalign.types import Judgement, Trajectories, Tree

@@ -8,12 +8,12 @@ from mmalign.config.schema import Config
 from mmalign.data.judged_images import Records
 from mmalign.data.prompts import PromptBatches
 from mmalign.distributed.processes import Ranks
+from mmalign.policy.protocol import Trainable
 from mmalign.rewards.rewards import Rewards
 from mmalign.training.clock import Clock
 from mmalign.training.learner import Learner
 from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.training.planning import Cost
-from mmalign.types import Trainable
 from reward_models import Prompt
 
 

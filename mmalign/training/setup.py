@@ -17,15 +17,15 @@ from mmalign.distributed.deepspeed import ZeroOptimizer
 from mmalign.distributed.processes import Ranks, join
 from mmalign.errors import BadInput, refusing
 from mmalign.evaluation import reference
-from mmalign.flow.sample import seed_of
+from mmalign.policy.protocol import Trainable
 from mmalign.rewards.rewards import Rewards
+from mmalign.seeds import seed_of
 from mmalign.training import planning
 from mmalign.training.clock import Clock
 from mmalign.training.finite import Skips
 from mmalign.training.learner import Learner, optimizer_class
 from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.training.session import Session
-from mmalign.types import Trainable
 from reward_models import Prompt, RewardModel, combine, load as load_scorer
 from reward_models.cache import Cached
 
@@ -123,7 +123,7 @@ def _check_factors(c: Config, scorers: dict[str, RewardModel]) -> None:
     def least(reward: str, weight: float | combine.Ramp) -> float:
         card = scorers[component(reward)[0]].card
         ends = (weight.start, weight.end) if isinstance(weight, combine.Ramp) else (weight,)
-        return min(end * bound for end in ends for bound in (card.low, card.high) if end) if any(ends) else 0.0
+        return float(min(end * bound for end in ends for bound in (card.low, card.high) if end)) if any(ends) else 0.0
 
     low = {name: least(name, 1.0) for name in c.rewards}
     factors = c.combine.factors(low, {name: least(name, weight) for name, weight in c.rewards.items()})

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from reward_models.regions import Region
-from reward_models.scorers.shapes import Blob, Verdict, judge
+from reward_models.scorers.shapes import Blob, Verdict, find_blobs, judge
 from reward_models.scoring import each
 from reward_models.shapes_world import COLOURS, OPPOSITE, SIDE, caption, understood
 from reward_models.types import Card, Images, ImageScores, Prompt, Scores

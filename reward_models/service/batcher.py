@@ -166,7 +166,7 @@ class Isolated:
         return each(images, prompts, self.names, score, max(1, min(self.batch, fitting)))
 
 
-def shot(png: str, prompt: Prompt, most: int) -> Shot:
+def shot_of(png: str, prompt: Prompt, most: int) -> Shot:
     """An image as received. One with more than `most` pixels in its header, or that is not ASCII, is dropped at
     once."""
     width, height = promised(png)

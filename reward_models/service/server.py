@@ -1,15 +1,14 @@
 """The reward service: scorers behind HTTP, for many callers at once. Its client is `reward_models.service.client`.
 
-    POST /score     `wire.Ask` -> `wire.Answer`          GET /health     whether it lives, and how much waits (no token)
-    GET  /info      what each score means                GET /metrics    for Prometheus
-    GET  /docs      all of this, from OpenAPI (no token)
+    POST /score     `schema.Ask` -> `schema.Answer`      GET /health     liveness and queue length (no token)
+    GET  /info      the meaning of each score            GET /metrics    for Prometheus
+    GET  /docs      the OpenAPI documentation (no token)
 
-Whatever is sent, memory stays bounded (`limits`): bodies by bytes, one by one and together; JSON by its values; images
-by the pixels that their headers promise, in a request, a batch and the queue. Nobody is waited for without end: not for
-a head, a body, or one who does not take the answer.
+Memory is bounded for any input (`limits`): bodies by bytes, each and in total; JSON by its number of values; images by
+the pixels in their headers, in a request, a batch and the queue. Every wait has a time-out: for a head, a body, and a
+client that does not read its answer.
 
-Left out: TLS and users (a proxy's work), several processes (start several services), region maps (large, and only the
-embedded world's scorer draws them).
+Not supported: TLS and users (use a proxy), several processes (start several services), region maps (they are large).
 """
 
 import asyncio
@@ -27,7 +26,7 @@ from typing import Any
 
 from reward_models import limits
 from reward_models.errors import first_problem
-from reward_models.service.batcher import Batcher, Job, shot
+from reward_models.service.batcher import Batcher, Job, shot_of
 from reward_models.service.schema import About, Answer, Ask, Health, Info, Limits, Problem
 from reward_models.types import Prompt, RewardModel
 
@@ -44,46 +43,47 @@ try:
 except ImportError as error:
     raise ValueError(f"the reward service needs {error.name}: pip install 'mmalign[serve]'") from error
 
-OPEN = ("/health", "/docs", "/openapi.json")  # paths that ask for no token
+OPEN = ("/health", "/docs", "/openapi.json")  # paths without a token
 REFUSALS = {
     400: "a body that cannot be parsed",
-    401: "no token, or another one",
+    401: "the token is missing or wrong",
     408: "the body did not arrive in time",
     413: "the body is too large, or holds too many values",
-    422: "not what `Ask` says, or too many images or pixels",
-    503: "the queue is full; `Retry-After` says in how many seconds to try again",
+    422: "not a valid `Ask`, or too many images or pixels",
+    503: "the queue is full; retry after `Retry-After` seconds",
 }
 
-
-CLOSE = {"Connection": "close"}  # after it the rest of a body is not read
+CLOSE = {"Connection": "close"}  # the rest of the body is not read
 AGAIN = {"Retry-After": "1"}
 
 
 class Meters:
-    """What /metrics shows of one service."""
+    """The Prometheus metrics of one service."""
 
     def __init__(self):
-        own = {"registry": CollectorRegistry()}
-        self.registry = own["registry"]
-        self.requests = Counter("reward_requests", "Requests to /score, by HTTP status", ["status"], **own)
-        self.seconds = Histogram("reward_request_seconds", "From a request to /score to its answer", **own)
-        self.images = Counter("reward_images", "Images looked at", **own)
-        self.failures = Counter("reward_failures", "Images a scorer failed on; `image`: unreadable", ["scorer"], **own)
-        self.waiting = Gauge("reward_waiting_images", "Images in the queue", **own)
+        registry = {"registry": CollectorRegistry()}
+        self.registry = registry["registry"]
+        self.requests = Counter("reward_requests", "Requests to /score, by HTTP status", ["status"], **registry)
+        self.seconds = Histogram("reward_request_seconds", "From a request to /score to its answer", **registry)
+        self.images = Counter("reward_images", "Images scored", **registry)
+        self.failures = Counter(
+            "reward_failures", "Images a scorer failed on; `image`: unreadable", ["scorer"], **registry
+        )
+        self.waiting = Gauge("reward_waiting_images", "Images in the queue", **registry)
         sizes = [2**n for n in range(13)]
-        self.batch = Histogram("reward_batch_images", "Images scored together", buckets=sizes, **own)
+        self.batch = Histogram("reward_batch_images", "Images scored together", buckets=sizes, **registry)
 
     def watch(self, jobs: Sequence[Job]) -> None:
         shots = [shot for job in jobs for shot in job.shots]
         self.batch.observe(len(shots))
         self.images.inc(len(shots))
-        for name in (name for own in shots for name in own.failures):
+        for name in (name for shot in shots for name in shot.failures):
             self.failures.labels(name).inc()
 
 
 class Gate:
-    """What a request meets first: who asks, how much they send and how long they take, and at its end, the meters. It
-    holds no body, and knows how many bytes of them there are."""
+    """The outermost middleware: checks the token, limits the size and the arrival time of bodies, and updates the
+    meters. It stores no bodies, but counts the bytes of all that are being received."""
 
     def __init__(self, app: ASGIApp, token: str | None, body: int, meters: Meters):
         self.app, self.token, self.body, self.meters, self.held = app, token, body, meters, 0
@@ -99,13 +99,13 @@ class Gate:
             part, arriving = message.get("body", b""), message.get("more_body", False)
             received += len(part)
             self.held += len(part)
-            values += sum(map(part.count, (b",", b":", b"[", b"{")))  # base64 has none of them
-            if received > self.body:  # the length may not have been told, or not truly
+            values += sum(map(part.count, (b",", b":", b"[", b"{")))  # base64 contains none of them
+            if received > self.body:  # the declared length may be missing or wrong
                 raise HTTPException(413, self._too_large(), CLOSE)
             if values > limits.VALUES:
                 raise HTTPException(413, f"a request has at most {limits.VALUES} values; send fewer images", CLOSE)
             if self.held > max(limits.BODIES, self.body):
-                raise HTTPException(503, "too much is being sent at once", CLOSE | AGAIN)
+                raise HTTPException(503, "too much data is being sent at once", CLOSE | AGAIN)
             return message
 
         async def watched(message: Message) -> None:
@@ -117,10 +117,12 @@ class Gate:
         length = headers.get("content-length", "")
         try:
             if scope["path"] not in OPEN and not self._admits(headers.get("authorization", "")):
-                refusal = refused(401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
-                await refusal(scope, receive, watched)
+                response = refusal(
+                    401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
+                )
+                await response(scope, receive, watched)
             elif length.isdecimal() and int(length) > self.body:
-                await refused(413, self._too_large(), CLOSE)(scope, receive, watched)
+                await refusal(413, self._too_large(), CLOSE)(scope, receive, watched)
             else:
                 await self.app(scope, counted, watched)
         finally:
@@ -130,7 +132,7 @@ class Gate:
                 self.meters.seconds.observe(time.perf_counter() - start)
 
     async def _in_time(self, receive: Receive, start: float) -> Message:
-        """The next part of a body that began to arrive at `start`."""
+        """The next part of a body that began to arrive at `start`; 408 after the time-out."""
         try:
             async with asyncio.timeout(start + limits.ARRIVAL - time.perf_counter()):
                 return await receive()
@@ -145,19 +147,19 @@ class Gate:
         return f"a request has at most {self.body} bytes; send fewer images"
 
 
-def refused(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"detail": detail}, status, headers)
 
 
 def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-    """The first thing wrong with a request, in one line, without the megabytes that were sent."""
+    """The first problem of a request, in one line, without the submitted value."""
     detail = first_problem(error.errors())
-    return refused(422, detail.encode("ascii", "backslashreplace").decode())  # the input may have no UTF-8 form
+    return refusal(422, detail.encode("ascii", "backslashreplace").decode())  # the input may have no UTF-8 form
 
 
 def described(scorer: RewardModel) -> About:
     card = json.dumps(asdict(scorer.card), default=str)
-    card = json.loads(card, parse_constant=lambda _: None)  # infinity is no JSON
+    card = json.loads(card, parse_constant=lambda _: None)  # JSON has no infinity
     return About(names=list(scorer.names), version=scorer.card.version, card=card)
 
 
@@ -174,11 +176,11 @@ def app(
 ) -> FastAPI:
     """The service as an ASGI application.
 
-    `token`: what callers must show, if anything. `host`: the address it will listen on; one that only this machine
-    reaches answers to no other name. `batch`: images scored together, at most. `wait`: seconds a batch
-    waits for more of them. `queue`: images that may wait, and that one request may hold. `body`: bytes of a request.
-    `pixels`: pixels of an image; those of a request have at most `limits.TOGETHER`. ValueError without scorers, or for
-    limits under 1.
+    `token`: the token that callers must send, if any. `host`: the address to listen on; for a loopback address,
+    requests with another host name are rejected. `batch`: the largest number of images scored together. `wait`: seconds
+    a batch waits for more images. `queue`: the largest number of images that wait, and of images in a request. `body`:
+    bytes of a request. `pixels`: pixels of an image; a request has at most `limits.TOGETHER`. ValueError without
+    scorers, or for limits below 1.
     """
     if not scorers or min(batch, queue, body, pixels) < 1 or wait < 0:
         raise ValueError("a service needs a scorer, and limits above 0")
@@ -196,31 +198,31 @@ def app(
     service.add_exception_handler(RequestValidationError, invalid)
     service.add_middleware(Gate, token=token, body=body, meters=meters)
     if host and loopback(host):
-        service.add_middleware(Named)
-    refusals = {code: {"model": Problem, "description": why} for code, why in REFUSALS.items()}
-    guarded = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if token else []}  # for OpenAPI; `Gate` guards
+        service.add_middleware(LocalHostOnly)
+    refusals = {code: {"model": Problem, "description": reason} for code, reason in REFUSALS.items()}
+    guarded = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if token else []}  # for OpenAPI only
 
     @service.post("/score", responses=refusals, **guarded)
     async def score(ask: Ask) -> Answer:
-        """Score images. One that cannot be read fails alone."""
-        asked = list(scorers) if ask.scorers is None else ask.scorers
-        if unknown := [name for name in asked if name not in scorers]:
-            raise HTTPException(422, f"no scorer called {unknown[0]!r}; there are {', '.join(scorers)}")
+        """Score images. An image that cannot be read does not affect the others."""
+        names = list(scorers) if ask.scorers is None else ask.scorers
+        if unknown := [name for name in names if name not in scorers]:
+            raise HTTPException(422, f"no scorer called {unknown[0]!r}; known: {', '.join(scorers)}")
         if len(ask.images) != len(ask.prompts):
             raise HTTPException(422, f"{len(ask.images)} images but {len(ask.prompts)} prompts")
         if len(ask.images) > queue:
-            raise HTTPException(422, f"{len(ask.images)} images in one request; at most {queue} are taken")
+            raise HTTPException(422, f"{len(ask.images)} images in one request; at most {queue} are accepted")
         prompts = [Prompt(**dict(prompt)) for prompt in ask.prompts]
-        job = Job([shot(*both, pixels) for both in zip(ask.images, prompts, strict=True)], asked)
+        job = Job([shot_of(*pair, pixels) for pair in zip(ask.images, prompts, strict=True)], names)
         if job.pixels > limits.TOGETHER:
-            why = f"{job.pixels} pixels in one request; at most {limits.TOGETHER} are taken: send fewer images"
-            raise HTTPException(422, why)
+            reason = f"{job.pixels} pixels in one request; at most {limits.TOGETHER} are accepted: send fewer images"
+            raise HTTPException(422, reason)
         if not batcher.submit(job):
-            why = "the service is ending" if batcher.closed else f"{batcher.waiting} images are waiting"
-            raise HTTPException(503, why, AGAIN)
+            reason = "the service is shutting down" if batcher.closed else f"{batcher.waiting} images are waiting"
+            raise HTTPException(503, reason, AGAIN)
         await asyncio.wrap_future(job.done)
         return Answer(
-            names={name: about[name].names for name in asked},
+            names={name: about[name].names for name in names},
             scores=[shot.scores for shot in job.shots],
             failures=[shot.failures for shot in job.shots],
             critiques=[shot.critiques for shot in job.shots],
@@ -228,12 +230,12 @@ def app(
 
     @service.get("/info", responses={401: refusals[401]}, **guarded)
     async def info() -> Info:
-        """What each score means, and how much is taken at once."""
+        """The meaning of each score, and the limits of a request."""
         return Info(scorers=about, limits=Limits(images=queue, body=body, pixels=pixels, together=limits.TOGETHER))
 
     @service.get("/health")
     async def health() -> Health:
-        """Whether the service lives."""
+        """Whether the service is alive."""
         return Health(ok=batcher.thread.is_alive(), waiting=batcher.waiting)
 
     @service.get("/metrics", response_class=PlainTextResponse, responses={401: refusals[401]}, **guarded)
@@ -253,25 +255,27 @@ def serve(
     grace: int = 30,
     **settings: int | float,
 ) -> None:
-    """Run the service until SIGTERM or SIGINT; then take no more, finish what waits within `grace` seconds, and return.
+    """Run the service until SIGTERM or SIGINT; then accept no more requests, drain the queue within `grace` seconds,
+    and return.
 
-    `port` 0 is any free one. `settings` are those of `app`. ValueError for a host others can reach, without a token.
+    `port` 0 means any free port. `settings` are those of `app`. ValueError for a host that other machines can reach,
+    without a token.
     """
     if not token and not loopback(host):
-        raise ValueError(f"others can reach host {host}: set a token, or stay on 127.0.0.1")
+        raise ValueError(f"other machines can reach host {host}: set a token, or use 127.0.0.1")
     listen(app(scorers, token=token, host=host, **settings), host, port, grace)
 
 
 def listen(service: ASGIApp, host: str, port: int, grace: int) -> None:
-    """Serve an application until SIGTERM or SIGINT; then finish what has begun within `grace` seconds, and return."""
+    """Serve an application until SIGTERM or SIGINT; then finish open requests within `grace` seconds, and return."""
     reachable(host, port)
     server = uvicorn.Server(configured(service, host, port, grace))
 
     def stop(*_) -> None:
         server.should_exit = True
 
-    # uvicorn's own handlers replace these while it runs, and after its shutdown raise the signal again for these to end
-    # the process by; but a service that was told to stop, and did, has not failed
+    # uvicorn replaces these handlers while it runs, and raises the signal again after its shutdown; these then keep the
+    # process from ending by the signal, because an orderly stop is not a failure
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run()
@@ -281,50 +285,50 @@ def listen(service: ASGIApp, host: str, port: int, grace: int) -> None:
 
 
 def configured(service: ASGIApp, host: str, port: int, grace: int = 30, **settings: Any) -> uvicorn.Config:
-    """How an application is served: bounded in connections and in patience."""
+    """The uvicorn settings, with limits on connections and waiting times."""
     return uvicorn.Config(
-        service, host, port, http=Patient, ws="none", timeout_graceful_shutdown=grace, access_log=False,
+        service, host, port, http=BoundedConnection, ws="none", timeout_graceful_shutdown=grace, access_log=False,
         server_header=False, **settings,
     )  # fmt: skip
 
 
-class Patient(H11Protocol):
-    """A connection that waits `limits.HEAD` seconds for the head of each request and for its answer to be taken, and
-    that is closed at once where there are `limits.CONNECTIONS` others."""
+class BoundedConnection(H11Protocol):
+    """A connection that waits `limits.HEAD` seconds for the head of each request and for its answer to be read, and
+    that is closed at once if there are `limits.CONNECTIONS` others."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         if len(self.connections) > limits.CONNECTIONS:
             transport.abort()
-        self.patience = self.loop.call_later(limits.HEAD, self._give_up, None)
+        self.timer = self.loop.call_later(limits.HEAD, self._give_up, None)
 
     def on_response_complete(self) -> None:
         answered = self.cycle
         super().on_response_complete()
-        self.patience.cancel()
-        self.patience = self.loop.call_later(limits.HEAD, self._give_up, answered)
+        self.timer.cancel()
+        self.timer = self.loop.call_later(limits.HEAD, self._give_up, answered)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.patience.cancel()
+        self.timer.cancel()
         super().connection_lost(exc)
 
     def _give_up(self, last: Any) -> None:
-        """Close, unless a request has begun since the `last`."""
+        """Close, unless a request has begun since `last`."""
         if self.cycle is last:
             self.transport.abort()
 
 
-class Named:
-    """Answers to the names of this machine alone: a web page elsewhere that has its own name stand for this address
-    cannot read what is served here."""
+class LocalHostOnly:
+    """Rejects requests whose Host header does not name this machine: protection against DNS rebinding, where a web page
+    elsewhere makes its own name resolve to this address."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not local(Headers(scope=scope).get("host", "")):
-            own = "use http://127.0.0.1, http://localhost or http://[::1]"
-            return await refused(400, f"the header Host names another machine; {own}", CLOSE)(scope, receive, send)
+            advice = "use http://127.0.0.1, http://localhost or http://[::1]"
+            return await refusal(400, f"the header Host names another machine; {advice}", CLOSE)(scope, receive, send)
         return await self.app(scope, receive, send)
 
 
@@ -335,12 +339,12 @@ def local(header: str) -> bool:
 
 
 def reachable(host: str, port: int) -> None:
-    """ValueError, in one line, where no service can listen: there is no such address, or its port is taken."""
+    """ValueError, in one line, if no service can listen there: the address does not exist, or the port is in use."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as place:
-            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            place.bind(address)
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"--host {host!r} --port {port}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -95,7 +95,7 @@ def read(source: Path, prompt: str | None = None, out: Path | None = None) -> tu
 
 
 def _index(folder: Path, out: Path | None) -> Path | None:
-    """The table that says what the pictures of a folder are, if there is one."""
+    """The table of the pictures of a folder, if there is one."""
     candidates = [folder / name for name in INDEX if (folder / name).is_file()]
     if len(candidates) > 1:
         raise ValueError(f"{folder}: {' and '.join(path.name for path in candidates)}; name the one that is meant")
@@ -136,7 +136,7 @@ def _prompt(row: Mapping[str, Any], other: str | None, where: str) -> Prompt | N
 
 
 def _rows(path: Path) -> Iterator[tuple[str, tables.Row]]:
-    """Where each row of a table is, and what is in it."""
+    """The position of each row of a table, as messages name it, and the row."""
     try:
         for number, row in tables.read(path).rows(None):
             yield f"{path}, row {number + 1}", row

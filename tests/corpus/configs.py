@@ -64,40 +64,52 @@ def drawn(number: int, files: Files) -> dict[str, Any]:
 
 def _rollout(c, r, may, mostly, files) -> None:
     steps = c["steps"]
-    c["plan"] = r.choice(["sde", "window", "branch", "branch"])
-    c["kernel"] = r.choice(["flow_sde", "dance_sde", "cps", "ddim", "scheduled"])
-    c["noise"] = mostly(LEVELS, 0.8)
+    noise = mostly(LEVELS, 0.8)
     if may(0.3):
-        c["noise"] = [mostly([0.7, 0.4, 0.0], 0.8) for _ in range(steps if may(0.97) else steps + 1)]
+        noise = [mostly([0.7, 0.4, 0.0], 0.8) for _ in range(steps if may(0.97) else steps + 1)]
+    c["kernel"] = {"type": r.choice(["flow_sde", "dance_sde", "cps", "ddim", "scheduled"]), "noise": noise}
     if may(0.04):
-        c |= {"kernel": "scheduled", "noise": mostly(files.calibrations)}
-    if c["plan"] == "window":
-        first = r.randrange(steps - 1)
-        c["window"] = [first, min(first + r.choice([1, 1, 2]), steps - 1 if may(0.95) else 9)]
-        c["window_moves"] = r.choice([None, "progressive", "random"])
-        if c["window_moves"] == "progressive":
-            c["window_every"] = r.choice([1, 2])
-        if may(0.5):
-            c["children"] = r.choice([1, 2, 3])
-    if c["plan"] == "branch":
-        some = sorted(r.sample(range(steps - 1), min(steps - 1, r.choice([1, 2]))))
-        c["branch_steps"] = mostly([some, [0], [], [0, 0], [9]], 0.95)
-        c["children"] = mostly([2, 1, 3], 0.6)
-    c["credit"] = r.choice(["terminal", "branch", "gain"])
-    if c["credit"] == "branch":
-        c["baseline"] = mostly(["prompt", None, "state"], 0.3 if c.get("children", 1) > 1 else 0.95)
-    if c["credit"] == "gain":
-        c["score_states"] = mostly(["all", [0], [steps - 1, 0], [], [0, 0]], 0.5)
-        c |= {"compare": r.choice([None, "step", "walk"]), "control": r.choice([None, "fit", 0.0, 0.5])}
-        if may(0.4):
-            states = c["score_states"]
-            c["completion"] = r.choice([1, 2, 9, [1] * len(states) if isinstance(states, list) else 2])
+        c["kernel"] = {"type": mostly(["scheduled", "flow_sde"], 0.9), "noise": mostly(files.calibrations)}
+    if may(0.03):
+        c["kernel"] = r.choice(["flow_sde", "cps", "scheduled", "no_such_kernel"])
+    c["plan"] = _plan(r, may, mostly, steps)
+    c["credit"] = _credit(r, may, mostly, steps, c["plan"].get("children", 1))
     if may(0.15):
         c["max_forwards"] = mostly([10**6, 60, 20, 1], 0.5)
     if may(0.15):
         c["max_rewards"] = mostly([10**6, 12, 6, 1], 0.5)
     c["rollout_parts"] = mostly([1, 2], 0.8)
     c |= {name: r.choice([1, 3, 128]) for name in ("batch", "decode_batch", "micro_batch")}
+
+
+def _plan(r, may, mostly, steps) -> dict[str, Any]:
+    plan = {"type": r.choice(["sde", "window", "branch", "branch"])}
+    if plan["type"] == "window":
+        first = r.randrange(steps - 1)
+        plan["steps"] = [first, min(first + r.choice([1, 1, 2]), steps - 1 if may(0.95) else 9)]
+        plan["moves"] = r.choice([None, "progressive", "random"])
+        if plan["moves"] == "progressive" or may(0.05):
+            plan["every"] = r.choice([1, 2])
+        if may(0.5):
+            plan["children"] = r.choice([1, 2, 3])
+    if plan["type"] == "branch":
+        some = sorted(r.sample(range(steps - 1), min(steps - 1, r.choice([1, 2]))))
+        plan |= {"steps": mostly([some, [0], [], [0, 0], [9]], 0.95), "children": mostly([2, 1, 3], 0.6)}
+    return plan
+
+
+def _credit(r, may, mostly, steps, children) -> dict[str, Any]:
+    credit = {"type": r.choice(["terminal", "branch", "gain"])}
+    if credit["type"] == "branch" and may(0.9):
+        credit["baseline"] = mostly(["prompt", "state"], 0.3 if children > 1 else 0.95)
+    if credit["type"] == "gain":
+        states = mostly(["all", [0], [steps - 1, 0], [], [0, 0]], 0.5)
+        credit |= {"states": states} if may(0.9) else {}
+        credit |= {"compare": r.choice(["step", "trajectory"])} if may(0.66) else {}
+        credit |= {"control": r.choice(["fit", 0.0, 0.5])} if may(0.75) else {}
+        if may(0.4):
+            credit["completion"] = r.choice([None, 1, 2, 9, [1] * len(states) if isinstance(states, list) else 2])
+    return credit
 
 
 def _rewards(c, r, may, mostly, files) -> None:
@@ -109,20 +121,21 @@ def _rewards(c, r, may, mostly, files) -> None:
     if may(0.03):
         weighed = dict.fromkeys(some, r.choice([0.0, RAMPS[0], RAMPS[2]]))
     c["rewards"] = weighed
+    multiplied = c["combine"] in ("product", "gate")
+    scale = {"mrn": "none", "gdpo": "batch"}.get(c["combine"], r.choice(["group", "batch", "none"]))
     if c["combine"] == "gate":
-        c["gate"] = mostly([*some, "shapes.nothing"], 0.95)
-    if may(0.2 if c["combine"] not in ("product", "gate") else 0.01):
+        c["combine"] = {"type": "gate", "by": mostly([*some, "shapes.nothing"], 0.95)}
+    if may(0.01 if multiplied else 0.2):
         c["at_least"] = {r.choice(PARTS if may(0.9) else ODD_PARTS): {"bound": r.choice([-9.0, 0.5]), "rate": 0.5}}
     if may(0.3):
         c["watch"] = [r.choice(["jpeg_size", "shapes", "dim", "no_such_scorer" if may(0.05) else "smooth:Smooth"])]
     if may(0.06):
         c["reference"] = r.choice(files.references)
     _settings(c)
-    c["advantage_scale"] = {"mrn": "none", "gdpo": "batch"}.get(c["combine"], r.choice(["group", "batch", "none"]))
-    if may(0.2) and c["advantage_scale"] != "none":
-        c["advantage_floor"] = r.choice([0.0, 0.1, 1e6])
-    c |= {"advantage_clip": r.choice([5.0, 1e-3]), "dead_spread": r.choice([1e-6, 0.0, 1.0])}
-    c["saturated"] = mostly([None, 0.1, -5.0], 0.8)
+    c["advantage"] = {"scale": scale, "clip": r.choice([5.0, 1e-3]), "saturated": mostly([None, 0.1, -5.0], 0.8)}
+    if may(0.2) and scale != "none":
+        c["advantage"]["floor"] = r.choice([0.0, 0.1, 1e6])
+    c["dead_spread"] = r.choice([1e-6, 0.0, 1.0])
     c["max_failed"] = 1.0
 
 
@@ -136,38 +149,45 @@ def _objective(c, r, may, mostly, files) -> None:
         c["region"] = mostly(["smooth:Smooth", "dim", "blind", "jpeg_size"], 0.8)
         if may(0.97):
             c["rewards"][f"{c['region']}.{'kilobytes' if c['region'] == 'jpeg_size' else 'red'}"] = 1.0
-        c["region_weight"], c["whole_weight"] = r.choice([None, 1.0, 0.5]), r.choice([None, 0.0, 1.0])
-        c["ratio_over"] = r.choice(["cell", "credit"])
+        c["advantage"] |= {"regional": r.choice([1.0, 0.5])} if may(0.66) else {}
+        c["advantage"] |= {"whole": r.choice([0.0, 1.0])} if may(0.66) else {}
         if may(0.6):
             c["region_grid"] = mostly([[1, 1], [2, 2], [2, 1], r.choice(GRIDS)], 0.3)
-    c["focus"] = mostly([None, "prompt", "map" if "region" in c else None], 0.6)
-    if c["focus"] == "prompt":
-        c["focus_share"] = r.choice([0.25, 1.0, 1e-6])
-    c["objective"] = mostly(["grpo", "srum", "rgdpo"], 0.6)
-    if c["objective"] != "grpo":
-        gradient = ("credit", "baseline", "compare", "control", "score_states", "completion", "advantage_scale")
-        gradient += ("advantage_floor", "advantage_clip", "saturated", "region_weight", "whole_weight", "ratio_over")
-        for name in (*gradient, "focus", "focus_share"):
-            c.pop(name, None)
-        c["draws"] = r.choice([1, 2, 3])
+    prompt = {"type": "prompt", "share": r.choice([0.5, 0.25, 1.0, 1e-6])}
+    c["mask"] = mostly([None, prompt, "map" if "region" in c else None], 0.6)
+    name = mostly(["grpo", "srum", "rgdpo", "rft"], 0.6)
+    objective = {"type": name}
+    if name == "grpo":
+        objective |= {"beta": mostly([0.0, 0.01, 1.0], 0.7), "weighting": r.choice(["none", "noise"])}
+        objective |= {"ratio": r.choice(["cell", "credit"])}
+    else:
+        for gradient in ("credit", "advantage", "mask"):
+            c.pop(gradient, None)
+        objective["draws"] = r.choice([1, 2, 3])
+        if may(0.3):
+            c["plan"] = "ode"
+            c.pop("kernel")
         if c["combine"] in ("mrn", "gdpo"):
             c["combine"] = "sum"
-        if may(0.4):
+        if name == "rft":
+            for regional in ("region", "region_grid"):
+                c.pop(regional, None)
+        elif may(0.4):
             _learn_from_records(c, r, mostly, files)
         elif "region" not in c:
             c |= {"region": "smooth:Smooth", "rewards": {"smooth:Smooth.red": 1.0} | c["rewards"]}
-    if c["objective"] == "srum":
-        c |= {"alpha_range": mostly([[0, 1], [-1.0, 0.5], [1, 1]], 0.85), "background": r.choice([0.0, -1.0, 0.5])}
-        c |= {"anchor": r.choice([0.0, 0.5]), "margin": r.choice([0.0, 1.0])}
-    if c["objective"] == "rgdpo":
-        c |= {"preference_scale": r.choice([1.0, 1000.0]), "intra_weight": r.choice([0.0, 1.0])}
+    if name == "srum":
+        objective |= {"alpha": mostly([[0, 1], [-1.0, 0.5], [1, 1]], 0.85), "background": r.choice([0.0, -1.0, 0.5])}
+        objective |= {"anchor": r.choice([0.0, 0.5]), "margin": r.choice([0.0, 1.0])}
+    if name == "rgdpo":
+        objective |= {"scale": r.choice([1.0, 1000.0]), "intra": r.choice([0.0, 1.0])}
+    c["objective"] = objective if may(0.95) else name
     _settings(c)
 
 
 def _learn_from_records(c, r, mostly, files) -> None:
-    sampled = ("plan", "kernel", "noise", "window", "window_moves", "window_every", "branch_steps", "children", "steps")
-    sampled += ("max_forwards", "max_rewards", "rollout_parts", "region", "combine", "gate", "at_least", "reference")
-    for name in (*sampled, "seeds"):
+    sampled = ("plan", "kernel", "steps", "seeds", "max_forwards", "max_rewards", "rollout_parts")
+    for name in (*sampled, "region", "combine", "at_least", "reference"):
         c.pop(name, None)
     c["records"], c["region_grid"] = mostly(files.records, 0.8), mostly([None, *GRIDS], 0.6)
     c["size"] = mostly([[32, 32], c["size"]], 0.9)
@@ -182,10 +202,9 @@ def _learning(c, r, may, mostly) -> None:
     c["warmup"] = r.choice([0, 0, 1])
     c["cooldown"] = mostly([r.randrange(c["iterations"] - c["warmup"] + 1), 2], 0.95)
     c["epochs"], c["minibatches"] = r.choice([1, 1, 2]), r.choice([1, 2, 50])
-    if c["objective"] == "grpo":
-        c |= {"loss": r.choice(["clipped", "guard", "masked"]), "clip": r.choice([1e-4, 0.2, 5.0])}
-        c |= {"beta": mostly([0.0, 0.01, 1.0], 0.7), "max_kl": mostly([None, 1e-9, 1.0], 0.8)}
-        c["weighting"] = r.choice(["none", "noise"])
+    if "credit" in c:
+        c["loss"] = {"type": r.choice(["clipped", "guard", "masked"]), "clip": r.choice([1e-4, 0.2, 5.0])}
+        c["max_kl"] = mostly([None, 1e-9, 1.0], 0.8)
     c |= {"max_grad_norm": r.choice([1.0, 1e-6]), "ema": r.choice([0.0, 0.9, 0.999])}
     c |= {"precision": mostly(["float32", "bfloat16"], 0.6), "gradient_checkpointing": may(0.3)}
     c |= {"vae_tiling": may(0.1), "text_cache": r.choice([1000, 0, 1])}

@@ -9,9 +9,9 @@ from mmalign.config.schema import Config
 from mmalign.credit.gain import Gain, fitted
 from mmalign.credit.groups import Units, dead, group_std, normalise
 from mmalign.flow import plan as plans
-from mmalign.flow.kernels import FlowSde
 from mmalign.rewards.combination import Combination, Gdpo, Mrn, Product, Sum
 from mmalign.runs.alarms import ALARMS
+from mmalign.sampling.kernels import FlowSde
 from mmalign.types import Judgement
 from reward_models.combine import ROUNDING, alive, health, mean_and_std, normalised, whitened
 

@@ -5,8 +5,8 @@ import torch
 from trajectories import sampled
 
 from mmalign.flow import plan as plans
-from mmalign.flow.kernels import Cps, Ddim, FlowSde, Scheduled
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.sampling.kernels import Cps, Ddim, FlowSde, Scheduled
 from mmalign.training.planning import noise_after
 from mmalign.types import Plan
 

@@ -6,9 +6,10 @@ from trajectories import plan_by_hand
 
 from mmalign.config.schema import Config
 from mmalign.flow import kernels, plan as plans
-from mmalign.flow.kernels import KERNELS, FlowSde
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.sampling.kernels import KERNELS, FlowSde
+from mmalign.seeds import gaussian, seed_of
 
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.5, "cps": 0.8, "ddim": 1.0, "scheduled": 0.8}
 BY_NAME = {kind.type: kind for kind in KERNELS}
@@ -123,7 +124,7 @@ def test_times_and_fan_out_are_checked_when_the_plan_is_built():
         plan_by_hand(t, torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="no kernel called 'sde'"):
         Config(kernel="sde")
-    with pytest.raises(ValueError, match=r"noise: 0\.0; .* above 0"):
+    with pytest.raises(ValueError, match=r"must be positive at a stochastic step, got 0\.0"):
         plans.sde(torch.linspace(1, 0, 5), FlowSde(0.0))
 
 

@@ -7,12 +7,13 @@ from trajectories import judged, plan_by_hand
 
 from mmalign.credit import CREDITS
 from mmalign.flow import kernels, plan as plans
-from mmalign.flow.kernels import KERNELS, FlowSde
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.learn.loss import LOSSES, Clipped, Step, by_credit, pool
-from mmalign.learn.replay import Surrogate, transitions
 from mmalign.learn.update import update
+from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.sampling.kernels import KERNELS, FlowSde
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.microbatch import AdaptiveBatch
 
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.5, "cps": 0.8, "ddim": 1.0, "scheduled": 0.8}

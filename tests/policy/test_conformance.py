@@ -7,11 +7,12 @@ from tiny_policies import CASES, TEXTS, latents, moved, opened
 
 from mmalign import policy as policies
 from mmalign.flow import plan as plans
-from mmalign.flow.kernels import FlowSde
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.learn.loss import Clipped
-from mmalign.learn.replay import Surrogate, transitions
 from mmalign.learn.update import update
+from mmalign.objectives.replay import Surrogate, transitions
+from mmalign.sampling.kernels import FlowSde
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.microbatch import AdaptiveBatch
 
 BOTH = pytest.mark.parametrize(("name", "guidance"), CASES)
@@ -85,7 +86,7 @@ def test_the_ratio_on_policy_is_one(folders, name, guidance):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_checkpointing_changes_nothing(folders, name):
-    found = []
+    velocities = []
     for saving in (False, True):
         policy = moved(opened(folders, name, FAMILIES[name].guidances[-1]))
         policy.save_memory(gradients=saving)
@@ -93,9 +94,9 @@ def test_gradient_checkpointing_changes_nothing(folders, name):
         v = policy.velocity(x, torch.tensor([0.9, 0.5, 0.1]), policy.encode(TEXTS), torch.arange(3))
         v.square().mean().backward()
         assert policy.pipe.transformer.is_gradient_checkpointing == saving
-        found.append([v.detach(), *(p.grad.clone() for p in policy.parameters() if p.grad is not None)])
-    assert len(found[0]) == len(found[1]) > 1
-    for one, two in zip(*found, strict=True):
+        velocities.append([v.detach(), *(p.grad.clone() for p in policy.parameters() if p.grad is not None)])
+    assert len(velocities[0]) == len(velocities[1]) > 1
+    for one, two in zip(*velocities, strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
 
 
@@ -127,15 +128,15 @@ def test_a_size_the_model_cannot_draw_is_refused(folders):
 
 def test_guidance_a_model_was_not_made_for_is_refused(folders):
     for name in ("FLUX.1-schnell", "FLUX.2-klein, distilled"):
-        with pytest.raises(ValueError, match="not made for guidance; 1 is needed"):
+        with pytest.raises(ValueError, match="does not take guidance; 1 is needed"):
             opened(folders, name, 3.5)
 
 
 def test_a_policy_of_ones_own_by_import_path(monkeypatch):
     monkeypatch.setenv("MMALIGN_ALLOW", "own_policy,nowhere")
-    own, embedded = (policies.load(model, guidance=2.0) for model in ("own_policy:Mine", "assets/tiny_sd3"))
-    assert type(own).__name__ == "Mine"
-    assert torch.equal(latents(own), latents(embedded))
+    mine, embedded = (policies.load(model, guidance=2.0) for model in ("own_policy:Mine", "assets/tiny_sd3"))
+    assert type(mine).__name__ == "Mine"
+    assert torch.equal(latents(mine), latents(embedded))
     with pytest.raises(ValueError, match="model 'own_policy:Yours'"):
         policies.load("own_policy:Yours")
     with pytest.raises(ValueError, match="no module named 'nowhere'"):

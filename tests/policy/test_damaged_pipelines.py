@@ -183,11 +183,11 @@ BROKEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "path", "values", "why"), BROKEN)
-def test_settings_that_nothing_can_be_drawn_with_are_one_line(copy, name, path, values, why):
+@pytest.mark.parametrize(("name", "path", "values", "reason"), BROKEN)
+def test_settings_that_nothing_can_be_drawn_with_are_one_line(copy, name, path, values, reason):
     folder = copy(name)
     change(folder / path, **values)
-    with pytest.raises(ValueError, match=why) as error:
+    with pytest.raises(ValueError, match=reason) as error:
         policies.load(str(folder))
     assert "\n" not in str(error.value)
 

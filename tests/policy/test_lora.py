@@ -26,7 +26,7 @@ def adapted(network) -> set[str]:
 
 
 def blocks(names) -> set[str]:
-    return {found[0] for name in names if (found := BLOCK.match(name))}
+    return {match[0] for name in names if (match := BLOCK.match(name))}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -11,8 +11,7 @@ from torch import nn
 from mmalign import policy as policies
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
-from mmalign.flow.sample import gaussian
-from mmalign.training.microbatch import Fit
+from mmalign.seeds import gaussian
 from mmalign.training.setup import open_session
 
 TEXTS = ["a red circle", "three green squares", "a cross"]
@@ -33,12 +32,12 @@ def opened(settings, **changed):
 
 def test_a_text_is_embedded_once_and_alone(random_model):
     policy = policies.load(random_model)
-    asked, texts = [], policy.texts
-    policy.texts = lambda some: asked.append([*some]) or texts(some)
+    batches, texts = [], policy.texts
+    policy.texts = lambda some: batches.append([*some]) or texts(some)
     together = policy.encode(TEXTS)
-    assert asked == [[text] for text in (*TEXTS, "")]
+    assert batches == [[text] for text in (*TEXTS, "")]
     again = policy.encode([TEXTS[2], TEXTS[0], TEXTS[2]])
-    assert len(asked) == 4
+    assert len(batches) == 4
     for name, value in again.prompts.items():
         assert torch.equal(value, together.prompts[name][[2, 0, 2]])
         assert torch.equal(again.empty[name], together.empty[name])
@@ -102,11 +101,11 @@ def test_tiles_cover_a_large_image(random_model):
     small, tiled = (policies.load(random_model) for _ in range(2))
     tiled.save_memory(tiling=True)
     x = torch.stack([gaussian((small.latent_shape[0], 32, 32), 0)])  # more than the network draws
-    seen = Counter()
+    counts = Counter()
     decoder = tiled.pipe.vae.decoder.forward
-    tiled.pipe.vae.decoder.forward = lambda z, *rest: seen.update([tuple(z.shape[2:])]) or decoder(z, *rest)
+    tiled.pipe.vae.decoder.forward = lambda z, *rest: counts.update([tuple(z.shape[2:])]) or decoder(z, *rest)
     one, two = small.decode(x), tiled.decode(x)
-    assert max(side for shape in seen for side in shape) < 32
+    assert max(side for shape in counts for side in shape) < 32
     assert one.shape == two.shape
     assert (one - two).abs().mean() < 0.1
 
@@ -154,16 +153,16 @@ def test_attention_is_computed_by_the_named_back_end(settings):
     plain, math = opened(settings), opened(settings, attention="_native_math")
     names = {module.processor._attention_backend for module in math.policy.pipe.transformer.modules()
              if hasattr(getattr(module, "processor", None), "_attention_backend")}  # fmt: skip
-    assert {str(own.value if hasattr(own, "value") else own) for own in names} <= {"_native_math"}
+    assert {str(name.value if hasattr(name, "value") else name) for name in names} <= {"_native_math"}
     torch.testing.assert_close(velocity(math.policy), velocity(plain.policy), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("backend", "why"),
+    ("backend", "reason"),
     [("xformers", "install `xformers"), ("flash", "install `flash-attn"), ("sdpa", "must be one of")],
 )
-def test_attention_that_is_not_there_is_refused(settings, backend, why):
-    with pytest.raises(BadInput, match=f"attention: {backend}: .*{why}"):
+def test_attention_that_is_not_there_is_refused(settings, backend, reason):
+    with pytest.raises(BadInput, match=f"attention: {backend}: .*{reason}"):
         opened(settings, attention=backend)
 
 
@@ -199,7 +198,7 @@ def test_half_precision_keeps_the_ratio_near_one(name, tmp_path):
 def test_moments_of_eight_bits_learn_and_come_back(settings, tmp_path):
     long = dict(optimizer="adamw8bit", lora_rank=64, iterations=4)  # matrices of fewer than 4096 elements stay float32
     whole = run(settings, **long)
-    states = {v.dtype for own in opened(settings, **long).optimizer.state.values() for v in own.values()}
+    states = {v.dtype for state in opened(settings, **long).optimizer.state.values() for v in state.values()}
     assert not states
     cut = str(tmp_path / "cut")
     with cut_off(after=2):
@@ -221,7 +220,7 @@ def test_work_that_does_not_fit_is_done_again_by_halves():
             raise torch.OutOfMemoryError("no")
         return size
 
-    fit = Fit(20)
+    fit = AdaptiveBatch(20)
     assert fit(work) == 3
     assert tried == [20, 10, 5, 3]
     assert fit(work) == 3
@@ -235,10 +234,10 @@ def test_a_run_short_of_memory_ends_with_the_same_adapter(settings, tmp_path, mo
     plain = run(settings, iterations=3, minibatches=2, beta=0.1)
     network, decode = SD3Policy.network, SD3Policy.decode
 
-    def short(self, x, t, own):
+    def short(self, x, t, cond):
         if len(x) > (2 if torch.is_grad_enabled() else 3):
             raise torch.OutOfMemoryError("no")
-        return network(self, x, t, own)
+        return network(self, x, t, cond)
 
     def short_decode(self, x):
         if len(x) > 4:

@@ -38,26 +38,26 @@ def pairs(tmp_path_factory):
 def test_sizes_times_and_parameters_are_the_loaded_models(pairs, name):
     full, bare = pairs(name)
     size = FAMILIES[name].sizes[1]
-    real, told = policies.load(full, size=size), meta.load(bare, size=size)
-    assert type(real) is type(told)
-    assert (real.latent_shape, real.image_size) == (told.latent_shape, told.image_size)
-    assert torch.equal(real.times(7), told.times(7))
-    assert meta.weights(real) == meta.weights(told)
-    for policy in (real, told):
+    real, weightless = policies.load(full, size=size), meta.load(bare, size=size)
+    assert type(real) is type(weightless)
+    assert (real.latent_shape, real.image_size) == (weightless.latent_shape, weightless.image_size)
+    assert torch.equal(real.times(7), weightless.times(7))
+    assert meta.weights(real) == meta.weights(weightless)
+    for policy in (real, weightless):
         policy.attach_lora(4, 8.0, None, seed=0)
-    assert [p.shape for p in real.parameters()] == [p.shape for p in told.parameters()]
-    assert all(p.is_meta and p.dtype == torch.float32 for p in told.parameters())
+    assert [p.shape for p in real.parameters()] == [p.shape for p in weightless.parameters()]
+    assert all(p.is_meta and p.dtype == torch.float32 for p in weightless.parameters())
 
 
 @ALL
 def test_texts_have_the_shapes_of_the_loaded_models(pairs, name):
     full, bare = pairs(name)
-    real, told = policies.load(full), meta.load(bare)
-    own = real.encode(["a red circle"]).prompts
+    real, weightless = policies.load(full), meta.load(bare)
+    prompts = real.encode(["a red circle"]).prompts
     shapes = {**real.text_shapes()}
-    assert own.keys() == shapes.keys() == loading.placeholder_texts(told, 1).keys()
-    for key, value in own.items():
-        if "mask" in own and key in ("mask", "tokens"):  # as long as the text
+    assert prompts.keys() == shapes.keys() == loading.placeholder_texts(weightless, 1).keys()
+    for key, value in prompts.items():
+        if "mask" in prompts and key in ("mask", "tokens"):  # as long as the text
             assert value.shape[1] <= shapes[key][0]
             assert value.shape[2:] == shapes[key][1:]
         else:
@@ -79,10 +79,10 @@ def test_the_peak_is_the_allocators(pairs, monkeypatch, name):
     """Within a factor 1.3: kernels of the CPU have workspaces of their own, which weigh at these sizes."""
     full, bare = pairs(name)
     settings = {"guidance": FAMILIES[name].guidances[-1], "size": FAMILIES[name].sizes[0]}
-    real, told = policies.load(full, **settings), meta.load(bare, **settings)
-    for policy in (real, told):
+    real, weightless = policies.load(full, **settings), meta.load(bare, **settings)
+    for policy in (real, weightless):
         policy.attach_lora(4, 8.0, None, seed=0)
-    monkeypatch.setattr(told, "text_shapes", real.text_shapes)  # tiny tokenizers have short limits
+    monkeypatch.setattr(weightless, "text_shapes", real.text_shapes)  # tiny tokenizers have short limits
     texts = {
         key: torch.ones(value.shape, dtype=torch.long) if key == "mask" else torch.randn(value.shape)
         for key, value in loading.placeholder_texts(real, 1).items()
@@ -95,16 +95,16 @@ def test_the_peak_is_the_allocators(pairs, monkeypatch, name):
             if learn:
                 v.sum().backward()
 
-    found = {}
+    counts = {}
     for kind in ("rollout", "replay", "checkpointing"):
-        for policy in (real, told):
+        for policy in (real, weightless):
             policy.save_memory(gradients=kind == "checkpointing")
         for p in real.parameters():
             p.grad = torch.zeros_like(p)  # gradients of parameters are not part of it
-        found[kind] = meta.peak(told, learn=kind != "rollout")
-        assert 1 / 1.3 < found[kind] / allocated(partial(work, kind != "rollout")) < 1.3
-    assert found["rollout"] < found["checkpointing"] < found["replay"]
-    assert all(p.grad is None for p in told.parameters())
+        counts[kind] = meta.peak(weightless, learn=kind != "rollout")
+        assert 1 / 1.3 < counts[kind] / allocated(partial(work, kind != "rollout")) < 1.3
+    assert counts["rollout"] < counts["checkpointing"] < counts["replay"]
+    assert all(p.grad is None for p in weightless.parameters())
 
 
 BILLIONS = {

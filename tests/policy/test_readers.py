@@ -12,8 +12,8 @@ def test_a_text_is_read_up_to_where_its_policy_says(folders, name):
     policy = policies.load(folders(name))
     readers = policy.readers()
     encoders = [part for part in policy.pipe.components if part.startswith("text_encoder")]
-    assert [own.name for own in readers] == [part for part in encoders if getattr(policy.pipe, part) is not None]
-    longest = [next(n for n in range(2000) if own.cuts("a " * (n + 1))) for own in readers]
+    assert [reader.name for reader in readers] == [part for part in encoders if getattr(policy.pipe, part) is not None]
+    longest = [next(n for n in range(2000) if reader.cuts("a " * (n + 1))) for reader in readers]
     embedded = lambda n: policy.texts(["a " * n])["tokens"]  # noqa: E731
     most = max(longest)
     assert torch.equal(embedded(most + 40), embedded(most + 60))

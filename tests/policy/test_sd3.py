@@ -11,11 +11,12 @@ from tiny_policies import moved
 
 from mmalign import policy as policies
 from mmalign.flow import plan as plans
-from mmalign.flow.kernels import KERNELS
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.learn.loss import LOSSES
-from mmalign.learn.replay import Surrogate, transitions
 from mmalign.learn.update import update
+from mmalign.objectives.replay import Surrogate, transitions
+from mmalign.sampling.kernels import KERNELS
+from mmalign.seeds import gaussian, seed_of
 from mmalign.training.microbatch import AdaptiveBatch
 
 TEXTS = ["a red circle", "three green squares", "a blue triangle left of a yellow circle", 'the text "O H"']

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_vlm
 import torch
-from chats import CUT, HANG, Busy, chatting, picture, said
+from chats import CUT, HANG, Busy, chatting, completion, picture
 from judge_texts import FULL
 
 from reward_models import Prompt, load
@@ -31,7 +31,7 @@ def of(url, scorer="rational", **settings):
 
 
 def test_pictures_arrive_as_they_are_after_the_rules():
-    with chatting(lambda request: said(FULL)) as (url, requests):
+    with chatting(lambda request: completion(FULL)) as (url, requests):
         scorer = of(url, concurrency=1)
         scores = scorer(IMAGES, PROMPTS)
     assert scores.column("overall").tolist() == pytest.approx([0.75] * 8)
@@ -51,21 +51,21 @@ FAULTS = {
     "401": ((401, {}, {"error": {"message": "wrong key"}}), "the server answered 401: .*wrong key"),
     "404": ((404, {}, {"error": {"message": "no model m"}}), "the server answered 404: .*no model m"),
     "cut": (CUT, "cannot be reached: peer closed connection"),
-    "no choices": (said("x") | {"choices": []}, "no choices"),
-    "null choices": (said("x") | {"choices": None}, "no choices"),
+    "no choices": (completion("x") | {"choices": []}, "no choices"),
+    "null choices": (completion("x") | {"choices": None}, "no choices"),
     "refusal": (
-        said(None, message={"content": None, "refusal": "I will not"}),
+        completion(None, message={"content": None, "refusal": "I will not"}),
         "refused: I will not",
     ),
-    "empty": (said(""), "the reply is empty"),
-    "filtered": (said("x", finish_reason="content_filter"), "filter withheld"),
-    "no score": (said("I like it"), "no aspect has a score; .*; the reply begins 'I like it'"),
-    "cut off": (said("1. Text Faith", finish_reason="length"), "ran out of tokens"),
+    "empty": (completion(""), "the reply is empty"),
+    "filtered": (completion("x", finish_reason="content_filter"), "filter withheld"),
+    "no score": (completion("I like it"), "no aspect has a score; .*; the reply begins 'I like it'"),
+    "cut off": (completion("1. Text Faith", finish_reason="length"), "ran out of tokens"),
     "no JSON": ((200, {}, "<html>busy</html>"), "the answer makes no sense"),
     "other JSON": ((200, {}, [1, 2]), "no choices"),
-    "odd choices": (said("x") | {"choices": "abc"}, "the answer makes no sense"),
-    "no message": (said("x", message=None), "no message"),
-    "odd content": (said("x", message={"role": "assistant", "content": 7}), "the reply is not text but 7"),
+    "odd choices": (completion("x") | {"choices": "abc"}, "the answer makes no sense"),
+    "no message": (completion("x", message=None), "no message"),
+    "odd content": (completion("x", message={"role": "assistant", "content": 7}), "the reply is not text but 7"),
 }
 
 
@@ -75,7 +75,7 @@ def test_a_fault_costs_its_own_image_and_is_never_nought(name):
     bright = float(IMAGES[3].mean())
 
     def answer(request):
-        return fault if abs(np.asarray(picture(request)).mean() / 255 - bright) < 1e-6 else said(FULL)
+        return fault if abs(np.asarray(picture(request)).mean() / 255 - bright) < 1e-6 else completion(FULL)
 
     with chatting(answer) as (url, _):
         scores = of(url, timeout=3)(IMAGES, PROMPTS)
@@ -89,7 +89,7 @@ def test_a_fault_costs_its_own_image_and_is_never_nought(name):
 @pytest.mark.parametrize("first", [(429, {"Retry-After": "1"}, {}), (500, {}, {}), (503, {}, {}), CUT, HANG])
 def test_what_passes_is_tried_again(first):
     answers = iter([first])
-    with chatting(lambda request: next(answers, said(FULL))) as (url, requests):
+    with chatting(lambda request: next(answers, completion(FULL))) as (url, requests):
         began = time.perf_counter()
         scores = of(url, timeout=1, retries=2)(IMAGES[:1], PROMPTS[:1])
     assert not scores.failures
@@ -118,7 +118,7 @@ def test_no_more_requests_at_once_than_asked_for():
 
     def answer(request):
         with busy.one(0.05):
-            return said(FULL)
+            return completion(FULL)
 
     with chatting(answer) as (url, _):
         of(url, concurrency=3)(IMAGES, PROMPTS)
@@ -126,7 +126,7 @@ def test_no_more_requests_at_once_than_asked_for():
 
 
 def test_calls_have_a_budget():
-    with chatting(lambda request: said(FULL)) as (url, requests):
+    with chatting(lambda request: completion(FULL)) as (url, requests):
         scorer = of(url, max_calls=5, concurrency=1)
         scores = scorer(IMAGES, PROMPTS)
         assert sorted(scores.failures) == [5, 6, 7]
@@ -138,7 +138,7 @@ def test_calls_have_a_budget():
 
 def test_a_schema_is_offered_and_no_longer_where_it_is_not_taken():
     def answer(request):
-        return (400, {}, {"error": {"message": "no such form"}}) if "response_format" in request else said(FULL)
+        return (400, {}, {"error": {"message": "no such form"}}) if "response_format" in request else completion(FULL)
 
     with chatting(answer) as (url, requests):
         scorer = of(url, form="json", concurrency=1)
@@ -151,7 +151,7 @@ def test_odds_from_the_likeliest_words():
     def answer(request):
         assert request["top_logprobs"] == 20
         listed = TOP if "content" not in request["messages"][0]["content"][1]["text"] else TOP[:1]
-        return said("Yes", logprobs={"content": [TOP[0] | {"top_logprobs": listed}]})
+        return completion("Yes", logprobs={"content": [TOP[0] | {"top_logprobs": listed}]})
 
     with chatting(answer) as (url, _):
         scores = of(url, "vlm_yes_no", questions={"one": "Is it?", "two": "Is its content?"})(IMAGES[:1], PROMPTS[:1])
@@ -222,31 +222,31 @@ PARTS = [
 
 @pytest.mark.parametrize("content", [PARTS, [FULL], [{"type": "output_text", "text": FULL}]])
 def test_a_reply_in_parts_is_one_text(content):
-    with chatting(lambda request: said(None, message={"content": content})) as (url, _):
+    with chatting(lambda request: completion(None, message={"content": content})) as (url, _):
         scores = of(url)(IMAGES[:1], PROMPTS[:1])
     assert scores.column("overall").tolist() == pytest.approx([0.75])
     assert scores.replies == (FULL,)
 
 
 WITHOUT = {
-    "reasoning of one server": (said(None, message={"content": None, "reasoning_content": "hm, 3"}), "only reasoning"),
+    "reasoning of one server": (completion(None, message={"content": None, "reasoning_content": "hm, 3"}), "only reasoning"),
     "reasoning of another": (
-        said(None, message={"content": "", "reasoning": "hm, 3"}, finish_reason="length"),
+        completion(None, message={"content": "", "reasoning": "hm, 3"}, finish_reason="length"),
         "only reasoning because it ran out of tokens",
     ),
-    "reasoning in parts": (said(None, message={"content": [{"type": "thinking", "thinking": "3"}]}), "only reasoning"),
-    "no parts": (said(None, message={"content": []}), "the reply is empty"),
-    "a picture": (said(None, message={"content": [{"type": "image_url"}]}), "not text but {'type': 'image_url'}"),
+    "reasoning in parts": (completion(None, message={"content": [{"type": "thinking", "thinking": "3"}]}), "only reasoning"),
+    "no parts": (completion(None, message={"content": []}), "the reply is empty"),
+    "a picture": (completion(None, message={"content": [{"type": "image_url"}]}), "not text but {'type': 'image_url'}"),
     "a refusal in parts": (
-        said(None, message={"content": [{"type": "refusal", "refusal": "I will not"}]}), "refused: I will not",
+        completion(None, message={"content": [{"type": "refusal", "refusal": "I will not"}]}), "refused: I will not",
     ),
-    "a number in parts": (said(None, message={"content": [7]}), "not text but 7"),
+    "a number in parts": (completion(None, message={"content": [7]}), "not text but 7"),
     "a web page": ((200, {"Content-Type": "text/html"}, "<html>log in</html>"), "200 with no JSON: '<html>log in"),
     "an event stream": (
         (200, {"Content-Type": "text/event-stream"}, 'data: {"choices": []}'),
-        "status 200 with an event stream, where one answer was asked for: 'data: ",
+        "status 200 with an event stream instead of one answer: 'data: ",
     ),
-    "an error with 200": (said("x") | {"choices": None, "error": {"message": "no GPU"}}, "begins .*no GPU"),
+    "an error with 200": (completion("x") | {"choices": None, "error": {"message": "no GPU"}}, "begins .*no GPU"),
     "a redirect": ((308, {"Location": "https://elsewhere.example/v1"}, ""), "answered 308 .it points to https://elsewhere"),
     "an unknown path": ((404, {}, {"detail": "Not Found"}), "the server answered 404: .*Not Found"),
 }  # fmt: skip
@@ -280,7 +280,7 @@ def refusing(*names: str, status: int = 400):
         for name in names:
             if name in request:
                 return status, {}, {"error": {"message": f"Unsupported parameter: '{name}' is not supported"}}
-        return said(FULL)
+        return completion(FULL)
 
     return answer
 
@@ -320,7 +320,7 @@ def test_a_server_without_temperatures_is_asked_without_and_that_is_said():
 
 def test_a_server_that_fails_on_a_schema_is_tried_once_without():
     def answer(request):
-        return (500, {}, {"error": {"message": "grammar"}}) if "response_format" in request else said(FULL)
+        return (500, {}, {"error": {"message": "grammar"}}) if "response_format" in request else completion(FULL)
 
     with chatting(answer) as (url, requests):
         scorer = of(url, form="json", concurrency=1, retries=3)
@@ -334,7 +334,10 @@ def test_what_the_server_may_list_of_odds_is_checked():
         [{"token": "Yes", "logprob": 1e308}, {"token": "No", "logprob": 0}], {"a": 1},
     ]  # fmt: skip
     answers = iter(bad)
-    with chatting(lambda request: said("Yes", logprobs={"content": [{"top_logprobs": next(answers)}]})) as (url, _):
+    with chatting(lambda request: completion("Yes", logprobs={"content": [{"top_logprobs": next(answers)}]})) as (
+        url,
+        _,
+    ):
         scorer = of(url, "vlm_yes_no", questions={"one": "Is it?"})
         for _ in bad:
             assert "the answer makes no sense" in scorer(IMAGES[:1], PROMPTS[:1]).failures[0]

@@ -36,8 +36,8 @@ def test_a_request_stays_one_quoted_line_of_the_question(scorer, text):
     wants = WANTS if scorer == "checklist" else {}
     made(IMAGES[:2], [Prompt(text, wants, 1)] * 2)
     other(IMAGES[:2], [Prompt("a cat", wants, 1)] * 2)
-    assert len(judge.asked) == len(plain.asked) > 0
-    for one, two in zip(judge.asked, plain.asked, strict=True):
+    assert len(judge.questions) == len(plain.questions) > 0
+    for one, two in zip(judge.questions, plain.questions, strict=True):
         assert one.system == two.system
         assert one.text.replace(quoted(text), '"a cat"') == two.text
         assert [isinstance(part, str) for part in one.parts] == [isinstance(part, str) for part in two.parts]
@@ -59,8 +59,8 @@ def test_criteria_with_words_of_a_picture_stay_quoted():
     made, judge = judged("checklist", lambda question: '{"1": true}')
     scores = made(IMAGES[:1], [Prompt("a sign", wants)])
     assert scores.column("share").tolist() == [1.0]
-    assert [len(question.parts) for question in judge.asked] == [2]
-    assert sum(line.startswith("2.") for line in judge.asked[0].text.splitlines()) == 0
+    assert [len(question.parts) for question in judge.questions] == [2]
+    assert sum(line.startswith("2.") for line in judge.questions[0].text.splitlines()) == 0
 
 
 def test_rational_has_aspects_critique_and_request():
@@ -87,10 +87,10 @@ def test_an_edit_is_shown_before_and_after(tmp_path):
     made, judge = judged("rational", lambda question: FULL, task="edit")
     wants = [{"source": str(tmp_path / "before.png")}, {}, {"source": str(tmp_path / "gone.png")}]
     scores = made(IMAGES[:3], [Prompt("make it red", want) for want in wants])
-    pictures = [part for part in judge.asked[0].parts if not isinstance(part, str)]
+    pictures = [part for part in judge.questions[0].parts if not isinstance(part, str)]
     assert torch.equal(pictures[0], IMAGES[3])
     assert torch.equal(pictures[1], IMAGES[0])
-    assert len(judge.asked) == 1
+    assert len(judge.questions) == 1
     assert "'source'" in scores.failures[1]
     assert "gone.png: cannot be read" in scores.failures[2]
     assert scores.values[1:].isnan().all()
@@ -143,7 +143,7 @@ def test_log_odds_by_question():
     assert scores.values[0, 0] == 2
     assert scores.values[0, 1].isnan()
     assert scores.failures == {0: "all: not among the likeliest words"}
-    assert [question.text.count('"a cat"') for question in judge.asked] == [1, 1]
+    assert [question.text.count('"a cat"') for question in judge.questions] == [1, 1]
 
 
 def test_rules_make_criteria_of_ground_truth():
@@ -169,7 +169,7 @@ def test_a_checklist_counts_by_weight_and_by_what_depends_on_what():
     }
     made, judge = judged("checklist", lambda question: json.dumps(reply), grid=2)
     assert "criterion 4 has no answer" in made(IMAGES[:1], [Prompt("a cat", {"criteria": criteria})]).failures[0]
-    judge.asked.clear()
+    judge.questions.clear()
     scores = made(IMAGES[:1], [Prompt("a red cat at night", {"criteria": criteria[:3]})])
     share = dict(zip(scores.names, scores.values[0].tolist(), strict=True))
     assert share["share"] == pytest.approx(2 / (3 + 1 + 2))
@@ -179,7 +179,7 @@ def test_a_checklist_counts_by_weight_and_by_what_depends_on_what():
     assert scores.requests == ("a red cat at night; a cat, a red cat",)
     assert scores.boxes[0][0].credit == -1
     assert scores.regions[0, :, 0].eq(-1).all()
-    assert len(judge.asked) == 1
+    assert len(judge.questions) == 1
 
 
 def test_criteria_are_written_once_per_prompt_and_kept(tmp_path):
@@ -219,7 +219,7 @@ def test_bad_criteria_fail_their_prompt_alone(criteria, says):
     assert list(scores.failures) == [0]
     assert says in scores.failures[0]
     assert scores.values[1, 0] == 1
-    assert len(judge.asked) == 1
+    assert len(judge.questions) == 1
 
 
 def brightest(question):
@@ -249,7 +249,7 @@ def test_a_judge_that_prefers_a_side_wins_nothing_by_it():
     many = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
     random(many, [Prompt("x", {}, 1)] * 24)
     place = {image.numpy().tobytes(): i for i, image in enumerate(many)}
-    shown = [[place[part.numpy().tobytes()] for part in q.parts if not isinstance(part, str)] for q in judge.asked]
+    shown = [[place[part.numpy().tobytes()] for part in q.parts if not isinstance(part, str)] for q in judge.questions]
     assert 0.4 < sum(one < two for one, two in shown) / len(shown) < 0.6
 
 

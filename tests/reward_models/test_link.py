@@ -10,13 +10,13 @@ import urllib.parse
 
 import pytest
 import torch
-from chats import chatting, said
+from chats import chatting, completion
 from hostile import ANSWERS, SELF_SIGNED, sending
 from hypothesis import given, settings, strategies as st
 
 from reward_models import Prompt, limits, load
 from reward_models.service import http as link
-from reward_models.service.http import Fault, Link, striking, struck
+from reward_models.service.http import Fault, Link, redacted, redactor
 
 KEY = 'sk-"hush/+ &<é>\\'.replace("é", "e")
 
@@ -97,7 +97,7 @@ def test_a_proxy_that_cannot_be_used_is_told_in_one_line(monkeypatch, variable, 
 
 @pytest.mark.parametrize("token", ["a\nb", "é", " ab", "ab ", "\0"])
 def test_a_token_that_no_header_can_hold_is_refused(token):
-    with pytest.raises(ValueError, match="no HTTP header"):
+    with pytest.raises(ValueError, match="not allowed in an HTTP header"):
         Link("http://127.0.0.1:8", token, 1, 0)
 
 
@@ -131,21 +131,21 @@ VISIBLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=4
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 def test_a_secret_is_struck_out_in_any_form(key, form, before, after):
     written = FORMS[form](key)
-    struck = striking(key)(f"{before}|{written}|{after}")
-    assert written not in struck.replace("...", "")
-    assert "..." in struck
+    found = redactor(key)(f"{before}|{written}|{after}")
+    assert written not in found.replace("...", "")
+    assert "..." in found
 
 
 @given(VISIBLE, st.text(max_size=60))
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 def test_a_text_without_the_secret_is_left_as_it_is(key, text):
-    strike = striking(f"{key}é"[:-1] + "~~~~")
+    strike = redactor(f"{key}é"[:-1] + "~~~~")
     assert strike(text) == text or "~" in text
 
 
 def test_what_strikes_takes_time_in_proportion_to_the_text():
     """Runs of what a form may begin with: a search that goes back over them would not end."""
-    strike = striking(KEY)
+    strike = redactor(KEY)
     for run in ("\\", "%25", "&#0", "&#x0", KEY[:-1], "s", "\\u00"):
         assert strike(run * (10**6 // len(run)) + KEY).endswith("...")
 
@@ -155,9 +155,9 @@ def test_a_key_that_a_judge_repeats_reaches_nobody(form):
     written = FORMS[form](KEY)
     reply = f"1. Text Faithfulness: 3\nJustification: {written}\n2. Image Quality: 3\n3. Physical Quality: N/A\n"
     bodies = [
-        said(reply),
-        said(None, message={"content": None, "refusal": written}),
-        said(None, message={"content": {written: written}}),
+        completion(reply),
+        completion(None, message={"content": None, "refusal": written}),
+        completion(None, message={"content": {written: written}}),
         {written: written},
         (401, {}, {"error": {"message": f"Incorrect API key: {written}"}}),
         (307, {"Location": f"https://elsewhere.example/{written}".replace("\n", "")}, {}),
@@ -176,7 +176,7 @@ def test_a_key_that_a_judge_repeats_reaches_nobody(form):
 
 def test_words_of_an_answer_are_struck_wherever_they_stand():
     value = {"a hush": ["hush", 1, None, {"b": "say hush"}], "c": 2.5}
-    assert struck(value, striking("hush")) == {"a ...": ["...", 1, None, {"b": "say ..."}], "c": 2.5}
+    assert redacted(value, redactor("hush")) == {"a ...": ["...", 1, None, {"b": "say ..."}], "c": 2.5}
 
 
 def test_nobody_listens():

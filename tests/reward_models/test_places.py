@@ -44,7 +44,7 @@ def test_scores_map_and_reason(judge):
     torch.testing.assert_close(scores.regions[0], torch.tensor([[1, -0.5], [1, nan]]), equal_nan=True)
     assert [box.label for box in scores.boxes[0]] == ["1 cat", ""]
     assert scores.critiques[0] == "well laid out"
-    texts = [question_text(question) for question in judge_model.asked]
+    texts = [question_text(question) for question in judge_model.questions]
     assert len(texts) == 6
     assert sum(map(is_whole, texts)) == 3
     assert all("pixels of the picture" in text for text in texts if not is_whole(text))
@@ -55,7 +55,7 @@ def test_scores_map_and_reason(judge):
 def test_a_prompt_cannot_change_the_question(judge):
     scorer, judge_model = judge(lambda text: WHOLE if is_whole(text) else "[]")
     scorer(IMAGES, PROMPTS)
-    assert sum('"a dog {regions} {coordinates} {prompt}"' in question.text for question in judge_model.asked) == 2
+    assert sum('"a dog {regions} {coordinates} {prompt}"' in question.text for question in judge_model.questions) == 2
 
 
 def test_no_region_is_no_opinion(judge):
@@ -98,7 +98,7 @@ def test_proposed_regions_are_put_to_the_judge_by_number(judge, tmp_path):
         areas = [(box.box[2] - box.box[0]) * (box.box[3] - box.box[1]) for box in boxes]
         assert areas == sorted(areas, reverse=True)
         assert len(boxes) <= 10
-    assert all("{regions}" not in question.text or "dog" in question.text for question in judge_model.asked)
+    assert all("{regions}" not in question.text or "dog" in question.text for question in judge_model.questions)
 
 
 def test_a_real_model_that_babbles_fails_honestly(tmp_path):

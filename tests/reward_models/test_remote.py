@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 from PIL import Image
-from services import INFO, Crowd, Faulty, Mean, asked, plain, running, start
+from services import INFO, Crowd, Faulty, Mean, drawings, plain, running, start
 
 from reward_models import Prompt, limits, load
 from reward_models.images import from_pil, to_uint8
@@ -40,7 +40,7 @@ def faulty():
 
 @pytest.mark.parametrize("name", ["jpeg_size", "shapes", "clip", "image_stats"])
 def test_remote_scores_are_the_local_ones(name):
-    images, prompts = asked(9)
+    images, prompts = drawings(9)
     local = load(name)
     prompts[8] = Prompt("without truth", {}, 8)
     with running({name: local}) as url:
@@ -57,7 +57,7 @@ def test_remote_scores_are_the_local_ones(name):
 
 def test_the_contract_holds_from_afar():
     """Order, no neighbours, broken images, no images: as any other scorer."""
-    images, prompts = asked(7)
+    images, prompts = drawings(7)
     with running({"shapes": load("shapes"), "mean": Mean()}) as url:
         remote = Remote(url, batch=3)
         whole = remote(images, prompts).values
@@ -85,7 +85,7 @@ def test_the_card_changes_with_the_service():
 
 
 def test_prompts_and_pixels_arrive_as_they_are(faulty):
-    images, prompts = asked(5)
+    images, prompts = drawings(5)
     prompts[4] = Prompt("é 猫 \n", {"a": [1, 2.5, None, {"b": True}]}, -(2**63))
     Remote(faulty.url, batch=2, workers=1)(images, prompts)
     sent = [(prompt, png) for ask in faulty.asks for prompt, png in zip(ask["prompts"], ask["images"], strict=True)]
@@ -186,7 +186,7 @@ def test_an_answer_without_an_end_is_cut(faulty, monkeypatch):
     assert scores.failures == {0: "the answer is larger than 10000 bytes"}
     faulty.reply = lambda sent: (200, {}, (time.sleep(0.05) or b" " for _ in repeat(0)))
     scores = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
-    assert scores.failures == {0: "no whole answer within 0.4 s"}
+    assert scores.failures == {0: "no complete answer within 0.4 s"}
 
 
 def test_a_service_that_hangs_or_hangs_up_is_a_reason(faulty):
@@ -235,7 +235,7 @@ def test_the_breaker_spares_a_service_that_is_down_and_tries_again_later(faulty,
     scores = remote(plain([0.1] * 8), FINE)
     assert len(faulty.asks) == 3
     assert scores.values.isnan().all()
-    assert scores.failures[7] == "not asked, since 3 requests in a row failed; the last: the service answered 500"
+    assert scores.failures[7] == "not sent, because 3 requests in a row failed; the last: the service answered 500"
     clock[0] = 0.35
     remote(plain([0.1] * 4), FINE[:4])
     assert len(faulty.asks) == 4  # one trial
@@ -343,8 +343,8 @@ def test_the_token_comes_from_the_environment_and_is_told_to_nobody(monkeypatch,
         (dict(url="http://127.0.0.1:9"), "http://127.0.0.1:9: cannot be reached"),
         (dict(url="nonsense"), "remote: nonsense"),
         (dict(url="http://user:password@127.0.0.1"), "a URL with a password in it"),
-        (dict(batch=0), "batch, workers, faults and timeout are above 0"),
-        (dict(scorers=["clap"]), "it has clip; asked for clap"),
+        (dict(batch=0), "batch, workers, faults and timeout must be above 0"),
+        (dict(scorers=["clap"]), "it has clip; requested: clap"),
     ],
 )
 def test_a_service_that_is_not_there_is_told_in_one_line(faulty, settings, says):
@@ -355,7 +355,7 @@ def test_a_service_that_is_not_there_is_told_in_one_line(faulty, settings, says)
 
 def test_something_else_that_answers_is_no_service(faulty, monkeypatch):
     monkeypatch.setitem(INFO, "limits", "none")
-    with pytest.raises(ValueError, match="what answers there is no reward service"):
+    with pytest.raises(ValueError, match="this is not a reward service"):
         Remote(faulty.url)
 
 

@@ -22,7 +22,7 @@ import pytest
 import schemathesis
 from corpus import requests
 from hypothesis import given, strategies as st
-from services import Crowd, Mean, ask, asked, encoded, plain, running, start
+from services import Crowd, Mean, ask, drawings, encoded, plain, running, start
 from starlette.testclient import TestClient
 
 from reward_models import Prompt, limits, load, scoring
@@ -66,7 +66,7 @@ def png(width: int, height: int, data: bytes = b"") -> str:
 
 
 def test_every_image_has_its_scores_reasons_and_critiques(client):
-    images, prompts = asked(4)
+    images, prompts = drawings(4)
     answer = client.post("/score", json=ask(images, [*prompts[:3], Prompt("no truth")])).json()
     local = load("shapes")(images, prompts)
     assert answer["names"] == {"mean": ["mean"], "shapes": ["strict", "partial"]}
@@ -136,10 +136,10 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("[]", 422, "body: Input should be a valid dictionary"),
         (GOOD.replace('"images"', '"image"'), 422, "body.images: Field required"),
         (json.dumps(ask([plain([0.5])[0]], [Prompt("a")] * 2)), 422, "1 images but 2 prompts"),
-        (json.dumps(ask(["x"] * 9)), 422, "9 images in one request; at most 8 are taken"),
+        (json.dumps(ask(["x"] * 9)), 422, "9 images in one request; at most 8 are accepted"),
         (GOOD[:-1] + ', "more": 1}', 422, "body.more: Extra inputs are not permitted"),
         (GOOD[:-1] + ', "\\ud800": 1}', 422, "body: "),
-        (GOOD[:-1] + ', "scorers": ["clap"]}', 422, "no scorer called 'clap'; there are mean, shapes"),
+        (GOOD[:-1] + ', "scorers": ["clap"]}', 422, "no scorer called 'clap'; known: mean, shapes"),
         (GOOD.replace('"id": 0', '"id": "0"'), 422, "body.prompts.0.id: Input should be a valid integer"),
         (GOOD.replace('"id": 0', '"id": NaN'), 422, "body.prompts.0.id: Input should be a valid integer"),
         (GOOD.replace('"id": 0', f'"id": {2**63}'), 422, "body.prompts.0.id: Input should be less than"),
@@ -224,7 +224,7 @@ def test_a_full_queue_says_when_to_come_again():
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org"])
 def test_a_host_that_others_reach_needs_a_token(host):
-    with pytest.raises(ValueError, match=f"others can reach host {host}: set a token"):
+    with pytest.raises(ValueError, match=f"other machines can reach host {host}: set a token"):
         serve.serve({"mean": Mean()}, host=host)
 
 
@@ -409,7 +409,7 @@ def test_a_service_that_ends_takes_no_more_and_says_so():
     with TestClient(service) as client:
         assert client.post("/score", json=ask(plain([0.5]))).status_code == 200
     answer = TestClient(service).post("/score", json=ask(plain([0.5])))
-    assert (answer.status_code, answer.json()["detail"]) == (503, "the service is ending")
+    assert (answer.status_code, answer.json()["detail"]) == (503, "the service is shutting down")
 
 
 # ------------------------------------------------------------------------------------------------------ hostile callers
@@ -535,7 +535,7 @@ def test_bodies_are_bounded_together_whoever_sends_them(monkeypatch):
         halves = [beginning(url, part), beginning(url, part)]
         until(lambda: httpx.post(f"{url}/score", content=b" " * 40_000).status_code == 503)
         refused = httpx.post(f"{url}/score", content=b" " * 40_000)
-        assert refused.json() == {"detail": "too much is being sent at once"}
+        assert refused.json() == {"detail": "too much data is being sent at once"}
         assert refused.headers["Retry-After"] == "1"
         for half in halves:
             half.close()
@@ -560,7 +560,7 @@ def test_connections_are_bounded(monkeypatch):
     ("bound", "value", "status", "says"),
     [
         ("VALUES", 5, 413, "a request has at most 5 values"),
-        ("TOGETHER", 127, 422, "128 pixels in one request; at most 127 are taken"),
+        ("TOGETHER", 127, 422, "128 pixels in one request; at most 127 are accepted"),
         ("QUEUED", 127, 503, "0 images are waiting"),
     ],
 )

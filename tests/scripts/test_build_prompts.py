@@ -34,7 +34,7 @@ def test_both_lists_of_a_kind_differ_in_texts_and_ids(kind):
 
 
 def test_geneval_can_judge_every_request():
-    for p in [p for own in read("geneval").values() for p in own]:
+    for p in [p for prompts in read("geneval").values() for p in prompts]:
         assert checked(p.wants, COCO, PALETTE)
         assert not p.text.startswith("a photo of")  # the benchmark's wording
         for item in p.wants["include"]:
@@ -43,9 +43,9 @@ def test_geneval_can_judge_every_request():
 
 
 def test_no_pair_of_objects_in_a_relation_is_in_both_lists():
-    def pairs(own):
-        found = [p.wants["include"] for p in own if p.wants["tag"] == "position"]
-        return {frozenset(item["class"] for item in include) for include in found}
+    def pairs(prompts):
+        positions = [p.wants["include"] for p in prompts if p.wants["tag"] == "position"]
+        return {frozenset(item["class"] for item in include) for include in positions}
 
     train, held_out = read("geneval").values()
     assert len(pairs(held_out)) == 17
@@ -53,6 +53,6 @@ def test_no_pair_of_objects_in_a_relation_is_in_both_lists():
 
 
 def test_no_phrase_is_written_in_both_lists():
-    train, held_out = ({tuple(wanted(p)) for p in own} for own in read("ocr").values())
+    train, held_out = ({tuple(wanted(p)) for p in prompts} for prompts in read("ocr").values())
     assert (len(train), len(held_out)) == (400, 100)
     assert not train & held_out

@@ -20,5 +20,5 @@ class Careless:
             (Region((0, 0, size[1] / 2, size[0] * (2 if i % self.every == 1 else 1)), -((-1.0) ** i), "it"),)
             for i in range(len(images))
         ]
-        maps = torch.stack([paint(own, size, (4, 4)) for own in boxes])
+        maps = torch.stack([paint(box, size, (4, 4)) for box in boxes])
         return Scores(self.names, torch.arange(len(images)).float()[:, None], regions=maps, boxes=tuple(boxes))

@@ -16,8 +16,8 @@ CUT = object()  # the connection ends in the middle of the body
 HANG = object()  # no answer
 
 
-def said(text: str | None, **more: Any) -> dict[str, Any]:
-    """A whole answer."""
+def completion(text: str | None, **more: Any) -> dict[str, Any]:
+    """A complete answer."""
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}} | more
     usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
     return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
@@ -47,13 +47,13 @@ def chatting(answer: Callable[[dict[str, Any]], Any]) -> Iterator[tuple[str, lis
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append(request)
-            found = answer(request)
-            if found is HANG:
+            reply = answer(request)
+            if reply is HANG:
                 ended.wait(20)
                 self.close_connection = True
                 return
             status, headers, body = (
-                found if isinstance(found, tuple) else (200, {}, said("x") if found is CUT else found)
+                reply if isinstance(reply, tuple) else (200, {}, completion("x") if reply is CUT else reply)
             )
             data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
             self.send_response(status)
@@ -62,8 +62,8 @@ def chatting(answer: Callable[[dict[str, Any]], Any]) -> Iterator[tuple[str, lis
             ).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(data[: len(data) // 2] if found is CUT else data)
-            self.close_connection = found is CUT
+            self.wfile.write(data[: len(data) // 2] if reply is CUT else data)
+            self.close_connection = reply is CUT
 
         def log_message(self, *args):
             pass

@@ -79,7 +79,7 @@ ANSWERS: dict[str, tuple[Callable[[], Iterator[bytes]], float, str]] = {
     "promises of an answer": (lambda: repeat(b"HTTP/1.1 100 Continue\r\n\r\n"), 0.01, "no answer within"),
     "promises of an answer, at once": (lambda: repeat(b"HTTP/1.1 100 Continue\r\n\r\n" * 99), 0.0, "no answer within"),
     "a body, a letter at a time": (
-        lambda: chain([HEAD + b"Content-Length: 99999\r\n\r\n"], repeat(b" ")), 0.05, "no whole answer within",
+        lambda: chain([HEAD + b"Content-Length: 99999\r\n\r\n"], repeat(b" ")), 0.05, "no complete answer within",
     ),
     "a body without end": (lambda: chain([HEAD + b"\r\n"], repeat(b" " * 65536)), 0.0, "larger than"),
     "chunks without end": (
@@ -88,16 +88,16 @@ ANSWERS: dict[str, tuple[Callable[[], Iterator[bytes]], float, str]] = {
     ),
     "chunks of one letter": (
         lambda: chain([HEAD + b"Transfer-Encoding: chunked\r\n\r\n"], repeat(b"1\r\n \r\n")), 0.05,
-        "no whole answer within",
+        "no complete answer within",
     ),
     "a chunk's size without end": (
         lambda: chain([HEAD + b"Transfer-Encoding: chunked\r\n\r\n"], repeat(b"0" * 999)), 0.0, "cannot be reached",
     ),
     "gzip that was not asked for": (
-        lambda: iter([HEAD + b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc"]), 0.0, "encoded .gzip.",
+        lambda: iter([HEAD + b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc"]), 0.0, "an encoding .gzip.",
     ),
     "two encodings": (
-        lambda: iter([HEAD + b"Content-Encoding: br, gzip\r\nContent-Length: 3\r\n\r\nabc"]), 0.0, "encoded .br, gzip.",
+        lambda: iter([HEAD + b"Content-Encoding: br, gzip\r\nContent-Length: 3\r\n\r\nabc"]), 0.0, "encoding .br, gzip.",
     ),
     "an answer after which nothing is true": (
         lambda: iter([HEAD + b"Content-Length: 20\r\n\r\n{}"]), 0.0, "cannot be reached",
@@ -108,7 +108,7 @@ ANSWERS: dict[str, tuple[Callable[[], Iterator[bytes]], float, str]] = {
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nContent-Length: 13\r\n\r\n"
             b'data: {"a":1}'
         ]),
-        0.0, "status 200 with an event stream, where one answer was asked for: 'data:",
+        0.0, "status 200 with an event stream instead of one answer: 'data:",
     ),
     "a web page": (
         lambda: iter([b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 15\r\n\r\n<p>log in</p>  "]),

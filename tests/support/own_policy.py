@@ -24,15 +24,15 @@ class Spoilt(Mine):
         return SD3Policy.load.__func__(cls, os.environ["MODEL"], **settings)
 
     def velocity(self, x, t, cond, index):
-        found = super().velocity(x, t, cond, index)
+        velocity = super().velocity(x, t, cond, index)
         self.learnt += torch.is_grad_enabled()
         here = torch.is_grad_enabled() and self.learnt == 2 and os.environ.get("RANK", "1") == "1"
-        return self.spoil(found) if here else found
+        return self.spoil(velocity) if here else velocity
 
-    def spoil(self, found):
-        return found * torch.nan
+    def spoil(self, velocity):
+        return velocity * torch.nan
 
 
 class Broken(Spoilt):
-    def spoil(self, found):
+    def spoil(self, velocity):
         raise ArithmeticError("the replay broke")

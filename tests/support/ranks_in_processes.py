@@ -22,30 +22,31 @@ def learn(settings: dict) -> dict[str, torch.Tensor]:
     """Advantages, gradients, the numbers of each iteration, and the adapter at the end."""
     from mmalign import train
     from mmalign.config import load as configs
+    from mmalign.objectives.advantage import Advantage
     from mmalign.training.setup import open_session
 
-    run, kept, credit = open_session(configs.build(settings, "test")), {}, train.advantages
+    run, tensors, credit = open_session(configs.build(settings, "test")), {}, Advantage.__call__
 
-    def seen(*args):
-        kept[f"advantage/{len(kept)}"] = found = credit(*args)
-        return found
+    def recorded(*args):
+        tensors[f"advantage/{len(tensors)}"] = advantage = credit(*args)
+        return advantage
 
     def step(optimizer, *_):
         grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        kept[f"gradient/{len(kept)}"] = torch.cat([torch.empty(0), *grads])  # DeepSpeed leaves none where it was
+        tensors[f"gradient/{len(tensors)}"] = torch.cat([torch.empty(0), *grads])  # DeepSpeed leaves none where it was
 
-    train.advantages = seen
-    run.optimizer.register_step_pre_hook(step)
+    Advantage.__call__ = recorded
+    run.learner.optimizer.register_step_pre_hook(step)
     try:
         for i in range(run.config.iterations):
             row = train.iterate(run, i)
             row = {key: value for key, value in row.items() if "second" not in key}
-            kept |= {f"row/{i}/{key}": torch.tensor([float(value)]) for key, value in row.items()}
+            tensors |= {f"row/{i}/{key}": torch.tensor([float(value)]) for key, value in row.items()}
     finally:
-        train.advantages = credit
-    for name, own in (("adapter", run.policy.adapter()), ("ema", run.ema)):
-        kept |= {f"{name}/{key}": value for key, value in own.items()}
-    return {key: value.contiguous() for key, value in kept.items()}
+        Advantage.__call__ = credit
+    for name, matrices in (("adapter", run.policy.adapter()), ("ema", run.learner.ema)):
+        tensors |= {f"{name}/{key}": value for key, value in matrices.items()}
+    return {key: value.contiguous() for key, value in tensors.items()}
 
 
 def ending(settings: dict, resume: bool) -> list:
@@ -76,18 +77,18 @@ def launch(
     common |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
     started = []
     for rank in range(size):
-        own = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         with (folder / f"out-{rank}").open("w") as out, (folder / f"err-{rank}").open("w") as err:
             command = [sys.executable, __file__, str(folder)]
-            started.append(subprocess.Popen(command, stdout=out, stderr=err, env=own))
+            started.append(subprocess.Popen(command, stdout=out, stderr=err, env=environment))
     try:
         codes = [process.wait(timeout=seconds) for process in started]
     finally:
         for process in started:
             process.kill()
-    found = {f.stem: load_file(f) for f in folder.glob("*.safetensors")}
+    results = {f.stem: load_file(f) for f in folder.glob("*.safetensors")}
     ended = [{f.stem: json.loads(f.read_text()) for f in folder.glob(f"*.{rank}")} for rank in range(size)]
-    return found, ended, [(folder / f"out-{rank}").read_text() for rank in range(size)], codes
+    return results, ended, [(folder / f"out-{rank}").read_text() for rank in range(size)], codes
 
 
 def main(folder: Path) -> None:
@@ -98,9 +99,9 @@ def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     learnt, runs = json.loads((folder / "jobs.json").read_text())
     for name, settings in learnt.items():
-        found = learn(settings)
+        result = learn(settings)
         if rank == 0:
-            save_file(found, folder / f"{name}.safetensors")
+            save_file(result, folder / f"{name}.safetensors")
     for name, (settings, resume) in runs.items():
         (folder / f"{name}.{rank}").write_text(json.dumps(ending(settings, resume)))
 

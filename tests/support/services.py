@@ -33,7 +33,7 @@ from reward_models.shapes_world import caption, draw, requests
 # ------------------------------------------------------------------------------------------------------------- material
 
 
-def asked(count: int, seed: int = 0) -> tuple[torch.Tensor, list[Prompt]]:
+def drawings(count: int, seed: int = 0) -> tuple[torch.Tensor, list[Prompt]]:
     """Images of the embedded world and their prompts, with noise that only rounding to 8 bits makes a PNG."""
     rng = np.random.default_rng(seed)
     wants = [requests()[i] for i in rng.integers(len(requests()), size=count)]
@@ -94,7 +94,7 @@ class Crowd:
 
     def __call__(self, images, prompts):
         groups = [(p.id, p.text) for p in prompts]
-        return Scores(self.names, torch.tensor([[groups.count(own), len(set(groups))] for own in groups]).float())
+        return Scores(self.names, torch.tensor([[groups.count(group), len(set(groups))] for group in groups]).float())
 
 
 # ------------------------------------------------------------------------------------------------------------- services
@@ -122,8 +122,8 @@ def start(**settings: Any) -> tuple[subprocess.Popen, str]:
     log = []
     for line in process.stderr:
         log.append(line)
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-            return process, found[0]
+        if match := re.search(r"http://127\.0\.0\.1:\d+", line):
+            return process, match[0]
     raise RuntimeError("".join(log))
 
 
@@ -162,11 +162,11 @@ class Faulty:
             def do_POST(self):
                 sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 faulty.asks.append(sent)
-                found = faulty.reply(sent | {"authorization": self.headers["Authorization"]})
-                if found is None:
+                answer = faulty.reply(sent | {"authorization": self.headers["Authorization"]})
+                if answer is None:
                     self.close_connection = True
                 else:
-                    self._send(*found)
+                    self._send(*answer)
 
             def _send(self, status, headers, body):
                 self.send_response(status)

@@ -18,9 +18,9 @@ class Slow(Shapes):
 
     def __call__(self, images, prompts):
         self.wait(self.answered)
-        found = super().__call__(images, prompts)
+        scores = super().__call__(images, prompts)
         self.answered += 1
-        return found
+        return scores
 
 
 class Full:
@@ -33,7 +33,7 @@ class Full:
         from reward_models.scoring import each
 
         def look(some, whose):
-            base = torch.tensor([0.98 if own.id % 2 == 0 else 0.5 for own in whose])
+            base = torch.tensor([0.98 if prompt.id % 2 == 0 else 0.5 for prompt in whose])
             return (base + 0.01 * some.mean((1, 2, 3)))[:, None]
 
         return each(images, prompts, self.names, look)

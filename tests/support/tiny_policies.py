@@ -5,10 +5,11 @@ from tiny_pipelines import FAMILIES, STEPS
 
 from mmalign import policy as policies
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import gaussian, sample
+from mmalign.flow.sample import sample
+from mmalign.seeds import gaussian
 
 TEXTS = ["a red circle", "three green squares", "a cross"]
-CASES = [(name, guidance) for name, own in FAMILIES.items() for guidance in own.guidances]
+CASES = [(name, guidance) for name, family in FAMILIES.items() for guidance in family.guidances]
 
 
 def opened(folders, name, guidance, size=None):
@@ -18,7 +19,7 @@ def opened(folders, name, guidance, size=None):
 def latents(policy, batch=64):
     start = torch.stack([gaussian(policy.latent_shape, i) for i in range(len(TEXTS))])
     cond, index = policy.encode(TEXTS), torch.arange(len(TEXTS))
-    return sample(policy.velocity, start, cond, index, plans.ode(policy.times(STEPS)), batch=batch).ends
+    return sample(policy.velocity, start, cond, index, plans.ode(policy.times(STEPS)), batch=batch).finals
 
 
 def moved(policy, scale=0.05):

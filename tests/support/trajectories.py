@@ -2,9 +2,10 @@
 
 import torch
 
-from mmalign.flow.kernels import FlowSde
-from mmalign.flow.sample import gaussian, sample, seed_of
+from mmalign.flow.sample import sample
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.sampling.kernels import FlowSde
+from mmalign.seeds import gaussian, seed_of
 from mmalign.types import Judgement, Plan
 
 

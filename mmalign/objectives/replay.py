@@ -11,7 +11,8 @@ from torch import Tensor
 from mmalign.flow.kernels import gaussian_kl, log_ratio
 from mmalign.flow.sample import distinct
 from mmalign.learn.loss import Loss, Step, by_credit
-from mmalign.types import Kernel, Trainable, Trajectories, Transitions
+from mmalign.policy.protocol import Trainable
+from mmalign.types import Kernel, Trajectories, Transitions
 
 
 def transitions(

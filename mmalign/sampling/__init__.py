@@ -1,0 +1,1 @@
+"""How a run samples: the kernels and plans that a config can name."""
