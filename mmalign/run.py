@@ -87,21 +87,21 @@ def _train(
         ranks.assert_equal(
             [done, fingerprint(run.policy.adapter(), digits=16)], "the iteration and the adapter to start with"
         )
-        told = c if ranks.main else c.model_copy(update={"trackers": []})
-        with tracking.opened(told, out, done, console) as trackers, folder.failing(out), stopping() as stop:
+        tracked = c if ranks.main else c.model_copy(update={"trackers": []})
+        with tracking.opened(tracked, out, done, console) as trackers, folder.failing(out), stopping() as stop:
             if ranks.main:
                 files.replace(out / "config.yaml", configs.dump(c).encode())
                 folder.rewind(out, done, say)
                 _prune(c, out, done)
             ranks.barrier("the run's folder")
-            _go_on(run, out, done, trackers, stop, alarms.Watch(c, out, say, ranks.main), console)
+            _continue(run, out, done, trackers, stop, alarms.Watch(c, out, say, ranks.main), console)
         best = _best(out, c.best_by)
         if best is not None and best != c.iterations:
             say(f"best held-out {c.best_by}: {out / 'checkpoints' / f'{best:06d}'}")
     return out
 
 
-def _go_on(
+def _continue(
     run: Session, out: Path, done: int, trackers: Trackers, stop: Stop, watch: alarms.Watch, console: Console
 ) -> None:
     """From the state after `done` iterations to the end, or to where the KL budget is spent. It is saved before it is
@@ -135,7 +135,7 @@ def _go_on(
                         with clock.of("io"):
                             save(run, out, done)
     except Stopped:
-        console.print(f"stopped by {stop.received.name} after iteration {done}; --resume goes on from there")
+        console.print(f"stopped by {stop.received.name} after iteration {done}; --resume continues from there")
         raise
 
 
@@ -145,13 +145,13 @@ def _shown(c: Config, done: int) -> bool:
 
 
 def in_between(c: Config, held_out: int) -> int:
-    """Evaluations that are neither the first nor the last draw every so manieth of the held-out prompts."""
+    """Evaluations between the first and the last use every n-th held-out prompt; returns n."""
     return max(1, held_out // c.eval_prompts) if c.eval_prompts else 1
 
 
 def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers, console: Console) -> dict:
     """Evaluate the state after `done` iterations, at the start and the end on all held-out prompts and with the images
-    kept. The row, which is returned, comes last: it says that the images are there."""
+    written. The row, which is returned, is written last: it implies that the images are there."""
     c, start = run.config, time.perf_counter()
     name = "after" if last else None if done else "before"
     stride = in_between(c, len(run.held_out))
@@ -159,43 +159,45 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
     if name == "before":
         console.print(f"before: {len(prompts)} held-out prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
     with run.clock.of("evaluate"), run.learner.averaged() if done else run.policy.reference():
-        asked = partial(
+        work = partial(
             evaluate.evaluate_distributed, run.ranks, run.policy, prompts, seeds, c.eval_steps, run.rewards.scorers
         )
-        found = run.fits["batch"](asked)
-    if found is None:  # of many processes the main one has it
+        result = run.fits["batch"](work)
+    if result is None:  # only the main process has it
         return {"iteration": done, "name": name}
-    _stop_if_failing(run, done, found)
-    means = found.means()
+    _stop_if_failing(run, done, result)
+    means = result.means()
     seconds = time.perf_counter() - start
-    row = {"iteration": done, "name": name, "images": len(found.images), "seconds": seconds}
+    row = {"iteration": done, "name": name, "images": len(result.images), "seconds": seconds}
     if c.best_by:
-        shared = (found.member == 0) & (found.prompt % (stride if name else 1) == 0)
-        row["compared"] = float(found.parts[c.best_by][shared].nanmean())
+        shared = (result.member == 0) & (result.prompt % (stride if name else 1) == 0)
+        row["compared"] = float(result.parts[c.best_by][shared].nanmean())
     with run.clock.of("io"):
         sheet = out / "images" / f"{name or f'{done:06d}'}.png"
-        evaluate.contact_sheet(found.images, sheet)
+        evaluate.contact_sheet(result.images, sheet)
         if name:
-            layouts.write(found, prompts, out / "images" / name)
+            layouts.write(result, prompts, out / "images" / name)
         row |= means
         files.append(out / "evaluations.jsonl", row)
-        told = {key: value for key, value in row.items() if key not in ("iteration", "name")}
-        trackers.log({f"held_out/{key}": value for key, value in told.items()}, done)
+        logged = {key: value for key, value in row.items() if key not in ("iteration", "name")}
+        trackers.log({f"held_out/{key}": value for key, value in logged.items()}, done)
         trackers.show(tracking.sheet(sheet), done)
     if name is None:
-        said = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
-        console.print(f"iteration {done}: held-out {said}")
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        console.print(f"iteration {done}: held-out {scores}")
     return row
 
 
-def _stop_if_failing(run: Session, done: int, found: evaluate.Evaluation) -> None:
-    """Failed where too many images have no reward, unless rewards are just shown (with records). Nothing of the
-    evaluation is written then: a resumed run makes it again."""
+def _stop_if_failing(run: Session, done: int, result: evaluate.Evaluation) -> None:
+    """Raises Failed where too many images have no reward, unless rewards are only shown (with records). Nothing of the
+    evaluation is written then: a resumed run repeats it."""
     if not run.config.rewards or run.records:
         return
-    lost = run.rewards.combination(done)(found.parts, found.prompt).isnan().nonzero()[:, 0].tolist()
-    parts = {name: found.parts[name] for name in run.config.rewards}
-    stop_if_failing({i: found.failures.get(i, silent(parts)) for i in lost}, len(found.images), run.config.max_failed)
+    missing = run.rewards.combination(done)(result.parts, result.prompt).isnan().nonzero()[:, 0].tolist()
+    parts = {name: result.parts[name] for name in run.config.rewards}
+    stop_if_failing(
+        {i: result.failures.get(i, silent(parts)) for i in missing}, len(result.images), run.config.max_failed
+    )
 
 
 def _progress(console: Console) -> Progress:

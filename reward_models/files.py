@@ -1,9 +1,8 @@
-"""Read and write what lies on disk: regular files alone, bounded, text as UTF-8 whatever the locale, JSON without
-surprises, and bytes that are on the disk whole or not at all.
+"""File reading and writing: regular files only, bounded, UTF-8 in any locale, strict JSON, and atomic writes.
 
-Every reader and writer of text or JSON in this project goes through here. A byte-order mark is no character of a text,
-and a line ends at a line feed (or a carriage return and a line feed) and nowhere else: U+2028, U+0085 and form feeds
-are characters of a prompt.
+All text and JSON in this project is read and written with these functions. A byte-order mark is not part of a text, and
+a line ends only at a line feed (or a carriage return and a line feed): U+2028, U+0085 and form feeds are characters of
+a prompt.
 """
 
 import errno
@@ -20,15 +19,15 @@ from reward_models import limits
 
 
 def opened(path: str | Path) -> BinaryIO:
-    """A regular file, open for reading in binary. OSError for what is missing, and for a folder, FIFO, socket or
-    device, none of which is waited for."""
+    """A regular file, open for reading in binary. OSError if it is missing, or is a folder, FIFO, socket or
+    device, without waiting."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
         return os.fdopen(number, "rb")
     os.close(number)
     code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-    raise OSError(code, os.strerror(code) if stat.S_ISDIR(mode) else "no regular file", str(path))
+    raise OSError(code, os.strerror(code) if stat.S_ISDIR(mode) else "not a regular file", str(path))
 
 
 def content(path: str | Path, most: int) -> bytes:
@@ -41,7 +40,7 @@ def content(path: str | Path, most: int) -> bytes:
 
 
 def text(path: str | Path, most: int = limits.TEXT) -> str:
-    """The text of a UTF-8 file without its byte-order mark; line ends as they are. ValueError, in one line that names
+    """The text of a UTF-8 file without its byte-order mark; line ends unchanged. ValueError, in one line that names
     the file, for a file that cannot be read, is longer than `most` bytes, or is not UTF-8."""
     try:
         return decoded(content(path, most))
@@ -63,7 +62,7 @@ def decoded(data: bytes) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """The lines of a text, without their ends; none after the last end."""
+    """The lines of a text, without their ends; no empty line after the last end."""
     parts = text.split("\n")
     if not parts[-1]:
         parts.pop()
@@ -71,15 +70,14 @@ def lines(text: str) -> list[str]:
 
 
 def parsed(text: str | bytes, strict: bool = True) -> Any:
-    """The value that a JSON text stands for. ValueError, in one line, for anything else, and for what JSON does not
-    have or no one can compute with: an object with a key twice, NaN, infinities, numbers too large to be finite, half a
-    surrogate pair, nesting deeper than the parser goes. `strict` False: the first three are taken, for a run's own
-    metrics hold NaN."""
+    """The value of a JSON text. ValueError, in one line, for invalid JSON, an object with a key twice, NaN, infinities,
+    numbers too large for a float, a lone surrogate, and nesting too deep for the parser. Unless `strict`, duplicate
+    keys, NaN and infinities are accepted, because a run's own metrics contain NaN."""
     text = decoded(text) if isinstance(text, bytes) else text
     checks = {"object_pairs_hook": _once, "parse_constant": _no_constant, "parse_float": _finite} if strict else {}
     try:
         value = json.loads(text, **checks)
-        if "\\u" in text:  # only an escape can stand for half a surrogate pair
+        if "\\u" in text:  # only an escape can encode a lone surrogate
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
@@ -89,7 +87,7 @@ def parsed(text: str | bytes, strict: bool = True) -> Any:
 
 
 def is_record(text: str, *names: str) -> bool:
-    """Whether a text is a JSON object that has these keys, as a file of ours does."""
+    """Whether a text is a JSON object with these keys, as in our own files."""
     try:
         value = parsed(text)
     except ValueError:
@@ -123,7 +121,7 @@ def write(path: str | Path, text: str) -> None:
 
 
 def put(path: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
+    """Write a file and fsync it."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -131,7 +129,7 @@ def put(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder."""
+    """Fsync a file, or the entries of a folder."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -140,7 +138,7 @@ def sync(path: Path) -> None:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Put a file in the place of another: whoever looks finds one of the two. Where that fails (OSError), the other."""
+    """Replace a file atomically: readers see either the old or the new one. The old one remains after an OSError."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         put(partial, data)
@@ -152,7 +150,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def append(path: Path, *rows: dict) -> None:
-    """Add rows to a file of JSON lines; where that fails, none of them."""
+    """Append rows to a JSONL file; none of them if that fails."""
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with path.open("ab", buffering=0) as file:
         end = file.tell()
@@ -174,13 +172,13 @@ def make_folder(folder: Path) -> None:
 
 
 def named(name: str) -> str:
-    """The name of a file as the system's calls take it: in UTF-8 on the disk, whatever the locale."""
+    """The name of a file for system calls: UTF-8 on disk, in any locale."""
     return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
 def home(path: str) -> str:
-    """A path whose `~` or `~NAME`, if it begins with one, is the home folder. ValueError where there is none."""
-    whole = os.path.expanduser(path)
-    if path.startswith("~") and whole == path:
+    """A path with a leading `~` or `~NAME` expanded. ValueError without such a home folder."""
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
         raise ValueError(f"{path}: there is no home folder {path.partition('/')[0]!r}; write the path in full, or ./~")
-    return whole
+    return expanded

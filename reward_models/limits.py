@@ -1,7 +1,6 @@
-"""What a stranger may make this project hold or wait for: one bound for each kind of thing.
+"""Limits on the memory and time that untrusted input may cost.
 
-A bound is checked before the thing is read, decoded or waited for, and its breach is a reason or a line that names the
-value and the bound.
+A limit is checked before the input is read, decoded or waited for; an error names the value and the limit.
 """
 
 TEXT = 2**30  # bytes of a file of text: prompts, tables, rows of a run
@@ -13,18 +12,18 @@ PIXELS = 2**25  # pixels of a picture on disk: 8192 x 4096, 384 MiB as float32
 # the reward service
 IMAGE = 2048 * 2048  # pixels of one image in a request
 TOGETHER = 2**25  # pixels of the images of one request, and of one batch: 384 MiB as float32
-AT_ONCE = 2**23  # pixels that a scorer is shown at once, if its images do not depend on each other, or one image
-QUEUED = 2**29  # pixels of the images that wait
+AT_ONCE = 2**23  # pixels in one call of a scorer whose images do not depend on each other, at least one image
+QUEUED = 2**29  # pixels of the waiting images
 BODY = 2**27  # bytes of a request
-BODIES = 2**28  # bytes of all requests that have no answer yet
+BODIES = 2**28  # bytes of all open requests
 VALUES = 2**17  # values in the JSON of a request or an answer
 PROMPT = 2**15  # characters of a prompt
 WANTS = 2**16  # bytes of a prompt's ground truth as JSON
-DEPTH = 32  # lists and objects within each other in it
-NAMES = 256  # scorers that one request asks
-HEAD = 10  # seconds until a connection has sent the head of its next request, and taken its last answer
-ARRIVAL = 60  # seconds until the body of a request is here
-CONNECTIONS = 512  # at once
+DEPTH = 32  # nesting of lists and objects in it
+NAMES = 256  # scorers in one request
+HEAD = 10  # seconds for a connection to send the head of its next request, and to read its last answer
+ARRIVAL = 60  # seconds for the body of a request to arrive
+CONNECTIONS = 512  # simultaneous
 
 # clients of services and judges
 ANSWER = 2**22  # bytes of an answer
@@ -39,6 +38,6 @@ STATE = 2**26  # bytes of a checkpoint's state and manifest, and of an adapter's
 CONFIG = 16 * 2**20  # bytes of a JSON file of settings in a model's folder
 TEMPLATE = 2**20  # bytes of a chat template
 VOCABULARY = 256 * 2**20  # bytes of a tokenizer's file
-SIDE = 8192  # pixels of a side of the images that a model is shown
-LAYERS = 200  # layers, blocks or levels that a model's config may ask for
-STEPS = 100_000  # training steps that a scheduler may count
+SIDE = 8192  # pixels of a side of a model's input images
+LAYERS = 200  # layers, blocks or levels in a model's config
+STEPS = 100_000  # training steps of a scheduler

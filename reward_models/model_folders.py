@@ -1,9 +1,9 @@
-"""What a stranger's model may ask a library to do: read numbers and names, and nothing else.
+"""Checks of untrusted model folders: a model may only make a library read numbers and names.
 
-open_clip, diffusers, transformers and peft take their orders from JSON files in a model's folder. Some keys of these
-name code: a module of the folder, a kernel of the hub, another model. Before a library is handed a folder or a hub id,
-its files are looked at here, and what would run code, lead elsewhere or grow without bound is refused by name. Python
-files may lie there; nothing imports them.
+open_clip, diffusers, transformers and peft are configured by JSON files in a model's folder. Some keys of these name
+code: a module of the folder, a kernel of the hub, another model. Before a library gets a folder or a hub id, its files
+are checked here, and a setting that would run code, read from elsewhere or need unbounded memory is rejected by name.
+Python files may be present; nothing imports them.
 """
 
 import os
@@ -30,7 +30,7 @@ CODE = {  # keys whose value, if there is one, stands for code
 }  # fmt: skip
 ATTENTION = {"eager", "sdpa", "flex_attention"}  # implementations that need no code from elsewhere
 OTHERS = {"backbone", "base_model_name_or_path", "hf_model_name", "hf_tokenizer_name", "timm_model_name"}
-PLACES = ("/", ".", "~", "hf-hub:", "hf_hub:", "local-dir:")  # how a name begins that stands for a place
+PLACES = ("/", ".", "~", "hf-hub:", "hf_hub:", "local-dir:")  # how a name begins that stands for a path
 CLASSES = {
     "tokenizer_class", "processor_class", "image_processor_type", "image_processor_class", "feature_extractor_type",
     "feature_extractor_class", "video_processor_type", "video_processor_class", "model_type", "_class_name",
@@ -43,8 +43,8 @@ COUNTS = re.compile(r"(^|_)(n_)?(layers|depths?|num_\w*blocks|num_single_blocks|
 
 
 def check(folder: str | Path, what: str) -> None:
-    """Look at the files that libraries read in a model's folder and in the folders of its parts. `what` names the
-    model. ValueError, in one line, for a file that cannot be read, and for a setting that is refused."""
+    """Check the files that libraries read in a model's folder and in the folders of its parts. `what` names the
+    model. ValueError, in one line, for a file that cannot be read, and for a rejected setting."""
     for path in _files(Path(folder), what):
         where = f"{what}: {path.relative_to(folder)}"
         if path.suffix in TEXTS:
@@ -62,7 +62,7 @@ def check(folder: str | Path, what: str) -> None:
 
 
 def check_settings(value: Any, where: str) -> None:
-    """ValueError for a setting, at any depth of a JSON value, that would run code or lead elsewhere."""
+    """ValueError for a setting, at any depth of a JSON value, that would run code or read from elsewhere."""
     waiting = [("", value)]
     while waiting:
         name, value = waiting.pop()
@@ -70,12 +70,12 @@ def check_settings(value: Any, where: str) -> None:
             waiting += value.items()
         elif isinstance(value, list):
             waiting += [(name, part) for part in value]
-        if why := _refused(name, value):
-            raise ValueError(f"{where}: {name}: {str(value)[:100]!r} {why}")
+        if reason := _refused(name, value):
+            raise ValueError(f"{where}: {name}: {str(value)[:100]!r} {reason}")
 
 
 def _refused(name: str, value: Any) -> str:
-    """Why a setting is refused; empty if it is not."""
+    """The reason to reject a setting; empty if it is allowed."""
     if name in CODE and value:
         return "stands for code; the code of a model is never run"
     if "attn_implementation" in name or "experts_implementation" in name:
@@ -117,16 +117,16 @@ def _check_index(index: Any, what: str) -> None:
     """The modules that a pipeline's index names for its parts, which diffusers imports."""
     if not isinstance(index, dict):
         raise ValueError(f"{what}: its model_index.json is no JSON object")
-    for part, own in index.items():
-        if isinstance(own, list) and own and own[0] is not None and own[0] not in LIBRARIES:
-            check_module(str(own[0]), f"{what}: the part {part!r}")
+    for part, source in index.items():
+        if isinstance(source, list) and source and source[0] is not None and source[0] not in LIBRARIES:
+            check_module(str(source[0]), f"{what}: the part {part!r}")
 
 
 def _files(folder: Path, what: str) -> Iterator[Path]:
-    """The files of a folder and of those in it, where libraries look. ValueError for what is no regular file."""
+    """The files of a folder and of its direct subfolders. ValueError for an irregular file."""
     try:
-        within = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-        for path in (path for place in within for path in sorted(place.iterdir())):
+        folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+        for path in (path for parent in folders for path in sorted(parent.iterdir())):
             mode = path.stat().st_mode
             if stat.S_ISREG(mode):
                 yield path
@@ -142,45 +142,44 @@ def _bounded(path: Path, where: str) -> None:
         raise ValueError(f"{where} has {size} bytes; {most} are read at most")
 
 
-def configs(place: str, what: str) -> Path:
-    """The folder that holds a model's settings, looked at: `place` itself, or for a hub id the snapshot to which its
+def configs(source: str, what: str) -> Path:
+    """The checked folder with a model's settings: `source` itself, or for a hub id the snapshot to which its
     JSON files and templates are downloaded. ValueError as `check`, and if there is no such model."""
-    if os.path.exists(place):
-        folder = Path(place)
+    if os.path.exists(source):
+        folder = Path(source)
     else:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(place, allow_patterns=["*.json", "*.jinja"], ignore_patterns=["*/*/*"]))
+            folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.jinja"], ignore_patterns=["*/*/*"]))
         except (OSError, ValueError) as error:
             raise ValueError(f"{what} is neither a folder here nor a model the hub knows: {error}") from None
     check(folder, what)
     return folder
 
 
-def pinned(place: str, what: str) -> dict[str, str]:
-    """What `from_pretrained` of a model is told so that it reads just what was looked at: nothing for a folder, the
-    commit of a hub repository. Raises as `configs`."""
-    folder = configs(place, what)
-    return {} if os.path.exists(place) else {"revision": folder.name}
+def pinned(source: str, what: str) -> dict[str, str]:
+    """The arguments of `from_pretrained` that pin a model to the checked files: none for a folder, the commit of a hub
+    repository. Raises like `configs`."""
+    folder = configs(source, what)
+    return {} if os.path.exists(source) else {"revision": folder.name}
 
 
 def check_size(numbers: int, folder: str | Path, what: str) -> None:
-    """ValueError if a model of so many numbers cannot have its weights in `folder`: a library would make up the rest,
-    which might not fit in memory."""
+    """ValueError if `folder` is too small for the weights of a model of so many numbers: a library would initialise the
+    rest, which might not fit in memory."""
     held = sum(path.stat().st_size for path in _files(Path(folder), what) if path.suffix not in TEXTS)
     if numbers > 2 * held + 2**24:  # the smallest are stored with half a byte each; buffers may not be stored at all
         raise ValueError(f"{what}: its config describes {numbers:,} numbers, its weights are {held:,} bytes")
 
 
 def counted(model: nn.Module) -> int:
-    """How many numbers a model has, in parameters and buffers; shared ones once."""
+    """The number of values in a model's parameters and buffers; shared ones count once."""
     return sum(value.numel() for value in {id(v): v for v in (*model.parameters(), *model.buffers())}.values())
 
 
 def complete(model: nn.Module, info: Mapping) -> None:
-    """RuntimeError if a library says, in the `info` on what it loaded, that weights of a model were not there or had
-    other shapes."""
+    """RuntimeError if a library's loading `info` reports weights that are missing or have other shapes."""
     for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
         if names := sorted(map(str, info.get(key) or ())):
             raise RuntimeError(f"the checkpoint {what} {len(names)} weights of {type(model).__name__}, e.g. {names[0]}")
@@ -188,15 +187,15 @@ def complete(model: nn.Module, info: Mapping) -> None:
 
 @contextmanager
 def loading(who: str, what: str) -> Iterator[None]:
-    """Whatever a library raises while it loads `what` is a ValueError of one line: a parser that is fed a stranger's
-    file may raise anything. A mistake of this project's own code is raised as it is."""
+    """Turn any exception of a library that loads `what` into a ValueError of one line, because a parser of untrusted
+    files may raise anything. Programming errors of this project pass through."""
     _never_ask()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numbers that nothing can be computed with are refused, not warned of
             yield
     except torch.OutOfMemoryError:
-        raise  # says nothing of the folder
+        raise  # not a problem of the folder
     except Exception as error:
         if _mistake(error) or (isinstance(error, ValueError) and str(error).startswith(f"{who}: ")):
             raise
@@ -208,7 +207,7 @@ def loading(who: str, what: str) -> Iterator[None]:
 
 
 def _mistake(error: Exception) -> bool:
-    """Whether an error is of a kind that only wrong code has, and arose in this project's own lines."""
+    """Whether an error is a programming error raised in this project's own code."""
     if isinstance(error, (OSError, RuntimeError, ValueError, LookupError, ImportError, MemoryError)):
         return False
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]

@@ -1,11 +1,11 @@
-"""Rows of plain values from the tables people have: JSON lines, a JSON list, CSV, TSV, Parquet.
+"""Read and write tables of plain values: JSON lines, a JSON list, CSV, TSV, Parquet.
 
-A row has a cell for each heading. A cell that is empty in CSV, or null elsewhere, is no cell. Headings lose the spaces
-around them, and no two may be alike. What cannot be right is refused by its row: nothing is cut, filled in or guessed.
-Messages name the row; who reads a table names its file.
+A row has a cell for each heading. An empty cell in CSV, or null elsewhere, is a missing cell. Headings are stripped of
+spaces and must be distinct. An invalid row is an error with its number: nothing is truncated, filled in or guessed.
+Messages name the row; the caller adds the name of the file.
 
-In CSV a spreadsheet takes a text that begins with `=`, `+`, `-`, `@`, a tab or a line end for a formula. `separated`
-writes an apostrophe before it, which spreadsheets do not show, and reading takes it away again.
+In CSV, spreadsheets take a text that begins with `=`, `+`, `-`, `@`, a tab or a line end for a formula. `separated`
+writes an apostrophe before it, which spreadsheets do not show, and reading removes it again.
 """
 
 import csv
@@ -24,9 +24,9 @@ ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 LINES = (".jsonl", ".ndjson")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")
-# what is no white space and cannot be printed, and half a surrogate pair, which is no character
+# control characters other than white space, and lone surrogates
 UNPRINTED = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
-MANY = 64  # rows of Parquet held as columns: their cells may be pictures
+MANY = 64  # rows of Parquet per batch: their cells may be pictures
 
 Row = dict[str, Any]
 
@@ -35,8 +35,8 @@ Row = dict[str, Any]
 class Table:
     """`names`: the headings, None where each row has its own. `unit`: what a row is called, "line" or "row".
 
-    `rows(only)` yields the number of each row, from 0, with its cells, of the columns `only` where that is given. A row
-    of JSON lines has the number of its line, for blank ones are no rows. ValueError that names the row.
+    `rows(only)` yields the number of each row, from 0, with its cells, restricted to the columns `only` if given. A row
+    of JSON lines has the number of its line; blank lines are skipped. ValueError that names the row.
     """
 
     names: list[str] | None
@@ -48,7 +48,7 @@ class Table:
 
 
 def read(path: Path) -> Table:
-    """The table in a file, by the ending of its name. OSError if it cannot be read, ValueError if it is none."""
+    """The table in a file, by its file name extension. OSError if it cannot be read, ValueError if it is invalid."""
     ending = path.suffix.lower()
     if ending not in ENDINGS:
         raise ValueError(f"no table: its name must end in {', '.join(ENDINGS)}")
@@ -83,7 +83,7 @@ def _of_list(values: list[Any]) -> Iterator[tuple[int, Row]]:
 
 
 def row_in(line: str) -> Row:
-    """The row that a line of JSON is. ValueError, without the number of the line, if it is none."""
+    """The row in a line of JSON. ValueError, without the number of the line, if it is invalid."""
     if len(line) > limits.JSON:
         raise ValueError(f"longer than {limits.JSON} characters")
     try:
@@ -102,14 +102,14 @@ def _row(value: Any) -> Row:
 
 
 def given(value: Any) -> Any:
-    """The value without fields that are null, at any depth: Parquet has every field in every row."""
+    """The value without null fields, at any depth, because Parquet has every field in every row."""
     if isinstance(value, Mapping):
-        return {key: given(own) for key, own in value.items() if own is not None}
-    return [given(own) for own in value] if isinstance(value, list) else value
+        return {key: given(part) for key, part in value.items() if part is not None}
+    return [given(part) for part in value] if isinstance(value, list) else value
 
 
 def _chosen(rows: Iterator[tuple[int, Row]], only: Sequence[str] | None) -> Iterator[tuple[int, Row]]:
-    """At most `limits.ROWS` rows, with the cells that are there, of the columns `only`."""
+    """At most `limits.ROWS` rows, without missing cells, restricted to the columns `only`."""
     for count, (number, row) in enumerate(rows):
         if count == limits.ROWS:
             raise ValueError(f"more than {limits.ROWS} rows; split the table")
@@ -118,8 +118,8 @@ def _chosen(rows: Iterator[tuple[int, Row]], only: Sequence[str] | None) -> Iter
 
 def _headings(names: Sequence[Any]) -> list[str]:
     stripped = [str(name).strip() for name in names]
-    for place, name in enumerate(stripped):
-        if name in stripped[:place]:
+    for index, name in enumerate(stripped):
+        if name in stripped[:index]:
             raise ValueError(f"two columns are called {name[:40]!r}")
     return stripped
 
@@ -146,7 +146,7 @@ def _separated(text: str, mark: str) -> Table:
 
 
 def _parts(reader) -> Iterator[list[str]]:
-    """The cells of each row, the headings first. Blank lines are no rows."""
+    """The cells of each row, the headings first. Blank lines are skipped."""
     number = 0
     while True:
         try:
@@ -161,7 +161,7 @@ def _parts(reader) -> Iterator[list[str]]:
 
 
 def separated(rows: Sequence[Row]) -> str:
-    """The rows as CSV, with the headings of the first. No text in it runs as a formula, and numbers stay numbers."""
+    """The rows as CSV, with the keys of the first as headings. Texts are escaped against formulas, numbers are not."""
     file = StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow([safe(name) for name in rows[0]])
@@ -170,12 +170,12 @@ def separated(rows: Sequence[Row]) -> str:
 
 
 def safe(cell: Any) -> Any:
-    """A cell that no spreadsheet runs: a text that looks like a formula has one apostrophe more before it."""
+    """A cell that spreadsheets do not run: a text that looks like a formula gets a leading apostrophe."""
     return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
 
 
 def plain(cell: str) -> str:
-    """What `safe` was given."""
+    """The inverse of `safe`."""
     return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
@@ -220,7 +220,7 @@ def _parquet(path: Path) -> Table:
 
 
 def wording(text: Any) -> str:
-    """A prompt's text as it is. ValueError if it is none, is blank, or holds what cannot be printed."""
+    """A prompt's text, unchanged. ValueError if it is not a text, is blank, or has unprintable characters."""
     if not isinstance(text, str):
         raise ValueError(f"the prompt is {type(text).__name__}; a text is needed")
     if not text.strip():
@@ -231,7 +231,7 @@ def wording(text: Any) -> str:
 
 
 def whole(cell: Any) -> int | None:
-    """The whole number of 64 bits that a cell holds, None where it holds none."""
+    """The 64-bit integer in a cell, None for anything else."""
     if isinstance(cell, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,19}\s*", cell, re.ASCII):
         cell = int(cell)
     if isinstance(cell, float) and cell.is_integer():

@@ -1,4 +1,4 @@
-"""Find, read and name the weights of a scorer."""
+"""Locate, load and fingerprint the weights of scorers."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,30 +14,30 @@ from reward_models import model_folders
 from reward_models.types import Prompt
 
 
-def named(place: str) -> str:
-    """How a card calls weights: a hub id as it is, a folder or file by its name, wherever it lies."""
-    return Path(place).name if Path(place).exists() else place
+def named(source: str) -> str:
+    """The name of weights on a card: a hub id unchanged, a folder or file without its path."""
+    return Path(source).name if Path(source).exists() else source
 
 
-def located(place: str, file: str) -> Path:
-    """A file of weights: `place` itself if it is one, else `file` in the folder or hub repository `place`."""
+def located(source: str, file: str) -> Path:
+    """A file of weights: `source` itself if it is one, else `file` in the folder or hub repository `source`."""
     from huggingface_hub import hf_hub_download
 
-    path = Path(place)
+    path = Path(source)
     if path.is_file():
         return path
     if path.is_dir():
-        model_folders.check(path, named(place))
+        model_folders.check(path, named(source))
         if not (path / file).is_file():
-            raise ValueError(f"no {file} in {place}")
+            raise ValueError(f"no {file} in {source}")
         return path / file
-    return Path(hf_hub_download(place, file))
+    return Path(hf_hub_download(source, file))
 
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or PyTorch file, by name. A PyTorch file is read without executing anything in it;
-    a state dict under the key `state_dict` or `model` is taken out, and what else stands beside tensors (an epoch) left
-    out. ValueError if there are objects in it, or no tensors by name."""
+    a state dict under the key `state_dict` or `model` is unwrapped, and other values beside tensors (an epoch) are
+    dropped. ValueError if it contains other objects, or no named tensors."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -45,34 +45,36 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        raise ValueError(f"{path.name} holds more than tensors, or none; it is not read") from error
+        raise ValueError(f"{path.name} contains objects other than tensors; it is not read") from error
     for key in ("state_dict", "model"):
         values = values[key] if isinstance(values, Mapping) and isinstance(values.get(key), Mapping) else values
     if not isinstance(values, Mapping):
-        raise ValueError(f"{path.name} holds no tensors by name")
+        raise ValueError(f"{path.name} contains no named tensors")
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def pretrained(kind: type, place: str, **settings) -> nn.Module:
-    """A transformers model of `kind` from a folder or hub id, ready to look at things. RuntimeError if the checkpoint
-    lacks weights: transformers would fill them with random numbers and only say so in a warning."""
+def pretrained(kind: type, source: str, **settings) -> nn.Module:
+    """A transformers model of `kind` from a folder or hub id, in eval mode. RuntimeError if the checkpoint
+    lacks weights, which transformers would initialise at random with only a warning."""
     from transformers import AutoConfig
 
-    same = model_folders.pinned(place, named(place))
-    if not same:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    revision = model_folders.pinned(source, named(source))
+    if not revision:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
         with torch.device("meta"):
-            model_folders.check_size(model_folders.counted(build(config)), place, named(place))
+            model_folders.check_size(model_folders.counted(build(config)), source, named(source))
     with quiet():
-        model, info = kind.from_pretrained(place, output_loading_info=True, trust_remote_code=False, **same, **settings)
+        model, info = kind.from_pretrained(
+            source, output_loading_info=True, trust_remote_code=False, **revision, **settings
+        )
     model_folders.complete(model, info)
     return model.eval()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what transformers logs, and its progress bars: what is wrong with a model is raised, if by `complete`."""
+    """Silence the logs and progress bars of transformers; real problems raise, for example in `complete`."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -86,10 +88,10 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_on_grey_image(look: Callable) -> None:
-    """ValueError unless a scorer's `look` has a number for a grey image; whatever the libraries raise otherwise. A
-    folder can be whole and yet describe images that its model does not take."""
-    if not look(torch.full((1, 3, 64, 64), 0.5), [Prompt("a")]).isfinite().all():
+def check_on_grey_image(score_batch: Callable) -> None:
+    """ValueError unless a scorer's `score_batch` gives a finite score for a grey image; errors of libraries pass
+    through. The files of a folder can be complete and still not fit each other."""
+    if not score_batch(torch.full((1, 3, 64, 64), 0.5), [Prompt("a")]).isfinite().all():
         raise ValueError("its score of a grey image is not finite")
 
 
@@ -108,9 +110,9 @@ def fingerprint(*parts: nn.Module | Mapping[str, Tensor], digits: int = 64) -> s
 def linear_chain(
     weights: Mapping[str, Tensor], prefix: str = "layers.", between: type[nn.Module] = nn.Identity
 ) -> nn.Sequential:
-    """Linear layers one after another, as the heads of many reward models are; sizes as in the weights
-    (`{prefix}{number}.weight`). `between` is the activation, if there is any; dropouts do nothing here and are left
-    out. RuntimeError if there are no layers or they do not fit each other."""
+    """A chain of linear layers, as in the heads of many reward models, with the sizes of the weights
+    (`{prefix}{number}.weight`). `between` is the activation, if any; dropout is omitted. RuntimeError if there are no
+    layers or their sizes do not match."""
     numbers = sorted(
         int(name.removeprefix(prefix).removesuffix(".weight"))
         for name in weights

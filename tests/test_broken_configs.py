@@ -3,6 +3,7 @@ the answer is one line and exit code 2, and nothing is written; or the config is
 
 import copy
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import diffusers
@@ -14,11 +15,24 @@ from hypothesis import HealthCheck, given, seed, settings as examples, strategie
 from mmalign import run as runs
 from mmalign.checks import doctor
 from mmalign.config.schema import Config
+from mmalign.credit import CREDITS
+from mmalign.learn.loss import LOSSES
+from mmalign.objectives import OBJECTIVES
+from mmalign.objectives.advantage import Advantage
+from mmalign.objectives.masks import MASKS
+from mmalign.rewards.combination import COMBINATIONS
+from mmalign.sampling.kernels import KERNELS
+from mmalign.sampling.plans import PLANS
 from reward_models.registry import SCORERS
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = {path.name: path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))}
 KEYS = sorted(Config.model_fields)
+KINDS = {
+    "plan": PLANS, "kernel": KERNELS, "credit": CREDITS, "objective": OBJECTIVES, "loss": LOSSES, "mask": MASKS,
+    "combine": COMBINATIONS, "advantage": [Advantage],
+}  # fmt: skip
+SETTINGS = {method: sorted({field.name for kind in kinds for field in fields(kind)}) for method, kinds in KINDS.items()}
 HUGE = [10**6, 2**31, 2**63 - 1, 2**63, 10**30, -(10**30), 10**400, 1e308, 1e-320, float("inf"), float("nan"), -1, 0]
 TEXTS = [
     "", " ", "\0", "a\nb", "\x1b[31m", "\u202e", "é漢字🙂", "\ud800", "a" * 300, "a" * 5000, "%s {x} [/b]", "--",
@@ -30,6 +44,7 @@ MARKS = [
     "", ":", "[", "]", "{", "}", "\t", "&a ", "*a", "- ", "'", '"', "%", "@", "\n", "\0", "\x85", "---\n", "...\n",
     "<<: ", "? ", "|", "#", "!!int ", "!!python/name:os.system ", "[" * 3000,
 ]  # fmt: skip
+HOW = ("value", "add", "typo", "drop", "nest", "list", "scorer", "number", "swap", "setting")
 numbers = st.one_of(st.sampled_from(HUGE), st.integers(), st.floats(allow_subnormal=False), st.integers(-3, 40))
 scalars = st.one_of(
     st.none(), st.booleans(), numbers, st.sampled_from(TEXTS), st.text(st.characters(), max_size=8),
@@ -57,7 +72,9 @@ def values_damaged(draw) -> tuple[str, str]:
     name = draw(st.sampled_from(sorted(SHIPPED)))
     values = yaml.safe_load(SHIPPED[name])
     for _ in range(draw(st.integers(1, 3))):
-        how = draw(st.sampled_from(("value", "add", "typo", "drop", "nest", "list", "scorer", "number", "swap")))
+        how = draw(
+            st.sampled_from(("value", "add", "typo", "drop", "nest", "list", "scorer", "number", "swap", "setting"))
+        )
         key = draw(st.sampled_from(sorted(map(str, values)) or ["seed"]))
         if how == "value":
             values[key] = draw(junk)
@@ -77,6 +94,13 @@ def values_damaged(draw) -> tuple[str, str]:
         elif how == "swap":
             other = draw(st.sampled_from(sorted(map(str, values)) or ["seed"]))
             values[key], values[other] = values.get(other), values.get(key)
+        elif how == "setting":
+            method = draw(st.sampled_from(sorted(KINDS)))
+            known = values.get(method) or draw(options(method))
+            known = dict(known) if isinstance(known, dict) else {"type": known}
+            setting = draw(st.sampled_from(SETTINGS[method] or ["type"]))
+            setting = draw(st.one_of(st.just(setting), st.just(setting), typos(setting)))
+            values[method] = known | {setting: draw(st.one_of(numbers, junk))}
         elif how == "scorer":
             scorer = draw(st.sampled_from([*sorted(SCORERS), "shape", "clp", "x:Y"]))
             component = draw(st.sampled_from(("strict", "partial", "cosine", "score", "", "kilobytes", "mean")))
@@ -87,6 +111,8 @@ def values_damaged(draw) -> tuple[str, str]:
 
 def options(key: str) -> st.SearchStrategy:
     """Values that a key takes: alone they are sound, beside others they may not be."""
+    if key in KINDS:
+        return st.sampled_from([getattr(kind, "type", "group") for kind in KINDS[key]])
     annotation = str(Config.model_fields[key].annotation)
     words = [word.strip("'\" ") for word in annotation.partition("Literal[")[2].partition("]")[0].split(",")]
     return st.sampled_from([word for word in words if word] or [True, 1, 0.5, [0, 1], "shapes"])

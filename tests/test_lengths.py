@@ -1,4 +1,4 @@
-"""A prompt of which a model or scorer reads only the beginning is told, once and with a count."""
+"""A prompt of which a model or scorer reads only the beginning is output, once and with a count."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_clip_reads_77_tokens_with_its_marks(clip, words):
 
 @pytest.mark.parametrize("name", ["pickscore", "image_reward", "hpsv2"])
 def test_what_a_scorer_cuts_changes_nothing(tmp_path, name):
-    """The longest text that is read whole is told apart from the same with one word more, which scores the same."""
+    """The longest text that is read whole is output apart from the same with one word more, which scores the same."""
     (tmp_path / name).mkdir()
     scorer = load(name, **tiny_scorers.settings(name, tmp_path / name))
     (reader,) = scorer.readers()
@@ -83,7 +83,7 @@ def test_the_commands_say_it_once(random_model, settings, tmp_path, capsys):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = tiny_scorers.open_clip_folder(tmp_path / "clip")
     output = mmalign("score", folder, "--set", f"clip.model={model}", "--out", tmp_path / "s.jsonl")
-    assert (output.returncode, output.stderr.count("what is beyond"), LINE.format(77, "clip") in output.stderr) == (
+    assert (output.returncode, output.stderr.count("they are truncated"), LINE.format(77, "clip") in output.stderr) == (
         0,
         1,
         True,
@@ -101,6 +101,6 @@ def test_training_says_it_once(settings, tmp_path, capfd):
     prompts.write_text("".join(json.dumps({"prompt": text, "id": i}) + "\n" for i, text in enumerate(("a", LONG))))
     c = configs.build(settings | {"prompts": str(prompts), "held_out": None, "iterations": 1, "eval_every": 1}, "test")
     runs.train(c)
-    lines = [line for line in capfd.readouterr().err.splitlines() if "what is beyond" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "they are truncated" in line]
     assert len(lines) == 2
     assert all(line.startswith("mmalign: 1 of 2 prompts are longer than the ") for line in lines)

@@ -78,12 +78,14 @@ def test_what_would_is_seen(source):
 # ------------------------------------------------------------------------------------------------------- import paths
 
 EVIL = """
+import dataclasses
 import pathlib
 pathlib.Path({mark!r}).touch()
 
 
+@dataclasses.dataclass(frozen=True)
 class Thing:
-    def __init__(self):
+    def __post_init__(self):
         raise ValueError("opened")
 
     @classmethod
@@ -130,7 +132,7 @@ def test_a_config_runs_no_code_that_was_not_allowed(settings, evil, tmp_path, mo
     )
     assert not evil.exists()
     assert not Path(settings["out"]).exists()
-    assert "mmalign: opened" in mmalign(command, path, "--allow", "evil").stderr
+    assert re.search(r"^mmalign: (\S+: \w+: )?opened", mmalign(command, path, "--allow", "evil").stderr, re.MULTILINE)
     assert evil.exists()
 
 
@@ -217,7 +219,7 @@ def test_a_config_holds_no_secret(settings, tmp_path, scorer_settings):
     )
     result = mmalign("train", path)
     assert result.returncode == 2
-    assert "it belongs into the environment (OPENAI_API_KEY for judges, MMALIGN_TOKEN for remote)" in result.stderr
+    assert "put it into the environment (OPENAI_API_KEY for judges, MMALIGN_TOKEN for remote)" in result.stderr
     assert "sk-hush" not in result.stderr + result.stdout
     assert not Path(settings["out"]).exists()
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from mmalign.learn.update import update
 from mmalign.objectives import rgdpo
-from mmalign.objectives.flow_matching import Finished
+from mmalign.objectives.objective import Finished
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.rewards import judge, regions
 from mmalign.training.microbatch import Fit

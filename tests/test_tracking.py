@@ -13,14 +13,15 @@ from rich.console import Console
 from run_config import cut_off, rows, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmalign import run as runs, train
+from mmalign import run as runs
 from mmalign.config import load as configs, yaml12
 from mmalign.errors import BadInput
 from mmalign.evaluation import evaluate, layouts
+from mmalign.objectives import Grpo
 from mmalign.policy.pipeline import PipelinePolicy
 from mmalign.reporting import trackers as tracking
 from mmalign.runs import checkpoint
-from mmalign.training import learning as lessons, rollout, setup, snapshots as exhibit
+from mmalign.training import learner, rollout, setup, snapshots
 from mmalign.training.clock import Clock
 from reward_models import files, load, overlay as heat
 
@@ -151,7 +152,7 @@ def test_the_parts_of_an_iteration_are_all_its_time(settings, monkeypatch):
     """Everything slow takes a whole number of seconds, by which each part and the total are known exactly."""
     hands, scorer = Hands(), type(load("jpeg_size"))
     slow = {
-        (rollout, "walk"): 2, (train, "of_walks"): 3, (lessons, "update"): 5, (exhibit, "write"): 7,
+        (rollout, "trajectories"): 2, (Grpo, "batch"): 3, (learner, "update"): 5, (snapshots, "write"): 7,
         (evaluate, "generate"): 100, (evaluate, "contact_sheet"): 11, (layouts, "write"): 13,
         (checkpoint, "save"): 17, (files, "append"): 1, (scorer, "__call__"): 23,
         (PipelinePolicy, "decode"): 19, (tracking.Trackers, "log"): 29,
@@ -165,9 +166,9 @@ def test_the_parts_of_an_iteration_are_all_its_time(settings, monkeypatch):
     wrote = 1 + 29  # a row, and the same to trackers
     first, second, third, fourth = (
         {"io": 11 + 13 + wrote, "evaluate": 100 + 19 + 23},  # before
-        {"io": wrote + 7 + exhibit.COUNT},  # exhibits and a row for each
+        {"io": wrote + 7 + snapshots.COUNT},  # snapshots and a row for each
         {"io": wrote + 17 + 11 + wrote, "evaluate": 100 + 19 + 23},  # what is evaluated is saved first
-        {"io": wrote + 17 + 7 + exhibit.COUNT},  # a checkpoint, and the exhibits of the last
+        {"io": wrote + 17 + 7 + snapshots.COUNT},  # a checkpoint, and the snapshots of the last
     )
     for part, extra in zip(parts, (first, second, third, fourth), strict=True):
         expected = {"rollout": 2, "decode": 19, "reward": 23, "learn": 3 + 5} | extra

@@ -68,6 +68,8 @@ def test_numbers_in_any_notation(number, notation):
     [
         ("seed=010", "seed", 10), ("kernel.noise=7e-1", "kernel.noise", 0.7),
         ("learning_rate=1e-4", "learning_rate", 1e-4),
+        ("loss.clip=2e-4", "loss.clip", 2e-4), ("advantage.scale=batch", "advantage.scale", "batch"),
+        ("credit.baseline=prompt", "credit.baseline", "prompt"), ("plan.children=3", "plan.children", 3),
         ("guidance=4", "guidance", 4.0), ("held_out=~", "held_out", None), ("offload=true", "offload", True),
     ],
 )  # fmt: skip

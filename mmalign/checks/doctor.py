@@ -1,18 +1,18 @@
-"""Is a run sound? A few questions with known answers, put to the user's own config and model before time is spent.
+"""Sanity checks with known answers, run on the user's config and model before time is spent.
 
-One small iteration of the config is taken apart: its rollout, judgement, update and checkpoint. Nothing is left behind:
-neither the run's folder nor the model's files are touched. What is compared, and with what:
+The checks take one small iteration of the config apart: its rollout, judgement, update and checkpoint. They leave
+nothing behind: neither the run's folder nor the model's files are touched. What is compared, and with what:
 
 | check | must be |
 |---|---|
-| untouched | the adapter as it begins changes no bit of the velocity: KL 0 to the model without it |
-| times | float32, from 1 down to 0, those the stock pipeline walked |
+| untouched | a fresh adapter changes no bit of the velocity: KL 0 to the model without it |
+| times | float32, from 1 down to 0, those of the stock pipeline |
 | ODE | the images of the stock pipeline's own loop, same seeds and guidance |
 | prompts | two prompts give two images |
-| seeds | siblings begin from noises of their own, and unlike draws lead to unlike states |
+| seeds | siblings begin from different noises, and different draws lead to different states |
 | zero noise | the kernel without noise is the ODE's step, to the bit |
 | ratio | replayed log-densities are those of the rollout, so that the ratio is 1 before the first step |
-| guidance | replay asks the network as often for a row as the rollout did, and gets the same velocity |
+| guidance | replay evaluates the network as often for a row as the rollout did, and gets the same velocity |
 | gradient | every adapter matrix that can act gets one, and nothing else |
 | KL gradient | the divergence to the reference pulls (where `beta` is not 0) |
 | judged as shown | an image judged in its batch scores as it does alone with its own prompt |
@@ -20,11 +20,10 @@ neither the run's folder nor the model's files are touched. What is compared, an
 | ... | and what `reward_models.tools.examine` asks of each scorer |
 | group spread | siblings differ in reward |
 | average | the averaged adapter moves by `1 - ema` of the way |
-| checkpoint | what is saved comes back to the bit |
+| checkpoint | a saved state is restored to the bit |
 | memory, disk | there is room |
 
-Where the adapter begins as nothing (B = 0), it is disturbed a little after the first three, so that there is something
-to differ by.
+Because a fresh adapter is the identity (B = 0), it is perturbed after the first three checks.
 """
 
 import shutil
@@ -88,9 +87,9 @@ def examine(c: Config) -> Iterator[Check]:
     """The findings, as they come. Raises BadInput for what keeps the config from being opened at all."""
     with tempfile.TemporaryDirectory() as folder:
         run = open_session(small(c, Path(folder)))
-        own = run.prompts.all[: max(2, run.config.prompts_per_iteration)]
+        prompts = run.prompts.all[: max(2, run.config.prompts_per_iteration)]
         for check in (untouched, stock, prompted):
-            yield from check(run, own)
+            yield from check(run, prompts)
         if c.records:
             yield Check("rollout", None, "records are learnt from; nothing is sampled")
         else:
@@ -102,7 +101,7 @@ def examine(c: Config) -> Iterator[Check]:
 
 
 def small(c: Config, out: Path) -> Config:
-    """The same with two prompts and few siblings, in a folder of its own."""
+    """The same with two prompts and few siblings, in another folder."""
     most = 2 if c.plan.children > 1 else 4
     change = {"prompts_per_iteration": min(2, c.prompts_per_iteration), "seeds": min(c.seeds, most)}
     return c.model_copy(update=change | {"out": str(out / "run"), "rollout_parts": 1, "cache": None})
@@ -136,8 +135,8 @@ def _velocity(run: Session, texts: list[str]) -> Tensor:
         return run.policy.velocity(start, t, cond, torch.arange(count, device=run.policy.device))
 
 
-def untouched(run: Session, own: list[Prompt]) -> Iterator[Check]:
-    texts = [p.text for p in own]
+def untouched(run: Session, prompts: list[Prompt]) -> Iterator[Check]:
+    texts = [p.text for p in prompts]
     on = _velocity(run, texts)
     with run.policy.reference():
         off = _velocity(run, texts)
@@ -148,13 +147,13 @@ def untouched(run: Session, own: list[Prompt]) -> Iterator[Check]:
     )  # fmt: skip
 
 
-def stock(run: Session, own: list[Prompt]) -> Iterator[Check]:
+def stock(run: Session, prompts: list[Prompt]) -> Iterator[Check]:
     """Times and images against the stock pipeline."""
     policy, c = run.policy, run.config
     if not hasattr(policy, "stock_images"):
         yield Check("ODE", None, "the policy has no stock pipeline to compare with")
         return
-    texts, numbers = [p.text for p in own[:2]], [0, 1]
+    texts, numbers = [p.text for p in prompts[:2]], [0, 1]
     theirs = policy.stock_images(texts, numbers, c.steps)
     walked = policy.pipe.scheduler.sigmas.float().cpu()
     times = run.times
@@ -164,7 +163,7 @@ def stock(run: Session, own: list[Prompt]) -> Iterator[Check]:
         "the schedule is not the pipeline's: shift, size or number type differ",
     )  # fmt: skip
     start, owner = generate.initial_noise(policy, [[seed] for seed in numbers])
-    ends = [p.finals for p in generate.trajectories(policy, own[:2], start, owner, times, c.batch)]
+    ends = [p.finals for p in generate.trajectories(policy, prompts[:2], start, owner, times, c.batch)]
     ours = policy.decode(torch.cat(ends)).cpu()
     apart = float(_rms(theirs[0] - theirs[1]))
     share = float(_rms(ours - theirs)) / max(apart, 1e-9)
@@ -179,10 +178,10 @@ def _rms(difference: Tensor) -> Tensor:
     return difference.square().mean().sqrt()
 
 
-def prompted(run: Session, own: list[Prompt]) -> Iterator[Check]:
+def prompted(run: Session, prompts: list[Prompt]) -> Iterator[Check]:
     policy = run.policy
     start, _ = generate.initial_noise(policy, [[0]])
-    index, texts = torch.arange(2, device=policy.device), [p.text for p in own[:2]]
+    index, texts = torch.arange(2, device=policy.device), [p.text for p in prompts[:2]]
     two = sample(policy.velocity, start.repeat(2, 1, 1, 1), policy.encode(texts), index, plans.ode(run.times)).finals
     share = float(_rms(two[0] - two[1]) / _rms(two))
     yield Check(
@@ -219,7 +218,7 @@ def zero_noise(bench: Bench) -> Iterator[Check]:
 
 
 def _replayed(bench: Bench, batch: Transitions) -> tuple[dict[str, float], list[Tensor | None]]:
-    """Statistics and gradients of one replay, in the run's own batches; nothing is stepped."""
+    """Statistics and gradients of one replay, in the run's batches; nothing is stepped."""
     run, c, parameters = bench.run, bench.run.config, bench.run.policy.parameters()
     advantage = c.advantage(bench.tree, bench.judged, c.credit, c.mask, c.dead_spread)
     replay = c.objective.batch(run, bench.rollout, bench.judged, advantage, 0).replay
@@ -253,16 +252,16 @@ def ratio(bench: Bench) -> Iterator[Check]:
 def guidance(bench: Bench) -> Iterator[Check]:
     """Forwards a row, and velocities, with and without gradients."""
     run, b = bench.run, bench.steps[slice(0, 4)]
-    spent, found = [], []
+    forwards, velocities = [], []
     for graded in (False, True):
         before = run.policy.counts["forwards"]
         with torch.set_grad_enabled(graded):
-            found.append(run.policy.velocity(b.x, b.t, bench.rollout.cond, b.index).detach())
-        spent.append((run.policy.counts["forwards"] - before) / len(b))
-    off = float(_rms((found[0] - found[1]).float()) / _rms(found[0].float()))
+            velocities.append(run.policy.velocity(b.x, b.t, bench.rollout.cond, b.index).detach())
+        forwards.append((run.policy.counts["forwards"] - before) / len(b))
+    off = float(_rms((velocities[0] - velocities[1]).float()) / _rms(velocities[0].float()))
     yield Check(
-        "guidance", spent[0] == spent[1] and off < (1e-5 if run.config.precision == "float32" else 0.02),
-        f"{spent[0]:g} and {spent[1]:g} forwards a row, velocities {off:.2g} apart",
+        "guidance", forwards[0] == forwards[1] and off < (1e-5 if run.config.precision == "float32" else 0.02),
+        f"{forwards[0]:g} and {forwards[1]:g} forwards a row, velocities {off:.2g} apart",
         "rollout and replay must use the same guidance",
     )  # fmt: skip
 
@@ -274,12 +273,14 @@ def gradient(bench: Bench) -> Iterator[Check]:
     dead = policy.unused(bench.rollout.paths.x[:1, 0], bench.rollout.cond)
     lost = [name for name in idle if not any(name.startswith(layer + ".") for layer in dead)]
     extra = policy.trained_besides()
-    seen = f"{len(module_of) - len(idle)} of {len(module_of)} matrices"
-    seen += f", {len(idle) - len(lost)} in layers whose output the model does not use" if len(idle) > len(lost) else ""
-    seen += f"; none at {lost[0]}" if lost else ""
-    seen += f"; {extra[0]} is trained too" if extra else ""
+    result = f"{len(module_of) - len(idle)} of {len(module_of)} matrices"
+    result += (
+        f", {len(idle) - len(lost)} in layers whose output the model does not use" if len(idle) > len(lost) else ""
+    )
+    result += f"; none at {lost[0]}" if lost else ""
+    result += f"; {extra[0]} is trained too" if extra else ""
     yield Check(
-        "gradient", len(idle) < len(module_of) and not lost and not extra, seen,
+        "gradient", len(idle) < len(module_of) and not lost and not extra, result,
         "lora_targets must name layers the loss depends on, with the adapter on, and all else must be frozen",
     )  # fmt: skip
 
@@ -288,10 +289,10 @@ def kl_gradient(bench: Bench) -> Iterator[Check]:
     if not bench.run.config.objective.reference:
         return
     b = bench.steps
-    found, gradients = _replayed(bench, replace(b, advantage=torch.zeros_like(b.advantage)))
+    statistics, gradients = _replayed(bench, replace(b, advantage=torch.zeros_like(b.advantage)))
     pull = sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
     yield Check(
-        "KL gradient", found["kl"] > 0 and pull > 0, f"KL {found['kl']:.3g}, gradient {pull:.3g}",
+        "KL gradient", statistics["kl"] > 0 and pull > 0, f"KL {statistics['kl']:.3g}, gradient {pull:.3g}",
         "the divergence to the reference does not pull: is it detached?",
     )  # fmt: skip
 
@@ -307,8 +308,8 @@ def pixels(bench: Bench) -> Iterator[Check]:
 
 
 def judged_as_shown(bench: Bench) -> Iterator[Check]:
-    """Rewards of the finished walks, against each one's image alone with its own prompt."""
-    run, own, off = bench.run, bench.judged, {}
+    """Rewards of the finished trajectories, against each one's image alone with its own prompt."""
+    run, judgement, off = bench.run, bench.judged, {}
     for name in run.config.trained:
         scorer = run.rewards.scorers[name]
         if scorer.card.groupwise:
@@ -316,7 +317,7 @@ def judged_as_shown(bench: Bench) -> Iterator[Check]:
         for i, (end, p) in enumerate(zip(bench.tree.final[:, -1].tolist(), bench.tree.prompt.tolist(), strict=True)):
             alone = score(bench.rollout.images[end : end + 1], [bench.rollout.prompts[p]], {name: scorer})
             for part, value in alone.parts.items():
-                one, two = float(value[0]), float(own.parts[part][i])
+                one, two = float(value[0]), float(judgement.parts[part][i])
                 far = abs(one - two) if one == one and two == two else float(one == one or two == two)
                 off[part] = max(off.get(part, 0.0), far / max(1.0, abs(one) if one == one else 1.0))
     worst = max(off, key=off.get, default=None)
@@ -332,11 +333,11 @@ def rewards(bench: Bench) -> Iterator[Check]:
     for name in bench.run.config.trained:
         scorer = bench.run.rewards.scorers[name]
         yield replace(failing(scorer, bench.rollout.images, prompts), check=f"{name}: a failure")
-        for own in health.examine(scorer, bench.rollout.images, prompts):
-            asked = own.check in ("answers", "spread", "repeats", "neighbours")
-            shown = own.check == "sees the image: noise" and scorer.card.sees_prompt
-            if asked or shown:
-                yield replace(own, check=f"{name}: {own.check}")
+        for check in health.examine(scorer, bench.rollout.images, prompts):
+            always = check.check in ("answers", "spread", "repeats", "neighbours")
+            of_prompts = check.check == "sees the image: noise" and scorer.card.sees_prompt
+            if always or of_prompts:
+                yield replace(check, check=f"{name}: {check.check}")
 
 
 def failing(scorer, images: Float[Tensor, "E 3 H W"], prompts: list[Prompt]) -> Check:
@@ -348,8 +349,8 @@ def failing(scorer, images: Float[Tensor, "E 3 H W"], prompts: list[Prompt]) -> 
         value = scorer(spoilt, prompts[:2]).values[0]
     except Exception as error:  # whatever a user's scorer raises is the finding
         return Check("", False, f"raises {type(error).__name__}: {str(error)[:120]}", advice)
-    said = ", ".join(f"{v:g}" for v in value.tolist())
-    return Check("", bool(value.isnan().all()), f"an image of NaN scores {said}", advice)
+    scores = ", ".join(f"{v:g}" for v in value.tolist())
+    return Check("", bool(value.isnan().all()), f"an image of NaN scores {scores}", advice)
 
 
 def group_spread(bench: Bench) -> Iterator[Check]:
@@ -357,12 +358,12 @@ def group_spread(bench: Bench) -> Iterator[Check]:
     alive = dead(shown[:, 0], bench.tree.prompt, bench.run.config.dead_spread).mean()
     share = 1 - float(alive)
     yield Check(
-        "group spread", share > 0, f"{share:.0%} of the walks are in groups whose rewards differ",
-        "a constant reward teaches nothing: another reward, more noise, or harder prompts",
+        "group spread", share > 0, f"{share:.0%} of the trajectories are in groups whose rewards differ",
+        "a constant reward carries no gradient: another reward, more noise, or harder prompts",
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- what is kept, and room
+# -------------------------------------------------------------------------------------------- the saved state, and room
 
 
 def averaged(run: Session) -> Iterator[Check]:
@@ -370,10 +371,10 @@ def averaged(run: Session) -> Iterator[Check]:
         {name: v.clone() for name, v in run.learner.ema.items()},
         {n: v + 1 for n, v in run.policy.adapter().items()},
     )
-    kept = run.policy.adapter()
+    adapter = run.policy.adapter()
     run.policy.load_adapter(now)
     run.learner.average()
-    run.policy.load_adapter(kept)
+    run.policy.load_adapter(adapter)
     decay = run.config.ema
     off = max(float((run.learner.ema[n] - (decay * before[n] + (1 - decay) * now[n])).abs().max()) for n in before)
     yield Check("average", off < 1e-5, f"off by {off:.2g}", "the averaged adapter, which is exported, does not follow")
@@ -387,7 +388,7 @@ def saved(run: Session) -> Iterator[Check]:
     disturb(run)
     for value in run.learner.ema.values():
         value.add_(1)
-    done = runs.restore(run, out, lambda said: None)
+    done = runs.restore(run, out, lambda message: None)
     after = {"adapter": run.policy.adapter(), "ema": run.learner.ema}
     same = all(torch.equal(before[kind][n], after[kind][n]) for kind in before for n in before[kind])
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
@@ -413,8 +414,8 @@ def room(run: Session, out: Path) -> Iterator[Check]:
     yield Check("disk", free > 10 * size + GIB / 4, f"{free / GIB:.1f} GiB free", advice)
 
 
-def page(c: Config, found: list[Check]) -> str:
+def page(c: Config, checks: list[Check]) -> str:
     """The report, on one page of Markdown."""
-    bad = sum(own.good is False for own in found)
-    lines = [f"# {c.model}", "", f"{len(found)} checks, {bad} bad." if bad else f"{len(found)} checks, none bad.", ""]
-    return "\n".join([*lines, *health.table(found)]) + "\n"
+    bad = sum(check.good is False for check in checks)
+    lines = [f"# {c.model}", "", f"{len(checks)} checks, {bad} bad." if bad else f"{len(checks)} checks, none bad.", ""]
+    return "\n".join([*lines, *health.table(checks)]) + "\n"

@@ -73,8 +73,8 @@ def folder(model: str) -> str:
 
 
 def shares(c: Config, gpus: int) -> list[int]:
-    """Prompts of each rank, which takes every `gpus`-th of an iteration's from its own number on: groups stay whole,
-    and ranks differ by one at most."""
+    """Prompts of each rank, which takes every `gpus`-th of an iteration's from its own number on: groups are never
+    split, and ranks differ by one at most."""
     return [len(range(rank, c.prompts_per_iteration, gpus)) for rank in range(gpus)]
 
 
@@ -115,7 +115,7 @@ def bounds(c: Config) -> list[str]:
 
 def evaluations(c: Config, held_out: list[Prompt], guided: bool) -> dict[str, int]:
     """All evaluations of a run: before and after on all held-out prompts, `eval_seeds` each; in between on some, one
-    image each. Every image is shown to rewards and `watch` alike."""
+    image each. Every image is shown to rewards and `watch` too."""
     between = (c.iterations - 1) // c.eval_every if c.eval_every and held_out else 0
     images = 2 * len(held_out) * c.eval_seeds + between * len(held_out[:: in_between(c, len(held_out))])
     scorers = len({*c.trained, *c.watch})

@@ -82,7 +82,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def durations(c: Config, found: dict, speed: Speed) -> dict[str, float]:
+def durations(c: Config, estimate: dict, speed: Speed) -> dict[str, float]:
     """Seconds of the slowest rank in an iteration and in all of them, and of the evaluations, which are sharded too.
 
     Half of replay evaluates the model without adapter, without gradients, where the objective needs it. Nothing is
@@ -91,11 +91,11 @@ def durations(c: Config, found: dict, speed: Speed) -> dict[str, float]:
     plain = 0.5 if c.measures_kl else 0.0
     replayed = plain * speed.forward + (1 - plain) * speed.learn
 
-    def taken(own: Mapping[str, int]) -> float:
-        shown = own["decodes"] * (speed.decode + speed.reward)
-        return own["forwards"] * speed.forward + own["replay_forwards"] * replayed + shown
+    def taken(counts: Mapping[str, int]) -> float:
+        shown = counts["decodes"] * (speed.decode + speed.reward)
+        return counts["forwards"] * speed.forward + counts["replay_forwards"] * replayed + shown
 
-    held = found["evaluations"]
+    held = estimate["evaluations"]
     shown = held["forwards"] * speed.forward + held["decodes"] * (speed.decode + speed.judge)
-    run, after = max(map(taken, found["run_ranks"])), shown / len(found["ranks"])
+    run, after = max(map(taken, estimate["run_ranks"])), shown / len(estimate["ranks"])
     return {"iteration": run / c.iterations, "training": run, "evaluations": after, "run": run + after}

@@ -120,7 +120,7 @@ def checks(name: str, rows: Sequence[Any]) -> Table:
     table = _table("check", "", "seen", "what to do", left=4, title=name, title_justify="left", padding=(0, 1))
     for row in rows:
         mark = {True: Text("good", "green"), False: Text("bad", "red"), None: "unknown"}[row.good]
-        table.add_row(row.check, mark, row.seen, "" if row.good else row.advice)
+        table.add_row(row.check, mark, row.result, "" if row.good else row.advice)
     return table
 
 

@@ -46,8 +46,8 @@ def _numbers(c: BaseModel) -> None:
 
 def _secrets(c: BaseModel) -> None:
     """A run's folder is passed on, and its config with it."""
-    for name, own in c.scorers.items():
-        if (secret := secret_in(own)) is not None:
+    for name, settings in c.scorers.items():
+        if (secret := secret_in(settings)) is not None:
             raise ValueError(
                 f"scorers: {name}: {secret} is a secret, and a config is stored and passed on; put it into the "
                 "environment (OPENAI_API_KEY for judges, MMALIGN_TOKEN for remote)"

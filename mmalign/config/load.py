@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from mmalign.config import old_form, yaml12
-from mmalign.config.methods import named
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from reward_models import files
@@ -57,9 +56,12 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     if not dot or method not in METHODS:
         values[key] = value
         return
-    known = values.get(method, Config.model_fields[method].get_default() or {})
-    known = {"type": known} if isinstance(known, str) else known
-    values[method] = {**(known if isinstance(known, dict) else {"type": named(known)}), setting: value}
+    known = values.get(method) or getattr(Config(), method)
+    if is_dataclass(known):
+        known = {"type": known.type} if hasattr(known, "type") else {}
+    elif isinstance(known, str):
+        known = {"type": known}
+    values[method] = {**known, setting: value} if isinstance(known, dict) else {setting: value}
 
 
 def build(values: dict[str, Any], source: str) -> Config:

@@ -12,9 +12,9 @@ def public(value: Any) -> Any:
     """A config's values as they may be given away: without what is named like a secret, without password and query of
     a URL, and of absolute paths the last part alone, for the others tell of a machine and its users."""
     if isinstance(value, dict):
-        return {key: "(left out)" if _secret(str(key)) else public(own) for key, own in value.items()}
+        return {key: "(left out)" if _secret(str(key)) else public(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [public(own) for own in value]
+        return [public(item) for item in value]
     if isinstance(value, str) and "://" in value:
         url = urlsplit(value)
         return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"

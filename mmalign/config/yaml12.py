@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise ValueError(f"the key {shown(key)} is no text; put it in quotes")
+                raise ValueError(f"the key {shown(key)} is not text; put it in quotes")
             if key in value:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", key_node.start_mark)
             value[key] = self.construct_object(value_node, deep=True)
@@ -81,7 +81,7 @@ def _word(loader: _Loader, node: yaml.Node, kind: str) -> str:
     word = loader.construct_scalar(node)
     pattern = next(pattern for name, pattern, _ in SCHEMA if name == kind)
     if not re.fullmatch(pattern, word):
-        raise ValueError(f"{shown(word)} is no {kind}")
+        raise ValueError(f"{shown(word)} is not a {kind}")
     return word
 
 
@@ -136,7 +136,7 @@ def _plain(value: Any, where: str) -> None:
         if UNPRINTED.search(value):
             raise ValueError(f"{where}{shown(value)} holds characters that cannot be printed")
     elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < 2**63):
-        raise ValueError(f"{where}{shown(value)} is no number that can be computed with")
+        raise ValueError(f"{where}{shown(value)} is not a usable number")
 
 
 def shown(value: Any) -> str:

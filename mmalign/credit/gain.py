@@ -50,7 +50,7 @@ def fitted(before: Float[Tensor, "M"], after: Float[Tensor, "M"], group: Int[Ten
     """The share of the value before that is worth subtracting: the slope of after on before within groups, in [0, 1].
 
     Subtracting all of it lowers the variance only while the two correlate by more than a half. A step with much noise
-    decides afresh, and then the difference of two independent values is noisier than the one.
+    decides again, and then the difference of two independent values is noisier than the one.
     """
     valid = ~(before.isnan() | after.isnan())
     before, after, group = before[valid], after[valid], group[valid]

@@ -1,1 +1,1 @@
-"""Flow sampling: transition kernels, plans, and the one loop that walks them."""
+"""Flow sampling: transition kernels, plans, and the one loop that trajectories them."""

@@ -108,8 +108,8 @@ def ddim(x, v, t: Scalars, s: Scalars, eta: Scalars) -> Step:
     """Stochastic DDIM for the linear path (DiffusionNFT, arXiv 2509.16117, appendix). At t = 1 and eta = 1 it restarts
     from fresh noise of level s around the predicted clean latent."""
     t, s = _times(x, t, s)
-    kept = s * (1 - t) / (t * (1 - s)).clamp(min=torch.finfo(torch.float32).tiny)
-    return _preserving(x, v, t, s, _column(eta, x) * s * (1 - kept**2).clamp(min=0).sqrt())
+    ratio = s * (1 - t) / (t * (1 - s)).clamp(min=torch.finfo(torch.float32).tiny)
+    return _preserving(x, v, t, s, _column(eta, x) * s * (1 - ratio**2).clamp(min=0).sqrt())
 
 
 def levels(noise: float | Sequence[float], steps: int) -> list[float]:

@@ -69,9 +69,9 @@ def update(
 ) -> dict[str, float]:
     """Replay `batch`, rows with a `step` each, for `epochs` shuffled passes, each in `minibatches` optimiser steps.
 
-    The loss is the mean of `replay`'s over a minibatch. `micro_batch` bounds the rows of one forward and changes nothing
-    else. Rows that are not `needed`, because their gradient is zero, cost no forward but count in the mean. Order,
-    minibatches and means are those of the global batch: `local [B]` marks its rows on this rank (None: all), and
+    The loss is the mean of `replay`'s over a minibatch. `micro_batch` bounds the rows of one forward and changes
+    nothing else. Rows that are not `needed`, because their gradient is zero, cost no forward but count in the mean.
+    Order, minibatches and means are those of the global batch: `local [B]` marks its rows on this rank (None: all), and
     `peers` hold the rest. Where `may_step(rows, their losses, gradient's norm)` is false nothing is stepped. Returns
     means over all rows replayed, `name/k` over those whose `step` is k; `grad_norm` is before clipping.
     """

@@ -1,4 +1,4 @@
-"""Objectives: what a judged rollout teaches the policy.
+"""Objectives: what the policy learns from a judged rollout.
 
 An objective gives rows to train on and their loss; the update is the same for all. Add one: a file with a frozen
 dataclass that derives from `mmalign.objectives.objective.OnImages` (it learns from finished images) or `Objective`, and

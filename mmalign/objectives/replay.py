@@ -48,7 +48,7 @@ def transitions(
 
 @dataclass(frozen=True)
 class Surrogate:
-    """The loss of transitions under the policy as it is now: `loss`, plus `beta` times the exact KL divergence to the
+    """The loss of transitions under the current policy: `loss`, plus `beta` times the exact KL divergence to the
     reference, which `measure` reports even with `beta` 0. Ratios are per `cell` of the advantage's grid, or per
     `credit`: one for all cells with the same advantage (`mmalign.learn.loss.by_credit`)."""
 

@@ -91,25 +91,25 @@ def matched(prompt: Int[Tensor, "N"], reward: Float[Tensor, "N"], marks: Marks) 
         rows = rows[reward[rows].argsort(descending=True, stable=True)]
         half = len(rows) // 2
         pairs.append(torch.stack([rows[:half], rows.flip(0)[:half]], 1))
-    found = torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
-    credit = marks.credit[found]
-    inter = better(credit, marks.named[found]).ne(0).any(1)
+    matches = torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
+    credit = marks.credit[matches]
+    inter = better(credit, marks.named[matches]).ne(0).any(1)
     intra = ((credit > 0).any(2) & (credit < 0).any(2)).any(1)
-    return found[inter | intra]
+    return matches[inter | intra]
 
 
 def pairs(policy: Policy, images: Finished, draws: int, generator: torch.Generator) -> Pairs:
     """The matched images, each pair at `draws` times. There may be none."""
-    found = matched(images.prompt, images.reward, images.marks)
-    left, marks = found[:, 0], vars(images.marks)
+    matches = matched(images.prompt, images.reward, images.marks)
+    left, marks = matches[:, 0], vars(images.marks)
     noise = noise_like(images.x[left].repeat_interleave(draws, 0), generator)
-    columns = {"x": images.x[found]} | {name: values[found] for name, values in marks.items()}
+    columns = {"x": images.x[matches]} | {name: values[matches] for name, values in marks.items()}
     return Pairs(
         **{name: values.repeat_interleave(draws, 0) for name, values in columns.items()},
         noise=noise,
-        t=times(policy, draws, len(found), generator).flatten().to(noise),
+        t=times(policy, draws, len(matches), generator).flatten().to(noise),
         index=images.prompt[left].repeat_interleave(draws),
-        step=torch.arange(draws, device=noise.device).repeat(len(found)),
+        step=torch.arange(draws, device=noise.device).repeat(len(matches)),
     )
 
 
@@ -135,9 +135,9 @@ def loss(
     right, wrong = (credit > 0).float(), (credit < 0).float()
     both = right.any(2) & wrong.any(2)
     within = _mean(-F.logsigmoid(-scale * (_mean(moved, right) - _mean(moved, wrong))), both.float())
-    found = between + intra * within
-    return found, {
-        "loss": found.detach(),
+    value = between + intra * within
+    return value, {
+        "loss": value.detach(),
         "agrees": ((ahead.detach() > 0).float() * compared).sum(1) / compared.sum(1),
         "regions_compared": compared.sum(1),
     }

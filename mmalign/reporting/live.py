@@ -25,7 +25,7 @@ try:
     from fastapi.responses import HTMLResponse
     from starlette.staticfiles import StaticFiles
 
-    from reward_models.service.server import Named, listen, loopback
+    from reward_models.service.server import LocalHostOnly, listen, loopback
 except ModuleNotFoundError as error:
     raise ValueError(f"serving a page needs {error.name}: pip install 'mmalign[serve]'") from error
 
@@ -83,7 +83,7 @@ def app(run: Path, host: str = "127.0.0.1") -> FastAPI:
     so that a web page whose domain resolves to it cannot read the run."""
     service = FastAPI(title="mmalign run", docs_url=None, redoc_url=None, openapi_url=None)
     if loopback(host):
-        service.add_middleware(Named)
+        service.add_middleware(LocalHostOnly)
     service.mount("/files", StaticFiles(directory=run))
     rendering, rendered = Lock(), {}  # the content is rendered once per version, by one thread at a time
 

@@ -17,18 +17,18 @@ def marked(
     images bring them up; a region without a label, or with one that was there already, has a column of its own after
     them, which compares with nothing."""
     labels: dict[int, dict[str, int]] = {}
-    for own, regions in zip(owner, boxes, strict=True):
-        known = labels.setdefault(own, {})
+    for prompt, regions in zip(owner, boxes, strict=True):
+        known = labels.setdefault(prompt, {})
         for region in regions:
             if region.label:
                 known.setdefault(region.label, len(known))
     named_columns = max((len(known) for known in labels.values()), default=0)
     width = named_columns + max((len(regions) for regions in boxes), default=0)
     share, credit = torch.zeros(len(boxes), width, *grid), torch.full((len(boxes), width), torch.nan)
-    for i, (own, regions) in enumerate(zip(owner, boxes, strict=True)):
+    for i, (prompt, regions) in enumerate(zip(owner, boxes, strict=True)):
         shares = box_shares(regions, size, grid)
         for k, region in enumerate(regions):
-            column = labels[own].get(region.label, -1)
+            column = labels[prompt].get(region.label, -1)
             if column < 0 or not credit[i, column].isnan():
                 column = named_columns + k
             share[i, column], credit[i, column] = shares[k], float(region.credit)

@@ -34,7 +34,7 @@ class Clock:
         return run
 
     def read(self) -> dict[str, float]:
-        """Seconds since the last reading, which begin anew."""
+        """Seconds since the last reading, which start again from 0."""
         before, self.last = self.last, self.now()
         out, self.seconds = dict(self.seconds), Counter()
         return out | {"total": self.last - before}

@@ -1,19 +1,19 @@
-"""How much noise each step bears: DenseGRPO's exploration calibration (arXiv 2601.20218, algorithm 1).
+"""How much noise each step can tolerate: DenseGRPO's exploration calibration (arXiv 2601.20218, algorithm 1).
 
-Walks with more noise explore more, until a step adds more than the later ones can undo; then most of its gains are
-negative. Round by round the noise of each step rises while its gains are balanced and falls when they are not:
+Trajectories with more noise explore more, until a step adds more than the later ones can undo; then most of its gains
+are negative. Round by round the noise of each step rises while its gains are balanced and falls when they are not:
 
-- rule "paper": rises by `step` if |n+ - n-| < 2, else falls. With N walks the test passes only on a tie or nearly, so
-  that for more than a few walks the noise falls even under perfect balance (a tie has probability 0.08 at N = 100), and
-  it falls when gains are positive too.
+- rule "paper": rises by `step` if |n+ - n-| < 2, else falls. With N trajectories the test passes only on a tie or
+  nearly, so that for more than a few trajectories the noise falls even under perfect balance (a tie has probability
+  0.08 at N = 100), and it falls when gains are positive too.
 - rule "z": rises while (n- - n+) / sqrt(n+ + n-) < 1, falls otherwise; the answer is the mean of the second half of the
   rounds, what the last one led to included. Only an excess of losses counts, whatever N.
 
 With both, noise never falls below `floor` nor rises above `ceiling`, and a step with no gain above or below 0 in a
 round keeps its noise: nothing was learnt of it. The floor, the ceiling and that last rule are ours.
 
-n+ and n- are a round's walks with a positive and a negative gain at the step; ties count on neither side. The result
-belongs to the schedule, guidance, model and rewards it was found with, and is refused elsewhere.
+n+ and n- are a round's trajectories with a positive and a negative gain at the step; ties count on neither side. The
+result belongs to the schedule, guidance, model and rewards it was found with, and is refused elsewhere.
 """
 
 import json
@@ -70,9 +70,9 @@ def run(
     floor: float,
     ceiling: float = CEILING,
 ) -> Iterator[dict]:
-    """`gained(levels, round)` are the gains of N walks with this noise, NaN where a step was deterministic or a score
-    failed. Yields one row per round, each of [T]: `noise`, what was seen with it, `better` and `worse`, and the noise
-    `after` it. Steps with noise 0 keep it."""
+    """`gained(levels, round)` are the gains of N trajectories with this noise, NaN where a step was deterministic or a
+    score failed. Yields one row per round, each of [T]: `noise`, what was seen with it, `better` and `worse`, and the
+    noise `after` it. Steps with noise 0 keep it."""
     for number in range(rounds):
         gain = gained(levels, number)
         better, worse = (gain > 0).sum(0).float(), (gain < 0).sum(0).float()

@@ -1,11 +1,11 @@
-"""Is a judge fit to be a reward? A few questions with known answers, put to any scorer.
+"""Sanity checks for a scorer used as a reward.
 
-- repeats: the same images asked twice get the same scores, to well below the spread between images.
-- neighbours: an image scores the same beside others, in any order.
-- sees the image: blank, noise and the prompt written as text score below the pictures that were made for it.
-- sees the prompt: pictures score better with their own prompt than with another's (where the card says it looks).
-- answers: few images are left without a score.
-- sides: a judge of pairs prefers the same picture whichever comes first.
+- repeats: scoring the same images twice gives the same scores, up to noise well below the spread between images.
+- neighbours: the score of an image does not depend on the other images in the batch, or on their order.
+- sees the image: blank, noise and the prompt written as text score below the pictures generated for the prompt.
+- sees the prompt: pictures score better with their own prompt than with another (if the card says it sees the prompt).
+- answers: few images have no score.
+- sides: a judge of pairs prefers the same picture in either order.
 - choices: it agrees with a labelled set of pairs, if one is given.
 - spread: not all pictures score the same.
 """
@@ -25,31 +25,32 @@ from reward_models.scoring import Picture
 from reward_models.tools import picture_files
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
-REPEATS = 0.25  # of the spread between images of a prompt: more noise than that drowns what is learnt from
+REPEATS = 0.25  # noise as a share of the spread between images; more would drown the training signal
 FAILED = 0.05
 SWAPPED = 0.2
 AGREES = 0.6
 TINY = 1e-12
-HEADING = "| check | | seen | what to do |"
+HEADING = "| check | | result | what to do |"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `good` None: could not be told. `advice`: what to do where it is not good."""
+    """One line of the report. `good`: None if inconclusive. `result`: what was measured. `advice`: what to do if it is
+    not good."""
 
     check: str
     good: bool | None
-    seen: str
+    result: str
     advice: str = ""
 
 
 def examine(
     scorer: RewardModel, images: Images, prompts: Sequence[Prompt], choices: Float[Tensor, "C 2"] | None = None
 ) -> list[Check]:
-    """The report on a scorer, of pictures of one size with their prompts, at least two of them. `choices`: scores of
-    the chosen and of the other picture of labelled pairs."""
+    """The report on a scorer, from at least two pictures of one size with their prompts. `choices`: the scores of the
+    chosen and of the other picture of labelled pairs."""
     if len(images) < 2 or len(images) != len(prompts):
-        raise ValueError(f"{len(images)} images and {len(prompts)} prompts; as many, and at least 2, are needed")
+        raise ValueError(f"{len(images)} images and {len(prompts)} prompts; equal numbers of at least 2 are needed")
     if scorer.card.groupwise:
         return [*_of_pairs(scorer, images, prompts), *_chosen(choices)]
     first = scorer(images, prompts)
@@ -74,24 +75,24 @@ def _mean(values: Tensor) -> float:
 
 def _answers(first: Scores) -> Check:
     missing = float(_main(first).isnan().float().mean())
-    why = f"; {next(iter(first.failures.values()))[:160]}" if first.failures else ""
+    reason = f"; {next(iter(first.failures.values()))[:160]}" if first.failures else ""
     return Check(
-        "answers", missing <= FAILED, f"{missing:.0%} without a score{why}", "read the replies; see the reason"
+        "answers", missing <= FAILED, f"{missing:.0%} without a score{reason}", "read the replies; see the reason"
     )
 
 
 def _spread(first: Scores) -> Check:
     values = _main(first)
     spread = float(values[~values.isnan()].std(correction=0)) if bool((~values.isnan()).any()) else float("nan")
-    return Check("spread", spread > 1e-6, f"standard deviation {spread:.3g}", "a constant reward teaches nothing")
+    return Check("spread", spread > 1e-6, f"standard deviation {spread:.3g}", "a constant reward has no gradient")
 
 
-def _repeats(scorer, first: Scores, images: Images, prompts) -> Check:
+def _repeats(scorer: RewardModel, first: Scores, images: Images, prompts: Sequence[Prompt]) -> Check:
     again = _main(scorer(images, prompts))
     return _near("repeats", _main(first), again, "lower the temperature, or average several replies")
 
 
-def _neighbours(scorer, first: Scores, images: Images, prompts) -> Check:
+def _neighbours(scorer: RewardModel, first: Scores, images: Images, prompts: Sequence[Prompt]) -> Check:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     half = max(1, len(order) // 2)
     parts = [_main(scorer(images[rows], [prompts[i] for i in rows.tolist()])) for rows in order.split(half)]
@@ -106,36 +107,36 @@ def _near(check: str, one: Tensor, two: Tensor, advice: str) -> Check:
         return Check(check, None, "no scores")
     noise = float(((one - two)[both] ** 2).mean().sqrt()) / 2**0.5
     spread = float(one[both].std(correction=0))
-    lost = int((one.isnan() != two.isnan()).sum())
-    seen = f"noise {noise:.3g}, spread between images {spread:.3g}" + (f", {lost} answered only once" if lost else "")
-    return Check(check, noise <= max(REPEATS * spread, TINY), seen, advice)
+    once = int((one.isnan() != two.isnan()).sum())
+    result = f"noise {noise:.3g}, spread between images {spread:.3g}" + (f", {once} answered only once" if once else "")
+    return Check(check, noise <= max(REPEATS * spread, TINY), result, advice)
 
 
-def _junk(scorer, first: Scores, images: Images, prompts) -> list[Check]:
-    """What no prompt asks for must score below what was made for it."""
-    whole, found = _mean(_main(first)), []
+def _junk(scorer: RewardModel, first: Scores, images: Images, prompts: Sequence[Prompt]) -> list[Check]:
+    """Pictures that ignore the prompt must score below those generated for it."""
+    usual, checks = _mean(_main(first)), []
     for name, junk in junk_images(images, prompts).items():
         low = _mean(_main(scorer(junk, prompts)))
-        refused = low != low
-        seen = f"{name} {'has no score' if refused else f'{low:.3g}'}, pictures {whole:.3g}"
-        good = None if whole != whole else refused or low < whole
-        found.append(Check(f"sees the image: {name}", good, seen, f"{name} pays; do not train on it alone"))
-    return found
+        missing = low != low
+        result = f"{name} {'has no score' if missing else f'{low:.3g}'}, pictures {usual:.3g}"
+        good = None if usual != usual else missing or low < usual
+        checks.append(Check(f"sees the image: {name}", good, result, f"{name} is rewarded; do not train on it alone"))
+    return checks
 
 
 def junk_images(images: Images, prompts: Sequence[Prompt]) -> dict[str, Images]:
-    """Pictures of the same size that show nothing that was asked for: grey, noise, and the prompt as text."""
+    """Pictures of the same size that ignore the prompt: grey, noise, and the prompt written as text."""
     height, width = images.shape[2:]
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
     return {
         "blank": torch.full_like(images, 0.5),
         "noise": noise,
-        "prompt as text": torch.cat([written(own.text, height, width) for own in prompts]),
+        "prompt as text": torch.cat([text_image(prompt.text, height, width) for prompt in prompts]),
     }
 
 
-def written(text: str, height: int, width: int) -> Images:
-    """The text on white, in lines that fit."""
+def text_image(text: str, height: int, width: int) -> Images:
+    """The text in black on white, wrapped to the width."""
     picture = Image.new("RGB", (width, height), "white")
     size = max(8, height // 12)
     font = ImageFont.load_default(size)
@@ -150,11 +151,11 @@ def written(text: str, height: int, width: int) -> Images:
     return from_pil([picture])
 
 
-def _own_prompt(scorer, first: Scores, images: Images, prompts) -> list[Check]:
+def _own_prompt(scorer: RewardModel, first: Scores, images: Images, prompts: Sequence[Prompt]) -> list[Check]:
     others = [
         next((p for p in prompts[i + 1 :] + prompts[:i] if p.text != prompts[i].text), None) for i in range(len(images))
     ]
-    rows = [i for i, own in enumerate(others) if own is not None]
+    rows = [i for i, other in enumerate(others) if other is not None]
     if not scorer.card.sees_prompt or not rows:
         return []
     wrong = _main(scorer(images[rows], [others[i] for i in rows]))
@@ -166,102 +167,104 @@ def _own_prompt(scorer, first: Scores, images: Images, prompts) -> list[Check]:
     return [
         Check(
             "sees the prompt", share >= AGREES, f"own prompt above another's {share:.0%} of the time",
-            "it looks at the picture alone; is it the right model, and is the prompt in its question?",
+            "it ignores the prompt; is it the right model, and is the prompt in its question?",
         )
     ]  # fmt: skip
 
 
-def _of_pairs(scorer, images: Images, prompts) -> list[Check]:
-    """Of a judge of pairs: the pictures against junk, and each pair from both sides."""
+def _of_pairs(scorer: RewardModel, images: Images, prompts: Sequence[Prompt]) -> list[Check]:
+    """Checks of a judge of pairs: pictures against junk, and each pair in both orders."""
     if hasattr(scorer, "orders"):
         orders, scorer.orders, scorer.swaps = scorer.orders, "both", [0, 0]
     groups = defaultdict(list)
     for i, prompt in enumerate(prompts):
         groups[prompt.text].append(i)
-    junk, wins, failures, asked = junk_images(images, prompts)["noise"], [], {}, 0
+    junk, wins, failures, count = junk_images(images, prompts)["noise"], [], {}, 0
     try:
         for number, rows in enumerate(groups.values()):
-            some = torch.cat([images[rows], junk[rows[:1]]])
-            found = scorer(some, [replace(prompts[rows[0]], id=number)] * len(some))
-            wins.append((_mean(_main(found)[:-1]), float(_main(found)[-1])))
-            failures |= found.failures
-            asked += len(some)
+            group = torch.cat([images[rows], junk[rows[:1]]])
+            scores = scorer(group, [replace(prompts[rows[0]], id=number)] * len(group))
+            wins.append((_mean(_main(scores)[:-1]), float(_main(scores)[-1])))
+            failures |= scores.failures
+            count += len(group)
     finally:
         if hasattr(scorer, "orders"):
             scorer.orders = orders
     both = torch.tensor(wins)
-    lost = len(failures) / asked
-    why = f"; {next(iter(failures.values()))[:160]}" if failures else ""
-    own, noise = _mean(both[:, 0]), _mean(both[:, 1])
-    good = None if own != own or noise != noise else noise < own
-    out = [
-        Check("answers", lost <= FAILED, f"{lost:.0%} without a score{why}", "read the replies; see the reason"),
-        Check("sees the image: noise", good, f"noise wins {noise:.0%}, pictures {own:.0%}", "noise pays"),
+    missing = len(failures) / count
+    reason = f"; {next(iter(failures.values()))[:160]}" if failures else ""
+    usual, noise = _mean(both[:, 0]), _mean(both[:, 1])
+    good = None if usual != usual or noise != noise else noise < usual
+    checks = [
+        Check(
+            "answers", missing <= FAILED, f"{missing:.0%} without a score{reason}", "read the replies; see the reason"
+        ),
+        Check("sees the image: noise", good, f"noise wins {noise:.0%}, pictures {usual:.0%}", "noise is rewarded"),
     ]
     if getattr(scorer, "swaps", (0, 0))[1]:
         swapped, pairs = scorer.swaps
         share = swapped / pairs
-        out.append(
+        checks.append(
             Check(
                 "sides", share <= SWAPPED, f"the winner changed with the side in {share:.0%} of {pairs} pairs",
                 "use orders=both, which counts such a pair as a tie",
             )
         )  # fmt: skip
-    return out
+    return checks
 
 
 def _chosen(choices: Float[Tensor, "C 2"] | None) -> list[Check]:
     if choices is None:
         return []
-    had = choices[~choices.isnan().any(1)]
-    if not len(had):
+    complete = choices[~choices.isnan().any(1)]
+    if not len(complete):
         return [Check("choices", None, "no pair has two scores")]
-    share = float((torch.sign(had[:, 0] - had[:, 1]) + 1).mean() / 2)
-    seen = f"agrees with {share:.0%} of {len(had)} choices"
-    return [Check("choices", share >= AGREES, seen, "another model, or clearer instructions")]
+    share = float((torch.sign(complete[:, 0] - complete[:, 1]) + 1).mean() / 2)
+    result = f"agrees with {share:.0%} of {len(complete)} choices"
+    return [Check("choices", share >= AGREES, result, "another model, or clearer instructions")]
 
 
 Pair = tuple[Picture, Picture, Prompt]  # the chosen picture, the other, and their prompt
 
 
 def material(source: Path, most: int) -> tuple[Images, list[Prompt], list[Pair]]:
-    """Up to `most` pictures of a folder or table, all of the commonest size, their prompts, and labelled pairs of them.
-    ValueError if there are not two, or one has no prompt."""
+    """Up to `most` pictures of a folder or table, all of the most common size, their prompts, and labelled pairs of
+    them. ValueError if there are fewer than two, or one has no prompt."""
     items, choices = picture_files.read(source)
-    unasked = next((own.name for own in items if own.prompt is None), None)
-    if unasked is not None:
-        raise ValueError(f"{source}: {unasked} has no prompt, and judges look at it")
-    pictures = {own.key: picture_files.picture(own) for own in items}
-    sizes = Counter(tuple(own.shape[2:]) for own in pictures.values())
+    without = next((item.name for item in items if item.prompt is None), None)
+    if without is not None:
+        raise ValueError(f"{source}: {without} has no prompt, which judges need")
+    pictures = {item.key: picture_files.picture(item) for item in items}
+    sizes = Counter(tuple(picture.shape[2:]) for picture in pictures.values())
     if not sizes or sizes.most_common(1)[0][1] < 2:
         raise ValueError(f"{source}: two pictures of one size are needed")
     size = sizes.most_common(1)[0][0]
-    same = [own for own in items if tuple(pictures[own.key].shape[2:]) == size]
+    same = [item for item in items if tuple(pictures[item.key].shape[2:]) == size]
     same = [same[int(k)] for k in torch.linspace(0, len(same) - 1, min(most, len(same)))]
-    prompts = [replace(own.prompt, id=number) for number, own in enumerate(same)]
-    asked = {own.key: own.prompt for own in items}
+    prompts = [replace(item.prompt, id=number) for number, item in enumerate(same)]
+    prompt_of = {item.key: item.prompt for item in items}
     pairs = []
-    for number, own in enumerate(choices):
-        better, worse = ((name, own.prompt) for name in (own.better, own.worse))
-        pairs.append((pictures[better], pictures[worse], replace(asked[better], id=number)))
-    return torch.cat([pictures[own.key] for own in same]), prompts, pairs
+    for number, choice in enumerate(choices):
+        better, worse = ((name, choice.prompt) for name in (choice.better, choice.worse))
+        pairs.append((pictures[better], pictures[worse], replace(prompt_of[better], id=number)))
+    return torch.cat([pictures[item.key] for item in same]), prompts, pairs
 
 
 def chosen(scorer: RewardModel, pairs: Sequence[Pair]) -> Float[Tensor, "C 2"] | None:
     """The scores of the chosen and of the other picture of each pair; None without pairs."""
-    found = []
+    scores = []
     for better, worse, prompt in pairs:
         if better.shape == worse.shape:
-            found.append(_main(scorer(torch.cat([better, worse]), [prompt] * 2)))
+            scores.append(_main(scorer(torch.cat([better, worse]), [prompt] * 2)))
         elif scorer.card.groupwise:
-            found.append(torch.full((2,), torch.nan))
+            scores.append(torch.full((2,), torch.nan))
         else:
-            found.append(torch.cat([_main(scorer(own, [prompt])) for own in (better, worse)]))
-    return torch.stack(found) if found else None
+            scores.append(torch.cat([_main(scorer(picture, [prompt])) for picture in (better, worse)]))
+    return torch.stack(scores) if scores else None
 
 
 def markdown(reports: Mapping[str, Sequence[Check]], images: int) -> str:
-    """A page for people."""
+    """The reports as a Markdown page."""
     lines = [f"# Judges examined on {images} pictures", ""]
     for name, rows in reports.items():
         lines += [f"## {name}", "", *table(rows), ""]
@@ -269,10 +272,10 @@ def markdown(reports: Mapping[str, Sequence[Check]], images: int) -> str:
 
 
 def table(rows: Sequence[Check]) -> list[str]:
-    """Lines of Markdown."""
+    """A Markdown table, line by line."""
     lines = [HEADING, "|---|---|---|---|"]
-    for own in rows:
-        mark = {True: "good", False: "**bad**", None: "unknown"}[own.good]
-        seen = own.seen.replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {own.check} | {mark} | {seen} | {'' if own.good else own.advice} |")
+    for row in rows:
+        mark = {True: "good", False: "**bad**", None: "unknown"}[row.good]
+        result = row.result.replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {row.check} | {mark} | {result} | {'' if row.good else row.advice} |")
     return lines

@@ -120,8 +120,8 @@ def places(folder: Path) -> dict[str, tuple[Path, str]]:
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "folder.png").mkdir()
     return {
-        "a FIFO": (folder / "fifo.png", "no regular file"),
-        "a device": (Path("/dev/zero"), "no regular file"),
+        "a FIFO": (folder / "fifo.png", "not a regular file"),
+        "a device": (Path("/dev/zero"), "not a regular file"),
         "a folder": (folder / "folder.png", "directory"),
         "a link in a circle": (folder / "loop.png", "symbolic links"),
         "nothing": (folder / "none.png", "No such file"),

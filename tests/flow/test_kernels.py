@@ -8,10 +8,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.distributions import Normal, kl_divergence
 
 from mmalign.flow import kernels as k
-from mmalign.sampling import kernels
+from mmalign.sampling.kernels import KERNELS as TABLE
 
 T_MAX = 0.999
-KERNELS = {kernel.type: kernel() for kernel in kernels.KERNELS}
+KERNELS = {kernel.type: kernel() for kernel in TABLE}
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.8, "ddim": 1.0, "scheduled": 0.5}
 X, V, Y = 0.37, -1.2, 0.5
 

@@ -12,6 +12,7 @@ from mmalign import policy as policies
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
 from mmalign.seeds import gaussian
+from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.training.setup import open_session
 
 TEXTS = ["a red circle", "three green squares", "a cross"]

@@ -229,12 +229,18 @@ def test_a_reply_in_parts_is_one_text(content):
 
 
 WITHOUT = {
-    "reasoning of one server": (completion(None, message={"content": None, "reasoning_content": "hm, 3"}), "only reasoning"),
+    "reasoning of one server": (
+        completion(None, message={"content": None, "reasoning_content": "hm, 3"}),
+        "only reasoning",
+    ),
     "reasoning of another": (
         completion(None, message={"content": "", "reasoning": "hm, 3"}, finish_reason="length"),
         "only reasoning because it ran out of tokens",
     ),
-    "reasoning in parts": (completion(None, message={"content": [{"type": "thinking", "thinking": "3"}]}), "only reasoning"),
+    "reasoning in parts": (
+        completion(None, message={"content": [{"type": "thinking", "thinking": "3"}]}),
+        "only reasoning",
+    ),
     "no parts": (completion(None, message={"content": []}), "the reply is empty"),
     "a picture": (completion(None, message={"content": [{"type": "image_url"}]}), "not text but {'type': 'image_url'}"),
     "a refusal in parts": (

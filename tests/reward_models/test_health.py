@@ -75,7 +75,7 @@ def test_a_few_failures_are_said_with_their_reason():
             return each(images, prompts, self.names, look, batch=1)
 
     row = next(check for check in health.examine(Away(), IMAGES, PROMPTS) if check.check == "answers")
-    assert row.seen == "100% without a score; the server is away"
+    assert row.result == "100% without a score; the server is away"
 
 
 def brightest(question):
@@ -104,7 +104,7 @@ def test_choices_are_scored_or_played():
 
 
 def test_the_prompt_as_text_can_be_read_and_fits():
-    picture = health.written("a red circle above a blue square and some more words", 64, 96)
+    picture = health.text_image("a red circle above a blue square and some more words", 64, 96)
     assert picture.shape == (1, 3, 64, 96)
     assert picture.min() < 0.2
     assert (picture > 0.9).float().mean() > 0.5

@@ -152,7 +152,7 @@ def test_weights_that_run_code_are_refused(tmp_path, made):
             return (print, ("executed",))
 
     torch.save({"state_dict": Runs()}, tmp_path / "head.pth")
-    with pytest.raises(ValueError, match=r"could not be loaded: head\.pth holds more than tensors"):
+    with pytest.raises(ValueError, match=r"could not be loaded: head\.pth contains objects other than tensors"):
         load("aesthetic", head=str(tmp_path / "head.pth"), model=made["aesthetic"]["model"])
 
 

@@ -97,7 +97,7 @@ ANSWERS: dict[str, tuple[Callable[[], Iterator[bytes]], float, str]] = {
         lambda: iter([HEAD + b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc"]), 0.0, "an encoding .gzip.",
     ),
     "two encodings": (
-        lambda: iter([HEAD + b"Content-Encoding: br, gzip\r\nContent-Length: 3\r\n\r\nabc"]), 0.0, "encoding .br, gzip.",
+        lambda: iter([HEAD + b"Content-Encoding: br, gzip\r\nContent-Length: 3\r\n\r\nabc"]), 0.0, "encoding .br, gzip",
     ),
     "an answer after which nothing is true": (
         lambda: iter([HEAD + b"Content-Length: 20\r\n\r\n{}"]), 0.0, "cannot be reached",
