@@ -25,17 +25,17 @@ from mmalign.config import load as configs
 from mmalign.runs import jsonl
 from mmalign.training import setup
 
-SDE = "plan=sde branch_steps=null children=null baseline=null seeds=12"
-DENSE = f"{SDE} credit=gain score_states=all"
+SDE = "plan=sde seeds=12"
+DENSE = f"{SDE} credit=gain"
 VARIANTS = {  # prompts per iteration: what makes an iteration take about as long as the others'
     "terminal": f"{SDE} credit=terminal prompts_per_iteration=8",
-    "guard": f"{SDE} credit=terminal prompts_per_iteration=8 loss=guard clip=2e-6 weighting=none",
-    "window": f"{SDE} credit=terminal prompts_per_iteration=12 plan=window window=[0,2]",
-    "dense-1": f"{DENSE} prompts_per_iteration=7 completion=1",
-    "dense-2": f"{DENSE} prompts_per_iteration=6 completion=2",
+    "guard": f"{SDE} credit=terminal prompts_per_iteration=8 loss=guard loss.clip=2e-6 objective=grpo",
+    "window": f"{SDE} credit=terminal prompts_per_iteration=12 plan=window plan.steps=[0,2]",
+    "dense-1": f"{DENSE} prompts_per_iteration=7 credit.completion=1",
+    "dense-2": f"{DENSE} prompts_per_iteration=6 credit.completion=2",
     "dense": f"{DENSE} prompts_per_iteration=4",
-    "dense-2, window": f"{DENSE} prompts_per_iteration=20 seeds=4 completion=2 plan=window window=[0,3]",
-    "dense, fitted": f"{DENSE} prompts_per_iteration=5 plan=window window=[0,3] control=fit",
+    "dense-2, window": f"{DENSE} prompts_per_iteration=20 seeds=4 credit.completion=2 plan=window plan.steps=[0,3]",
+    "dense, fitted": f"{DENSE} prompts_per_iteration=5 plan=window plan.steps=[0,3] credit.control=fit",
     "branch": "prompts_per_iteration=12",
 }
 EVALUATIONS = 6

@@ -21,15 +21,14 @@ from reward_models import files
 KINDS = ("two_objects", "position")
 BRANCH = "watch=[clip]"
 IMAGES = (
-    "watch=[clip] region=shapes plan=ode branch_steps=null children=null baseline=null kernel=flow_sde noise=0.7 "
-    "advantage_scale=group weighting=none seeds=2 prompts_per_iteration=48"
+    "watch=[clip] region=shapes plan=ode kernel=flow_sde credit=null advantage=null seeds=2 prompts_per_iteration=48"
 )
 VARIANTS = {
     "scalar": BRANCH,
-    "region": f"{BRANCH} region=shapes region_weight=0.5",
-    "focused": f"{BRANCH} region=shapes region_weight=0.5 focus=map",
-    "SRUM": f"{IMAGES} objective=srum draws=2 alpha_range=[0,1] background=0 anchor=0.5 margin=1 learning_rate=5e-5",
-    "R-GDPO": f"{IMAGES} objective=rgdpo draws=4 preference_scale=2 intra_weight=1 learning_rate=4e-4",
+    "region": f"{BRANCH} region=shapes advantage.regional=0.5",
+    "focused": f"{BRANCH} region=shapes advantage.regional=0.5 mask=map",
+    "SRUM": f"{IMAGES} objective=srum objective.margin=1 learning_rate=5e-5",
+    "R-GDPO": f"{IMAGES} objective=rgdpo objective.draws=4 objective.scale=2 learning_rate=4e-4",
 }
 Out = Annotated[Path, typer.Option(help="folder of the runs")]
 app = typer.Typer(add_completion=False)

@@ -7,7 +7,7 @@ import torch
 from command_line import mmalign
 from kill_and_resume import outcome
 from run_config import rows, run
-from trajectories import walk
+from trajectories import sampled
 
 from mmalign import errors, run as runs
 from mmalign.config import load as configs
@@ -220,7 +220,7 @@ class Given:
 
 def seen(values, weights, rule=SUM, reference=None):
     """The judgement of three trajectories of three prompts, their tree and the prompts."""
-    paths = walk(plans.sde(torch.linspace(1, 0, 5), FlowSde()), 3, 3)
+    paths = sampled(plans.sde(torch.linspace(1, 0, 5), FlowSde()), 3, 3)
     combination = Combination(weights, rule, reference=reference)
     scored = score(paths.finals, PROMPTS, {"given": Given(values)})
     return judge(paths, scored, (8, 8), combination), paths.tree, PROMPTS

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from run_config import rows, run
-from trajectories import walk
+from trajectories import sampled
 from typer.testing import CliRunner
 
 from mmalign.cli.app import app
@@ -34,7 +34,7 @@ class Twice:
 
 
 def shown(combination, starts=12, prompts=3):
-    paths = walk(plans.sde(torch.linspace(1, 0, 5), FlowSde()), starts, prompts)
+    paths = sampled(plans.sde(torch.linspace(1, 0, 5), FlowSde()), starts, prompts)
     seen = score(paths.finals, [Prompt("")] * len(paths.finals), {"twice": Twice()})
     return paths, judge(paths, seen, (8, 8), combination)
 
@@ -61,7 +61,7 @@ def test_a_reference_changes_units_and_nothing_that_compares_siblings():
 
 
 def test_product_and_gate_read_the_raw_parts():
-    paths = walk(plans.ode(torch.linspace(1, 0, 3)), 4, 2)
+    paths = sampled(plans.ode(torch.linspace(1, 0, 3)), 4, 2)
     parts = dict(zip(WEIGHTS, torch.rand(2, 4).unbind(), strict=True))
     product = Combination(WEIGHTS, Product())(parts, paths.tree.owner)
     torch.testing.assert_close(product, parts["twice.mean"] * parts["twice.first"].sqrt())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from trajectories import judged_as, plan_by_hand, sampled
 
+from mmalign.config.schema import Config
 from mmalign.credit import Branch, Terminal
 from mmalign.credit.groups import Units, dead, group_mean, group_std, normalise
 from mmalign.flow import plan as plans
@@ -117,6 +118,6 @@ def test_seeds_may_be_permuted():
         assert torch.allclose(one[swap], two, atol=1e-6)
 
 
-def test_unknown_choices_are_named(unchecked_types):
-    with pytest.raises(ValueError, match="no baseline called 'seed'"):
-        Branch("seed")
+def test_unknown_choices_are_named():
+    with pytest.raises(ValueError, match="baseline: Input should be 'state' or 'prompt', got \"seed\""):
+        Config(credit={"type": "branch", "baseline": "seed"})

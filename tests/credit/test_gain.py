@@ -4,6 +4,7 @@ import pytest
 import torch
 from trajectories import judged as judged_by, sampled
 
+from mmalign.config.schema import Config
 from mmalign.credit import Gain, Terminal
 from mmalign.credit.gain import balance, fitted, gains, values
 from mmalign.credit.groups import Units
@@ -180,6 +181,6 @@ def test_balance_of_signs_by_hand():
     assert set(found) == {f"{name}/{k}" for name in ("gain", "gain_std", "balance") for k in (1, 2)}
 
 
-def test_unknown_comparisons_are_named(unchecked_types):
-    with pytest.raises(ValueError, match="no comparison called 'group'"):
-        Gain(compare="group")
+def test_unknown_comparisons_are_named():
+    with pytest.raises(ValueError, match="compare: Input should be 'step' or 'trajectory', got \"group\""):
+        Config(credit={"type": "gain", "compare": "group"})

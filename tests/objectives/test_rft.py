@@ -87,9 +87,8 @@ def test_the_model_moves_to_its_best_images():
 
 def test_two_iterations_of_a_run(tmp_path):
     settings = {
-        "plan": "ode", "objective": {"type": "rft", "draws": 3}, "rewards": {"image_stats.brightness": 1.0}, 
-        "watch": [],
-        "held_out": None, "iterations": 2, "prompts_per_iteration": 2, "seeds": 3, "steps": 2, "warmup": 0,
+        "plan": "ode", "objective": {"type": "rft", "draws": 3}, "rewards": {"image_stats.brightness": 1.0},
+        "watch": [], "held_out": None, "iterations": 2, "prompts_per_iteration": 2, "seeds": 3, "steps": 2, "warmup": 0,
         "cooldown": 0, "learning_rate": 1e-3, "out": str(tmp_path / "run"),
     }  # fmt: skip
     run(settings)

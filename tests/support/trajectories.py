@@ -18,9 +18,6 @@ def sampled(plan, starts, prompts=1, seed=0, flow=None, **options):
     return sample(flow.velocity, start, flow.encode(["0.0"] * prompts), index, plan, draw, **options)
 
 
-walk = sampled
-
-
 def plan_by_hand(t, noise, draw):
     """One schedule; every route is trained on and has its own image alone."""
     finished_by = torch.full((len(noise), len(t)), -1)
