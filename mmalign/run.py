@@ -1,15 +1,12 @@
-"""A run around the iteration: evaluations, checkpoints and resumption.
+"""A run around the iteration: evaluations, checkpoints, trackers and signals.
 
 One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluations.jsonl`, `credit.jsonl`,
-`alarms.jsonl`, `images/`, `checkpoints/`, `report.html`, and what trackers keep. What the next iteration does is a
-function of the config, the iteration and what a checkpoint holds, so a resumed run ends with the bits of one that was
-never interrupted.
+`alarms.jsonl`, `images/`, `checkpoints/`, `report.html`, and the files of trackers.
 """
 
-import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,20 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmalign.config import load as configs
-from mmalign.config.schema import RESUMABLE, Config
+from mmalign.config.schema import Config
 from mmalign.distributed.processes import Ranks, join
-from mmalign.errors import BadInput
 from mmalign.evaluation import evaluate, layouts
 from mmalign.policy.protocol import Trainable
 from mmalign.reporting import trackers as tracking
 from mmalign.reporting.trackers import Trackers
 from mmalign.rewards.judge import silent, stop_if_failing
-from mmalign.runs import alarms, checkpoint, folder, jsonl, machine, optimizer_state, state as states
+from mmalign.runs import alarms, checkpoint, folder
 from mmalign.runs.signals import Stop, Stopped, stopping
-from mmalign.seeds import gaussian, seed_of
 from mmalign.train import iterate
-from mmalign.training import finite, planning, snapshots
-from mmalign.training.learner import optimizer_class
+from mmalign.training import finite, planning, saving, snapshots
 from mmalign.training.session import Session
 from mmalign.training.setup import open_session
 from reward_models import RewardModel, files
@@ -76,14 +70,14 @@ def _train(
         run = open_session(c, ranks, policy, scorers)
         if ranks.main:
             saved = len(checkpoint.numbered(out / "checkpoints"))
-            folder.check_space(out, _size(run) * max(1, c.keep_checkpoints + 2 - saved))
+            folder.check_space(out, saving.size(run) * max(1, c.keep_checkpoints + 2 - saved))
         if ranks.main:
             for line in cut(
                 (run.policy, *run.rewards.scorers.values()), [p.text for p in (*run.prompts.all, *run.held_out)]
             ):
                 print(f"mmalign: {line}", file=sys.stderr)
         console.print(planning.describe(run.config, run.cost))
-        done = restore(run, out, say) if resume else 0
+        done = saving.restore(run, out, say) if resume else 0
         ranks.assert_equal(
             [done, fingerprint(run.policy.adapter(), digits=16)], "the iteration and the adapter to start with"
         )
@@ -92,10 +86,10 @@ def _train(
             if ranks.main:
                 files.replace(out / "config.yaml", configs.dump(c).encode())
                 folder.rewind(out, done, say)
-                _prune(c, out, done)
+                saving.prune(c, out, done)
             ranks.barrier("the run's folder")
             _continue(run, out, done, trackers, stop, alarms.Watch(c, out, say, ranks.main), console)
-        best = _best(out, c.best_by)
+        best = saving.best(out, c.best_by)
         if best is not None and best != c.iterations:
             say(f"best held-out {c.best_by}: {out / 'checkpoints' / f'{best:06d}'}")
     return out
@@ -133,7 +127,7 @@ def _continue(
                     stop.share(ranks.all_gather_object(stop.received, "signals"))
                     if stop.received or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
                         with clock.of("io"):
-                            save(run, out, done)
+                            saving.save(run, out, done)
     except Stopped:
         console.print(f"stopped by {stop.received.name} after iteration {done}; --resume continues from there")
         raise
@@ -205,100 +199,3 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(), console=console,
     )  # fmt: skip
-
-
-def _size(run: Session) -> int:
-    """Bytes of a checkpoint, about: adapter, average and two moments."""
-    return 4 * 4 * sum(p.numel() for p in run.policy.parameters())
-
-
-def _best(out: Path, name: str | None) -> int | None:
-    """The saved iteration with the highest held-out mean of `name`, on the images that all evaluations share."""
-    saved = {int(path.name) for path in checkpoint.numbered(out / "checkpoints")}
-    rows = jsonl.rows(out / "evaluations.jsonl") if name else []
-    means = {row["iteration"]: row["compared"] for row in rows if row["iteration"] in saved}
-    return max((done for done, mean in means.items() if mean == mean), key=means.get, default=None)
-
-
-def _kept(run: Session, iteration: int) -> dict[str, dict]:
-    """What a run must go on with: its config, what it is made of, and what it draws next. Prompts, windows and noise
-    have no state to be saved; a resumed run shows that it draws the same."""
-    c = run.config
-    prompts = run.prompts(iteration)
-    noise = gaussian((8,), seed_of(c.seed, "rollout", iteration, prompts[0].id, 0))
-    draws = {
-        "order of prompts": [p.id for p in prompts],
-        "windows": [planning.position_of(c, iteration, p.id) for p in prompts],
-        "random numbers": fingerprint({"noise": noise}, digits=16),
-    }
-    made = run.origin | {"reference": run.rewards.reference} | draws
-    return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude={*RESUMABLE}), "made": made}))
-
-
-def _machine(run: Session) -> dict[str, int | str]:
-    return machine.describe(run.ranks.size, run.ranks.accelerator.device)
-
-
-def save(run: Session, out: Path, iteration: int) -> None:
-    adapter = run.policy.adapter()
-    adapter_hash = fingerprint(adapter, digits=16)
-    run.ranks.assert_equal(adapter_hash, f"the adapter after iteration {iteration}")
-    optimizer = optimizer_state.tensors(run.learner.optimizer)  # of which each process may have a part
-    if not run.ranks.main:
-        return
-    tensors = {"adapter": adapter, "ema": run.learner.ema, "optimizer": optimizer}
-    state = {"adapter_hash": adapter_hash, "multipliers": run.rewards.multipliers, "machine": _machine(run)}
-    state |= {"learnt": optimizer_state.trained(optimizer)} | _kept(run, iteration)
-    folder.sync(out)
-    checkpoint.save(out / "checkpoints", iteration, tensors, state)
-    _prune(run.config, out, iteration)
-
-
-def _prune(c: Config, out: Path, done: int) -> None:
-    """Keep the checkpoints that are to be kept, where the newest is that of `done` iterations: one that is passed over,
-    for it is broken, stays until a run is further."""
-    saved = checkpoint.numbered(out / "checkpoints")
-    if saved and int(saved[-1].name) <= done:
-        checkpoint.prune(out / "checkpoints", done, c.keep_checkpoints, _best(out, c.best_by))
-
-
-def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
-    """Load the newest checkpoint that is whole and return its iteration; 0, to start over, where none was written."""
-    saved = out / "checkpoints"
-    path = checkpoint.latest(saved, say)
-    if path is None and checkpoint.numbered(saved):
-        raise BadInput(f"--resume: no checkpoint in {saved} is whole; to start over, remove {out}")
-    if path is None:
-        say(f"--resume: {out} has no checkpoint yet; starting from the beginning")
-        return 0
-    tensors, state = states.read(path)
-    done = _held(run, path, state)
-    states.check_adapter(path, tensors, run.learner.ema)
-    optimizer_state.check(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_class(run.config))
-    run.policy.load_adapter(tensors["adapter"])
-    optimizer_state.load(run.learner.optimizer, tensors["optimizer"])
-    run.rewards.multipliers.update(state.multipliers)
-    for name, value in tensors["ema"].items():
-        run.learner.ema[name].copy_(value)
-    changed = machine.difference(state.machine, _machine(run))
-    if changed and run.ranks.main:
-        print(f"mmalign: {changed}", file=sys.stderr)
-    return done
-
-
-def _held(run: Session, path: Path, state: states.State) -> int:
-    """The iteration of a checkpoint of this run. BadInput for one of another."""
-    file, done = path / checkpoint.STATE, state.iteration
-    if done > run.config.iterations:
-        raise states.refused(file, f"iteration: {done}, of a run of {run.config.iterations}")
-    if state.multipliers.keys() != run.rewards.multipliers.keys():
-        odd = min(state.multipliers.keys() ^ run.rewards.multipliers.keys())
-        raise states.refused(file, f"multipliers: {odd!r} is in one of checkpoint and config alone")
-    for kind, now in _kept(run, done).items():
-        saved = getattr(state, kind)
-        for what in dict.fromkeys([*saved, *now]):
-            if what not in saved or what not in now:
-                raise states.refused(file, f"{kind}: {'no' if what in now else 'unknown key'} {what!r}")
-            if json.dumps(saved[what], sort_keys=True) != json.dumps(now[what], sort_keys=True):
-                raise BadInput(f"--resume: {what} was {saved[what]} and is {now[what]} now; a run keeps its {what}")
-    return done

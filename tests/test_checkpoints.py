@@ -117,7 +117,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_broken_one(settings, expecte
     assert kill_and_resume.outcome(out) == expected
     for path in checkpoint.numbered(out / "checkpoints"):
         (path / "manifest.json").write_text("{")
-    with pytest.raises(BadInput, match=r"no checkpoint in .* is whole; to start over, remove"):
+    with pytest.raises(BadInput, match=r"no checkpoint in .* is complete; to start over, remove"):
         run(settings, resume=True)
     assert rows(out / "metrics.jsonl")[-1]["iteration"] == 4
 

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings as effort, strategies as st
 from run_config import run
 from safetensors.torch import load_file
 
-from mmalign import run as runs
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
 from mmalign.runs import adapters, checkpoint, folder, machine, state as states
+from mmalign.training import saving
 from mmalign.training.setup import open_session
 
 FILES = ("adapter", "ema", "optimizer")
@@ -65,7 +65,7 @@ def forgeries(sound):
 
 
 def restored(session, out: Path) -> int:
-    return runs.restore(session, out, lambda line: None)
+    return saving.restore(session, out, lambda line: None)
 
 
 class Drawing:

@@ -37,7 +37,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign import run as runs
 from mmalign.config.schema import Config
 from mmalign.credit.groups import dead
 from mmalign.evaluation import generate
@@ -46,6 +45,7 @@ from mmalign.flow.sample import sample
 from mmalign.learn.update import update
 from mmalign.objectives.replay import transitions
 from mmalign.rewards.judge import score
+from mmalign.training import saving
 from mmalign.training.rollout import Rollout, judged, sample_and_score
 from mmalign.training.session import Session
 from mmalign.training.setup import open_session
@@ -384,11 +384,11 @@ def saved(run: Session) -> Iterator[Check]:
     """Save, disturb, restore."""
     out = Path(run.config.out)
     before = {"adapter": run.policy.adapter(), "ema": {name: v.clone() for name, v in run.learner.ema.items()}}
-    runs.save(run, out, 1)
+    saving.save(run, out, 1)
     disturb(run)
     for value in run.learner.ema.values():
         value.add_(1)
-    done = runs.restore(run, out, lambda message: None)
+    done = saving.restore(run, out, lambda message: None)
     after = {"adapter": run.policy.adapter(), "ema": run.learner.ema}
     same = all(torch.equal(before[kind][n], after[kind][n]) for kind in before for n in before[kind])
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
