@@ -27,20 +27,21 @@ Weights = Float[Tensor, "K"]
 ROUNDING = torch.finfo(torch.float32).eps  # relative spacing of float32 scores
 
 
+def group_sum(values: Float[Tensor, "N *rest"], group: Groups) -> Float[Tensor, "N *rest"]:
+    """For each row the sum of the rows of its group, in the dtype of `values`; it carries gradients."""
+    _, number = group.unique(return_inverse=True)
+    return values.new_zeros(int(number.max()) + 1, *values.shape[1:]).index_add(0, number, values)[number]
+
+
 def mean_and_std(
     values: Float[Tensor, "N *rest"], group: Groups
 ) -> tuple[Float[Tensor, "N *rest"], Float[Tensor, "N *rest"]]:
     """For each row the mean and the (population) standard deviation of the valid values of its group, per column,
     computed in float64 and returned in the dtype of `values`; NaN for a group without valid values."""
-    _, number = group.unique(return_inverse=True)
-    exact, valid = values.double(), ~values.isnan()
-
-    def total(x: Tensor) -> Tensor:
-        return x.new_zeros(int(number.max()) + 1, *x.shape[1:]).index_add_(0, number, x)[number]
-
-    count = total(valid.double())
-    mean = total(exact.nan_to_num(0.0)) / count
-    std = (total(((exact - mean) ** 2).nan_to_num(0.0)) / count).sqrt()
+    exact = values.double()
+    count = group_sum((~values.isnan()).double(), group)
+    mean = group_sum(exact.nan_to_num(0.0), group) / count
+    std = (group_sum(((exact - mean) ** 2).nan_to_num(0.0), group) / count).sqrt()
     return mean.to(values.dtype), std.to(values.dtype)
 
 

@@ -13,11 +13,12 @@ from torchvision.utils import save_image
 
 from mmalign.distributed.processes import Ranks
 from mmalign.evaluation.generate import generate
-from mmalign.flow.sample import chunks
+from mmalign.flow.sample import chunks, distinct
 from mmalign.policy.protocol import Policy
 from mmalign.rewards.judge import Scorers, score
 from mmalign.seeds import seed_of
 from reward_models import Prompt, overlay
+from reward_models.combine import group_sum
 
 SHEET = 60  # images of a contact sheet
 
@@ -43,10 +44,9 @@ class Evaluation:
 
 def deviation(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
     """Mean square deviation of each image from its siblings' mean, over all pixels; NaN without siblings."""
-    _, number, count = group.unique(return_inverse=True, return_counts=True)
-    flat = images.flatten(1)
-    mean = torch.zeros(len(count), flat.shape[1]).index_add_(0, number, flat) / count[:, None]
-    return torch.where(count[number] > 1, ((flat - mean[number]) ** 2).mean(1), torch.nan)
+    flat, count = images.flatten(1), group_sum(torch.ones(len(group)), group)
+    mean = group_sum(flat, group) / count[:, None]
+    return torch.where(count > 1, ((flat - mean) ** 2).mean(1), torch.nan)
 
 
 def diversity(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> float:
@@ -118,11 +118,11 @@ def paired(before: Float[Tensor, "N"], after: Float[Tensor, "N"], prompt: Int[Te
     """Mean rise and the p-value of a two-sided paired t-test over prompts (a prompt's seeds are averaged: they are not
     independent), NaN of fewer than two. Images without a score on either side are left out."""
     valid = ~(before.isnan() | after.isnan())
-    rise = (after - before)[valid]
-    _, number, count = prompt[valid].unique(return_inverse=True, return_counts=True)
-    per_prompt = torch.zeros(len(count)).index_add_(0, number, rise) / count
-    if len(count) < 2:
+    rise, prompt = (after - before)[valid], prompt[valid]
+    if len(prompt.unique()) < 2:
         return float(rise.mean()), float("nan")
+    _, first = distinct(prompt)
+    per_prompt = (group_sum(rise, prompt) / group_sum(torch.ones_like(rise), prompt))[first]
     if float(per_prompt.std()) == 0:
         return float(rise.mean()), 1.0 if float(rise.mean()) == 0 else 0.0
     return float(rise.mean()), float(stats.ttest_1samp(per_prompt.numpy(), 0.0).pvalue)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from run_config import rows, run
 
+from mmalign.config import load as configs
+from mmalign.errors import BadInput
 from mmalign.learn.update import update
 from mmalign.objectives.flow_matching import error
 from mmalign.objectives.objective import Finished
@@ -101,5 +103,5 @@ def test_two_iterations_of_a_run(tmp_path):
 
 @pytest.mark.parametrize("draws", [0, 10_001])
 def test_a_number_of_draws_out_of_range_is_named(draws):
-    with pytest.raises(ValueError, match=f"draws: {draws}"):
-        Rft(draws)
+    with pytest.raises(BadInput, match=rf"objective: draws: .* got {draws}"):
+        configs.build({"objective": Rft(draws), "seeds": 2}, "test")

@@ -199,7 +199,7 @@ def test_half_precision_keeps_the_ratio_near_one(name, tmp_path):
 def test_moments_of_eight_bits_learn_and_come_back(settings, tmp_path):
     long = dict(optimizer="adamw8bit", lora_rank=64, iterations=4)  # matrices of fewer than 4096 elements stay float32
     whole = run(settings, **long)
-    states = {v.dtype for state in opened(settings, **long).optimizer.state.values() for v in state.values()}
+    states = {v.dtype for state in opened(settings, **long).learner.optimizer.state.values() for v in state.values()}
     assert not states
     cut = str(tmp_path / "cut")
     with cut_off(after=2):
@@ -229,10 +229,13 @@ def test_work_that_does_not_fit_is_done_again_by_halves():
         fit(lambda size: (_ for _ in ()).throw(torch.OutOfMemoryError("never")))
 
 
+GRPO = {"type": "grpo", "beta": 0.1}
+
+
 def test_a_run_short_of_memory_ends_with_the_same_adapter(settings, tmp_path, monkeypatch):
     from mmalign.policy.sd3 import SD3Policy
 
-    plain = run(settings, iterations=3, minibatches=2, beta=0.1)
+    plain = run(settings, iterations=3, minibatches=2, objective=GRPO)
     network, decode = SD3Policy.network, SD3Policy.decode
 
     def short(self, x, t, cond):
@@ -247,7 +250,7 @@ def test_a_run_short_of_memory_ends_with_the_same_adapter(settings, tmp_path, mo
 
     monkeypatch.setattr(SD3Policy, "network", short)
     monkeypatch.setattr(SD3Policy, "decode", short_decode)
-    cut = run(settings, iterations=3, minibatches=2, beta=0.1, out=str(tmp_path / "cut"), held_out=None)
+    cut = run(settings, iterations=3, minibatches=2, objective=GRPO, out=str(tmp_path / "cut"), held_out=None)
     last = rows(cut / "metrics.jsonl")[-1]
     assert (last["fit/batch"], last["fit/micro_batch"], last["fit/decode_batch"]) == (2, 2, 4)
     from safetensors.torch import load_file

@@ -19,7 +19,7 @@ def opened(folders, name, guidance, size=None):
 def latents(policy, batch=64):
     start = torch.stack([gaussian(policy.latent_shape, i) for i in range(len(TEXTS))])
     cond, index = policy.encode(TEXTS), torch.arange(len(TEXTS))
-    return sample(policy.velocity, start, cond, index, plans.ode(policy.times(STEPS)), batch=batch).ends
+    return sample(policy.velocity, start, cond, index, plans.ode(policy.times(STEPS)), batch=batch).finals
 
 
 def moved(policy, scale=0.05):
