@@ -96,7 +96,7 @@ def test_lora_on_nothing(settings, monkeypatch):
 
 
 def test_seeds_equal_within_a_group(settings, monkeypatch):
-    real = sampling.seed_of
+    real = rollout.seed_of
     monkeypatch.setattr(rollout, "seed_of", lambda *key: real(*(k for i, k in enumerate(key) if i != 4)))
     assert "seeds" in bad(settings)
 

@@ -252,7 +252,7 @@ def test_a_key_from_the_environment_is_nowhere_in_a_run(settings, tmp_path, monk
 
 
 def test_a_url_with_a_password_is_refused():
-    with pytest.raises(ValueError, match="a URL with a password in it would be told to others; give a key instead"):
+    with pytest.raises(ValueError, match="a URL with a password in it would appear in reports"):
         load("vlm_yes_no", model="m", url="http://me:pw@127.0.0.1:1/v1")
 
 

@@ -100,7 +100,7 @@ DENSE = dict(plan="sde", credit={"type": "gain", "states": "all"}, seeds=3)
 def test_the_record_of_a_dense_run(settings, capsys):
     """Counters equal the closed forms; everything is logged by step; the page shows it."""
     out = run(settings, **DENSE, objective={"type": "grpo", "beta": 0.01})
-    assert "3 stochastic steps; states all completed by ODE, all steps that remain" in " ".join(
+    assert "plan sde, kernel flow_sde (noise 0.7), credit gain (states all, completion None, " in " ".join(
         capsys.readouterr().out.split()
     )
     for row in rows(out / "metrics.jsonl"):
@@ -118,7 +118,8 @@ def test_the_record_of_a_dense_run(settings, capsys):
 def test_a_budget_is_kept_and_said(settings, capsys):
     out = run(settings, **DENSE, max_forwards=75, max_rewards=24)
     said = " ".join(capsys.readouterr().out.split())
-    assert "completed by ODE, steps 3; an iteration takes at most 54 + 18 forwards and 24 rewards" in said
+    assert "credit gain (states all, completion 3, " in said
+    assert "an iteration takes at most 54 + 18 forwards and 24 rewards" in said
     for row in rows(out / "metrics.jsonl"):
         assert row["forwards"] == 54
         assert row["forwards"] + row["replay_forwards"] <= 75

@@ -92,7 +92,7 @@ def test_overrides_are_yaml_12(tmp_path, settings, override, key, value):
             "kernel.noise=false",
             "noise: Input should be a valid number or Input should be a valid array, got false",
         ),
-        ("plan.steps=[true]", "plan: steps: Input should be a valid integer, got true"),
+        ("plan.steps=[true]", "plan: steps: Input should be a valid integer or "),
         ("rewards={jpeg_size.kilobytes: true}", "got True"),
         (
             "rewards={jpeg_size.kilobytes: {start: true, end: 1}}",
