@@ -43,8 +43,9 @@ from tiny_pipelines import sd3
 AT = 3  # iterations done when the fault comes; the last checkpoint is of iteration 2
 TEXTS = ["a red circle", "a blue square", "two green crosses", "a circle above a square", "a cross", "a triangle"]
 SETTINGS = dict(
-    rewards={"jpeg_size.kilobytes": 1.0}, iterations=6, prompts_per_iteration=2, seeds=2, steps=4, plan="branch",
-    branch_steps=[0, 1], children=2, lora_rank=2, eval_seeds=1, eval_steps=2, eval_every=0, checkpoint_every=2,
+    rewards={"jpeg_size.kilobytes": 1.0}, iterations=6, prompts_per_iteration=2, seeds=2, steps=4,
+    plan={"type": "branch", "steps": [0, 1], "children": 2}, lora_rank=2, eval_seeds=1, eval_steps=2, eval_every=0,
+    checkpoint_every=2,
 )  # fmt: skip
 Plant = Callable[[], None]  # what is done in the process before it begins
 
