@@ -1,4 +1,4 @@
-"""Scoring what lies on disk: every way in, every way out, and what happens to what is broken."""
+"""Tests of scoring files on disk: every input and output format, and broken images."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from reward_models.tools import gallery, picture_files, score_files as batch
 
 
 class Brightness:
-    """A fake that remembers what it was shown and fails where it is told to."""
+    """A fake scorer that records its calls and fails for the given images."""
 
     card = Card("brightness", sees_prompt=False)
     names = ("mean", "red")
@@ -131,7 +131,7 @@ def test_one_prompt_for_all_that_have_none(folder):
     ("text", "says"),
     [
         ("", "no rows in it"),
-        ("[1]\n", "line 1: no JSON object"),
+        ("[1]\n", "line 1: not a JSON object"),
         ('{"prompt": "a"}\n', "row 1: no `image`; columns are prompt"),
         ('{"image": "0.png", "prompt": "a", "id": "x"}\n', "row 1: `id` must be a whole number, got 'x'"),
         ('{"image_a": "0.png", "image_b": "1.png", "chosen": "c"}\n', "`chosen` must be a or b, got 'c'"),
@@ -190,7 +190,7 @@ class Rank(Brightness):
 
 @pytest.fixture
 def groups(tmp_path):
-    """Nine pictures of three prompts, dealt in turn, brighter and brighter."""
+    """Nine pictures with increasing brightness, of three prompts in turn."""
     for i in range(9):
         Image.new("RGB", (8, 8), (20 * i,) * 3).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("abc"[i % 3])

@@ -1,4 +1,4 @@
-"""Judges behind a server: real HTTP, everything that can go wrong with it, and one real server of a real model."""
+"""Tests of judges behind a server: real HTTP, its failures, and one real server with a real model."""
 
 import math
 import os
@@ -211,7 +211,7 @@ def test_a_real_server_of_a_babbling_model_scores_nothing(served):
     assert "gives no token probabilities" in odds.failures[0]
 
 
-# ------------------------------------------------------------------------------------------------ servers as they are
+# ---------------------------------------------------------------------------------------- differences between servers
 
 PARTS = [
     {"type": "thinking", "thinking": "hm"},

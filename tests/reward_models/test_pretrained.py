@@ -1,4 +1,4 @@
-"""The scorers that run other people's networks, held against those networks run by the stock libraries."""
+"""Tests of the pretrained scorers against the same networks run by their stock libraries."""
 
 from pathlib import Path
 

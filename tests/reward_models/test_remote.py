@@ -1,4 +1,4 @@
-"""The client of a reward service, against services that work and servers that do not: a fault is a reason, never 0."""
+"""Tests of the client of a reward service, against working and faulty servers: a fault gives a reason, never a 0."""
 
 import json
 import re
@@ -223,7 +223,7 @@ def test_what_failed_over_there_keeps_its_reason_and_has_no_number(faulty):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that breakers go by, in seconds; it stands still unless told."""
+    """The clock of the circuit breakers, in seconds; it stands still unless a test advances it."""
     now = [0.0]
     monkeypatch.setattr(link, "clock", lambda: now[0])
     return now

@@ -1,4 +1,4 @@
-"""The reward service: what it answers, whom it refuses, and that no caller costs another a score."""
+"""Tests of the reward service: its answers, the requests it refuses, and that callers do not affect each other."""
 
 import asyncio
 import json
@@ -292,7 +292,7 @@ def test_one_callers_prompt_that_breaks_a_scorer_costs_no_other_caller_a_score(e
                 assert answer["failures"] == [{}, {}]
             else:
                 assert answer["scores"][1]["mean.mean"] is None
-                assert "as told" in answer["failures"][1]["mean"]
+                assert "on purpose" in answer["failures"][1]["mean"]
         assert httpx.get(f"{url}/health").json()["ok"]
         with httpx.Client(base_url=url) as client:
             assert metric(client, 'reward_failures_total{scorer="mean"}') == 1
@@ -352,7 +352,7 @@ def processes():
 
 
 def send_and_stop(process, url, count, number):
-    """The answers, or why there are none, of requests under way when the process is told to stop; its exit code."""
+    """The answers or errors of requests in flight when the process gets the signal `number`; and its exit code."""
     with ThreadPoolExecutor(count) as pool:
         waiting = [pool.submit(httpx.post, f"{url}/score", json=ask(plain([0.5])), timeout=600) for _ in range(count)]
         until(lambda: httpx.get(f"{url}/health").json()["waiting"] == count - 1)
@@ -423,9 +423,9 @@ def most_memory(process) -> int:
 
 
 def sent(url: str, hostile: requests.Hostile) -> tuple[int | None, socket.socket]:
-    """The status of the answer to what is sent as it is, None without one; and the connection."""
+    """Send raw bytes. The status of the answer, None without one; and the connection."""
     connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=600)
-    with suppress(BrokenPipeError, ConnectionResetError):  # it was refused before it was whole
+    with suppress(BrokenPipeError, ConnectionResetError):  # it was refused before it was complete
         connection.sendall(hostile.data)
     if not hostile.statuses:
         return None, connection
