@@ -86,7 +86,7 @@ def test_a_scorers_failure_is_a_reason_never_a_zero(folder):
     assert row["scores"]["own.red"] > 0
 
 
-def test_tables_of_every_kind_read_alike(folder):
+def test_tables_of_every_kind_give_the_same_rows(folder):
     rows = [{"image": f"{i}.png", "prompt": f"number {i}", "id": i + 7} for i in range(3)]
     (folder / "t.jsonl").write_text("".join(json.dumps(row | {"tag": "x"}) + "\n" for row in rows))
     with (folder / "t.csv").open("w") as file:
@@ -205,7 +205,7 @@ def test_images_of_a_prompt_stay_together_for_those_who_compare_them(groups, siz
     assert [text for call in scorer.calls for text in call] == ["a", "b", "c"]
 
 
-def test_a_prompt_with_an_image_left_is_compared_again_whole(groups):
+def test_a_prompt_with_an_image_left_is_compared_again_completely(groups):
     items, _ = picture_files.read(groups)
     rows, out = scored(groups, Rank()), groups / "out.jsonl"
     out.write_text(lines(row for row in rows if row["image"] != "4.png"))

@@ -44,7 +44,7 @@ def same(one, two):
     assert one.failures == two.failures
 
 
-def test_what_was_scored_is_remembered_to_the_bit(tmp_path, images):
+def test_cached_scores_are_equal_to_the_bit(tmp_path, images):
     scorer = Cached(Counting(), tmp_path / "c.sqlite")
     first, again = scorer(images, PROMPTS), scorer(images, PROMPTS)
     same(first, Counting()(images, PROMPTS))

@@ -271,7 +271,7 @@ def test_a_reason_names_url_status_and_what_came(name):
 
 
 @pytest.mark.parametrize(("path", "hinted"), [("", True), ("/v1", False), ("/v1/", False), ("/api", True)])
-def test_an_address_without_v1_is_told(path, hinted):
+def test_an_address_without_v1_is_reported(path, hinted):
     with chatting(lambda request: (404, {}, {"detail": "Not Found"})) as (url, _):
         reason = of(url.removesuffix("/v1") + path)(IMAGES[:1], PROMPTS[:1]).failures[0]
     assert ("(perhaps it is " in reason) == hinted

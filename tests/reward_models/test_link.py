@@ -66,7 +66,7 @@ def test_no_more_of_an_answer_is_held_than_the_bound(monkeypatch):
                     Link(url, "", 9, 0).get("/info")
 
 
-def test_a_certificate_that_nobody_vouches_for_is_told(tmp_path):
+def test_an_untrusted_certificate_is_reported(tmp_path):
     (tmp_path / "both.pem").write_text(SELF_SIGNED)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "both.pem")
@@ -81,7 +81,7 @@ def test_a_certificate_that_nobody_vouches_for_is_told(tmp_path):
     ("variable", "value", "says"),
     [("ALL_PROXY", "socks5://127.0.0.1:9", "socksio"), ("HTTP_PROXY", "gopher://127.0.0.1:9", "gopher")],
 )
-def test_a_proxy_that_cannot_be_used_is_told_in_one_line(monkeypatch, variable, value, says):
+def test_a_proxy_that_cannot_be_used_is_reported_in_one_line(monkeypatch, variable, value, says):
     for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)

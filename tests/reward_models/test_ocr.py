@@ -240,7 +240,7 @@ def test_settings_that_cannot_work_are_refused_in_one_line(settings, says):
 
 
 @pytest.mark.parametrize("package", ["rapidocr", "onnxruntime"])
-def test_a_missing_package_is_told_with_its_remedy(package, monkeypatch):
+def test_a_missing_package_is_reported_with_its_remedy(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"ocr: .*{package}.*pip install 'mmalign\[ocr\]'"):
         Ocr()

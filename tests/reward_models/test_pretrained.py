@@ -165,7 +165,7 @@ def test_weights_that_run_code_are_refused(tmp_path, made):
         ("image_reward", {"weights": "nobody/nothing"}, "image_reward: nobody/nothing with"),
     ],
 )
-def test_weights_that_are_not_there_are_told_in_one_line(name, given, says):
+def test_missing_weights_are_reported_in_one_line(name, given, says):
     with pytest.raises(ValueError, match=f"{says}.*could not be loaded") as error:
         load(name, **given)
     assert "\n" not in str(error.value)

@@ -322,7 +322,7 @@ def test_a_full_queue_is_waited_for():
 # --------------------------------------------------------------------------------------------- who may and where
 
 
-def test_the_token_comes_from_the_environment_and_is_told_to_nobody(monkeypatch, faulty):
+def test_the_token_comes_from_the_environment_and_is_never_shown(monkeypatch, faulty):
     with running({"mean": Mean()}, token="secret") as url:
         for token in (None, "wrong"):
             with pytest.raises(ValueError, match="answered 401") as error:
@@ -347,7 +347,7 @@ def test_the_token_comes_from_the_environment_and_is_told_to_nobody(monkeypatch,
         (dict(scorers=["clap"]), "it has clip; requested: clap"),
     ],
 )
-def test_a_service_that_is_not_there_is_told_in_one_line(faulty, settings, says):
+def test_a_service_that_is_not_there_is_reported_in_one_line(faulty, settings, says):
     with pytest.raises(ValueError, match=says) as error:
         Remote(**{"url": faulty.url} | settings)
     assert "\n" not in str(error.value)

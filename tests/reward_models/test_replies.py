@@ -42,7 +42,7 @@ CAT = Region((10, 20, 30, 40), 0.5, "1 cat", "well made")
         ("The score is good.\nScore: 0.4", (0.4, "")),
     ],
 )
-def test_scores_of_the_whole(reply, expected):
+def test_scores_of_the_image(reply, expected):
     assert replies.overall(reply) == expected
 
 

@@ -1,5 +1,5 @@
 """Replies that judges have written, and ways to fool a parser, each with its expected result. A parser reads it, or
-raises ValueError; it does nothing else, whatever it is given."""
+raises ValueError, and does nothing else on any input."""
 
 import contextlib
 

@@ -96,7 +96,7 @@ def test_vqa_refuses_in_one_line(made, change, says):
     assert "\n" not in str(error.value)
 
 
-def test_answers_that_share_a_beginning_are_told_apart_by_what_they_do_not_share(tmp_path, made):
+def test_answers_that_share_a_beginning_are_distinguished_by_the_rest(tmp_path, made):
     from reward_models.vlm.transformers_model import first_tokens
 
     words = tiny_vlm.new_tokenizer([])  # bytes alone: " yes" and " no" both begin with a space
