@@ -2,8 +2,8 @@
 SRUM's global and local judge, arXiv 2510.12784).
 
 Each image gets two questions. Global: a score in [-1, 1] for the layout only, with a reason. Local: a list of regions,
-each with box, score in [-1, 1] and reason; with `proposals`, the boxes come from a detector, and the model scores them by
-number. Two scores, higher is better, roughly comparable across prompts:
+each with box, score in [-1, 1] and reason; with `proposals`, the boxes come from a detector, and the model scores them
+by number. Two scores, higher is better, roughly comparable across prompts:
 
 - `overall`: the global score.
 - `local`: the mean of the regions' scores weighted by their area, NaN if the model names none.
