@@ -27,11 +27,12 @@ WAIT = 60  # seconds for another process to finish writing
 
 
 class Cached:
-    """`scorer` with a cache at `path`. `asked` counts images, `hits` those from the cache. Unusable if the file is."""
+    """`scorer` with a cache at `path`. `lookups` counts images, `hits` those that were cached. Unusable if the file
+    cannot be used."""
 
     def __init__(self, scorer: RewardModel, path: str | Path):
         self.scorer, self.names, self.card, self.path = scorer, scorer.names, scorer.card, Path(path)
-        self.asked = self.hits = 0
+        self.lookups = self.hits = 0
         with self._open() as store:
             store.execute("PRAGMA journal_mode=WAL")
             store.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, record TEXT) WITHOUT ROWID")
@@ -48,7 +49,7 @@ class Cached:
         for i, key in enumerate(keys):
             first.setdefault(key, i)
         new = [i for key, i in first.items() if key not in known]
-        self.asked += len(keys)
+        self.lookups += len(keys)
         self.hits += len(keys) - len(new)
         failures = {}
         if new:

@@ -3,7 +3,7 @@
 `values [N, K]` are raw scores of N images by K components, NaN where missing; `group [N]` is the prompt index of each
 image; `weights [K]`. Rules that add or multiply raw scores give NaN if any component with a weight is missing, because
 a partial sum would not be comparable with its siblings'. Rules that normalise within groups replace a missing component
-by the group's mean, which is no opinion, and give NaN if all are missing.
+by the group's mean, which prefers no image, and give NaN if all are missing.
 
 A component is *dead* in a group if its spread is at most `floor`, or at most `ROUNDING` times its largest value there:
 it carries no information, and rounding errors must not become preferences. With a floor of 0 only the second rule

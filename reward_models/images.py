@@ -1,12 +1,12 @@
-"""The only place that turns files into images, that converts between [0, 1] tensors, 8-bit pixels and PIL images, and
-that resizes them.
+"""Read image files, convert between [0, 1] tensors, 8-bit pixels and PIL images, and resize. All of the project's
+images are decoded here.
 
-Rounding is to the nearest of 256 levels, so 8-bit images survive the way there and back exactly.
+Tensors are rounded to the nearest of 256 levels, so that 8-bit images survive a round trip exactly.
 
-A file becomes the picture that a viewer shows of it on a white page: turned as its EXIF orientation says, laid over
-white where it is transparent, the first picture of an animation or of several pages, grey of 16 bits rounded to 8,
-the upper 8 bits of deeper colours. Colour profiles are not applied. What no viewer agrees on (floating-point and
-32-bit pixels), what is cut off or damaged, and what has more than `limits.PIXELS` pixels by its header is refused.
+A file becomes the picture that a viewer shows on a white page: rotated by its EXIF orientation, composited over white
+where it is transparent, the first frame or page, 16-bit grey rounded to 8 bits, and the upper 8 bits of deeper colours.
+Colour profiles are not applied. Refused are pixels that viewers do not agree on (floating-point and 32-bit), truncated
+or damaged files, and pictures of more than `limits.PIXELS` pixels by their header.
 """
 
 import base64
@@ -30,8 +30,8 @@ from reward_models import files, limits
 from reward_models.types import Images
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")  # no EPS: it starts Ghostscript
-BROWSERS = {"PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP"}  # formats that browsers show as they are read here
-ORIENTATION = 0x0112  # EXIF's number for it
+BROWSERS = {"PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP"}  # formats that browsers show in the same way
+ORIENTATION = 0x0112  # EXIF's tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,24 +40,24 @@ TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # what undoes each orientation
-BITS, PHOTOMETRIC = 258, 262  # TIFF's tags: bits of a pixel, and whether 0 is white
+}  # EXIF orientation: the transposition that undoes it
+BITS, PHOTOMETRIC = 258, 262  # TIFF's tags: bits per sample, and whether 0 is white
 SHOWN = 512  # px, the longer side of a picture within a page
-# what Pillow warns of is refused or passed over here
+# the first is refused here anyway, and broken EXIF is ignored
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "Corrupt EXIF data")
 
 
 def to_uint8(images: Images) -> UInt8[Tensor, "N 3 H W"]:
-    """Levels 0..255 of images in [0, 1]; values outside are clipped. ValueError if a value is not finite."""
+    """Levels 0..255 of images in [0, 1]; values outside are clipped. ValueError for a non-finite value."""
     if not torch.isfinite(images).all():
         raise ValueError("an image holds values that are not finite; it has no 8-bit form")
     return images.float().clamp(0, 1).mul_(255).round_().to(torch.uint8)  # one copy: clamp makes it
 
 
 def rounded(images: Images) -> Images:
-    """The nearest images a PNG can hold; values outside [0, 1] are clipped. Contiguous: a network's last digits depend
-    on the layout of its input in memory."""
+    """The nearest images that a PNG can hold; values outside [0, 1] are clipped. Contiguous, because the last digits of
+    a network's output depend on the memory layout of its input."""
     images = images.float().contiguous()
     low, high = images.aminmax() if images.numel() else (0, 1)
     images = images if low >= 0 and high <= 1 else images.clamp(0, 1)
@@ -65,21 +65,21 @@ def rounded(images: Images) -> Images:
 
 
 def to_pil(images: Images) -> list[Image.Image]:
-    """One RGB image each, of the same size in pixels."""
+    """One RGB image of the same size for each."""
     return [Image.fromarray(pixels) for pixels in to_uint8(images).cpu().permute(0, 2, 3, 1).contiguous().numpy()]
 
 
 def from_pil(images: Sequence[Image.Image]) -> Images:
-    """[N, 3, H, W] float32 in [0, 1], of pictures in any mode. ValueError unless all have one size, and for pixels
-    that have no agreed white."""
+    """[N, 3, H, W] float32 in [0, 1], of pictures in any mode. ValueError if their sizes differ, and for pixels whose
+    white level is not defined."""
     pictures = [upright(image) for image in images]
     sizes = sorted({picture.size for picture in pictures})
     if len(sizes) != 1:
         raise ValueError(f"images of one size (width, height) are needed, got {sizes or 'none'}")
-    # numpy, for torch would start its own threads in each thread that reads files
+    # numpy, because torch would start threads of its own in each thread that reads files
     out = np.empty((len(pictures), 3, *reversed(sizes[0])), np.float32)
-    for place, picture in zip(out, pictures, strict=True):
-        np.divide(np.asarray(picture).transpose(2, 0, 1), np.float32(255), out=place)
+    for row, picture in zip(out, pictures, strict=True):
+        np.divide(np.asarray(picture).transpose(2, 0, 1), np.float32(255), out=row)
     return torch.from_numpy(out)
 
 
@@ -87,37 +87,37 @@ def from_pil(images: Sequence[Image.Image]) -> Images:
 
 
 def from_file(path: str | Path, most: int = limits.PIXELS) -> Images:
-    """The picture in a file, [1, 3, H, W], of at most `most` pixels. ValueError, in one line, if there is none."""
+    """The picture in a file, [1, 3, H, W], of at most `most` pixels. ValueError, in one line, if it cannot be read."""
     with _reading(), files.opened(path) as file:
         return from_pil([decoded(file, most)])
 
 
 def from_bytes(data: bytes) -> Images:
-    """The picture that a file of these bytes holds, [1, 3, H, W]. ValueError, in one line, if there is none."""
+    """The picture in the bytes of a file, [1, 3, H, W]. ValueError, in one line, if it cannot be read."""
     with _reading():
         return from_pil([decoded(BytesIO(data))])
 
 
 def levels(path: str | Path) -> UInt8[np.ndarray, "H W 3"]:
-    """The 8-bit pixels of the picture in a file. ValueError, in one line, if there is none."""
+    """The 8-bit pixels of the picture in a file. ValueError, in one line, if it cannot be read."""
     with _reading(), files.opened(path) as file:
         return np.asarray(decoded(file))
 
 
 def size_of(path: str | Path) -> tuple[int, int]:
-    """Height and width of the picture in a file, as `from_file` has them, without decoding it. ValueError, in one line,
-    if it cannot be read or its checksums are wrong."""
+    """Height and width of the picture that `from_file` returns, without decoding it. ValueError, in one line, if it
+    cannot be read or its checksums are wrong."""
     with _reading(), files.opened(path) as file:
         picture = _header(file, limits.PIXELS, FORMATS)
         width, height = picture.size
         return (width, height) if _orientation(picture) in (5, 6, 7, 8) else (height, width)
 
 
-ANIMATED = ("GIF", "PNG", "WEBP")  # formats of animations; TIFF's and MPO's further pictures are others
+ANIMATED = ("GIF", "PNG", "WEBP")  # formats of animations; TIFF and MPO hold pages and views instead
 
 
 def promised(path: str | Path | None, data: bytes | None = None) -> int:
-    """The pixels that the header of a picture's file, or of its bytes, promises; 0 where there is none to be read."""
+    """The number of pixels by the header of a file, or of its bytes; 0 if the header cannot be read."""
     try:
         with _reading(), BytesIO(data) if path is None else files.opened(path) as file:
             picture = Image.open(file, formats=FORMATS)
@@ -127,7 +127,7 @@ def promised(path: str | Path | None, data: bytes | None = None) -> int:
 
 
 def animated(path: str | Path | None, data: bytes | None = None) -> bool:
-    """Whether a picture's file, or its bytes, hold more than the first frame, which alone is read."""
+    """Whether a file, or its bytes, holds frames after the first, which are ignored."""
     try:
         with _reading(), BytesIO(data) if path is None else files.opened(path) as file:
             picture = Image.open(file, formats=FORMATS)
@@ -137,20 +137,20 @@ def animated(path: str | Path | None, data: bytes | None = None) -> bool:
 
 
 def from_base64(text: str, most: int, formats: Sequence[str] = ("PNG",)) -> Image.Image:
-    """The picture, RGB, in a base64 text of a file of one of `formats`. ValueError, in one line, if there is none."""
+    """The RGB picture in a file of one of `formats`, in base64. ValueError, in one line, if it cannot be read."""
     with _reading():
         return decoded(BytesIO(base64.b64decode(text, validate=True)), most, formats)
 
 
 def decoded(file: BufferedIOBase, most: int = limits.PIXELS, formats: Sequence[str] = FORMATS) -> Image.Image:
-    """The picture in a file, RGB, upright. ValueError for more than `most` pixels, before any is decoded; whatever
-    Pillow raises for a broken file."""
+    """The picture in a file, RGB, upright. ValueError for more than `most` pixels, before any is decoded; for a broken
+    file also any exception of Pillow."""
     return upright(_header(file, most, formats))
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB, turned as its EXIF orientation says, laid over white. ValueError for pixels that
-    have no agreed white."""
+    """A picture of any mode as RGB, rotated by its EXIF orientation, composited over white. ValueError for pixels whose
+    white level is not defined."""
     turn, clear = TURNS.get(_orientation(picture)), _clear(picture)
     picture.load()
     if picture.mode[0] in "IF":
@@ -169,12 +169,12 @@ def upright(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGB")
     if turn is not None:
         picture = picture.transpose(turn)
-        picture.info.pop("exif", None)  # it must not be turned again
+        picture.info.pop("exif", None)  # it must not be rotated again
     return picture
 
 
 def _header(file: BufferedIOBase, most: int, formats: Sequence[str]) -> Image.Image:
-    """The picture in a file before its pixels are decoded, once its size and its checksums are known to be right."""
+    """The picture in a file before its pixels are decoded, after checks of its size and its checksums."""
     size = file.seek(0, os.SEEK_END)
     if size > limits.PICTURE:
         raise ValueError(f"{size} bytes, more than the {limits.PICTURE} allowed")
@@ -184,15 +184,15 @@ def _header(file: BufferedIOBase, most: int, formats: Sequence[str]) -> Image.Im
         if picture.width * picture.height > most:
             raise ValueError(f"{picture.width} x {picture.height} pixels, more than the {most} allowed")
         if not last and picture.format == "PNG":
-            picture.verify()  # and it cannot be decoded after that
+            picture.verify()  # after this Pillow cannot decode it, so it is opened again
         else:
             break
     return picture
 
 
 def _orientation(picture: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8, where it stands before the pixels; 1 where there is none or it cannot be read, as in
-    browsers. TIFF's own is Pillow's work."""
+    """EXIF's orientation, 1 to 8, if it comes before the pixels; 1 if there is none or it cannot be read, as in
+    browsers. Pillow itself applies the orientation of TIFF."""
     if picture.format == "TIFF" or "exif" not in picture.info:
         return 1
     exif = Image.Exif()
@@ -204,8 +204,8 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _clear(picture: Image.Image) -> int | tuple[int, ...] | None:
-    """The grey or the colour that a PNG calls transparent, on the scale that its pixels will have once decoded; None
-    where there is none, or Pillow has it right."""
+    """The grey or the colour that is transparent in a PNG, on the scale of its decoded pixels; None if there is none,
+    or if Pillow already handles it correctly."""
     key, raw = picture.info.get("transparency"), picture.tile[0].args if getattr(picture, "tile", None) else ""
     if picture.format != "PNG" or key is None:
         return None
@@ -217,9 +217,11 @@ def _clear(picture: Image.Image) -> int | tuple[int, ...] | None:
 
 
 def _shallow(picture: Image.Image, clear: int | None) -> Image.Image:
-    """Grey of 12 or 16 bits as grey of 8, with alpha where one grey is transparent."""
+    """Grey of 12 or 16 bits as grey of 8 bits, with alpha if one grey is transparent."""
     if not (picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))):
-        raise ValueError(f"pixels of mode {picture.mode} have no agreed white; save the picture with 8 or 16 bits")
+        raise ValueError(
+            f"pixels of mode {picture.mode} have no agreed white level; save the picture with 8 or 16 bits"
+        )
     tags, pixels = getattr(picture, "tag_v2", {}), np.asarray(picture)
     top = 2 ** tags.get(BITS, (16,))[0] - 1
     nearest = ((np.arange(top + 1) * 510 + top) // (2 * top)).astype(np.uint8)
@@ -230,9 +232,9 @@ def _shallow(picture: Image.Image, clear: int | None) -> Image.Image:
 
 
 def for_page(path: str | Path) -> str | None:
-    """A small PNG, as a data URI, of a picture that a browser would show otherwise than it was read here: animated,
-    turned by other EXIF than a JPEG's, in colours of print, or in a format that it may not know. None for any other,
-    and where there is no picture."""
+    """A small PNG, as a data URI, of a picture that a browser would show differently from what is read here: animated,
+    rotated by EXIF in a format other than JPEG, in CMYK or LAB colours, or in a format that browsers may not support.
+    None for all others, and if the picture cannot be read."""
     try:
         with _reading(), files.opened(path) as file:
             picture = _header(file, limits.PIXELS, FORMATS)
@@ -254,8 +256,8 @@ def _reading() -> Iterator[None]:
     except UnidentifiedImageError:
         raise ValueError(f"cannot be read: cannot identify image file; known are {', '.join(FORMATS)}") from None
     except Exception as error:  # broken files raise almost anything
-        why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"cannot be read: {why}") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot be read: {reason}") from None
 
 
 def png(picture: Image.Image) -> str:
@@ -265,20 +267,20 @@ def png(picture: Image.Image) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-PICTURES = ("source", "reference")  # of a prompt's ground truth, those that name a picture
+PICTURES = ("source", "reference")  # keys of a prompt's ground truth that name a picture
 
 
 def beside(wants: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Ground truth whose pictures are named from `folder`, the place of the file it came from."""
-    own = {key: str(folder / wants[key]) for key in PICTURES if isinstance(wants.get(key), str)}
-    return {**wants, **own}
+    """The ground truth with its picture names resolved from `folder`, the folder of the file that it came from."""
+    resolved = {key: str(folder / wants[key]) for key in PICTURES if isinstance(wants.get(key), str)}
+    return {**wants, **resolved}
 
 
 def resized(
     images: Images, size: tuple[int, int], mode: str, interpolation: str, fill: float = 0.0
 ) -> Float[Tensor, "N 3 h w"]:
-    """Images of `size` (height, width), as open_clip's evaluation transform makes them: `mode` is `squash`, `shortest`
-    (scale the shorter side, crop) or `longest` (scale the longer side, pad with `fill`). Sizes round as there."""
+    """Images resized to `size` (height, width) like in open_clip's evaluation transform: `mode` is `squash`, `shortest`
+    (scale the shorter side, crop) or `longest` (scale the longer side, pad with `fill`). Sizes are rounded as there."""
     high, wide = images.shape[2:]
     ratios = high / size[0], wide / size[1]
     if mode == "squash":

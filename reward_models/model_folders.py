@@ -30,14 +30,19 @@ CODE = {  # keys whose value, if there is one, stands for code
 }  # fmt: skip
 ATTENTION = {"eager", "sdpa", "flex_attention"}  # implementations that need no code from elsewhere
 OTHERS = {"backbone", "base_model_name_or_path", "hf_model_name", "hf_tokenizer_name", "timm_model_name"}
-PLACES = ("/", ".", "~", "hf-hub:", "hf_hub:", "local-dir:")  # how a name begins that stands for a path
+PLACES = ("/", ".", "~", "hf-hub:", "hf_hub:", "local-dir:")  # how a name that is a path begins
 CLASSES = {
     "tokenizer_class", "processor_class", "image_processor_type", "image_processor_class", "feature_extractor_type",
     "feature_extractor_class", "video_processor_type", "video_processor_class", "model_type", "_class_name",
 }  # fmt: skip
 QUANTISED = {"awq", "bitsandbytes", "compressed-tensors", "gptq"}  # methods that an installed package reads alone
-TOKENIZING = {"clean", "strip_sep_token", "reduction_mask", "context_length"}  # what open_clip may tell a tokenizer
-VOCABULARIES = {"tokenizer.json", "vocab.json", "tekken.json"}  # read by tokenizers; words are no settings
+TOKENIZING = {
+    "clean",
+    "strip_sep_token",
+    "reduction_mask",
+    "context_length",
+}  # settings of open_clip's tokenizers
+VOCABULARIES = {"tokenizer.json", "vocab.json", "tekken.json"}  # read by tokenizers; words are not settings
 TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 COUNTS = re.compile(r"(^|_)(n_)?(layers|depths?|num_\w*blocks|num_single_blocks|levels)($|_per_block)")
 
@@ -57,7 +62,7 @@ def check(folder: str | Path, what: str) -> None:
             if path.name == "model_index.json":
                 _check_index(value, what)
             if path.name.endswith(("config.json", "index.json")) and not isinstance(value, dict):
-                raise ValueError(f"{where} is no JSON object")
+                raise ValueError(f"{where} is not a JSON object")
             check_settings(value, where)
 
 
@@ -79,8 +84,8 @@ def _refused(name: str, value: Any) -> str:
     if name in CODE and value:
         return "stands for code; the code of a model is never run"
     if "attn_implementation" in name or "experts_implementation" in name:
-        asked = {*value.values()} if isinstance(value, dict) and all(map(_plain, value.values())) else {str(value)}
-        if value is not None and not asked - {None} <= ATTENTION:
+        names = {*value.values()} if isinstance(value, dict) and all(map(_plain, value.values())) else {str(value)}
+        if value is not None and not names - {None} <= ATTENTION:
             return f"is not {', '.join(sorted(ATTENTION))}; kernels from elsewhere are never run"
     if isinstance(value, str):
         if name in OTHERS and (value.startswith(PLACES) or ".." in value):
@@ -88,7 +93,7 @@ def _refused(name: str, value: Any) -> str:
         if value.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
             return "leads to another place; a model is read from its own folder"
         if name in CLASSES and value and not re.fullmatch(r"[\w-]+", value):
-            return "is no name of a class"
+            return "is not the name of a class"
         if name == "chat_template" and len(value) > limits.TEMPLATE:
             return f"is longer than {limits.TEMPLATE} characters"
     if name == "base_model_name_or_path" and value:
@@ -114,9 +119,9 @@ def _plain(value: Any) -> bool:
 
 
 def _check_index(index: Any, what: str) -> None:
-    """The modules that a pipeline's index names for its parts, which diffusers imports."""
+    """Check the modules that a pipeline's index names, because diffusers imports them."""
     if not isinstance(index, dict):
-        raise ValueError(f"{what}: its model_index.json is no JSON object")
+        raise ValueError(f"{what}: its model_index.json is not a JSON object")
     for part, source in index.items():
         if isinstance(source, list) and source and source[0] is not None and source[0] not in LIBRARIES:
             check_module(str(source[0]), f"{what}: the part {part!r}")
@@ -131,7 +136,7 @@ def _files(folder: Path, what: str) -> Iterator[Path]:
             if stat.S_ISREG(mode):
                 yield path
             elif not stat.S_ISDIR(mode):
-                raise ValueError(f"{what}: {path.relative_to(folder)} is no regular file")
+                raise ValueError(f"{what}: {path.relative_to(folder)} is not a regular file")
     except OSError as error:
         raise ValueError(f"{what}: {error.filename}: {error.strerror}") from None
 

@@ -1,4 +1,4 @@
-"""Input checks, batching and failure isolation shared by all scorers, and scoring of pictures of sizes_of sizes."""
+"""Input checks, batching and failure isolation shared by all scorers, and scoring of pictures of different sizes."""
 
 import threading
 from collections import defaultdict

@@ -1,6 +1,6 @@
 """The embedded world: coloured shapes and letters on 32x32 pixels, with GenEval-like captions.
 
-It gives the project something to draw, to caption and to check exactly, on any machine and without downloads.
+Its pictures can be drawn, captioned and verified exactly, on any machine and without downloads.
 A request is written in the layout of GenEval's metadata (`tag`, `include`, ...), extended by `size` and `text`.
 
     one_object   a circle · a large cross          counting   three green squares
@@ -55,9 +55,9 @@ TAGS = ("one_object", "two_objects", "colors", "counting", "position", "color_at
 
 
 def thing(shape: str, colour: str | None = None, count: int = 1, size: str | None = None) -> dict:
-    """One entry of a request's `include`; attributes that are not asked for are absent."""
-    asked = {"class": shape, "count": count, "color": colour, "size": size}
-    return {key: value for key, value in asked.items() if value is not None}
+    """One entry of a request's `include`; attributes that are not requested are absent."""
+    entry = {"class": shape, "count": count, "color": colour, "size": size}
+    return {key: value for key, value in entry.items() if value is not None}
 
 
 def phrase(item: dict) -> str:
@@ -80,7 +80,7 @@ def caption(wants: dict) -> str:
 
 
 def requests() -> list[dict]:
-    """Every request the world knows, in a fixed order. Two objects never share a shape or a colour."""
+    """Every request of the world, in a fixed order. Two objects never share a shape or a colour."""
     out = []
 
     def add(tag, *include, **extra):
@@ -114,12 +114,12 @@ def _captions() -> dict[str, dict]:
 
 
 def understood(text: str) -> dict:
-    """The request that a caption of the world stands for, empty for any other text."""
+    """The request of a caption of the world, empty for any other text."""
     return _captions().get(text, {})
 
 
 def meaning(wants: dict) -> str:
-    """The same string for captions that say the same thing: "a above b" and "b below a" must share a split."""
+    """A string that is the same for captions with the same meaning: "a above b" and "b below a" must share a split."""
     include = [dict(item) for item in wants["include"]]
     if wants["tag"] == "position":
         relation = include[0].pop("position")[0]
@@ -133,8 +133,8 @@ def meaning(wants: dict) -> str:
 def split(held_out: dict[str, int]) -> tuple[list[Prompt], list[Prompt]]:
     """All captions as (training, held-out), with at least `held_out[tag]` of each tag held out.
 
-    Membership depends on a hash of the meaning alone. A caption that says the same as a held-out one in another
-    order is held out too, or dropped where that would exceed the count, so that no training caption gives it away.
+    Membership depends on a hash of the meaning alone. A caption with the meaning of a held-out one is held out
+    too, or dropped if that would exceed the count, so that no training caption leaks a held-out one.
     """
     by_tag: dict[str, list[Prompt]] = {tag: [] for tag in TAGS}
     for number, wants in enumerate(requests()):
@@ -143,9 +143,9 @@ def split(held_out: dict[str, int]) -> tuple[list[Prompt], list[Prompt]]:
     for tag, prompts in by_tag.items():
         ranked = sorted(prompts, key=lambda p: (zlib.crc32(meaning(p.wants).encode()), p.id))
         chosen = ranked[: held_out[tag]]
-        given_away = {meaning(p.wants) for p in chosen}
+        leaking = {meaning(p.wants) for p in chosen}
         held += chosen
-        train += [p for p in ranked[held_out[tag] :] if meaning(p.wants) not in given_away]
+        train += [p for p in ranked[held_out[tag] :] if meaning(p.wants) not in leaking]
     return sorted(train, key=lambda p: p.id), sorted(held, key=lambda p: p.id)
 
 
@@ -183,7 +183,7 @@ def _sizes(wants: dict, entities: list[dict], rng: np.random.Generator) -> list[
     return [rng.uniform(*ranges[entity.get("size")]) / 2 for entity in entities]
 
 
-def _place(wants: dict, radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
+def _centres(wants: dict, radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
     """Centres with 2.5 px between bounding boxes; for a relation, clearly along its axis."""
     while True:
         centres = [tuple(rng.uniform(r + 1, SIDE - r - 1, 2)) for r in radii]
@@ -205,7 +205,8 @@ def _place(wants: dict, radii: list[float], rng: np.random.Generator) -> list[tu
 
 
 def draw(wants: dict, rng: np.random.Generator) -> Float[np.ndarray, "3 H W"]:
-    """A clean picture of a request, RGB in [0, 1]; what the request leaves open (place, size, colour) is random."""
+    """A clean picture of a request, RGB in [0, 1]; attributes that the request leaves open (position, size,
+    colour) are random."""
     image = np.empty((3, SIDE, SIDE), np.float32)
     image[:] = np.array(BACKGROUND)[:, None, None]
     y, x = np.mgrid[:SIDE, :SIDE] + 0.5
@@ -224,6 +225,6 @@ def draw(wants: dict, rng: np.random.Generator) -> Float[np.ndarray, "3 H W"]:
     items = [item if "color" in item else item | {"color": next(free)} for item in wants["include"]]
     entities = [item for item in items for _ in range(item["count"])]
     radii = _sizes(wants, entities, rng)
-    for entity, r, (cx, cy) in zip(entities, radii, _place(wants, radii, rng), strict=True):
+    for entity, r, (cx, cy) in zip(entities, radii, _centres(wants, radii, rng), strict=True):
         paint(entity["class"], entity["color"], cx, cy, r, r)
     return image

@@ -89,15 +89,15 @@ def row_in(line: str) -> Row:
     try:
         value = files.parsed(line)
     except JSONDecodeError as error:
-        raise ValueError(f"no JSON object: {error.msg} at character {error.pos + 1}") from None
+        raise ValueError(f"not a JSON object: {error.msg} at character {error.pos + 1}") from None
     except ValueError as error:
-        raise ValueError(f"no JSON object: {error}") from None
+        raise ValueError(f"not a JSON object: {error}") from None
     return _row(value)
 
 
 def _row(value: Any) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"no JSON object, but {type(value).__name__}")
+        raise ValueError(f"not a JSON object, but {type(value).__name__}")
     return dict(zip(_headings(list(value)), map(given, value.values()), strict=True))
 
 

@@ -145,11 +145,11 @@ def written(data: bytes):
         (written(b"\2\0\0\0\0\0\0\0{}" + b"\0" * 8), "is damaged"),
         (written(b"\xff" * 64), "a header of 18446744073709551615 bytes; 16777216 are allowed"),
         (written((10**5).to_bytes(8, "little") + b"[" * 10**5), "JSON nested too deeply"),
-        (written((12).to_bytes(8, "little") + b'{"x": [NaN]}'), "NaN is no JSON number"),
+        (written((12).to_bytes(8, "little") + b'{"x": [NaN]}'), "NaN is not a JSON number"),
         (written((22).to_bytes(8, "little") + b'{"__metadata__": "aa"}'), "its header is not a JSON object of texts"),
-        (lambda file: os.mkfifo(file), "no regular file"),
+        (lambda file: os.mkfifo(file), "not a regular file"),
         (lambda file: file.symlink_to(file.name), "Too many levels of symbolic links"),
-        (lambda file: file.symlink_to("/dev/zero"), "no regular file"),
+        (lambda file: file.symlink_to("/dev/zero"), "not a regular file"),
     ],
 )
 def test_what_is_no_file_of_tensors_is_refused(random_model, damage, says, tmp_path):

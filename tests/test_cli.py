@@ -341,7 +341,7 @@ def test_score_writes_csv_and_says_what_failed(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--rewards", "clip"], "clip looks at the prompt"),
+        (["--rewards", "clip"], "clip needs the prompt"),
         (["--rewards", "clop"], "no scorer called 'clop'"),
         (["--rewards", "image_stats", "--out", "scores.txt"], "a name that ends in .jsonl, .csv, .parquet is needed"),
         (["--rewards", "image_stats", "--set", "clip.model=x"], "must look like scorer.key=value"),

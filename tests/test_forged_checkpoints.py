@@ -174,7 +174,7 @@ CASES = {  # what is done, in which file it is, and what is said
         lambda p: corpus.restated(p, lambda s: s["config"].update(lora_alpha=8.0)), "state.json", "lora_alpha",
     ),
     "a long header": (lambda p: corpus.headed(p / "ema.safetensors", 2**62), "ema.safetensors", "a header of"),
-    "FIFO": (lambda p: corpus.replaced(p / "ema.safetensors", "FIFO"), "ema.safetensors", "no regular file"),
+    "FIFO": (lambda p: corpus.replaced(p / "ema.safetensors", "FIFO"), "ema.safetensors", "not a regular file"),
     "circle": (lambda p: corpus.replaced(p / "state.json", "circle"), "state.json", ""),
     "folder": (lambda p: corpus.replaced(p / "manifest.json", "folder"), "manifest.json", "Is a directory"),
     "a name outside": (

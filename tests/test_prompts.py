@@ -168,10 +168,10 @@ def test_what_is_not_there_is_one_line(tmp_path, monkeypatch, source, says):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("[1]", "line 2: no JSON object, but list"),
+        ("[1]", "line 2: not a JSON object, but list"),
         ('{"prompt": null}', "line 2: an object with a `prompt`"),
         ('{"prompt": 5}', "line 2: an object with a `prompt`"),
-        ("{", "line 2: no JSON object"),
+        ("{", "line 2: not a JSON object"),
         ('{"prompt": "b", "id": "x"}', "line 2: `id` must be a whole number of 64 bits, got 'x'"),
         ('{"prompt": "b", "id": 1.5}', "line 2: `id` must be a whole number of 64 bits, got 1.5"),
         ('{"prompt": "b", "id": 9223372036854775808}', "of 64 bits, got 9223372036854775808"),

@@ -50,7 +50,7 @@ class Rewards:
         """Counts of this rank so far, evaluations included: scores requested and those that were cached, and for VLM
         judges the number of calls, failures and tokens."""
         cached = [scorer for scorer in self.scorers.values() if isinstance(scorer, Cached)]
-        row = {"hits": sum(s.hits for s in cached), "asked": sum(s.asked for s in cached)} if cached else {}
+        row = {"hits": sum(s.hits for s in cached), "asked": sum(s.lookups for s in cached)} if cached else {}
         for name, scorer in self.scorers.items():
             judging = getattr(getattr(scorer, "scorer", scorer), "judge", None)
             row |= {f"judge/{name}/{key}": count for key, count in dict(judging.usage).items()} if judging else {}

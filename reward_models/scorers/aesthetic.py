@@ -1,11 +1,11 @@
-"""`aesthetic`: LAION's aesthetic predictor (version 2, "improved"): a chain of linear layers on a CLIP image embedding,
-fitted to people's ratings of pictures.
+"""`aesthetic`: LAION's aesthetic predictor (version 2, "improved"), linear layers on a CLIP image embedding, trained on
+people's ratings of pictures.
 
-One score per image on the raters' scale of 1 to 10, in use about 5 to 7, higher is better. The prompt is not looked at.
-It likes painterly light and single subjects, and a model trained on it alone drifts there.
-Weights: `sac+logos+ava1-l14-linearMSE.pth` of the GitHub repository christophschuhmann/improved-aesthetic-predictor,
-which no hub is asked for, on openai/clip-vit-large-patch14; Apache-2.0 and MIT as stated there. Not checked against
-the released weights.
+One score per image on the raters' scale of 1 to 10, typically 5 to 7, higher is better. It ignores the prompt. It
+prefers painterly light and single subjects, and a policy trained on it alone drifts towards them. Weights:
+`sac+logos+ava1-l14-linearMSE.pth` of the GitHub repository christophschuhmann/improved-aesthetic-predictor (a file that
+is not on the hub), on openai/clip-vit-large-patch14; Apache-2.0 and MIT as stated there. Not checked against the
+released weights.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ SOURCE = "the GitHub repository christophschuhmann/improved-aesthetic-predictor"
 
 class Aesthetic:
     """The scorer. `head` is the file of the predictor's weights, or a folder or hub repository that holds it under its
-    name; `model` folder or hub id of the transformers CLIP model below it. ValueError if they cannot be had or do not
+    name; `model` is the folder or hub id of a CLIP model of transformers. ValueError if they cannot be loaded or do not
     fit each other."""
 
     names = ("rating",)

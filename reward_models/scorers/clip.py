@@ -1,11 +1,11 @@
-"""`clip`: how well an image fits its prompt's text, by a CLIP model (arXiv 2103.00020), run by open_clip.
+"""`clip`: how well an image fits its prompt, by a CLIP model (arXiv 2103.00020) of open_clip.
 
-One score per image, the cosine of its embedding and the text's, in [-1, 1], higher is better. Cosines of one model are
-comparable between images of one prompt; between prompts only roughly, between models not at all. CLIP counts badly,
-hardly sees relations, and can be fooled by textures no person would accept.
+One score per image, the cosine similarity of the image and text embeddings, in [-1, 1], higher is better. Scores of one
+model are comparable between images of one prompt, between prompts only roughly, between models not at all. CLIP counts
+badly, hardly distinguishes relations, and can be fooled by textures that no person would accept.
 
-Images stay tensors: they are resized and normalised as the model's own preprocessing does it, in float32 instead of
-through 8-bit pixels, and without leaving the device. Licence: the model's own; the embedded one is Apache-2.0.
+Images stay tensors: they are resized and normalised like the model's own preprocessing, but in float32 instead of 8-bit
+pixels, and on the device. Licence: the model's own; the embedded model is Apache-2.0.
 """
 
 import logging
@@ -34,7 +34,7 @@ TINY = Path(__file__).parents[2] / "assets" / "tiny_clip"
 
 
 def _known(model: str, pretrained: str | None) -> str:
-    """The model as open_clip wants it named. ValueError if there is none such, before anything is loaded."""
+    """The model's name in open_clip. ValueError, before anything is loaded, if there is no such model."""
     if Path(model).is_dir():
         return f"local-dir:{model}"
     if model.startswith(("local-dir:", "hf-hub:")):
@@ -46,17 +46,17 @@ def _known(model: str, pretrained: str | None) -> str:
         raise ValueError(f"clip: {model!r} is neither a folder nor a model of open_clip{hint}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags and not Path(pretrained or "").is_file():
-        asked = f"{pretrained!r} is neither a tag nor a file of weights" if pretrained else "`pretrained` is missing"
-        raise ValueError(f"clip: {asked}; tags of {name}: {', '.join(tags) or 'none'}")
+        problem = f"{pretrained!r} is neither a tag nor a file of weights" if pretrained else "`pretrained` is missing"
+        raise ValueError(f"clip: {problem}; tags of {name}: {', '.join(tags) or 'none'}")
     return name
 
 
 def opened(name: str, pretrained: str | None = None, **settings: Any) -> tuple[nn.Module, Callable]:
-    """A model of open_clip with its weights, and its tokenizer. What a folder or hub repository says of itself is
-    looked at first (`reward_models.model_folders`), and so is the text model of the hub that it may name."""
-    kind, colon, place = name.partition(":")
+    """A model of open_clip with its weights, and its tokenizer. The settings in a folder or hub repository are checked
+    first (`reward_models.model_folders`), and so are those of the text model on the hub that it may name."""
+    kind, colon, source = name.partition(":")
     if colon:
-        folder = model_folders.configs(place, named(place))
+        folder = model_folders.configs(source, named(source))
         config = files.parsed(files.text(folder / "open_clip_config.json", limits.CONFIG))
         model = config.get("model_cfg")
         text, vision = (model.get(key) if isinstance(model, dict) else None for key in ("text_cfg", "vision_cfg"))
@@ -65,20 +65,20 @@ def opened(name: str, pretrained: str | None = None, **settings: Any) -> tuple[n
         names = [text.get("hf_model_name"), kind == "hf-hub" and text.get("hf_tokenizer_name")]
         for other in filter(None, names):
             if not isinstance(other, str) or Path(other).exists():
-                raise ValueError(f"hf_model_name: {other!r} is no model of the hub")
+                raise ValueError(f"hf_model_name: {other!r} is not a model of the hub")
             model_folders.configs(other, other)
         if kind == "local-dir" and not text.get("hf_model_name") and not vision.get("timm_model_name"):
-            with torch.device("meta"), _hushed():
+            with torch.device("meta"), _without_warnings():
                 empty = open_clip.create_model(name, load_weights=False, device="meta")
-            model_folders.check_size(model_folders.counted(empty), place, named(place))
-    with _hushed():
+            model_folders.check_size(model_folders.counted(empty), source, named(source))
+    with _without_warnings():
         loaded = open_clip.create_model(name, pretrained, require_pretrained=True, **settings)
         return loaded, open_clip.get_tokenizer(name)
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """Without open_clip's warnings, which it gives by the root logger: what is wrong it raises as well."""
+def _without_warnings() -> Iterator[None]:
+    """Silence open_clip's warnings, which use the root logger. It also raises for real problems."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -88,11 +88,11 @@ def _hushed() -> Iterator[None]:
 
 
 def _check_preprocessing(config: dict[str, Any]) -> None:
-    """ValueError for a setting of the images that a model is shown that none can be made by."""
+    """ValueError for a preprocessing setting that no image can be prepared with."""
     sides = config["size"] if isinstance(config["size"], (tuple, list)) else [config["size"]] * 2
     numbers = {"mean": config["mean"], "std": config["std"], "fill_color": [config["fill_color"]] * 3}
     for name, three in numbers.items():
-        if not isinstance(three, (tuple, list)) or [type(own) in (int, float) for own in three] != [True] * 3:
+        if not isinstance(three, (tuple, list)) or [type(number) in (int, float) for number in three] != [True] * 3:
             raise ValueError(f"preprocess_cfg: {name} {str(three)[:60]} is not one number for each colour")
     if len(sides) != 2 or not all(type(side) is int and 0 < side <= limits.SIDE for side in sides):
         raise ValueError(f"preprocess_cfg: size {str(config['size'])[:60]} is not from 1 to {limits.SIDE} pixels")
@@ -102,22 +102,22 @@ def _check_preprocessing(config: dict[str, Any]) -> None:
 
 
 class Clip:
-    """A loaded open_clip model as a scorer: `scale` times the cosine of image and text. `batch` is how many images or
-    texts are encoded at once."""
+    """A loaded open_clip model as a scorer: the cosine of the image and text embeddings. `batch`: images or texts that
+    are encoded at once."""
 
     def __init__(self, model: nn.Module, tokenizer: Callable, card: Card, name: str, device: str, batch: int):
         self.model, self.tokenizer, self.device, self.batch = model.to(device).eval(), tokenizer, device, batch
         self.names, self.card = (name,), card
 
     def readers(self) -> list[Reader]:
-        """The text model; a text that has more than its tokens fills the one behind them too."""
+        """The text model's token limit. A text is too long if it also fills one more token."""
         most = self.tokenizer.context_length
         empty = self.tokenizer([""], context_length=most + 1)[0, -1]
         more = lambda text: bool(self.tokenizer([text], context_length=most + 1)[0, -1] != empty)  # noqa: E731
         return [Reader(self.card.scorer, most, more)]
 
     def prepared(self, images: Images) -> Float[Tensor, "N 3 h w"]:
-        """Resized and normalised as the model's own evaluation transform does it."""
+        """Images resized and normalised like the model's own evaluation transform."""
         config = open_clip.get_model_preprocess_cfg(self.model)
         size = config["size"] if isinstance(config["size"], (tuple, list)) else [config["size"]] * 2
         mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"  # "random" means bicubic here
@@ -139,18 +139,18 @@ class Clip:
 
 def clip(model: str | None = None, pretrained: str | None = None, device: str = "cpu", batch: int = 64) -> Clip:
     """The scorer `clip`. `model` is a folder in open_clip's `local-dir` layout or the name of one of its models, which
-    also needs `pretrained`, a tag or a file of weights; without a model, the embedded tiny one. ValueError if the model
-    cannot be had."""
+    also needs `pretrained`, a tag or a file of weights. The default is the embedded tiny model. ValueError if the model
+    cannot be loaded."""
     if model is None and not TINY.is_dir():
         raise ValueError(f"clip: the embedded model is not at {TINY}; build it with scripts/build_tiny_clip.py")
     name = _known(str(model or TINY), pretrained)
     with loading("clip", name):
-        # the tag knows how its weights were trained; the model's name alone does not
+        # the tag, not the model's name, determines the activation that its weights were trained with
         quick = bool(pretrained and open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
         loaded, tokenizer = opened(name, pretrained, force_quick_gelu=quick)
         card = Card(
             "clip",
-            model=" ".join(named(part) for part in (model or str(TINY), pretrained) if part),
+            model=" ".join(named(name) for name in (model or str(TINY), pretrained) if name),
             licence="the model's own" if model else "Apache-2.0",
             low=-1,
             high=1,

@@ -167,7 +167,7 @@ def checked(wants: Mapping[str, Any], classes: Collection[str] | None, palette: 
             raise ValueError(f"the colour {item['color']!r} is not recognised; known: {', '.join(palette) or 'none'}")
     for number, item in enumerate(include):
         if known_as(item["class"]) in {known_as(other["class"]) for other in include[:number]}:
-            raise ValueError(f"{item['class']!r} is requested twice; the two entries cannot be told apart")
+            raise ValueError(f"{item['class']!r} is requested twice; its detections cannot be assigned to two entries")
         if "position" in item and not _relates(item["position"], number, len(include)):
             raise ValueError(f"position {item['position']!r} is not a relation to another entry of `include`")
     return list(dict.fromkeys(item["class"] for item in (*include, *exclude)))

@@ -1,8 +1,8 @@
-"""`hpsv2`: HPS v2.1 (arXiv 2306.09341), a CLIP model trained on people's choices between generated images.
+"""`hpsv2`: HPS v2.1 (arXiv 2306.09341), a CLIP model trained on human preferences between generated images.
 
-One score per image, the cosine of its embedding and the text's (no logit scale), in [-1, 1], in use about 0.2 to 0.35,
-higher is better. The longer side is scaled to 224 px and the rest padded with black. Weights: xswu/HPSv2, Apache-2.0.
-Not checked against the released weights.
+One score per image, the cosine similarity of the image and text embeddings (without logit scale), in [-1, 1], typically
+0.2 to 0.35, higher is better. The longer side is scaled to 224 px, the shorter is padded with black. Weights:
+xswu/HPSv2, Apache-2.0. Not checked against the released weights.
 """
 
 from reward_models.model_folders import loading
@@ -14,8 +14,8 @@ FILE = "HPS_v2.1_compressed.pt"
 
 
 def hpsv2(weights: str = "xswu/HPSv2", model: str = "ViT-H-14", device: str = "cpu", batch: int = 64) -> Clip:
-    """The scorer. `weights` is a file, or a folder or hub repository that holds `HPS_v2.1_compressed.pt`; `model` the
-    open_clip architecture they are for. ValueError if they do not fit or cannot be had."""
+    """The scorer. `weights` is a file, or a folder or hub repository that holds `HPS_v2.1_compressed.pt`; `model` is
+    their architecture in open_clip. ValueError if the weights do not fit or cannot be loaded."""
     with loading("hpsv2", f"{weights} on {model}"):
         file = located(weights, FILE)
         loaded, tokenizer = opened(model, str(file), force_preprocess_cfg={"resize_mode": "longest"})

@@ -1,15 +1,15 @@
-"""`hpsv3`: HPSv3 (arXiv 2508.03789): Qwen2-VL with a small network on the hidden state of a reward token, trained on
-people's choices between images.
+"""`hpsv3`: HPSv3 (arXiv 2508.03789), Qwen2-VL trained on human preferences between images, with a small network on the
+hidden state of a reward token.
 
-One score per image, the mean of a Gaussian the network gives (its spread is not used), unbounded, higher is better.
-Images are scaled to about 256 x 28 x 28 pixels. Weights: MizzenAI/HPSv3 on the architecture and processor of
+One score per image, the mean of the Gaussian that the network predicts (its variance is not used), unbounded, higher is
+better. Images are scaled to about 256 x 28 x 28 pixels. Weights: MizzenAI/HPSv3 on the architecture and processor of
 Qwen/Qwen2-VL-7B-Instruct; licences: the models' own. Not checked against the released weights.
 
-The words that the model was trained with are its authors': they are read from their package `hpsv3`, of which nothing
-is run, if it is installed (`pip install --no-deps hpsv3`), or given as `instruction`, a text file with `{prompt}` where
-the prompt goes and `<|Reward|>` where the score is read. In the authors' package every token of a row, those of the
-image included, has the next whole number for its position; so it has here, where transformers would number an image's
-tokens by row and column.
+The model needs the instruction that it was trained with. It is read from the authors' package `hpsv3` if that is
+installed (`pip install --no-deps hpsv3`; none of its code is run), or from the file `instruction`, a text with
+`{prompt}` in the position of the prompt and `<|Reward|>` in the position of the reward token. Positions are numbered
+like in the authors' package: every token of a row, image tokens included, has the next integer, where transformers
+would number image tokens by row and column.
 """
 
 import ast
@@ -29,18 +29,18 @@ from reward_models.vlm import transformers_model as vlm
 from reward_models.weights import fingerprint, linear_chain, located, named, quiet, read
 
 FILE, TOKEN, HEAD = "HPSv3.safetensors", "<|Reward|>", "rm_head."
-SOURCE = "hpsv3/dataset/data_collator_qwen.py"  # of the authors' package, where its words are
-WORDS = ("INSTRUCTION", "prompt_with_special_token")  # the first holds {text_prompt} and stands before the second
+SOURCE = "hpsv3/dataset/data_collator_qwen.py"  # the file of the authors' package that holds the instruction
+CONSTANTS = ("INSTRUCTION", "prompt_with_special_token")  # joined in this order; the first holds {text_prompt}
 
 
-def authors_words() -> str:
-    """The words that the released model was trained with, `{prompt}` for the prompt, from the installed package
-    `hpsv3`: its source is read and not run. ValueError if it is not there, or does not have them."""
+def authors_instruction() -> str:
+    """The instruction that the released model was trained with, with `{prompt}` for the prompt, from the source of the
+    installed package `hpsv3`, which is not run. ValueError if the package or its constants are missing."""
     try:
         path = Path(distribution("hpsv3").locate_file(SOURCE))
     except PackageNotFoundError:
         raise ValueError(
-            "hpsv3: the words that the model was trained with are not here; pip install --no-deps hpsv3, or give "
+            "hpsv3: the instruction that the model was trained with is missing; pip install --no-deps hpsv3, or give "
             f"`instruction`, a text file with {{prompt}} and {TOKEN} in it"
         ) from None
     constants = {
@@ -50,20 +50,20 @@ def authors_words() -> str:
         and isinstance(line.targets[0], ast.Name)
         and isinstance(line.value, ast.Constant)
     }
-    words = [constants.get(name) for name in WORDS]
-    if not all(isinstance(part, str) for part in words) or "{text_prompt}" not in words[0]:
-        raise ValueError(f"hpsv3: {path} does not hold {' and '.join(WORDS)} as version 1.0.0 does; give `instruction`")
-    return "".join(words).replace("{text_prompt}", "{prompt}")
+    texts = [constants.get(name) for name in CONSTANTS]
+    if not all(isinstance(text, str) for text in texts) or "{text_prompt}" not in texts[0]:
+        raise ValueError(f"hpsv3: {path} does not hold {' and '.join(CONSTANTS)} of version 1.0.0; give `instruction`")
+    return "".join(texts).replace("{text_prompt}", "{prompt}")
 
 
 def positions(mask: Int[Tensor, "N L"]) -> Int[Tensor, "N L"]:
-    """The number of each token among those of its row that are there, from 0, whichever side is padded."""
+    """The index of each token among its row's tokens that are not padding, from 0, whichever side is padded."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def reward_model(weights: dict[str, Tensor], base: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """Qwen2-VL and the head on it, from one state dict. The names transformers gave its weights before version 5 are
-    known to it. RuntimeError if any are missing or too many."""
+    """Qwen2-VL and its head, from one state dict. transformers also loads the names of weights that it used before
+    version 5. RuntimeError if weights are missing or unexpected."""
     from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
     head = linear_chain(weights, HEAD, nn.ReLU)
@@ -72,21 +72,21 @@ def reward_model(weights: dict[str, Tensor], base: str, dtype: torch.dtype) -> t
     rows = [len(value) for name, value in rest.items() if name.endswith("embed_tokens.weight")]
     if not rows:
         raise RuntimeError("no token embeddings in the weights")
-    config.text_config.vocab_size = rows[0]  # one token was added to the base's
+    config.text_config.vocab_size = rows[0]  # the reward token was added to the base's vocabulary
     with quiet():
         model, info = Qwen2VLForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=rest, dtype=dtype, output_loading_info=True
         )
-    for what in ("missing_keys", "unexpected_keys"):
-        if info[what]:
-            raise RuntimeError(f"{what.replace('_', ' ')}: {len(info[what])}, e.g. {sorted(info[what])[0]}")
+    for kind in ("missing_keys", "unexpected_keys"):
+        if keys := info[kind]:
+            raise RuntimeError(f"{kind.replace('_', ' ')}: {len(keys)}, e.g. {sorted(keys)[0]}")
     return model.eval(), head
 
 
 class Hpsv3:
-    """The scorer. `instruction`: a text file in place of the authors' words. `weights`: a file, or a folder or hub
-    repository with `HPSv3.safetensors`; `base`: folder or hub id of the configuration and processor. `pixels` an image
-    is scaled to. ValueError if any of it cannot be had or does not fit."""
+    """The scorer. `instruction`: a text file that replaces the authors' instruction. `weights`: a file, or a folder or
+    hub repository with `HPSv3.safetensors`; `base`: folder or hub id of the configuration and processor. `pixels`: the
+    area that an image is scaled to. ValueError if any of these cannot be loaded or does not fit."""
 
     names = ("mu",)
 
@@ -101,7 +101,7 @@ class Hpsv3:
         batch: int = 8,
     ):
         with loading("hpsv3", f"instruction={instruction!r}"):
-            self.instruction = files.text(instruction, limits.TEMPLATE) if instruction else authors_words()
+            self.instruction = files.text(instruction, limits.TEMPLATE) if instruction else authors_instruction()
         if "{prompt}" not in self.instruction or self.instruction.count(TOKEN) != 1:
             raise ValueError(f"hpsv3: {instruction or SOURCE} must hold {{prompt}}, and {TOKEN} once")
         kind = vlm.type_of("hpsv3", dtype)
@@ -134,6 +134,6 @@ class Hpsv3:
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         texts = [self.instruction.replace("{prompt}", p.text.replace(TOKEN, "")) for p in prompts]
         inputs = vlm.inputs_of(self.processor, vlm.image_questions(images, texts), self.device, answering=False)
-        places = positions(inputs.attention_mask)
-        hidden = self.model.model(**inputs, position_ids=places).last_hidden_state
+        ids = positions(inputs.attention_mask)
+        hidden = self.model.model(**inputs, position_ids=ids).last_hidden_state
         return self.head(hidden[inputs.input_ids == self.token].float())[:, :1]

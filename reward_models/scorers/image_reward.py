@@ -1,13 +1,13 @@
-"""`image_reward`: ImageReward (arXiv 2304.05977): BLIP's text encoder reads the prompt while it looks at the image, and
-a chain of linear layers on its first token gives the score, trained on experts' rankings.
+"""`image_reward`: ImageReward (arXiv 2304.05977), a model trained on experts' rankings of generated images. BLIP's text
+encoder reads the prompt with cross-attention to the image, and linear layers on its first token give the score.
 
-One score per image, standardised on the authors' data, in use about -2 to 2, higher is better. Prompts are cut at 35
-tokens; of images that are not square the middle is seen. Weights: THUDM/ImageReward, Apache-2.0. Not checked against
-the released weights.
+One score per image, standardised on the authors' data, typically -2 to 2, higher is better. Prompts are cut at 35
+tokens, and images that are not square are cropped to the middle. Weights: THUDM/ImageReward, Apache-2.0. Not checked
+against the released weights.
 
-The released file holds the original BLIP's names; they are put on the same modules of transformers. Two settings are
-the original's and not transformers' defaults: layer norms of the image encoder at 1e-6, twelve heads in the text
-encoder (as `med_config.json` says).
+The released file has the names of the original BLIP, which are mapped to those of transformers. Two settings are the
+original's and not transformers' defaults: 1e-6 in the layer norms of the image encoder, and twelve heads in the text
+encoder (from `med_config.json`).
 """
 
 import re
@@ -25,7 +25,10 @@ from reward_models.scoring import each
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import check_on_grey_image, fingerprint, linear_chain, located, named, read
 
-SHIFT, SPREAD = 0.16717362830052426, 1.0333394966054072  # mean and standard deviation of raw scores on their data
+SHIFT, SPREAD = (
+    0.16717362830052426,
+    1.0333394966054072,
+)  # mean and deviation of the raw scores on the authors' data
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOKENS = 35
 VISION = {  # the original's name: transformers' name
@@ -41,7 +44,7 @@ VISION = {  # the original's name: transformers' name
 
 
 def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights whose names begin with `prefix`, without it, and without the stored numbering of positions."""
+    """The weights whose names begin with `prefix`, under names without it; `position_ids` are left out."""
     return {
         name.removeprefix(prefix): value
         for name, value in weights.items()
@@ -60,7 +63,7 @@ def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def image_encoder(weights: Mapping[str, Tensor], heads: int | None = None) -> nn.Module:
-    """BLIP's vision transformer, its sizes read from the weights; heads of 64 channels unless told otherwise."""
+    """BLIP's vision transformer, its sizes read from the weights; by default with heads of 64 channels."""
     from transformers import BlipVisionConfig
     from transformers.models.blip.modeling_blip import BlipVisionModel
 
@@ -82,7 +85,7 @@ def image_encoder(weights: Mapping[str, Tensor], heads: int | None = None) -> nn
 
 
 def text_encoder(weights: Mapping[str, Tensor], config: Mapping, wide: int) -> nn.Module:
-    """BLIP's text encoder with cross-attention to `wide` channels, as a `med_config.json` describes it."""
+    """BLIP's text encoder with cross-attention to `wide` channels, configured by a `med_config.json`."""
     from transformers import BlipTextConfig
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -95,7 +98,7 @@ def text_encoder(weights: Mapping[str, Tensor], config: Mapping, wide: int) -> n
             **{name: config[name] for name in names},
             vocab_size=len(weights["embeddings.word_embeddings.weight"]),
             encoder_hidden_size=wide,
-            is_decoder=True,  # that there is cross-attention; it is called without a causal mask
+            is_decoder=True,  # enables cross-attention; no causal mask is passed
             bos_token_id=None,
             sep_token_id=None,
         ),
@@ -106,9 +109,9 @@ def text_encoder(weights: Mapping[str, Tensor], config: Mapping, wide: int) -> n
 
 
 class ImageReward:
-    """The scorer. `weights` is a folder or hub repository with `ImageReward.pt` and `med_config.json`, `tokenizer` that
-    of BERT, `heads` those of the image encoder, if they are not 64 channels wide. ValueError if they cannot be had or
-    do not fit."""
+    """The scorer. `weights` is a folder or hub repository with `ImageReward.pt` and `med_config.json`, `tokenizer` is
+    BERT's, `heads` is the number of heads of the image encoder if they are not 64 channels wide. ValueError if these
+    cannot be loaded or do not fit."""
 
     names = ("score",)
 
@@ -124,11 +127,11 @@ class ImageReward:
 
         with loading("image_reward", f"{weights} with {tokenizer}"):
             config = files.parsed(files.text(located(weights, "med_config.json")))
-            found = read(located(weights, "ImageReward.pt"))
-            self.vision = image_encoder(below(found, "blip.visual_encoder."), heads).to(device)
+            state = read(located(weights, "ImageReward.pt"))
+            self.vision = image_encoder(below(state, "blip.visual_encoder."), heads).to(device)
             wide = self.vision.config.hidden_size
-            self.text = text_encoder(below(found, "blip.text_encoder."), config, wide).to(device)
-            self.head = linear_chain(below(found, "mlp.")).to(device)
+            self.text = text_encoder(below(state, "blip.text_encoder."), config, wide).to(device)
+            self.head = linear_chain(below(state, "mlp.")).to(device)
             self.tokenizer = AutoTokenizer.from_pretrained(
                 tokenizer, trust_remote_code=False, **pinned(tokenizer, named(tokenizer))
             )
@@ -154,14 +157,14 @@ class ImageReward:
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         pixels = resized(images.to(self.device), (self.side, self.side), "shortest", "bicubic")
         mean, std = (torch.tensor(numbers, device=self.device)[:, None, None] for numbers in (MEAN, STD))
-        seen = self.vision(pixel_values=(pixels - mean) / std).last_hidden_state
-        said = self.tokenizer(
+        features = self.vision(pixel_values=(pixels - mean) / std).last_hidden_state
+        tokens = self.tokenizer(
             [p.text for p in prompts], padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         )
-        read_ = self.text(
-            input_ids=said.input_ids.to(self.device),
-            attention_mask=said.attention_mask.to(self.device),
-            encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=self.device),
+        hidden = self.text(
+            input_ids=tokens.input_ids.to(self.device),
+            attention_mask=tokens.attention_mask.to(self.device),
+            encoder_hidden_states=features,
+            encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long, device=self.device),
         ).last_hidden_state
-        return (self.head(read_[:, 0].float()) - SHIFT) / SPREAD
+        return (self.head(hidden[:, 0].float()) - SHIFT) / SPREAD

@@ -1,11 +1,11 @@
-"""`image_stats`: what a picture is made of before anyone looks at it. Alarms for reward hacking, not rewards.
+"""`image_stats`: brightness, contrast, saturation and sharpness of a picture. Alarms for reward hacking, not rewards.
 
 - `brightness`: mean luma (Rec. 601), in [0, 1].
 - `contrast`: standard deviation of luma, in [0, 0.5].
 - `saturation`: mean over pixels of (max - min) / max of the channels (HSV), in [0, 1].
 - `sharpness`: standard deviation of the 4-neighbour Laplacian of luma, in [0, 4]; rises with detail and with noise.
 
-Higher is more, not better. Comparable across prompts, which are not looked at; `sharpness` only between images of one
+Higher is more, not better. The prompt is ignored. Comparable across prompts, `sharpness` only between images of one
 size. Licence: this project's own.
 """
 

@@ -1,8 +1,8 @@
 """`jpeg_size`: the size of an image as a JPEG file, the task "compressibility" of DDPO (arXiv 2305.13301, section 5.1).
 
 One score per image in kilobytes (1 kB = 1000 bytes), higher is better: negative for `smaller`, positive for `larger`.
-The prompt is not looked at. It measures detail and noise, not quality; its optimum is a flat image (or pure noise).
-Licence: this project's own.
+It ignores the prompt. It measures detail and noise, not quality; the optimum is a flat image (or, for `larger`, pure
+noise). Licence: this project's own.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from reward_models.types import Card, Images, Prompt, Scores
 
 
 class JpegSize:
-    """The scorer. `quality` is JPEG's, 1 to 95; `direction` says which files are better, `smaller` or `larger` ones.
-    ValueError for others."""
+    """The scorer. `quality` is JPEG's, 1 to 95; `direction` is `smaller` or `larger`, the files that score higher.
+    ValueError for other values."""
 
     names = ("kilobytes",)
 

@@ -1,13 +1,14 @@
-"""`pairwise`: how often an image wins against the others of its prompt, by an image-text model's choice (Pref-GRPO's
-win rate).
+"""`pairwise`: how often a vision-language model prefers an image to the others of its prompt (Pref-GRPO's win rate).
 
-One component, `wins`: the share of an image's comparisons that it won, a tie counting half, in [0, 1]; NaN if none
-could be had. A comparison that failed counts for neither side. Scores belong to the group: an image's changes with its
-siblings', and the mean over a group whose comparisons all succeeded is 0.5. A prompt with one image has no score.
+One component, `wins`: the share of an image's comparisons that it won, a tie counts half, in [0, 1]; NaN if no
+comparison succeeded. A failed comparison counts for neither image. A score depends on the group: it changes with the
+other images of the prompt, and the mean over a group whose comparisons all succeeded is 0.5. A prompt with one image
+has no score.
 
-Judges prefer a side. `orders` "random" asks each pair once, its sides drawn from the two pictures and the prompt, the
-same whenever it is asked; "both" asks twice, and a judge that stays with the side has seen a tie. G (G - 1) / 2 pairs
-of G images; `opponents` bounds how many each is compared with. The words are ours. Licence: the model's own.
+Judges are biased towards a side. `orders` "random" compares each pair once; a hash of the two pictures and the prompt
+decides which comes first, so that a repeated call gives the same order. "both" compares each pair in both orders, and
+a different winner in each is a tie. There are G (G - 1) / 2 pairs of G images; `opponents` bounds how many others each
+image is compared with. The instruction is our own. Licence: the model's own.
 """
 
 import hashlib
@@ -36,8 +37,8 @@ WINS = re.compile(r" (?:is (?:the )?(?:better|winner)|wins)\b", re.I)
 
 
 def read(text: str, cut: bool = False) -> int | None:
-    """Which of two pictures won: 0 the first, 1 the second, None for a tie. ValueError if the reply does not say, or
-    says two things."""
+    """The picture that won: 0 the first, 1 the second, None for a tie. ValueError if the reply names no winner or
+    two."""
     text = replies.answer(text, cut)
     answers = [
         part[: part.lower().index("</answer>")]
@@ -58,7 +59,7 @@ def read(text: str, cut: bool = False) -> int | None:
 
 
 def _winner(answer: str) -> int | None:
-    """The side that an answer names and nothing else: no choice between two, no other words before a note."""
+    """The side that an answer names. ValueError if it names several, or has other words before a note."""
     text = " ".join(scales.unwrapped(answer).split())
     tie = TIE.match(text)
     side = tie or SIDE.match(text)
@@ -69,9 +70,9 @@ def _winner(answer: str) -> int | None:
 
 
 class Pairwise:
-    """The scorer. `model` is a folder or hub id, or with `url` the name a server gives it. `orders` "random" or "both".
-    `opponents`: most others an image is compared with, by default all. `instruction`: a file in place of ours.
-    `asking`: see `ask.judge`. ValueError if the model cannot be had or a setting is none of these."""
+    """The scorer. `model` is a folder or hub id, or with `url` its name on the server. `orders`: "random" or "both".
+    `opponents`: the most images that an image is compared with, by default all. `instruction`: a file that replaces
+    our own. `asking`: see `ask.judge`. ValueError if the model cannot be loaded or a setting is invalid."""
 
     names = ("wins",)
 
@@ -90,15 +91,15 @@ class Pairwise:
         self.orders, self.opponents, self.tokens = orders, opponents, tokens
         self.template = templates.Template.of("pairwise", "pairwise", ("first", "second", "prompt"), instruction)
         self.judge = ask.judge("pairwise", model, url, asking)
-        own = {"orders": orders, "opponents": opponents, "instruction": self.template.source, "tokens": tokens}
-        self.card = ask.card("pairwise", self.judge, 0, 1, own, groupwise=True)
-        self.swaps = [0, 0]  # of pairs asked in both orders, those whose winner changed with the side; all of them
+        settings = {"orders": orders, "opponents": opponents, "instruction": self.template.source, "tokens": tokens}
+        self.card = ask.card("pairwise", self.judge, 0, 1, settings, groupwise=True)
+        self.swaps = [0, 0]  # of the pairs compared in both orders: those whose winner changed, and all
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._score_batch, batch=max(1, len(images)))
 
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        names = [hashlib.sha256(own.numpy().tobytes()).hexdigest() for own in to_uint8(images).cpu()]
+        names = [hashlib.sha256(pixels.numpy().tobytes()).hexdigest() for pixels in to_uint8(images).cpu()]
         games = [self._sides(names, prompts, *pair) for pair in self._pairs(names, prompts)]
         if self.orders == "both":
             games = [side for one, two in games for side in ((one, two), (two, one))]
@@ -106,7 +107,7 @@ class Pairwise:
             self.template.fill(first=images[one], second=images[two], prompt=templates.quoted(prompts[one].text))
             for one, two in games
         ]
-        won, met, why = torch.zeros(len(images)), torch.zeros(len(images)), {}
+        won, met, reasons = torch.zeros(len(images)), torch.zeros(len(images)), {}
         results: dict[frozenset[int], list[int | None]] = defaultdict(list)
         for pair, reply in zip(games, self.judge.ask(questions, self.tokens), strict=True):
             try:
@@ -114,12 +115,12 @@ class Pairwise:
                     raise ValueError(reply.failure)
                 side = read(reply.text, reply.cut)
             except ValueError as error:
-                why |= dict.fromkeys(pair, f"{error}; the reply begins {replies.excerpt(reply.text)}")
+                reasons |= dict.fromkeys(pair, f"{error}; the reply begins {replies.excerpt(reply.text)}")
                 continue
             results[frozenset(pair)].append(None if side is None else pair[side])
         for pair, winners in results.items():
             if self.orders == "both" and len(winners) < 2:
-                continue  # one side alone is what asking both was to avoid
+                continue  # one order alone would be biased towards a side
             winner = winners[0] if len(set(winners)) == 1 else None
             self.swaps[0] += len(set(winners)) > 1
             self.swaps[1] += self.orders == "both"
@@ -127,11 +128,11 @@ class Pairwise:
                 met[i] += 1
                 won[i] += 0.5 if winner is None else float(winner == i)
         alone = "it is the only image of its prompt, and there is nothing to compare it with"
-        failures = {i: why.get(i, alone) for i in (met == 0).nonzero()[:, 0].tolist()}
+        failures = {i: reasons.get(i, alone) for i in (met == 0).nonzero()[:, 0].tolist()}
         return Scores(self.names, torch.where(met > 0, won / met, torch.nan)[:, None], failures=failures)
 
     def _pairs(self, names: Sequence[str], prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
-        """Pairs of siblings; with `opponents`, neighbours in a circle whose order the pictures decide."""
+        """Pairs of images of one prompt; with `opponents`, neighbours in a circle sorted by the pictures' digests."""
         groups = defaultdict(list)
         for i, prompt in enumerate(prompts):
             groups[prompt.id, prompt.text].append(i)

@@ -1,8 +1,8 @@
-"""`pickscore`: PickScore (arXiv 2305.01569), a CLIP model trained on the choices of people who made the images.
+"""`pickscore`: PickScore (arXiv 2305.01569), a CLIP model trained on the choices of users between generated images.
 
-One score per image, logit scale times the cosine of its embedding and the text's; in use about 16 to 26, higher is
-better. Each image is scored with its own prompt, never against the batch's. Weights: yuvalkirstain/PickScore_v1, MIT as
-its repository states. Not checked against the released weights.
+One score per image, logit scale times the cosine similarity of the image and text embeddings, typically 16 to 26,
+higher is better. A score does not depend on the other images of the batch: there is no softmax. Weights:
+yuvalkirstain/PickScore_v1, MIT according to its repository. Not checked against the released weights.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from reward_models.weights import check_on_grey_image, fingerprint, named, pretr
 
 class PickScore:
     """The scorer. `model` and `processor` are folders or hub ids of a transformers CLIP model and of its tokenizer and
-    image processor. ValueError if they cannot be had."""
+    image processor. ValueError if they cannot be loaded."""
 
     names = ("score",)
 
@@ -36,9 +36,9 @@ class PickScore:
 
         with loading("pickscore", f"{model} with {processor}"):
             self.model = pretrained(CLIPModel, model, dtype=torch.float32).to(device)
-            same = pinned(processor, named(processor))
-            self.image_processor = AutoImageProcessor.from_pretrained(processor, trust_remote_code=False, **same)
-            self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False, **same)
+            revision = pinned(processor, named(processor))
+            self.image_processor = AutoImageProcessor.from_pretrained(processor, trust_remote_code=False, **revision)
+            self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False, **revision)
         self.device, self.batch = device, batch
         self.card = Card(
             "pickscore",
@@ -53,7 +53,7 @@ class PickScore:
 
     @property
     def length(self) -> int:
-        """Tokens of a text that are read."""
+        """The most tokens of a text that the model reads."""
         return self.model.config.text_config.max_position_embeddings
 
     def readers(self) -> list[Reader]:

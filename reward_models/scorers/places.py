@@ -2,13 +2,13 @@
 SRUM's global and local judge, arXiv 2510.12784).
 
 Each image gets two questions. Global: a score in [-1, 1] for the layout only, with a reason. Local: a list of regions,
-each with box, score in [-1, 1] and reason; with `proposals`, the objects that a detector finds are given by number
-instead. Two scores, higher is better, roughly comparable across prompts:
+each with box, score in [-1, 1] and reason; with `proposals`, the boxes come from a detector, and the model scores them
+by number. Two scores, higher is better, roughly comparable across prompts:
 
 - `overall`: the global score.
-- `local`: the mean of the regions' scores weighted by their area, NaN (no opinion) if the model names none.
+- `local`: the mean of the regions' scores weighted by their area, NaN if the model names none.
 
-A reply that cannot be read makes both NaN, and the reason has the reply's beginning. The instructions are ours, in
+A reply that cannot be parsed makes both NaN, and the reason quotes its beginning. The instructions are our own, in
 `reward_models/vlm/instructions/`; models differ in how well they follow them, and in the unit of their boxes. Licence:
 the model's own. Not checked against SRUM's scores, which come from another model and another instruction.
 """

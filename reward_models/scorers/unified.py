@@ -2,7 +2,7 @@
 
 `version` 1 writes one line, "Final Score: x"; component `score`. `version` 2 writes three lines; components
 `alignment`, `coherence`, `style`. A reply that lacks one of its scores is a failure. Roughly comparable across prompts.
-The wording of the question is ours, the form of the reply is that of the models (arXiv 2503.05236). Licence: the
+The wording of the question is our own, the form of the reply is that of the models (arXiv 2503.05236). Licence: the
 model's own. Not checked against the released models.
 """
 

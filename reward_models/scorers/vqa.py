@@ -3,7 +3,7 @@ vision-language model of transformers.
 
 One score per image, p(yes) / (p(yes) + p(no)) of the next word after the question, in [0, 1], higher is better. Scores
 of one question are comparable between images, and roughly between prompts, because some are easier to affirm. The
-question is ours; models differ in how well they answer it. Licence: the model's own. Not checked against published
+question is our own; models differ in how well they answer it. Licence: the model's own. Not checked against published
 scores.
 """
 

@@ -2,12 +2,13 @@
 
 - repeats: scoring the same images twice gives the same scores, up to noise well below the spread between images.
 - neighbours: the score of an image does not depend on the other images in the batch, or on their order.
-- sees the image: blank, noise and the prompt written as text score below the pictures generated for the prompt.
-- sees the prompt: pictures score better with their own prompt than with another (if the card says it sees the prompt).
+- sees the image: a blank image, noise and the prompt written as text score below the pictures generated for the prompt.
+- sees the prompt: pictures score higher with their own prompt than with another (if the scorer's card has
+  `sees_prompt`).
 - answers: few images have no score.
-- sides: a judge of pairs prefers the same picture in either order.
-- choices: it agrees with a labelled set of pairs, if one is given.
-- spread: not all pictures score the same.
+- sides: a judge of pairs prefers the same picture in both orders.
+- choices: the scorer agrees with a labelled set of pairs, if one is given.
+- spread: the pictures do not all get the same score.
 """
 
 from collections import Counter, defaultdict
@@ -35,8 +36,8 @@ HEADING = "| check | | result | what to do |"
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `good`: None if inconclusive. `result`: what was measured. `advice`: what to do if it is
-    not good."""
+    """One line of the report. `good`: None if inconclusive. `result`: the measured values. `advice`: what to do if the
+    check fails."""
 
     check: str
     good: bool | None

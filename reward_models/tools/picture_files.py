@@ -18,9 +18,13 @@ PICTURES = (
     ".heic", ".heif", ".jp2", ".j2k", ".jpx", ".jxl", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".dds", ".ico",
     ".icns", ".pcx", ".psd", ".qoi", ".sgi", ".exr", ".hdr", ".svg", ".eps", ".dng", ".cr2", ".nef", ".arw",
 )  # fmt: skip
-INDEX = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as `datasets` names the table of a folder of pictures
+INDEX = (
+    "metadata.jsonl",
+    "metadata.csv",
+    "metadata.parquet",
+)  # the table of a folder of pictures, named as by `datasets`
 ASIDE = {"checkpoints", "thumbnails", "thumbs", "__macosx", "@eadir"}  # folders of pictures that are not samples
-COLUMNS = {  # of a table that are not ground truth
+COLUMNS = {  # columns of a table that are not ground truth
     "image", "file_name", "prompt", "id", "scores", "failures", "critiques", "requests", "replies", "places", "made_of",
     "image_a", "image_b", "chosen",
 }  # fmt: skip
@@ -29,8 +33,8 @@ READERS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Item:
-    """An image to score. `name` is its name in the source; `prompt` is None where the source has none. `data` is the
-    picture's file where a table holds it itself; `path` is then the table."""
+    """An image to score. `name` is its name in the source; `prompt` is None if the source has none. `data` is the
+    content of the picture's file if it is stored in a table; `path` is then the table."""
 
     name: str
     path: Path
@@ -58,9 +62,9 @@ def read(source: Path, prompt: str | None = None, out: Path | None = None) -> tu
     (`00000/metadata.jsonl`, `00000/samples/*.png`), or a table `metadata.jsonl`, `.csv` or `.parquet`, or
     `scores.jsonl`. A table (`reward_models.tables`) has columns `image` (or `file_name`), relative to the table, and
     `prompt`, optionally `id`; others are the prompt's ground truth. An image may be the bytes of a file, or
-    `{bytes, path}` as `datasets` writes it. A table of pairs has `image_a`, `image_b` and `chosen` (a or b). `prompt`
-    is that of all images that have none. `out`, the file of the scores, is not taken for the table of a folder.
-    ValueError in one line for anything else.
+    `{bytes, path}`, the form that `datasets` writes. A table of pairs has `image_a`, `image_b` and `chosen` (a or b).
+    `prompt` is used for all images that have none. `out`, the file of the scores, is not mistaken for the table of a
+    folder. ValueError, in one line, for any other source.
     """
     if prompt is not None:
         prompt = _worded(prompt, "--prompt")
@@ -98,7 +102,7 @@ def _index(folder: Path, out: Path | None) -> Path | None:
     """The table of the pictures of a folder, if there is one."""
     candidates = [folder / name for name in INDEX if (folder / name).is_file()]
     if len(candidates) > 1:
-        raise ValueError(f"{folder}: {' and '.join(path.name for path in candidates)}; name the one that is meant")
+        raise ValueError(f"{folder}: {' and '.join(path.name for path in candidates)}; give one of them as the source")
     scores = folder / "scores.jsonl"
     if not candidates and scores.is_file() and not (out is not None and out.exists() and out.samefile(scores)):
         candidates = [scores]
@@ -136,7 +140,7 @@ def _prompt(row: Mapping[str, Any], other: str | None, where: str) -> Prompt | N
 
 
 def _rows(path: Path) -> Iterator[tuple[str, tables.Row]]:
-    """The position of each row of a table, as messages name it, and the row."""
+    """The position of each row of a table, in the form used in messages, and the row."""
     try:
         for number, row in tables.read(path).rows(None):
             yield f"{path}, row {number + 1}", row
@@ -162,7 +166,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _reason_left_out(folder: Path, path: Path) -> str:
-    """Why a file of a folder is not a picture to score, "" if it is one."""
+    """The reason why a file of a folder is not scored, "" if it is a picture to score."""
     if any(name.startswith(".") for name in path.parts):
         return "hidden"
     if any(name.lower() in ASIDE for name in path.parts[:-1]):
@@ -173,8 +177,8 @@ def _reason_left_out(folder: Path, path: Path) -> str:
 
 
 def left_out(source: Path, items: Sequence[Item]) -> str:
-    """The files of a folder that are not among the items, counted by kind, without prompts and tables; "" where there
-    are none."""
+    """The files of a folder that are not among the items, counted by kind, without prompts and tables; "" if there are
+    none."""
     if not source.is_dir():
         return ""
     used = {item.path for item in items}
@@ -191,7 +195,7 @@ def _printable(path: Path) -> str:
 
 
 def _prompt_of_file(path: Path, prompt: str | None) -> Prompt | None:
-    """The prompt of a picture: a text file of its name, GenEval's metadata one folder up, or the one for all."""
+    """The prompt of a picture: from the text file of its name, from GenEval's metadata one folder up, or `prompt`."""
     metadata, text = path.parent.parent / "metadata.jsonl", path.with_suffix(".txt")
     if text.is_file():
         return Prompt(_worded("\n".join(files.lines(files.text(text))).strip(), str(text)))
@@ -209,6 +213,6 @@ def picture(item: Item) -> Picture:
 
 
 def animations(items: Sequence[Item]) -> int:
-    """How many pictures have more than one frame, of which the first is scored."""
+    """The number of pictures with more than one frame; only the first frame is scored."""
     with ThreadPoolExecutor(READERS) as readers:
         return sum(readers.map(lambda item: images.animated(None if item.data else item.path, item.data), items))

@@ -1,8 +1,8 @@
 """Score images on disk: a folder or a table of images in, a table of scores out.
 
-Rows are written as they are scored, so that an interrupted run continues where it stopped. An image that cannot be read
-gets a row with the reason, and the others are scored. Memory holds two batches of images, whatever their number and
-size, and the pictures that a table holds itself.
+Each row is written once its image is scored, so that an interrupted run continues where it stopped. An image that
+cannot be read gets a row with the reason, and the others are scored. Memory holds at most two batches of images, and
+the pictures that are stored in a table.
 """
 
 import hashlib
@@ -29,16 +29,16 @@ from reward_models.types import Prompt, RewardModel
 
 Row = dict[str, Any]
 OUTPUTS = (".jsonl", ".csv", ".parquet")
-BEGIN = '{"image": "'  # of a row as `score` writes it
+BEGIN = '{"image": "'  # the first characters of a row in JSONL
 
 
-# ----------------------------------------------------------------------------------------------------------- everything
+# ---------------------------------------------------------------------------------------------------------- entry point
 
 
 @dataclass(frozen=True)
 class ScoredFiles:
-    """The rows of all images in the order of the source, their `summarise`, and how many were scored now; the others
-    were in the file already."""
+    """The rows of all images in the order of the source, their `summarise`, and the number that were scored now; the
+    others were already in the file."""
 
     rows: list[Row]
     summary: dict[str, Any]
@@ -56,17 +56,17 @@ def score_files(
 ) -> ScoredFiles:
     """Score the images of a folder or table (`read`) into the file `out` (JSONL, CSV or Parquet), and summarise.
 
-    Images that a JSONL file already has scores of are not scored again (`resume`). `prompt` is that of all images that
-    have none. `scorers` by name, or a function that loads them, called when source and `out` have been checked. `warn`
-    takes a line for each thing that is left out or cut. `progress` wraps the rows while they are made and gets their
-    number. ValueError, in one line, for anything that cannot be scored at all; OSError where `out` cannot be written,
-    which then keeps the rows that are complete.
+    Images that already have scores in a JSONL file are not scored again (`resume`). `prompt` is used for all images
+    that have none. `scorers` by name, or a function that loads them, called after `source` and `out` have been checked.
+    `warn` gets one line for each kind of file left out and for truncated prompts. `progress` gets the iterable of rows
+    and their number. ValueError, in one line, for a source that cannot be scored at all; OSError if `out` cannot be
+    written, which then still holds the rows that are complete.
     """
     record = _record(out)
     items, choices = read(source, prompt, out)
     scorers = scorers() if callable(scorers) else scorers
     if any(item.prompt is None for item in items) and (readers := needs_prompts(scorers)):
-        raise ValueError(f"{readers[0]} looks at the prompt, and {source} has none for some images; give --prompt TEXT")
+        raise ValueError(f"{readers[0]} needs the prompt, and {source} has none for some images; give --prompt TEXT")
     files.make_folder(out.parent)
     done, left = resume(record, items, scorers)
     for line in _warnings(source, items, left, scorers):
@@ -81,7 +81,7 @@ def score_files(
     summary = summarise(rows, choices)
     caches = {name: scorer for name, scorer in scorers.items() if isinstance(scorer, Cached)}
     if caches:
-        summary["cache"] = {name: {"asked": cache.asked, "hits": cache.hits} for name, cache in caches.items()}
+        summary["cache"] = {name: {"asked": cache.lookups, "hits": cache.hits} for name, cache in caches.items()}
     return ScoredFiles(rows, summary, len(left))
 
 
@@ -110,13 +110,13 @@ def _warnings(
 
 
 def needs_prompts(scorers: Mapping[str, RewardModel]) -> list[str]:
-    """The scorers that look at the prompt."""
+    """The names of the scorers that need the prompt."""
     return [name for name, scorer in scorers.items() if scorer.card.sees_prompt]
 
 
 def score(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int) -> Iterator[dict[str, Any]]:
-    """One row per item: `image`, `prompt`, `id`, the row of `score_pictures`, and what it is `made_of`. In order,
-    except with groupwise scorers, which see all images of a prompt together, however many they are."""
+    """One row per item: `image`, `prompt`, `id`, the row of `score_pictures`, and the digests `made_of`. In the
+    order of the items, except with groupwise scorers, which get all images of a prompt at once."""
     versions = {name: scorer.card.version for name, scorer in scorers.items()}
     with ThreadPoolExecutor(READERS) as readers:  # they read the next batch while this one is scored
         batches = ((some, [readers.submit(_load, item) for item in some]) for some in _batches(items, scorers, batch))
@@ -138,8 +138,8 @@ def _group(item: Item) -> tuple:
 
 
 def _batches(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int) -> Iterator[list[Item]]:
-    """The items that are scored together: at most `batch` images and `limits.TOGETHER` pixels, or one larger image;
-    with a groupwise scorer complete prompts, or one larger prompt."""
+    """The items that are scored together: at most `batch` images and `limits.TOGETHER` pixels, or one larger image.
+    With a groupwise scorer the images of a prompt are never separated, even if they exceed these bounds."""
     groups = [[item] for item in items]
     if any(scorer.card.groupwise for scorer in scorers.values()):
         by_prompt = defaultdict(list)
@@ -159,7 +159,7 @@ def _batches(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: i
 
 
 def _load(item: Item) -> tuple[Picture | str, dict[str, str]]:
-    """The picture, or the reason why there is none; and the digests of the picture and its prompt."""
+    """The picture or the reason why it cannot be read, and the digests of the picture and its prompt."""
     made_of = _made_of(item)
     try:
         return picture(item), made_of
@@ -181,7 +181,7 @@ def _digest(path: str | Path) -> str:
         with files.opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError):
-        return ""  # an image that cannot be read fails, and is tried again
+        return ""  # an image that cannot be read fails, and the next run tries it again
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -194,7 +194,7 @@ def resume(
     from the file: an incomplete last line, rows with a failure, rows of another picture, prompt, ground truth or
     version of a scorer, and, with a groupwise scorer, prompts with items left.
 
-    ValueError if the file holds other scores, or anything that is not a row of scores; it is then left unchanged.
+    ValueError if the file holds other scores, or a line that is not a row of scores; it is then left unchanged.
     """
     names = [f"{name}.{component}" for name, scorer in scorers.items() for component in scorer.names]
     versions = {"scorers": {name: scorer.card.version for name, scorer in scorers.items()}}
@@ -259,7 +259,7 @@ def flat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Write CSV or Parquet, by the name's ending: the complete file, or (OSError) none."""
+    """Write CSV or Parquet, by the suffix of `out`, atomically. OSError if it cannot be written."""
     table = [flat(row) for row in rows]
     if out.suffix.lower() == ".csv":
         files.replace(out, tables.separated(table).encode())
@@ -274,10 +274,10 @@ def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], choices: Sequence[Choice] = ()) -> dict[str, Any]:
-    """Per score: how many there are and how many are missing, mean, standard deviation, least and greatest; `best` and
-    `prompts`, the mean over prompts of the best of their images, where prompts repeat; `agrees`, the share of people's
-    choices where the chosen image scores higher (a tie counts half), where there are choices. `correlation`: Spearman's
-    rank correlation of each two scores."""
+    """A summary of the rows. Per score: the numbers of valid and missing values, mean, standard deviation, minimum and
+    maximum; if prompts repeat, `best`, the mean over prompts of the highest score among their images, and `prompts`,
+    their number; if there are choices, `agrees`, the share of them in which the chosen image scores higher (a tie
+    counts half), and `choices`, their number. `correlation`: Spearman's rank correlation of each pair of scores."""
     names = list(rows[0]["scores"]) if rows else []
     columns = {
         name: np.array([np.nan if row["scores"][name] is None else row["scores"][name] for row in rows])
@@ -299,7 +299,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], choices: Sequence[Choice] = ())
 def _statistics(
     values: Float[np.ndarray, "N"], prompts: Sequence[list[int]], pairs: Sequence[tuple[int, int]]
 ) -> dict[str, Any]:
-    """Of one score: `prompts` are the rows of each, `pairs` the better and the worse row of each choice."""
+    """The statistics of one score. `prompts`: the rows of each prompt. `pairs`: the better and the worse row of each
+    choice."""
     valid = values[~np.isnan(values)]
     statistics: dict[str, Any] = {"count": len(valid), "missing": len(values) - len(valid)}
     if len(valid):

@@ -1,4 +1,4 @@
-"""Scoring what lies on disk: every way in, every way out, and what happens to what is broken."""
+"""Tests of scoring files on disk: every input and output format, and broken images."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from reward_models.tools import gallery, picture_files, score_files as batch
 
 
 class Brightness:
-    """A fake that remembers what it was shown and fails where it is told to."""
+    """A fake scorer that records its calls and fails for the given images."""
 
     card = Card("brightness", sees_prompt=False)
     names = ("mean", "red")
@@ -86,7 +86,7 @@ def test_a_scorers_failure_is_a_reason_never_a_zero(folder):
     assert row["scores"]["own.red"] > 0
 
 
-def test_tables_of_every_kind_read_alike(folder):
+def test_tables_of_every_kind_give_the_same_rows(folder):
     rows = [{"image": f"{i}.png", "prompt": f"number {i}", "id": i + 7} for i in range(3)]
     (folder / "t.jsonl").write_text("".join(json.dumps(row | {"tag": "x"}) + "\n" for row in rows))
     with (folder / "t.csv").open("w") as file:
@@ -131,7 +131,7 @@ def test_one_prompt_for_all_that_have_none(folder):
     ("text", "says"),
     [
         ("", "no rows in it"),
-        ("[1]\n", "line 1: no JSON object"),
+        ("[1]\n", "line 1: not a JSON object"),
         ('{"prompt": "a"}\n', "row 1: no `image`; columns are prompt"),
         ('{"image": "0.png", "prompt": "a", "id": "x"}\n', "row 1: `id` must be a whole number, got 'x'"),
         ('{"image_a": "0.png", "image_b": "1.png", "chosen": "c"}\n', "`chosen` must be a or b, got 'c'"),
@@ -190,7 +190,7 @@ class Rank(Brightness):
 
 @pytest.fixture
 def groups(tmp_path):
-    """Nine pictures of three prompts, dealt in turn, brighter and brighter."""
+    """Nine pictures with increasing brightness, of three prompts in turn."""
     for i in range(9):
         Image.new("RGB", (8, 8), (20 * i,) * 3).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("abc"[i % 3])
@@ -205,7 +205,7 @@ def test_images_of_a_prompt_stay_together_for_those_who_compare_them(groups, siz
     assert [text for call in scorer.calls for text in call] == ["a", "b", "c"]
 
 
-def test_a_prompt_with_an_image_left_is_compared_again_whole(groups):
+def test_a_prompt_with_an_image_left_is_compared_again_completely(groups):
     items, _ = picture_files.read(groups)
     rows, out = scored(groups, Rank()), groups / "out.jsonl"
     out.write_text(lines(row for row in rows if row["image"] != "4.png"))

@@ -1,3 +1,5 @@
+"""Tests of the score cache."""
+
 import subprocess
 import sys
 from dataclasses import replace
@@ -42,13 +44,13 @@ def same(one, two):
     assert one.failures == two.failures
 
 
-def test_what_was_scored_is_remembered_to_the_bit(tmp_path, images):
+def test_cached_scores_are_equal_to_the_bit(tmp_path, images):
     scorer = Cached(Counting(), tmp_path / "c.sqlite")
     first, again = scorer(images, PROMPTS), scorer(images, PROMPTS)
     same(first, Counting()(images, PROMPTS))
     same(first, again)
     assert scorer.scorer.shown == ["a", "b", "a"]
-    assert (scorer.asked, scorer.hits) == (6, 3)
+    assert (scorer.lookups, scorer.hits) == (6, 3)
     later = Cached(Counting(), tmp_path / "c.sqlite")
     same(later(images, PROMPTS), first)
     assert later.hits == 3
@@ -141,8 +143,8 @@ def test_two_processes_share_a_file(tmp_path):
     assert again.stdout.strip() == "40"
 
 
-def test_a_file_that_is_none_is_refused(tmp_path):
-    (tmp_path / "text").write_text("hello, this is no database" * 100)
+def test_a_file_that_is_not_a_cache_is_refused(tmp_path):
+    (tmp_path / "text").write_text("hello, this is not a database" * 100)
     for path, says in (("text", "not a database"), ("nowhere/c.sqlite", "unable to open")):
         with pytest.raises(ValueError, match=says):
             Cached(Counting(), tmp_path / path)

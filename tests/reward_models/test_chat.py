@@ -1,4 +1,4 @@
-"""Judges behind a server: real HTTP, everything that can go wrong with it, and one real server of a real model."""
+"""Tests of judges behind a server: real HTTP, its failures, and one real server with a real model."""
 
 import math
 import os
@@ -211,7 +211,7 @@ def test_a_real_server_of_a_babbling_model_scores_nothing(served):
     assert "gives no token probabilities" in odds.failures[0]
 
 
-# ------------------------------------------------------------------------------------------------ servers as they are
+# ---------------------------------------------------------------------------------------- differences between servers
 
 PARTS = [
     {"type": "thinking", "thinking": "hm"},
@@ -271,7 +271,7 @@ def test_a_reason_names_url_status_and_what_came(name):
 
 
 @pytest.mark.parametrize(("path", "hinted"), [("", True), ("/v1", False), ("/v1/", False), ("/api", True)])
-def test_an_address_without_v1_is_told(path, hinted):
+def test_an_address_without_v1_is_reported(path, hinted):
     with chatting(lambda request: (404, {}, {"detail": "Not Found"})) as (url, _):
         reason = of(url.removesuffix("/v1") + path)(IMAGES[:1], PROMPTS[:1]).failures[0]
     assert ("(perhaps it is " in reason) == hinted

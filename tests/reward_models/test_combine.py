@@ -1,3 +1,5 @@
+"""Tests of combining scores: rules, missing scores, dead components, ramps and multipliers."""
+
 import math
 
 import pytest
@@ -31,12 +33,12 @@ def draw(n=60, k=3, groups=7, seed=0):
 def test_moments_are_those_of_each_group():
     mean, std = mean_and_std(VALUES, GROUP)
     for group in (3, 7):
-        own = group == GROUP
-        torch.testing.assert_close(mean[own], VALUES[own].mean(0).expand(3, 2))
-        torch.testing.assert_close(std[own], VALUES[own].std(0, correction=0).expand(3, 2))
+        rows = group == GROUP
+        torch.testing.assert_close(mean[rows], VALUES[rows].mean(0).expand(3, 2))
+        torch.testing.assert_close(std[rows], VALUES[rows].std(0, correction=0).expand(3, 2))
 
 
-def test_moments_leave_out_what_is_missing():
+def test_moments_leave_out_missing_scores():
     values = VALUES.clone()
     values[0, 0] = nan
     mean, std = mean_and_std(values, GROUP)
@@ -47,22 +49,22 @@ def test_moments_leave_out_what_is_missing():
 
 
 def test_weighted_sum():
-    found = weighted(VALUES, torch.tensor([2.0, 0.5]))
-    assert found.tolist() == [52, 24, 156, 28, 110, 38]
+    rewards = weighted(VALUES, torch.tensor([2.0, 0.5]))
+    assert rewards.tolist() == [52, 24, 156, 28, 110, 38]
 
 
 @pytest.mark.parametrize("rule", [weighted, product])
-def test_a_missing_part_leaves_no_sum_but_only_if_it_has_a_weight(rule):
+def test_a_sum_is_missing_if_a_component_with_a_weight_is(rule):
     values = VALUES.clone()
     values[1, 1] = nan
-    found = rule(values, torch.tensor([1.0, 1.0]))
-    assert found.isnan().tolist() == [False, True, False, False, False, False]
+    rewards = rule(values, torch.tensor([1.0, 1.0]))
+    assert rewards.isnan().tolist() == [False, True, False, False, False, False]
     assert not rule(values, torch.tensor([1.0, 0.0])).isnan().any()
 
 
 def test_product_with_halves_is_the_geometric_mean():
-    found = product(VALUES, torch.tensor([0.5, 0.5]))
-    torch.testing.assert_close(found, (VALUES[:, 0] * VALUES[:, 1]).sqrt())
+    rewards = product(VALUES, torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(rewards, (VALUES[:, 0] * VALUES[:, 1]).sqrt())
     assert product(torch.tensor([[0.0, 9.0]]), torch.tensor([0.5, 0.5])).item() == 0
     with pytest.raises(ValueError, match=r"at least 0, got -2"):
         product(-VALUES[1:2], torch.tensor([1.0, 0.0]))
@@ -75,14 +77,14 @@ def test_the_gate_closes_for_all():
 
 
 @pytest.mark.parametrize("gate", [-1e-6, -0.5, -5.0])
-def test_a_gate_below_0_is_refused_for_it_would_turn_the_others_round(gate):
+def test_a_gate_below_0_is_refused_because_it_would_reverse_the_others(gate):
     values = torch.tensor([[1.0, 0.5], [gate, 0.7], [nan, 0.7]])
     with pytest.raises(ValueError, match=rf"a gate needs scores of at least 0, got {gate:.3g}"):
         gated(values, torch.tensor([1.0, 10.0]), 0)
 
 
 @pytest.mark.parametrize("other", [-2.1, -40.0])
-def test_others_that_would_turn_the_gate_round_are_refused(other):
+def test_others_that_would_reverse_the_gate_are_refused(other):
     with pytest.raises(ValueError, match=r"behind a gate .* at least 0, got -"):
         gated(torch.tensor([[1.0, other], [1.0, 3.0]]), torch.tensor([1.0, 0.5]), 0)
 
@@ -96,49 +98,49 @@ def test_others_that_would_turn_the_gate_round_are_refused(other):
 def test_behind_a_gate_better_is_never_lower(gates, other, better, weight):
     low, high = sorted(gates)
     values = torch.tensor([[low, other], [low, other + better], [high, other]])
-    found = gated(values, torch.tensor([1.0, weight]), 0)
-    assert found[0] <= found[1]
-    assert found[0] <= found[2]
+    rewards = gated(values, torch.tensor([1.0, weight]), 0)
+    assert rewards[0] <= rewards[1]
+    assert rewards[0] <= rewards[2]
 
 
 def test_normalised_rewards_do_not_depend_on_ranges():
     values, group = draw()
     weights = torch.tensor([1.0, 2.0, 0.5])
-    found = normalised(values, group, weights)
+    rewards = normalised(values, group, weights)
     torch.testing.assert_close(
-        found, normalised(values * torch.tensor([1e3, 1, 1e-2]) + 5, group, weights), atol=1e-3, rtol=1e-3
+        rewards, normalised(values * torch.tensor([1e3, 1, 1e-2]) + 5, group, weights), atol=1e-3, rtol=1e-3
     )
-    torch.testing.assert_close(mean_and_std(found[:, None], group)[0], torch.zeros(60, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(mean_and_std(rewards[:, None], group)[0], torch.zeros(60, 1), atol=1e-5, rtol=0)
     one = normalised(values, group, torch.tensor([0.0, 2.0, 0.0]))
     torch.testing.assert_close(mean_and_std(one[:, None], group)[1], torch.full((60, 1), 2.0))
 
 
-def test_a_dead_component_is_silent_in_its_group_alone():
-    found = normalised(VALUES, GROUP, torch.tensor([0.0, 1.0]))
-    assert (found[GROUP == 3] == 0).all()
-    assert (found[GROUP == 7] != 0).any()
+def test_a_dead_component_counts_nothing_in_its_group_only():
+    rewards = normalised(VALUES, GROUP, torch.tensor([0.0, 1.0]))
+    assert (rewards[GROUP == 3] == 0).all()
+    assert (rewards[GROUP == 7] != 0).any()
     rounding = torch.tensor([[0.3], [0.3 + 3e-8], [0.3]])
     assert normalised(rounding, torch.zeros(3, dtype=torch.long), torch.tensor([1.0])).tolist() == [0, 0, 0]
 
 
-def test_no_opinion_is_the_groups_mean_and_none_at_all_is_missing():
+def test_a_missing_component_is_the_groups_mean_and_a_row_without_any_is_missing():
     values = VALUES.clone()
     values[0, 0] = nan
     values[2] = nan
-    found = normalised(values, GROUP, torch.tensor([1.0, 1.0]))
-    assert found.isnan().tolist() == [False, False, True, False, False, False]
+    rewards = normalised(values, GROUP, torch.tensor([1.0, 1.0]))
+    assert rewards.isnan().tolist() == [False, False, True, False, False, False]
     alone = normalised(values, GROUP, torch.tensor([0.0, 1.0]))
-    assert found[0] == alone[0]
+    assert rewards[0] == alone[0]
     others = GROUP == 3
-    assert torch.equal(found[others], normalised(VALUES, GROUP, torch.tensor([1.0, 1.0]))[others])
+    assert torch.equal(rewards[others], normalised(VALUES, GROUP, torch.tensor([1.0, 1.0]))[others])
 
 
 def test_whitened_rewards_have_unit_scale_whatever_the_number_of_components():
     for k in (1, 2, 3):
         values, group = draw(k=k)
-        found = whitened(values, group, torch.ones(k))
-        assert found.std(correction=0).item() == pytest.approx(1, abs=1e-5)
-        assert found.mean().item() == pytest.approx(0, abs=1e-5)
+        rewards = whitened(values, group, torch.ones(k))
+        assert rewards.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+        assert rewards.mean().item() == pytest.approx(0, abs=1e-5)
     assert whitened(torch.ones(4, 1), torch.tensor([0, 0, 1, 1]), torch.ones(1)).tolist() == [0, 0, 0, 0]
     assert whitened(torch.full((2, 1), nan), torch.tensor([0, 0]), torch.ones(1)).isnan().all()
 
@@ -161,7 +163,7 @@ def test_a_reference_is_the_unit_of_progress():
         referenced(base, mean, torch.zeros(3))
 
 
-def test_the_multiplier_rises_until_the_bound_is_kept_and_never_below_zero():
+def test_the_multiplier_rises_until_the_bound_holds_and_is_never_negative():
     """On a problem with a known answer: maximise -(x - 2)^2 with x <= 1 (as -x >= -1): x = 1, multiplier 2."""
     u = 0.0
     for _ in range(400):
@@ -179,13 +181,13 @@ def test_ramps():
     assert curve.at(0.25) == pytest.approx(2 - math.cos(math.pi / 4))
 
 
-def test_health_tells_what_is_missing_dead_and_doubled():
+def test_health_reports_missing_dead_and_correlated_components():
     values = torch.tensor([[1.0, 2, 5], [2, 4, 5], [3, 6, 5], [nan, 8, 5]])
-    found = health(values, ["a", "b", "c"], torch.tensor([0, 0, 1, 1]))
-    assert found["missing/a"] == 0.25
-    assert found["missing/b"] == 0
-    assert found["correlation/a~b"] == pytest.approx(1)
-    assert "correlation/a~c" not in found
-    assert found["dead/c"] == 1
-    assert found["dead/a"] == 0.5  # one valid score is no comparison
-    assert found["spread/b"] == pytest.approx(1)
+    report = health(values, ["a", "b", "c"], torch.tensor([0, 0, 1, 1]))
+    assert report["missing/a"] == 0.25
+    assert report["missing/b"] == 0
+    assert report["correlation/a~b"] == pytest.approx(1)
+    assert "correlation/a~c" not in report
+    assert report["dead/c"] == 1
+    assert report["dead/a"] == 0.5  # one valid score cannot be compared
+    assert report["spread/b"] == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""GenEval's judgement against known answers, and the detectors it can use as tiny random models of the real classes."""
+"""Tests of `geneval`: its verdicts against known answers, and tiny random models of each supported detector class."""
 
 from dataclasses import replace
 from math import cos, radians, sin
@@ -56,20 +56,20 @@ from reward_models.shapes_world import COLOURS, OPPOSITE, RELATIONS, SHAPES, dra
 # ---------------------------------------------------------------------------------------------- pure functions
 
 
-def found(label: str, x: float = 0, y: float = 0, score: float = 0.95, side: float = 10) -> Detection:
+def detected(label: str, x: float = 0, y: float = 0, score: float = 0.95, side: float = 10) -> Detection:
     return Detection(label, score, (x - side / 2, y - side / 2, x + side / 2, y + side / 2))
 
 
 def dogs(n: int) -> list[Detection]:
-    return [found("dog", 20 * k) for k in range(n)]
+    return [detected("dog", 20 * k) for k in range(n)]
 
 
 def wants(*include: dict, **extra) -> dict:
     return {"include": list(include), **extra}
 
 
-def verdict(asked: dict, things: list[Detection], colours: list[str] | None = None, **settings):
-    return judge(asked, things, colours or [None] * len(things), **settings)
+def verdict(request: dict, things: list[Detection], colours: list[str] | None = None, **settings):
+    return judge(request, things, colours or [None] * len(things), **settings)
 
 
 @pytest.mark.parametrize(
@@ -87,39 +87,39 @@ def verdict(asked: dict, things: list[Detection], colours: list[str] | None = No
 )
 def test_relations_around_a_circle(angle, expected):
     x, y = 100 * cos(radians(angle)), 100 * sin(radians(angle))
-    assert related(found("a", x, y, side=2).box, found("b", side=2).box) == expected
+    assert related(detected("a", x, y, side=2).box, detected("b", side=2).box) == expected
 
 
 def test_relations_of_known_boxes():
-    reference = found("b").box
+    reference = detected("b").box
     assert related(reference, reference) == set()
-    assert related(found("a", 1.9).box, reference) == set()  # within a tenth of the widths' sum
-    assert related(found("a", 3.9).box, reference) == set()  # 1.9 of 3.9 is below the cosine of 60 degrees
-    assert related(found("a", 4.1).box, reference) == {"right of"}
-    assert related(found("a", -4.1).box, reference) == {"left of"}
+    assert related(detected("a", 1.9).box, reference) == set()  # within a tenth of the widths' sum
+    assert related(detected("a", 3.9).box, reference) == set()  # 1.9 of 3.9 is below the cosine of 60 degrees
+    assert related(detected("a", 4.1).box, reference) == {"right of"}
+    assert related(detected("a", -4.1).box, reference) == {"left of"}
     assert related((0, 0, 100, 2), (45, 50, 55, 52)) == {"above"}
 
 
 def test_relations_are_the_opposite_the_other_way_round():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        one, two = (found("a", *rng.uniform(-30, 30, 2), side=rng.uniform(1, 20)).box for _ in range(2))
+        one, two = (detected("a", *rng.uniform(-30, 30, 2), side=rng.uniform(1, 20)).box for _ in range(2))
         assert related(one, two) == {OPPOSITE[relation] for relation in related(two, one)}
 
 
 @pytest.mark.parametrize(
-    ("asked", "seen", "surplus", "expected"),
+    ("requested", "present", "surplus", "expected"),
     [(1, 1, 1, 1), (3, 2, 1, 2 / 3), (3, 0, 1, 0), (3, 4, 1, 2 / 3), (3, 4, 0.5, 5 / 6), (3, 4, 0, 1), (1, 5, 1, 0)],
 )
-def test_count_term(asked, seen, surplus, expected):
-    assert count_score(asked, seen, surplus) == pytest.approx(expected)
+def test_count_term(requested, present, surplus, expected):
+    assert count_score(requested, present, surplus) == pytest.approx(expected)
 
 
 def test_single_object():
     dog = wants({"class": "dog", "count": 1})
     assert verdict(dog, dogs(1)).strict == verdict(dog, dogs(1)).soft == 1
     assert verdict(dog, dogs(1)).critique == "right"
-    missing = verdict(dog, [found("cat")])
+    missing = verdict(dog, [detected("cat")])
     assert (missing.strict, missing.soft, missing.critique, missing.regions) == (0, 0, "0 dog instead of 1", ())
 
 
@@ -132,17 +132,17 @@ def test_five_for_one_is_not_below_nothing():
     assert (lenient.soft, lenient.critique, len(lenient.regions)) == (1, "right", 1)
 
 
-@pytest.mark.parametrize(("seen", "strict", "soft"), [(2, 0, 2 / 3), (3, 1, 1), (4, 0, 2 / 3), (6, 0, 0), (16, 0, 0)])
-def test_counting_is_exact_by_its_exclusion(seen, strict, soft):
-    asked = wants({"class": "dog", "count": 3}, tag="counting", exclude=[{"class": "dog", "count": 4}])
-    judged = verdict(asked, dogs(seen))
+@pytest.mark.parametrize(("count", "strict", "soft"), [(2, 0, 2 / 3), (3, 1, 1), (4, 0, 2 / 3), (6, 0, 0), (16, 0, 0)])
+def test_counting_is_exact_by_its_exclusion(count, strict, soft):
+    request = wants({"class": "dog", "count": 3}, tag="counting", exclude=[{"class": "dog", "count": 4}])
+    judged = verdict(request, dogs(count))
     assert (judged.strict, judged.soft) == (strict, pytest.approx(soft))
 
 
 def test_an_exclusion_of_something_else_is_a_term():
-    asked = wants({"class": "dog", "count": 1}, exclude=[{"class": "cat", "count": 1}])
-    assert verdict(asked, dogs(1)).soft == 1
-    judged = verdict(asked, [*dogs(1), found("Cat", 50)])
+    request = wants({"class": "dog", "count": 1}, exclude=[{"class": "cat", "count": 1}])
+    assert verdict(request, dogs(1)).soft == 1
+    judged = verdict(request, [*dogs(1), detected("Cat", 50)])
     assert (judged.strict, judged.soft) == (0, 0.5)
     assert [(region.reason, region.credit) for region in judged.regions] == [("dog", 1), ("Cat", -1)]
 
@@ -172,80 +172,82 @@ CAT_AND_DOG = wants({"class": "cat", "count": 1}, {"class": "dog", "count": 1, "
 
 
 def test_a_wrong_relation_is_one_term_of_three():
-    right = verdict(CAT_AND_DOG, [found("dog", 0), found("cat", 50)])
+    right = verdict(CAT_AND_DOG, [detected("dog", 0), detected("cat", 50)])
     assert (right.strict, right.soft) == (1, 1)
-    wrong = verdict(CAT_AND_DOG, [found("dog", 50), found("cat", 0)])
+    wrong = verdict(CAT_AND_DOG, [detected("dog", 50), detected("cat", 0)])
     assert (wrong.strict, wrong.soft) == (0, pytest.approx(2 / 3))
     assert wrong.critique == "dog is not left of cat"
     assert {region.reason: region.credit for region in wrong.regions} == {"cat": 1, "dog": 0}
 
 
 def test_a_relation_to_something_missing_is_wrong():
-    judged = verdict(CAT_AND_DOG, [found("dog", 0)])
+    judged = verdict(CAT_AND_DOG, [detected("dog", 0)])
     assert (judged.strict, judged.soft) == (0, pytest.approx(1 / 3))
     assert verdict(CAT_AND_DOG, []).soft == 0
-    assert verdict(CAT_AND_DOG, [found("cat")]).soft == pytest.approx(1 / 3)
+    assert verdict(CAT_AND_DOG, [detected("cat")]).soft == pytest.approx(1 / 3)
 
 
 def test_a_relation_may_point_to_a_later_entry():
-    asked = wants({"class": "dog", "count": 1, "position": ["above", 1]}, {"class": "cat", "count": 1})
-    assert verdict(asked, [found("dog", 0, 0), found("cat", 0, 50)]).strict == 1
-    assert verdict(asked, [found("dog", 0, 50), found("cat", 0, 0)]).strict == 0
+    request = wants({"class": "dog", "count": 1, "position": ["above", 1]}, {"class": "cat", "count": 1})
+    assert verdict(request, [detected("dog", 0, 0), detected("cat", 0, 50)]).strict == 1
+    assert verdict(request, [detected("dog", 0, 50), detected("cat", 0, 0)]).strict == 0
 
 
 def test_every_pair_must_stand_in_the_relation():
-    asked = wants({"class": "cat", "count": 1}, {"class": "dog", "count": 2, "position": ["left of", 0]})
-    assert verdict(asked, [found("dog", 0), found("dog", 20), found("cat", 50)]).strict == 1
-    judged = verdict(asked, [found("dog", 0), found("dog", 90), found("cat", 50)])
+    request = wants({"class": "cat", "count": 1}, {"class": "dog", "count": 2, "position": ["left of", 0]})
+    assert verdict(request, [detected("dog", 0), detected("dog", 20), detected("cat", 50)]).strict == 1
+    judged = verdict(request, [detected("dog", 0), detected("dog", 90), detected("cat", 50)])
     assert (judged.strict, judged.soft) == (0, pytest.approx(2 / 3))
     assert [region.credit for region in judged.regions] == [1, 1, 0]
 
 
 @pytest.mark.parametrize(("x", "soft"), [(0, 0.75), (90, 0.5)])
 def test_the_position_is_judged_after_a_failed_colour(x, soft):
-    asked = wants(
+    request = wants(
         {"class": "cat", "count": 1}, {"class": "dog", "count": 1, "color": "red", "position": ["left of", 0]}
     )
-    judged = verdict(asked, [found("dog", x), found("cat", 50)], ["blue", None])
+    judged = verdict(request, [detected("dog", x), detected("cat", 50)], ["blue", None])
     assert (judged.strict, judged.soft) == (0, soft)
 
 
 def test_scores_stay_in_range_and_strict_implies_soft_without_surplus():
     rng = np.random.default_rng(0)
     for _ in range(300):
-        things = [found(rng.choice(["dog", "cat", "cow"]), *rng.uniform(0, 50, 2)) for _ in range(rng.integers(0, 6))]
+        number = rng.integers(0, 6)
+        things = [detected(rng.choice(["dog", "cat", "cow"]), *rng.uniform(0, 50, 2)) for _ in range(number)]
         colours = [str(colour) for colour in rng.choice(["red", "blue"], len(things))]
-        asked = wants(
+        request = wants(
             {"class": "dog", "count": int(rng.integers(1, 3)), "color": "red"},
             {"class": "cat", "count": int(rng.integers(1, 3)), "position": [str(rng.choice([*RELATIONS])), 0]},
             exclude=[{"class": "cow", "count": 1}],
         )
-        judged = verdict(asked, things, colours, surplus=float(rng.choice([0, 0.5, 1, 3])))
+        judged = verdict(request, things, colours, surplus=float(rng.choice([0, 0.5, 1, 3])))
         assert 0 <= judged.soft <= 1
         assert judged.strict in (0, 1)
         if judged.strict:
-            assert verdict(asked, things, colours, surplus=0).soft == 1
+            assert verdict(request, things, colours, surplus=0).soft == 1
         elif judged.soft == 1:
-            pytest.fail(f"soft is full where strict is not: {asked}, {things}")
+            pytest.fail(f"soft is full where strict is not: {request}, {things}")
 
 
 def test_labels_have_one_spelling():
     same = [("Cell-Phone", "cell phone"), ("computer mouse", "mouse"), ("TV remote", "remote"), ("tvmonitor", "TV")]
     assert all(known_as(one) == known_as(two) for one, two in same)
-    assert verdict(wants({"class": "computer keyboard", "count": 1}), [found("Keyboard")]).strict == 1
+    assert verdict(wants({"class": "computer keyboard", "count": 1}), [detected("Keyboard")]).strict == 1
 
 
 def test_only_the_strongest_objects_count():
-    things = [found("dog", k, score=0.01 * (k + 1)) for k in range(40)] + [found("cat", score=0.35)]
-    kept = strongest(things, 0.3)
-    assert [thing.score for thing in kept if thing.label == "dog"] == pytest.approx([0.4 - 0.01 * k for k in range(10)])
-    assert [thing.label for thing in kept].count("cat") == 1
+    things = [detected("dog", k, score=0.01 * (k + 1)) for k in range(40)] + [detected("cat", score=0.35)]
+    strong = strongest(things, 0.3)
+    scores = [thing.score for thing in strong if thing.label == "dog"]
+    assert scores == pytest.approx([0.4 - 0.01 * k for k in range(10)])
+    assert [thing.label for thing in strong].count("cat") == 1
     assert len(strongest(things, 0)) == 17
-    assert strongest([found("dog", score=0.3)], 0.3) == []
+    assert strongest([detected("dog", score=0.3)], 0.3) == []
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("requested", "says"),
     [
         ({}, "wants has no `include`"),
         ({"tag": "text", "text": "H O"}, "wants has no `include`"),
@@ -262,14 +264,14 @@ def test_only_the_strongest_objects_count():
         (wants({"class": "dog", "position": None}, {"class": "cat"}), "is not a relation to another entry"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(asked, says):
+def test_requests_that_cannot_be_judged_are_refused(requested, says):
     with pytest.raises(ValueError, match=says):
-        checked(asked, {"dog", "cat"}, PALETTE)
+        checked(requested, {"dog", "cat"}, PALETTE)
 
 
-def test_what_can_be_judged_is_asked_for_once():
-    asked = wants({"class": "Dog"}, {"class": "cat", "position": ("left of", 0)}, exclude=[{"class": "Dog"}])
-    assert checked(asked, {"dog", "cat"}, PALETTE) == ["Dog", "cat"]
+def test_each_class_is_requested_once():
+    request = wants({"class": "Dog"}, {"class": "cat", "position": ("left of", 0)}, exclude=[{"class": "Dog"}])
+    assert checked(request, {"dog", "cat"}, PALETTE) == ["Dog", "cat"]
     assert checked(wants({"class": "unicorn"}), None, PALETTE) == ["unicorn"]
 
 
@@ -281,19 +283,19 @@ class WorldDetector:
 
     classes = frozenset(SHAPES)
 
-    def detect(self, images, asked):
+    def detect(self, images, labels):
         return [
-            [Detection(seen.name, 1.0, seen.box) for seen in things if seen.name in labels]
-            for things, labels in zip(find_blobs(images.numpy()), asked, strict=True)
+            [Detection(blob.name, 1.0, blob.box) for blob in blobs if blob.name in requested]
+            for blobs, requested in zip(find_blobs(images.numpy()), labels, strict=True)
         ]
 
 
 class WorldEye:
     palette = tuple(COLOURS)
 
-    def name(self, image, found):
-        by_box = {seen.box: seen.colour for seen in find_blobs(image[None].numpy())[0]}
-        return [by_box[thing.box] for thing in found]
+    def name(self, image, detections):
+        by_box = {blob.box: blob.colour for blob in find_blobs(image[None].numpy())[0]}
+        return [by_box[detection.box] for detection in detections]
 
 
 @pytest.fixture(scope="module")
@@ -305,52 +307,53 @@ def world():
 def drawn():
     rng = np.random.default_rng(0)
     by_tag = {}
-    for asked in requests():
-        if asked["tag"] != "text" and not any("size" in item for item in asked["include"]):
-            by_tag.setdefault(asked["tag"], []).append(asked)
+    for request in requests():
+        if request["tag"] != "text" and not any("size" in item for item in request["include"]):
+            by_tag.setdefault(request["tag"], []).append(request)
     chosen = [tagged[i] for tagged in by_tag.values() for i in rng.choice(len(tagged), 12)]
-    return torch.from_numpy(np.stack([draw(asked, rng) for asked in chosen])), chosen
+    return torch.from_numpy(np.stack([draw(request, rng) for request in chosen])), chosen
 
 
 def test_right_drawings_are_right(world, drawn):
-    images, asked = drawn
-    assert {w["tag"] for w in asked} == {"one_object", "two_objects", "counting", "colors", "color_attr", "position"}
-    scores = world(images, [Prompt("", w) for w in asked])
+    images, drawn_requests = drawn
+    tags = {request["tag"] for request in drawn_requests}
+    assert tags == {"one_object", "two_objects", "counting", "colors", "color_attr", "position"}
+    scores = world(images, [Prompt("", w) for w in drawn_requests])
     assert not scores.failures
     assert scores.values.min() == 1
     assert set(scores.critiques) == {"right"}
     assert scores.regions[scores.regions.isfinite()].min() == 1
 
 
-def changed(asked: dict) -> tuple[dict, float] | None:
-    """A request that a drawing of `asked` fails by one thing, and the soft score it should get."""
-    (first, *rest) = asked["include"]
-    if asked["tag"] == "position":
+def changed(request: dict) -> tuple[dict, float] | None:
+    """A request that a drawing of `request` fails by one thing, and the soft score it should get."""
+    (first, *rest) = request["include"]
+    if request["tag"] == "position":
         relation, other = first["position"]
         terms = 3 + 2 * ("color" in first)
-        return asked | {"include": [first | {"position": [OPPOSITE[relation], other]}, *rest]}, 1 - 1 / terms
-    if asked["tag"] == "counting":
+        return request | {"include": [first | {"position": [OPPOSITE[relation], other]}, *rest]}, 1 - 1 / terms
+    if request["tag"] == "counting":
         terms = 1 + ("color" in first)
         missing = 1 / (first["count"] + 1)
         return wants(first | {"count": first["count"] + 1}), 1 - missing * (2 if terms == 2 else 1) / terms
-    if asked["tag"] in ("colors", "color_attr"):
+    if request["tag"] in ("colors", "color_attr"):
         other = next(colour for colour in COLOURS if colour != first["color"])
-        return wants(first | {"color": other}, *rest), 1 - 1 / (2 * len(asked["include"]))
-    if asked["tag"] == "one_object":
+        return wants(first | {"color": other}, *rest), 1 - 1 / (2 * len(request["include"]))
+    if request["tag"] == "one_object":
         return wants(shaped(next(shape for shape in SHAPES if shape != first["class"]))), 0.0
     return None
 
 
 def test_drawings_of_something_else_are_wrong_by_as_much(world, drawn):
-    cases = [(image, changed(asked)) for image, asked in zip(*drawn, strict=True)]
+    cases = [(image, changed(request)) for image, request in zip(*drawn, strict=True)]
     cases = [(image, *case) for image, case in cases if case]
     assert len(cases) == 60
-    scores = world(torch.stack([image for image, *_ in cases]), [Prompt("", asked) for _, asked, _ in cases])
+    scores = world(torch.stack([image for image, *_ in cases]), [Prompt("", request) for _, request, _ in cases])
     assert scores.column("strict").max() == 0
     torch.testing.assert_close(scores.column("soft"), torch.tensor([soft for *_, soft in cases]))
 
 
-def test_surplus_shapes_are_seen_where_they_are(world):
+def test_surplus_shapes_are_credited_where_they_lie(world):
     image = torch.from_numpy(draw(wants(shaped("circle", "red", 2), tag="counting"), np.random.default_rng(1)))
     scores = world(image[None], [Prompt("", wants(shaped("circle")))])
     assert scores.column("strict").item() == 1
@@ -361,12 +364,12 @@ def test_surplus_shapes_are_seen_where_they_are(world):
     assert scores.critiques == ("2 circle instead of 1",)
 
 
-def test_what_cannot_be_judged_fails_alone(world, drawn):
-    images, asked = drawn[0][:5].clone(), [Prompt("", w) for w in drawn[1][:5]]
+def test_images_that_cannot_be_judged_fail_alone(world, drawn):
+    images, prompts = drawn[0][:5].clone(), [Prompt("", w) for w in drawn[1][:5]]
     images[0, 0, 3, 3] = torch.nan
-    asked[2] = Prompt("a dog", wants({"class": "dog"}))
-    asked[3] = Prompt('the text "H O"', {"tag": "text", "text": "H O"})
-    scores = world(images, asked)
+    prompts[2] = Prompt("a dog", wants({"class": "dog"}))
+    prompts[3] = Prompt('the text "H O"', {"tag": "text", "text": "H O"})
+    scores = world(images, prompts)
     assert scores.column("strict").nan_to_num(-1).tolist() == [-1, 1, -1, -1, 1]
     assert list(scores.failures) == [0, 2, 3]
     assert "'dog'" in scores.failures[2]
@@ -384,14 +387,14 @@ def test_without_an_eye_colours_are_not_scored(drawn):
 
 def test_counting_wants_surer_detections(world, drawn):
     class Unsure(WorldDetector):
-        def detect(self, images, asked):
-            return [[replace(thing, score=0.8) for thing in things] for things in super().detect(images, asked)]
+        def detect(self, images, labels):
+            return [[replace(thing, score=0.8) for thing in things] for things in super().detect(images, labels)]
 
-    asked = wants(shaped("circle", count=2), tag="counting")
-    image = torch.from_numpy(draw(asked, np.random.default_rng(0)))[None]
+    request = wants(shaped("circle", count=2), tag="counting")
+    image = torch.from_numpy(draw(request, np.random.default_rng(0)))[None]
     unsure = GenEval(Unsure(), None, Card("geneval"))
-    assert unsure(image, [Prompt("", asked)]).column("soft").item() == 0
-    assert unsure(image, [Prompt("", asked | {"tag": "two_object"})]).column("soft").item() == 1
+    assert unsure(image, [Prompt("", request)]).column("soft").item() == 0
+    assert unsure(image, [Prompt("", request | {"tag": "two_object"})]).column("soft").item() == 1
 
 
 # --------------------------------------------------------------------------------------------------- detectors
@@ -483,15 +486,16 @@ def images():
     return F.interpolate(torch.rand(4, 3, 6, 8, generator=generator), (50, 70)).mul(255).round() / 255
 
 
-ASKED = [["cat"], ["Dog", "tv"], ["DOG"], []]
+REQUESTED = [["cat"], ["Dog", "tv"], ["DOG"], []]
 
 
-def test_detectors_find_what_is_asked_inside_the_image(kind, folders, images):
+def test_detectors_report_requested_objects_inside_the_image(kind, folders, images):
     finder = detector(str(folders[kind]), FLOOR)
     assert finder.classes == (None if kind in OPEN else {"cat", "dog", "tv"})
-    seen = finder.detect(images, ASKED)
-    assert all({thing.label for thing in things} <= set(asked) for things, asked in zip(seen, ASKED, strict=True))
-    everything = [thing for things in seen for thing in things]
+    detections = finder.detect(images, REQUESTED)
+    for things, labels in zip(detections, REQUESTED, strict=True):
+        assert {thing.label for thing in things} <= set(labels)
+    everything = [thing for things in detections for thing in things]
     assert len(everything) > 3
     for thing in everything:
         left, top, right, bottom = thing.box
@@ -502,29 +506,29 @@ def test_detectors_find_what_is_asked_inside_the_image(kind, folders, images):
         if thing.mask is not None:
             assert thing.mask.shape == (50, 70)
             assert thing.mask[top:bottom, left:right].sum() == thing.mask.sum() > 0
-    for things in seen:
+    for things in detections:
         assert [thing.score for thing in things] == sorted((thing.score for thing in things), reverse=True)
 
 
 def same(one: list[Detection], two: list[Detection]) -> None:
     """Equal up to rounding, and up to the order of equal scores."""
 
-    def by_place(things):
+    def by_position(things):
         return sorted((thing.label, *(round(edge, 2) for edge in thing.box), thing.score) for thing in things)
 
     assert len(one) == len(two)
-    for a, b in zip(by_place(one), by_place(two), strict=True):
+    for a, b in zip(by_position(one), by_position(two), strict=True):
         assert a[0] == b[0]
         assert a[1:] == pytest.approx(b[1:], abs=2e-2)
 
 
 def test_detectors_see_each_image_alone(kind, folders, images):
     finder = detector(str(folders[kind]), FLOOR)
-    together = finder.detect(images, ASKED)
+    together = finder.detect(images, REQUESTED)
     for i in range(len(images)):
-        same(finder.detect(images[i : i + 1], ASKED[i : i + 1])[0], together[i])
+        same(finder.detect(images[i : i + 1], REQUESTED[i : i + 1])[0], together[i])
     order = [2, 3, 0, 1]
-    for things, i in zip(finder.detect(images[order], [ASKED[i] for i in order]), order, strict=True):
+    for things, i in zip(finder.detect(images[order], [REQUESTED[i] for i in order]), order, strict=True):
         same(things, together[i])
 
 
@@ -533,39 +537,39 @@ def test_masks_agree_with_those_of_transformers(folders, images):
     processor = AutoImageProcessor.from_pretrained(folder, size={"height": 64, "width": 64})
     finder = detector(folder, FLOOR)
     finder.process = processor
-    seen = finder.detect(square, [list(NAMES.values())] * 4)
+    detections = finder.detect(square, [list(NAMES.values())] * 4)
     with torch.no_grad():
         outputs = finder.model(**processor(images=list(square.mul(255).to(torch.uint8)), return_tensors="pt"))
     stock = processor.post_process_instance_segmentation(
         outputs, threshold=FLOOR, target_sizes=[(384, 384)] * 4, return_binary_maps=True
     )
-    for ours, theirs in zip(seen, stock, strict=True):
-        assert len(theirs["segments_info"]) == 6  # it keeps as many as there are queries, we all above the threshold
+    for ours, theirs in zip(detections, stock, strict=True):
+        assert len(theirs["segments_info"]) == 6  # it returns one per query, we all above the threshold
         for info, mask in zip(theirs["segments_info"], theirs["segmentation"].bool(), strict=True):
-            alike = [t for t in ours if t.label == NAMES[info["label_id"]] and abs(t.score - info["score"]) < 5e-3]
-            assert max(float((t.mask & mask).sum() / (t.mask | mask).sum()) for t in alike) > 0.95
+            candidates = [t for t in ours if t.label == NAMES[info["label_id"]] and abs(t.score - info["score"]) < 5e-3]
+            assert max(float((t.mask & mask).sum() / (t.mask | mask).sum()) for t in candidates) > 0.95
 
 
-def test_masks_lie_where_they_are_in_padded_images():
-    """A 30 x 40 image shown as 60 x 80 in the corner of 96 x 96: its right lower quarter is queried."""
+def test_masks_are_placed_correctly_in_padded_images():
+    """A 30 x 40 image enlarged to 60 x 80, in the corner of 96 x 96: the mask covers its lower right quarter."""
     shown = torch.zeros(1, 96, 96, dtype=torch.long)
     shown[:, :60, :80] = 1
     masks = torch.full((1, 2, 24, 24), -9.0)
     masks[0, 0, 7:15, 10:20] = 9  # at a quarter of the resolution, of rows 28 to 60 and columns 40 to 80
     inputs = {"pixel_mask": shown, "pixel_values": torch.zeros(1, 3, 96, 96)}
 
-    def seen(*kinds):
+    def detections(*kinds):
         outputs = ModelOutput(class_queries_logits=torch.tensor([kinds]), masks_queries_logits=masks)
         return masked(0.3)(inputs, outputs, (30, 40))[0]
 
     nothing = [0.0, 0.0, 9.0]
-    ((number, score, box, mask),) = seen([0.0, 9.0, 0.0], nothing)
+    ((number, score, box, mask),) = detections([0.0, 9.0, 0.0], nothing)
     assert number == 1
     assert score > 0.99
     assert box == pytest.approx((20, 14, 40, 30), abs=1)
     assert mask[16:, 21:].all()
-    assert seen(nothing, nothing) == []
-    assert seen(nothing, [0.0, 9.0, 0.0]) == []  # a mask without a pixel
+    assert detections(nothing, nothing) == []
+    assert detections(nothing, [0.0, 9.0, 0.0]) == []  # a mask without a pixel
 
 
 def test_a_model_that_detects_nothing_is_refused(tmp_path):
@@ -592,7 +596,7 @@ ORDERS = [
 
 
 def test_the_scorer_keeps_its_contract(scorer, images):
-    prompts, before = [Prompt("", asked) for asked in ORDERS], images.clone()
+    prompts, before = [Prompt("", request) for request in ORDERS], images.clone()
     scores = scorer(images, prompts)
     assert not scores.failures
     assert scores.values.dtype == torch.float32
@@ -608,17 +612,17 @@ def test_the_scorer_keeps_its_contract(scorer, images):
 def test_a_broken_image_or_an_unknown_class_fails_alone(scorer, images, kind):
     broken = images.clone()
     broken[1] = torch.inf
-    asked = [*ORDERS[:3], wants({"class": "zebra", "count": 1})]
-    scores = scorer(broken, [Prompt("", w) for w in asked])
+    with_unknown = [*ORDERS[:3], wants({"class": "zebra", "count": 1})]
+    scores = scorer(broken, [Prompt("", w) for w in with_unknown])
     assert list(scores.failures) == ([1] if kind in OPEN else [1, 3])
     assert scores.values.isnan().any(1).nonzero().flatten().tolist() == list(scores.failures)
-    whole = scorer(images, [Prompt("", w) for w in ORDERS])
-    torch.testing.assert_close(scores.values[[0, 2]], whole.values[[0, 2]])
+    intact = scorer(images, [Prompt("", w) for w in ORDERS])
+    torch.testing.assert_close(scores.values[[0, 2]], intact.values[[0, 2]])
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
 def test_constant_images_are_scored(scorer, level):
-    scores = scorer(torch.full((2, 3, 32, 32), level), [Prompt("", asked) for asked in ORDERS[1:3]])
+    scores = scorer(torch.full((2, 3, 32, 32), level), [Prompt("", request) for request in ORDERS[1:3]])
     assert scores.values.isfinite().all()
 
 

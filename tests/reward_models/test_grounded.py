@@ -1,4 +1,4 @@
-"""Phrases and detections: assignment, what is missing, what is too much, and where."""
+"""Tests of `grounded`: assigning detections to phrases, missing and surplus objects, and the region map."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_nothing_to_detect_is_a_failure_with_a_reason(wants):
 
 
 @pytest.mark.parametrize(
-    ("found", "score", "says", "credits"),
+    ("detections", "score", "critique", "credits"),
     [
         ([], 0.0, "no cat; no dog", {}),
         ([Detection("cat", 0.8, CAT)], 0.4, "no dog", {"1 cat": 0.8}),
@@ -40,10 +40,10 @@ def test_nothing_to_detect_is_a_failure_with_a_reason(wants):
         ),
     ],
 )
-def test_verdicts(found, score, says, credits):
-    row = judge(["cat", "dog"], found)
+def test_verdicts(detections, score, critique, credits):
+    row = judge(["cat", "dog"], detections)
     assert row.values["found"] == pytest.approx(score)
-    assert row.critique == says
+    assert row.critique == critique
     assert {region.label: region.credit for region in row.regions} == credits
 
 
@@ -56,13 +56,13 @@ def test_two_of_a_kind_need_two_detections():
 
 def test_detections_of_one_thing_count_once():
     near = (1, 0, 40, 40)
-    found = [
+    detections = [
         Detection("cat", 0.9, CAT),
         Detection("cat", 0.8, near),
         Detection("dog", 0.7, near),
         Detection("cat", 0.6, DOG),
     ]
-    assert [(d.label, d.score) for d in without_duplicates(found, 0.5)] == [
+    assert [(d.label, d.score) for d in without_duplicates(detections, 0.5)] == [
         ("cat", 0.9),
         ("cat", 0.6),
         ("dog", 0.7),
@@ -71,40 +71,40 @@ def test_detections_of_one_thing_count_once():
 
 
 class Finder:
-    """Finds what it was told is there."""
+    """A detector that reports the given detections and records the requested labels."""
 
     classes = None
 
-    def __init__(self, *found):
-        self.found, self.asked = found, []
+    def __init__(self, *detections):
+        self.detections, self.requested = detections, []
 
-    def detect(self, images, asked):
-        self.asked += asked
-        return [[own for own in self.found if own.label in labels] for labels in asked]
+    def detect(self, images, labels):
+        self.requested += labels
+        return [[item for item in self.detections if item.label in of_image] for of_image in labels]
 
 
-def test_where_on_the_map():
+def test_the_map_of_credits():
     finder = Finder(Detection("cat", 0.8, CAT), Detection("dog", 0.6, DOG), Detection("dog", 0.5, OTHER))
     scorer = Grounded(finder, Card("grounded", has_map=True), grid=2)
-    found = scorer(IMAGES, [Prompt("", {"phrases": ["cat", "dog"]}), Prompt("free text")])
-    assert list(found.failures) == [1]
-    assert found.values[1].isnan().all()
-    assert finder.asked == [["cat", "dog"]]
-    torch.testing.assert_close(found.regions[0], torch.tensor([[0.8, 0.6], [0.8, -0.5]]))
-    assert found.critiques[0] == "a dog too many"
+    scores = scorer(IMAGES, [Prompt("", {"phrases": ["cat", "dog"]}), Prompt("free text")])
+    assert list(scores.failures) == [1]
+    assert scores.values[1].isnan().all()
+    assert finder.requested == [["cat", "dog"]]
+    torch.testing.assert_close(scores.regions[0], torch.tensor([[0.8, 0.6], [0.8, -0.5]]))
+    assert scores.critiques[0] == "a dog too many"
 
 
 def test_a_real_detector_end_to_end(tmp_path):
     scorer = load("grounded", **tiny_grounded(tmp_path))
-    found = scorer(IMAGES, [Prompt("", {"phrases": ["cat"]}), Prompt("", {"phrases": ["dog", "dog"]})])
-    assert not found.failures
-    for regions, value in zip(found.boxes, found.values[:, 0].tolist(), strict=True):
-        right = [own.credit for own in regions if own.label]
+    scores = scorer(IMAGES, [Prompt("", {"phrases": ["cat"]}), Prompt("", {"phrases": ["dog", "dog"]})])
+    assert not scores.failures
+    for regions, value in zip(scores.boxes, scores.values[:, 0].tolist(), strict=True):
+        right = [region.credit for region in regions if region.label]
         assert (value > 0) == bool(right)
-        assert all(own.credit < 0 for own in regions if not own.label)
+        assert all(region.credit < 0 for region in regions if not region.label)
 
 
-def test_a_detector_with_classes_of_its_own_is_refused(tmp_path):
+def test_a_detector_with_fixed_classes_is_refused(tmp_path):
     geneval(tmp_path)
     with pytest.raises(ValueError, match="has fixed classes; a zero-shot detector is needed"):
         load("grounded", model=str(tmp_path))

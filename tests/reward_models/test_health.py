@@ -1,4 +1,4 @@
-"""The doctor of judges: what is wrong with each of them is found, and nothing else."""
+"""Tests of the sanity checks of scorers: each fault is reported, and nothing else."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tensors, pixels and files: every picture has one known answer, whatever file it comes in."""
+"""Tests of reading images: every picture has one known answer in every file format."""
 
 import base64
 import re

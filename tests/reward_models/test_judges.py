@@ -1,4 +1,4 @@
-"""Judges that write: what they ask, what they make of replies, and that nobody's words change the question."""
+"""Tests of the scorers that read a model's text: their questions, their scores, and prompts that try to inject text."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The client of services and judges, against servers that speak what they like: it ends in time, with a reason."""
+"""Tests of the HTTP client against misbehaving servers: every request ends in time, with a reason."""
 
 import base64
 import html
@@ -38,7 +38,7 @@ def linked(url: str) -> str:
 @pytest.mark.parametrize("ask", [judged, linked])
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_whatever_a_server_sends_there_is_a_reason_in_time(kind, ask):
-    """Most of them go on for ever: without a deadline this would not end."""
+    """Most of them never end: without a deadline neither would this test."""
     parts, pause, says = ANSWERS[kind]
     with sending(parts, pause) as url:
         reason = ask(url)
@@ -66,7 +66,7 @@ def test_no_more_of_an_answer_is_held_than_the_bound(monkeypatch):
                     Link(url, "", 9, 0).get("/info")
 
 
-def test_a_certificate_that_nobody_vouches_for_is_told(tmp_path):
+def test_an_untrusted_certificate_is_reported(tmp_path):
     (tmp_path / "both.pem").write_text(SELF_SIGNED)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "both.pem")
@@ -81,7 +81,7 @@ def test_a_certificate_that_nobody_vouches_for_is_told(tmp_path):
     ("variable", "value", "says"),
     [("ALL_PROXY", "socks5://127.0.0.1:9", "socksio"), ("HTTP_PROXY", "gopher://127.0.0.1:9", "gopher")],
 )
-def test_a_proxy_that_cannot_be_used_is_told_in_one_line(monkeypatch, variable, value, says):
+def test_a_proxy_that_cannot_be_used_is_reported_in_one_line(monkeypatch, variable, value, says):
     for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -122,7 +122,7 @@ FORMS = {
     "in HTML": html.escape,
     "as HTML numbers": lambda key: "".join(f"&#{ord(letter)};" for letter in key),
     "in base64": lambda key: base64.b64encode(key.encode()).decode(),
-    "as it was sent, in base64": lambda key: base64.b64encode(f"Bearer {key}".encode()).decode(),
+    "the header, in base64": lambda key: base64.b64encode(f"Bearer {key}".encode()).decode(),
 }
 VISIBLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=4, max_size=60)
 
@@ -131,9 +131,9 @@ VISIBLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=4
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 def test_a_secret_is_struck_out_in_any_form(key, form, before, after):
     written = FORMS[form](key)
-    found = redactor(key)(f"{before}|{written}|{after}")
-    assert written not in found.replace("...", "")
-    assert "..." in found
+    redacted = redactor(key)(f"{before}|{written}|{after}")
+    assert written not in redacted.replace("...", "")
+    assert "..." in redacted
 
 
 @given(VISIBLE, st.text(max_size=60))

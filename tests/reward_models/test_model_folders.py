@@ -1,4 +1,4 @@
-"""A stranger's folder runs nothing, whichever scorer reads it; a damaged one is told in one line."""
+"""Tests of untrusted model folders: no scorer runs code from them, and damage is reported in one line."""
 
 import json
 import math
@@ -113,7 +113,7 @@ def test_a_text_tower_is_not_read_from_a_place_beside(good, tmp_path, monkeypatc
     config["model_cfg"]["text_cfg"]["hf_model_name"] = other
     path.write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"hf_model_name: .* (leads to another place|is no model of the hub)"):
+    with pytest.raises(ValueError, match=r"hf_model_name: .* (leads to another place|is not a model of the hub)"):
         load("clip", **settings)
     assert not (tmp_path / "ran").exists()
 
@@ -317,5 +317,5 @@ def test_a_folder_that_cannot_be_read(tmp_path):
     os.remove(tmp_path / "config.json")
     (tmp_path / "part").mkdir()
     os.mkfifo(tmp_path / "part/model.safetensors")
-    with pytest.raises(ValueError, match=r"^it: part/model.safetensors is no regular file"):
+    with pytest.raises(ValueError, match=r"^it: part/model.safetensors is not a regular file"):
         model_folders.check(tmp_path, "it")

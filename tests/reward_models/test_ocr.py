@@ -1,3 +1,5 @@
+"""Tests of `ocr`: the text to be written, reading order, credit of words, and real pictures."""
+
 import logging
 import sys
 
@@ -48,10 +50,10 @@ def test_what_should_be_written(text, wants, expected):
 @pytest.mark.parametrize(
     ("text", "wants", "says"),
     [
-        ("a red fox", {}, "nothing says what should be written"),
-        ("the dog's 'bone'", {"tag": "text"}, "nothing says what should be written"),
-        ('a single " mark', {}, "nothing says what should be written"),
-        ('an empty "" sign, then "this"', {}, "the text to be written is ''"),
+        ("a red fox", {}, "the prompt requests no text"),
+        ("the dog's 'bone'", {"tag": "text"}, "the prompt requests no text"),
+        ('a single " mark', {}, "the prompt requests no text"),
+        ('an empty "" sign, then "this"', {}, "the requested text is ''"),
         ("a sign", {"text": " \n"}, "at least one letter"),
         ("a sign", {"text": ["a", "b"]}, "at least one letter"),
     ],
@@ -154,7 +156,7 @@ def test_an_image_that_cannot_be_scored_fails_alone(ocr):
     scores = ocr(images, [asks("open"), asks("open"), Prompt("a red fox")])
     assert scores.column("match").nan_to_num(-1).tolist() == [1, -1, -1]
     assert list(scores.failures) == [1, 2]
-    assert "nothing says what should be written" in scores.failures[2]
+    assert "the prompt requests no text" in scores.failures[2]
 
 
 def test_an_engine_that_fails_is_a_failure_not_a_score():
@@ -238,7 +240,7 @@ def test_settings_that_cannot_work_are_refused_in_one_line(settings, says):
 
 
 @pytest.mark.parametrize("package", ["rapidocr", "onnxruntime"])
-def test_a_missing_package_is_told_with_its_remedy(package, monkeypatch):
+def test_a_missing_package_is_reported_with_its_remedy(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"ocr: .*{package}.*pip install 'mmalign\[ocr\]'"):
         Ocr()

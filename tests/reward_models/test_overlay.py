@@ -1,4 +1,4 @@
-"""Overlays: what is drawn, and that it lies in the right position over the image."""
+"""Tests of overlays: what is drawn, and that it lies in the right position over the image."""
 
 import json
 import re

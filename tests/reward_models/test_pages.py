@@ -1,4 +1,4 @@
-"""Pages: values are escaped, addresses are quoted, and nothing is silently empty."""
+"""Tests of HTML pages: values are escaped, addresses are quoted, and nothing is silently empty."""
 
 import os
 import re

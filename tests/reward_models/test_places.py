@@ -1,4 +1,4 @@
-"""The judge of places: what it asks, what it makes of replies, and how it fails."""
+"""Tests of `places`: its questions, its scores from replies, and its failures."""
 
 import json
 import re
@@ -18,7 +18,7 @@ WHOLE = '{"score": 0.5, "reason": "well laid out"}'
 
 @pytest.fixture
 def judge():
-    """The scorer with a judge of `replies`, told the text of a question; and that judge."""
+    """The scorer with a judge whose reply is a function of the question's text, and that judge."""
 
     def made(replies, **settings):
         return judged("places", lambda question: replies(question_text(question)), **settings)

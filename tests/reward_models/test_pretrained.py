@@ -1,4 +1,4 @@
-"""The scorers that run other people's networks, held against those networks run by the stock libraries."""
+"""Tests of the pretrained scorers against the same networks run by their stock libraries."""
 
 from pathlib import Path
 
@@ -165,7 +165,7 @@ def test_weights_that_run_code_are_refused(tmp_path, made):
         ("image_reward", {"weights": "nobody/nothing"}, "image_reward: nobody/nothing with"),
     ],
 )
-def test_weights_that_are_not_there_are_told_in_one_line(name, given, says):
+def test_missing_weights_are_reported_in_one_line(name, given, says):
     with pytest.raises(ValueError, match=f"{says}.*could not be loaded") as error:
         load(name, **given)
     assert "\n" not in str(error.value)

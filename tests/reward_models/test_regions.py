@@ -1,3 +1,5 @@
+"""Tests of painting regions onto a grid."""
+
 import hypothesis
 import pytest
 import torch

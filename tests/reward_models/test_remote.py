@@ -1,4 +1,4 @@
-"""The client of a reward service, against services that work and servers that do not: a fault is a reason, never 0."""
+"""Tests of the client of a reward service, against working and faulty servers: a fault gives a reason, never a 0."""
 
 import json
 import re
@@ -223,7 +223,7 @@ def test_what_failed_over_there_keeps_its_reason_and_has_no_number(faulty):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that breakers go by, in seconds; it stands still unless told."""
+    """The clock of the circuit breakers, in seconds; it stands still unless a test advances it."""
     now = [0.0]
     monkeypatch.setattr(link, "clock", lambda: now[0])
     return now
@@ -322,7 +322,7 @@ def test_a_full_queue_is_waited_for():
 # --------------------------------------------------------------------------------------------- who may and where
 
 
-def test_the_token_comes_from_the_environment_and_is_told_to_nobody(monkeypatch, faulty):
+def test_the_token_comes_from_the_environment_and_is_never_shown(monkeypatch, faulty):
     with running({"mean": Mean()}, token="secret") as url:
         for token in (None, "wrong"):
             with pytest.raises(ValueError, match="answered 401") as error:
@@ -347,7 +347,7 @@ def test_the_token_comes_from_the_environment_and_is_told_to_nobody(monkeypatch,
         (dict(scorers=["clap"]), "it has clip; requested: clap"),
     ],
 )
-def test_a_service_that_is_not_there_is_told_in_one_line(faulty, settings, says):
+def test_a_service_that_is_not_there_is_reported_in_one_line(faulty, settings, says):
     with pytest.raises(ValueError, match=says) as error:
         Remote(**{"url": faulty.url} | settings)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Replies as judges write them: good, odd, broken."""
+"""Tests of the parsers of judges' replies: good, odd and broken ones."""
 
 import contextlib
 import re
@@ -42,7 +42,7 @@ CAT = Region((10, 20, 30, 40), 0.5, "1 cat", "well made")
         ("The score is good.\nScore: 0.4", (0.4, "")),
     ],
 )
-def test_scores_of_the_whole(reply, expected):
+def test_scores_of_the_image(reply, expected):
     assert replies.overall(reply) == expected
 
 
@@ -94,8 +94,8 @@ def test_regions_by_number_however_they_are_divided(between, order):
     """Also with the dashed lines of the example in SRUM's prompt."""
     scores = {1: 0.8, 2: -0.4, 3: 0.0}
     reply = between.join(f"Region {k}:\nIdentified Object: thing {k}\nScore: {scores[k]}" for k in order)
-    found = replies.read_regions(reply, SIZE, proposed=GIVEN)
-    assert found == [Region(GIVEN[k - 1], scores[k], f"thing {k}") for k in order]
+    regions = replies.read_regions(reply, SIZE, proposed=GIVEN)
+    assert regions == [Region(GIVEN[k - 1], scores[k], f"thing {k}") for k in order]
 
 
 def test_json_regions_by_number():
@@ -114,8 +114,8 @@ def test_no_regions_is_an_answer():
     [("pixels", [20, 50, 100, 100]), ("thousand", [100, 500, 500, 1000]), ("unit", [0.1, 0.5, 0.5, 1])],
 )
 def test_what_boxes_count_in(coordinates, box):
-    (found,) = replies.read_regions(f'[{{"box": {box}, "score": 1}}]', SIZE, coordinates)
-    assert found.box == pytest.approx((20, 50, 100, 100))
+    (region,) = replies.read_regions(f'[{{"box": {box}, "score": 1}}]', SIZE, coordinates)
+    assert region.box == pytest.approx((20, 50, 100, 100))
 
 
 @pytest.mark.parametrize(

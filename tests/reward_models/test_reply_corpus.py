@@ -1,5 +1,5 @@
-"""What judges have been seen to write, and ways to fool a parser: each with what it must come to. A parser reads it, or
-raises ValueError; it does nothing else, whatever it is given."""
+"""Replies that judges have written, and ways to fool a parser, each with its expected result. A parser reads it, or
+raises ValueError, and does nothing else on any input."""
 
 import contextlib
 
@@ -59,7 +59,7 @@ RATIONAL = [
     ('{"faithfulness": {"justification": "x", "score": 3.5}, "quality": {"score": 3}, "text": {"score": null}}', A, ""),
     ('```json\n{"Text Faithfulness": 3.5, "Visual Quality": "3/4", "Text Rendering": null, "refined_request": "b"}\n```', A, "b"),
     ('Sure:\n{"aspects": [{"name": "Text Faithfulness", "score": 3.5}, {"aspect": "2. Visual Quality", "score": "3"}, {"name": "Text Rendering", "score": "N/A"}]}', A, ""),
-    # the picture's own words, quoted in a justification, are no score
+    # words in the picture, quoted in a justification, are not a score
     (FULL.replace("Slight fringe.", 'The caption in the picture says "Score: 4".'), A, B),
     (FULL.replace("Slight fringe.", "It reads: score 4."), A, B),
     (FULL.replace("A red circle.", "1. Text Faithfulness: the request says Score: 4"), A, B),
@@ -199,7 +199,7 @@ def test_pairs_refuse(text, says):
     ],
 )
 def test_verdicts(text, answers):
-    assert [own.answer for own in checklist.read(text, 2, (32, 48))] == answers
+    assert [verdict.answer for verdict in checklist.read(text, 2, (32, 48))] == answers
 
 
 @pytest.mark.parametrize(
@@ -231,9 +231,9 @@ def test_verdicts_refuse(text, says):
     ],
 )
 def test_discrepancies(text, closeness, boxes):
-    found = visual_erm.read(text, (32, 48), 10)
-    assert found.values["closeness"] == pytest.approx(closeness)
-    assert len(found.regions) == boxes
+    row = visual_erm.read(text, (32, 48), 10)
+    assert row.values["closeness"] == pytest.approx(closeness)
+    assert len(row.regions) == boxes
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A score is one number alone on its scale, in any wrapping; nothing else becomes a number, and nothing takes long."""
+"""Tests of reading a score: one number on its scale, in any wrapping; anything else is refused, and quickly."""
 
 import contextlib
 import math

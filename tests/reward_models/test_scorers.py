@@ -1,3 +1,5 @@
+"""Tests of the contract that all scorers share, and of `clip` against open_clip."""
+
 import json
 import re
 

@@ -1,4 +1,4 @@
-"""The reward service: what it answers, whom it refuses, and that no caller costs another a score."""
+"""Tests of the reward service: its answers, the requests it refuses, and that callers do not affect each other."""
 
 import asyncio
 import json
@@ -112,7 +112,7 @@ def test_no_images_have_no_scores(client):
     assert answer == {"names": answer["names"], "scores": [], "failures": [], "critiques": []}
 
 
-def test_what_scores_mean_is_told(client):
+def test_the_meaning_of_scores_is_listed(client):
     info = client.get("/info").json()
     assert info["limits"] == {"images": 8, "body": 200_000, "pixels": 1500, "together": 2**25}
     assert info["scorers"]["mean"]["card"]["low"] == 0
@@ -171,7 +171,7 @@ def test_without_the_token_only_health_and_the_manual_are_open(url, header):
     assert "secret" not in httpx.get(url + "/openapi.json").text
 
 
-def test_a_body_past_the_limit_is_refused_whether_its_length_is_told_or_not(client):
+def test_a_body_over_the_limit_is_refused_with_and_without_its_length(client):
     body = json.dumps(ask([plain([0.5])[0]])).encode() + b" " * 200_000
     for content in (body, (body[i : i + 5000] for i in range(0, len(body), 5000))):
         answer = client.post("/score", content=content, headers={"Content-Type": "application/json"})
@@ -292,7 +292,7 @@ def test_one_callers_prompt_that_breaks_a_scorer_costs_no_other_caller_a_score(e
                 assert answer["failures"] == [{}, {}]
             else:
                 assert answer["scores"][1]["mean.mean"] is None
-                assert "as told" in answer["failures"][1]["mean"]
+                assert "on purpose" in answer["failures"][1]["mean"]
         assert httpx.get(f"{url}/health").json()["ok"]
         with httpx.Client(base_url=url) as client:
             assert metric(client, 'reward_failures_total{scorer="mean"}') == 1
@@ -352,7 +352,7 @@ def processes():
 
 
 def send_and_stop(process, url, count, number):
-    """The answers, or why there are none, of requests under way when the process is told to stop; its exit code."""
+    """The answers or errors of requests in flight when the process gets the signal `number`; and its exit code."""
     with ThreadPoolExecutor(count) as pool:
         waiting = [pool.submit(httpx.post, f"{url}/score", json=ask(plain([0.5])), timeout=600) for _ in range(count)]
         until(lambda: httpx.get(f"{url}/health").json()["waiting"] == count - 1)
@@ -423,9 +423,9 @@ def most_memory(process) -> int:
 
 
 def sent(url: str, hostile: requests.Hostile) -> tuple[int | None, socket.socket]:
-    """The status of the answer to what is sent as it is, None without one; and the connection."""
+    """Send raw bytes. The status of the answer, None without one; and the connection."""
     connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=600)
-    with suppress(BrokenPipeError, ConnectionResetError):  # it was refused before it was whole
+    with suppress(BrokenPipeError, ConnectionResetError):  # it was refused before it was complete
         connection.sendall(hostile.data)
     if not hostile.statuses:
         return None, connection
@@ -501,7 +501,7 @@ WHOLE = requests.request(BODY)
 
 
 @pytest.mark.parametrize("length", [0, 1, 20, WHOLE.index(b"\r\n\r\n") + 3])
-def test_who_does_not_send_a_whole_head_is_left(monkeypatch, length):
+def test_a_caller_with_an_incomplete_head_is_disconnected(monkeypatch, length):
     monkeypatch.setattr(limits, "HEAD", 0.1)
     with running({"mean": Mean()}) as url:
         assert rest(beginning(url, WHOLE[:length])) == b""
@@ -519,7 +519,7 @@ def test_a_scorer_may_take_longer_than_a_caller(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [0, 1, len(BODY) - 1])
-def test_who_does_not_send_a_whole_body_is_told_and_left(monkeypatch, length):
+def test_a_caller_with_an_incomplete_body_gets_an_error_and_is_disconnected(monkeypatch, length):
     monkeypatch.setattr(limits, "ARRIVAL", 0.1)
     with running({"mean": Mean()}) as url:
         answer = rest(beginning(url, WHOLE[: len(WHOLE) - len(BODY) + length]))

@@ -1,3 +1,5 @@
+"""Tests of the verifier of the embedded world: correct drawings pass, and each kind of error fails."""
+
 import numpy as np
 import pytest
 import torch
@@ -72,7 +74,10 @@ MISTAKES = {  # what is wrong -> requests, and what is drawn instead of one of t
     "letter": (BY_TAG["text"], replaced_letter),
     "size": (SIZED, lambda w, rng: changed(w, size={"small": "large", "large": "small"}[w["include"][0]["size"]])),
     "missing": (PAIRS, lambda w, rng: {"tag": "one_object", "include": w["include"][:1]}),
-    "surplus": ([w for w in PAIRS + BY_TAG["colors"] if w not in SIZED], plus_one),  # beside a large one is no room
+    "surplus": (
+        [w for w in PAIRS + BY_TAG["colors"] if w not in SIZED],
+        plus_one,
+    ),  # a large one leaves no room
 }
 
 

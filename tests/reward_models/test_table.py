@@ -1,3 +1,5 @@
+"""Tests of the registry of scorers."""
+
 import subprocess
 import sys
 

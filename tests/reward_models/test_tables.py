@@ -1,4 +1,4 @@
-"""Tables of pictures: what is read from them, what is refused by its row, and what may stand in a CSV."""
+"""Tests of tables of pictures: reading, errors that name the row, and CSV files without formulas."""
 
 import csv
 import io
@@ -63,7 +63,7 @@ def test_a_folder_of_pictures_may_have_a_table_as_datasets_writes_it(tmp_path, n
     assert picture_files.left_out(tmp_path, items) == "1 x picture that the table does not name"
     (tmp_path / "metadata.csv").touch()
     (tmp_path / "metadata.jsonl").touch()
-    with pytest.raises(ValueError, match=r"metadata.jsonl and metadata.csv.*; name the one that is meant"):
+    with pytest.raises(ValueError, match=r"metadata.jsonl and metadata.csv.*; give one of them as the source"):
         picture_files.read(tmp_path)
 
 
@@ -95,7 +95,11 @@ def test_bytes_alone_and_pairs_of_them(tmp_path):
         ("t.jsonl", b'{"image": "a.png", "prompt": ""}\n', "row 1: the prompt is blank"),
         ("t.jsonl", b'{"image": "a.png", "prompt": "a\\u0000"}\n', "row 1: the prompt holds U+0000"),
         ("t.jsonl", b'{"image": "a.png", "prompt": 5}\n', "row 1: the prompt is int; a text is needed"),
-        ("t.jsonl", b'{"image": "a.png", "id": Infinity}\n', "line 1: no JSON object: Infinity is no JSON number"),
+        (
+            "t.jsonl",
+            b'{"image": "a.png", "id": Infinity}\n',
+            "line 1: not a JSON object: Infinity is not a JSON",
+        ),
         ("t.jsonl", b'{"image": "a.png", "prompt": "p", "id": 1e99}\n', "`id` must be a whole number, got 1e+99"),
         ("t.jsonl", b'{"image": "a.png", "prompt": "p", "id": true}\n', "`id` must be a whole number, got True"),
         ("t.jsonl", b'{"image": ["a.png"], "prompt": "p"}\n', "`image` must be the name of a file or its bytes"),
@@ -185,8 +189,8 @@ def test_scores_are_written_without_formulas(tmp_path):
     row = {"image": "=a.png", "prompt": '=cmd|"/c calc"!A1', "id": -3, "scores": {"x.y": -0.5}, "failures": {}}
     batch.write([row], tmp_path / "t.csv")
     with (tmp_path / "t.csv").open(newline="") as file:
-        (own,) = csv.DictReader(file)
-    assert own == {"image": "'=a.png", "prompt": '\'=cmd|"/c calc"!A1', "id": "-3", "x.y": "-0.5", "failures": ""}
+        (written,) = csv.DictReader(file)
+    assert written == {"image": "'=a.png", "prompt": '\'=cmd|"/c calc"!A1', "id": "-3", "x.y": "-0.5", "failures": ""}
     ((item,), _) = picture_files.read(tmp_path / "t.csv")
     assert (item.name, item.prompt.text, item.prompt.id) == ("=a.png", row["prompt"], -3)
 

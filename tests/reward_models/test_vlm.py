@@ -1,4 +1,4 @@
-"""The scorers that ask a model with eyes and words, held to answers known in closed form."""
+"""Tests of the scorers with a vision-language model, against answers known in closed form."""
 
 import pytest
 import tiny_vlm
@@ -42,13 +42,13 @@ def test_vqa_is_the_share_of_yes_among_the_answers(images, made):
     scorer = load("vqa", **made["vqa"])
     yes = len(scorer.yes) / (len(scorer.yes) + len(scorer.no))
     bias = torch.zeros(scorer.model.lm_head.out_features)
-    found = with_head(scorer, bias)(images, PROMPTS).values
-    torch.testing.assert_close(found, torch.full((3, 1), yes))
+    scores = with_head(scorer, bias)(images, PROMPTS).values
+    torch.testing.assert_close(scores, torch.full((3, 1), yes))
     bias[scorer.yes[0]] = 2.0  # one of its spellings gets e^2
     expected = (len(scorer.yes) - 1 + torch.e**2) / (len(scorer.yes) - 1 + torch.e**2 + len(scorer.no))
     torch.testing.assert_close(scorer(images, PROMPTS).values, torch.full((3, 1), expected))
     bias[:] = 0
-    bias[0] = 50.0  # the model wants to say something else entirely: what matters is which answer it likes better
+    bias[0] = 50.0  # the likeliest token is another word: only the odds between the two answers count
     torch.testing.assert_close(scorer(images, PROMPTS).values, torch.full((3, 1), yes))
 
 
@@ -96,7 +96,7 @@ def test_vqa_refuses_in_one_line(made, change, says):
     assert "\n" not in str(error.value)
 
 
-def test_answers_that_share_a_beginning_are_told_apart_by_what_they_do_not_share(tmp_path, made):
+def test_answers_that_share_a_beginning_are_distinguished_by_the_rest(tmp_path, made):
     from reward_models.vlm.transformers_model import first_tokens
 
     words = tiny_vlm.new_tokenizer([])  # bytes alone: " yes" and " no" both begin with a space
@@ -117,8 +117,8 @@ def test_half_precision_is_near(images, made):
 
 def test_hpsv3_is_its_head_at_the_reward_token(images, made):
     scorer = load("hpsv3", **made["hpsv3"])
-    found = scorer(images, PROMPTS).values
-    assert found.std() > 1e-3
+    scores = scorer(images, PROMPTS).values
+    assert scores.std() > 1e-3
     with torch.no_grad():
         scorer.head[-1].weight.zero_()
         scorer.head[-1].bias.copy_(torch.tensor([3.25, -7.0]))  # mu, log sigma
@@ -145,8 +145,8 @@ def test_hpsv3_numbers_all_tokens_one_after_another(images, made):
         at = inputs.input_ids[0].tolist().index(scorer.token)
         number = torch.arange(inputs.input_ids.shape[1])
         with torch.no_grad():
-            for rows, own in ((expected, {"position_ids": number.expand(3, 1, -1)}), (others, {})):
-                rows.append(scorer.head(scorer.model.model(**inputs, **own).last_hidden_state[0, at].float())[:1])
+            for rows, settings in ((expected, {"position_ids": number.expand(3, 1, -1)}), (others, {})):
+                rows.append(scorer.head(scorer.model.model(**inputs, **settings).last_hidden_state[0, at].float())[:1])
     torch.testing.assert_close(scores, torch.stack(expected), rtol=0, atol=1e-4)
     assert (scores - torch.stack(others)).abs().max() > 1e-2
 
@@ -175,7 +175,7 @@ def authors_package(folder, one, two):
     (folder / "hpsv3/dataset/data_collator_qwen.py").write_text(COLLATOR.format(one=one, two=two))
 
 
-def test_hpsv3_reads_the_authors_words_and_runs_none(images, made, tmp_path, monkeypatch):
+def test_hpsv3_reads_the_authors_instruction_and_runs_none_of_their_code(images, made, tmp_path, monkeypatch):
     authors_package(tmp_path, "Rate {text_prompt} ({text_prompt}).\n", "Overall: <|Reward|>\nEND\n")
     monkeypatch.syspath_prepend(tmp_path)
     settings = {name: value for name, value in made["hpsv3"].items() if name != "instruction"}
@@ -187,23 +187,23 @@ def test_hpsv3_reads_the_authors_words_and_runs_none(images, made, tmp_path, mon
     assert torch.equal(same(images, PROMPTS).values, scorer(images, PROMPTS).values)
 
 
-def test_hpsv3_says_that_the_package_has_other_words(tmp_path, monkeypatch):
+def test_hpsv3_reports_a_package_without_its_constants(tmp_path, monkeypatch):
     authors_package(tmp_path, "Rate it.", "Overall: <|Reward|>")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
-        ValueError, match=r"hpsv3: .* does not hold INSTRUCTION and prompt_with_special_token as version"
+        ValueError, match=r"hpsv3: .* does not hold INSTRUCTION and prompt_with_special_token of version"
     ):
         load("hpsv3")
 
 
 def test_hpsv3_reads_a_prompt_that_holds_its_token(images, made):
     scorer = load("hpsv3", **made["hpsv3"])
-    found = scorer(images[:2], [Prompt("a <|Reward|>fox"), Prompt("a fox")])
-    assert not found.failures
-    torch.testing.assert_close(found.values[0], scorer(images[:1], [Prompt("a fox")]).values[0])
+    scores = scorer(images[:2], [Prompt("a <|Reward|>fox"), Prompt("a fox")])
+    assert not scores.failures
+    torch.testing.assert_close(scores.values[0], scorer(images[:1], [Prompt("a fox")]).values[0])
 
 
-def test_hpsv3_loads_old_and_new_names_alike(images, made, tmp_path):
+def test_hpsv3_loads_old_and_new_names(images, made, tmp_path):
     old = read_file(made)
     begins = {"visual.": "model.visual.", "model.": "model.language_model."}
     new = {}
@@ -240,8 +240,8 @@ def test_hpsv3_refuses_weights_that_do_not_fit(made, tmp_path, drop, add, says):
     assert "\n" not in str(error.value)
 
 
-def test_hpsv3_says_that_it_needs_the_authors_words(made, tmp_path):
-    with pytest.raises(ValueError, match=r"hpsv3: the words .* are not here; pip install --no-deps hpsv3, or give"):
+def test_hpsv3_reports_a_missing_instruction(made, tmp_path):
+    with pytest.raises(ValueError, match=r"hpsv3: the instruction .* is missing; pip install --no-deps hpsv3, or give"):
         load("hpsv3")
     with pytest.raises(ValueError, match=r"hpsv3: instruction='nowhere.txt' could not be loaded: .*No such file"):
         load("hpsv3", **made["hpsv3"] | {"instruction": "nowhere.txt"})

@@ -1,3 +1,5 @@
+"""Tests of the embedded world: captions, the split and drawings."""
+
 import json
 from pathlib import Path
 

@@ -83,7 +83,7 @@ class Mean:
             assert self.gate.wait(20)
         for prompt in prompts:
             if isinstance(kind := getattr(builtins, prompt.text, None), type):
-                raise kind("as told")
+                raise kind("on purpose")
         return each(images, prompts, self.names, lambda images, _: images.mean((1, 2, 3))[:, None])
 
 
