@@ -19,8 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from reward_models.combine import group_sum
-
 Map = Float[Tensor, "M h w"]
 Grid = Float[Tensor, "M a b"]
 
@@ -68,8 +66,9 @@ def by_credit(values: Map, advantage: Grid) -> Map:
     credit = (advantage * 1e5).round().repeat_interleave(h // a, 1).repeat_interleave(w // b, 2).flatten(1)
     row = torch.arange(rows, device=values.device)[:, None].expand_as(credit)
     keys = torch.stack([row.to(credit), credit], -1).flatten(0, 1)
-    unit, flat = keys.unique(dim=0, return_inverse=True)[1], values.flatten()
-    return (group_sum(flat, unit) / group_sum(torch.ones_like(flat), unit)).view_as(values)
+    _, unit, count = keys.unique(dim=0, return_inverse=True, return_counts=True)
+    total = torch.zeros(len(count), device=values.device).index_add(0, unit, values.flatten())
+    return (total / count)[unit].view_as(values)
 
 
 def _pessimistic(ratio: Grid, advantage: Grid, bound: float) -> Loss:
