@@ -315,7 +315,7 @@ def test_a_signal_finishes_the_iteration_saves_and_leaves(settings, expected, tm
     finally:
         signal.signal(number, before)
     assert result.returncode == code
-    assert f"stopped by {number.name} after iteration 3; --resume goes on from there" in result.stderr
+    assert f"stopped by {number.name} after iteration 3; --resume continues from there" in result.stderr
     out = tmp_path / "run"
     assert names(out) == ["000002", "000003"]
     assert len(rows(out / "metrics.jsonl")) == 3

@@ -39,7 +39,7 @@ STARTS = {
 
 @pytest.mark.parametrize("start", STARTS)
 def test_nothing_is_imported_from_the_current_folder(hostile, start):
-    (hostile / "config.yaml").write_text("model: none\n")
+    (hostile / "config.yaml").write_text("model: none\nplan: none\n")
     result = run(hostile, *STARTS[start], "train", "config.yaml")
     assert "mmalign: config.yaml: " in result.stderr
     assert result.returncode == (1 if start == "torchrun" else 2)
@@ -48,7 +48,7 @@ def test_nothing_is_imported_from_the_current_folder(hostile, start):
 
 @pytest.mark.slow
 def test_accelerate_imports_nothing_from_the_current_folder(hostile):
-    (hostile / "config.yaml").write_text("model: none\n")
+    (hostile / "config.yaml").write_text("model: none\nplan: none\n")
     result = run(hostile, str(SCRIPTS / "accelerate"), "launch", "--cpu", "-m", "mmalign", "train", "config.yaml")
     assert "mmalign: config.yaml: " in result.stderr
     assert not (hostile.parent / "ran").exists()

@@ -10,7 +10,7 @@ from mmalign.objectives import rgdpo
 from mmalign.objectives.objective import Finished
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.rewards import judge, regions
-from mmalign.training.microbatch import Fit
+from mmalign.training.microbatch import AdaptiveBatch
 from reward_models import Prompt, load
 from reward_models.images import from_pil
 
@@ -61,7 +61,7 @@ def test_they_drive_the_preference_of_the_misspelt_word_and_of_nothing_else(page
     for _ in range(20):
         update(
             flow.parameters(), torch.optim.SGD(flow.parameters(), 5.0), batch,
-            rgdpo.replay(flow, flow.encode(["0.0"]), 20.0, 0.0), epochs=1, minibatches=1, micro_batch=Fit(8),
+            rgdpo.replay(flow, flow.encode(["0.0"]), 20.0, 0.0), epochs=1, minibatches=1, micro_batch=AdaptiveBatch(8),
             max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
     moved = flow.shift.detach()
