@@ -1,5 +1,7 @@
 """Words that an OCR engine reads in rendered pages, on their way into region preferences."""
 
+from functools import partial
+
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -61,7 +63,7 @@ def test_they_drive_the_preference_of_the_misspelt_word_and_of_nothing_else(page
     for _ in range(20):
         update(
             flow.parameters(), torch.optim.SGD(flow.parameters(), 5.0), batch,
-            rgdpo.replay(flow, flow.encode(["0.0"]), 20.0, 0.0), epochs=1, minibatches=1, micro_batch=AdaptiveBatch(8),
+            partial(rgdpo.Rgdpo(scale=20.0, intra=0.0).replay, flow, flow.encode(["0.0"])), epochs=1, minibatches=1, micro_batch=AdaptiveBatch(8),
             max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
     moved = flow.shift.detach()
