@@ -76,7 +76,7 @@ def _train(
                 (run.policy, *run.rewards.scorers.values()), [p.text for p in (*run.prompts.all, *run.held_out)]
             ):
                 print(f"mmalign: {line}", file=sys.stderr)
-        console.print(planning.describe(run.config, run.cost))
+        say(planning.describe(run.config, run.cost))
         done = saving.restore(run, out, say) if resume else 0
         ranks.assert_equal(
             [done, fingerprint(run.policy.adapter(), digits=16)], "the iteration and the adapter to start with"

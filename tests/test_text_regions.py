@@ -60,10 +60,11 @@ def test_they_drive_the_preference_of_the_misspelt_word_and_of_nothing_else(page
     batch = rgdpo.pairs(flow, finished, 8, torch.Generator().manual_seed(0))
     pair = rgdpo.matched(finished.prompt, finished.reward, marks)
     assert 1 in pair.flatten().tolist()  # the misspelt page has a partner that is right
+    replay = partial(rgdpo.Rgdpo(scale=20.0, intra=0.0).replay, flow, flow.encode(["0.0"]))
     for _ in range(20):
         update(
             flow.parameters(), torch.optim.SGD(flow.parameters(), 5.0), batch,
-            partial(rgdpo.Rgdpo(scale=20.0, intra=0.0).replay, flow, flow.encode(["0.0"])), epochs=1, minibatches=1, micro_batch=AdaptiveBatch(8),
+            replay, epochs=1, minibatches=1, micro_batch=AdaptiveBatch(8),
             max_grad_norm=1e9, generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
     moved = flow.shift.detach()
