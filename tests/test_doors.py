@@ -7,6 +7,7 @@ import torch
 from run_config import rows, run
 
 from mmalign import run as runs
+from mmalign.checks import doctor
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
 from reward_models import registry
@@ -210,3 +211,9 @@ def test_a_wrong_method_is_one_line_that_names_it(own_things, base, changed, nam
     with pytest.raises(BadInput, match=named) as error:
         configs.build(base | changed, "test")
     assert "\n" not in str(error.value)
+
+
+def test_the_doctor_examines_a_policy_without_a_pipeline(own_things, base):
+    checks = [*doctor.examine(configs.build(base | {"model": "own_things:Shifted"}, "test"))]
+    assert [check.check for check in checks if check.good is False] == []
+    assert {"ODE", "gradient", "ratio", "checkpoint"} <= {check.check for check in checks}

@@ -44,6 +44,7 @@ from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import sample
 from mmalign.learn.update import update
 from mmalign.objectives.replay import transitions
+from mmalign.policy.protocol import Inspectable, Stock
 from mmalign.rewards.judge import score
 from mmalign.training import saving
 from mmalign.training.rollout import Rollout, judged, sample_and_score
@@ -150,7 +151,7 @@ def untouched(run: Session, prompts: list[Prompt]) -> Iterator[Check]:
 def stock(run: Session, prompts: list[Prompt]) -> Iterator[Check]:
     """Times and images against the stock pipeline."""
     policy, c = run.policy, run.config
-    if not hasattr(policy, "stock_images"):
+    if not isinstance(policy, Stock):
         yield Check("ODE", None, "the policy has no stock pipeline to compare with")
         return
     texts, numbers = [p.text for p in prompts[:2]], [0, 1]
@@ -267,20 +268,20 @@ def guidance(bench: Bench) -> Iterator[Check]:
 
 
 def gradient(bench: Bench) -> Iterator[Check]:
-    module_of, policy = bench.run.policy.adapter_names(), bench.run.policy
+    policy, inspected = bench.run.policy, isinstance(bench.run.policy, Inspectable)
     _, gradients = _replayed(bench, bench.steps)
-    idle = [name for name, g in zip(module_of, gradients, strict=True) if g is None or not bool(g.any())]
-    dead = policy.unused(bench.rollout.paths.x[:1, 0], bench.rollout.cond)
-    lost = [name for name in idle if not any(name.startswith(layer + ".") for layer in dead)]
-    extra = policy.trained_besides()
-    result = f"{len(module_of) - len(idle)} of {len(module_of)} matrices"
-    result += (
-        f", {len(idle) - len(lost)} in layers whose output the model does not use" if len(idle) > len(lost) else ""
-    )
+    names = policy.adapter_names() if inspected else [*policy.adapter()]
+    idle = [name for name, g in zip(names, gradients, strict=True) if g is None or not bool(g.any())]
+    unused = policy.unused(bench.rollout.paths.x[:1, 0], bench.rollout.cond) if inspected else []
+    lost = [name for name in idle if not any(name.startswith(layer + ".") for layer in unused)]
+    extra = policy.trained_besides() if inspected else []
+    result = f"{len(names) - len(idle)} of {len(names)} matrices"
+    if len(idle) > len(lost):
+        result += f", {len(idle) - len(lost)} in layers whose output the model does not use"
     result += f"; none at {lost[0]}" if lost else ""
     result += f"; {extra[0]} is trained too" if extra else ""
     yield Check(
-        "gradient", len(idle) < len(module_of) and not lost and not extra, result,
+        "gradient", len(idle) < len(names) and not lost and not extra, result,
         "lora_targets must name layers the loss depends on, with the adapter on, and all else must be frozen",
     )  # fmt: skip
 

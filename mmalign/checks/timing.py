@@ -8,6 +8,7 @@ from math import ceil
 import torch
 
 from mmalign.config.schema import Config
+from mmalign.policy.protocol import two_forwards
 from mmalign.training import planning
 from mmalign.training.session import Session
 
@@ -55,7 +56,7 @@ def measure(run: Session, repeats: int = 3) -> Speed:
     def score(names: Iterable[str]) -> Callable[[], None]:
         return lambda: [run.rewards.scorers[name](images, owners) for name in names] and None
 
-    per_row = 2 if getattr(policy, "true_guidance", c.guidance > 1) else 1
+    per_row = 2 if two_forwards(policy, c.guidance) else 1
     return Speed(
         seconds(lambda: forward(rows), repeats) / rows / per_row,
         seconds(lambda: learn(micro), repeats) / micro / per_row,

@@ -5,25 +5,17 @@ frozen dataclass that derives from `Mask`, and its name in `MASKS`.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Gt, Le
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmalign.credit.region import maps
 from mmalign.learn.loss import pool
-from mmalign.types import Judgement, Latents, Transitions, Tree
-
-
-@runtime_checkable
-class Attributing(Protocol):
-    """A policy that knows the effect of the prompt: the distance of the velocity from that of the empty prompt."""
-
-    def prompt_effect(
-        self, x: Latents, t: Float[Tensor, "M"], cond: Any, index: Int[Tensor, "M"]
-    ) -> Float[Tensor, "M h w"]: ...
+from mmalign.policy.protocol import Attributing
+from mmalign.types import Judgement, Transitions, Tree
 
 
 class Mask:

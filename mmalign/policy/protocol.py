@@ -1,4 +1,5 @@
-"""What a policy is to the rest of the project: `Policy` samples and `Trainable` trains."""
+"""What a policy is to the rest of the project: `Policy` samples, `Trainable` trains; the others are optional
+abilities."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -54,3 +55,78 @@ class Trainable(Policy, Protocol):
     def load_adapter(self, tensors: Mapping[str, Tensor]) -> None: ...
 
     def reference(self) -> AbstractContextManager: ...
+
+
+@runtime_checkable
+class SavesMemory(Protocol):
+    """Recomputes activations (`gradients`), decodes in tiles, and bounds the cached embeddings of `texts`."""
+
+    def save_memory(self, gradients: bool = False, tiling: bool = False, texts: int = 1000) -> None: ...
+
+
+@runtime_checkable
+class ChoosesAttention(Protocol):
+    """Uses another attention back end. ValueError for one that does not run here."""
+
+    def attend(self, backend: str) -> None: ...
+
+
+@runtime_checkable
+class Compiles(Protocol):
+    """Compiles its network by `torch.compile`."""
+
+    def compile(self) -> None: ...
+
+
+@runtime_checkable
+class EncodesImages(Protocol):
+    """Turns images into latents."""
+
+    def encode_images(self, images: Float[Tensor, "M 3 H W"]) -> Latents: ...
+
+
+@runtime_checkable
+class Attributing(Protocol):
+    """Knows the effect of the prompt: the distance of the velocity from that of the empty prompt, at two forwards."""
+
+    def prompt_effect(
+        self, x: Latents, t: Float[Tensor, "M"], cond: Any, index: Int[Tensor, "M"]
+    ) -> Float[Tensor, "M h w"]: ...
+
+
+@runtime_checkable
+class Stock(Protocol):
+    """Has a stock pipeline to compare with: its images of some texts, from CPU generators with these seeds."""
+
+    def stock_images(self, texts: Sequence[str], seeds: Sequence[int], steps: int) -> Float[Tensor, "M 3 H W"]: ...
+
+
+@runtime_checkable
+class TakesLora(Protocol):
+    """Takes the matrices of a LoRA file."""
+
+    def insert_lora(self, matrices: Any) -> None: ...
+
+
+@runtime_checkable
+class Inspectable(Protocol):
+    """Knows its adapter's matrices by name, which layers do nothing, and what else would be trained."""
+
+    def adapter_names(self) -> list[str]: ...
+
+    def unused(self, x: Latents, cond: Any) -> list[str]: ...
+
+    def trained_besides(self) -> list[str]: ...
+
+
+@runtime_checkable
+class Guided(Protocol):
+    """Says whether its guidance evaluates the empty prompt beside each prompt."""
+
+    @property
+    def true_guidance(self) -> bool: ...
+
+
+def two_forwards(policy: Policy, guidance: float) -> bool:
+    """Whether the velocity of a row takes two forwards at this guidance."""
+    return policy.true_guidance if isinstance(policy, Guided) else guidance > 1

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmalign.flow.plan import ode, sde
 from mmalign.flow.sample import sample
-from mmalign.policy.protocol import Policy
+from mmalign.policy.protocol import Policy, two_forwards
 from mmalign.refine.velocity import inpaint, regional_guidance
 from mmalign.sampling.kernels import Ddim
 from mmalign.seeds import gaussian, seed_of
@@ -68,7 +68,7 @@ def cost(policy: Policy, attempt: Attempt, steps: int) -> int:
     """The most network forwards an attempt takes: one a step, twice as many with true guidance, and twice as many where
     the model without adapter is evaluated too."""
     with _guidance(policy, attempt.guidance):
-        halves = 2 if getattr(policy, "true_guidance", attempt.guidance > 1) else 1
+        halves = 2 if two_forwards(policy, attempt.guidance) else 1
     models = 1 if attempt.strength in (0, 1) else 2
     return (len(times_from(policy.times(steps), attempt.start)) - 1) * halves * models
 

@@ -11,6 +11,7 @@ from mmalign import errors
 from mmalign.config import load as configs
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
+from mmalign.policy.protocol import TakesLora
 from mmalign.runs import checkpoint, lora_file, state as states
 from reward_models.allowlist import no_links_out
 
@@ -85,7 +86,7 @@ def of_file(file: Path) -> Adapter:
     matrices, header = lora_file.read(file)
 
     def attach(policy: Any) -> None:
-        if not hasattr(policy, "insert_lora"):
+        if not isinstance(policy, TakesLora):
             raise ValueError(f"{file}: a {type(policy).__name__} takes no adapter from a file (insert_lora)")
         try:
             policy.insert_lora(matrices)

@@ -12,7 +12,7 @@ from mmalign.config.paths import locate
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.flow import plan as plans
-from mmalign.policy.protocol import Policy
+from mmalign.policy.protocol import Policy, two_forwards
 from mmalign.seeds import seed_of
 from mmalign.training import noise_calibration
 from mmalign.types import Kernel, Plan
@@ -85,7 +85,7 @@ def settled(c: Config, policy: Policy) -> tuple[Config, Times, Cost]:
     a, b = c.region_grid or (1, 1)
     if high % a or wide % b:
         raise BadInput(f"region_grid: {a}x{b} does not divide the latent's {high}x{wide} positions")
-    thinned, spent = fit(c, times, getattr(policy, "true_guidance", c.guidance > 1))
+    thinned, spent = fit(c, times, two_forwards(policy, c.guidance))
     return thinned, times, spent
 
 

@@ -17,7 +17,14 @@ from mmalign.distributed.deepspeed import ZeroOptimizer
 from mmalign.distributed.processes import Ranks, join
 from mmalign.errors import BadInput, refusing
 from mmalign.evaluation import reference
-from mmalign.policy.protocol import Trainable
+from mmalign.policy.protocol import (
+    Attributing,
+    ChoosesAttention,
+    Compiles,
+    EncodesImages,
+    SavesMemory,
+    Trainable,
+)
 from mmalign.rewards.rewards import Rewards
 from mmalign.seeds import seed_of
 from mmalign.training import planning
@@ -78,16 +85,18 @@ def load_policy(c: Config, device: str, policy: Trainable | None = None) -> tupl
     if not isinstance(policy, Trainable):
         missing = [name for name in dir(Trainable) if name[0] != "_" and not hasattr(policy, name)]
         raise ValueError(f"model {c.model!r} cannot be trained: it has no {', '.join(missing)}")
-    abilities = {
-        "gradient_checkpointing": ("save_memory", c.gradient_checkpointing),
-        "vae_tiling": ("save_memory", c.vae_tiling), "attention": ("attend", c.attention),
-        "compile": ("compile", c.compile), "records": ("encode_images", c.records),
-        "mask: prompt": ("prompt_effect", c.mask and c.mask.forwards),
-    }  # fmt: skip
-    for setting, (method, acts) in abilities.items():
-        if acts and not hasattr(policy, method):
-            raise ValueError(f"{setting}: model {c.model!r} has no {method}; remove it")
-    if hasattr(policy, "save_memory"):
+    needs = (
+        (SavesMemory, {"gradient_checkpointing": c.gradient_checkpointing, "vae_tiling": c.vae_tiling}),
+        (ChoosesAttention, {"attention": c.attention}),
+        (Compiles, {"compile": c.compile}),
+        (EncodesImages, {"records": c.records}),
+        (Attributing, {"mask": c.mask is not None and c.mask.forwards > 0}),
+    )
+    for ability, acting in needs:
+        for setting, acts in acting.items():
+            if acts and not isinstance(policy, ability):
+                raise ValueError(f"{setting}: model {c.model!r} cannot do that; remove it")
+    if isinstance(policy, SavesMemory):
         policy.save_memory(gradients=c.gradient_checkpointing, tiling=c.vae_tiling, texts=c.text_cache)
     if c.attention:
         policy.attend(c.attention)
