@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
+from mmalign.objectives.objective import name_of as named
 from reward_models.allowlist import import_allowed
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -32,15 +33,12 @@ def settings(kind: type, optional: bool = False) -> Any:
     return Annotated[Any, PlainValidator(filled), PlainSerializer(written)]
 
 
-def named(method: Any) -> str:
-    """A method in a message: its `type`, or its import path."""
-    return getattr(method, "type", f"{type(method).__module__}:{type(method).__qualname__}")
-
-
 def described(method: Any) -> str:
     """A method and its settings in a line, e.g. `branch (steps 0 1 2, children 6)`."""
     words = []
     for key, value in dataclasses.asdict(method).items():
+        if value is None:
+            continue
         words.append(f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
     return named(method) + (f" ({', '.join(words)})" if words else "")
 
