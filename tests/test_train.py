@@ -100,7 +100,7 @@ DENSE = dict(plan="sde", credit={"type": "gain", "states": "all"}, seeds=3)
 def test_the_record_of_a_dense_run(settings, capsys):
     """Counters equal the closed forms; everything is logged by step; the page shows it."""
     out = run(settings, **DENSE, objective={"type": "grpo", "beta": 0.01})
-    assert "plan sde, kernel flow_sde (noise 0.7), credit gain (states all, completion None, " in " ".join(
+    assert "plan sde, kernel flow_sde (noise 0.7), credit gain (states all, " in " ".join(
         capsys.readouterr().out.split()
     )
     for row in rows(out / "metrics.jsonl"):
