@@ -24,6 +24,10 @@ class Branch(Credit):
     baseline: Literal["state", "prompt"] = "state"
     type = "branch"
 
+    def __post_init__(self):
+        if self.baseline not in ("state", "prompt"):
+            raise ValueError(f"no baseline called {self.baseline!r}; known: state, prompt")
+
     def check(self, plan: Plan) -> None:
         widest = max((plan.draw[:, k][plan.noise[:, k] > 0].unique().numel() for k in plan.stochastic[:1]), default=0)
         if self.baseline == "state" and widest == 1:

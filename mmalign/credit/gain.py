@@ -84,6 +84,8 @@ class Gain(Credit):
     def __post_init__(self):
         if self.states != "all" and len(set(self.states)) < len(self.states):
             raise ValueError(f"states: {list(self.states)}; a state is there twice")
+        if self.compare not in ("step", "trajectory"):
+            raise ValueError(f"no comparison called {self.compare!r}; known: step, trajectory")
         if isinstance(self.completion, tuple) and (self.states == "all" or len(self.completion) != len(self.states)):
             raise ValueError(f"completion: {list(self.completion)} needs as many states, got {self.states}")
 

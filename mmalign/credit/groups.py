@@ -50,6 +50,10 @@ class Units:
     clip: float = 5.0
     dead: float = 0.0
 
+    def __post_init__(self):
+        if self.scale not in ("group", "batch", "none"):
+            raise ValueError(f"no scale called {self.scale!r}; known: group, batch, none")
+
 
 GRPO = Units()
 
@@ -65,7 +69,7 @@ class Credit:
         """ValueError where the plan gives it nothing to compare."""
 
     def thinner(self, plan: Plan | None, steps: int) -> Iterator["Credit"]:
-        """Itself and cheaper credits of its kind, dearest first, for a budget; `plan` is None if it moves."""
+        """Itself and cheaper credits of its kind, the most expensive first, for a budget; `plan` is None if it moves."""
         return iter([self])
 
     def statistics(self, tree: Tree, judged: Judgement) -> dict[str, float]:

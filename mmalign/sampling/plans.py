@@ -35,7 +35,7 @@ class Fixed:
         return self.positions(steps)[0]
 
     def thinner(self) -> Iterator["Fixed"]:
-        """Cheaper plans of the same kind, dearest first, for a budget."""
+        """Cheaper plans of the same kind, the most expensive first, for a budget."""
         return iter(())
 
 
