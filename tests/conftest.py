@@ -9,7 +9,7 @@ from tiny_pipelines import sd3
 
 THREADS = int(os.environ.get("MMALIGN_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub would be asked in vain, and for minutes
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub cannot be reached, and trying takes minutes
 
 
 @pytest.fixture(autouse=True, scope="session")

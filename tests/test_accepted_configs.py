@@ -51,27 +51,27 @@ def records(folder: Path) -> list[str]:
 def references(folder: Path, model: str) -> list[str]:
     """One of all parts for one model; others lack a part, do not vary, or are something else."""
     names = drawn_configs.PARTS
-    scorers = {name: dict(own) for name, own in drawn_configs.SCORERS.items()}
+    scorers = {name: dict(item) for name, item in drawn_configs.SCORERS.items()}
     owners = {component(name)[0] for name in names}
     versions = {name: load_scorer(name, **scorers.get(name, {})).card.version for name in owners}
     parts = {name: {"mean": 0.1, "std": 0.5, "images": 500} for name in names}
     whole = {"model": policies.load(model).fingerprint(), "scorers": versions, "components": parts}
     kinds = {
         "whole": whole, "lacking": whole | {"components": {}}, "flat": whole | {
-            "components": {name: own | {"std": 0.0} for name, own in parts.items()}
-        }, "text": whole | {"components": {name: own | {"std": "wide"} for name, own in parts.items()}},
+            "components": {name: item | {"std": 0.0} for name, item in parts.items()}
+        }, "text": whole | {"components": {name: item | {"std": "wide"} for name, item in parts.items()}},
         "list": [whole],
     }  # fmt: skip
-    for name, own in kinds.items():
-        (folder / f"reference_{name}.json").write_text(json.dumps(own))
+    for name, item in kinds.items():
+        (folder / f"reference_{name}.json").write_text(json.dumps(item))
     return [str(folder / f"reference_{name}.json") for name in kinds]
 
 
 def calibrations(folder: Path, model: str) -> list[str]:
     """Of other steps, of text, of nothing."""
     times = [round(float(t), 6) for t in policies.load(model).times(4)]
-    own = {"times": times, "guidance": 1.0, "model": model, "rewards": {}, "noise": [0.5] * 4}
-    kinds = {"own": own, "short": own | {"noise": [0.5]}, "text": own | {"noise": "loud"}, "empty": {}}
+    item = {"times": times, "guidance": 1.0, "model": model, "rewards": {}, "noise": [0.5] * 4}
+    kinds = {"own": item, "short": item | {"noise": [0.5]}, "text": item | {"noise": "loud"}, "empty": {}}
     for name, record in kinds.items():
         (folder / f"noise_{name}.json").write_text(json.dumps(record))
     return [str(folder / f"noise_{name}.json") for name in kinds]
@@ -82,11 +82,11 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("accepted")
 
     def model(name: str) -> str:
-        own = folder / name.replace(" ", "_").replace(",", "")
-        if not own.exists():
+        item = folder / name.replace(" ", "_").replace(",", "")
+        if not item.exists():
             torch.manual_seed(0)
-            FAMILIES[name].build(own)
-        return str(own)
+            FAMILIES[name].build(item)
+        return str(item)
 
     return folder, model
 
@@ -146,11 +146,11 @@ def answered(tmp_path_factory):
             return tallied("refused", refusal)
         adapters = [load_file(path) for path in out.glob("checkpoints/*/adapter.safetensors")]
         assert adapters
-        assert all(bool(value.isfinite().all()) for own in adapters for value in own.values())
+        assert all(bool(value.isfinite().all()) for item in adapters for value in item.values())
         return tallied("ran", "")
 
-    def tallied(kind: str, why) -> str:
-        assert "\n" not in str(why)
+    def tallied(kind: str, reason) -> str:
+        assert "\n" not in str(reason)
         tally[kind] += 1
         return kind
 
@@ -300,9 +300,9 @@ def test_a_picture_that_ends_too_soon_is_no_record(tmp_path):
     data = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[:-30])
     lines = [{"image": name, "prompt": "a", "score": 1.0} for name in ("whole.png", "cut.png")]
-    found = read_records(jsonl(tmp_path / "records.jsonl", lines), (32, 32))
-    assert [record.image.name for record in found.records] == ["whole.png"]
-    assert [text.partition("cut.png")[0] for text in found.refused] == ["record 2: "]
+    result = read_records(jsonl(tmp_path / "records.jsonl", lines), (32, 32))
+    assert [record.image.name for record in result.records] == ["whole.png"]
+    assert [text.partition("cut.png")[0] for text in result.refused] == ["record 2: "]
 
 
 def test_what_is_accepted_runs_or_is_refused_before_anything_is_written(answered, files):

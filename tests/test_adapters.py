@@ -61,9 +61,9 @@ def test_each_way_to_name_an_adapter_draws_the_same_images(made, random_model, t
         ways[f"{form} folder"] = [made / form, "--model", random_model]
         ways[f"{form} file"] = [made / form / name, "--model", random_model]
     for way, named in ways.items():
-        found = images(tmp_path / way, "--adapter", *named)
-        assert found.shape == expected.shape, way
-        assert np.abs(found - expected).max() <= 1, way
+        result = images(tmp_path / way, "--adapter", *named)
+        assert result.shape == expected.shape, way
+        assert np.abs(result - expected).max() <= 1, way
     assert base.shape != expected.shape
     half = images(tmp_path / "half", "--adapter", *ways["peft file"], "--strength", "0.5")
     assert np.abs(half - expected).max() > 3
@@ -79,17 +79,17 @@ def test_a_file_without_a_header_gives_the_same_velocity(made, random_model, for
     of_run, of_file = adapters.read(made / "run"), adapters.read(bare)
     assert (of_run.guidance, of_run.size) == (2.0, (32, 48))
     assert (of_file.model, of_file.precision, of_file.guidance, of_file.size) == (None, "float32", 1.0, None)
-    found = []
-    for own in (of_run, of_file):
+    result = []
+    for item in (of_run, of_file):
         policy = policies.load(random_model)
-        own.attach(policy)
+        item.attach(policy)
         cond, x = policy.encode(["a cross"]), torch.ones(1, *policy.latent_shape)
         with torch.no_grad():
-            found.append(policy.velocity(x, torch.tensor([0.4]), cond, torch.tensor([0])))
+            result.append(policy.velocity(x, torch.tensor([0.4]), cond, torch.tensor([0])))
             with policy.reference():
                 plain = policy.velocity(x, torch.tensor([0.4]), cond, torch.tensor([0]))
-    assert (found[0] - found[1]).abs().max() < 1e-5
-    assert (found[0] - plain).abs().max() > 1e-2
+    assert (result[0] - result[1]).abs().max() < 1e-5
+    assert (result[0] - plain).abs().max() > 1e-2
 
 
 def test_evaluate_and_refine_take_a_file_too(made, random_model, prompt_files, tmp_path):
@@ -125,7 +125,7 @@ def refused(path: Path, says: str, random_model: str, names: Path | None = None)
 def test_a_forged_file_is_refused(made, random_model, name, form, tmp_path):
     forged = corpus.ADAPTERS[name]
     tensors = load_file(made / form / FILES[form])
-    prefix = next(own for own in lora_file.PREFIXES if next(iter(tensors)).startswith(own))
+    prefix = next(item for item in lora_file.PREFIXES if next(iter(tensors)).startswith(item))
     bare = {key.removeprefix(prefix): value for key, value in tensors.items()}
     forged.change(bare)
     file = tmp_path / FILES[form]
@@ -199,7 +199,7 @@ def test_names_that_begin_in_two_ways_are_refused(made, random_model, tmp_path):
 )  # fmt: skip
 def test_a_header_that_says_the_impossible_is_refused(made, random_model, about, says, tmp_path):
     file = tmp_path / FILES["diffusers"]
-    save_file(load_file(made / "diffusers" / file.name), file, {f"mmalign.{key}": own for key, own in about.items()})
+    save_file(load_file(made / "diffusers" / file.name), file, {f"mmalign.{key}": item for key, item in about.items()})
     ended = mmalign("sample", "a cross", "--adapter", file, "--model", random_model, "--steps", "1")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert says in ended.stderr
@@ -242,21 +242,21 @@ def strengths(folder: Path, **changed) -> dict[str, float]:
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({key: value for key, value in (settings | changed).items() if value != "gone"}))
     try:
-        own = lora.matrices(lora_file.split_prefix(load_file(folder / FILES["peft"]))[1])
-        found = {}
+        item = lora.matrices(lora_file.split_prefix(load_file(folder / FILES["peft"]))[1])
+        result = {}
 
         class Taking:
             def insert_lora(self, matrices):
                 for layer, (_, b) in matrices.items():
-                    if own[layer][1].any():
-                        found[layer] = float((b / own[layer][1])[own[layer][1] != 0].mean())
+                    if item[layer][1].any():
+                        result[layer] = float((b / item[layer][1])[item[layer][1] != 0].mean())
 
             def fingerprint(self):
                 with safe_open(folder / FILES["peft"], "pt") as opened:
                     return opened.metadata()["mmalign.base_hash"]
 
         adapters.read(folder).attach(Taking())
-        return found
+        return result
     finally:
         file.write_text(json.dumps(settings))
 
@@ -267,10 +267,10 @@ def test_pefts_settings_say_how_strong_an_adapter_is(made, tmp_path):
     assert strengths(folder, lora_alpha=6)["transformer_blocks.0.attn.to_q"] == pytest.approx(3)
     scaled = strengths(folder, lora_alpha=6, use_rslora=True)
     assert scaled["transformer_blocks.0.attn.to_q"] == pytest.approx(6 / math.sqrt(2))
-    own = strengths(folder, alpha_pattern={"^transformer_blocks\\.0\\.attn\\.to_q": 1.0, "to_k": 8})
-    assert own["transformer_blocks.0.attn.to_q"] == pytest.approx(0.5)
-    assert own["transformer_blocks.1.attn.to_k"] == pytest.approx(4)
-    assert own["transformer_blocks.1.attn.to_q"] == pytest.approx(1)
+    item = strengths(folder, alpha_pattern={"^transformer_blocks\\.0\\.attn\\.to_q": 1.0, "to_k": 8})
+    assert item["transformer_blocks.0.attn.to_q"] == pytest.approx(0.5)
+    assert item["transformer_blocks.1.attn.to_k"] == pytest.approx(4)
+    assert item["transformer_blocks.1.attn.to_q"] == pytest.approx(1)
     (folder / lora_file.PEFT_CONFIG).unlink()
     assert len(adapters.read(folder / FILES["peft"]).precision) == 7  # the tensors alone
 
@@ -316,7 +316,7 @@ def test_settings_that_are_no_file_are_refused(made, random_model, damage, tmp_p
 
 @pytest.fixture(scope="module")
 def small():
-    """A sound adapter of two layers of unlike rank, and a network that it fits."""
+    """A sound adapter of two layers of different rank, and a network that it fits."""
     network = torch.nn.Sequential(torch.nn.Linear(5, 4, bias=False), torch.nn.Linear(4, 3, bias=False))
     ranks = {"0": 2, "1": 1}
     matrices = {
@@ -335,11 +335,11 @@ def test_alphas_ranks_and_types_are_honoured(small, tmp_path, alphas, half):
     tensors = {key: value.half() if half else value for key, value in tensors.items()}
     tensors |= {f"transformer.{layer}.alpha": torch.tensor(alpha) for layer, alpha in alphas.items()}
     save_file(tensors, tmp_path / "any.safetensors")
-    found = lora.changes(lora.matrices(lora_file.split_prefix(safe.read(tmp_path / "any.safetensors")[0])[1]))
+    result = lora.changes(lora.matrices(lora_file.split_prefix(safe.read(tmp_path / "any.safetensors")[0])[1]))
     for layer, (a, b) in matrices.items():
         a, b = (value.half().float() if half else value for value in (a, b))
         expected = alphas.get(layer, len(a)) / len(a) * (b @ a)
-        torch.testing.assert_close(found[layer], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result[layer], expected, rtol=1e-4, atol=1e-4)
 
 
 @effort(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -353,9 +353,9 @@ def test_bytes_of_any_kind_are_tensors_or_one_line(small, tmp_path, data):
     ):
         content[place] = value
     file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    said = ""
+    message = ""
     try:
         adapters.read(file)
     except BadInput as error:
-        said = str(error)
-    assert said == "" or (str(file) in said and "\n" not in said)
+        message = str(error)
+    assert message == "" or (str(file) in message and "\n" not in message)

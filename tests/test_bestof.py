@@ -27,7 +27,7 @@ def policy():
 
 def test_the_expected_best_of_k_is_the_mean_over_all_choices():
     scores = torch.tensor([0.3, -1.0, 0.7, 0.7, 2.0])
-    wanted = [mean(max(own) for own in combinations(scores.tolist(), k)) for k in range(1, 6)]
+    wanted = [mean(max(item) for item in combinations(scores.tolist(), k)) for k in range(1, 6)]
     assert expected_best(scores) == pytest.approx(wanted)
     assert expected_best(torch.tensor([torch.nan, 1.0, 3.0])) == [2.0, 3.0]
     assert curve(torch.tensor([[0.0, 1.0], [2.0, 2.0], [torch.nan, torch.nan]])) == [1.25, 1.5]
@@ -35,25 +35,25 @@ def test_the_expected_best_of_k_is_the_mean_over_all_choices():
 
 def test_the_best_is_the_plain_sample_with_the_best_score(policy):
     scorer = load("shapes_critic")
-    found = best_of(policy, PROMPTS, SEEDS, 5, scorer, "overall", batch=4)
+    results = best_of(policy, PROMPTS, SEEDS, 5, scorer, "overall", batch=4)
     images, of = generate.generate(policy, PROMPTS, SEEDS, 5, 64)
     scores = scorer(images, [PROMPTS[i] for i in of.tolist()]).column("overall").view(3, 6)
-    torch.testing.assert_close(found.scores, scores)
-    assert torch.equal(found.score, scores.max(1).values)
+    torch.testing.assert_close(results.scores, scores)
+    assert torch.equal(results.score, scores.max(1).values)
     torch.testing.assert_close(
-        found.images, images.view(3, 6, 3, 32, 32)[torch.arange(3), scores.argmax(1)], atol=1e-4, rtol=0
+        results.images, images.view(3, 6, 3, 32, 32)[torch.arange(3), scores.argmax(1)], atol=1e-4, rtol=0
     )
-    assert (found.forwards, found.judgements) == (3 * 6 * 5, 18)
+    assert (results.forwards, results.judgements) == (3 * 6 * 5, 18)
 
 
 def test_pruning_goes_on_with_those_that_look_best_at_the_cost_it_says(policy):
     scorer = load("shapes_critic")
-    found = best_of(policy, PROMPTS, SEEDS, 5, scorer, "overall", survivors=2, after=3)
-    assert (found.forwards, found.judgements) == (3 * (6 * 4 + 2 * 2), 3 * (6 + 2))
-    assert (~found.scores.isnan()).sum(1).tolist() == [2, 2, 2]
+    results = best_of(policy, PROMPTS, SEEDS, 5, scorer, "overall", survivors=2, after=3)
+    assert (results.forwards, results.judgements) == (3 * (6 * 4 + 2 * 2), 3 * (6 + 2))
+    assert (~results.scores.isnan()).sum(1).tolist() == [2, 2, 2]
     whole = best_of(policy, PROMPTS, SEEDS, 5, scorer, "overall")
-    had = ~found.scores.isnan()
-    torch.testing.assert_close(found.scores[had], whole.scores[had])
+    had = ~results.scores.isnan()
+    torch.testing.assert_close(results.scores[had], whole.scores[had])
 
 
 class Half:
@@ -69,9 +69,9 @@ class Half:
 
 
 def test_an_image_without_a_score_is_not_the_best(policy):
-    found = best_of(policy, PROMPTS, SEEDS, 3, Half(), "one")
-    assert found.member.tolist() == [5, 5, 5]
-    assert sorted(found.failures) == list(range(0, 18, 2))
+    results = best_of(policy, PROMPTS, SEEDS, 3, Half(), "one")
+    assert results.member.tolist() == [5, 5, 5]
+    assert sorted(results.failures) == list(range(0, 18, 2))
     alone = best_of(policy, PROMPTS[:1], [[1]], 3, Half(), "one")
     assert alone.score.isnan().all()
     assert alone.member.tolist() == [0]
@@ -82,7 +82,7 @@ def invoke(*arguments):
 
 
 def test_on_the_command_line(tmp_path):
-    asked = [
+    request = [
         "a circle and a square",
         "--seeds",
         "0,1,2,3",
@@ -93,14 +93,14 @@ def test_on_the_command_line(tmp_path):
         "--out",
         tmp_path,
     ]
-    result = invoke(*asked, "--json")
+    result = invoke(*request, "--json")
     assert result.exit_code == 0, result.output
-    said = json.loads(result.stdout.splitlines()[-1])
-    assert len(said["images"]) == 1
-    assert said["images"][0]["score"] == pytest.approx(said["expected_best"][-1])
-    assert said["forwards"] == 16
+    message = json.loads(result.stdout.splitlines()[-1])
+    assert len(message["images"]) == 1
+    assert message["images"][0]["score"] == pytest.approx(message["expected_best"][-1])
+    assert message["forwards"] == 16
     assert len(list(tmp_path.glob("*.png"))) == 1
-    pruned = json.loads(invoke(*asked, "--keep", 1, "--after", 2, "--json").stdout.splitlines()[-1])
+    pruned = json.loads(invoke(*request, "--keep", 1, "--after", 2, "--json").stdout.splitlines()[-1])
     assert pruned["forwards"] == 4 * 3 + 2
 
 

@@ -141,13 +141,13 @@ def answered(tmp_path_factory):
     that the shipped configs watch is left out, for both take seconds."""
     patch, folder, tally = pytest.MonkeyPatch(), tmp_path_factory.mktemp("broken"), Counter()
     opened, read = runs.open_session, diffusers.StableDiffusion3Pipeline.from_pretrained
-    kept = {}
+    remaining = {}
 
     def copied(model, **settings):
         known = repr((model, sorted(settings.items(), key=repr)))
-        if known not in kept:
-            kept[known] = read(model, **settings)
-        pipe = kept[known]  # only the transformer is changed, by its adapter
+        if known not in remaining:
+            remaining[known] = read(model, **settings)
+        pipe = remaining[known]  # only the transformer is changed, by its adapter
         return type(pipe)(**pipe.components | {"transformer": copy.deepcopy(pipe.transformer)})
 
     def stopped(*args):
@@ -175,7 +175,7 @@ def answered(tmp_path_factory):
             assert lines[0].startswith("mmalign: ")
             assert len(lines[0]) < 3000
             assert result.stdout == ""
-        assert [own.name for own in folder.iterdir()] == [name]
+        assert [item.name for item in folder.iterdir()] == [name]
         path.unlink()
         tally[kind] += 1
         return kind

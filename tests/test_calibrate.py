@@ -80,8 +80,8 @@ def test_noise_rises_no_further_than_the_ceiling_and_what_is_above_it_may_fall()
         torch.tensor([9.0, 9, 0, 9]),
         torch.tensor([0.0, 0, 9, 0]),
     )
-    found = calibrate.next_levels(levels, better, worse, "z", 0.1)
-    assert found.tolist() == pytest.approx([3.0, 4.0, 3.9, 0.6])
+    result = calibrate.next_levels(levels, better, worse, "z", 0.1)
+    assert result.tolist() == pytest.approx([3.0, 4.0, 3.9, 0.6])
     assert calibrate.next_levels(levels, better, worse, "z", 0.1, ceiling=0.55)[3] == pytest.approx(0.55)
     assert walk([1.0] * 4, rounds=40)[-1]["after"][:4] == [3.0] * 4
 

@@ -79,15 +79,15 @@ def test_a_damaged_file_takes_its_checkpoint_out_and_the_one_before_is_used(tmp_
     good = (new / name).read_bytes()
     for what, bad in damages(good):
         (new / name).write_bytes(bad)
-        said = []
-        assert checkpoint.latest(tmp_path, said.append) == old, what
-        assert len(said) == 1
-        assert str(new / name) in said[0] or name == "manifest.json"  # which may then name another file
+        lines = []
+        assert checkpoint.latest(tmp_path, lines.append) == old, what
+        assert len(lines) == 1
+        assert str(new / name) in lines[0] or name == "manifest.json"  # which may then name another file
         with pytest.raises(checkpoint.Broken):
             checkpoint.read(new)
     (new / name).unlink()
-    assert checkpoint.latest(tmp_path, said.append) == old
-    assert said[-1].endswith(f"{new / name} is missing")
+    assert checkpoint.latest(tmp_path, lines.append) == old
+    assert lines[-1].endswith(f"{new / name} is missing")
     (new / name).write_bytes(good)
     assert checkpoint.latest(tmp_path) == new
 
@@ -112,8 +112,8 @@ def test_a_run_resumes_from_the_checkpoint_before_a_broken_one(settings, expecte
     file = out / "checkpoints/000004/optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     run(settings, resume=True)
-    said = capsys.readouterr().out.replace("\n", "")
-    assert f"a broken checkpoint is left out: {file}" in said
+    lines = capsys.readouterr().out.replace("\n", "")
+    assert f"a broken checkpoint is left out: {file}" in lines
     assert kill_and_resume.outcome(out) == expected
     for path in checkpoint.numbered(out / "checkpoints"):
         (path / "manifest.json").write_text("{")
@@ -152,9 +152,9 @@ def test_killed_at_any_step_of_a_save_one_of_two_checkpoints_is_whole(tmp_path, 
             checkpoint.prune(place, 2, 1, None)
 
         ended = in_child(work)
-        found = checkpoint.read(checkpoint.latest(place, lambda line: None))[1]["note"]
-        assert found in ("old", "new")
-        used.add(found)
+        results = checkpoint.read(checkpoint.latest(place, lambda line: None))[1]["note"]
+        assert results in ("old", "new")
+        used.add(results)
         checkpoint.save(place, 3, TENSORS, {"note": "next"})
         assert not [path for path in place.iterdir() if path.name.startswith(".")]
         if not ended:
@@ -178,22 +178,22 @@ def test_killed_fifty_times_a_run_ends_with_the_same_bits(settings, tmp_path):
     assert "'kills': 50" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-# what a resumed run must go on with
+# what a resumed run must continue with
 
 
 def test_a_run_neither_uses_nor_moves_the_global_generators(settings, tmp_path):
     def states():  # without Python's: the checks of shapes in tests draw from it
         return torch.get_rng_state().tolist(), str(np.random.get_state())
 
-    found = []
+    results = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
         before = states()
-        found.append(kill_and_resume.outcome(run(settings, out=str(tmp_path / str(seed)), iterations=2)))
+        results.append(kill_and_resume.outcome(run(settings, out=str(tmp_path / str(seed)), iterations=2)))
         assert states() == before
-    assert found[0] == found[1]
+    assert results[0] == results[1]
 
 
 def test_what_a_run_is_made_of_must_not_change_under_it(settings, tmp_path):
@@ -248,11 +248,11 @@ def test_the_best_is_told_by_the_images_all_evaluations_share(settings, capsys, 
     judge = runs.evaluate.evaluate
 
     def evaluated(*args):
-        found = judge(*args)
+        results = judge(*args)
         value = next(means)
-        shared = (found.member == 0) & (found.prompt % (2 if len(found.images) > 1 else 1) == 0)
-        found.parts["jpeg_size.kilobytes"][:] = torch.where(shared, value, 1e3)
-        return found
+        shared = (results.member == 0) & (results.prompt % (2 if len(results.images) > 1 else 1) == 0)
+        results.parts["jpeg_size.kilobytes"][:] = torch.where(shared, value, 1e3)
+        return results
 
     monkeypatch.setattr(runs.evaluate, "evaluate", evaluated)
     changed = dict(iterations=8, eval_every=2, checkpoint_every=1, keep_checkpoints=1, eval_prompts=1)
@@ -330,7 +330,7 @@ def test_an_evaluation_is_left_at_once_and_made_up_for(settings, expected, monke
         calls.append(args)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-            pytest.fail("the evaluation went on")
+            pytest.fail("the evaluation continued")
         return judge(*args)
 
     monkeypatch.setattr(runs.evaluate, "evaluate", sending)
@@ -350,17 +350,17 @@ def test_a_second_signal_stops_at_once():
 
 
 def test_signals_are_left_alone_elsewhere_and_where_ignored():
-    seen = []
+    visited = []
 
     def elsewhere():
         with signals.stopping() as stop, stop.finishing():
-            seen.append(signal.getsignal(signal.SIGTERM))
+            visited.append(signal.getsignal(signal.SIGTERM))
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    assert seen == [before]
+    assert visited == [before]
     was = signal.signal(signal.SIGINT, signal.SIG_IGN)  # nohup
     try:
         with signals.stopping():
@@ -403,9 +403,9 @@ def test_no_locks_on_a_file_system_is_said(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(folder.fcntl, "lockf", lacking)
-    said = []
-    with folder.locked(tmp_path, said.append):
-        (line,) = said
+    lines = []
+    with folder.locked(tmp_path, lines.append):
+        (line,) = lines
         assert line.startswith(f"{tmp_path}: this disk has no locks (Function not implemented); make sure that no ")
 
 
@@ -457,16 +457,16 @@ def test_what_a_disk_does_is_told_and_other_errors_are_not_hidden(tmp_path, numb
 
 
 def test_rows_of_a_killed_run_are_mended(tmp_path):
-    path, said = tmp_path / "metrics.jsonl", []
+    path, lines = tmp_path / "metrics.jsonl", []
     whole = '{"iteration": 1, "reward": 0.1}\n{"iteration": 2, "reward": NaN}\n'
     path.write_text(whole + '{"iteration": 3, "rew')
     assert [row["iteration"] for row in jsonl.rows(path)] == [1, 2]
-    folder.rewind(tmp_path, 5, said.append)
+    folder.rewind(tmp_path, 5, lines.append)
     assert path.read_text() == whole
-    assert said == [f"{path}: incomplete lines that are left out: 1"]
-    folder.rewind(tmp_path, 1, said.append)
+    assert lines == [f"{path}: incomplete lines that are left out: 1"]
+    folder.rewind(tmp_path, 1, lines.append)
     assert path.read_text() == whole.splitlines(keepends=True)[0]
-    assert len(said) == 1
+    assert len(lines) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

@@ -159,8 +159,8 @@ def test_train_sample_evaluate_export_report(config, tmp_path):
     assert mmalign("sample", *alone, tmp_path / "none", "--adapter", run, "--strength", 0).returncode == 0
     guided = mmalign("sample", *alone, tmp_path / "far", "--adapter", run, "--strength", 9, "--box", "0,0,8,8")
     assert guided.returncode == 0, guided.stderr
-    found = {name: (tmp_path / name / "00000-3.png").read_bytes() for name in ("base", "none", "far", "s")}
-    assert found["base"] == found["none"] != found["far"]
+    results = {name: (tmp_path / name / "00000-3.png").read_bytes() for name in ("base", "none", "far", "s")}
+    assert results["base"] == results["none"] != results["far"]
     for given, says in [("0,0,8", "left,top,right,bottom"), ("8,0,0,8", "is empty"), ("0,0,999,8", "lies outside")]:
         result = mmalign("sample", *alone, tmp_path / "x", "--adapter", run, "--box", given)
         assert (result.returncode, result.stdout) == (2, "")
@@ -208,12 +208,12 @@ def test_an_export_tells_its_run_and_is_held_to_it(config, tmp_path, monkeypatch
     command = ["export", tmp_path / "run", "--out", tmp_path / "lora", "--format", "comfyui"]
     result = mmalign(*command)
     assert result.returncode == 0, result.stderr
-    said = exports.header(tmp_path / "lora" / "comfyui_lora.safetensors")
-    assert (said["base_model"], said["iteration"], said["steps"]) == ("model", "1", "3")
-    assert len(json.loads(said["sigmas"])) == 4
-    kept = json.loads(said["config"])
-    assert (kept["lora_rank"], kept["iterations"]) == (2, 1)
-    assert str(tmp_path) not in said["config"]
+    message = exports.header(tmp_path / "lora" / "comfyui_lora.safetensors")
+    assert (message["base_model"], message["iteration"], message["steps"]) == ("model", "1", "3")
+    assert len(json.loads(message["sigmas"])) == 4
+    remaining = json.loads(message["config"])
+    assert (remaining["lora_rank"], remaining["iterations"]) == (2, 1)
+    assert str(tmp_path) not in message["config"]
 
     form = exports.FORMATS["comfyui"]
     monkeypatch.setitem(exports.FORMATS, "comfyui", replace(form, write=lambda policy, path: save_file({}, path)))
@@ -291,9 +291,9 @@ def test_score_goes_on_where_it_stopped(pictures, tmp_path):
     out.write_text("".join(whole.splitlines(keepends=True)[:2]) + '{"image": "2.p')
     result = mmalign(*score)
     assert "2 images scored now, 2 before" in " ".join(result.stdout.split())
-    kept, scored = whole.splitlines(), out.read_text().splitlines()
-    assert scored[:2] == kept[:2]
-    for one, two in zip(scored[2:], kept[2:], strict=True):  # another batch size: equal but for the last bits
+    remaining, scored = whole.splitlines(), out.read_text().splitlines()
+    assert scored[:2] == remaining[:2]
+    for one, two in zip(scored[2:], remaining[2:], strict=True):  # another batch size: equal but for the last bits
         assert json.loads(one)["scores"] == pytest.approx(json.loads(two)["scores"], abs=1e-6)
     again = mmalign(*score, "--json")
     brightness = json.loads(again.stdout)["scores"]["image_stats.brightness"]

@@ -21,12 +21,12 @@ BINARY = bytes(range(256)) * 8
 @pytest.fixture(scope="module")
 def sound(random_model, prompt_files, tmp_path_factory):
     """The folder of a finished run with an alarm."""
-    own = dict(
+    item = dict(
         model=random_model, prompts=prompt_files["train"], held_out=prompt_files["held_out"], iterations=2,
         rewards={"jpeg_size.kilobytes": 1.0}, prompts_per_iteration=2, seeds=2, steps=2, plan="sde", credit="terminal",
         lora_rank=2, eval_seeds=1, eval_steps=1, checkpoint_every=1,
     )  # fmt: skip
-    out = run(own, out=str(tmp_path_factory.mktemp("sound") / "run"))
+    out = run(item, out=str(tmp_path_factory.mktemp("sound") / "run"))
     (out / "alarms.jsonl").write_text(json.dumps({"iteration": 1, "alarm": "skipped", "text": "why"}) + "\n")
     return out
 
@@ -137,7 +137,7 @@ DAMAGE = {  # what is done to which file, and what the page says of it; {n}: its
         ("config.yaml", written, ["itterations: 2"], "config.yaml: unknown key &#39;itterations&#39;"),
     ],
 }  # fmt: skip
-CASES = [pytest.param(*case, id=f"{case[0]}: {kind}") for kind, own in DAMAGE.items() for case in own]
+CASES = [pytest.param(*case, id=f"{case[0]}: {kind}") for kind, item in DAMAGE.items() for case in item]
 
 
 @pytest.mark.parametrize(("name", "damage", "with_", "says"), CASES)

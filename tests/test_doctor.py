@@ -23,10 +23,10 @@ QUIET = dict(
 
 
 def bad(settings, **changed):
-    found = list(doctor.examine(configs.build(settings | QUIET | changed, "test")))
-    assert all(own.advice for own in found if own.good is False)
-    return {own.check.rpartition(": ")[2] if own.check.startswith("odd_scorers") else own.check for own in found
-            if own.good is False}  # fmt: skip
+    result = list(doctor.examine(configs.build(settings | QUIET | changed, "test")))
+    assert all(item.advice for item in result if item.good is False)
+    return {item.check.rpartition(": ")[2] if item.check.startswith("odd_scorers") else item.check for item in result
+            if item.good is False}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -157,21 +157,21 @@ def test_the_command_says_what_is_bad_and_what_to_do(settings, tmp_path, capsys,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "why"),
+    ("arguments", "reason"),
     [
         (["assets/pictures"], "a config (.yaml) is needed"),
         (["configs/quickstart.yaml", "--set", "clip.model=x"], "--set belongs to --rewards"),
         (["assets/pictures", "seed=3", "--rewards", "clip"], "'seed=3'"),
     ],
 )
-def test_what_cannot_be_examined_is_said_in_a_line(arguments, why, capsys, monkeypatch):
+def test_what_cannot_be_examined_is_said_in_a_line(arguments, reason, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["mmalign", "doctor", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("mmalign: ")
-    assert why in said
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("mmalign: ")
+    assert reason in stderr
 
 
 def test_nothing_is_left_behind(settings):

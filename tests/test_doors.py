@@ -154,7 +154,7 @@ def test_a_method_of_another_module(own_things, base, tmp_path, key):
     assert configs.load(handed / "config.yaml") == configs.load(named / "config.yaml").model_copy(
         update={"out": str(handed)}
     )
-    if key != "combine":  # a margin moves all rewards of a group alike
+    if key != "combine":  # a margin moves all rewards of a group by the same amount
         assert not torch.equal(trained(defaults), trained(named))
 
 

@@ -1,4 +1,4 @@
-"""What is told of a run before its weights are there is what the run then says of itself."""
+"""The estimate of a run, made without its weights, equals the metrics of the run."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ PLANS = {
 }  # fmt: skip
 
 
-def told(settings, gpus=1, **changed):
+def estimated(settings, gpus=1, **changed):
     return estimate.estimate(configs.build(settings | changed, "test"), gpus)
 
 
@@ -37,34 +37,34 @@ def test_counts_are_those_of_the_run(settings, name):
     """With beta > 0 every row is replayed, so that all counts are known before."""
     changed = PLANS[name] | {"objective": {"type": "grpo", "beta": 0.1}, "iterations": 3, "eval_every": 0}
     changed |= {"credit": "terminal"} if name not in ("branch", "gain", "guided", "attended", "budget") else {}
-    found, out = told(settings, **changed), run(settings, **changed)
+    figures, out = estimated(settings, **changed), run(settings, **changed)
     metrics = rows(out / "metrics.jsonl")
     for count in estimate.COUNTS:
-        assert found["run"][count] == sum(row[count] for row in metrics) > 0
-        if not found["bounds"]:
-            assert [row[count] for row in metrics] == [found["iteration"][count]] * 3
-        assert max(row[count] for row in metrics) <= found["iteration"][count]
-    seen = rows(out / "evaluations.jsonl")
-    assert found["evaluations"]["decodes"] == sum(row["images"] for row in seen)
-    assert found["evaluations"]["evaluations"] == len(seen)
+        assert figures["run"][count] == sum(row[count] for row in metrics) > 0
+        if not figures["bounds"]:
+            assert [row[count] for row in metrics] == [figures["iteration"][count]] * 3
+        assert max(row[count] for row in metrics) <= figures["iteration"][count]
+    evaluations = rows(out / "evaluations.jsonl")
+    assert figures["evaluations"]["decodes"] == sum(row["images"] for row in evaluations)
+    assert figures["evaluations"]["evaluations"] == len(evaluations)
 
 
 def test_without_beta_replay_is_a_bound_and_says_so(settings):
-    found, metrics = told(settings), rows(run(settings) / "metrics.jsonl")
-    assert any(note.startswith("replay_forwards") for note in found["bounds"])
-    assert all(row["replay_forwards"] <= found["iteration"]["replay_forwards"] for row in metrics)
-    assert all(row["forwards"] == found["iteration"]["forwards"] for row in metrics)
+    figures, metrics = estimated(settings), rows(run(settings) / "metrics.jsonl")
+    assert any(note.startswith("replay_forwards") for note in figures["bounds"])
+    assert all(row["replay_forwards"] <= figures["iteration"]["replay_forwards"] for row in metrics)
+    assert all(row["forwards"] == figures["iteration"]["forwards"] for row in metrics)
 
 
 def test_evaluations_are_those_of_the_run(settings):
     changed = {"iterations": 5, "eval_every": 2, "eval_prompts": 1, "eval_seeds": 3, "watch": ["image_stats"]}
-    found, seen = told(settings, **changed), rows(run(settings, **changed) / "evaluations.jsonl")
-    assert [row["iteration"] for row in seen] == [0, 2, 4, 5]
-    assert found["evaluations"] == {
+    figures, evaluations = estimated(settings, **changed), rows(run(settings, **changed) / "evaluations.jsonl")
+    assert [row["iteration"] for row in evaluations] == [0, 2, 4, 5]
+    assert figures["evaluations"] == {
         "evaluations": 4,
-        "decodes": sum(row["images"] for row in seen),
-        "forwards": 2 * sum(row["images"] for row in seen),
-        "rewards": 2 * sum(row["images"] for row in seen),
+        "decodes": sum(row["images"] for row in evaluations),
+        "forwards": 2 * sum(row["images"] for row in evaluations),
+        "rewards": 2 * sum(row["images"] for row in evaluations),
     }
 
 
@@ -72,54 +72,54 @@ def test_evaluations_are_those_of_the_run(settings):
 @pytest.mark.parametrize("plan", ["branch", "moving", "random"])
 def test_ranks_share_whole_groups_and_add_up(settings, gpus, plan):
     changed = PLANS[plan] | {"prompts_per_iteration": 4, "credit": "terminal" if plan != "branch" else "branch"}
-    found = told(settings, gpus, **changed)
-    shares = [rank["prompts"] for rank in found["ranks"]]
+    figures = estimated(settings, gpus, **changed)
+    shares = [rank["prompts"] for rank in figures["ranks"]]
     assert len(shares) == gpus
     assert sum(shares) == 4
     assert max(shares) - min(shares) <= 1
     for count in ("prompts", "trajectories", *estimate.COUNTS):
-        assert sum(rank[count] for rank in found["ranks"]) == found["iteration"][count]
+        assert sum(rank[count] for rank in figures["ranks"]) == figures["iteration"][count]
     summed = Counter()
-    for rank in found["run_ranks"]:
+    for rank in figures["run_ranks"]:
         summed.update(rank)
-    assert {name: found["run"][name] for name in estimate.COUNTS} == dict(summed)
+    assert {name: figures["run"][name] for name in estimate.COUNTS} == dict(summed)
 
 
 def test_guidance_that_the_network_is_told_costs_one_forward(settings, tmp_path):
     FAMILIES["FLUX.1-dev"].build(tmp_path / "flux")
     changed = {"model": str(tmp_path / "flux"), "guidance": 3.5, "size": (32, 32), "held_out": None, "iterations": 1}
-    found, metrics = told(settings, **changed), rows(run(settings, **changed) / "metrics.jsonl")
-    assert found["iteration"]["forwards"] == metrics[0]["forwards"] == told(settings)["iteration"]["forwards"]
+    figures, metrics = estimated(settings, **changed), rows(run(settings, **changed) / "metrics.jsonl")
+    assert figures["iteration"]["forwards"] == metrics[0]["forwards"] == estimated(settings)["iteration"]["forwards"]
 
 
 def test_no_weights_are_read(settings, random_model, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(random_model, bare, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
     assert not list(bare.rglob("*.safetensors"))
-    found, whole = told(settings, model=str(bare)), told(settings)
-    assert found | {"model": ""} == whole | {"model": ""}
+    figures, whole = estimated(settings, model=str(bare)), estimated(settings)
+    assert figures | {"model": ""} == whole | {"model": ""}
 
 
 def test_disk_is_that_of_the_run(settings):
     changed = {"lora_rank": 16, "iterations": 4, "checkpoint_every": 2}
-    found, out = told(settings, **changed), run(settings, **changed)
+    figures, out = estimated(settings, **changed), run(settings, **changed)
     saved = [sum(file.stat().st_size for file in path.iterdir()) for path in sorted((out / "checkpoints").iterdir())]
-    assert len(saved) == found["disk"]["checkpoints"]
-    assert all(size == pytest.approx(found["disk"]["checkpoint"], rel=0.04) for size in saved)
+    assert len(saved) == figures["disk"]["checkpoints"]
+    assert all(size == pytest.approx(figures["disk"]["checkpoint"], rel=0.04) for size in saved)
     names = checkpoint.read(checkpoint.latest(out / "checkpoints"))[0]
-    assert sum(own.numel() for own in names["adapter"].values()) == found["parameters"]["adapter"]
+    assert sum(item.numel() for item in names["adapter"].values()) == figures["parameters"]["adapter"]
     images = sum(file.stat().st_size for file in (out / "images").rglob("*.png"))
-    assert 0 < images <= found["disk"]["images"]
+    assert 0 < images <= figures["disk"]["images"]
 
 
 def test_memory_follows_the_settings(settings):
-    device = told(settings)["memory"]["device"]
-    half = told(settings, precision="bfloat16")["memory"]["device"]
+    device = estimated(settings)["memory"]["device"]
+    half = estimated(settings, precision="bfloat16")["memory"]["device"]
     assert half["transformer"] * 2 == device["transformer"]
     assert half["adapter"] == device["adapter"]
-    assert told(settings, micro_batch=1)["memory"]["device"]["replay"] < device["replay"]
-    assert told(settings, gradient_checkpointing=True)["memory"]["device"]["replay"] < device["replay"]
-    parts = {name: own for name, own in device.items() if name not in ("rollout", "replay", "total")}
+    assert estimated(settings, micro_batch=1)["memory"]["device"]["replay"] < device["replay"]
+    assert estimated(settings, gradient_checkpointing=True)["memory"]["device"]["replay"] < device["replay"]
+    parts = {name: item for name, item in device.items() if name not in ("rollout", "replay", "total")}
     assert device["total"] == sum(parts.values()) + max(device["rollout"], device["replay"])
 
 
@@ -137,19 +137,19 @@ def test_the_command_tells_it(settings, tmp_path):
     assert "at most: replay_forwards" in plain.output
     assert "seconds" not in plain.output
     result = CliRunner().invoke(app, ["estimate", str(file), "--gpus", "2", "--calibrate", "--json"])
-    found = json.loads(result.output)
-    taken = found["seconds"]
+    figures = json.loads(result.output)
+    taken = figures["seconds"]
     assert taken["iteration"] > 0
     assert taken["run"] == pytest.approx(4 * taken["iteration"] + taken["evaluations"])
-    assert found["iteration"] == told(settings)["iteration"]
+    assert figures["iteration"] == estimated(settings)["iteration"]
 
 
 def test_seconds_are_counts_times_speed(settings):
     c = configs.build(settings | {"objective": {"type": "grpo", "beta": 0.1}}, "test")
-    found = estimate.estimate(c, 2)
+    figures = estimate.estimate(c, 2)
     speed = timing.Speed(forward=1.0, learn=3.0, decode=10.0, reward=100.0, judge=1000.0)
-    rank, held = found["ranks"][0], found["evaluations"]
+    rank, held = figures["ranks"][0], figures["evaluations"]
     iteration = rank["forwards"] + 2 * rank["replay_forwards"] + 110 * rank["decodes"]
-    taken = timing.durations(c, found, speed)
+    taken = timing.durations(c, figures, speed)
     assert taken["iteration"] == iteration
     assert taken["evaluations"] == (held["forwards"] + 1010 * held["decodes"]) / 2

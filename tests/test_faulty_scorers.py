@@ -37,12 +37,12 @@ SAYS = {
 @pytest.mark.parametrize("fault", SAYS)
 def test_a_fault_is_that_images_failure_and_the_others_have_their_scores(fault, groupwise):
     scorer = Faulty(fault, everywhere=False, groupwise=groupwise)
-    found = score_isolated(scorer, IMAGES, PROMPTS)
-    assert found.failures == {1: SAYS[fault]}
-    assert found.values[[0, 2, 3], 0].tolist() == pytest.approx([0, 2 / 3, 1])
-    assert found.values[1].isnan().all()
-    seen = score(IMAGES, PROMPTS, {"own": scorer})
-    assert seen.failures == {1: f"own: {SAYS[fault]}"}
+    results = score_isolated(scorer, IMAGES, PROMPTS)
+    assert results.failures == {1: SAYS[fault]}
+    assert results.values[[0, 2, 3], 0].tolist() == pytest.approx([0, 2 / 3, 1])
+    assert results.values[1].isnan().all()
+    observed = score(IMAGES, PROMPTS, {"own": scorer})
+    assert observed.failures == {1: f"own: {SAYS[fault]}"}
     rows = score_pictures([image[None] for image in IMAGES], PROMPTS, {"own": scorer})
     assert [row["failures"] for row in rows] == [{}, {"own": SAYS[fault]}, {}, {}]
 
@@ -51,8 +51,8 @@ def test_too_few_scores_are_not_spread_over_all_images():
     two = score_isolated(Faulty("one score", everywhere=False), IMAGES[:2], PROMPTS[:2])
     assert two.values.tolist() == [[0.0], [1.0]]  # of one image one score is right
     siblings = [Prompt("bad", {}, 1)] * 3
-    found = score_isolated(Faulty("one score", groupwise=True), IMAGES[:3], siblings)
-    assert found.failures == dict.fromkeys(range(3), "it was given 3 images, but returned 1 scores")
+    results = score_isolated(Faulty("one score", groupwise=True), IMAGES[:3], siblings)
+    assert results.failures == dict.fromkeys(range(3), "it was given 3 images, but returned 1 scores")
 
 
 def test_what_is_sound_comes_back_as_it_was_and_in_one_call():
@@ -63,10 +63,10 @@ def test_what_is_sound_comes_back_as_it_was_and_in_one_call():
             calls.append(len(images))
             return Scores(self.names, images.mean((1, 2, 3))[:, None], critiques=("a", "b", "c", "d"))
 
-    found = score_isolated(Counted("exit"), IMAGES, PROMPTS)
+    results = score_isolated(Counted("exit"), IMAGES, PROMPTS)
     assert calls == [4]
-    assert found.critiques == ("a", "b", "c", "d")
-    assert torch.equal(found.values, IMAGES.mean((1, 2, 3))[:, None])
+    assert results.critiques == ("a", "b", "c", "d")
+    assert torch.equal(results.values, IMAGES.mean((1, 2, 3))[:, None])
     assert score_isolated(Counted("exit"), IMAGES[:0], []).values.shape == (0, 1)
 
 

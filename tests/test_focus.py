@@ -38,9 +38,9 @@ def test_a_mask_keeps_the_mean_and_one_of_ones_changes_nothing():
 
 def test_top_takes_the_share_of_each_row():
     values = torch.arange(32.0).view(2, 4, 4)
-    found = top(values, 0.25)
-    assert found.sum((1, 2)).tolist() == [4, 4]
-    assert found[:, 3].all()
+    result = top(values, 0.25)
+    assert result.sum((1, 2)).tolist() == [4, 4]
+    assert result[:, 3].all()
     assert top(values, 1e-6).sum((1, 2)).tolist() == [1, 1]
     assert top(values, 1.0).all()
 
@@ -71,10 +71,10 @@ def test_the_prompt_mask_is_where_the_prompt_acts():
     flow = Attentive()
     paths = sampled(PLAN, 6, flow=flow)
     batch = transitions(paths, torch.ones(6, 4, 1, 1))
-    found = Prompt(2 / 16).masked(flow, flow.encode(["0.0"]), batch, 5)
-    assert found.advantage.shape == (len(batch), 4, 4)
-    assert found.advantage[:, 0, :2].eq(8).all()
-    assert found.advantage.count_nonzero() == 2 * len(batch)
-    assert learn(flow, found, paths)[:, 0, :2].ne(0).all()
+    result = Prompt(2 / 16).masked(flow, flow.encode(["0.0"]), batch, 5)
+    assert result.advantage.shape == (len(batch), 4, 4)
+    assert result.advantage[:, 0, :2].eq(8).all()
+    assert result.advantage.count_nonzero() == 2 * len(batch)
+    assert learn(flow, result, paths)[:, 0, :2].ne(0).all()
     whole = Prompt(1.0).masked(flow, flow.encode(["0.0"]), batch, 64)
     torch.testing.assert_close(whole.advantage, torch.ones(len(batch), 4, 4))

@@ -39,18 +39,18 @@ ANY = [HealthCheck.function_scoped_fixture]
 @pytest.fixture(scope="module")
 def sound(random_model, prompt_files, tmp_path_factory):
     """A finished run with three checkpoints and a constraint, as (its settings, its folder)."""
-    own = dict(
+    chosen = dict(
         model=random_model, prompts=prompt_files["train"], held_out=None, rewards={"jpeg_size.kilobytes": 1.0},
         at_least={"jpeg_size.kilobytes": {"bound": 5.0, "rate": 0.1}}, iterations=3, prompts_per_iteration=2, seeds=2,
         steps=2, plan="sde", credit="terminal", lora_rank=2, learning_rate=0.01, checkpoint_every=1, keep_checkpoints=3,
         out=str(tmp_path_factory.mktemp("sound") / "run"),
     )  # fmt: skip
-    return own, run(own)
+    return chosen, run(chosen)
 
 
 @pytest.fixture(scope="module")
 def opened(sound):
-    """The run again, before it goes on."""
+    """The run again, before it continues."""
     return open_session(configs.build(sound[0], "test"))
 
 
@@ -91,7 +91,7 @@ def drawn(path: Path, session) -> dict[str, torch.Tensor]:
 
 
 def refusal(work) -> str:
-    """What is said where it is refused, nothing where it is not."""
+    """The message where it is refused, nothing where it is not."""
     try:
         work()
     except BadInput as error:
@@ -110,9 +110,9 @@ def try_one(sound, opened, place: Path, of: str, what: str, forge, capsys) -> No
     assert "\n" not in resumed
     assert "--resume: " in resumed or f"{path}/{of}." in resumed or key.startswith("machine."), what
     if not resumed:
-        said = capsys.readouterr().err
-        assert said.startswith("mmalign: resumed ")
-        assert said.count("\n") == 1
+        message = capsys.readouterr().err
+        assert message.startswith("mmalign: resumed ")
+        assert message.count("\n") == 1
     not_drawn = refusal(lambda: drawn(path, opened))
     if not_drawn:
         assert f"{path}/{of}." in not_drawn, what
@@ -120,8 +120,8 @@ def try_one(sound, opened, place: Path, of: str, what: str, forge, capsys) -> No
     else:
         assert of == "optimizer" or (of == "state" and key not in ALWAYS), what
         assert key.removeprefix("config.") not in states.IMAGE_SETTINGS, what
-        found, expected = (drawn(one, opened) for one in (path, sound[1] / "checkpoints/000003"))
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        result, expected = (drawn(one, opened) for one in (path, sound[1] / "checkpoints/000003"))
+        assert all(torch.equal(result[name], value) for name, value in expected.items())
     shutil.rmtree(out)
 
 
@@ -136,9 +136,9 @@ def test_whatever_is_forged_is_refused(sound, opened, forgeries, tmp_path, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize("of", ["state", *FILES])
 def test_all_that_can_be_forged_is_refused(sound, opened, forgeries, tmp_path, capsys, of):
-    own = [one for one in forgeries if one[0] == of]
-    assert len(own) > 100
-    for place, one in enumerate(own):
+    chosen = [one for one in forgeries if one[0] == of]
+    assert len(chosen) > 100
+    for place, one in enumerate(chosen):
         try_one(sound, opened, tmp_path / str(place), *one, capsys)
 
 
@@ -150,7 +150,7 @@ def commands(settings, out: Path, path: Path, place: Path):
     yield ["export", path, "--out", place / "lora"]
 
 
-CASES = {  # what is done, in which file it is, and what is said
+CASES = {  # what is done, in which file it is, and the message
     "no adapter hash": (lambda p: corpus.restated(p, lambda s: s.pop("adapter_hash")), "state.json", "adapter_hash: F"),
     "a text": (lambda p: corpus.restated(p, lambda s: s.update(iteration="3")), "state.json", "iteration: Input"),
     "another iteration": (lambda p: corpus.restated(p, lambda s: s.update(iteration=2)), "state.json", "iteration: 2,"),
@@ -199,9 +199,9 @@ def test_each_command_refuses_in_one_line(sound, tmp_path, name):
     for command in commands(settings, out, path, tmp_path):
         ended = mmalign(*command)
         assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), (ended.stderr, ended.stdout)
-        told = " ".join((ended.stdout + ended.stderr).split())
-        assert file in told.replace("\n", "") or command[0] == "train", told
-        assert says in told.replace("\n", "") or command[0] == "train", told
+        output = " ".join((ended.stdout + ended.stderr).split())
+        assert file in output.replace("\n", "") or command[0] == "train", output
+        assert says in output.replace("\n", "") or command[0] == "train", output
 
 
 def test_a_checkpoint_before_a_forged_one_is_named_and_can_be_used(sound, tmp_path):
@@ -317,8 +317,12 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_goes_on(sound, opened, tmp_pat
     else:
         corpus.restated(path, lambda state: state["machine"].update(change))
     assert restored(opened, out) == 3
-    said = capsys.readouterr().err
-    assert said == "" if says is None else (said.startswith("mmalign: ") and says in said and said.count("\n") == 1)
+    message = capsys.readouterr().err
+    assert (
+        message == ""
+        if says is None
+        else (message.startswith("mmalign: ") and says in message and message.count("\n") == 1)
+    )
 
 
 def test_threads_are_those_that_compute(sound):
@@ -330,8 +334,8 @@ def test_threads_are_those_that_compute(sound):
         torch.set_num_threads(before)
     one = machine.describe(1, torch.device("cpu"))
     assert (one["threads"], two["threads"]) == (1, 2)
-    said = "resumed with 2 threads instead of 1: results are equal to rounding, not to the bit"
-    assert machine.difference(one, two) == said
+    message = "resumed with 2 threads instead of 1: results are equal to rounding, not to the bit"
+    assert machine.difference(one, two) == message
     state = json.loads((sound[1] / "checkpoints/000003/state.json").read_text())
     assert state["machine"] == one
 

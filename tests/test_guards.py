@@ -1,4 +1,4 @@
-"""Values that are not finite, the KL budget, alarms: what they say and what they leave as it was."""
+"""Values that are not finite, the KL budget, alarms: what they report and what they leave unchanged."""
 
 from dataclasses import dataclass
 
@@ -41,29 +41,29 @@ def planted(monkeypatch, method, iterations, spoil):
             now.clear()
 
     def spoilt(self, *args):
-        found = whole(self, *args)
-        return spoil(found, *args) if now and now[0] in iterations else found
+        result = whole(self, *args)
+        return spoil(result, *args) if now and now[0] in iterations else result
 
     monkeypatch.setattr(runs, "iterate", of_iteration)
     monkeypatch.setattr(SD3Policy, method, spoilt)
 
 
-def of_second_prompt(found, x, t, cond, index):
-    return torch.where((index == 1)[:, None, None, None], found * torch.nan, found)
+def of_second_prompt(result, x, t, cond, index):
+    return torch.where((index == 1)[:, None, None, None], result * torch.nan, result)
 
 
-def learning(found, *args):
-    return of_second_prompt(found, *args) if torch.is_grad_enabled() else found
+def learning(result, *args):
+    return of_second_prompt(result, *args) if torch.is_grad_enabled() else result
 
 
-def walking(found, *args):
-    return found if torch.is_grad_enabled() else of_second_prompt(found, *args)
+def walking(result, *args):
+    return result if torch.is_grad_enabled() else of_second_prompt(result, *args)
 
 
 def state(out, iteration):
     """Adapter, average and optimiser in one table."""
     tensors, _ = checkpoint.read(out / f"checkpoints/{iteration:06d}")
-    return {f"{kind} {name}": value for kind, own in tensors.items() for name, value in own.items()}
+    return {f"{kind} {name}": value for kind, other in tensors.items() for name, value in other.items()}
 
 
 # ------------------------------------------------------------------------------------------------- not finite, in runs
@@ -84,12 +84,12 @@ def test_what_is_not_finite_is_named_and_left_out_to_the_bit(settings, monkeypat
     before, after, last = state(out, 1), state(out, 2), state(out, 3)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not all(torch.equal(after[name], last[name]) for name in after)
-    metrics, told = rows(out / "metrics.jsonl"), rows(out / "alarms.jsonl")
+    metrics, reported = rows(out / "metrics.jsonl"), rows(out / "alarms.jsonl")
     assert [row["skipped"] for row in metrics] == [0, 1, 0, 0]
     assert "grad_norm" not in metrics[1]
-    assert [(row["iteration"], row["alarm"]) for row in told] == [(2, "skipped")]
-    assert told[0]["text"].startswith(f"iteration 2: {what} not finite; prompts: ")
-    assert told[0]["text"].count("'") == (4 if method == "decode" else 2)  # all prompts, or one
+    assert [(row["iteration"], row["alarm"]) for row in reported] == [(2, "skipped")]
+    assert reported[0]["text"].startswith(f"iteration 2: {what} not finite; prompts: ")
+    assert reported[0]["text"].count("'") == (4 if method == "decode" else 2)  # all prompts, or one
     page = report.write(out).read_text()
     assert f"{what} not finite" in page
     assert ">nan<" not in page
@@ -110,12 +110,12 @@ def test_by_default_the_first_one_stops_with_one_line(settings, monkeypatch, tmp
 
 def test_a_resumed_run_meets_it_again_and_leaves_it_out_when_told_to(settings, monkeypatch, tmp_path):
     planted(monkeypatch, "velocity", {2}, walking)
-    said = []
+    message = []
     for resume in (False, True):
         with pytest.raises(NonFinite, match=r"^iteration 3: latents not finite; prompts: \d 'a [a-z ]+'$") as stop:
             run(settings, resume, held_out=None)
-        said.append(str(stop.value))
-    assert said[0] == said[1]
+        message.append(str(stop.value))
+    assert message[0] == message[1]
     resumed = run(settings, True, held_out=None, max_skips=2)
     assert configs.load(resumed / "config.yaml").max_skips == 2
     whole = run(settings, held_out=None, max_skips=2, out=str(tmp_path / "whole"))
@@ -128,9 +128,9 @@ def test_spoilt_weights_stop_the_run_before_they_are_saved(settings, monkeypatch
     opened = runs.open_session
 
     def spoilt(*args):
-        found = opened(*args)
-        found.policy.parameters()[0].data.view(-1)[0] = torch.nan
-        return found
+        result = opened(*args)
+        result.policy.parameters()[0].data.view(-1)[0] = torch.nan
+        return result
 
     monkeypatch.setattr(runs, "open_session", spoilt)
     with pytest.raises(NonFinite, match=r"iteration 2: latents not finite.*\(1 steps in a row left out before\)"):
@@ -167,13 +167,13 @@ def test_one_minibatch_of_four_is_left_out_exactly(bad, what):
         loss = 10 * (rows.x * (w - w.detach()))
         return loss, {"loss": loss.detach()}
 
-    found = update(
+    result = update(
         [w], torch.optim.SGD([w], 0.5), batch, replay, epochs=1, minibatches=4, micro_batch=lambda work: work(1),
         max_grad_norm=float("inf"), generator=torch.Generator().manual_seed(0),
         may_step=lambda *args: skips.may_step(6, PROMPTS, *args),
     )  # fmt: skip
     assert float(w) == -0.5 * 10 * (1 + 2 + 4)
-    assert found["grad_norm"] == pytest.approx(10 * (1 + 2 + 4) / 3)
+    assert result["grad_norm"] == pytest.approx(10 * (1 + 2 + 4) / 3)
     assert skips.reasons == [f"iteration 7: {what} not finite; prompts: 12 'a square'"]
 
 
@@ -201,8 +201,8 @@ def test_skips_in_a_row_are_limited_and_a_step_begins_anew():
 
 def test_three_prompts_are_named_and_the_others_counted():
     many = [Prompt("x" * 100, id=i) for i in range(9)]
-    said = str(errors.non_finite("latents", many, [8, 1, 1, 0, 5, 7]))
-    assert said == f"latents not finite; prompts: 0 '{'x' * 60}', 1 '{'x' * 60}', 5 '{'x' * 60}' and 2 more"
+    message = str(errors.non_finite("latents", many, [8, 1, 1, 0, 5, 7]))
+    assert message == f"latents not finite; prompts: 0 '{'x' * 60}', 1 '{'x' * 60}', 5 '{'x' * 60}' and 2 more"
 
 
 SUM = Sum()
@@ -218,7 +218,7 @@ class Given:
         return Scores(self.names, torch.tensor(self.values)[:, None])
 
 
-def seen(values, weights, rule=SUM, reference=None):
+def combined(values, weights, rule=SUM, reference=None):
     """The judgement of three trajectories of three prompts, their tree and the prompts."""
     paths = sampled(plans.sde(torch.linspace(1, 0, 5), FlowSde()), 3, 3)
     combination = Combination(weights, rule, reference=reference)
@@ -228,12 +228,12 @@ def seen(values, weights, rule=SUM, reference=None):
 
 def test_rewards_that_are_not_finite_are_named_and_failed_scores_are_not():
     with pytest.raises(NonFinite, match=r"^scores of given not finite; prompts: 11 'a cross'$"):
-        seen([0.5, -torch.inf, torch.nan], {"given.value": 1.0})
-    finite.check_rewards(*seen([0.5, 1.0, torch.nan], {"given.value": 1.0}))
+        combined([0.5, -torch.inf, torch.nan], {"given.value": 1.0})
+    finite.check_rewards(*combined([0.5, 1.0, torch.nan], {"given.value": 1.0}))
     with pytest.raises(NonFinite, match=r"^combined rewards not finite; prompts: 12 'a square'$"):
-        finite.check_rewards(*seen([0.5, 1.0, 3e38], {"given.value": 2.0}))
+        finite.check_rewards(*combined([0.5, 1.0, 3e38], {"given.value": 2.0}))
     with pytest.raises(Failed, match=r"combine: product: .* at least 0, got -1"):
-        seen([0.5, 1.0, -1.0], {"given.value": 1.0}, Product())
+        combined([0.5, 1.0, -1.0], {"given.value": 1.0}, Product())
 
 
 # ---------------------------------------------------------------------------------------------------------- KL budget
@@ -247,10 +247,10 @@ def test_the_kl_budget_is_measured_without_a_trace_and_ends_the_run_where_it_is_
         assert all(torch.equal(one[name], two[name]) for name in one)
     measured = rows(free / "metrics.jsonl")
     kl = [row["kl"] for row in measured]
-    assert kl[0] == 0 < kl[1]  # of the adapter as it is before the step
+    assert kl[0] == 0 < kl[1]  # of the adapter before the step
     assert all(
-        row["replay_forwards"] == 2 * own["replay_forwards"]
-        for row, own in zip(measured, rows(plain / "metrics.jsonl"), strict=True)
+        row["replay_forwards"] == 2 * other["replay_forwards"]
+        for row, other in zip(measured, rows(plain / "metrics.jsonl"), strict=True)
     )
     where = next(i for i in (2, 3) if kl[i] > max(kl[:i]))
     changed = dict(iterations=5, max_kl=(kl[where] + max(kl[:where])) / 2, out=str(tmp_path / "ended"))
@@ -258,11 +258,11 @@ def test_the_kl_budget_is_measured_without_a_trace_and_ends_the_run_where_it_is_
     assert [row["kl"] for row in rows(out / "metrics.jsonl")] == kl[: where + 1]
     assert checkpoint.latest(out / "checkpoints").name == f"{where + 1:06d}"
     assert rows(out / "evaluations.jsonl")[-1]["name"] == "after"
-    told = report.summary(out)["alarms"]
-    assert [(row["alarm"], row["iteration"]) for row in told] == [("max_kl", where + 1)]
+    reported = report.summary(out)["alarms"]
+    assert [(row["alarm"], row["iteration"]) for row in reported] == [("max_kl", where + 1)]
     again = run(settings, resume=True, **changed)
     assert len(rows(again / "metrics.jsonl")) == where + 1
-    assert report.summary(again)["alarms"] == told
+    assert report.summary(again)["alarms"] == reported
 
 
 # -------------------------------------------------------------------------------------------------------------- alarms
@@ -314,7 +314,7 @@ def test_each_alarm_fires_on_its_own_series_alone():
     assert all(fired(healthy()[:n]) == set() for n in range(60))
     assert fired(changed(5, grad_norm=0.0)) == {"zero_gradient"}
     assert fired(changed(4, grad_norm=0.0)) == set()
-    assert fired(changed(5, skipped=1, grad_norm=0.0)) == set()  # told as skips
+    assert fired(changed(5, skipped=1, grad_norm=0.0)) == set()  # reported as skips
     with_one_dead = changed(6, grad_norm=0.0)
     with_one_dead[-3]["dead_groups"] = 1.0
     assert fired(with_one_dead) == {"zero_gradient"}
@@ -335,14 +335,16 @@ def test_each_alarm_fires_on_its_own_series_alone():
 
 
 def test_an_alarm_is_told_once_also_by_a_run_that_is_resumed(tmp_path):
-    said = []
+    message = []
     for start, end in ((0, 7), (7, 20)):
-        watch = alarms.Watch(CONFIG, tmp_path, said.append)
+        watch = alarms.Watch(CONFIG, tmp_path, message.append)
         for i in range(start, end):
             row = healthy(20)[i] | {"dead_groups": 1.0}
             files.append(tmp_path / "metrics.jsonl", row)
             watch.look(row, [])
-    assert len(said) == 1
-    assert said[0].startswith("alarm after iteration 5, constant_reward: siblings got the same reward in every group")
+    assert len(message) == 1
+    assert message[0].startswith(
+        "alarm after iteration 5, constant_reward: siblings got the same reward in every group"
+    )
     assert [(row["iteration"], row["alarm"]) for row in rows(tmp_path / "alarms.jsonl")] == [(5, "constant_reward")]
     assert not watch.ended

@@ -1,4 +1,4 @@
-"""Hundreds of iterations: memory and open files stay as they are after the first few."""
+"""Hundreds of iterations: memory and open files do not grow after the first few."""
 
 import psutil
 import pytest

@@ -127,5 +127,5 @@ def test_a_step_that_spoils_images_is_refused():
 
 
 def test_what_is_said_of_a_plan():
-    said = planner.describe(*fit(config(**DENSE, max_rewards=100)))
-    assert said.startswith("plan sde, kernel flow_sde (noise 0.7), credit gain (states 0 3 6 9, ")
+    message = planner.describe(*fit(config(**DENSE, max_rewards=100)))
+    assert message.startswith("plan sde, kernel flow_sde (noise 0.7), credit gain (states 0 3 6 9, ")

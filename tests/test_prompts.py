@@ -66,14 +66,14 @@ def geneval(tmp_path) -> Path:
 
 
 class Told:
-    """A detector that finds in each image what it was told."""
+    """A detector with a given answer for each image."""
 
     classes = None
 
     def __init__(self, things):
         self.things = things
 
-    def detect(self, images, asked):
+    def detect(self, images, request):
         return self.things
 
 
@@ -82,8 +82,8 @@ class Painted:
 
     palette = ("red", "white", "black")
 
-    def name(self, image, found):
-        return ["red" if thing.label == "cow" else "black" for thing in found]
+    def name(self, image, results):
+        return ["red" if thing.label == "cow" else "black" for thing in results]
 
 
 def test_geneval_metadata_is_what_its_scorer_asks_for(geneval):
@@ -129,9 +129,9 @@ def test_datasets_from_a_folder_and_as_saved(tmp_path, geneval):
     folder.mkdir()
     shutil.copy(geneval, folder / "test.jsonl")
     assert sources.read(f"hf:{folder}:test") == ASKED
-    found = datasets.load_dataset(str(folder), split="test")
-    found.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(test=found, few=found.select([2])).save_to_disk(tmp_path / "both")
+    results = datasets.load_dataset(str(folder), split="test")
+    results.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(test=results, few=results.select([2])).save_to_disk(tmp_path / "both")
     assert sources.read(f"hf:{tmp_path}/one:test") == ASKED
     assert sources.read(f"hf:{tmp_path}/both:few:prompt") == [Prompt(METADATA[2]["prompt"], {}, 0)]
 

@@ -67,14 +67,14 @@ def apart(one, many):
     """All differences by kind: of advantages, gradients, rows, matrices; of advantages and logged numbers, beyond a
     hundred-thousandth of each."""
     assert set(one) == set(many)
-    found = defaultdict(list)
+    tensors = defaultdict(list)
     for key, value in one.items():
         kind = key.partition("/")[0]
         assert torch.equal(many[key].isnan(), value.isnan()), key
         away = (many[key] - value).abs() - (BOUND * value.abs() if kind in ("advantage", "row") else 0.0)
         away = away / UNITS if kind == "advantage" else away
-        found[kind].append(away.nan_to_num(0.0).flatten())
-    return {kind: torch.cat(parts) for kind, parts in found.items()}
+        tensors[kind].append(away.nan_to_num(0.0).flatten())
+    return {kind: torch.cat(parts) for kind, parts in tensors.items()}
 
 
 def same(one, many):
@@ -83,12 +83,12 @@ def same(one, many):
 
 
 def test_two_processes_are_one(base, tmp_path):
-    """The shortest of these: three prompts of unlike shares, two iterations, and a prompt too few for both."""
+    """The shortest of these: three prompts in unequal shares, two iterations, and a prompt too few for both."""
     settings = base | dict(iterations=2)
     runs = {"few": (settings | {"prompts_per_iteration": 1, "out": str(tmp_path / "few")}, False)}
-    found, ended, *_ = launch(tmp_path, 2, {"learnt": settings}, runs)
-    same(learn(settings), found["learnt"])
-    assert [own["few"][0] for own in ended] == [TOO_FEW] * 2
+    tensors, ended, *_ = launch(tmp_path, 2, {"learnt": settings}, runs)
+    same(learn(settings), tensors["learnt"])
+    assert [job["few"][0] for job in ended] == [TOO_FEW] * 2
     assert not (tmp_path / "few").exists()
 
 
@@ -110,7 +110,7 @@ def two(base, tmp_path_factory):
         "breaking": (base | breaking | {"out": str(folder / "breaking")}, False),
         "killing": (base | killing | {"out": str(folder / "killing")}, False),
     }
-    return folder, *launch(folder, 2, {name: base | own for name, own in FEW.items()}, runs)
+    return folder, *launch(folder, 2, {name: base | job for name, job in FEW.items()}, runs)
 
 
 @pytest.mark.slow
@@ -121,22 +121,22 @@ def test_two_learn_what_one_does(base, two, name):
 
 @pytest.mark.slow
 def test_a_whole_run_of_two_is_that_of_one(two):
-    """Three held-out prompts, dealt to two; files are written once."""
+    """Three held-out prompts, shared by two ranks; files are written once."""
     folder = two[0]
     for name in ("whole", "resumed"):
         for file in ("metrics.jsonl", "evaluations.jsonl"):
-            found, expected = rows(folder / name / file), rows(folder / "alone" / file)
-            assert [row["iteration"] for row in found] == [row["iteration"] for row in expected]
-            for one, other in zip(found, expected, strict=True):
-                told, known = ({key for key in row if "second" not in key} for row in (one, other))
-                assert told == known
-                for key in told - {"name", "texts"}:
+            tensors, expected = rows(folder / name / file), rows(folder / "alone" / file)
+            assert [row["iteration"] for row in tensors] == [row["iteration"] for row in expected]
+            for one, other in zip(tensors, expected, strict=True):
+                names, known = ({key for key in row if "second" not in key} for row in (one, other))
+                assert names == known
+                for key in names - {"name", "texts"}:
                     assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5, nan_ok=True), key
         for file in ("adapter", "ema"):
-            found, expected = (
+            tensors, expected = (
                 load_file(folder / n / f"checkpoints/000004/{file}.safetensors") for n in (name, "alone")
             )
-            assert all(torch.allclose(found[key], expected[key], rtol=0, atol=1e-5) for key in expected)
+            assert all(torch.allclose(tensors[key], expected[key], rtol=0, atol=1e-5) for key in expected)
     pictures = [
         sorted(p.relative_to(folder / n) for p in (folder / n / "images").rglob("*")) for n in ("whole", "alone")
     ]
@@ -149,21 +149,21 @@ def test_a_whole_run_of_two_is_that_of_one(two):
 
 @pytest.mark.slow
 def test_what_one_refuses_ends_both(two):
-    _, _, ended, said, _ = two
+    _, _, ended, message, _ = two
     assert "already holds a run" in ended[0]["again"][0]
     assert ended[1]["again"][0] == f"Lost: rank 0 failed: {ended[0]['again'][0]}"
-    for own in ended:
-        assert own["few"][0] == TOO_FEW
-    assert not said[1].strip()  # the second is silent
-    assert "before: 3 held-out prompts" in said[0]
+    for job in ended:
+        assert job["few"][0] == TOO_FEW
+    assert not message[1].strip()  # the second is silent
+    assert "before: 3 held-out prompts" in message[0]
 
 
 @pytest.mark.slow
 def test_what_breaks_one_ends_both_with_the_reason(two):
-    found = sorted(own["breaking"][0] for own in two[2])
-    assert found[0] == "Failed: smooth:Smooth: the scorer broke"
-    assert found[1].endswith("failed: Failed: smooth:Smooth: the scorer broke")
-    assert all(own["breaking"][1] < 60 for own in two[2])
+    tensors = sorted(job["breaking"][0] for job in two[2])
+    assert tensors[0] == "Failed: smooth:Smooth: the scorer broke"
+    assert tensors[1].endswith("failed: Failed: smooth:Smooth: the scorer broke")
+    assert all(job["breaking"][1] < 60 for job in two[2])
 
 
 @pytest.mark.slow
@@ -204,11 +204,11 @@ def test_a_sharded_network_learns_what_a_whole_one_does(base, tmp_path):
         "whole": (settings | {"held_out": held_out, "out": str(tmp_path / "run")}, False),
         "odd": (settings | {"prompts_per_iteration": 3, "out": str(tmp_path / "odd")}, False),
     }
-    found, ended, *_ = launch(tmp_path, 2, {"learnt": settings}, runs, **FSDP2)
-    one, many = ({k: v for k, v in own.items() if "forwards" not in k} for own in (learn(settings), found["learnt"]))
+    tensors, ended, *_ = launch(tmp_path, 2, {"learnt": settings}, runs, **FSDP2)
+    one, many = ({k: v for k, v in job.items() if "forwards" not in k} for job in (learn(settings), tensors["learnt"]))
     same(one, many)
-    assert [own["whole"][0] for own in ended] == ["done", "done"]
-    assert all("does not divide among 2 processes" in own["odd"][0] for own in ended)
+    assert [job["whole"][0] for job in ended] == ["done", "done"]
+    assert all("does not divide among 2 processes" in job["odd"][0] for job in ended)
     alone = run(settings, held_out=held_out, out=str(tmp_path / "alone"))
     images = drawn(tmp_path / "images", "--adapter", tmp_path / "run")
     from_alone = abs(images - drawn(tmp_path / "of one", "--adapter", alone)).max()
@@ -223,11 +223,11 @@ def test_a_sharded_network_learns_what_a_whole_one_does(base, tmp_path):
 def test_every_credit_and_objective(base, tmp_path, size):
     """For numbers of groups that divide and that do not. Adam moves an element whose gradient is 0 but for rounding by
     a part of its rate, and others follow: one matrix element in a hundred may be further off, by less than the rate."""
-    jobs = {f"{name}-{p}": base | own | {"prompts_per_iteration": p} for name, own in MORE.items() for p in (4, 5)}
-    found, *_ = launch(tmp_path, size, jobs, {})
+    jobs = {f"{name}-{p}": base | job | {"prompts_per_iteration": p} for name, job in MORE.items() for p in (4, 5)}
+    tensors, *_ = launch(tmp_path, size, jobs, {})
     for name, settings in jobs.items():
-        away = apart(learn(settings), found[name])
-        most = {kind: float(own.max()) for kind, own in away.items()}
+        away = apart(learn(settings), tensors[name])
+        most = {kind: float(job.max()) for kind, job in away.items()}
         matrices = {kind: most.pop(kind) for kind in ("adapter", "ema")}
         assert max(most.values()) < BOUND, (name, most)
         assert max(matrices.values()) < Config.model_fields["learning_rate"].default, (name, matrices)

@@ -198,9 +198,9 @@ def test_two_iterations_of_a_recipe(name, tmp_path, tiny_models, tiny_judges):
     recipe = configs.load(CONFIGS[name])
     c = scaled(recipe, tmp_path, tiny_models(MODELS[recipe.model]), tiny_judges)
     out = runs.train(c)
-    found = rows(out / "metrics.jsonl")
-    assert len(found) == 2
-    for iteration, row in enumerate(found):
+    result = rows(out / "metrics.jsonl")
+    assert len(result) == 2
+    for iteration, row in enumerate(result):
         assert all(value == value and abs(value) != float("inf") for value in row.values()), row
         steps, transitions, images = expected(c, iteration)
         noisy = sorted(int(key.removeprefix("std/")) for key in row if key.startswith("std/"))
@@ -247,7 +247,7 @@ def test_every_recipe_is_estimated(name, peaks, monkeypatch):
 
     monkeypatch.setattr(meta, "peak", peak)
     c = configs.load(CONFIGS[name])
-    found = estimate.estimate(c, gpus=8)
-    assert sum(rank["prompts"] for rank in found["ranks"]) == c.prompts_per_iteration
-    assert found["run"]["rewards"] == sum(rank["rewards"] for rank in found["run_ranks"]) > 0
-    assert found["memory"]["device"]["total"] < 80 * 2**30
+    result = estimate.estimate(c, gpus=8)
+    assert sum(rank["prompts"] for rank in result["ranks"]) == c.prompts_per_iteration
+    assert result["run"]["rewards"] == sum(rank["rewards"] for rank in result["run_ranks"]) > 0
+    assert result["memory"]["device"]["total"] < 80 * 2**30

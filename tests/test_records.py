@@ -59,11 +59,11 @@ def row(image="0.png", prompt="a circle", score=0.5, regions=(GOOD,), **more):
     ],
 )
 def test_a_bad_record_is_refused_by_its_line_and_the_rest_goes_on(write, bad, says):
-    found = records.read(write(row(), bad, row("1.png")), SIZE)
-    assert [record.image.name for record in found.records] == ["0.png", "1.png"]
-    (why,) = found.refused
-    assert why.startswith("record 2: ")
-    assert says in why
+    result = records.read(write(row(), bad, row("1.png")), SIZE)
+    assert [record.image.name for record in result.records] == ["0.png", "1.png"]
+    (reason,) = result.refused
+    assert reason.startswith("record 2: ")
+    assert says in reason
 
 
 def test_a_file_without_a_right_record_is_the_users_mistake(write, tmp_path):
@@ -107,7 +107,7 @@ WHOLE = {"global_layout_score": 0.4, "reason": "well placed", "bbox": [0, 0, 8, 
 def test_the_files_of_srums_release_are_read_as_they_are(write, theirs):
     (record,) = records.read(write(theirs | {"prompt": "a circle"}), SIZE).records
     assert (record.image.name, record.score) == ("1.png", 0.4)
-    assert [(own.box, own.credit, own.label) for own in record.regions] == [((0, 0, 6, 4), -0.7, "circle")]
+    assert [(region.box, region.credit, region.label) for region in record.regions] == [((0, 0, 6, 4), -0.7, "circle")]
 
 
 @pytest.mark.parametrize(
@@ -125,25 +125,25 @@ def test_the_files_of_srums_release_are_read_as_they_are(write, theirs):
 )
 def test_a_release_record_without_a_score_of_the_whole_is_left_out_with_its_reason(write, whole, says):
     theirs = {"image_file": "1.png", "prompt": "a circle", "vlm_rewards": [JUDGED], "global_layout_reward": whole}
-    found = records.read(write(row(), theirs), SIZE)
-    assert len(found.records) == 1
-    assert found.refused[0].startswith(f"record 2: {says}")
+    result = records.read(write(row(), theirs), SIZE)
+    assert len(result.records) == 1
+    assert result.refused[0].startswith(f"record 2: {says}")
 
 
 def test_images_of_the_asked_prompts_and_no_others(write):
-    found = records.read(write(row(), row("1.png", "a square", -0.5, ()), row("2.png", score=0.25)), SIZE)
-    assert [(p.text, p.id) for p in found.prompts] == [("a circle", 0), ("a square", 1)]
+    result = records.read(write(row(), row("1.png", "a square", -0.5, ()), row("2.png", score=0.25)), SIZE)
+    assert [(p.text, p.id) for p in result.prompts] == [("a circle", 0), ("a square", 1)]
     flow = GaussianFlow((3, *SIZE))
-    seen = found.finished(flow, [found.prompts[1], found.prompts[0]], (2, 2))
-    assert seen.prompt.tolist() == [1, 0, 1]
-    assert seen.reward.tolist() == [0.5, -0.5, 0.25]
-    torch.testing.assert_close(flow.decode(seen.x)[:, 0, 0, 0], torch.tensor([0, 0.25, 0.5]), atol=1 / 255, rtol=0)
+    observed = result.finished(flow, [result.prompts[1], result.prompts[0]], (2, 2))
+    assert observed.prompt.tolist() == [1, 0, 1]
+    assert observed.reward.tolist() == [0.5, -0.5, 0.25]
+    torch.testing.assert_close(flow.decode(observed.x)[:, 0, 0, 0], torch.tensor([0, 0.25, 0.5]), atol=1 / 255, rtol=0)
     nan = torch.nan
-    torch.testing.assert_close(seen.places[0], torch.tensor([[1, nan], [nan, nan]]), equal_nan=True)
-    assert seen.places[1].isnan().all()
-    assert seen.marks.credit.isnan().tolist() == [[False], [True], [False]]
-    assert seen.marks.share[0, 0].tolist() == [[1, 0], [0, 0]]
-    assert seen.marks.named.all()
+    torch.testing.assert_close(observed.places[0], torch.tensor([[1, nan], [nan, nan]]), equal_nan=True)
+    assert observed.places[1].isnan().all()
+    assert observed.marks.credit.isnan().tolist() == [[False], [True], [False]]
+    assert observed.marks.share[0, 0].tolist() == [[1, 0], [0, 0]]
+    assert observed.marks.named.all()
 
 
 def test_an_image_is_encoded_once(write):
@@ -154,9 +154,9 @@ def test_an_image_is_encoded_once(write):
             self.encoded += len(images)
             return images
 
-    found, flow = records.read(write(row(), row("1.png")), SIZE), Counting((3, *SIZE))
+    result, flow = records.read(write(row(), row("1.png")), SIZE), Counting((3, *SIZE))
     for _ in range(3):
-        found.finished(flow, [Prompt("a circle", {}, 0)], (1, 1))
+        result.finished(flow, [Prompt("a circle", {}, 0)], (1, 1))
     assert flow.encoded == 2
 
 

@@ -39,13 +39,13 @@ def policy():
 
 @pytest.fixture(scope="module")
 def adapted():
-    found = policies.load(locate("assets/tiny_sd3"), dtype="float32", device="cpu", guidance=1.0)
-    found.attach_lora(2, 4.0, None, 0)
-    return found
+    results = policies.load(locate("assets/tiny_sd3"), dtype="float32", device="cpu", guidance=1.0)
+    results.attach_lora(2, 4.0, None, 0)
+    return results
 
 
 class Critic:
-    """Says of each image in turn what it is told to: a score, or a failure; a request, and regions."""
+    """Gives each image in turn what a test has prepared: a score, or a failure; a request, and regions."""
 
     names = ("overall",)
     card = Card("critic", low=0, high=1)
@@ -56,12 +56,12 @@ class Critic:
     def __call__(self, images, prompts):
         values, failures = torch.full((len(images), 1), torch.nan), {}
         for i in range(len(images)):
-            said = self.left.pop(0)
+            message = self.left.pop(0)
             self.prompts.append(prompts[i].text)
-            if isinstance(said, str):
-                failures[i] = said
+            if isinstance(message, str):
+                failures[i] = message
             else:
-                values[i] = said
+                values[i] = message
         count = len(images)
         return Scores(
             self.names,
@@ -74,10 +74,10 @@ class Critic:
         )
 
 
-def told(policy, scores, settings=QUICK, **critic):
-    own = Critic(scores, **critic)
-    (story,) = refine(policy, own, PROMPTS[:1], settings)
-    return story, own
+def refined(policy, scores, settings=QUICK, **critic):
+    entry = Critic(scores, **critic)
+    (story,) = refine(policy, entry, PROMPTS[:1], settings)
+    return story, entry
 
 
 def test_the_first_image_is_the_plain_sample_of_its_seed(policy):
@@ -89,27 +89,27 @@ def test_the_first_image_is_the_plain_sample_of_its_seed(policy):
 
 
 def test_the_best_is_kept_and_never_one_below_the_first(policy):
-    story, _ = told(policy, [0.5, 0.2, 0.8, 0.6])
+    story, _ = refined(policy, [0.5, 0.2, 0.8, 0.6])
     assert (story.best, story.stopped, len(story.rounds)) == (2, "budget: 4 images", 4)
-    assert told(policy, [0.5, 0.2, 0.1, 0.3])[0].best == 0
-    assert told(policy, [0.5, 0.5, 0.5, 0.5])[0].best == 0
+    assert refined(policy, [0.5, 0.2, 0.1, 0.3])[0].best == 0
+    assert refined(policy, [0.5, 0.5, 0.5, 0.5])[0].best == 0
 
 
 def test_an_image_without_a_score_is_no_reason_to_lose_one_that_has(policy):
-    story, _ = told(policy, ["the server is away", 0.1, "again", 0.05])
+    story, _ = refined(policy, ["the server is away", 0.1, "again", 0.05])
     assert story.best == 1
-    assert [own.failure for own in story.rounds] == ["critic: the server is away", "", "critic: again", ""]
+    assert [entry.failure for entry in story.rounds] == ["critic: the server is away", "", "critic: again", ""]
     assert story.rounds[0].scores["overall"] != story.rounds[0].scores["overall"]
-    assert told(policy, ["away"] * 4)[0].best == 0
+    assert refined(policy, ["away"] * 4)[0].best == 0
 
 
 def test_it_stops_for_each_reason(policy):
-    assert told(policy, [0.5, 0.7], replace(QUICK, good=0.67))[0].stopped == "good"
-    assert told(policy, [0.5] * 3, replace(QUICK, images=3))[0].stopped == "budget: 3 images"
-    assert told(policy, [0.5] * 2, replace(QUICK, forwards=11))[0].stopped == "budget: 11 forwards"
-    assert told(policy, [0.5] * 3, replace(QUICK, images=9, patience=2))[0].stopped == "no gain in 2 rounds"
-    assert told(policy, [0.5], replace(QUICK, moves=("request",)))[0].stopped.startswith("repeat")
-    story, _ = told(policy, [0.5, 0.4], replace(QUICK, moves=("request",)), request="a red circle")
+    assert refined(policy, [0.5, 0.7], replace(QUICK, good=0.67))[0].stopped == "good"
+    assert refined(policy, [0.5] * 3, replace(QUICK, images=3))[0].stopped == "budget: 3 images"
+    assert refined(policy, [0.5] * 2, replace(QUICK, forwards=11))[0].stopped == "budget: 11 forwards"
+    assert refined(policy, [0.5] * 3, replace(QUICK, images=9, patience=2))[0].stopped == "no gain in 2 rounds"
+    assert refined(policy, [0.5], replace(QUICK, moves=("request",)))[0].stopped.startswith("repeat")
+    story, _ = refined(policy, [0.5, 0.4], replace(QUICK, moves=("request",)), request="a red circle")
     assert (len(story.rounds), story.stopped[:6]) == (2, "repeat")
 
 
@@ -128,8 +128,8 @@ def test_it_stops_for_each_reason(policy):
     ],
 )
 def test_forwards_are_bounded_whatever_the_moves(adapted, moves, most, spent):
-    story, _ = told(adapted, [0.5] * 4, replace(QUICK, moves=moves, forwards=most, images=2, strength=1.5))
-    assert [own.forwards for own in story.rounds] == spent
+    story, _ = refined(adapted, [0.5] * 4, replace(QUICK, moves=moves, forwards=most, images=2, strength=1.5))
+    assert [entry.forwards for entry in story.rounds] == spent
     assert story.forwards <= most
 
 
@@ -151,13 +151,13 @@ def test_what_an_attempt_will_take_is_what_it_takes(adapted, attempt):
 
 def test_a_bound_below_the_first_image_is_refused(policy):
     with pytest.raises(BadInput, match=r"--forwards 3: the first image of a prompt takes 4$"):
-        told(policy, [0.5], replace(QUICK, forwards=3))
+        refined(policy, [0.5], replace(QUICK, forwards=3))
 
 
 def test_a_refined_request_is_drawn_but_the_first_is_judged(policy):
-    story, critic = told(policy, [0.1, 1.0], replace(QUICK, moves=("request",)), request="a red circle")
+    story, critic = refined(policy, [0.1, 1.0], replace(QUICK, moves=("request",)), request="a red circle")
     assert set(critic.prompts) == {TEXTS[0]}
-    first, second = (own.attempt for own in story.rounds)
+    first, second = (entry.attempt for entry in story.rounds)
     assert (second.request, second.seed) == ("a red circle", first.seed)
     plain, _ = generate.generate(policy, [Prompt("a red circle")], [[first.seed]], 4, 8)
     assert torch.equal(story.rounds[1].image, plain[0])
@@ -166,16 +166,16 @@ def test_a_refined_request_is_drawn_but_the_first_is_judged(policy):
 def test_every_move_does_what_it_says(policy):
     box = [Region((0, 0, 16, 32), -1.0), Region((16, 0, 32, 32), 1.0)]
     moves = ("guidance", "cut", "region", "seed")
-    story, _ = told(policy, [0.5, 0.4], replace(QUICK, moves=moves, images=2, cut=0.7), regions=box)
+    story, _ = refined(policy, [0.5, 0.4], replace(QUICK, moves=moves, images=2, cut=0.7), regions=box)
     new = story.rounds[1]
     assert new.moves == moves
     assert new.parent == 0
     assert (new.attempt.guidance, new.attempt.start) == (2.0, 0.7)
     assert new.attempt.seed != story.rounds[0].attempt.seed
     assert new.forwards < 2 * 4  # guided, and fewer steps
-    kept, _ = told(policy, [0.5, 0.4], replace(QUICK, moves=("keep", "seed"), images=2), regions=box)
-    for drawn in (story, kept):
-        before, after = (own.latent for own in drawn.rounds)
+    remaining, _ = refined(policy, [0.5, 0.4], replace(QUICK, moves=("keep", "seed"), images=2), regions=box)
+    for drawn in (story, remaining):
+        before, after = (entry.latent for entry in drawn.rounds)
         torch.testing.assert_close(after[:, :, 4:], before[:, :, 4:], rtol=0, atol=1e-5)
         assert (after[:, :, :4] - before[:, :, :4]).abs().mean() > 0.05
 
@@ -185,10 +185,10 @@ def test_what_is_kept_is_kept_and_what_is_free_fits_it(policy):
     known = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     attempts = [Attempt(text, seed, 1.0) for seed, text in enumerate(TEXTS[:2])]
     none = torch.zeros(policy.latent_shape[1:])
-    kept, forwards = draw(policy, attempts, [Base(own, none) for own in known], 6, 8)
-    torch.testing.assert_close(kept, known, rtol=0, atol=1e-5)
+    remaining, forwards = draw(policy, attempts, [Base(entry, none) for entry in known], 6, 8)
+    torch.testing.assert_close(remaining, known, rtol=0, atol=1e-5)
     assert forwards == [6, 6]
-    whole, _ = draw(policy, attempts, [Base(own, none + 1) for own in known], 6, 8)
+    whole, _ = draw(policy, attempts, [Base(entry, none + 1) for entry in known], 6, 8)
     plain, _ = draw(policy, attempts, [None, None], 6, 8)
     assert torch.equal(whole, plain)
 
@@ -209,27 +209,27 @@ def test_batches_change_nothing(policy):
     critic = load("shapes_critic")
     settings = Settings(moves=("request", "seed", "keep"), steps=4)
     whole = refine(policy, critic, PROMPTS, settings, batch=64)
-    parts = [refine(policy, critic, [own], settings, batch=1)[0] for own in PROMPTS]
+    parts = [refine(policy, critic, [entry], settings, batch=1)[0] for entry in PROMPTS]
     for one, two in zip(whole, parts, strict=True):
         assert (one.best, one.stopped, len(one.rounds)) == (two.best, two.stopped, len(two.rounds))
-        assert [own.attempt for own in one.rounds] == [own.attempt for own in two.rounds]
+        assert [entry.attempt for entry in one.rounds] == [entry.attempt for entry in two.rounds]
         torch.testing.assert_close(one.rounds[-1].image, two.rounds[-1].image, atol=1e-4, rtol=0)
 
 
 def test_images_that_are_there_are_begun_from(policy):
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    found = refine(policy, Critic([0.5, 0.5, 0.6, 0.4]), PROMPTS[:2], replace(QUICK, images=2), images=images)
-    assert torch.equal(found[0].rounds[0].image, images[0])
-    assert (found[0].rounds[0].forwards, found[0].rounds[0].attempt) == (0, None)
-    assert [own.best for own in found] == [1, 0]
+    results = refine(policy, Critic([0.5, 0.5, 0.6, 0.4]), PROMPTS[:2], replace(QUICK, images=2), images=images)
+    assert torch.equal(results[0].rounds[0].image, images[0])
+    assert (results[0].rounds[0].forwards, results[0].rounds[0].attempt) == (0, None)
+    assert [entry.best for entry in results] == [1, 0]
 
 
 def test_the_embedded_critic_is_right_where_the_verifier_is():
-    prompts = [Prompt(own.text, json.loads(line), own.id) for own, line in zip(*held_out(), strict=True)]
+    prompts = [Prompt(entry.text, json.loads(line), entry.id) for entry, line in zip(*held_out(), strict=True)]
     images = torch.rand(len(prompts), 3, 32, 32, generator=torch.Generator().manual_seed(1))
     pictures, wanted = drawings()
-    for some, asked in ((images, prompts), (pictures, wanted)):
-        critic, verifier = load("shapes_critic")(some, asked), load("shapes")(some, asked)
+    for some, questions in ((images, prompts), (pictures, wanted)):
+        critic, verifier = load("shapes_critic")(some, questions), load("shapes")(some, questions)
         assert torch.equal(critic.column("overall"), verifier.column("partial"))
         full = torch.tensor([min(v for v in row if v == v) == 1 for row in critic.values.tolist()])
         assert torch.equal(full, verifier.column("strict") == 1)
@@ -250,8 +250,8 @@ def drawings():
 
     rng = np.random.default_rng(0)
     wants = [requests()[i] for i in rng.integers(len(requests()), size=24)]
-    return torch.from_numpy(np.stack([drawn(own, rng) for own in wants])), [
-        Prompt(caption(own), own, i) for i, own in enumerate(wants)
+    return torch.from_numpy(np.stack([drawn(entry, rng) for entry in wants])), [
+        Prompt(caption(entry), entry, i) for i, entry in enumerate(wants)
     ]
 
 
@@ -259,9 +259,9 @@ def test_the_embedded_critic_reads_captions_and_asks_for_what_was_left_open():
     images, _ = drawings()
     critic = load("shapes_critic")
     blank = torch.full((1, 3, 32, 32), 0.85)
-    found = critic(blank, [Prompt("a circle and a square")])
-    assert found.requests == ("a red circle left of a green square",)
-    assert found.critiques == ("no circle; no square",)
+    results = critic(blank, [Prompt("a circle and a square")])
+    assert results.requests == ("a red circle left of a green square",)
+    assert results.critiques == ("no circle; no square",)
     assert critic(blank, [Prompt("a red circle above a blue square")]).requests == ()
     assert "no ground truth" in critic(blank, [Prompt("a cat")]).failures[0]
     assert find_blobs(images.numpy())
@@ -273,8 +273,8 @@ def invoke(*arguments):
 
 def test_a_folder_of_refinements(tmp_path):
     out, page, pairs, requests = (tmp_path / name for name in ("out", "page.html", "pairs.jsonl", "requests.jsonl"))
-    asked = [*TEXTS, "--out", out, "--html", page, "--pairs", pairs, "--requests", requests, "--steps", 4, "--json"]
-    result = invoke(*asked)
+    questions = [*TEXTS, "--out", out, "--html", page, "--pairs", pairs, "--requests", requests, "--steps", 4, "--json"]
+    result = invoke(*questions)
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout.splitlines()[-1])
     rows = [json.loads(line) for line in (out / "trace.jsonl").read_text().splitlines()]
@@ -288,7 +288,7 @@ def test_a_folder_of_refinements(tmp_path):
         assert (tmp_path / row["image_a"]).is_file()
         assert row["gap"] > 0
     assert all(json.loads(line)["first"] in TEXTS for line in requests.read_text().splitlines())
-    again = json.loads(invoke(*asked).stdout.splitlines()[-1])
+    again = json.loads(invoke(*questions).stdout.splitlines()[-1])
     assert again == summary | {"before": 4}
     other = invoke(*TEXTS, "--out", out, "--steps", 5)
     assert other.exit_code != 0
@@ -307,11 +307,11 @@ def test_the_script_is_a_door_to_it(tmp_path, monkeypatch):
 
 
 def test_a_line_that_was_cut_off_is_done_again(tmp_path):
-    asked = [*TEXTS, "--out", tmp_path, "--steps", 3]
-    assert invoke(*asked).exit_code == 0
+    questions = [*TEXTS, "--out", tmp_path, "--steps", 3]
+    assert invoke(*questions).exit_code == 0
     whole = (tmp_path / "trace.jsonl").read_text()
     (tmp_path / "trace.jsonl").write_text(whole[: len(whole) - 200])
-    assert invoke(*asked).exit_code == 0
+    assert invoke(*questions).exit_code == 0
     assert (tmp_path / "trace.jsonl").read_text() == whole
 
 
@@ -379,8 +379,16 @@ def test_killed_in_the_middle_no_prompt_is_done_twice_and_none_is_lost(tmp_path,
     every = [json.loads(line) for line in Path(locate("assets/prompts/train.jsonl")).read_text().splitlines()[:count]]
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     file.write_text("".join(json.dumps(row) + "\n" for row in every))
-    asked = ["--prompts", str(file), "--steps", "3", "--rounds", "3", "--batch", "5"]
-    command = [sys.executable, "-c", "from mmalign.cli.app import main; main()", "refine", *asked, "--out", str(out)]
+    questions = ["--prompts", str(file), "--steps", "3", "--rounds", "3", "--batch", "5"]
+    command = [
+        sys.executable,
+        "-c",
+        "from mmalign.cli.app import main; main()",
+        "refine",
+        *questions,
+        "--out",
+        str(out),
+    ]
     trace = out / "trace.jsonl"
     killed = [sys.executable, "-c", KILLED, *command[3:], str(trace), str(count // 3)]
     assert subprocess.run(killed, capture_output=True, env=os.environ).returncode == -signal.SIGKILL
@@ -394,7 +402,7 @@ def test_killed_in_the_middle_no_prompt_is_done_twice_and_none_is_lost(tmp_path,
     assert rows[: len(before)] == before
     assert [row["id"] for row in rows] == [row["id"] for row in every]
     whole = tmp_path / "whole"
-    assert invoke(*asked, "--out", whole).exit_code == 0
+    assert invoke(*questions, "--out", whole).exit_code == 0
     assert [json.loads(line) for line in (whole / "trace.jsonl").read_text().splitlines()] == rows
 
 

@@ -1,4 +1,4 @@
-"""What is found at places of images, on its way through a run."""
+"""Regions of images on their way through a run."""
 
 import json
 
@@ -91,10 +91,10 @@ def test_a_run_on_records_samples_nothing(settings, tmp_path, objective, random_
     lines[7]["regions"] = [{"box": [9, 0, 3, 3], "score": 1}]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
     records = {"records": str(tmp_path / "records.jsonl"), "prompts_per_iteration": 2}
-    kept = {
+    remaining = {
         name: settings[name] for name in ("model", "held_out", "out", "iterations", "eval_steps") if name in settings
     }
-    out = run(kept | objective | records)
+    out = run(remaining | objective | records)
     metrics = rows(out / "metrics.jsonl")
     assert metrics[0]["images"] == 7
     assert metrics[0]["forwards"] == metrics[0]["decodes"] == metrics[0]["rewards"] == 0

@@ -35,8 +35,8 @@ class Twice:
 
 def shown(combination, starts=12, prompts=3):
     paths = sampled(plans.sde(torch.linspace(1, 0, 5), FlowSde()), starts, prompts)
-    seen = score(paths.finals, [Prompt("")] * len(paths.finals), {"twice": Twice()})
-    return paths, judge(paths, seen, (8, 8), combination)
+    observed = score(paths.finals, [Prompt("")] * len(paths.finals), {"twice": Twice()})
+    return paths, judge(paths, observed, (8, 8), combination)
 
 
 WEIGHTS = {"twice.mean": 1.0, "twice.first": 0.5}
@@ -98,8 +98,8 @@ def test_with_normalised_rewards_the_weighted_sum_of_the_raw_ones_is_logged(sett
 def test_the_level_is_in_the_references_units_and_nan_without_a_part():
     parts = {"twice.mean": torch.tensor([0.5, 0.7, torch.nan]), "twice.first": torch.tensor([1.0, 3.0, 1.0])}
     known = {"twice.mean": (0.3, 0.2), "twice.first": (1.0, 4.0)}
-    found = Combination(WEIGHTS, Mrn(), reference=known).level(parts, torch.zeros(3))
-    assert found.tolist() == pytest.approx([1.0, 2.25, torch.nan], nan_ok=True)
+    results = Combination(WEIGHTS, Mrn(), reference=known).level(parts, torch.zeros(3))
+    assert results.tolist() == pytest.approx([1.0, 2.25, torch.nan], nan_ok=True)
     reward = torch.tensor([1.0, 2.0, 3.0])
     assert torch.equal(Combination(WEIGHTS).level(parts, reward), reward)
 
@@ -130,8 +130,8 @@ def test_groups_under_the_floor_are_dead_and_teach_nothing(settings):
 def test_a_ramp_moves_a_weight_over_the_run(settings):
     """Brightness counts at first, file size at the end; the reward is the sum with the weights of its iteration."""
     rewards = {"jpeg_size.kilobytes": {"start": 0, "end": 1}, "image_stats.brightness": {"start": 1, "end": 0}}
-    found = rows(run(settings, rewards=rewards, iterations=3, held_out=None) / "metrics.jsonl")
-    for share, row in zip((0, 0.5, 1), found, strict=True):
+    results = rows(run(settings, rewards=rewards, iterations=3, held_out=None) / "metrics.jsonl")
+    for share, row in zip((0, 0.5, 1), results, strict=True):
         parts = row["part/jpeg_size.kilobytes"], row["part/image_stats.brightness"]
         assert row["reward"] == pytest.approx(share * parts[0] + (1 - share) * parts[1], rel=1e-4)
 
@@ -140,20 +140,20 @@ def test_a_constraint_holds_by_a_multiplier_that_survives_an_interruption(settin
     limit = {"image_stats.brightness": {"bound": 2.0, "rate": 0.5}}  # brightness is at most 1: it can only rise
     changed = dict(at_least=limit, held_out=None, checkpoint_every=1)
     out = run(settings, iterations=3, **changed)
-    found = rows(out / "metrics.jsonl")
+    results = rows(out / "metrics.jsonl")
     key = "image_stats.brightness"
-    assert found[0][f"multiplier/{key}"] == pytest.approx(0.5 * (2 - found[0][f"part/{key}"]))
-    for before, row in pairwise(found):
+    assert results[0][f"multiplier/{key}"] == pytest.approx(0.5 * (2 - results[0][f"part/{key}"]))
+    for before, row in pairwise(results):
         assert row[f"multiplier/{key}"] == pytest.approx(before[f"multiplier/{key}"] + 0.5 * (2 - row[f"part/{key}"]))
         expected = row["part/jpeg_size.kilobytes"] + before[f"multiplier/{key}"] * row[f"part/{key}"]
         assert row["reward"] == pytest.approx(expected, rel=1e-4)
     state = json.loads((out / "checkpoints/000003/state.json").read_text())
-    assert state["multipliers"] == {key: found[-1][f"multiplier/{key}"]}
+    assert state["multipliers"] == {key: results[-1][f"multiplier/{key}"]}
     for later in ("000002", "000003"):
         for file in (out / "checkpoints" / later).iterdir():
             file.unlink()
     run(settings, resume=True, iterations=3, **changed)
-    assert rows(out / "metrics.jsonl")[-1][f"multiplier/{key}"] == found[-1][f"multiplier/{key}"]
+    assert rows(out / "metrics.jsonl")[-1][f"multiplier/{key}"] == results[-1][f"multiplier/{key}"]
 
 
 GATE = {"type": "gate", "by": "jpeg_size.kilobytes"}
@@ -195,10 +195,10 @@ def measured(settings, random_model, prompt_files, tmp_path):
 
 def test_a_reference_is_measured_trained_with_and_bound_to_its_weights(settings, measured):
     record = json.loads(measured.read_text())
-    own = record["components"]["jpeg_size.kilobytes"]
+    item = record["components"]["jpeg_size.kilobytes"]
     out = run(settings, reference=str(measured), iterations=1, held_out=None)
     (row,) = rows(out / "metrics.jsonl")
-    assert row["reward"] == pytest.approx((row["part/jpeg_size.kilobytes"] - own["mean"]) / own["std"], rel=1e-4)
+    assert row["reward"] == pytest.approx((row["part/jpeg_size.kilobytes"] - item["mean"]) / item["std"], rel=1e-4)
     for what, changed in (
         ("jpeg_size", dict(scorers={"jpeg_size": {"quality": 50}})),
         ("image_stats", dict(rewards={"image_stats.brightness": 1.0})),
@@ -208,7 +208,7 @@ def test_a_reference_is_measured_trained_with_and_bound_to_its_weights(settings,
     measured.write_text(json.dumps(record | {"model": "another"}))
     with pytest.raises(BadInput, match="was measured with model another, this run has"):
         setup.open_session(configs.build(settings | {"reference": str(measured)}, "test"))
-    own["std"] = 0.0
+    item["std"] = 0.0
     measured.write_text(json.dumps(record))
     with pytest.raises(BadInput, match="does not vary"):
         setup.open_session(configs.build(settings | {"reference": str(measured)}, "test"))

@@ -24,7 +24,7 @@ def test_walks_drawn_in_parts_are_those_drawn_together():
 
     def drawn(prompts):
         starts = [(p, m) for p in prompts for m in range(2)]
-        noise = torch.stack([gaussian(flow.latent_shape, seed_of(own)) for own in starts])
+        noise = torch.stack([gaussian(flow.latent_shape, seed_of(item)) for item in starts])
 
         def draw(start, *key):
             return gaussian(flow.latent_shape, seed_of(starts[start], *key))

@@ -100,7 +100,7 @@ def test_other_ground_truth_is_scored_again(pictures, tmp_path, one, two):
 
     out = tmp_path / "s.jsonl"
     scored(out, items(one), Level())
-    assert [scored(out, items(own), Level()) for own in (one, two, two)] == [0, 1, 0]
+    assert [scored(out, items(environment), Level()) for environment in (one, two, two)] == [0, 1, 0]
 
 
 def test_a_picture_of_the_ground_truth_that_changed_is_scored_again(pictures, tmp_path):
@@ -256,9 +256,11 @@ main()
 
 def run(*arguments, size: int | None = None, **streams) -> subprocess.CompletedProcess:
     code = ["-c", FULL, str(size)] if size else ["-c", "from mmalign.cli.app import main; main()"]
-    own = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    return subprocess.run([sys.executable, *code, *map(str, arguments)], env=own, text=True, check=False, **streams)
+    return subprocess.run(
+        [sys.executable, *code, *map(str, arguments)], env=environment, text=True, check=False, **streams
+    )
 
 
 def test_a_full_disk_is_one_line_and_what_is_written_stays(pictures, tmp_path):

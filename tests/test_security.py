@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for name in ("mmalign", "reward_models", "scripts") for path in (ROOT / name).rglob("*.py"))
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "input"}  # as bare names; model.eval() and re.compile are others
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-PICKLE_ERRORS = {"pickle.UnpicklingError"}  # told to the user when weights_only refuses a file
+PICKLE_ERRORS = {"pickle.UnpicklingError"}  # reported to the user when weights_only refuses a file
 IMPORTERS = {"reward_models/allowlist.py"}
 
 

@@ -33,7 +33,9 @@ def in_the_locales_encoding(call: ast.Call) -> bool:
     if name in WORDS:
         return True
     owner = getattr(getattr(call.func, "value", None), "id", "")
-    modes = [own.value for own in (*call.args, *(key.value for key in call.keywords)) if isinstance(own, ast.Constant)]
+    modes = [
+        item.value for item in (*call.args, *(key.value for key in call.keywords)) if isinstance(item, ast.Constant)
+    ]
     return (
         name == "open" and owner not in ("Image", "os") and not any("b" in mode for mode in modes if mode is not None)
     )
@@ -97,10 +99,10 @@ def test_tables_of_every_kind_give_the_same_prompts(tmp_path_factory, cells, mar
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "p.parquet")
     for name in (*forms, "p.parquet"):
         read = sources.read(folder / name)
-        assert [(own.text, own.wants, own.id) for own in read] == [
+        assert [(item.text, item.wants, item.id) for item in read] == [
             (r["prompt"], {"tag": r["tag"]}, r["id"]) for r in rows
         ]
-        assert [own.text for own in sources.read(f"{folder / name}:tag")] == [
+        assert [item.text for item in sources.read(f"{folder / name}:tag")] == [
             *dict.fromkeys(t.strip() for _, t in cells)
         ]
 

@@ -117,9 +117,9 @@ def test_the_record_of_a_dense_run(settings, capsys):
 
 def test_a_budget_is_kept_and_said(settings, capsys):
     out = run(settings, **DENSE, max_forwards=75, max_rewards=24)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "credit gain (states all, completion 3, " in said
-    assert "an iteration takes at most 54 + 18 forwards and 24 rewards" in said
+    message = " ".join(capsys.readouterr().out.split())
+    assert "credit gain (states all, completion 3, " in message
+    assert "an iteration takes at most 54 + 18 forwards and 24 rewards" in message
     for row in rows(out / "metrics.jsonl"):
         assert row["forwards"] == 54
         assert row["forwards"] + row["replay_forwards"] <= 75
@@ -129,8 +129,8 @@ def test_a_budget_is_kept_and_said(settings, capsys):
 def test_groups_with_windows_of_their_own_learn_together(settings):
     changed = dict(plan=dict(type="window", steps=(0, 1), children=2, moves="random"), credit="terminal", steps=6)
     metrics = rows(run(settings, **changed) / "metrics.jsonl")
-    seen = {key for row in metrics for key in row if key.startswith("std/")}
-    assert seen == {"std/0", "std/1", "std/2"}
+    observed = {key for row in metrics for key in row if key.startswith("std/")}
+    assert observed == {"std/0", "std/1", "std/2"}
     assert any(sum(key.startswith("std/") for key in row) == 2 for row in metrics)
 
 
@@ -148,7 +148,7 @@ class Brightness:
 
 
 def test_a_scorer_of_ones_own_is_learnt(settings, tmp_path, monkeypatch):
-    """Training moves what it is told to move, in rollouts and on held-out prompts."""
+    """Training raises the reward that it optimises, in rollouts and on held-out prompts."""
     (tmp_path / "own_brightness.py").write_text(BRIGHTNESS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("MMALIGN_ALLOW", "own_brightness")

@@ -31,7 +31,7 @@ def test_deepspeed_or_a_launcher_that_is_missing_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"zero_optimization": {"stage": 3}}, "zero_stage: 3 in"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer_device: cpu"),
@@ -42,18 +42,18 @@ def test_deepspeed_or_a_launcher_that_is_missing_is_told(monkeypatch):
         ({"optimizer": {"type": "Adam"}}, "optimizer in DeepSpeed's settings"),
     ],
 )
-def test_settings_that_would_do_something_else_are_refused(changed, said):
-    with pytest.raises(BadInput, match=f"^{said}"):
+def test_settings_that_would_do_something_else_are_refused(changed, message):
+    with pytest.raises(BadInput, match=f"^{message}"):
         zero._settings(ASKED | changed, [], 2)
 
 
 def test_settings_left_open_are_the_runs():
     adapter = [torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(5))]
-    asked = ASKED | {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True}}
-    found = zero._settings(asked | {"bf16": {"enabled": "auto"}}, adapter, 3)
-    assert found["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 17, "overlap_comm": True}
-    assert (found["train_batch_size"], found["gradient_clipping"], found["bf16"]) == (3, 0.0, {"enabled": False})
-    assert found["gradient_allreduce_op"] == "sum"
+    settings_ = ASKED | {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True}}
+    tensors = zero._settings(settings_ | {"bf16": {"enabled": "auto"}}, adapter, 3)
+    assert tensors["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 17, "overlap_comm": True}
+    assert (tensors["train_batch_size"], tensors["gradient_clipping"], tensors["bf16"]) == (3, 0.0, {"enabled": False})
+    assert tensors["gradient_allreduce_op"] == "sum"
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,10 @@ def two(base, tmp_path_factory):
         "eight": (base | {"out": str(folder / "eight"), "optimizer": "adamw8bit"}, False),
     }
     env = ZERO2 | {"MODEL": base["model"]}
-    found, ended, said, _ = launch(folder, 2, {name: base | own for name, own in LEARNT.items()}, runs, **env)
-    return SimpleNamespace(folder=folder, alone=alone, whole=whole, spoilt=spoilt, found=found, ended=ended, said=said)
+    tensors, ended, message, _ = launch(folder, 2, {name: base | job for name, job in LEARNT.items()}, runs, **env)
+    return SimpleNamespace(
+        folder=folder, alone=alone, whole=whole, spoilt=spoilt, tensors=tensors, ended=ended, message=message
+    )
 
 
 def saved(out, iteration, file):
@@ -124,7 +126,7 @@ def same_checkpoints(one, other, iteration):
 def test_two_learn_what_one_does(base, two, name):
     """Losses, norms of gradients, statistics, matrices; the second with gradients that are clipped."""
     settings = base | LEARNT[name]
-    one, many = ({k: v for k, v in own.items() if "gradient/" not in k} for own in (learn(settings), two.found[name]))
+    one, many = ({k: v for k, v in job.items() if "gradient/" not in k} for job in (learn(settings), two.found[name]))
     assert {"row/0/loss", "row/2/grad_norm"} < set(one)
     alike(one, many)
 
@@ -133,7 +135,7 @@ def test_two_learn_what_one_does(base, two, name):
 def test_checkpoints_are_those_of_one_process_and_go_on_in_either(two):
     """A matrix that has had no gradient has no moments in one process, and zeros here."""
     for name in ("whole", "resumed"):
-        assert [own[name][0] for own in two.ended] == ["done", "done"]
+        assert [job[name][0] for job in two.ended] == ["done", "done"]
         same_runs(two, name)
     shutil.rmtree(two.folder / "whole/checkpoints/000004")
     run(two.whole, True, out=str(two.folder / "whole"))
@@ -150,7 +152,7 @@ def same_runs(two, name):
 @pytest.mark.slow
 def test_a_step_that_is_not_finite_is_left_out(base, two, monkeypatch):
     """In one process's share alone; nothing moves in that iteration, and the next goes on as in one process."""
-    assert [own["spoilt"][0] for own in two.ended] == ["done", "done"]
+    assert [job["spoilt"][0] for job in two.ended] == ["done", "done"]
     out = two.folder / "spoilt"
     assert [row["skipped"] for row in rows(out / "metrics.jsonl")] == [0, 1, 0, 0]
     for file in ("adapter", "ema", "optimizer"):
@@ -165,13 +167,13 @@ def test_a_step_that_is_not_finite_is_left_out(base, two, monkeypatch):
 
 @pytest.mark.slow
 def test_what_deepspeed_cannot_do_is_refused(two):
-    assert all(own["eight"][0] == "BadInput: optimizer: adamw8bit does not go with DeepSpeed" for own in two.ended)
+    assert all(job["eight"][0] == "BadInput: optimizer: adamw8bit does not go with DeepSpeed" for job in two.ended)
 
 
 @pytest.mark.slow
 def test_what_breaks_one_replay_ends_both_with_the_reason(two):
     """Without a sum of gradients that the other would wait in."""
-    first, second = (own["broken"] for own in two.ended)
+    first, second = (job["broken"] for job in two.ended)
     assert second[0] == "ArithmeticError: the replay broke"
     assert first[0] == "Lost: rank 1 failed: ArithmeticError: the replay broke"
     assert max(first[1], second[1]) < 20

@@ -77,7 +77,7 @@ def _float(loader: _Loader, node: yaml.Node) -> float:
 
 
 def _word(loader: _Loader, node: yaml.Node, kind: str) -> str:
-    """The text of a node that is said to be of a kind, by the word itself or by a tag before it."""
+    """The text of a node that is of a kind, by the word itself or by a tag before it."""
     word = loader.construct_scalar(node)
     pattern = next(pattern for name, pattern, _ in SCHEMA if name == kind)
     if not re.fullmatch(pattern, word):

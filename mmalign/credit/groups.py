@@ -69,7 +69,7 @@ class Credit:
         """ValueError where the plan gives it nothing to compare."""
 
     def thinner(self, plan: Plan | None, steps: int) -> Iterator["Credit"]:
-        """Itself and cheaper credits of its kind, the most expensive first, for a budget; `plan` is None if it moves."""
+        """Itself and cheaper credits of its kind for a budget, the most expensive first; `plan` is None if it moves."""
         return iter([self])
 
     def statistics(self, tree: Tree, judged: Judgement) -> dict[str, float]:

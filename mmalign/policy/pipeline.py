@@ -90,7 +90,7 @@ class PipelinePolicy(Family):
 
     @property
     def device(self) -> torch.device:
-        return next(self.pipe.transformer.parameters()).device  # diffusers' own `device` walks all modules for hooks
+        return next(self.pipe.transformer.parameters()).device  # the `device` of diffusers visits all modules for hooks
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:

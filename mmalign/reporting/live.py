@@ -29,7 +29,7 @@ try:
 except ModuleNotFoundError as error:
     raise ValueError(f"serving a page needs {error.name}: pip install 'mmalign[serve]'") from error
 
-WATCHED = ("config.yaml", *folder.RECORDS)  # files that change while a run is going on
+WATCHED = ("config.yaml", *folder.RECORDS)  # files that change during a run
 PATIENCE = 60  # seconds without a write after which a run may be called stale
 
 

@@ -146,11 +146,11 @@ def plot(path: Path, record: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = files.parsed(files.text(record))
-    rows, t = found["rounds"], found["times"][:-2]
+    result = files.parsed(files.text(record))
+    rows, t = result["rounds"], result["times"][:-2]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     left.plot(t, rows[0]["noise"][:-1], "o--", color="#888", label="start")
-    left.plot(t, found["noise"][:-1], "o-", color="#2a6fb0", label="calibrated")
+    left.plot(t, result["noise"][:-1], "o-", color="#2a6fb0", label="calibrated")
     quarter = max(1, len(rows) // 4)
     for name, part, style in (("first", rows[:quarter], "o--"), ("last", rows[-quarter:], "o-")):
         better, worse = (torch.tensor([row[side] for row in part]).sum(0)[:-1] for side in ("better", "worse"))

@@ -1,4 +1,4 @@
-"""Equal rewards teach nothing, at any scale and in groups of any size; different ones do."""
+"""Equal rewards carry no gradient, at any scale and in groups of any size; different ones do."""
 
 import pytest
 import torch

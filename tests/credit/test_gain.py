@@ -39,8 +39,8 @@ def test_gains_add_up_to_the_reward_less_the_value_of_the_start(length, states):
     paths = dense(length=length, states=states)
     report = judged(paths)
     starts = sorted(states)
-    own = gains(paths.tree, report)[:, starts]  # one per stretch
-    assert torch.allclose(own.sum(1), report.reward[:, -1] - report.reward[:, 0], atol=1e-5)
+    item = gains(paths.tree, report)[:, starts]  # one per stretch
+    assert torch.allclose(item.sum(1), report.reward[:, -1] - report.reward[:, 0], atol=1e-5)
 
 
 def test_each_value_is_the_reward_of_the_state_completed_alone():
@@ -105,8 +105,8 @@ def test_advantages_are_normalised_at_each_step_or_over_the_sampled():
     assert torch.allclose(step.mean(1), torch.zeros(2, T - 1), atol=1e-5)
     assert torch.allclose(step.std(1, correction=0), torch.ones(2, T - 1), atol=1e-4)
     joint = Gain(compare="trajectory")(paths.tree, report)[:, : T - 1, 0, 0].reshape(2, 8 * (T - 1))
-    own = gains(paths.tree, report)[:, : T - 1].reshape(2, 8 * (T - 1))
-    assert torch.allclose(joint, (own - own.mean(1, True)) / own.std(1, correction=0, keepdim=True), atol=1e-4)
+    item = gains(paths.tree, report)[:, : T - 1].reshape(2, 8 * (T - 1))
+    assert torch.allclose(joint, (item - item.mean(1, True)) / item.std(1, correction=0, keepdim=True), atol=1e-4)
     assert Gain()(paths.tree, report)[:, -1].eq(0).all()  # the last step is deterministic
 
 
@@ -127,10 +127,10 @@ def test_control_subtracts_its_share(control):
     report = judged(paths)
     before, after = values(paths.tree, report)
     expected = (after - control * before)[:, : T - 1].view(2, 8, T - 1)
-    found = Gain(control=control)(paths.tree, report, Units("none"))[:, : T - 1, 0, 0].reshape(2, 8, T - 1)
-    assert torch.allclose(found, expected - expected.mean(1, keepdim=True), atol=1e-5)
+    result = Gain(control=control)(paths.tree, report, Units("none"))[:, : T - 1, 0, 0].reshape(2, 8, T - 1)
+    assert torch.allclose(result, expected - expected.mean(1, keepdim=True), atol=1e-5)
     fit = Gain(control="fit")(paths.tree, report, Units("none"))[:, : T - 1, 0, 0].reshape(2, 8, T - 1)
-    assert (fit.square().sum((0, 1)) <= found.square().sum((0, 1)) + 1e-5).all()  # no share does better at any step
+    assert (fit.square().sum((0, 1)) <= result.square().sum((0, 1)) + 1e-5).all()  # no share does better at any step
 
 
 def test_a_floor_keeps_small_spreads_small():
@@ -173,12 +173,12 @@ def test_balance_of_signs_by_hand():
     table[:, 1], table[:, 2] = 1.0, torch.tensor([2.0, 2.0, 0.0, 1.0])
     table[:, 3] = table[:, 2] - 1
     table[:, -1] = 0.0
-    found = balance(paths.tree, Judgement(table, {}))
-    assert found["gain/1"] == 0.25
-    assert found["balance/1"] == 0.25
-    assert found["balance/2"] == -1
-    assert found["gain_std/2"] == 0
-    assert set(found) == {f"{name}/{k}" for name in ("gain", "gain_std", "balance") for k in (1, 2)}
+    result = balance(paths.tree, Judgement(table, {}))
+    assert result["gain/1"] == 0.25
+    assert result["balance/1"] == 0.25
+    assert result["balance/2"] == -1
+    assert result["gain_std/2"] == 0
+    assert set(result) == {f"{name}/{k}" for name in ("gain", "gain_std", "balance") for k in (1, 2)}
 
 
 def test_unknown_comparisons_are_named():

@@ -72,9 +72,9 @@ def test_a_place_without_an_opinion_has_the_whole_images_advantage(name):
     report.regions[:, 0, 1] = torch.nan
     report.regions[1] = torch.nan
     tree, credit = paths.tree, CREDIT[name]
-    found, whole = regional(tree, report, credit, 1.0, 1.0), credit(tree, report)
-    torch.testing.assert_close(found[:, :, 0, 1], whole[:, :, 0, 0])
-    assert not found.isnan().any()
+    result, whole = regional(tree, report, credit, 1.0, 1.0), credit(tree, report)
+    torch.testing.assert_close(result[:, :, 0, 1], whole[:, :, 0, 0])
+    assert not result.isnan().any()
     alone = regional(tree, report, credit, 0.0, 1.0)
     assert alone[:, :, 0, 1].eq(0).all()
     assert alone.ne(0).any()
@@ -83,8 +83,8 @@ def test_a_place_without_an_opinion_has_the_whole_images_advantage(name):
 def test_places_are_compared_over_the_whole_group_wherever_they_lie():
     values = torch.tensor([[[1.0, 3.0]], [[torch.nan, 5.0]], [[7.0, 7.0]]])
     group = torch.tensor([4, 4, 9])
-    found = normalise(values, group, Units("none"))
-    assert found.tolist() == [[[-2, 0]], [[0, 2]], [[0, 0]]]
+    result = normalise(values, group, Units("none"))
+    assert result.tolist() == [[[-2, 0]], [[0, 2]], [[0, 0]]]
 
 
 def test_maps_gain_step_by_step_what_they_gain_in_all():
@@ -92,10 +92,10 @@ def test_maps_gain_step_by_step_what_they_gain_in_all():
     tree, value = paths.tree, torch.stack([paths.finals[:, 0], paths.finals[:, 1]]).mean(0)
     value[0, 0, 0] = torch.nan  # the completion of one state has no opinion there: 0 beside the others'
     report = Judgement(tree.at_states(value.mean((1, 2))), {}, value)
-    found = maps(tree, report)
-    assert not found.isnan().any()
-    credit = Gain()(tree, replace(report, reward=found), Units("none", clip=1e9))
-    gained = found[:, 1:] - found[:, :-1]
+    result = maps(tree, report)
+    assert not result.isnan().any()
+    credit = Gain()(tree, replace(report, reward=result), Units("none", clip=1e9))
+    gained = result[:, 1:] - result[:, :-1]
     stochastic = tree.std > 0
     for k in range(tree.steps):
         rows = stochastic[:, k]

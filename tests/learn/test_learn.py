@@ -178,23 +178,23 @@ def test_over_equal_credit_a_map_of_one_value_is_the_whole_image_at_any_ratio(lo
     expected = surrogate(loss, values, advantage, 0.05, values.abs())
     for grid in ((2, 2), (4, 4)):
         place = advantage.expand(6, *grid)
-        found = surrogate(loss, by_credit(values, place), place, 0.05, by_credit(values.abs(), place))
-        torch.testing.assert_close(found, expected)
+        result = surrogate(loss, by_credit(values, place), place, 0.05, by_credit(values.abs(), place))
+        torch.testing.assert_close(result, expected)
         assert not torch.allclose(surrogate(loss, values, place, 0.05, values.abs())[0], expected[0], atol=1e-4)
 
 
 def test_the_ratio_of_a_region_is_the_geometric_mean_of_its_cells():
     values = torch.arange(16.0).view(1, 4, 4)
     advantage = torch.tensor([[[1.0, 0.3], [1.0, 0.0]]])
-    found = by_credit(values, advantage)
+    result = by_credit(values, advantage)
     for rows, columns, place in (
         (slice(4), slice(2), 1.0),
         (slice(2), slice(2, 4), 0.3),
         (slice(2, 4), slice(2, 4), 0),
     ):
-        assert (found[0, rows, columns] == values[0, rows, columns].mean()).all(), place
+        assert (result[0, rows, columns] == values[0, rows, columns].mean()).all(), place
     two = by_credit(torch.cat([values, values + 7]), advantage.expand(2, -1, -1))  # rows keep to themselves
-    torch.testing.assert_close(two, torch.cat([found, found + 7]))
+    torch.testing.assert_close(two, torch.cat([result, result + 7]))
 
 
 def test_a_whole_update_over_equal_credit():

@@ -45,8 +45,8 @@ def test_a_region_compares_where_both_images_have_it_and_differ():
 
 def test_best_goes_with_worst_and_pairs_without_a_term_are_left_out():
     marks = whole([1.0, -1.0, 1.0, 1.0, 1.0])
-    found = rgdpo.matched(torch.tensor([0, 0, 0, 0, 7]), torch.tensor([3.0, 0.0, 1.0, 2.0, 9.0]), marks)
-    assert found.tolist() == [[0, 1]]  # 3 and 2 are right both; 4 is alone with its prompt
+    result = rgdpo.matched(torch.tensor([0, 0, 0, 0, 7]), torch.tensor([3.0, 0.0, 1.0, 2.0, 9.0]), marks)
+    assert result.tolist() == [[0, 1]]  # 3 and 2 are right both; 4 is alone with its prompt
 
 
 def test_an_image_with_right_and_wrong_regions_is_enough():
@@ -69,22 +69,22 @@ def test_at_the_reference_every_term_is_log_two():
         marks = Marks(share, torch.tensor(credit), named(torch.tensor(credit)))
         batch = rgdpo.pairs(flow, finished(x, marks), 3, torch.Generator().manual_seed(0))
         assert len(batch) == 3
-        found, _ = Rgdpo(3, 50.0, 0.5).replay(flow, flow.encode(["0.0"]), batch)
-        torch.testing.assert_close(found, torch.full((3,), expected))
+        result, _ = Rgdpo(3, 50.0, 0.5).replay(flow, flow.encode(["0.0"]), batch)
+        torch.testing.assert_close(result, torch.full((3,), expected))
 
 
 def test_one_region_that_is_the_whole_image_is_dpo_of_flow_errors():
     flow = moved(GaussianFlow())
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     batch = rgdpo.pairs(flow, finished(x, whole([1.0, -1.0])), 5, torch.Generator().manual_seed(1))
-    found, statistics = Rgdpo(5, 7.0, 1.0).replay(flow, flow.encode(["0.0"]), batch)
+    result, statistics = Rgdpo(5, 7.0, 1.0).replay(flow, flow.encode(["0.0"]), batch)
     drop = []
     for side in (0, 1):
         shown = (batch.x[:, side], batch.noise, batch.t, flow.encode(["0.0"]), batch.index)
         with flow.reference():
             before = error(flow, *shown)
         drop.append((error(flow, *shown) - before).mean((1, 2)))
-    torch.testing.assert_close(found, -F.logsigmoid(-7.0 * (drop[0] - drop[1])))
+    torch.testing.assert_close(result, -F.logsigmoid(-7.0 * (drop[0] - drop[1])))
     assert torch.equal(statistics["agrees"], (drop[0] < drop[1]).float())
 
 

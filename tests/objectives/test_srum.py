@@ -33,9 +33,9 @@ def learn(flow, optimizer, batch, replay):
 
 def test_the_whole_images_score_gates_and_never_turns_a_place_round():
     places = torch.tensor([[[1.0, nan], [-1.0, 0.5]]]).expand(3, 2, 2)
-    found = srum.weights(finished(torch.zeros(3, 1, 2, 2), torch.tensor([-1.0, 0.0, 3.0]), places), -1, 1)
+    result = srum.weights(finished(torch.zeros(3, 1, 2, 2), torch.tensor([-1.0, 0.0, 3.0]), places), -1, 1)
     expected = torch.tensor([[1.0, 0.0], [-1.0, 0.5]])
-    torch.testing.assert_close(found, torch.stack([0 * expected, 0.5 * expected, expected]))
+    torch.testing.assert_close(result, torch.stack([0 * expected, 0.5 * expected, expected]))
     shaded = srum.weights(finished(torch.zeros(1, 1, 2, 2), torch.ones(1), places[:1]), 0, 1, background=0.5)
     assert shaded[0, 0, 1] == 0.5
 
@@ -66,10 +66,10 @@ def test_a_map_of_one_value_is_the_whole_image():
 def test_nothing_is_gained_without_bound(weights, err, margin):
     """However bad a place is and however large its error, the loss is not below 0, and past the margin it is flat."""
     weight = torch.tensor(weights).view(1, 2, 2)
-    found = torch.full((1, 2, 2), err, requires_grad=True)
-    value = srum.loss(found, weight, 0.0, margin)
+    result = torch.full((1, 2, 2), err, requires_grad=True)
+    value = srum.loss(result, weight, 0.0, margin)
     assert value.item() >= 0
-    (slope,) = torch.autograd.grad(value.sum(), found)
+    (slope,) = torch.autograd.grad(value.sum(), result)
     bad = weight < 0
     if err > margin:
         assert slope[bad].eq(0).all()
@@ -78,11 +78,11 @@ def test_nothing_is_gained_without_bound(weights, err, margin):
 
 
 def test_times_follow_the_schedule_one_in_each_stretch():
-    found = matching.times(GaussianFlow(), 4, 500, torch.Generator().manual_seed(0))
-    assert found.shape == (500, 4)
-    stretch = ((1 - found) * 4).floor().clamp(max=3)
+    result = matching.times(GaussianFlow(), 4, 500, torch.Generator().manual_seed(0))
+    assert result.shape == (500, 4)
+    stretch = ((1 - result) * 4).floor().clamp(max=3)
     assert torch.equal(stretch, torch.arange(4.0).expand(500, 4))
-    torch.testing.assert_close(found.mean(0), torch.tensor([7, 5, 3, 1]) / 8, atol=0.02, rtol=0)
+    torch.testing.assert_close(result.mean(0), torch.tensor([7, 5, 3, 1]) / 8, atol=0.02, rtol=0)
 
 
 def test_the_error_is_least_at_the_flows_own_data():

@@ -1,4 +1,4 @@
-"""A stranger's pipeline runs nothing; a damaged one, or one with weights of another model, is told in one line."""
+"""A stranger's pipeline runs nothing; a damaged one, or one with weights of another model, is reported in one line."""
 
 import json
 import math
@@ -121,7 +121,7 @@ def test_a_text_encoder_that_is_not_finite_is_refused(copy):
 
 
 def test_a_text_encoder_of_another_width_is_refused(copy, tmp_path):
-    """Each part is whole; they do not fit each other."""
+    """Each part is complete; they do not fit each other."""
     folder, other = copy("Stable Diffusion 3"), copy("FLUX.1-dev", "other")
     shutil.rmtree(folder / "text_encoder_2")
     shutil.copytree(other / "text_encoder_2", folder / "text_encoder_2")

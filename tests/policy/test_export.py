@@ -145,9 +145,9 @@ def test_the_comfyui_file_has_two_matrices_and_an_alpha_for_each_layer(folders, 
 @pytest.mark.parametrize("form", exports.FORMATS)
 def test_the_header_says_what_a_file_is_of(small, form, tmp_path):
     path = small.export(tmp_path, form, {"iteration": "7", "config": json.dumps({"seed": 3})})
-    said = {key: value for key, value in header(exports.tensor_files(path)[0]).items() if key.startswith("mmalign.")}
-    assert len(said.pop("mmalign.weights_hash")) == 16
-    assert said == {
+    message = {key: value for key, value in header(exports.tensor_files(path)[0]).items() if key.startswith("mmalign.")}
+    assert len(message.pop("mmalign.weights_hash")) == 16
+    assert message == {
         "mmalign.base_hash": small.fingerprint(), "mmalign.pipeline": "StableDiffusion3Pipeline",
         "mmalign.family": "SD3Policy", "mmalign.rank": "4", "mmalign.alpha": "4", "mmalign.guidance": "1.0",
         "mmalign.size": "[32, 32]", "mmalign.iteration": "7", "mmalign.config": '{"seed": 3}',
@@ -181,8 +181,8 @@ def test_half_precision_is_written_and_read_back_with_guidance(folders, form, tm
     policy = moved(policies.load(folders("Z-Image"), dtype="bfloat16", guidance=4.0, size=(32, 32)))
     path = policy.export(tmp_path, form)
     policy.check_export(tmp_path, form)
-    kept = {value.dtype for value in load_file(exports.tensor_files(path)[0]).values()}
-    assert kept == {torch.bfloat16 if form == "merged" else torch.float32}
+    remaining = {value.dtype for value in load_file(exports.tensor_files(path)[0]).values()}
+    assert remaining == {torch.bfloat16 if form == "merged" else torch.float32}
 
 
 @pytest.mark.parametrize("form", exports.FORMATS)
@@ -218,10 +218,10 @@ def test_a_file_of_elsewhere_is_refused(small, tmp_path):
 
 def rewritten(path, change) -> None:
     """The file with other matrices, and a header that claims they were written so."""
-    said, tensors = header(path), load_file(path)
+    message, tensors = header(path), load_file(path)
     change(tensors)
-    said["mmalign.weights_hash"] = fingerprint(tensors, digits=16)
-    save_file(tensors, path, said)
+    message["mmalign.weights_hash"] = fingerprint(tensors, digits=16)
+    save_file(tensors, path, message)
 
 
 LAYER = "transformer.transformer_blocks.0.attn.to_q"

@@ -1,4 +1,4 @@
-"""What is told of a model without weights is what the loaded one says."""
+"""The figures of a model without weights are those of the loaded one."""
 
 import shutil
 from functools import partial

@@ -1,4 +1,4 @@
-"""A scorer with a fault, for runs that must go on without the images it spoils."""
+"""A scorer with a fault, for runs that must continue without the images it spoils."""
 
 import torch
 

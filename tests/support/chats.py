@@ -36,7 +36,7 @@ def picture(request: dict[str, Any]) -> Image.Image:
 
 @contextmanager
 def chatting(answer: Callable[[dict[str, Any]], Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The address of a server whose `answer` is told each request: a body with status 200, or (status, headers, body),
+    """The address of a server whose `answer` gets each request: a body with status 200, or (status, headers, body),
     or CUT or HANG; and the requests so far."""
     requests: list[dict[str, Any]] = []
     ended = threading.Event()

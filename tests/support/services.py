@@ -3,7 +3,7 @@ process of its own, and a server that lies.
 
     python services.py '{"scorers": ["jpeg_size"], "seconds": 0.2, "token": "t", "grace": 5}'
 
-runs one on a free port until it is told to stop.
+runs one on a free port until it is stopped.
 """
 
 import base64
@@ -54,7 +54,7 @@ def encoded(image: torch.Tensor, format: str = "PNG") -> str:
 
 
 def ask(images: Sequence[torch.Tensor | str], prompts: Sequence[Prompt] | None = None, **more: Any) -> dict[str, Any]:
-    """The body of a request; a string stands for an image as it is sent."""
+    """The body of a request; a string stands for an encoded image."""
     prompts = prompts or [Prompt("", {}, i) for i in range(len(images))]
     return {
         "images": [image if isinstance(image, str) else encoded(image) for image in images],

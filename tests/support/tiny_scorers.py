@@ -213,7 +213,7 @@ def grounded(folder: Path) -> dict:
 REPLY = '{"reason": "so it is", "score": 0.5, "regions": [{"box": [0, 0, 20, 10], "score": -0.25, "label": "1 it"}]}'
 
 
-SAID = {  # what judges are told by a model that knows one reply
+SAID = {  # the reply of a model that knows only one
     "places": REPLY,
     "rational": '{"faithfulness": {"score": 3}, "quality": {"score": 2}, "text": 4, "refined_request": "a better one"}',
     "checklist": '{"verdicts": [{"id": 1, "answer": true, "box": [0, 0, 20, 10]}]}',
