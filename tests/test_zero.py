@@ -151,7 +151,7 @@ def same_runs(two, name):
 
 @pytest.mark.slow
 def test_a_step_that_is_not_finite_is_left_out(base, two, monkeypatch):
-    """In one process's share alone; nothing moves in that iteration, and the next goes on as in one process."""
+    """In one process's share alone; nothing moves in that iteration, and the next continues as in one process."""
     assert [job["spoilt"][0] for job in two.ended] == ["done", "done"]
     out = two.folder / "spoilt"
     assert [row["skipped"] for row in rows(out / "metrics.jsonl")] == [0, 1, 0, 0]

@@ -14,6 +14,7 @@ from rich.progress import track
 from mmalign.errors import Failed
 
 console = Console(markup=False)  # names and texts from files are printed literally
+LONGEST = 2000  # characters of the line that ends a command
 
 
 def print_lines(*lines: RenderableType) -> None:
@@ -44,9 +45,10 @@ def warn_cut(texts: Iterable[str], *models: Any) -> None:
 
 
 def complain(text: str) -> None:
-    """The line that ends a command, where standard error can be written."""
+    """The line that ends a command, where standard error can be written; of a very long one, both ends."""
+    short = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
     with suppress(OSError):
-        warn(text)
+        warn(short)
 
 
 def printable(text: str) -> str:

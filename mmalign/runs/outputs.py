@@ -15,8 +15,8 @@ def make_folder(folder: Path) -> None:
 
 
 def check_file(file: Path | None, option: str, ours: Callable[[str], bool] = lambda text: False) -> None:
-    """Make the folder of a file that will be written; None stands for none. BadInput where the folder cannot be made, or
-    where a file is there whose text is not `ours` and would be lost."""
+    """Make the folder of a file that will be written; None stands for none. BadInput where the folder cannot be made,
+    or where a file is there whose text is not `ours` and would be lost."""
     if file is None:
         return
     make_folder(file.parent)
