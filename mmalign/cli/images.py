@@ -29,7 +29,7 @@ from mmalign.cli.options import (
 )  # fmt: skip
 from mmalign.config.checks import component
 from mmalign.errors import BadInput, Failed, refusing
-from mmalign.evaluation.layouts import Layout
+from mmalign.evaluation import Layout
 from mmalign.runs.inference import load_policy
 from mmalign.runs.outputs import check_file, has_rows, make_folder
 from reward_models import RewardModel

@@ -1,0 +1,5 @@
+"""Held-out evaluation, best of N, and what benchmarks expect of both."""
+
+from typing import Literal
+
+Layout = Literal["mmalign", "geneval", "t2i_compbench"]  # of the folder that an evaluation writes

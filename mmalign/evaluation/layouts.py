@@ -4,15 +4,14 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from torchvision.utils import save_image
 
 from mmalign.errors import BadInput
+from mmalign.evaluation import Layout
 from mmalign.evaluation.evaluate import Evaluation
 from reward_models import Prompt, files
 
-Layout = Literal["mmalign", "geneval", "t2i_compbench"]
 NAMES: dict[Layout, str] = {  # of an image: `row` counts the prompts, `member` a prompt's images, `image` all of them
     "mmalign": "{prompt.id:05d}-{member}.png",
     "geneval": "{row:05d}/samples/{member:04d}.png",
