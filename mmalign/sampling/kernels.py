@@ -3,8 +3,9 @@
 Add one: a frozen dataclass with `noise` and `step`, and its name in `KERNELS`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Le
 from jaxtyping import Float
@@ -19,6 +20,17 @@ Share = Annotated[float, Gt(0), Le(1)] | tuple[Annotated[float, Ge(0), Le(1)], .
 
 
 @dataclass(frozen=True)
+class Plain:
+    """A kernel whose step needs no bound near t = 1: `transition` is the function."""
+
+    noise: Noise = 0.7
+    transition: ClassVar[Callable[..., Step]]
+
+    def step(self, x: Latents, v: Latents, t: Scalars, s: Scalars, noise: Scalars, t_max: float) -> Step:
+        return self.transition(x, v, t, s, noise)
+
+
+@dataclass(frozen=True)
 class FlowSde:
     """Flow-GRPO (arXiv 2505.05470); `noise` is its a."""
 
@@ -29,48 +41,34 @@ class FlowSde:
         return kernels.flow_sde(x, v, t, s, noise, t_max)
 
 
-@dataclass(frozen=True)
-class DanceSde:
+class DanceSde(Plain):
     """DanceGRPO (arXiv 2505.07818); `noise` is its eta."""
 
-    noise: Noise = 0.7
-    type = "dance_sde"
-
-    def step(self, x: Latents, v: Latents, t: Scalars, s: Scalars, noise: Scalars, t_max: float) -> Step:
-        return kernels.dance_sde(x, v, t, s, noise)
+    type, transition = "dance_sde", staticmethod(kernels.dance_sde)
 
 
 @dataclass(frozen=True)
-class Cps:
+class Cps(Plain):
     """Flow-CPS (arXiv 2509.05952); `noise` is its eta."""
 
     noise: Share = 0.7
-    type = "cps"
-
-    def step(self, x: Latents, v: Latents, t: Scalars, s: Scalars, noise: Scalars, t_max: float) -> Step:
-        return kernels.cps(x, v, t, s, noise)
+    type, transition = "cps", staticmethod(kernels.cps)
 
 
 @dataclass(frozen=True)
-class Ddim:
+class Ddim(Plain):
     """Stochastic DDIM (DiffusionNFT, arXiv 2509.16117, appendix); `noise` is its eta."""
 
     noise: Share = 0.7
-    type = "ddim"
-
-    def step(self, x: Latents, v: Latents, t: Scalars, s: Scalars, noise: Scalars, t_max: float) -> Step:
-        return kernels.ddim(x, v, t, s, noise)
+    type, transition = "ddim", staticmethod(kernels.ddim)
 
 
 @dataclass(frozen=True)
-class Scheduled:
+class Scheduled(Plain):
     """A free noise level `noise` = g, mostly one for each step, or the file in which `mmalign calibrate` wrote them."""
 
     noise: Noise | str = 0.7
-    type = "scheduled"
-
-    def step(self, x: Latents, v: Latents, t: Scalars, s: Scalars, noise: Scalars, t_max: float) -> Step:
-        return kernels.scheduled(x, v, t, s, noise)
+    type, transition = "scheduled", staticmethod(kernels.scheduled)
 
 
 KERNELS = (FlowSde, DanceSde, Cps, Ddim, Scheduled)
