@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import config_page
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -42,3 +43,7 @@ def test_the_readme_lists_every_module_and_package():
         for path in (ROOT / root).glob("*/*.py")
     }
     assert sorted(name for name in modules | packages if "__" not in name and name not in listed) == []
+
+
+def test_the_page_of_settings_is_that_of_the_code():
+    assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == config_page.page()

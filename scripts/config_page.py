@@ -1,0 +1,65 @@
+"""Write docs/config.md, the settings of a config, from the schema and the tables of methods.
+
+python scripts/config_page.py
+"""
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+from pydantic_core import PydanticUndefined
+
+from mmalign.config.schema import Config
+from mmalign.credit import CREDITS
+from mmalign.learn.loss import LOSSES
+from mmalign.objectives import OBJECTIVES
+from mmalign.objectives.advantage import Advantage
+from mmalign.objectives.masks import MASKS
+from mmalign.rewards.combination import COMBINATIONS
+from mmalign.sampling.kernels import KERNELS
+from mmalign.sampling.plans import PLANS
+
+PAGE = Path(__file__).parents[1] / "docs" / "config.md"
+TABLES = {
+    "plan": PLANS, "kernel": KERNELS, "objective": OBJECTIVES, "credit": CREDITS, "loss": LOSSES,
+    "combine": COMBINATIONS, "mask": MASKS,
+}  # fmt: skip
+HEAD = """# The settings of a config
+
+A config is one flat YAML 1.2 file; every setting has a default. This page is made by `python scripts/config_page.py`.
+Methods have settings of their own: `credit: gain` is a method with its defaults, `credit: {type: gain, control: fit}`
+changes one, and `credit.control=fit` on the command line does so for one run. `type` may be `my_module:MyCredit`
+with `--allow my_module`.
+
+"""
+
+
+def shown(value: object) -> str:
+    """A default as a file has it."""
+    if dataclasses.is_dataclass(value):
+        return getattr(value, "type", "see below")
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def settings(kind: type) -> str:
+    """The fields of a method with their defaults, and what its docstring says of them."""
+    fields = ", ".join(f"`{field.name}: {shown(field.default)}`" for field in dataclasses.fields(kind)) or "no settings"
+    return f"{fields}. {' '.join(inspect.getdoc(kind).split())}"
+
+
+def page() -> str:
+    lines = [HEAD + "## All settings", "", "| setting | default | |", "|---|---|---|"]
+    for name, field in Config.model_fields.items():
+        default = field.get_default()
+        text = "by the objective" if default is PydanticUndefined or field.default_factory else shown(default)
+        lines.append(f"| `{name}` | {text} | {(field.description or '').replace('|', '/')} |")
+    for key, table in TABLES.items():
+        lines += ["", f"## `{key}`", ""]
+        lines += [f"- **`{kind.type}`**: {settings(kind)}" for kind in table]
+    return "\n".join([*lines, "", "## `advantage`", "", settings(Advantage), ""])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
