@@ -38,6 +38,8 @@ def shown(value: object) -> str:
     """A default as a file has it."""
     if dataclasses.is_dataclass(value):
         return getattr(value, "type", "see below")
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {shown(item)}' for key, item in value.items())}}}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(shown, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

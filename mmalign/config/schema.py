@@ -57,7 +57,7 @@ class Config(BaseModel):
     rewards: dict[str, float | Ramp] = Field(
         {"shapes.strict": 0.5, "shapes.partial": 0.5},
         description="scorer.component: weight, or {start, end, over: linear or cosine} to move it over the run; "
-        "with records just shown at evaluation",
+        "with records only shown at evaluation",
     )
     combine: one_of(COMBINATIONS, "combination") = Field(
         Sum(), description="how rewards become one: sum, product, gate, mrn, gdpo"
@@ -83,7 +83,7 @@ class Config(BaseModel):
 
     # rollout
     iterations: int = Field(100, ge=1)
-    prompts_per_iteration: int = Field(8, ge=1, description="P")
+    prompts_per_iteration: int = Field(8, ge=1, description="P, of all ranks together")
     seeds: int = Field(1, ge=1, le=10_000, description="S, starting noises per prompt")
     guidance: float = Field(
         1.0, ge=0, description="classifier-free guidance in rollout, replay and evaluation; 1 = none"
@@ -97,7 +97,7 @@ class Config(BaseModel):
         None, ge=1, description="network forwards of one iteration, replay included; the plan is thinned to fit"
     )
     max_rewards: int | None = Field(
-        None, ge=1, description="images scored in one iteration, times reward scorers; same"
+        None, ge=1, description="images scored in one iteration, times reward scorers; the plan is thinned to fit"
     )
     rollout_parts: int = Field(
         1, ge=1, description="sample the prompts in so many parts, each while the one before is scored; for slow judges"
@@ -117,7 +117,7 @@ class Config(BaseModel):
         Grpo(), description="what is learnt from a rollout: grpo (policy gradient), or srum, rgdpo, rft (from images)"
     )
     credit: one_of(CREDITS, "credit", optional=True) = _used(
-        "credit", BranchCredit(), "who is credited: terminal, branch, gain"
+        "credit", BranchCredit(), "how rewards become advantages of steps: terminal, branch, gain"
     )
     loss: one_of(LOSSES, "loss", optional=True) = _used(
         "loss", Clipped(), "clipped (PPO), guard or masked, and its clip"
@@ -171,7 +171,7 @@ class Config(BaseModel):
         None, description="scorer.component whose highest held-out mean keeps its checkpoint; null: the first reward"
     )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="experiment trackers that also receive the metrics, by accelerate"
+        [], description="experiment trackers that also receive the metrics, through accelerate"
     )
     patience: PositiveFloat = Field(1800.0, description="seconds that a rank waits for the others before the run ends")
     max_failed: float = Field(
