@@ -18,6 +18,7 @@ from mmalign.objectives.masks import MASKS
 from mmalign.rewards.combination import COMBINATIONS
 from mmalign.sampling.kernels import KERNELS
 from mmalign.sampling.plans import PLANS
+from reward_models import files
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 TABLES = {
@@ -64,4 +65,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    files.write(PAGE, page())
