@@ -10,6 +10,7 @@ along.
 from collections.abc import Callable
 from functools import partial
 
+from mmalign.credit.terminal import Terminal
 from mmalign.distributed.gather import gather
 from mmalign.errors import NonFinite
 from mmalign.objectives.objective import TrainBatch
@@ -23,6 +24,7 @@ from mmalign.training.snapshots import Snapshot
 from mmalign.types import Judgement
 from reward_models import Prompt
 
+IMAGE = Terminal()  # the credit of objectives that learn from finished images
 Row = dict[str, int | float]
 Show = Callable[[Snapshot], None]
 
@@ -35,7 +37,8 @@ def iterate(run: Session, iteration: int, show: Show | None = None) -> Row:
     learner.set_rate(iteration)
     prompts = run.ranks.local(run.prompts(iteration))
     try:
-        batch, row = (from_records if run.records else from_rollout)(run, prompts, iteration, show)
+        with learner.acting():
+            batch, row = (from_records if run.records else from_rollout)(run, prompts, iteration, show)
     except NonFinite as error:
         learner.skips.leave_out(iteration, error)
         batch, row = None, {"reward": float("nan"), "rewards": 0}
@@ -57,7 +60,7 @@ def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show
     tree, judgement = gather(run.ranks, rollout.tree, local)
     stop_if_failing(unscored(tree, judgement), len(tree.owner), c.max_failed)
     with clock.of("learn"):
-        advantage = c.advantage and c.advantage(tree, judgement, c.credit, c.mask, c.dead_spread)
+        advantage = c.advantage and c.advantage(tree, judgement, c.credit or IMAGE, c.mask, c.dead_spread)
         mine = None if advantage is None else advantage[run.ranks.is_local(tree.prompt)]
         batch = c.objective.batch(run, rollout, local, mine, iteration)
     if show:

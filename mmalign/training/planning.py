@@ -57,9 +57,10 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     starts, halves = c.prompts_per_iteration * c.seeds, 2 if guided else 1
     rows = c.prompts_per_iteration * c.objective.rows(plan, c.seeds)
     passes = c.objective.width * (2 if c.measures_kl else 1)
-    masked = 0 if c.mask is None else c.mask.forwards * rows
+    prepared = c.objective.prepared(c.epochs * c.minibatches) * halves
+    masked = 0 if c.mask is None else c.mask.forwards
     return Cost(
-        starts * forwards * halves + masked, rows * passes * c.epochs * halves, rows, starts * images,
+        starts * forwards * halves + (masked + prepared) * rows, rows * passes * c.epochs * halves, rows, starts * images,
         starts * images * len(c.trained),
     )  # fmt: skip
 

@@ -163,7 +163,8 @@ def _learner(c: Config, policy: Trainable, micro_batch: AdaptiveBatch, ranks: Ra
     if ranks.zero:
         optimizer = ZeroOptimizer(policy.pipe.transformer, optimizer, ranks)
     skips = Skips(c.max_skips, partial(ranks.all_gather_object, what="what is finite"))
-    return Learner(c, policy, optimizer, policy.adapter(), micro_batch, skips, ranks)
+    old = policy.adapter() if c.objective.lag.most else None
+    return Learner(c, policy, optimizer, policy.adapter(), old, micro_batch, skips, ranks)
 
 
 def _check_ranks(c: Config, ranks: Ranks) -> None:
