@@ -1,4 +1,4 @@
-"""Advantage-weighted flow matching with a pull to the old velocity (after AdvantageFlow, arXiv 2605.26013; our reading).
+"""Advantage-weighted flow matching with a pull to the old velocity (our reading of AdvantageFlow, arXiv 2605.26013).
 
     loss = A |v - u|^2 + hold |v - v_old|^2
 

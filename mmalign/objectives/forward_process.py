@@ -20,7 +20,7 @@ from torch import Tensor
 from mmalign.flow.sample import chunks
 from mmalign.learn.loss import Grid, Map, pool
 from mmalign.objectives.flow_matching import noise_like, noised, times
-from mmalign.objectives.objective import Draws, Finished, Lag, OnImages, Run, TrainBatch
+from mmalign.objectives.objective import AT_ONCE, Draws, Finished, Lag, OnImages, Run, TrainBatch
 from mmalign.policy.protocol import Trainable
 from mmalign.types import Latents, Rows
 
@@ -65,7 +65,7 @@ class ForwardProcess(OnImages):
     shared: bool = True
     bound: Annotated[float, Ge(1e-3)] = 5.0
     pull: Annotated[float, Ge(0)] = 0.0
-    lag: Lag = Lag()
+    lag: Lag = AT_ONCE
     uses = frozenset({"advantage", "region"})
     siblings: ClassVar[int] = 2
     fewer = "replay_forwards, transitions: fewer where an image has no score or an advantage is 0"

@@ -46,6 +46,9 @@ class Lag:
         return min(self.most, self.rate * max(0, iteration + 1 - self.flat))
 
 
+AT_ONCE = Lag()
+
+
 @dataclass(frozen=True)
 class Finished(Rows):
     """`N` finished images, whoever made them: clean latents, the row of each one's prompt, its reward, and with a
@@ -84,8 +87,8 @@ class Objective:
 
     `uses`: the optional settings of a config that act with it, among credit, loss, advantage, mask, max_kl, region and
     records. `needs`: those of them that it cannot do without. `stochastic`: whether it trains on stochastic steps.
-    `siblings`: the fewest images of a prompt. `lag`: how the policy that draws the images follows. `width`: latents of one row in a forward; `reference`: whether the model
-    without adapter is evaluated beside it.
+    `siblings`: the fewest images of a prompt. `lag`: how the policy that draws the images follows. `width`: latents of
+    one row in a forward; `reference`: whether the model without adapter is evaluated beside it.
     """
 
     uses: ClassVar[frozenset[str]] = frozenset()
@@ -94,7 +97,7 @@ class Objective:
     siblings: ClassVar[int] = 1
     width: ClassVar[int] = 1
     reference: bool = False
-    lag: Lag = Lag()
+    lag: Lag = AT_ONCE
     fewer: str | None = None  # where it replays fewer rows than `rows` says, for an estimate
 
     def rows(self, plan: Plan, seeds: int) -> int:
@@ -163,4 +166,6 @@ def finished(paths: Trajectories, judged: Judgement, advantage: Float[Tensor, "N
 def joined(parts: Sequence[Rows]) -> Rows:
     """The rows of records of one kind, one under the other."""
     columns = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
-    return type(parts[0])(**{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()})
+    return type(parts[0])(
+        **{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()}
+    )

@@ -23,9 +23,9 @@ from mmalign.training.microbatch import AdaptiveBatch
 
 @dataclass(frozen=True)
 class Learner:
-    """Steps the adapter of `policy`, on all ranks. `ema` is the averaged adapter by name, `old` that of the policy which
-    draws the images, where it lags behind; `micro_batch` the rows of one forward and backward, `skips` the optimiser
-    steps left out."""
+    """Steps the adapter of `policy`, on all ranks. `ema` is the averaged adapter by name, `old` that of the policy
+    which draws the images, where it lags behind; `micro_batch` the rows of one forward and backward, `skips` the
+    optimiser steps left out."""
 
     config: Config
     policy: Trainable

@@ -58,9 +58,9 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     rows = c.prompts_per_iteration * c.objective.rows(plan, c.seeds)
     passes = c.objective.width * (2 if c.measures_kl else 1)
     prepared = c.objective.prepared(c.epochs * c.minibatches) * halves
-    masked = 0 if c.mask is None else c.mask.forwards
+    before = prepared + (0 if c.mask is None else c.mask.forwards)
     return Cost(
-        starts * forwards * halves + (masked + prepared) * rows, rows * passes * c.epochs * halves, rows, starts * images,
+        starts * forwards * halves + before * rows, rows * passes * c.epochs * halves, rows, starts * images,
         starts * images * len(c.trained),
     )  # fmt: skip
 
