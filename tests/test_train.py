@@ -37,7 +37,12 @@ def test_batches_change_the_adapter_by_rounding_alone(settings, tmp_path):
         assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
-def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path):
+LAGGING = {"plan": "ode", "seeds": 3, "objective": {"type": "nft", "lag": {"most": 0.5, "rate": 0.2}, "pull": 0.1}}
+
+
+@pytest.mark.parametrize("changed", [{}, LAGGING], ids=["grpo", "nft"])
+def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path, changed):
+    settings = settings | changed
     whole = run(settings)
     with cut_off(after=3):
         run(settings, out=str(tmp_path / "cut"))
