@@ -6,7 +6,7 @@ nothing behind: neither the run's folder nor the model's files are touched. What
 | check | must be |
 |---|---|
 | untouched | a fresh adapter changes no bit of the velocity: KL 0 to the model without it |
-| many steps | the model was not distilled to a few steps: steps with noise, and images noised again, are foreign to one |
+| many steps | the model was not distilled to a few steps, to which noise in between is foreign |
 | times | float32, from 1 down to 0, those of the stock pipeline |
 | ODE | the images of the stock pipeline's own loop, same seeds and guidance |
 | prompts | two prompts give two images |
