@@ -163,7 +163,7 @@ def _show_best(result: Any, rows: list[dict[str, Any]], best: str, keep: int | N
 
 
 def evaluate(
-    prompts: HeldOut = "assets/prompts/held_out.jsonl",
+    prompts: HeldOut = "assets/prompts/validation.jsonl",
     rewards: Rewards = "shapes",
     model: Model = "assets/tiny_sd3",
     adapter: Adapter = None,
