@@ -13,7 +13,8 @@ Three kinds for recipes, each with a held-out list of different requests, not ju
 - `scenes`: a subject in a scene, for preference scorers. No pair twice.
 
 `test.jsonl` holds captions of the embedded world whose meanings are in neither `train.jsonl` nor `validation.jsonl`,
-which `build_tiny_model.py` writes. Choices are made on validation captions; test captions give the figures of a release.
+which `build_tiny_model.py` writes. Choices are made on validation captions; the test captions give the figures of a
+release.
 
 The lists are small, so that a recipe runs without other files. To compare results with published ones, use the lists
 of those publications.
