@@ -212,7 +212,7 @@ def test_folders(settings):
 
 
 def test_training_and_held_out_prompts_must_differ(settings):
-    with pytest.raises(BadInput, match=r"4 prompts mean .* e\.g\. 'a blue square' and 'a blue square' in training"):
+    with pytest.raises(BadInput, match=r"4 meanings are .* e\.g\. 'a blue square' and 'a blue square' in training"):
         run(settings, held_out=settings["prompts"])
 
 
@@ -221,7 +221,7 @@ def test_training_and_held_out_prompts_must_differ_in_meaning(settings, tmp_path
     held_out.write_text("a green cross\nThe square  below a circle\n")
     with pytest.raises(BadInput) as caught:
         run(settings, held_out=str(held_out))
-    assert "1 prompts" in str(caught.value)
+    assert "1 meanings" in str(caught.value)
     assert "'The square  below a circle' and 'a circle above a square' in training" in str(caught.value)
 
 

@@ -6,7 +6,7 @@ once. The interval is of the mean over all such meanings, and includes the noise
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import nan
+from math import isnan, nan
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +30,7 @@ class Rise:
 
 
 def cluster_means(values: Float[Tensor, "N"], cluster: Int[Tensor, "N"]) -> Float[Tensor, "M"]:
-    """The mean of each cluster in float64, in the order of their numbers."""
+    """The mean of each cluster in float64, in the order of their numbers; NaN where one of its values is."""
     _, number = cluster.unique(return_inverse=True)
     count = torch.bincount(number)
     return torch.zeros(len(count), dtype=torch.float64).index_add(0, number, values.double()) / count
@@ -55,7 +55,7 @@ def rises(
 
 def cells(row: Mapping[str, float]) -> tuple[str, ...]:
     """One of the `rises` as texts for a table: before, after, rise, interval, p."""
-    interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
+    interval = "nan" if isnan(row["low"]) else f"{row['low']:+.3f} to {row['high']:+.3f}"
     return f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['rise']:+.3f}", interval, f"{row['p']:.2g}"
 
 

@@ -80,8 +80,8 @@ def _check_apart(training: Sequence[Prompt], held_out: Sequence[Prompt]) -> None
     if shared:
         text = min(shared)
         raise BadInput(
-            f"held_out: {len(shared)} prompts mean what training prompts mean, e.g. {text!r} and {shared[text]!r} in "
-            "training; remove them from one of the two files"
+            f"held_out: {len(shared)} meanings are those of training prompts too, e.g. {text!r} and {shared[text]!r} "
+            "in training; remove such prompts from one of the two files"
         )
 
 
