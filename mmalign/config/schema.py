@@ -52,7 +52,7 @@ class Config(BaseModel):
         "ground truth; with :COLUMN after it that is read alone, each text once",
     )
     held_out: str | None = Field(
-        "assets/prompts/held_out.jsonl", description="prompts for evaluation, named in the same way; null for none"
+        "assets/prompts/validation.jsonl", description="prompts for evaluation, named in the same way; null for none"
     )
     rewards: dict[str, float | Ramp] = Field(
         {"shapes.strict": 0.5, "shapes.partial": 0.5},
