@@ -114,7 +114,8 @@ class Config(BaseModel):
 
     # credit and learning
     objective: one_of(OBJECTIVES, "objective") = Field(
-        Grpo(), description="what is learnt from a rollout: grpo (policy gradient), or from its images: nft, awm, "
+        Grpo(),
+        description="what is learnt from a rollout: grpo (policy gradient), or from its images: nft, awm, "
         "advantage_flow, rft, dpo, online_dpo, srum, rgdpo",
     )
     credit: one_of(CREDITS, "credit", optional=True) = _used(
