@@ -14,7 +14,9 @@ from mmalign.credit import CREDITS
 from mmalign.learn.loss import LOSSES
 from mmalign.objectives import OBJECTIVES
 from mmalign.objectives.advantage import Advantage
+from mmalign.objectives.forward_process import ForwardProcess
 from mmalign.objectives.masks import MASKS
+from mmalign.objectives.objective import Lag
 from mmalign.rewards.combination import COMBINATIONS
 from mmalign.sampling.kernels import KERNELS
 from mmalign.sampling.plans import PLANS
@@ -38,7 +40,7 @@ with `--allow my_module`.
 def shown(value: object) -> str:
     """A default as a file has it."""
     if dataclasses.is_dataclass(value):
-        return getattr(value, "type", "see below")
+        return getattr(value, "type", None) or shown(dataclasses.asdict(value))
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}: {shown(item)}' for key, item in value.items())}}}"
     if isinstance(value, tuple):
@@ -49,7 +51,18 @@ def shown(value: object) -> str:
 def settings(kind: type) -> str:
     """The fields of a method with their defaults, and what its docstring says of them."""
     fields = ", ".join(f"`{field.name}: {shown(field.default)}`" for field in dataclasses.fields(kind)) or "no settings"
-    return f"{fields}. {' '.join(inspect.getdoc(kind).split())}"
+    return f"{fields}. {docstring(kind)}"
+
+
+def docstring(kind: type) -> str:
+    """In one line."""
+    return " ".join(inspect.getdoc(kind).split())
+
+
+def common(table: tuple[type, ...]) -> list[str]:
+    """What objectives on noised images have in common, below their list."""
+    names = ", ".join(f"`{kind.type}`" for kind in table if issubclass(kind, ForwardProcess))
+    return ["", f"Settings that {names} share. {docstring(ForwardProcess)}", "", f"`lag`. {docstring(Lag)}"]
 
 
 def page() -> str:
@@ -61,6 +74,7 @@ def page() -> str:
     for key, table in TABLES.items():
         lines += ["", f"## `{key}`", ""]
         lines += [f"- **`{kind.type}`**: {settings(kind)}" for kind in table]
+        lines += common(table) if key == "objective" else []
     return "\n".join([*lines, "", "## `advantage`", "", settings(Advantage), ""])
 
 

@@ -114,7 +114,9 @@ class Config(BaseModel):
 
     # credit and learning
     objective: one_of(OBJECTIVES, "objective") = Field(
-        Grpo(), description="what is learnt from a rollout: grpo (policy gradient), or srum, rgdpo, rft (from images)"
+        Grpo(),
+        description="what is learnt from a rollout: grpo (policy gradient), or from its images: nft, awm, "
+        "advantage_flow, rft, dpo, online_dpo, srum, rgdpo",
     )
     credit: one_of(CREDITS, "credit", optional=True) = _used(
         "credit", BranchCredit(), "how rewards become advantages of steps: terminal, branch, gain"

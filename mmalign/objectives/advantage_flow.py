@@ -19,7 +19,7 @@ from mmalign.types import Latents
 @dataclass(frozen=True)
 class AdvantageFlow(ForwardProcess):
     """`hold`: weight of the pull to the old velocity, in units of `bound`. `normalised`: both terms times t over the
-    mean absolute error of the old velocity, as NFT's, so that all times count alike."""
+    mean absolute error of the old velocity, as NFT's, so that all times count equally."""
 
     hold: Annotated[float, Ge(1.5)] = 1.5
     normalised: bool = True

@@ -88,8 +88,8 @@ class Dpo(OnImages):
 
 @dataclass(frozen=True)
 class OnlineDpo(Dpo):
-    """DPO on the images of the rollout, against the policy that drew them: the one in training as it was before the
-    update, or with `lag` one that follows it slowly."""
+    """DPO on the images of the rollout, against the policy that drew them: the one in training before the update, or
+    with `lag` one that follows it slowly."""
 
     lag: Lag = AT_ONCE
     type = "online_dpo"

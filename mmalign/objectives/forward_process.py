@@ -125,7 +125,7 @@ class ForwardProcess(OnImages):
 
 @torch.no_grad()
 def velocities(run: Run, cond: Any, rows: Noised) -> Latents:
-    """The velocities of the policy as it is, at each row's state."""
+    """The velocities of the present policy at each row's state."""
 
     def work(size: int) -> Latents:
         parts = [rows[part] for part in chunks(len(rows), size)]

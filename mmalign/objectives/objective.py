@@ -140,7 +140,7 @@ class OnImages(Objective):
         return self.batch_of(run, cond, joined([rows(p) for p in range(len(prompts))]))
 
     def batch_of(self, run: Run, cond: Any, rows: Rows) -> TrainBatch:
-        """The batch of these rows, in which velocities that stay as they are may be computed once."""
+        """The batch of these rows, in which velocities that do not change may be computed once."""
         return TrainBatch(rows, partial(self.replay, run.policy, cond))
 
 

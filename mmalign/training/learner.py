@@ -70,8 +70,8 @@ class Learner:
         moving = [(self.ema, self.config.ema)]
         moving += [] if self.old is None else [(self.old, self.config.objective.lag.at(iteration))]
         for name, value in self.policy.adapter().items():
-            for tensors, kept in moving:
-                tensors[name].lerp_(value, 1 - kept)
+            for tensors, decay in moving:
+                tensors[name].lerp_(value, 1 - decay)
 
     def averaged(self) -> AbstractContextManager:
         """The policy with its averaged adapter, for a while."""

@@ -84,6 +84,17 @@ def test_nfts_branches_agree_where_nothing_has_moved():
     assert torch.equal(values[1], values[2])
 
 
+@pytest.mark.parametrize("advantage", [-5.0, -0.5, 0.5, 5.0])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_where_nft_ends(advantage, strength):
+    """1 / strength of the way from the old velocity to the image's, or as far away from it."""
+    rows, old = noised([advantage]), torch.randn(1, 2, 4, 4)
+    way = (rows.target - old) / strength * (1 if advantage > 0 else -1)
+    for part, ahead in ((0.5, 1), (0.99, 1), (1.01, -1), (2.0, -1)):
+        descent = -gradient(Nft(strength=strength), old + part * way, old, rows)
+        assert float((descent * way).sum()) * ahead > 0
+
+
 def test_on_policy_all_are_weighted_flow_matching():
     rows, v = noised([1.5, -2.0, 0.5]), torch.randn(3, 2, 4, 4)
     size, t = mean_size(v, rows), rows.t[:, None, None, None]
