@@ -107,7 +107,7 @@ class Plan:
 @dataclass(frozen=True)
 class Tree:
     """Who is whose sibling, which step was stochastic, which finished image stands for which state: all that credit
-    reads of `N` trajectories. It is small, and is gathered from all ranks.
+    reads of `N` trajectories. It is small, lies on the CPU, where scores are too, and is gathered from all ranks.
 
     `t [N, T+1]` are the times, `noise [N, T]` the kernel's level and `std [N, T]` the standard deviation of each step
     (0: deterministic). `node [N, T+1]`: equal numbers in a column mean the same state. `prompt [N]` is the row of each
@@ -131,7 +131,7 @@ class Tree:
 
     def at_states(self, values: Float[Tensor, "E *cells"]) -> Float[Tensor, "N states *cells"]:
         """A number or map of each finished image, at the states it stands for; NaN elsewhere."""
-        each = values.to(self.final.device)[self.final.clamp(min=0)]
+        each = values[self.final.clamp(min=0)]
         return torch.where(over(self.final < 0, each), torch.nan, each)
 
 
@@ -182,6 +182,10 @@ class Rows:
 
     def __getitem__(self, rows: Any) -> "Rows":
         return type(self)(**{name: None if value is None else value[rows] for name, value in vars(self).items()})
+
+    def to(self, device: torch.device) -> "Rows":
+        """The record on a device."""
+        return type(self)(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)

@@ -123,10 +123,12 @@ def measure(policy, steps: int, images: int, micro: int, repeats: int) -> dict[s
             micro_batch=AdaptiveBatch(micro), max_grad_norm=1.0, generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
 
+    times = paths.tree.t.to(device)
+
     def forwards():
         with torch.no_grad():
             for k in range(steps):
-                policy.velocity(paths.x[:, k], paths.tree.t[:, k], cond, index)
+                policy.velocity(paths.x[:, k], times[:, k], cond, index)
 
     def backwards():
         for part in torch.arange(len(rows), device=device).split(micro):

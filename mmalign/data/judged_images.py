@@ -63,11 +63,11 @@ class Records:
         maps = [paint(record.regions, self.size, grid) for record in records]
         return Finished(
             x=torch.stack([self.latents[record.image] for record in records]),
-            prompt=owner.to(policy.device),
+            prompt=owner,
             reward=torch.tensor([record.score for record in records]),
             places=torch.stack(maps),
             marks=marked([record.regions for record in records], owner.tolist(), self.size, grid),
-        )
+        ).to(policy.device)
 
 
 def read(path: str | Path, size: tuple[int, int]) -> Records:

@@ -82,10 +82,8 @@ def sample(
         states.append(x[routes.trained])
         means.append(mean[routes.trained])
     trained = routes.trained
-    tree = Tree(
-        routes.t[trained], routes.noise[trained], std[trained], routes.node[trained], prompt[trained],
-        routes.start[trained], owner=prompt, final=routes.finished_by,
-    )  # fmt: skip
+    columns = (routes.t, routes.noise, std, routes.node, prompt, routes.start)
+    tree = Tree(*(column[trained].cpu() for column in columns), prompt.cpu(), routes.finished_by.cpu())
     return Trajectories(tree, kernel, routes.t_max, torch.stack(states, 1), torch.stack(means, 1), finals=x)
 
 

@@ -53,4 +53,4 @@ class Advantage:
         reward = judged.reward[:, -1]
         if self.saturated is None:
             return torch.zeros(len(reward), dtype=torch.bool, device=reward.device)
-        return group_mean(reward, tree.prompt.to(reward.device)) >= self.saturated
+        return group_mean(reward, tree.prompt) >= self.saturated

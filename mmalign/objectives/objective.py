@@ -152,15 +152,13 @@ def name_of(method: Any) -> str:
 def finished(paths: Trajectories, judged: Judgement, advantage: Float[Tensor, "N T a b"] | None = None) -> Finished:
     """The finished images of the trajectories that have a reward, with the advantage of their last step."""
     scored = (~judged.reward[:, -1].isnan()).nonzero()[:, 0]
-    final, x = paths.tree.final[scored, -1], paths.finals
-    columns = {"x": x[final], "prompt": paths.tree.prompt[scored], "reward": judged.reward[scored, -1]}
+    final = paths.tree.final[scored, -1]
+    columns = {"x": paths.finals[final], "prompt": paths.tree.prompt[scored], "reward": judged.reward[scored, -1]}
     if advantage is not None:
         columns["advantage"] = advantage[scored, -1]
     if judged.regions is not None:
-        marks = judged.marks[final.to(judged.regions.device)]
-        columns["places"] = judged.regions[final.to(judged.regions.device)].to(x.device)
-        columns["marks"] = Marks(*(column.to(x.device) for column in vars(marks).values()))
-    return Finished(**columns)
+        columns |= {"places": judged.regions[final], "marks": judged.marks[final]}
+    return Finished(**columns).to(paths.finals.device)
 
 
 def joined(parts: Sequence[Rows]) -> Rows:

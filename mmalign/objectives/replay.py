@@ -43,7 +43,7 @@ def transitions(
         weight=std / mean(std) if weighting == "noise" else torch.ones_like(std),
         index=tree.prompt[rows],
         step=cols,
-    )
+    ).to(paths.x.device)
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ def judge(
     """The reward of the image that stands for each state; `scored` are the raw scores of the images of `size` (height,
     width). The map of the scorer `region` is laid on `grid` cells, by default those of the latent. On the CPU."""
     tree = paths.tree
-    parts = {name: values[tree.final[:, -1].cpu()] for name, values in scored.parts.items()}
-    reward = combination(scored.parts, tree.owner.cpu())
+    parts = {name: values[tree.final[:, -1]] for name, values in scored.parts.items()}
+    reward = combination(scored.parts, tree.owner)
     regions, marks = None, None
     if region is not None:
         grid = grid or tuple(paths.finals.shape[2:])
@@ -137,7 +137,7 @@ def judge(
 
 def unscored(tree: Tree, judged: Judgement) -> dict[int, str]:
     """The images that a scorer failed on or whose reward is missing, and why."""
-    missing = tree.final[(tree.final >= 0) & judged.reward.isnan().to(tree.final.device)]
+    missing = tree.final[(tree.final >= 0) & judged.reward.isnan()]
     return dict.fromkeys(missing.unique().tolist(), silent(judged.parts)) | dict(judged.failures)
 
 

@@ -111,7 +111,8 @@ class Watch:
         self.reported = {row["alarm"] for row in jsonl.rows(self.file)}
 
     def _columns(self, row: Row) -> Row:
-        names = ("dead_groups", "skipped", "grad_norm", "diversity", "error", "kl", *(f"part/{name}" for name in self.c.rewards))
+        names = ["dead_groups", "skipped", "grad_norm", "diversity", "error", "kl"]
+        names += [f"part/{name}" for name in self.c.rewards]
         return {name: row[name] for name in names if name in row}
 
     @property

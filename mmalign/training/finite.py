@@ -25,7 +25,7 @@ T = TypeVar("T")
 def _finite(what: str, prompts: Sequence[Prompt], values: Shaped[Tensor, "M *cells"], owner: Int[Tensor, "M"]) -> None:
     good = values.isfinite().flatten(1).all(1).cpu()
     if not bool(good.all()):
-        raise non_finite(what, prompts, owner.cpu()[~good].tolist())
+        raise non_finite(what, prompts, owner[~good].tolist())
 
 
 def check_trajectories(paths: Trajectories, images: Float[Tensor, "E 3 H W"], prompts: Sequence[Prompt]) -> None:
@@ -40,7 +40,7 @@ def check_rewards(judged: Judgement, tree: Tree, prompts: Sequence[Prompt]) -> N
     reward, scored = judged.reward, torch.stack([*judged.parts.values()], 1).isfinite().all(1)
     bad = reward.isinf().any(1) | (reward[:, -1].isnan() & scored)
     if bool(bad.any()):
-        raise non_finite("combined rewards", prompts, tree.prompt.cpu()[bad].tolist())
+        raise non_finite("combined rewards", prompts, tree.prompt[bad].tolist())
 
 
 def on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> T:

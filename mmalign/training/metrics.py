@@ -15,8 +15,8 @@ from reward_models import combine
 
 def deviations(ranks: Ranks, tree: Tree, images: Float[Tensor, "E 3 H W"]) -> Float[Tensor, "N"]:
     """How far each trajectory's image, over all ranks, is from its siblings' mean, from this rank's images."""
-    each = deviation(images[tree.final[:, -1].cpu()], tree.prompt.cpu())
-    return ranks.in_order(each, tree.prompt.cpu(), "images compared with their siblings")
+    each = deviation(images[tree.final[:, -1]], tree.prompt)
+    return ranks.in_order(each, tree.prompt, "images compared with their siblings")
 
 
 def metrics(
@@ -26,7 +26,7 @@ def metrics(
     c, reward, combination = run.config, judged.reward[:, -1], run.rewards.combination(iteration)
     row = {"reward": float(combination.level(judged.parts, reward).nanmean())}
     row |= {f"part/{name}": float(values.nanmean()) for name, values in judged.parts.items()}
-    row |= combine.health(torch.stack([*judged.parts.values()], 1), [*judged.parts], tree.prompt.cpu(), c.dead_spread)
+    row |= combine.health(torch.stack([*judged.parts.values()], 1), [*judged.parts], tree.prompt, c.dead_spread)
     row["group_std"] = float(group_std(reward, tree.prompt).nanmean())
     if c.advantage is not None and c.advantage.saturated is not None:
         row["saturated_groups"] = float(c.advantage.full(tree, judged).float().mean())

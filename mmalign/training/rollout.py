@@ -142,4 +142,4 @@ def step_gains(run: Session, levels: Float[Tensor, "T"], number: int) -> Float[T
     noisy = replace(run, config=run.config.model_copy(update={"kernel": kernel}))
     rollout = sample_and_score(noisy, run.prompts(number), number)
     gain = gains(rollout.tree, judged(run, rollout, 0))
-    return torch.where(rollout.tree.std > 0, gain, torch.nan)[:, : run.config.steps].cpu()
+    return torch.where(rollout.tree.std > 0, gain, torch.nan)[:, : run.config.steps]

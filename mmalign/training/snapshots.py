@@ -31,9 +31,9 @@ def write(run: Session, out: Path, iteration: int, snapshot: Snapshot) -> None:
     each to `credit.jsonl`: reward, map of the regions, and the advantage at each stochastic step."""
     ranks, tree, judged = run.ranks, snapshot.tree, snapshot.judged
     chosen = [round(n) for n in torch.linspace(0, len(tree.prompt) - 1, min(COUNT, len(tree.prompt))).tolist()]
-    local = ranks.is_local(tree.prompt).nonzero()[:, 0].cpu()
+    local = ranks.is_local(tree.prompt).nonzero()[:, 0]
     here = torch.isin(local, torch.tensor(chosen))
-    images = ranks.gather(snapshot.rollout.images[snapshot.rollout.tree.final[here, -1].cpu()], "images to show")
+    images = ranks.gather(snapshot.rollout.images[snapshot.rollout.tree.final[here, -1]], "images to show")
     images = images[ranks.gather(local[here], "images to show").argsort()]
     if not ranks.main:
         return
