@@ -56,7 +56,7 @@ def open_session(
         records = judged_images.read(locate(c.records), policy.image_size) if c.records else None
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
         c, times, cost = planning.settled(c, policy)
-    batches = PromptBatches(records.prompts if records else prompts, c.prompts_per_iteration, c.seed)
+    batches = PromptBatches(records.prompts if records else prompts, c.prompts_per_iteration, c.seed, c.draw)
     batches(0)
     shared = {p.text for p in batches.all} & {p.text for p in held_out}
     if shared:
