@@ -27,10 +27,6 @@ class Extremes(Selection):
     compare: Literal["group", "selected"] = "group"
     type = "extremes"
 
-    def __post_init__(self):
-        if self.compare not in ("group", "selected"):
-            raise ValueError(f"no comparison called {self.compare!r}; known: group, selected")
-
     def __call__(self, reward: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> Bool[Tensor, "N"]:
         return extremes(reward, prompt, self.keep)
 

@@ -42,6 +42,7 @@ def chosen(reward: Float[Tensor, "B"], prompts: int, seeds: int) -> Int[Tensor, 
 def correlation(scouted: Float[Tensor, "N"], reward: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> float:
     """Pearson correlation within prompts of each trajectory's reward with that of its scout, over those that have both;
     NaN where one of them does not differ."""
-    valid = ~(scouted.isnan() | reward.isnan())
-    one, two = (x[valid].double() - group_mean(x[valid].double(), prompt[valid]) for x in (scouted, reward))
-    return float((one * two).sum() / ((one**2).sum() * (two**2).sum()).sqrt())
+    missing = scouted.isnan() | reward.isnan()
+    both = (x.double().masked_fill(missing, torch.nan) for x in (scouted, reward))
+    one, two = (x - group_mean(x, prompt) for x in both)
+    return float((one * two).nansum() / ((one**2).nansum() * (two**2).nansum()).sqrt())
