@@ -26,8 +26,7 @@ FEW = {
     "gain": SDE
     | dict(credit={"type": "gain", "control": "fit"}, objective=BETA, prompts_per_iteration=4),
     "branch": dict(objective={"type": "grpo", "weighting": "noise"}, prompts_per_iteration=5, epochs=2),
-    "spending": BRIGHT
-    | SDE
+    "spending": SDE
     | dict(
         credit="terminal", seeds=4, select={"type": "extremes", "keep": 3}, scouts={"ratio": 2, "steps": 2},
         draw={"type": "pass_rate", "low": 0.4, "high": 0.6},
