@@ -5,7 +5,7 @@
 
 `selections`: the gradients of the same rollouts from all images of a prompt and from some, as cosines with the first.
 `batches`: signal over noise of independent batches as in gradient_agreement.py, per processor minute, with scouts and
-with selections. Before training no prompt has been drawn, so that draws by pass rate cannot be told from epochs here.
+with selections. Before training no prompt has been drawn, so that draws by pass rate cannot be compared here.
 """
 
 import time

@@ -100,7 +100,7 @@ def rolled_out(
         for part in parts:
             wait(scores[: max(0, len(scores) + 1 - AHEAD)])
             with clock.of("rollout"):
-                paths = trajectories(run, prompts, cond, iteration, part.tolist(), members, plan)
+                paths = trajectories(run, prompts, cond, iteration, members, plan, part.tolist())
             sampled.append((paths, decoded(run, paths)))
             scores.append(begin(check_and_score, *sampled[-1]))
         scored = joined([future.result() for future in scores])
@@ -121,9 +121,9 @@ def trajectories(
     prompts: Sequence[Prompt],
     cond: Any,
     iteration: int,
-    rows: Sequence[int],
     members: Int[Tensor, "P starts"],
     plan: Plan | None,
+    rows: Sequence[int],
 ) -> Trajectories:
     """The trajectories of the `members` of the prompts in these `rows`, which are those of `cond`."""
     c, policy = run.config, run.policy
