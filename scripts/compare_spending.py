@@ -1,11 +1,13 @@
 """What is left of a gradient when less is spent on it, on the embedded model before training.
 
     OMP_NUM_THREADS=1 python scripts/compare_spending.py selections
-    OMP_NUM_THREADS=1 python scripts/compare_spending.py batches
+    OMP_NUM_THREADS=1 python scripts/compare_spending.py batches --batches 24
+    OMP_NUM_THREADS=1 python scripts/compare_spending.py predictions
 
 `selections`: the gradients of the same rollouts from all images of a prompt and from some, as cosines with the first.
 `batches`: signal over noise of independent batches as in gradient_agreement.py, per processor minute, with scouts and
-with selections. Before training no prompt has been drawn, so that draws by pass rate cannot be compared here.
+with selections. `predictions`: how well scouts predict the rewards of images without noise after the start, and how
+much those that they choose differ. Before training no prompt has been drawn, so that draws cannot be compared here.
 """
 
 import time
@@ -18,7 +20,9 @@ from compare_credits import VARIANTS as CREDITS
 
 from mmalign import policy as policies, train as trainer
 from mmalign.config import load as configs
+from mmalign.credit.groups import group_std
 from mmalign.selection.extremes import Extremes
+from mmalign.selection.scouts import chosen, correlation
 from mmalign.selection.selection import Selection
 from mmalign.training import selecting, setup
 from mmalign.training.rollout import judged, sample_and_score
@@ -118,6 +122,29 @@ def batches(batches: int = 8, only: str = "") -> None:
             f"| {cosine:.3f} ({error:.3f}) | {60 * cosine / (1 - cosine) / seconds:.2f} |",
             flush=True,
         )
+
+
+@app.command()
+def predictions(prompts: int = 48) -> None:
+    torch.set_flush_denormal(True)
+    print("| 4 of 12 starts, by scouts of | forwards | correlation, all starts | of the chosen | deviation of R |")
+    print("|---|---|---|---|---|")
+    base = (
+        f"plan=ode objective=rft kernel=flow_sde credit=null advantage=null loss=null prompts_per_iteration={prompts}"
+    )
+    every = sample_and_score(run := opened(f"{base} seeds=12"), run.prompts(0), 0)
+    exact, start = judged(run, every, 0).reward[:, -1], torch.arange(prompts).repeat_interleave(12)
+    first = torch.arange(len(exact)) % 12 < 4
+    spread = float(group_std(exact[first], start[first]).mean())
+    print(f"| none: the first 4 | {prompts * 4 * 6} | | | {spread:.3f} |")
+    for steps in (2, 3, 4, 6):
+        scout = sample_and_score(run := opened(f"{base} seeds=12 steps={steps}"), run.prompts(0), 0)
+        guess = judged(run, scout, 0).reward[:, -1]
+        rows = (chosen(guess, prompts, 4) + 12 * torch.arange(prompts)[:, None]).flatten()
+        within = [correlation(guess[r], exact[r], start[r]) for r in (torch.arange(len(exact)), rows)]
+        spread = float(group_std(exact[rows], start[rows]).mean())
+        drawn = prompts * (12 * steps + 4 * 6)
+        print(f"| {steps} steps | {drawn} | {within[0]:.2f} | {within[1]:.2f} | {spread:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class Extremes(Selection):
 
     `compare`: advantages are measured against all images of the "group", which are scored anyway, or against the
     "selected" alone (Pro-GRPO). With "group" each advantage is the one it has without selection, so that what is left
-    out are the smallest terms of the same gradient; the selected alone have another mean where rewards are skewed, and
+    out are the smaller terms of the same gradient; the selected alone have another mean where rewards are skewed, and
     a larger standard deviation always.
     """
 
