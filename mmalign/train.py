@@ -35,7 +35,8 @@ def iterate(run: Session, iteration: int, show: Show | None = None) -> Row:
     learner.set_rate(iteration)
     prompts = run.ranks.local(run.prompts(iteration))
     try:
-        batch, row = (from_records if run.records else from_rollout)(run, prompts, iteration, show)
+        with learner.acting():
+            batch, row = (from_records if run.records else from_rollout)(run, prompts, iteration, show)
     except NonFinite as error:
         learner.skips.leave_out(iteration, error)
         batch, row = None, {"reward": float("nan"), "rewards": 0}

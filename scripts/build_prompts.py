@@ -1,9 +1,10 @@
-"""Write the prompt lists that the recipes train on and are evaluated with, to assets/prompts.
+"""Write the prompt lists that the recipes train on and are evaluated with, and the embedded world's test captions, to
+assets/prompts.
 
     python scripts/build_prompts.py                   # the same files each time
     python scripts/build_prompts.py --out /tmp/try
 
-Three kinds, each with a held-out list of different requests, not just different words:
+Three kinds for recipes, each with a held-out list of different requests, not just different words:
 
 - `geneval`: objects of COCO with counts, colours and positions, in the layout of GenEval's metadata and in wording of
   its own, so that no text is one of the benchmark's. Flow-GRPO's mix of tasks in training (arXiv 2505.05470), equal
@@ -11,20 +12,30 @@ Three kinds, each with a held-out list of different requests, not just different
 - `ocr`: a phrase in quotes on an object that carries text. No phrase twice.
 - `scenes`: a subject in a scene, for preference scorers. No pair twice.
 
+`test.jsonl` holds captions of the embedded world whose meanings are in neither `train.jsonl` nor `validation.jsonl`,
+which `build_tiny_model.py` writes. Choices are made on validation captions; the test captions give the figures of a
+release.
+
 The lists are small, so that a recipe runs without other files. To compare results with published ones, use the lists
 of those publications.
 """
 
 import json
 import random
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import permutations, product
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from reward_models import files
+from mmalign.data import prompts as prompt_files
+from mmalign.data.meaning import meaning
+from reward_models import files, shapes_world
+from reward_models.shapes_world import thing
 
+PROMPTS = Path(__file__).parents[1] / "assets/prompts"
 Request = tuple[str, dict[str, Any], Any]  # text, ground truth, and what makes it another request than the others
 
 THINGS = (  # of COCO's 80 classes, those with a regular plural that are not colours
@@ -130,6 +141,41 @@ def scene(rng: random.Random) -> Request:
     return f"{rng.choice(STYLES)} {' '.join(pair)} {rng.choice(LIGHTS)}", {}, pair
 
 
+# Test captions of the embedded world: as many meanings as in validation, and twice as many positions and pairs of
+# colours, of which validation has each in two wordings. There are no more of colors, one_object and text.
+TEST = dict(one_object=3, two_objects=25, colors=6, counting=36, position=90, color_attr=80, text=8)
+
+
+def world() -> Iterator[dict[str, Any]]:
+    """Requests of the embedded world, and some that it was never trained on: small objects in pairs and in twos and
+    fours, and letters twice. The model draws hardly any pair with a large object, and no three small ones."""
+    yield from shapes_world.requests()
+    for one, two in permutations(shapes_world.SHAPES, 2):
+        for colour in (None, *shapes_world.COLOURS):
+            include = [thing(one, size="small"), thing(two, colour)]
+            yield {"tag": "two_objects", "include": include}
+    for shape, colour, count in product(shapes_world.SHAPES, (None, *shapes_world.COLOURS), (2, 4)):
+        yield {"tag": "counting", "include": [thing(shape, colour, count, size="small")]}
+    for letter in shapes_world.GLYPHS:
+        yield {"tag": "text", "include": [], "text": 2 * letter}
+
+
+def world_test(known: Iterable[str]) -> list[dict[str, Any]]:
+    """The test captions of the embedded world: none has a meaning of the `known` texts, and each meaning has one
+    wording. A meaning is chosen, and worded, by a hash; new ones of the world's requests come before the extensions."""
+    requests = len(shapes_world.requests())
+    rows = [{"prompt": shapes_world.caption(wants), "id": number, **wants} for number, wants in enumerate(world())]
+    rows = sorted(rows, key=lambda row: (row["id"] >= requests, zlib.crc32(row["prompt"].encode())))
+    taken, left, chosen = {meaning(text) for text in known}, dict(TEST), []
+    for row in rows:
+        same = meaning(row["prompt"])
+        if same not in taken and left[row["tag"]] > 0:
+            taken.add(same)
+            left[row["tag"]] -= 1
+            chosen.append(row)
+    return sorted(chosen, key=lambda row: row["id"])
+
+
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TRAIN = {"position": 168, "counting": 120, "color_attr": 72, "colors": 24, "two_object": 24}  # 7 : 5 : 3 : 1 : 1
 HELD_OUT = dict.fromkeys(TAGS, 17)
@@ -155,9 +201,11 @@ def lists() -> Iterator[tuple[str, list[dict[str, Any]]]]:
                         rows.append({"prompt": text, "id": number, **wants})
                         number += 1
             yield f"{kind}_{split}.jsonl", rows
+    known = (p.text for name in ("train", "validation") for p in prompt_files.read(PROMPTS / f"{name}.jsonl"))
+    yield "test.jsonl", world_test(known)
 
 
-def main(out: Annotated[Path, typer.Option(help="folder to write to")] = Path("assets/prompts")) -> None:
+def main(out: Annotated[Path, typer.Option(help="folder to write to")] = PROMPTS) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in lists():
         files.write(out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -338,7 +338,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     training, held_out = split(HELD_OUT)
     write_prompts(out / "prompts", "train", balanced(training))
-    write_prompts(out / "prompts", "held_out", held_out)
+    write_prompts(out / "prompts", "validation", held_out)
     pictures, captions = build_pictures(work, images)
     vae = build_vae(pictures, work, vae_steps, device)
     latents = build_latents(vae, pictures, work, device)

@@ -45,7 +45,7 @@ def main(prompts: int = 200, seeds: int = 3, steps: int = 10) -> None:
     torch.set_flush_denormal(True)
     policies.quiet()
     policy = policies.load(locate("assets/tiny_sd3"), dtype="float32", device="cpu", guidance=1.0)
-    every = prompt_files.read(locate("assets/prompts/held_out.jsonl"))
+    every = prompt_files.read(locate("assets/prompts/validation.jsonl"))
     chosen = [every[round(i)] for i in torch.linspace(0, len(every) - 1, prompts).tolist()]
     several = [i for i, prompt in enumerate(chosen) if prompt.wants["tag"] in SEVERAL]
     critic = load("shapes_critic")

@@ -126,7 +126,7 @@ def test_train_sample_evaluate_export_report(config, tmp_path):
     result = mmalign("train", config, "--json")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)
-    assert set(summary["rises"]["jpeg_size.kilobytes"]) == {"before", "after", "rise", "p"}
+    assert set(summary["rises"]["jpeg_size.kilobytes"]) == {"before", "after", "rise", "low", "high", "p"}
     run = tmp_path / "run"
     assert Path(summary["report"]) == run / "report.html"
 
@@ -178,14 +178,15 @@ def test_train_sample_evaluate_export_report(config, tmp_path):
         2,
         "--seeds",
         1,
+        "--compare",
         "--json",
     )
     assert result.returncode == 0, result.stderr
     means = json.loads(result.stdout)
     assert means["images"] == 2
-    assert means["means"]["all"]["jpeg_size.kilobytes"] == pytest.approx(
-        summary["rises"]["jpeg_size.kilobytes"]["after"], abs=1e-4
-    )
+    rise = summary["rises"]["jpeg_size.kilobytes"]
+    assert means["means"]["all"]["jpeg_size.kilobytes"] == pytest.approx(rise["after"], abs=1e-4)
+    assert means["rises"]["jpeg_size.kilobytes"] == pytest.approx(rise, abs=1e-4, nan_ok=True)
 
     result = mmalign("export", run, "--out", tmp_path / "lora")
     assert result.returncode == 0, result.stderr
@@ -240,6 +241,7 @@ def test_an_export_tells_its_run_and_is_held_to_it(config, tmp_path, monkeypatch
         (["sample", "a cross", "--strength", "2"], "give --adapter RUN"),
         (["sample", "a cross", "--box", "0,0,4,4"], "give --adapter RUN"),
         (["evaluate", "--prompts", "/nowhere"], "prompts /nowhere: No such file"),
+        (["evaluate", "--compare"], "give --adapter RUN"),
         (["evaluate", "--rewards", "beauty"], "no scorer called 'beauty'"),
         (["export", "/nowhere"], "no run there"),
         (["export", "/nowhere", "--format", "onnx"], "'onnx' is not one of 'diffusers'"),

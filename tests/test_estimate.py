@@ -56,6 +56,17 @@ def test_without_beta_replay_is_a_bound_and_says_so(settings):
     assert all(row["forwards"] == figures["iteration"]["forwards"] for row in metrics)
 
 
+@pytest.mark.parametrize(
+    ("objective", "epochs"), [({"type": "nft", "pull": 0.1}, 1), ("nft", 2), ({"type": "awm", "lag": {"most": 0.5}}, 1)]
+)
+def test_velocities_to_compare_with_are_counted_once(settings, objective, epochs):
+    """Every row is replayed, because the pull, or the policy that drew the images, moves those of advantage 0 too."""
+    changed = {"plan": "ode", "seeds": 3, "objective": objective, "epochs": epochs, "iterations": 3, "eval_every": 0}
+    figures, metrics = estimated(settings, **changed), rows(run(settings, **changed) / "metrics.jsonl")
+    for count in estimate.COUNTS:
+        assert [row[count] for row in metrics] == [figures["iteration"][count]] * 3
+
+
 def test_evaluations_are_those_of_the_run(settings):
     changed = {"iterations": 5, "eval_every": 2, "eval_prompts": 1, "eval_seeds": 3, "watch": ["image_stats"]}
     figures, evaluations = estimated(settings, **changed), rows(run(settings, **changed) / "evaluations.jsonl")

@@ -9,7 +9,7 @@ from mmalign.errors import BadInput
 QUICKSTART = """
 model: assets/tiny_sd3
 prompts: assets/prompts/train.jsonl
-held_out: assets/prompts/held_out.jsonl
+held_out: assets/prompts/validation.jsonl
 out: runs/quickstart
 seed: 0
 

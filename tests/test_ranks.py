@@ -20,6 +20,7 @@ from mmalign.config.schema import Config
 BETA = {"type": "grpo", "beta": 0.01}
 SDE = dict(plan="sde", seeds=3)
 ODE = dict(plan="ode", seeds=4, region="smooth:Smooth")
+PLAIN = dict(plan="ode", seeds=4)
 BRIGHT = {"scorers": {"smooth:Smooth": {"limit": 0.52}}, "max_failed": 1.0}  # some images are not scored
 FEW = {
     "terminal": SDE | dict(credit="terminal", prompts_per_iteration=3),
@@ -33,6 +34,7 @@ FEW = {
     ),
     "region": BRIGHT
     | dict(region="smooth:Smooth", region_grid=[2, 2], advantage={"scale": "batch", "regional": 1.0}),
+    "nft": PLAIN | dict(objective={"type": "nft", "lag": {"most": 0.5, "rate": 0.2}, "pull": 0.1}),
     "gdpo": dict(
         rewards={"smooth:Smooth.red": 1.0, "smooth:Smooth.even": 0.5}, combine="gdpo", advantage={"scale": "batch"},
         at_least={"smooth:Smooth.even": {"bound": 0.1}},
@@ -43,6 +45,8 @@ MORE = FEW | {
         plan={"type": "window", "steps": [0, 1], "children": 2, "moves": "random"}, credit="terminal", steps=6,
         rollout_parts=2,
     ),
+    "awm": PLAIN | dict(objective={"type": "awm", "weight": "error"}, prompts_per_iteration=4),
+    "online_dpo": PLAIN | dict(objective="online_dpo"),
     "srum": ODE | dict(objective={"type": "srum", "draws": 2, "alpha": [0, 1], "anchor": 0.5, "margin": 1.0}),
     "rgdpo": ODE | dict(objective={"type": "rgdpo", "draws": 2, "scale": 10.0, "intra": 1.0}),
 }  # fmt: skip

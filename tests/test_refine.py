@@ -239,7 +239,7 @@ def test_the_embedded_critic_is_right_where_the_verifier_is():
 
 
 def held_out():
-    lines = Path(locate("assets/prompts/held_out.jsonl")).read_text().splitlines()[::20]
+    lines = Path(locate("assets/prompts/validation.jsonl")).read_text().splitlines()[::20]
     return [Prompt(json.loads(line)["prompt"], {}, i) for i, line in enumerate(lines)], lines
 
 

@@ -9,7 +9,6 @@ from run_config import cut_off, rows, run
 from mmalign.config import load as configs, paths
 from mmalign.data import prompts
 from mmalign.errors import BadInput
-from mmalign.evaluation import evaluate
 from mmalign.reporting import report
 from mmalign.runs import checkpoint
 from mmalign.training import noise_calibration as calibrate, setup
@@ -37,7 +36,12 @@ def test_batches_change_the_adapter_by_rounding_alone(settings, tmp_path):
         assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
-def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path):
+LAGGING = {"plan": "ode", "seeds": 3, "objective": {"type": "nft", "lag": {"most": 0.5, "rate": 0.2}, "pull": 0.1}}
+
+
+@pytest.mark.parametrize("changed", [{}, LAGGING], ids=["grpo", "nft"])
+def test_interrupted_and_resumed_is_uninterrupted(settings, tmp_path, changed):
+    settings = settings | changed
     whole = run(settings)
     with cut_off(after=3):
         run(settings, out=str(tmp_path / "cut"))
@@ -213,8 +217,17 @@ def test_folders(settings):
 
 
 def test_training_and_held_out_prompts_must_differ(settings):
-    with pytest.raises(BadInput, match=r"4 prompts are training prompts too, e\.g\. 'a blue square'"):
+    with pytest.raises(BadInput, match=r"4 meanings are .* e\.g\. 'a blue square' and 'a blue square' in training"):
         run(settings, held_out=settings["prompts"])
+
+
+def test_training_and_held_out_prompts_must_differ_in_meaning(settings, tmp_path):
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("a green cross\nThe square  below a circle\n")
+    with pytest.raises(BadInput) as caught:
+        run(settings, held_out=str(held_out))
+    assert "1 meanings" in str(caught.value)
+    assert "'The square  below a circle' and 'a circle above a square' in training" in str(caught.value)
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
@@ -240,19 +253,3 @@ def test_prompt_order_is_a_function_of_the_iteration(prompt_files):
     assert first == [p.id for i in range(2) for p in batches(i)]
     with pytest.raises(BadInput, match="5 requested, the file has 4"):
         prompts.PromptBatches(batches.all, 5, 0)(0)
-
-
-def test_diversity_and_pairs():
-    images = torch.zeros(4, 3, 2, 2)
-    images[1] = 1.0
-    group = torch.tensor([0, 0, 1, 2])
-    assert evaluate.diversity(images, group) == 0.5
-    assert evaluate.diversity(images[2:], group[2:]) != evaluate.diversity(images[2:], group[2:])  # NaN: no siblings
-    before, after = torch.zeros(40), torch.zeros(40)
-    after[:20] = 1
-    rise, p = evaluate.paired(before, after, torch.arange(40))
-    assert rise == 0.5
-    assert p < 1e-5
-    assert evaluate.paired(before, before, torch.arange(40)) == (0.0, 1.0)
-    before[0] = float("nan")
-    assert evaluate.paired(before, after, torch.arange(40))[0] == pytest.approx(19 / 39)

@@ -6,6 +6,7 @@ nothing behind: neither the run's folder nor the model's files are touched. What
 | check | must be |
 |---|---|
 | untouched | a fresh adapter changes no bit of the velocity: KL 0 to the model without it |
+| many steps | the model was not distilled to a few steps, to which noise in between is foreign |
 | times | float32, from 1 down to 0, those of the stock pipeline |
 | ODE | the images of the stock pipeline's own loop, same seeds and guidance |
 | prompts | two prompts give two images |
@@ -44,7 +45,7 @@ from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import sample
 from mmalign.learn.update import update
 from mmalign.objectives.replay import transitions
-from mmalign.policy.protocol import Inspectable, Stock
+from mmalign.policy.protocol import Inspectable, MayBeDistilled, Stock
 from mmalign.rewards.judge import score
 from mmalign.training import saving
 from mmalign.training.rollout import Rollout, judged, sample_and_score
@@ -89,7 +90,7 @@ def examine(c: Config) -> Iterator[Check]:
     with tempfile.TemporaryDirectory() as folder:
         run = open_session(small(c, Path(folder)))
         prompts = run.prompts.all[: max(2, run.config.prompts_per_iteration)]
-        for check in (untouched, stock, prompted):
+        for check in (many_steps, untouched, stock, prompted):
             yield from check(run, prompts)
         if c.records:
             yield Check("rollout", None, "records are learnt from; nothing is sampled")
@@ -134,6 +135,18 @@ def _velocity(run: Session, texts: list[str]) -> Tensor:
     t = torch.linspace(0.9, 0.1, count, device=run.policy.device)
     with torch.no_grad():
         return run.policy.velocity(start, t, cond, torch.arange(count, device=run.policy.device))
+
+
+def many_steps(run: Session, prompts: list[Prompt]) -> Iterator[Check]:
+    """A model that was distilled to a few steps jumps from noise to image. Neither the noise of an SDE nor the error of
+    flow matching belongs to what it has learnt: the authors of TDM-R1 (arXiv 2603.07700) advise against losses of that
+    kind on its generator."""
+    reason = run.policy.distilled() if isinstance(run.policy, MayBeDistilled) else None
+    if reason is not None:
+        yield Check(
+            "many steps", False, f"distilled to a few steps, by {reason}",
+            "train the model that it was distilled from: no objective here suits a distilled one",
+        )  # fmt: skip
 
 
 def untouched(run: Session, prompts: list[Prompt]) -> Iterator[Check]:
@@ -374,7 +387,7 @@ def averaged(run: Session) -> Iterator[Check]:
     )
     adapter = run.policy.adapter()
     run.policy.load_adapter(now)
-    run.learner.average()
+    run.learner.average(0)
     run.policy.load_adapter(adapter)
     decay = run.config.ema
     off = max(float((run.learner.ema[n] - (decay * before[n] + (1 - decay) * now[n])).abs().max()) for n in before)

@@ -32,7 +32,7 @@ from mmalign.errors import BadInput, Failed, refusing
 from mmalign.evaluation import Layout
 from mmalign.runs.inference import load_policy
 from mmalign.runs.outputs import check_file, has_rows, make_folder
-from reward_models import RewardModel
+from reward_models import Prompt, RewardModel
 
 Strength = Annotated[
     float | None, sampling_option(min=0, help="how much of the adapter acts: 0 none, 1 all, more goes beyond it")
@@ -65,6 +65,9 @@ FolderLayout = Annotated[
     output_option(help="of that folder: mmalign's own, or as GenEval's or T2I-CompBench's scripts read it"),
 ]
 Reference = Annotated[Path | None, output_option(help="file for mean and spread of each score, a config's `reference`")]
+Compare = Annotated[
+    bool, output_option("--compare", help="with --adapter: score the base model too, and show the rise over it")
+]
 
 
 def sample(
@@ -163,7 +166,7 @@ def _show_best(result: Any, rows: list[dict[str, Any]], best: str, keep: int | N
 
 
 def evaluate(
-    prompts: HeldOut = "assets/prompts/held_out.jsonl",
+    prompts: HeldOut = "assets/prompts/validation.jsonl",
     rewards: Rewards = "shapes",
     model: Model = "assets/tiny_sd3",
     adapter: Adapter = None,
@@ -173,6 +176,7 @@ def evaluate(
     out: ScoresFolder = None,
     layout: FolderLayout = "mmalign",
     reference: Reference = None,
+    compare: Compare = False,
     batch: Batch = 256,
     allow: Allow = None,
     as_json: Json = False,
@@ -180,14 +184,9 @@ def evaluate(
     """Score a model on prompts with fixed seeds, overall and by kind of prompt."""
     from mmalign.evaluation import evaluate as evaluation, layouts, reference as references
 
-    if reference is not None and adapter is not None:
-        raise BadInput("--reference is of the base model; leave out --adapter")
-    if layout != "mmalign" and out is None:
-        raise BadInput(f"--layout {layout} sets how images are written; give --out FOLDER")
+    _check_base(adapter, reference, compare)
     wanted = read_prompts(None, prompts)
-    if out is not None:
-        layouts.fits(layout, wanted, out)
-        check_file(out / "scores.jsonl", "--out", has_rows("image", "prompt", "id", "scores", "places"))
+    _check_out(out, layout, wanted)
     check_file(reference, "--reference", references.ours)
     scorers, policy = load_scorers(rewards), load_policy(model, guidance, adapter)
     output.warn_cut((one.text for one in wanted), policy, *scorers.values())
@@ -196,8 +195,30 @@ def evaluate(
         layouts.write(result, wanted, out, layout)
     if reference is not None:
         references.RewardStats.measure(result, policy.fingerprint(), scorers).save(reference)
-    if reference is not None and len(result.images) < references.ENOUGH:
-        output.warn(f"{reference} rests on {len(result.images)} images; {references.ENOUGH} are better")
-    means = evaluation.means_by_tag(result, wanted)
-    table = tables.means(means, f"{len(result.images)} images, {steps} steps")
-    output.show({"images": len(result.images), "means": means}, as_json, table)
+        if len(result.images) < references.ENOUGH:
+            output.warn(f"{reference} rests on {len(result.images)} images; {references.ENOUGH} are better")
+    row = {"images": len(result.images), "means": evaluation.means_by_tag(result, wanted)}
+    shown = [tables.means(row["means"], f"{row['images']} images, {steps} steps")]
+    if compare:
+        with policy.reference():
+            before = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
+        row["rises"] = evaluation.compared(before, result, wanted)
+        shown.append(tables.rises(row))
+    output.show(row, as_json, *shown)
+
+
+def _check_base(adapter: Path | None, reference: Path | None, compare: bool) -> None:
+    if reference is not None and adapter is not None:
+        raise BadInput("--reference is of the base model; leave out --adapter")
+    if compare and adapter is None:
+        raise BadInput("--compare is of an adapter with its base model; give --adapter RUN")
+
+
+def _check_out(out: Path | None, layout: Layout, prompts: list[Prompt]) -> None:
+    from mmalign.evaluation import layouts
+
+    if out is not None:
+        layouts.fits(layout, prompts, out)
+        check_file(out / "scores.jsonl", "--out", has_rows("image", "prompt", "id", "scores", "places"))
+    elif layout != "mmalign":
+        raise BadInput(f"--layout {layout} sets how images are written; give --out FOLDER")

@@ -23,11 +23,14 @@ def short(value: int | float | None) -> str:
 
 
 def rises(summary: Mapping[str, Any]) -> Table:
-    """Scores of held-out prompts before and after a run, of `mmalign.reporting.report.summary`."""
+    """Scores of held-out prompts before and after a run, as `mmalign.reporting.report.summary` has them."""
+    from mmalign.evaluation.comparison import cells
+
     title = f"held-out prompts, {summary['images']} images a side, same seeds before and after"
-    table = _table("score", "before", "after", "rise", "p (paired)", title=title, box=box.HEAVY_HEAD, padding=(0, 1))
+    headings = ("score", "before", "after", "rise", "95 %", "p (paired)")
+    table = _table(*headings, title=title, box=box.HEAVY_HEAD, padding=(0, 1))
     for name, row in summary["rises"].items():
-        table.add_row(name, f"{row['before']:.3f}", f"{row['after']:.3f}", f"{row['rise']:+.3f}", f"{row['p']:.2g}")
+        table.add_row(name, *cells(row))
     return table
 
 

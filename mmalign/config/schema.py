@@ -59,7 +59,7 @@ class Config(BaseModel):
         Epochs(), description="which prompts an iteration takes: epochs, shuffled, or by pass_rate, mixed ones most"
     )
     held_out: str | None = Field(
-        "assets/prompts/held_out.jsonl", description="prompts for evaluation, named in the same way; null for none"
+        "assets/prompts/validation.jsonl", description="prompts for evaluation, named in the same way; null for none"
     )
     rewards: dict[str, float | Ramp] = Field(
         {"shapes.strict": 0.5, "shapes.partial": 0.5},

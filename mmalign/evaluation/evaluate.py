@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 from torchvision.utils import save_image
 
+from mmalign.data.meaning import clusters
 from mmalign.distributed.processes import Ranks
+from mmalign.evaluation.comparison import rises
 from mmalign.evaluation.generate import generate
-from mmalign.flow.sample import chunks, distinct
+from mmalign.flow.sample import chunks
 from mmalign.policy.protocol import Policy
 from mmalign.rewards.judge import Scorers, score
 from mmalign.seeds import seed_of
@@ -43,14 +44,16 @@ class Evaluation:
 
 
 def deviation(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
-    """Mean square deviation of each image from its siblings' mean, over all pixels; NaN without siblings."""
+    """Mean square deviation of each image from the mean of its n siblings, over all pixels, times n / (n - 1): its mean
+    over siblings is the unbiased variance, whatever their number. NaN without siblings."""
     flat, count = images.flatten(1), group_sum(torch.ones(len(group)), group)
     mean = group_sum(flat, group) / count[:, None]
-    return torch.where(count > 1, ((flat - mean) ** 2).mean(1), torch.nan)
+    return torch.where(count > 1, ((flat - mean) ** 2).mean(1) * count / (count - 1), torch.nan)
 
 
 def diversity(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> float:
-    """Root mean square deviation of siblings from their mean image, over all pixels; NaN without siblings."""
+    """Root of the mean variance of siblings, over all pixels and groups, which does not depend on how many siblings
+    there are; NaN without siblings."""
     return float(deviation(images, group).nanmean().sqrt())
 
 
@@ -78,6 +81,12 @@ def means_by_tag(result: Evaluation, prompts: Sequence[Prompt]) -> dict[str, dic
         rows = [i for i, other in enumerate(tags) if other == tag]
         means[tag] = {name: float(values[rows].nanmean()) for name, values in result.parts.items()}
     return means
+
+
+def compared(before: Evaluation, after: Evaluation, prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
+    """The rises between two evaluations on the same prompts and seeds, over the meanings of the prompts."""
+    cluster = clusters(prompts[p].text for p in before.prompt.tolist())
+    return rises(before.parts, after.parts, cluster)
 
 
 def evaluate_distributed(
@@ -112,20 +121,6 @@ def evaluate_distributed(
         {name: [rows[i] for i in order] for name, rows in places.items()},
         {k: reasons[i] for k, i in enumerate(order.tolist()) if reasons[i]},
     )  # fmt: skip
-
-
-def paired(before: Float[Tensor, "N"], after: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> tuple[float, float]:
-    """Mean rise and the p-value of a two-sided paired t-test over prompts (a prompt's seeds are averaged: they are not
-    independent), NaN of fewer than two. Images without a score on either side are left out."""
-    valid = ~(before.isnan() | after.isnan())
-    rise, prompt = (after - before)[valid], prompt[valid]
-    if len(prompt.unique()) < 2:
-        return float(rise.mean()), float("nan")
-    _, first = distinct(prompt)
-    per_prompt = (group_sum(rise, prompt) / group_sum(torch.ones_like(rise), prompt))[first]
-    if float(per_prompt.std()) == 0:
-        return float(rise.mean()), 1.0 if float(rise.mean()) == 0 else 0.0
-    return float(rise.mean()), float(stats.ttest_1samp(per_prompt.numpy(), 0.0).pvalue)
 
 
 def contact_sheet(images: Float[Tensor, "N 3 H W"], path: Path, count: int = SHEET, columns: int = 12) -> None:

@@ -19,6 +19,8 @@ NAMES: dict[Layout, str] = {  # of an image: `row` counts the prompts, `member` 
 }
 
 
+DIGITS = 6  # decimals of a score in `scores.jsonl`
+ROUNDING = 0.5 * 10**-DIGITS  # the largest error of such a score
 LONGEST = 255 - len("_000000.png")  # bytes; common file systems take names of 255
 
 
@@ -61,7 +63,7 @@ def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path, layout: L
                 metadata = json.dumps({**prompt.wants, "prompt": prompt.text})
                 files.write((folder / name).parents[1] / "metadata.jsonl", metadata + "\n")
             scores = {
-                key: None if value[i].isnan() else round(float(value[i]), 6) for key, value in result.parts.items()
+                key: None if value[i].isnan() else round(float(value[i]), DIGITS) for key, value in result.parts.items()
             }
             row = {
                 **prompt.wants,

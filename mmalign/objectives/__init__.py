@@ -5,9 +5,13 @@ dataclass that derives from `mmalign.objectives.objective.OnImages` (it learns f
 its name in the table.
 """
 
+from mmalign.objectives.advantage_flow import AdvantageFlow
+from mmalign.objectives.awm import Awm
+from mmalign.objectives.dpo import Dpo, OnlineDpo
 from mmalign.objectives.grpo import Grpo
+from mmalign.objectives.nft import Nft
 from mmalign.objectives.rft import Rft
 from mmalign.objectives.rgdpo import Rgdpo
 from mmalign.objectives.srum import Srum
 
-OBJECTIVES = (Grpo, Srum, Rgdpo, Rft)
+OBJECTIVES = (Grpo, Nft, Awm, AdvantageFlow, Rft, Dpo, OnlineDpo, Srum, Rgdpo)

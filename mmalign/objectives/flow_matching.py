@@ -43,12 +43,20 @@ def examples(
     )
 
 
-def times(policy: Policy, draws: int, count: int, generator: torch.Generator) -> Float[Tensor, "count draws"]:
+def times(
+    policy: Policy, draws: int, count: int, generator: torch.Generator, span: tuple[float, float] = (0.0, 1.0)
+) -> Float[Tensor, "count draws"]:
     """Times in (0, 1], spread as the model's own schedule spreads its steps: one in each of `draws` equal stretches of
-    it, from noise to image."""
-    schedule = policy.times(1000)
+    it, or of a `span` of it, from 0 (noise) to 1 (image)."""
+    schedule, (first, last) = policy.times(1000), span
     index = (torch.arange(draws) + torch.rand(count, draws, generator=generator)) / draws
-    return schedule[(index * 1000).long().clamp(max=999)]
+    return schedule[((first + (last - first) * index) * 1000).long().clamp(max=999)]
+
+
+def noised(x: Latents, noise: Latents, t: Float[Tensor, "M"]) -> Latents:
+    """`(1 - t) x + t noise`."""
+    share = t[:, None, None, None]
+    return (1 - share) * x + share * noise
 
 
 def noise_like(x: Latents, generator: torch.Generator) -> Latents:
@@ -59,6 +67,5 @@ def error(
     policy: Policy, x: Latents, noise: Latents, t: Float[Tensor, "M"], cond: Any, index: Int[Tensor, "M"]
 ) -> Float[Tensor, "M h w"]:
     """Squared distance of the velocity at `(1 - t) x + t noise` from `noise - x`, mean over C."""
-    share = t[:, None, None, None]
-    v = policy.velocity((1 - share) * x + share * noise, t, cond, index).float()
+    v = policy.velocity(noised(x, noise, t), t, cond, index).float()
     return ((v - (noise - x)) ** 2).mean(1)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Lt
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -32,15 +32,35 @@ class TrainBatch:
 
 
 @dataclass(frozen=True)
+class Lag:
+    """How the policy that draws the images follows the one in training: after an iteration it keeps `most` of its
+    weights, or `rate` for each iteration after the first `flat` while that is less. With `most` 0 it is the one in
+    training."""
+
+    most: Annotated[float, Ge(0), Lt(1)] = 0.0
+    rate: Annotated[float, Ge(0), Le(1)] = 0.001
+    flat: Annotated[int, Ge(0)] = 0
+
+    def at(self, iteration: int) -> float:
+        """The share that is kept after an iteration, numbered from 0."""
+        return min(self.most, self.rate * max(0, iteration + 1 - self.flat))
+
+
+AT_ONCE = Lag()
+
+
+@dataclass(frozen=True)
 class Finished(Rows):
     """`N` finished images, whoever made them: clean latents, the row of each one's prompt, its reward, and with a
-    scorer that has a map the credit per position and the regions behind it."""
+    scorer that has a map the credit per position and the regions behind it; `advantage` over its siblings, where the
+    objective uses one."""
 
     x: Float[Tensor, "N C h w"]
     prompt: Int[Tensor, "N"]
     reward: Float[Tensor, "N"]
     places: Float[Tensor, "N a b"] | None = None
     marks: Marks | None = None
+    advantage: Float[Tensor, "N c d"] | None = None
 
 
 @runtime_checkable
@@ -67,8 +87,8 @@ class Objective:
 
     `uses`: the optional settings of a config that act with it, among credit, loss, advantage, mask, max_kl, region and
     records. `needs`: those of them that it cannot do without. `stochastic`: whether it trains on stochastic steps.
-    `siblings`: the fewest images of a prompt. `width`: latents of one row in a forward; `reference`: whether the model
-    without adapter is evaluated beside it.
+    `siblings`: the fewest images of a prompt. `lag`: how the policy that draws the images follows. `width`: latents of
+    one row in a forward; `reference`: whether the model without adapter is evaluated beside it.
     """
 
     uses: ClassVar[frozenset[str]] = frozenset()
@@ -77,11 +97,16 @@ class Objective:
     siblings: ClassVar[int] = 1
     width: ClassVar[int] = 1
     reference: bool = False
+    lag: Lag = AT_ONCE
     fewer: str | None = None  # where it replays fewer rows than `rows` says, for an estimate
 
     def rows(self, plan: Plan, seeds: int) -> int:
         """How many rows the images or steps of one prompt give, at most."""
         raise NotImplementedError
+
+    def prepared(self, updates: int) -> int:
+        """Forwards of a row that are taken once, before the first of so many optimiser steps."""
+        return 0
 
 
 class OnImages(Objective):
@@ -104,7 +129,7 @@ class OnImages(Objective):
     def batch(
         self, run: Run, rollout: Rollout, judged: Judgement, advantage: Tensor | None, iteration: int
     ) -> TrainBatch:
-        return self.of_images(run, rollout.prompts, rollout.cond, finished(rollout.paths, judged), iteration)
+        return self.of_images(run, rollout.prompts, rollout.cond, finished(rollout.paths, judged, advantage), iteration)
 
     def of_images(self, run: Run, prompts: Sequence[Any], cond: Any, images: Finished, iteration: int) -> TrainBatch:
         def rows(p: int) -> Rows:
@@ -112,8 +137,11 @@ class OnImages(Objective):
             generator = torch.Generator().manual_seed(seed)
             return self.examples(run.policy, images[images.prompt == p], generator)
 
-        batch = joined([rows(p) for p in range(len(prompts))])
-        return TrainBatch(batch, partial(self.replay, run.policy, cond))
+        return self.batch_of(run, cond, joined([rows(p) for p in range(len(prompts))]))
+
+    def batch_of(self, run: Run, cond: Any, rows: Rows) -> TrainBatch:
+        """The batch of these rows, in which velocities that stay as they are may be computed once."""
+        return TrainBatch(rows, partial(self.replay, run.policy, cond))
 
 
 def name_of(method: Any) -> str:
@@ -121,11 +149,13 @@ def name_of(method: Any) -> str:
     return getattr(method, "type", f"{type(method).__module__}:{type(method).__qualname__}")
 
 
-def finished(paths: Trajectories, judged: Judgement) -> Finished:
-    """The finished images of the trajectories that have a reward."""
+def finished(paths: Trajectories, judged: Judgement, advantage: Float[Tensor, "N T a b"] | None = None) -> Finished:
+    """The finished images of the trajectories that have a reward, with the advantage of their last step."""
     scored = (~judged.reward[:, -1].isnan()).nonzero()[:, 0]
     final, x = paths.tree.final[scored, -1], paths.finals
     columns = {"x": x[final], "prompt": paths.tree.prompt[scored], "reward": judged.reward[scored, -1]}
+    if advantage is not None:
+        columns["advantage"] = advantage[scored, -1]
     if judged.regions is not None:
         marks = judged.marks[final.to(judged.regions.device)]
         columns["places"] = judged.regions[final.to(judged.regions.device)].to(x.device)
@@ -135,4 +165,7 @@ def finished(paths: Trajectories, judged: Judgement) -> Finished:
 
 def joined(parts: Sequence[Rows]) -> Rows:
     """The rows of records of one kind, one under the other."""
-    return type(parts[0])(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+    columns = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
+    return type(parts[0])(
+        **{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()}
+    )

@@ -83,15 +83,20 @@ def better(credit: Float[Tensor, "M 2 R"], named: Bool[Tensor, "M 2 R"], gap: fl
     return torch.where(difference.abs() >= gap, difference.sign(), 0.0).nan_to_num(0.0)
 
 
-def matched(prompt: Int[Tensor, "N"], reward: Float[Tensor, "N"], marks: Marks) -> Int[Tensor, "Q 2"]:
-    """Rows of images to compare, best with worst; pairs that would give no term are left out."""
+def extremes(prompt: Int[Tensor, "N"], reward: Float[Tensor, "N"]) -> Int[Tensor, "Q 2"]:
+    """Rows of images of one prompt: best with worst, second with second to last, and so on."""
     pairs = []
     for p in prompt.unique().tolist():
         rows = (prompt == p).nonzero()[:, 0]
         rows = rows[reward[rows].argsort(descending=True, stable=True)]
         half = len(rows) // 2
         pairs.append(torch.stack([rows[:half], rows.flip(0)[:half]], 1))
-    matches = torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
+    return torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
+
+
+def matched(prompt: Int[Tensor, "N"], reward: Float[Tensor, "N"], marks: Marks) -> Int[Tensor, "Q 2"]:
+    """Rows of images to compare; pairs that would give no term are left out."""
+    matches = extremes(prompt, reward)
     credit = marks.credit[matches]
     inter = better(credit, marks.named[matches]).ne(0).any(1)
     intra = ((credit > 0).any(2) & (credit < 0).any(2)).any(1)

@@ -2,8 +2,10 @@
 scaled. `texts` and `network` are needed; the other methods have defaults for diffusers' usual conventions.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +19,7 @@ from reward_models.lengths import Reader
 from reward_models.limits import PIXELS
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # Flow-GRPO's
+FEW_STEPS = re.compile(r"turbo|schnell|lightning|hyper-?sd|\blcm|distill", re.IGNORECASE)
 
 
 class Family(ABC):
@@ -47,6 +50,12 @@ class Family(ABC):
                 raise ValueError(f"size {height}x{width}: the model has positions for {factor * most} pixels a side")
         self.image_size = (height, width)
         self.latent_shape = (self.channels(pipe), height // factor, width // factor)
+
+    def distilled(self) -> str | None:
+        """By what it is known that the model was distilled to a few steps, here the name of its repository or folder;
+        None where nothing says so."""
+        name = Path(str(getattr(self.pipe.config, "_name_or_path", ""))).name
+        return f"its name, {name}" if FEW_STEPS.search(name) else None
 
     @staticmethod
     def _default_size(pipe: DiffusionPipeline) -> tuple[int, int]:

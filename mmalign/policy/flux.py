@@ -25,6 +25,11 @@ class FluxPolicy(PipelinePolicy):
         if guidance != 1 and not pipe.transformer.config.guidance_embeds:
             raise ValueError(f"guidance {guidance:g}: this FLUX model does not take guidance; 1 is needed")
 
+    def distilled(self) -> str | None:
+        """FLUX.1-schnell is the one that takes no guidance."""
+        embeds = self.pipe.transformer.config.guidance_embeds
+        return super().distilled() if embeds else "guidance_embeds: false, as FLUX.1-schnell's"
+
     @property
     def true_guidance(self) -> bool:
         return False

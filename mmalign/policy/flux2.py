@@ -26,6 +26,9 @@ class Flux2KleinPolicy(PipelinePolicy):
         if guidance > 1 and pipe.config.is_distilled:
             raise ValueError(f"guidance {guidance:g}: this FLUX.2 model does not take guidance; 1 is needed")
 
+    def distilled(self) -> str | None:
+        return "is_distilled: true" if self.pipe.config.is_distilled else super().distilled()
+
     @staticmethod
     def pixels_of(pipe: DiffusionPipeline) -> int:
         return 2 * pipe.vae_scale_factor

@@ -95,6 +95,13 @@ class Attributing(Protocol):
 
 
 @runtime_checkable
+class MayBeDistilled(Protocol):
+    """Says by what it is known that the model was distilled to a few steps, None where nothing says so."""
+
+    def distilled(self) -> str | None: ...
+
+
+@runtime_checkable
 class Stock(Protocol):
     """Has a stock pipeline to compare with: its images of some texts, from CPU generators with these seeds."""
 

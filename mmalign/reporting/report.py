@@ -17,10 +17,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import torch
+from jaxtyping import Float
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from mmalign.evaluation.evaluate import paired
+from mmalign.data.meaning import clusters
+from mmalign.evaluation import layouts
+from mmalign.evaluation.comparison import cells, rises
 from mmalign.pages import render
 from mmalign.runs import reader
 from mmalign.runs.reader import SIDES, Row
@@ -59,24 +63,25 @@ class Picture:
 
 
 def summary(run: Path) -> dict[str, Any]:
-    """Before, after, mean rise and paired p-value of every score on the held-out prompts; and the alarms."""
+    """Before, after and the rise of every score on the held-out prompts, as `mmalign.evaluation.comparison.rises` gives
+    them; and the alarms."""
     record = reader.read(run)
-    images, rises = _compared(record.scores)
-    return {"run": str(run), "images": images, "rises": rises, "alarms": record.alarms}
+    images, compared = _compared(record.scores)
+    return {"run": str(run), "images": images, "rises": compared, "alarms": record.alarms}
 
 
 def _compared(scores: Mapping[str, list[Row]]) -> tuple[int, dict[str, dict[str, float]]]:
     """The number of images scored on both sides, and the comparison of each score."""
     before, after = ({row["image"]: row for row in scores[side]} for side in SIDES)
-    both, rises = [image for image in before if image in after], {}
-    for name in before[both[0]]["scores"] if both else ():
-        a, b = (
-            torch.tensor([math.nan if (value := side[i]["scores"].get(name)) is None else value for i in both])
-            for side in (before, after)
-        )
-        rise, p = paired(a, b, torch.tensor([before[image]["id"] for image in both]))
-        rises[name] = {"before": float(a.nanmean()), "after": float(b.nanmean()), "rise": rise, "p": p}
-    return len(both), rises
+    both = [image for image in before if image in after]
+    names = before[both[0]]["scores"] if both else ()
+    parts = ({name: _values_of(name, [side[image] for image in both]) for name in names} for side in (before, after))
+    return len(both), rises(*parts, clusters(before[image]["prompt"] for image in both), layouts.ROUNDING)
+
+
+def _values_of(name: str, rows: list[Row]) -> Float[Tensor, "N"]:
+    values = (row["scores"].get(name) for row in rows)
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
 
 
 def write(run: Path) -> Path:
@@ -99,16 +104,13 @@ def embedded(path: Path) -> str:
 def _values(run: Path, source: Source) -> dict[str, Any]:
     """The values of the template `run.html`."""
     record = reader.read(run)
-    images, rises = _compared(record.scores)
+    images, compared = _compared(record.scores)
     trained = any(row["name"] == "after" for row in record.evaluations)
     values = {
         "missing": record.lacking,
         "alarms": [(row["alarm"], row["iteration"], row["text"]) for row in record.alarms],
         "images": images,
-        "rises": [
-            (name, f"{r['before']:.3f}", f"{r['after']:.3f}", f"{r['rise']:+.3f}", f"{r['p']:.2g}")
-            for name, r in rises.items()
-        ],
+        "rises": [(name, *cells(row)) for name, row in compared.items()],
         "tags": _by_tag(record.scores),
         "cards": _pairs(run, record.scores, source) if trained else [],
         "overlays": any(row.get("places") for row in record.scores["after"]),

@@ -18,6 +18,7 @@ from reward_models import files
 
 IN_A_ROW = 5  # iterations without gradient, or with a constant reward; and those that a mean of diversity is over
 DIVERSITY = 0.5  # ratio to its first values below which diversity has collapsed
+ERROR = 1.3  # ratio of the error of flow matching to its first values above which the adapter outgrows the model
 EVALUATIONS = 8  # the number of last evaluations in which trends are tested for reward hacking
 TREND = 0.01  # p of Kendall's rank correlation with time, one-sided, that counts as a rise or a fall
 
@@ -47,6 +48,17 @@ def _lost_diversity(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row
     return None
 
 
+def _outgrown(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
+    """Of a policy that fits its own images the error does not change: what is left of it is noise."""
+    first, last = _mean("error", metrics[:IN_A_ROW]), _mean("error", metrics[-IN_A_ROW:])
+    if len(metrics) >= 2 * IN_A_ROW and last > ERROR * first:
+        return (
+            f"the error of flow matching on the model's own images is {last:.3g} and began with {first:.3g}: the "
+            "adapter outgrows the model, and scores fall next; a larger pull, a lag or a lower learning_rate holds it"
+        )
+    return None
+
+
 def _hacking(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
     """Only evaluations between start and end use the same prompts and seeds."""
     between = [row for row in evaluations if row["name"] is None]
@@ -68,6 +80,7 @@ ALARMS: dict[str, Alarm] = {
     "zero_gradient": _zero_gradient,
     "constant_reward": _constant_reward,
     "lost_diversity": _lost_diversity,
+    "outgrown": _outgrown,
     "hacking": _hacking,
 }
 
@@ -98,7 +111,15 @@ class Watch:
         self.reported = {row["alarm"] for row in jsonl.rows(self.file)}
 
     def _columns(self, row: Row) -> Row:
-        names = ("dead_groups", "skipped", "grad_norm", "diversity", "kl", *(f"part/{name}" for name in self.c.rewards))
+        names = (
+            "dead_groups",
+            "skipped",
+            "grad_norm",
+            "diversity",
+            "error",
+            "kl",
+            *(f"part/{name}" for name in self.c.rewards),
+        )
         return {name: row[name] for name in names if name in row}
 
     @property

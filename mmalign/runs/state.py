@@ -5,7 +5,7 @@ run. A file that does not fit is refused in one line that names it. `mmalign.run
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,11 +82,16 @@ def refused(file: Path, reason: str) -> BadInput:
     return BadInput(f"{file}: {reason}{hint}")
 
 
-def check_adapter(path: Path, tensors: Tensors, expected: Mapping[str, Tensor]) -> None:
-    """BadInput unless the adapter and its average have the names, shapes and types of the `expected` matrices, and
-    finite numbers."""
-    for name in ("adapter", "ema"):
-        file, given = path / f"{name}.safetensors", tensors[name]
+def check_adapter(
+    path: Path, tensors: Tensors, expected: Mapping[str, Tensor], names: Sequence[str] = ("adapter", "ema")
+) -> None:
+    """BadInput unless the adapter and its averages, the files of these `names`, have the names, shapes and types of the
+    `expected` matrices, and finite numbers."""
+    for name in names:
+        file = path / f"{name}.safetensors"
+        if name not in tensors:
+            raise refused(file, f"not in {checkpoint.MANIFEST}")
+        given = tensors[name]
         odd = sorted({(n, *v.shape) for n, v in expected.items()} ^ {(n, *v.shape) for n, v in given.items()})
         if odd:
             raise refused(

@@ -1,7 +1,7 @@
 """The learner: the optimiser, its schedule, and the averaged adapter."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,13 +23,15 @@ from mmalign.training.microbatch import AdaptiveBatch
 
 @dataclass(frozen=True)
 class Learner:
-    """Steps the adapter of `policy`, on all ranks. `ema` is the averaged adapter by name, `micro_batch` the rows of one
-    forward and backward, `skips` the optimiser steps left out."""
+    """Steps the adapter of `policy`, on all ranks. `ema` is the averaged adapter by name, `old` that of the policy
+    which draws the images, where it lags behind; `micro_batch` the rows of one forward and backward, `skips` the
+    optimiser steps left out."""
 
     config: Config
     policy: Trainable
     optimizer: torch.optim.Optimizer
     ema: dict[str, Tensor]
+    old: dict[str, Tensor] | None
     micro_batch: AdaptiveBatch
     skips: Skips
     ranks: Ranks
@@ -60,19 +62,29 @@ class Learner:
             may_step=partial(self.skips.may_step, iteration, prompts),
         )  # fmt: skip
         if not self.skips.reasons:
-            self.average()
+            self.average(iteration)
         return {"transitions": len(local)} | statistics
 
-    def average(self) -> None:
-        """Move the averaged adapter towards the one in training."""
+    def average(self, iteration: int) -> None:
+        """Move the averaged and the old adapter towards the one in training."""
+        moving = [(self.ema, self.config.ema)]
+        moving += [] if self.old is None else [(self.old, self.config.objective.lag.at(iteration))]
         for name, value in self.policy.adapter().items():
-            self.ema[name].lerp_(value, 1 - self.config.ema)
+            for tensors, kept in moving:
+                tensors[name].lerp_(value, 1 - kept)
+
+    def averaged(self) -> AbstractContextManager:
+        """The policy with its averaged adapter, for a while."""
+        return self._with(self.ema)
+
+    def acting(self) -> AbstractContextManager:
+        """The policy that draws the images, for a while."""
+        return nullcontext() if self.old is None else self._with(self.old)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The policy with its averaged adapter."""
+    def _with(self, tensors: dict[str, Tensor]) -> Iterator[None]:
         adapter = self.policy.adapter()
-        self.policy.load_adapter(self.ema)
+        self.policy.load_adapter(tensors)
         try:
             yield
         finally:

@@ -60,9 +60,10 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
         forwards, images = forwards + scouts * c.scouts.steps, images + scouts
     rows = c.prompts_per_iteration * rows_of(c, plan)
     passes = c.objective.width * (2 if c.measures_kl else 1)
-    masked = 0 if c.mask is None else c.mask.forwards * rows
+    prepared = c.objective.prepared(c.epochs * c.minibatches) * halves
+    before = prepared + (0 if c.mask is None else c.mask.forwards)
     return Cost(
-        forwards * halves + masked, rows * passes * c.epochs * halves, rows, images, images * len(c.trained),
+        forwards * halves + before * rows, rows * passes * c.epochs * halves, rows, images, images * len(c.trained),
     )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from mmalign.config.methods import named
 from mmalign.config.schema import LATER, RESUMABLE, Config
 from mmalign.errors import BadInput
@@ -21,8 +23,8 @@ from reward_models.weights import fingerprint
 
 
 def size(run: Session) -> int:
-    """About the bytes of a checkpoint: adapter, average and two moments."""
-    return 4 * 4 * sum(p.numel() for p in run.policy.parameters())
+    """About the bytes of a checkpoint: adapter, averages and two moments."""
+    return 4 * (4 + (run.learner.old is not None)) * sum(p.numel() for p in run.policy.parameters())
 
 
 def best(out: Path, name: str | None) -> int | None:
@@ -53,6 +55,11 @@ def _machine(run: Session) -> dict[str, int | str]:
     return machine.describe(run.ranks.size, run.ranks.accelerator.device)
 
 
+def _averages(run: Session) -> dict[str, dict[str, Tensor]]:
+    averages = {"ema": run.learner.ema, "old": run.learner.old}
+    return {kind: tensors for kind, tensors in averages.items() if tensors is not None}
+
+
 def save(run: Session, out: Path, iteration: int) -> None:
     """Write the checkpoint after an iteration, on the main process; all ranks must call it."""
     adapter = run.policy.adapter()
@@ -61,7 +68,7 @@ def save(run: Session, out: Path, iteration: int) -> None:
     optimizer = optimizer_state.tensors(run.learner.optimizer)  # of which each process may have a part
     if not run.ranks.main:
         return
-    tensors = {"adapter": adapter, "ema": run.learner.ema, "optimizer": optimizer}
+    tensors = {"adapter": adapter, "optimizer": optimizer} | _averages(run)
     state = {"adapter_hash": adapter_hash, "multipliers": run.rewards.multipliers, "machine": _machine(run)}
     state |= {"learnt": optimizer_state.trained(optimizer)} | _identity(run, iteration)
     if run.config.draw.learns:
@@ -90,13 +97,14 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
         return 0
     tensors, state = states.read(path)
     done = _check_identity(run, path, state)
-    states.check_adapter(path, tensors, run.learner.ema)
+    states.check_adapter(path, tensors, run.learner.ema, ("adapter", *_averages(run)))
     optimizer_state.check(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_class(run.config))
     run.policy.load_adapter(tensors["adapter"])
     optimizer_state.load(run.learner.optimizer, tensors["optimizer"])
     run.rewards.multipliers.update(state.multipliers)
-    for name, value in tensors["ema"].items():
-        run.learner.ema[name].copy_(value)
+    for kind, average in _averages(run).items():
+        for name, value in tensors[kind].items():
+            average[name].copy_(value)
     changed = machine.difference(state.machine, _machine(run))
     if changed and run.ranks.main:
         print(f"mmalign: {changed}", file=sys.stderr)

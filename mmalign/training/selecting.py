@@ -8,9 +8,12 @@ from torch import Tensor
 
 from mmalign.config.schema import Config
 from mmalign.credit.groups import group_std
+from mmalign.credit.terminal import Terminal
 from mmalign.selection.selection import compared
 from mmalign.training.rollout import Rollout
 from mmalign.types import Judgement, Tree, over
+
+IMAGE = Terminal()  # the credit of objectives that learn from finished images
 
 
 def choose(c: Config, tree: Tree, judged: Judgement) -> Bool[Tensor, "N"]:
@@ -28,7 +31,7 @@ def advantages(
     if c.advantage is None:
         return None
     measured = judged if c.select is None else compared(judged, c.select, selected)
-    advantage = c.advantage(tree, measured, c.credit, c.mask, c.dead_spread)
+    advantage = c.advantage(tree, measured, c.credit or IMAGE, c.mask, c.dead_spread)
     return advantage * over(selected.to(advantage.device), advantage)
 
 

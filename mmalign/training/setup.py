@@ -12,6 +12,7 @@ from mmalign.config.methods import named
 from mmalign.config.paths import locate
 from mmalign.config.schema import Config
 from mmalign.data import judged_images, prompts as prompt_files
+from mmalign.data.meaning import meaning
 from mmalign.data.prompts import PromptBatches
 from mmalign.distributed.deepspeed import ZeroOptimizer
 from mmalign.distributed.processes import Ranks, join
@@ -58,9 +59,7 @@ def open_session(
         c, times, cost = planning.settled(c, policy)
     batches = PromptBatches(records.prompts if records else prompts, c.prompts_per_iteration, c.seed, c.draw)
     batches(0)
-    shared = {p.text for p in batches.all} & {p.text for p in held_out}
-    if shared:
-        raise BadInput(f"held_out: {len(shared)} prompts are training prompts too, e.g. {min(shared)!r}")
+    _check_apart(batches.all, held_out)
     fits = {name: AdaptiveBatch(getattr(c, name), ranks.sharded) for name in ("batch", "micro_batch", "decode_batch")}
     learner = _learner(c, policy, fits.pop("micro_batch"), ranks)
     if c.cache:  # last, because it creates the file
@@ -72,6 +71,18 @@ def open_session(
         config=c, policy=policy, prompts=batches, held_out=held_out, times=times, cost=cost, rewards=rewards,
         learner=learner, records=records, origin=origin, clock=Clock(), fits=fits, ranks=ranks,
     )  # fmt: skip
+
+
+def _check_apart(training: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    """Raises BadInput for held-out prompts that have the meaning of a training prompt."""
+    held = {meaning(p.text): p.text for p in held_out}
+    shared = {held[same]: p.text for p in training if (same := meaning(p.text)) in held}
+    if shared:
+        text = min(shared)
+        raise BadInput(
+            f"held_out: {len(shared)} meanings are those of training prompts too, e.g. {text!r} and {shared[text]!r} "
+            "in training; remove such prompts from one of the two files"
+        )
 
 
 def load_policy(c: Config, device: str, policy: Trainable | None = None) -> tuple[Trainable, str]:
@@ -163,7 +174,8 @@ def _learner(c: Config, policy: Trainable, micro_batch: AdaptiveBatch, ranks: Ra
     if ranks.zero:
         optimizer = ZeroOptimizer(policy.pipe.transformer, optimizer, ranks)
     skips = Skips(c.max_skips, partial(ranks.all_gather_object, what="what is finite"))
-    return Learner(c, policy, optimizer, policy.adapter(), micro_batch, skips, ranks)
+    old = policy.adapter() if c.objective.lag.most else None
+    return Learner(c, policy, optimizer, policy.adapter(), old, micro_batch, skips, ranks)
 
 
 def _check_ranks(c: Config, ranks: Ranks) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SIZES = [[32, 32], [32, 48], [16, 16], [48, 16], [64, 64], [8, 8], [16, 64], [40, 40], [256, 16], [20, 32]]  # pixels
+FORWARD = ("nft", "awm", "advantage_flow")
 GRIDS = [[1, 1], [2, 2], [2, 1], [4, 4], [3, 3], [5, 2], [1024, 1]]  # the last ones divide few latents
 LEVELS = [0.7, 0.3, 1.0, 0.05, 1e-6, 3.0, 50.0, 1e30]  # noise of all steps
 WEIGHTS = [1.0, 0.5, 2.0, 0.0, -1.0, 1e-12]
@@ -167,23 +168,27 @@ def _objective(c, r, may, mostly, files) -> None:
             c["region_grid"] = mostly([[1, 1], [2, 2], [2, 1], r.choice(GRIDS)], 0.3)
     prompt = {"type": "prompt", "share": r.choice([0.5, 0.25, 1.0, 1e-6])}
     c["mask"] = mostly([None, prompt, "map" if "region" in c else None], 0.6)
-    name = mostly(["grpo", "srum", "rgdpo", "rft"], 0.6)
+    name = mostly(["grpo", "nft", "srum", "rgdpo", "rft", "awm", "advantage_flow", "dpo", "online_dpo"], 0.4)
     objective = {"type": name}
     if name == "grpo":
         objective |= {"beta": mostly([0.0, 0.01, 1.0], 0.7), "weighting": r.choice(["none", "noise"])}
         objective |= {"ratio": r.choice(["cell", "credit"])}
     else:
-        for gradient in ("credit", "advantage", "mask"):
+        for gradient in ("credit", "mask") if name in FORWARD else ("credit", "advantage", "mask"):
             c.pop(gradient, None)
         objective["draws"] = r.choice([1, 2, 3])
         if may(0.3):
             c["plan"] = "ode"
             c.pop("kernel")
-        if c["combine"] in ("mrn", "gdpo"):
+        if c["combine"] in ("mrn", "gdpo") and name not in FORWARD:
             c["combine"] = "sum"
-        if name == "rft":
+        if name in ("rft", "online_dpo", "dpo"):
             for regional in ("region", "region_grid"):
                 c.pop(regional, None)
+        elif name in FORWARD:
+            objective |= {"span": mostly([[0.0, 0.4], [0.5, 1.0], [0.4, 0.4]], 0.9), "shared": may(0.5)}
+            objective |= {"bound": r.choice([1.0, 5.0]), "pull": r.choice([0.0, 0.1])}
+            objective |= {"lag": {"most": r.choice([0.0, 0.5]), "rate": r.choice([0.1, 1.0])}} if may(0.5) else {}
         elif may(0.4):
             _learn_from_records(c, r, mostly, files)
         elif "region" not in c:

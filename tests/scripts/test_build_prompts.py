@@ -1,15 +1,21 @@
 """The prompt lists of the recipes."""
 
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
-from build_prompts import lists
+import torch
+from build_prompts import TEST, lists
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from mmalign.data import prompts as prompt_files
+from mmalign.data.meaning import meaning
+from reward_models import load
 from reward_models.detect import known_as
 from reward_models.scorers.geneval import PALETTE, checked
 from reward_models.scorers.ocr import wanted
+from reward_models.shapes_world import caption, draw
 
 FOLDER = Path(__file__).parents[2] / "assets/prompts"
 COCO = {known_as(name) for name in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]}
@@ -24,6 +30,19 @@ def test_shipped_lists_are_what_the_script_writes(name, rows):
     shipped = prompt_files.read(FOLDER / name)
     assert [{"prompt": p.text, "id": p.id, **p.wants} for p in shipped] == rows
     assert len({p.text for p in shipped}) == len(shipped)
+
+
+def test_test_captions_have_one_wording_and_can_be_drawn_and_verified():
+    prompts, ids = prompt_files.read(FOLDER / "test.jsonl"), set()
+    for name in ("train", "validation"):
+        ids |= {p.id for p in prompt_files.read(FOLDER / f"{name}.jsonl")}
+    assert Counter(p.wants["tag"] for p in prompts) == TEST
+    assert len({meaning(p.text) for p in prompts}) == len(prompts) == 248
+    assert not {p.id for p in prompts} & ids
+    rng = np.random.default_rng(0)
+    assert [p.text for p in prompts] == [caption(p.wants) for p in prompts]
+    drawn = torch.from_numpy(np.stack([draw(p.wants, rng) for p in prompts]))
+    assert load("shapes")(drawn, prompts).values[:, 0].min() == 1
 
 
 @pytest.mark.parametrize("kind", ["geneval", "ocr", "scenes"])

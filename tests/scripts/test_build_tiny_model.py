@@ -50,7 +50,7 @@ def test_a_small_build_is_a_pipeline(tmp_path):
     """All stages, minutely: a stock pipeline comes out, with prompt files, and it draws something."""
     build.main(tmp_path, tmp_path / "work", images=1, vae_steps=1, steps=1, batch=2, compiled=False)
     policy = policies.load(str(tmp_path / "tiny_sd3"))
-    held_out = prompts.read(tmp_path / "prompts" / "held_out.jsonl")
+    held_out = prompts.read(tmp_path / "prompts" / "validation.jsonl")
     training = prompts.read(tmp_path / "prompts" / "train.jsonl")
     assert len(held_out) >= 300
     assert not {p.text for p in held_out} & {p.text for p in training}
