@@ -153,6 +153,9 @@ COUNTED = {
     | {"objective": BETA, "plan": {"type": "window", "steps": [1, 3], "children": 2}, "select": "extremes"},
     "scouts": SDE | {"objective": BETA, "scouts": SCOUTS, "guidance": 2.0},
     "both": SDE | {"objective": BETA, "scouts": SCOUTS, "select": {"type": "extremes", "keep": 2}, "draw": "pass_rate"},
+    "noised again": {
+        "plan": "ode", "objective": "nft", "seeds": 5, "scouts": SCOUTS, "select": {"type": "extremes", "keep": 3}
+    },
     "finished images": RFT | {"scouts": SCOUTS, "select": {"type": "extremes", "keep": 3}},
     "budget": SDE | {"objective": BETA, "scouts": SCOUTS, "plan": {"type": "branch", "steps": [0, 1], "children": 2},
                      "max_forwards": 240},
