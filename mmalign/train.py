@@ -10,21 +10,19 @@ along.
 from collections.abc import Callable
 from functools import partial
 
-from mmalign.credit.terminal import Terminal
 from mmalign.distributed.gather import gather
 from mmalign.errors import NonFinite
 from mmalign.objectives.objective import TrainBatch
 from mmalign.rewards.judge import stop_if_failing, unscored
 from mmalign.rewards.rewards import shares
-from mmalign.training import finite
-from mmalign.training.metrics import deviations, metrics
+from mmalign.training import finite, selecting
+from mmalign.training.metrics import deviations, level, metrics, scout_metrics
 from mmalign.training.rollout import Rollout, judged, sample_and_score
 from mmalign.training.session import Session
 from mmalign.training.snapshots import Snapshot
 from mmalign.types import Judgement
 from reward_models import Prompt
 
-IMAGE = Terminal()  # the credit of objectives that learn from finished images
 Row = dict[str, int | float]
 Show = Callable[[Snapshot], None]
 
@@ -60,13 +58,17 @@ def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show
     tree, judgement = gather(run.ranks, rollout.tree, local)
     stop_if_failing(unscored(tree, judgement), len(tree.owner), c.max_failed)
     with clock.of("learn"):
-        advantage = c.advantage and c.advantage(tree, judgement, c.credit or IMAGE, c.mask, c.dead_spread)
-        mine = None if advantage is None else advantage[run.ranks.is_local(tree.prompt)]
-        batch = c.objective.batch(run, rollout, local, mine, iteration)
+        selected = selecting.choose(c, tree, judgement)
+        advantage = selecting.advantages(c, tree, judgement, selected)
+        here = run.ranks.is_local(tree.prompt)
+        mine = None if advantage is None else advantage[here]
+        batch = c.objective.batch(run, *selecting.part(rollout, local, mine, selected[here]), iteration)
     if show:
         clock.timed("io", show)(Snapshot(rollout, tree, judgement, advantage))
     deviation = deviations(run.ranks, rollout.tree, rollout.images)
-    row = metrics(run, tree, judgement, deviation, iteration)
+    row = metrics(run, tree, judgement, deviation, iteration) | selecting.statistics(c, tree, judgement, selected)
+    row |= scout_metrics(run, rollout, tree, judgement)
+    row |= run.prompts.learn(iteration, level(run, judgement, iteration), tree.prompt)
     return batch, row | run.rewards.move_multipliers(judgement)
 
 

@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from mmalign.config.schema import Config
 from mmalign.credit import CREDITS
+from mmalign.data.draws import DRAWS
 from mmalign.learn.loss import LOSSES
 from mmalign.objectives import OBJECTIVES
 from mmalign.objectives.advantage import Advantage
@@ -20,12 +21,14 @@ from mmalign.objectives.objective import Lag
 from mmalign.rewards.combination import COMBINATIONS
 from mmalign.sampling.kernels import KERNELS
 from mmalign.sampling.plans import PLANS
+from mmalign.selection import SELECTIONS
+from mmalign.selection.scouts import Scouts
 from reward_models import files
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 TABLES = {
     "plan": PLANS, "kernel": KERNELS, "objective": OBJECTIVES, "credit": CREDITS, "loss": LOSSES,
-    "combine": COMBINATIONS, "mask": MASKS,
+    "select": SELECTIONS, "combine": COMBINATIONS, "mask": MASKS, "draw": DRAWS,
 }  # fmt: skip
 HEAD = """# The settings of a config
 
@@ -75,7 +78,9 @@ def page() -> str:
         lines += ["", f"## `{key}`", ""]
         lines += [f"- **`{kind.type}`**: {settings(kind)}" for kind in table]
         lines += common(table) if key == "objective" else []
-    return "\n".join([*lines, "", "## `advantage`", "", settings(Advantage), ""])
+    for key, kind in (("advantage", Advantage), ("scouts", Scouts)):
+        lines += ["", f"## `{key}`", "", settings(kind)]
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from mmalign.credit.groups import Credit, as_grid, normalise
+from mmalign.data.draws import Draw
 from mmalign.flow import plan as plans
 from mmalign.flow.kernels import scheduled
 from mmalign.learn.loss import Loss, pool
@@ -26,6 +27,7 @@ from mmalign.objectives.objective import OnImages
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.rewards.combination import Rule
 from mmalign.sampling.plans import Fixed
+from mmalign.selection.selection import Selection
 from reward_models import Card, Scores
 
 
@@ -95,6 +97,23 @@ class Best(Rule):
         return (values * weights - self.margin).max(1).values
 
 
+@dataclass(frozen=True)
+class Some(Selection):
+    keep: int = 2
+    leave: int = 0
+
+    def __call__(self, reward, prompt):
+        return torch.arange(len(reward)) % 3 != self.leave
+
+
+@dataclass(frozen=True)
+class Backwards(Draw):
+    by: int = 1
+
+    def __call__(self, ids, size, iteration, seed, rates):
+        return [-self.by * (iteration * size + i) % len(ids) for i in range(size)]
+
+
 class Shifted(GaussianFlow):
     def velocity(self, x, t, cond, index):
         return super().velocity(x, t, cond + 0.1, index)
@@ -110,6 +129,8 @@ METHODS = {
     "loss": ("Plain", {"scale": 2.0}),
     "kernel": ("Halved", {"noise": 0.6}),
     "combine": ("Best", {"margin": 0.1}),
+    "select": ("Some", {"leave": 1}),
+    "draw": ("Backwards", {"by": 3}),
 }
 
 

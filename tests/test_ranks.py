@@ -27,6 +27,11 @@ FEW = {
     "gain": SDE
     | dict(credit={"type": "gain", "control": "fit"}, objective=BETA, prompts_per_iteration=4),
     "branch": dict(objective={"type": "grpo", "weighting": "noise"}, prompts_per_iteration=5, epochs=2),
+    "spending": SDE
+    | dict(
+        credit="terminal", seeds=4, select={"type": "extremes", "keep": 3}, scouts={"ratio": 2, "steps": 2},
+        draw={"type": "pass_rate", "low": 0.4, "high": 0.6},
+    ),
     "region": BRIGHT
     | dict(region="smooth:Smooth", region_grid=[2, 2], advantage={"scale": "batch", "regional": 1.0}),
     "nft": PLAIN | dict(objective={"type": "nft", "lag": {"most": 0.5, "rate": 0.2}, "pull": 0.1}),

@@ -247,9 +247,9 @@ def test_fingerprints_tell_bits_apart():
 
 
 def test_prompt_order_is_a_function_of_the_iteration(prompt_files):
-    wanted = prompts.read(paths.locate(prompt_files["train"]))
-    first = [p.id for i in range(2) for p in prompts.batch(wanted, 2, i, seed=0)]
+    batches = prompts.PromptBatches(prompts.read(paths.locate(prompt_files["train"])), 2, seed=0)
+    first = [p.id for i in range(2) for p in batches(i)]
     assert sorted(first) == [0, 1, 2, 3]
-    assert first == [p.id for i in range(2) for p in prompts.batch(wanted, 2, i, seed=0)]
+    assert first == [p.id for i in range(2) for p in batches(i)]
     with pytest.raises(BadInput, match="5 requested, the file has 4"):
-        prompts.batch(wanted, 5, 0, 0)
+        prompts.PromptBatches(batches.all, 5, 0)(0)

@@ -12,6 +12,7 @@ from mmalign.checks import footprint
 from mmalign.config import paths
 from mmalign.config.schema import Config
 from mmalign.data import prompts as prompt_files
+from mmalign.data.prompts import PromptBatches
 from mmalign.errors import BadInput
 from mmalign.policy import meta
 from mmalign.run import in_between
@@ -32,7 +33,8 @@ def estimate(c: Config, gpus: int = 1) -> dict:
         raise BadInput("estimate counts what is sampled; with records nothing is, and replay follows the file")
     prompts = prompt_files.read(paths.locate(c.prompts))
     held_out = prompt_files.read(paths.locate(c.held_out)) if c.held_out else []
-    prompt_files.batch(prompts, c.prompts_per_iteration, 0, c.seed)
+    batches = PromptBatches(prompts, c.prompts_per_iteration, c.seed, c.draw)
+    batches(0)
     with errors.refusing():
         policy = meta.load(folder(c.model), dtype=c.precision, guidance=c.guidance, size=c.size)
         parts = meta.weights(policy)
@@ -47,7 +49,7 @@ def estimate(c: Config, gpus: int = 1) -> dict:
     ]
     siblings = c.seeds * max(plan.trained for plan in plans.values())
     steps = c.epochs * min(c.minibatches, whole.rows)
-    totals = [total(costs, groups) for groups in groups_at(c, prompts, gpus)]
+    totals = [total(costs, groups) for groups in groups_at(c, batches, gpus)]
     trained = [p.numel() for p in policy.parameters()]
     return {
         "model": c.model,
@@ -88,14 +90,14 @@ def counts(cost: Cost) -> dict[str, int]:
     return dict(zip(COUNTS, astuple(cost), strict=True))
 
 
-def groups_at(c: Config, prompts: list[Prompt], gpus: int) -> list[Counter[int]]:
+def groups_at(c: Config, batches: PromptBatches, gpus: int) -> list[Counter[int]]:
     """For each rank, how many groups of the whole run have their plan at each position."""
     positions = c.plan.positions(c.steps)
     if len(positions) == 1:
         return [Counter({positions[0]: groups * c.iterations}) for groups in shares(c, gpus)]
     ranks: list[Counter[int]] = [Counter() for _ in range(gpus)]
     for iteration in range(c.iterations):
-        for number, prompt in enumerate(prompt_files.batch(prompts, c.prompts_per_iteration, iteration, c.seed)):
+        for number, prompt in enumerate(batches(iteration)):
             ranks[number % gpus][planning.position_of(c, iteration, prompt.id)] += 1
     return ranks
 
@@ -110,7 +112,9 @@ def bounds(c: Config) -> list[str]:
     fewer = [c.objective.fewer] if c.objective.fewer else []
     moves = len(c.plan.positions(c.steps)) > 1
     at_most = "an iteration: the most over all positions of the plan; the run: each plan where it will be"
-    return fewer + ([at_most] if moves else [])
+    selects = ["transitions, replay_forwards: fewer where too few images have a score"] if c.select else []
+    drawn = "the run: windows move with the prompts, which `draw` takes by rewards that are not known yet"
+    return fewer + selects + ([at_most] if moves else []) + ([drawn] if c.draw.learns and c.plan.uneven else [])
 
 
 def evaluations(c: Config, held_out: list[Prompt], guided: bool) -> dict[str, int]:

@@ -47,6 +47,8 @@ def memory(
     steps = max(plan.steps for plan in plans)
     rows = max(planning.cost_of(c.model_copy(update={"prompts_per_iteration": prompts}), p, False).rows for p in plans)
     held = starts * (trained_routes * (2 * steps + 1) + routes) + 3 * rows
+    scouts = 0 if c.scouts is None else prompts * c.scouts.images(c.seeds)
+    held = max(held, 0 if c.scouts is None else scouts * (2 * c.scouts.steps + 2))
 
     micro = min(c.micro_batch, ceil(rows / c.minibatches)) * c.objective.width
     drawn = meta.peak(policy, learn=False)
@@ -64,9 +66,9 @@ def memory(
         "texts": (prompts + 1) * text,
         "latents": 4 * held * shape,
     }
-    rollout, replay = min(c.batch, starts * routes) * drawn, micro * learnt_row
+    rollout, replay = min(c.batch, max(starts * routes, scouts)) * drawn, micro * learnt_row
     total = sum(device.values()) + max(rollout, replay)
-    images = 4 * starts * routes * 3 * prod(policy.image_size)
+    images = 4 * max(starts * routes, scouts) * 3 * prod(policy.image_size)
     main = idle | {"images": images, "texts": min(c.text_cache, texts + 1) * text}
     return {"device": device | {"rollout": rollout, "replay": replay, "total": total}, "main": main}
 

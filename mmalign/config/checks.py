@@ -18,7 +18,7 @@ SMALLEST, LARGEST = 1e-12, 1e6  # of the numbers of a config that are not 0
 OPTIONAL = ("credit", "loss", "advantage", "mask", "max_kl", "region", "records")  # an objective `uses` some of them
 SAMPLING = (
     "region", "combine", "at_least", "reference", "steps", "seeds", "plan", "kernel", "max_forwards", "max_rewards",
-    "cache", "rollout_parts",
+    "cache", "rollout_parts", "draw", "scouts", "select",
 )  # fmt: skip
 
 
@@ -134,6 +134,12 @@ def _plan(c: BaseModel) -> None:
             f"seeds x children = {siblings}: objective: {named(c.objective)} compares siblings, at least "
             f"{c.objective.siblings} are needed"
         )
+    if c.scouts is not None and c.seeds < 2:
+        raise ValueError(
+            f"scouts: the most contrastive of a prompt are at least 2 starting noises, got seeds: {c.seeds}"
+        )
+    if c.select is not None:
+        _select(c)
     even = torch.linspace(1, 0, c.steps + 1)
     kernel = FlowSde() if isinstance(c.kernel.noise, str) else c.kernel
     for position in c.plan.positions(c.steps):
@@ -149,12 +155,24 @@ def _plan(c: BaseModel) -> None:
             _size(c, c.steps if states else 1)
 
 
+def _select(c: BaseModel) -> None:
+    """It must leave something out, and as many images as the objective compares."""
+    keep, images, needed = c.select.keep, c.seeds * c.plan.routes, c.objective.siblings
+    if keep >= images:
+        raise ValueError(
+            f"select: keep: {keep} of seeds x routes = {images} images leaves none out; lower it, or remove it"
+        )
+    if keep < needed:
+        raise ValueError(f"select: keep: {keep}; objective: {named(c.objective)} compares at least {needed} images")
+
+
 def _size(c: BaseModel, completions: int) -> None:
     states = c.prompts_per_iteration * c.seeds * c.plan.routes * c.steps * completions
-    if states > MOST:
+    scouts = 0 if c.scouts is None else c.prompts_per_iteration * c.scouts.images(c.seeds) * c.scouts.steps
+    if max(states, scouts) > MOST:
         raise ValueError(
-            f"an iteration would hold {states:.2g} states in memory; lower prompts_per_iteration, seeds, steps, or "
-            "the plan's children or steps"
+            f"an iteration would hold {max(states, scouts):.2g} states in memory; lower prompts_per_iteration, seeds, "
+            "steps, the plan's children or steps, or the scouts' ratio or steps"
         )
 
 

@@ -1,8 +1,8 @@
 """The configuration of a run: flat YAML 1.2, complete in itself, checked before anything is loaded.
 
 Every field has a default that works on the embedded model. A file states what it changes; `key=value` on the command
-line changes it once more. Methods (plan, kernel, credit, objective, loss, combination, mask) own their settings: they
-are dataclasses from the tables of their packages, and what they need is asked of them.
+line changes it once more. Methods (plan, kernel, credit, objective, loss, combination, mask, draw, selection) own their
+settings: they are dataclasses from the tables of their packages, and what they need is asked of them.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,6 +13,7 @@ from mmalign.config import checks
 from mmalign.config.checks import component
 from mmalign.config.methods import one_of, settings
 from mmalign.credit import CREDITS, Branch as BranchCredit
+from mmalign.data.draws import DRAWS, Epochs
 from mmalign.learn.loss import LOSSES, Clipped
 from mmalign.objectives import OBJECTIVES, Grpo
 from mmalign.objectives.advantage import Advantage
@@ -20,10 +21,13 @@ from mmalign.objectives.masks import MASKS
 from mmalign.rewards.combination import COMBINATIONS, Sum
 from mmalign.sampling.kernels import KERNELS, FlowSde
 from mmalign.sampling.plans import PLANS, Branch
+from mmalign.selection import SELECTIONS
+from mmalign.selection.scouts import Scouts
 from reward_models import files
 from reward_models.combine import Ramp
 
 RESUMABLE = ("out", "max_skips", "max_failed", "patience")  # where a run is and when it stops: its resumption may say
+LATER = ("draw", "scouts", "select")  # in a checkpoint only where they are not the default: older ones lack them
 
 
 class AtLeast(BaseModel):
@@ -50,6 +54,9 @@ class Config(BaseModel):
         description="training prompts: .txt (one a line), a table (.jsonl, .json, .csv, .tsv, .parquet) or "
         "hf:NAME[/CONFIG]:SPLIT, a dataset of Hugging Face or a folder of one; a row has `prompt`, maybe `id`, and "
         "ground truth; with :COLUMN after it that is read alone, each text once",
+    )
+    draw: one_of(DRAWS, "draw") = Field(
+        Epochs(), description="which prompts an iteration takes: epochs, shuffled, or by pass_rate, mixed ones most"
     )
     held_out: str | None = Field(
         "assets/prompts/validation.jsonl", description="prompts for evaluation, named in the same way; null for none"
@@ -102,6 +109,9 @@ class Config(BaseModel):
     rollout_parts: int = Field(
         1, ge=1, description="sample the prompts in so many parts, each while the one before is scored; for slow judges"
     )
+    scouts: settings(Scouts, optional=True) = Field(
+        None, description="sample only the most contrastive of many starting noises in full; null: all of `seeds`"
+    )
     batch: int = Field(
         128,
         ge=1,
@@ -125,6 +135,9 @@ class Config(BaseModel):
         "loss", Clipped(), "clipped (PPO), guard or masked, and its clip"
     )
     advantage: settings(Advantage, optional=True) = _used("advantage", Advantage(), "unit and bounds of advantages")
+    select: one_of(SELECTIONS, "selection", optional=True) = Field(
+        None, description="which of a prompt's images are learnt from: extremes, the most contrastive; null: all"
+    )
     mask: one_of(MASKS, "mask", optional=True) = Field(
         None, description="train only where the region's map has an opinion (map), or where the prompt acts (prompt)"
     )

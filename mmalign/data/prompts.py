@@ -3,14 +3,15 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
 
+from mmalign.data.draws import Draw, Epochs
 from mmalign.errors import BadInput
-from mmalign.seeds import seed_of
 from reward_models import Prompt, files, limits, tables
 from reward_models.images import beside
 from reward_models.tables import Table
@@ -150,26 +151,28 @@ def _dataset(name: str, split: str) -> Table:
     return Table(data.column_names, "row", rows)
 
 
-def batch(prompts: list[Prompt], size: int, iteration: int, seed: int) -> list[Prompt]:
-    """The prompts of one iteration: epochs of all prompts, each shuffled by its own seed and divided into batches.
-
-    A function of its arguments alone, so that a resumed run needs no cursor; a batch never holds a prompt twice. The
-    remainder of an epoch is dropped, a different one each time. BadInput for a batch larger than the file.
-    """
-    if size > len(prompts):
-        raise BadInput(f"prompts_per_iteration: {size} requested, the file has {len(prompts)}")
-    epoch, slot = divmod(iteration, len(prompts) // size)
-    order = np.random.default_rng(seed_of(seed, "prompts", epoch)).permutation(len(prompts))
-    return [prompts[i] for i in order[slot * size : (slot + 1) * size]]
-
-
 @dataclass(frozen=True)
 class PromptBatches:
-    """The prompts of a run, `size` an iteration."""
+    """The prompts of a run, `size` an iteration, by `draw`. `rates` is what it has learnt of each prompt, by id."""
 
     all: list[Prompt]
     size: int
     seed: int
+    draw: Draw = field(default_factory=Epochs)
+    rates: dict[int, float] = field(default_factory=dict)
 
     def __call__(self, iteration: int) -> list[Prompt]:
-        return batch(self.all, self.size, iteration, self.seed)
+        """The prompts of an iteration, none twice. BadInput where the file has too few."""
+        if self.size > len(self.all):
+            raise BadInput(f"prompts_per_iteration: {self.size} requested, the file has {len(self.all)}")
+        return [self.all[i] for i in self.draw([p.id for p in self.all], self.size, iteration, self.seed, self.rates)]
+
+    def learn(self, iteration: int, reward: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> dict[str, float]:
+        """Let the draw learn from the rewards of an iteration, after which it can no longer be drawn again; as a row
+        for the metrics. `prompt` is the row of each image's prompt. A prompt without a reward (NaN) changes nothing."""
+        if not self.draw.learns:
+            return {}
+        means = {p.id: float(reward[prompt == row].double().nanmean()) for row, p in enumerate(self(iteration))}
+        self.draw.learn(self.rates, {id_: mean for id_, mean in means.items() if mean == mean})
+        rates = [self.rates.get(p.id, 0.5) for p in self.all]
+        return {"draw/known": len(self.rates) / len(self.all), "draw/rate": sum(rates) / len(rates)}

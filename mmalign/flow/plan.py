@@ -81,6 +81,15 @@ def branch(t: Times, kernel: Kernel, steps: Sequence[int], children: int) -> Pla
     return table(t, kernel, [{k: j} for k in steps for j in range(children)])
 
 
+def alone(plan: Plan) -> Plan:
+    """The trained route with most stochastic steps, without the others and without completions."""
+    row = int((plan.noise[: plan.trained] > 0).sum(1).argmax())
+    finished_by = torch.full_like(plan.finished_by[:1], -1)
+    finished_by[:, -1] = 0
+    columns = {name: getattr(plan, name)[row : row + 1] for name in ("t", "noise", "draw")}
+    return replace(plan, finished_by=finished_by, **columns)
+
+
 def remaining(t: Times, n: int) -> Float[Tensor, "fewer"]:
     """`n` steps from `t[0]` to 0 along a schedule of `len(t) - 1` remaining ones.
 

@@ -25,8 +25,8 @@ def chunks(total: int, size: int) -> Iterator[slice]:
 
 def distinct(keys: Int[Tensor, "M *k"]) -> tuple[Int[Tensor, "M"], Int[Tensor, "U"]]:
     """The number of each row's key among the `U` different keys, and the first row that has each."""
-    _, inverse = keys.unique(dim=0, return_inverse=True)
-    representative = torch.full((int(inverse.max()) + 1,), len(keys), device=keys.device)
+    different, inverse = keys.unique(dim=0, return_inverse=True)
+    representative = torch.full((len(different),), len(keys), device=keys.device)
     representative.scatter_reduce_(0, inverse, torch.arange(len(keys), device=keys.device), "amin")
     return inverse, representative
 

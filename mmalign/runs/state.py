@@ -25,7 +25,7 @@ TENSORS = {"adapter", "ema", "optimizer"}
 class State(BaseModel):
     """`state.json`. With `config` and `made` the run must continue (`mmalign.run`); `machine` is what the bits of
     results depend on besides; `learnt` holds the numbers of the matrices that the optimiser has moments of. Older
-    checkpoints have neither of the last two."""
+    checkpoints have neither of these two. `rates` is what a `draw` that learns knows of the prompts, by id."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -36,6 +36,7 @@ class State(BaseModel):
     made: dict[str, Any]
     machine: dict[str, int | str] | None = None
     learnt: list[int] | None = None
+    rates: dict[str, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]] | None = None
 
     @model_validator(mode="after")
     def _of_one_age(self) -> "State":

@@ -8,6 +8,8 @@ from mmalign.credit.groups import dead, group_std
 from mmalign.distributed.processes import Ranks
 from mmalign.evaluation.evaluate import deviation
 from mmalign.rewards.judge import unscored
+from mmalign.selection.scouts import correlation
+from mmalign.training.rollout import Rollout
 from mmalign.training.session import Session
 from mmalign.types import Judgement, Tree
 from reward_models import combine
@@ -19,12 +21,29 @@ def deviations(ranks: Ranks, tree: Tree, images: Float[Tensor, "E 3 H W"]) -> Fl
     return ranks.in_order(each, tree.prompt, "images compared with their siblings")
 
 
+def level(run: Session, judged: Judgement, iteration: int) -> Float[Tensor, "N"]:
+    """The progress of each trajectory's image."""
+    return run.rewards.combination(iteration).level(judged.parts, judged.reward[:, -1])
+
+
+def scout_metrics(run: Session, rollout: Rollout, tree: Tree, judged: Judgement) -> dict[str, int | float]:
+    """How well the scouts of all ranks have predicted rewards, and how many could not be scored."""
+    if rollout.scouts is None:
+        return {}
+    scouted = run.ranks.in_order(rollout.scouts.reward, rollout.tree.prompt, "rewards of scouts")
+    reward = judged.reward[:, -1]
+    within = correlation(scouted.to(reward.device), reward, tree.prompt.to(reward.device))
+    failed = run.ranks.all_reduce_sum({"scouts/failed": rollout.scouts.failed}, "counts")
+    return {"scouts/correlation": within} | failed
+
+
 def metrics(
     run: Session, tree: Tree, judged: Judgement, deviation: Float[Tensor, "N"], iteration: int
 ) -> dict[str, int | float]:
     """A row over the trajectories of all ranks."""
-    c, reward, combination = run.config, judged.reward[:, -1], run.rewards.combination(iteration)
-    row = {"reward": float(combination.level(judged.parts, reward).nanmean())}
+    c, reward = run.config, judged.reward[:, -1]
+    scouts = 0 if c.scouts is None else c.prompts_per_iteration * c.scouts.images(c.seeds)
+    row = {"reward": float(level(run, judged, iteration).nanmean())}
     row |= {f"part/{name}": float(values.nanmean()) for name, values in judged.parts.items()}
     row |= combine.health(torch.stack([*judged.parts.values()], 1), [*judged.parts], tree.prompt, c.dead_spread)
     row["group_std"] = float(group_std(reward, tree.prompt).nanmean())
@@ -34,7 +53,7 @@ def metrics(
         "dead_groups": float(dead(reward, tree.prompt, c.dead_spread).mean()),
         "diversity": float(deviation.nanmean().sqrt()),
         "failed": len(unscored(tree, judged)),
-        "rewards": len(tree.owner) * len(c.trained),
+        "rewards": (len(tree.owner) + scouts) * len(c.trained),
     }
     if c.credit is not None:
         row |= c.credit.statistics(tree, judged)

@@ -53,16 +53,24 @@ def position_of(c: Config, iteration: int, prompt_id: int) -> int:
 
 def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     """The cost of an iteration where all groups have this plan; `guided`: a row's velocity takes two forwards."""
-    forwards, images, _ = plan.cost
     starts, halves = c.prompts_per_iteration * c.seeds, 2 if guided else 1
-    rows = c.prompts_per_iteration * c.objective.rows(plan, c.seeds)
+    forwards, images = starts * plan.cost[0], starts * plan.cost[1]
+    if c.scouts is not None:
+        scouts = c.prompts_per_iteration * c.scouts.images(c.seeds)
+        forwards, images = forwards + scouts * c.scouts.steps, images + scouts
+    rows = c.prompts_per_iteration * rows_of(c, plan)
     passes = c.objective.width * (2 if c.measures_kl else 1)
     prepared = c.objective.prepared(c.epochs * c.minibatches) * halves
     before = prepared + (0 if c.mask is None else c.mask.forwards)
     return Cost(
-        starts * forwards * halves + before * rows, rows * passes * c.epochs * halves, rows, starts * images,
-        starts * images * len(c.trained),
+        forwards * halves + before * rows, rows * passes * c.epochs * halves, rows, images, images * len(c.trained),
     )  # fmt: skip
+
+
+def rows_of(c: Config, plan: Plan) -> int:
+    """The rows of one prompt to learn from, at most: the selected images count as as many starts of one route."""
+    rows = c.objective.rows(plan, c.seeds)
+    return rows if c.select is None else min(rows, c.objective.rows(plans.alone(plan), c.select.keep))
 
 
 def cost(c: Config, times: Times, guided: bool) -> Cost:
@@ -82,6 +90,8 @@ def settled(c: Config, policy: Policy) -> tuple[Config, Times, Cost]:
     check_noise(c, times)
     if c.held_out:
         plans.ode(policy.times(c.eval_steps))
+    if c.scouts is not None:
+        plans.ode(policy.times(c.scouts.steps))
     high, wide = policy.latent_shape[1:]
     a, b = c.region_grid or (1, 1)
     if high % a or wide % b:
@@ -158,6 +168,10 @@ def describe(c: Config, spent: Cost) -> str:
     """One line: what a run does in an iteration and what it costs at most."""
     if c.records:
         return f"{named(c.objective)} on the images of {c.prompts_per_iteration} prompts of {c.records} an iteration"
-    methods = {"plan": c.plan, "kernel": c.kernel, "credit": c.credit, "objective": c.objective}
+    methods = {"plan": c.plan, "kernel": c.kernel, "credit": c.credit, "objective": c.objective, "select": c.select}
     what = ", ".join(f"{key} {described(method)}" for key, method in methods.items() if method is not None)
+    if c.scouts is not None:
+        what += (
+            f", of {c.scouts.images(c.seeds)} scouts of {c.scouts.steps} steps for each prompt the {c.seeds} extremes"
+        )
     return f"{what}; an iteration takes at most {spent.rollout} + {spent.replay} forwards and {spent.rewards} rewards"

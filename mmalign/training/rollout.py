@@ -12,16 +12,18 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.credit.gain import gains
+from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
-from mmalign.rewards.judge import Scored, joined, score
+from mmalign.rewards.judge import Scored, joined, score, unscored
 from mmalign.seeds import gaussian, seed_of
+from mmalign.selection.scouts import chosen
 from mmalign.training import finite, planning
 from mmalign.training.session import Session
-from mmalign.types import Judgement, Trajectories, Tree
+from mmalign.types import Judgement, Plan, Trajectories, Tree
 from reward_models import Prompt
 
 AHEAD = 2  # parts in flight without scores, at most: sampling blocks when scoring falls behind
@@ -29,22 +31,60 @@ AHEAD = 2  # parts in flight without scores, at most: sampling blocks when scori
 
 @dataclass(frozen=True)
 class Rollout:
-    """This rank's prompts, their conditioning, trajectories, finished images (on the CPU) and their raw scores."""
+    """This rank's prompts, their conditioning, trajectories, finished images (on the CPU) and their raw scores; and the
+    scouts that chose their starting noises, if any."""
 
     prompts: list[Prompt]
     cond: Any
     paths: Trajectories
     images: Float[Tensor, "E 3 H W"]
     scored: Scored
+    scouts: "Scouted | None" = None
 
     @property
     def tree(self) -> Tree:
         return self.paths.tree
 
 
+@dataclass(frozen=True)
+class Scouted:
+    """The starting noises that scouts have chosen, by number; the reward of each trajectory's scout, NaN where it has
+    none; how many scouts could not be scored."""
+
+    members: Int[Tensor, "P seeds"]
+    reward: Float[Tensor, "N"]
+    failed: int
+
+
 def sample_and_score(run: Session, prompts: list[Prompt], iteration: int) -> Rollout:
-    """Sample the trajectories of all seeds of the prompts and score their images by the trained rewards. Raises
-    NonFinite where latents, images or scores are not finite, once all is sampled: other ranks may be sampling too."""
+    """Sample the trajectories of all seeds of the prompts, or of those that scouts choose, and score their images by
+    the trained rewards. Raises NonFinite where latents, images or scores are not finite, once all is sampled: other
+    ranks may be sampling too."""
+    c = run.config
+    with run.clock.of("rollout"):
+        cond = run.policy.encode([p.text for p in prompts])
+    if c.scouts is None:
+        return rolled_out(run, prompts, cond, iteration, torch.arange(c.seeds).repeat(len(prompts), 1))
+    every = torch.arange(c.scouts.images(c.seeds)).repeat(len(prompts), 1)
+    scouts = rolled_out(run, prompts, cond, iteration, every, plans.ode(run.policy.times(c.scouts.steps)))
+    verdict = judged(run, scouts, iteration)
+    reward = verdict.reward[:, -1]
+    members = chosen(reward, len(prompts), c.seeds)
+    rollout = rolled_out(run, prompts, cond, iteration, members)
+    of_start = reward.view(every.shape).gather(1, members).flatten()
+    scouted = Scouted(members, of_start[rollout.tree.member], len(unscored(scouts.tree, verdict)))
+    return replace(rollout, scouts=scouted)
+
+
+def rolled_out(
+    run: Session,
+    prompts: list[Prompt],
+    cond: Any,
+    iteration: int,
+    members: Int[Tensor, "P starts"],
+    plan: Plan | None = None,
+) -> Rollout:
+    """The trajectories of the starting noises with these numbers, by `plan` (None: the run's), and their scores."""
     c, clock = run.config, run.clock
     timed_score = clock.timed("reward", score)
 
@@ -52,8 +92,6 @@ def sample_and_score(run: Session, prompts: list[Prompt], iteration: int) -> Rol
         finite.check_trajectories(paths, images, prompts)
         return timed_score(images, [prompts[i] for i in paths.tree.owner.tolist()], run.rewards.trained)
 
-    with clock.of("rollout"):
-        cond = run.policy.encode([p.text for p in prompts])
     sampled, scores = [], []
     parts = torch.arange(len(prompts)).tensor_split(min(c.rollout_parts, len(prompts)))
     pool = ThreadPoolExecutor(1, thread_name_prefix="judge")
@@ -62,7 +100,7 @@ def sample_and_score(run: Session, prompts: list[Prompt], iteration: int) -> Rol
         for part in parts:
             wait(scores[: max(0, len(scores) + 1 - AHEAD)])
             with clock.of("rollout"):
-                paths = trajectories(run, prompts, cond, iteration, part.tolist())
+                paths = trajectories(run, prompts, cond, iteration, members, plan, part.tolist())
             sampled.append((paths, decoded(run, paths)))
             scores.append(begin(check_and_score, *sampled[-1]))
         scored = joined([future.result() for future in scores])
@@ -79,13 +117,19 @@ def _now(work: Callable[..., Scored], *args: Any) -> Future:
 
 
 def trajectories(
-    run: Session, prompts: Sequence[Prompt], cond: Any, iteration: int, rows: Sequence[int]
+    run: Session,
+    prompts: Sequence[Prompt],
+    cond: Any,
+    iteration: int,
+    members: Int[Tensor, "P starts"],
+    plan: Plan | None,
+    rows: Sequence[int],
 ) -> Trajectories:
-    """The trajectories of all seeds of the prompts in these `rows`, which are those of `cond`."""
+    """The trajectories of the `members` of the prompts in these `rows`, which are those of `cond`."""
     c, policy = run.config, run.policy
-    starts = [(p, m) for p in rows for m in range(c.seeds)]
+    starts = [(p, m) for p in rows for m in members[p].tolist()]
     position = {p: planning.position_of(c, iteration, prompts[p].id) for p in rows}
-    plan_at = {at: planning.plan_for(c, run.times, at) for at in {*position.values()}}
+    plan_at = {at: plan or planning.plan_for(c, run.times, at) for at in {*position.values()}}
 
     def noise(start: int, *rest: Any) -> Tensor:
         p, member = starts[start]
@@ -139,7 +183,7 @@ def judged(run: Session, rollout: Rollout, iteration: int) -> Judgement:
 def step_gains(run: Session, levels: Float[Tensor, "T"], number: int) -> Float[Tensor, "N T"]:
     """Gains of the trajectories of one batch of prompts with this noise, NaN at deterministic steps."""
     kernel = replace(run.config.kernel, noise=tuple(levels.tolist()))
-    noisy = replace(run, config=run.config.model_copy(update={"kernel": kernel}))
+    noisy = replace(run, config=run.config.model_copy(update={"kernel": kernel, "scouts": None}))
     rollout = sample_and_score(noisy, run.prompts(number), number)
     gain = gains(rollout.tree, judged(run, rollout, 0))
     return torch.where(rollout.tree.std > 0, gain, torch.nan)[:, : run.config.steps]

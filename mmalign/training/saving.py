@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mmalign.config.schema import RESUMABLE, Config
+from mmalign.config.methods import named
+from mmalign.config.schema import LATER, RESUMABLE, Config
 from mmalign.errors import BadInput
 from mmalign.runs import checkpoint, folder, jsonl, machine, optimizer_state, state as states
 from mmalign.seeds import gaussian, seed_of
@@ -46,7 +47,8 @@ def _identity(run: Session, iteration: int) -> dict[str, dict]:
         "random numbers": fingerprint({"noise": noise}, digits=16),
     }
     made = run.origin | {"reference": run.rewards.reference} | draws
-    return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude={*RESUMABLE}), "made": made}))
+    left_out = {*RESUMABLE, *(key for key in LATER if getattr(c, key) == type(c).model_fields[key].get_default())}
+    return json.loads(json.dumps({"config": c.model_dump(mode="json", exclude=left_out), "made": made}))
 
 
 def _machine(run: Session) -> dict[str, int | str]:
@@ -69,6 +71,8 @@ def save(run: Session, out: Path, iteration: int) -> None:
     tensors = {"adapter": adapter, "optimizer": optimizer} | _averages(run)
     state = {"adapter_hash": adapter_hash, "multipliers": run.rewards.multipliers, "machine": _machine(run)}
     state |= {"learnt": optimizer_state.trained(optimizer)} | _identity(run, iteration)
+    if run.config.draw.learns:
+        state["rates"] = {str(id_): rate for id_, rate in run.prompts.rates.items()}
     folder.sync(out)
     checkpoint.save(out / "checkpoints", iteration, tensors, state)
     prune(run.config, out, iteration)
@@ -107,6 +111,20 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
     return done
 
 
+def _restore_rates(run: Session, file: Path, state: states.State) -> None:
+    """Load what the draw has learnt, which the next prompts depend on. BadInput where it is of other prompts."""
+    if (state.rates is None) == run.config.draw.learns:
+        raise states.refused(
+            file, f"rates: {'missing' if state.rates is None else 'not'} with draw {named(run.config.draw)}"
+        )
+    ids = {str(p.id): p.id for p in run.prompts.all}
+    rates = state.rates or {}
+    if unknown := sorted(rates.keys() - ids.keys()):
+        raise states.refused(file, f"rates: no prompt has the id {unknown[0]!r}")
+    run.prompts.rates.clear()
+    run.prompts.rates.update({ids[key]: rate for key, rate in rates.items()})
+
+
 def _check_identity(run: Session, path: Path, state: states.State) -> int:
     """The iteration of a checkpoint of this run. BadInput for a checkpoint of another run."""
     file, done = path / checkpoint.STATE, state.iteration
@@ -115,6 +133,7 @@ def _check_identity(run: Session, path: Path, state: states.State) -> int:
     if state.multipliers.keys() != run.rewards.multipliers.keys():
         odd = min(state.multipliers.keys() ^ run.rewards.multipliers.keys())
         raise states.refused(file, f"multipliers: {odd!r} is in one of checkpoint and config alone")
+    _restore_rates(run, file, state)
     for kind, now in _identity(run, done).items():
         saved = getattr(state, kind)
         for what in dict.fromkeys([*saved, *now]):

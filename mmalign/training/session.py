@@ -21,10 +21,10 @@ from reward_models import Prompt
 class Session:
     """Everything a run needs, built once by `open_session`.
 
-    `config` is the one after the planner has fitted it to the budget; `prompts(iteration)` are those of an iteration;
-    `times` the schedule of the rollout; `cost` an iteration's. `records` are the judged images to learn from instead of
-    rollouts, if any. `origin` names by hash what the run is made of, which must not change under it. `fits` bounds the
-    rows of the config's `batch` and `decode_batch` by what memory allows.
+    `config` is the one after the planner has fitted it to the budget; `prompts(iteration)` are those of an iteration,
+    until they are learnt from; `times` the schedule of the rollout; `cost` an iteration's. `records` are the judged
+    images to learn from instead of rollouts, if any. `origin` names by hash what the run is made of, which must not
+    change under it. `fits` bounds the rows of the config's `batch` and `decode_batch` by what memory allows.
     """
 
     config: Config

@@ -60,7 +60,19 @@ def drawn(number: int, files: Files) -> dict[str, Any]:
     _objective(c, r, may, mostly, files)
     _learning(c, r, may, mostly)
     _record(c, r, may, mostly)
+    _spending(c, random.Random(number + 0.5))  # of another seed, so that all else stays
     return c
+
+
+def _spending(c, r) -> None:
+    if r.random() < 0.2:
+        rule = {"type": "extremes", "keep": r.choice([2, 2, 2, 3, 4, 9]), "compare": r.choice(["group", "selected"])}
+        c["select"] = r.choice([rule, rule, "extremes", "no_such_rule"])
+    if r.random() < 0.2:
+        c["scouts"] = r.choice([{"ratio": 2, "steps": 2}, {"ratio": 3, "steps": 1}, {"steps": 3}, {}, {"ratio": 1}])
+    if r.random() < 0.3:
+        rates = {"type": "pass_rate", "low": r.choice([0.0, -5.0]), "high": r.choice([1.0, 0.0])}
+        c["draw"] = r.choice([rates, "pass_rate", "epochs"])
 
 
 def _rollout(c, r, may, mostly, files) -> None:

@@ -1,0 +1,79 @@
+"""Which prompts an iteration draws.
+
+A draw is called as `draw(ids, size, iteration, seed, rates) -> rows`, a function of its arguments alone, so that a
+resumed run draws the same. `rates` holds the running mean of each prompt that was drawn before, by id; it stays empty
+unless `learn` changes it. Add one: a frozen dataclass that derives from `Draw`, and its name in `DRAWS`.
+"""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+from annotated_types import Ge, Gt, Le, Lt
+
+from mmalign.seeds import seed_of
+
+Rates = Mapping[int, float]  # of prompts by id, in [0, 1]
+
+
+class Draw:
+    """Defaults. `learns`: whether it depends on the rewards of iterations before, which a checkpoint then holds."""
+
+    learns: ClassVar[bool] = False
+
+    def __call__(self, ids: Sequence[int], size: int, iteration: int, seed: int, rates: Rates) -> list[int]:
+        """The rows of `size` different prompts of those with these `ids`; `size` is at most their number."""
+        raise NotImplementedError
+
+    def learn(self, rates: MutableMapping[int, float], reward: Mapping[int, float]) -> None:
+        """Move the rates by the mean reward of each prompt of an iteration."""
+
+
+@dataclass(frozen=True)
+class Epochs(Draw):
+    """Epochs of all prompts, each shuffled by its own seed and divided into batches. The remainder of an epoch is
+    dropped, a different one each time."""
+
+    type = "epochs"
+
+    def __call__(self, ids: Sequence[int], size: int, iteration: int, seed: int, rates: Rates) -> list[int]:
+        epoch, slot = divmod(iteration, len(ids) // size)
+        order = np.random.default_rng(seed_of(seed, "prompts", epoch)).permutation(len(ids))
+        return order[slot * size : (slot + 1) * size].tolist()
+
+
+@dataclass(frozen=True)
+class PassRate(Draw):
+    """Prompts that are sometimes right more often than those that are always or never: with weight `p (1 - p) +
+    floor`, without replacement.
+
+    `p` is the running mean of the reward of a prompt's group, on a scale where `low` is 0 and `high` is 1: each
+    iteration that draws the prompt moves it to `memory` x the mean before + (1 - memory) x the group's. It begins as
+    1/2, where the weight is largest, so that new prompts are drawn often.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    floor: Annotated[float, Gt(0), Le(1)] = 0.05
+    memory: Annotated[float, Ge(0), Lt(1)] = 0.5
+    type, learns = "pass_rate", True
+
+    def __post_init__(self):
+        if not self.low < self.high:
+            raise ValueError(f"low: {self.low:g} must be below high: {self.high:g}")
+
+    def __call__(self, ids: Sequence[int], size: int, iteration: int, seed: int, rates: Rates) -> list[int]:
+        """By the Gumbel top-k trick (arXiv 1903.06059): the largest `log weight + Gumbel noise` are a draw without
+        replacement, the first with probabilities proportional to the weights, and so on among those that remain."""
+        p = np.array([rates.get(id_, 0.5) for id_ in ids])
+        noise = np.random.default_rng(seed_of(seed, "draw", iteration)).gumbel(size=len(ids))
+        return np.argsort(-(np.log(p * (1 - p) + self.floor) + noise), kind="stable")[:size].tolist()
+
+    def learn(self, rates: MutableMapping[int, float], reward: Mapping[int, float]) -> None:
+        for id_, mean in reward.items():
+            passed = min(1.0, max(0.0, (mean - self.low) / (self.high - self.low)))
+            rates[id_] = self.memory * rates.get(id_, 0.5) + (1 - self.memory) * passed
+
+
+DRAWS = (Epochs, PassRate)
