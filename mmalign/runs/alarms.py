@@ -18,7 +18,7 @@ from reward_models import files
 
 IN_A_ROW = 5  # iterations without gradient, or with a constant reward; and those that a mean of diversity is over
 DIVERSITY = 0.5  # ratio to its first values below which diversity has collapsed
-ERROR = 1.3  # ratio of the error of flow matching to its first values above which the adapter outgrows the model
+ERROR = 1.5  # ratio of the error of flow matching to its first values above which the adapter outgrows the model
 EVALUATIONS = 8  # the number of last evaluations in which trends are tested for reward hacking
 TREND = 0.01  # p of Kendall's rank correlation with time, one-sided, that counts as a rise or a fall
 
