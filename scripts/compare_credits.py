@@ -1,18 +1,20 @@
-"""Compare credits on the embedded model, at equal training time on one core.
+"""Compare credits and objectives on the embedded model, at equal processor time of one core.
 
-    for seed in 0 1 2; do for v in terminal guard window dense-1 dense-2 dense "dense-2, window" "dense, fitted" \\
-            branch; do
-        OMP_NUM_THREADS=1 python scripts/compare_credits.py run "$v" $seed
-    done; done
+    export OMP_NUM_THREADS=1
+    for m in nft awm ...; do for k in 0 1 2; do python scripts/compare_credits.py tune "$m" $k; done; done
+    for m in nft awm ...; do for s in 0 1 2 3 4 5; do python scripts/compare_credits.py run "$m" $s; done; done
     python scripts/compare_credits.py table
 
-Every run has the quickstart's adapter, rate and kernel; the differences are in the table below. The number of
-iterations is what fits the time, measured on the run's own iterations; evaluations do not count. `table` prints the
-final scores and the time at which each reached the final score of `terminal`, and draws the curves.
+Every run has the adapter of configs/tiny_branch.yaml; METHODS has what differs, and TRIALS the other settings that each
+was tried with. `tune` trains trial k with one seed and evaluates it on the validation captions; `run` takes the trial
+that ended highest there, and evaluates on the test captions. The number of iterations is what fits the processor time,
+measured on the first of the run's own iterations; loading and evaluations do not count.
 """
 
-import statistics
-from collections.abc import Iterable
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,115 +22,222 @@ import numpy as np
 import torch
 import typer
 
-from mmalign import policy as policies, run as runs, train as trainer
+from mmalign import policy as policies, train as trainer
 from mmalign.config import load as configs
-from mmalign.runs import jsonl
+from mmalign.config.paths import locate
+from mmalign.data import prompts as prompt_files
+from mmalign.data.meaning import clusters
+from mmalign.evaluation.comparison import cluster_means, over_runs
+from mmalign.evaluation.evaluate import Evaluation, evaluate
 from mmalign.training import setup
+from mmalign.training.session import Session
+from reward_models import Prompt, files
 
-SDE = "plan=sde seeds=12"
-DENSE = f"{SDE} credit=gain"
-VARIANTS = {  # prompts per iteration: what makes an iteration take about as long as the others'
-    "terminal": f"{SDE} credit=terminal prompts_per_iteration=8",
-    "guard": f"{SDE} credit=terminal prompts_per_iteration=8 loss=guard loss.clip=2e-6 objective=grpo",
-    "window": f"{SDE} credit=terminal prompts_per_iteration=12 plan=window plan.steps=[0,2]",
-    "dense-1": f"{DENSE} prompts_per_iteration=7 credit.completion=1",
-    "dense-2": f"{DENSE} prompts_per_iteration=6 credit.completion=2",
-    "dense": f"{DENSE} prompts_per_iteration=4",
-    "dense-2, window": f"{DENSE} prompts_per_iteration=20 seeds=4 credit.completion=2 plan=window plan.steps=[0,3]",
-    "dense, fitted": f"{DENSE} prompts_per_iteration=5 plan=window plan.steps=[0,3] credit.control=fit",
+BASE = "configs/tiny_branch.yaml"
+SDE = "plan=sde seeds=12 prompts_per_iteration=8 credit=terminal"
+EARLY = "plan=window plan.steps=[0,3] seeds=12 prompts_per_iteration=9"
+DENSE = "plan=sde seeds=12 credit=gain"
+PUBLISHED = (
+    "plan=sde seeds=12 prompts_per_iteration=2 credit=gain steps=10 kernel=flow_sde kernel.noise=0.7 "
+    "advantage.scale=group objective.weighting=none"
+)
+IMAGES = (
+    "plan=ode kernel=flow_sde kernel.noise=0.7 credit=null loss=null steps=4 seeds=8 prompts_per_iteration=12 ema=0.9 "
+    "learning_rate=1.2e-3"
+)
+NOISED = "objective.span=[0,0.6] objective.draws=1 objective.pull=0.1"
+METHODS = {
+    "terminal": SDE,
+    "terminal, steps 0 to 2": f"{EARLY} credit=terminal",
+    "guard": f"{SDE} loss=guard loss.clip=2e-6 objective=grpo",
+    "clipped, 2 updates": f"{SDE} minibatches=2 loss.clip=1e-3",
+    "guard, 2 updates": f"{SDE} minibatches=2 loss=guard loss.clip=2e-5 objective=grpo",
+    "masked, 2 updates": f"{SDE} minibatches=2 loss=masked loss.clip=1e-5",
+    "dense, published": PUBLISHED,
+    "dense, n = 2": f"{DENSE} prompts_per_iteration=6 credit.completion=2",
+    "dense, fitted, steps 0 to 2": f"{EARLY} prompts_per_iteration=5 credit=gain credit.control=fit",
     "branch": "prompts_per_iteration=12",
+    "nft": f"{IMAGES} objective=nft {NOISED}",
+    "awm": f"{IMAGES} objective=awm {NOISED}",
+    "advantage_flow": f"{IMAGES} objective=advantage_flow {NOISED}",
+    "online_dpo": f"{IMAGES} advantage=null objective=online_dpo",
+    "rft": f"{IMAGES} advantage=null objective=rft",
 }
-EVALUATIONS = 6
-SCORES = ("shapes.strict", "clip.cosine")
-Out = Annotated[Path, typer.Option(help="folder of the runs")]
+TRIALS = ("", "learning_rate=2.4e-3", "learning_rate=3e-4")  # beside the rate of each
+TUNING = {  # where something else matters more than the rate
+    "clipped, 2 updates": ("", "loss.clip=1e-4", "loss.clip=1e-2"),
+    "guard, 2 updates": ("", "loss.clip=2e-6", "loss.clip=2e-4"),
+    "masked, 2 updates": ("", "loss.clip=1e-6", "loss.clip=1e-4"),
+    "online_dpo": ("", "objective.scale=100", "learning_rate=3e-4"),
+}
+POINTS = 4  # evaluations, with the last
+SHOWN = ("shapes.partial", "clip.cosine")
+Out = Annotated[Path, typer.Option(help="folder of the results")]
 app = typer.Typer(add_completion=False)
 
 
-def seconds_of(row: dict) -> float:
-    return sum(row[f"seconds/{part}"] for part in ("rollout", "decode", "reward", "learn"))
+def name_of(method: str, number: int | str) -> str:
+    return f"{method.replace(', ', '-').replace(' ', '_')}-{number}.json"
 
 
-def folder_of(out: Path, variant: str, seed: int | str) -> Path:
-    return out / f"{variant.replace(', ', '-')}-{seed}"
+def iterations_for(c, seconds: float) -> int:
+    """How many iterations take so much processor time: three are timed, without the one before that warms up."""
+    trial = setup.open_session(c)
+    trainer.iterate(trial, 0)
+    start = time.process_time()
+    for i in range(1, 4):
+        trainer.iterate(trial, i)
+    return max(POINTS + 3, round(3 * seconds / (time.process_time() - start)))
 
 
-def train_for(seconds: float, folder: Path, overrides: list[str]) -> None:
-    """The quickstart with these overrides for about `seconds` of training."""
+def measured(config: str, overrides: Sequence[str], seconds: float, prompts: Sequence[Prompt]) -> dict:
+    """Train for `seconds` of processor time; the scores of `prompts` before, at POINTS and after (with two seeds)."""
     policies.quiet()
     torch.set_flush_denormal(True)
-    base = [*overrides, f"out={folder}", "eval_every=0"]
-    trial = setup.open_session(configs.load("configs/quickstart.yaml", base))
-    rows = [trainer.iterate(trial, i) for i in range(3)]
-    count = max(EVALUATIONS, round(seconds / statistics.mean(seconds_of(row) for row in rows[1:])))
-    schedule = [f"iterations={count}", f"cooldown={count - 5}", f"eval_every={-(-count // EVALUATIONS)}"]
-    runs.train(configs.load("configs/quickstart.yaml", [*base, *schedule, f"checkpoint_every={count}"]))
+    load = partial(configs.load, config)
+    still = [*overrides, "held_out=null", "out=runs/none"]
+    count = iterations_for(load([*still, "cooldown=0"]), seconds)
+    run = setup.open_session(load([*still, f"iterations={count}", f"cooldown={count - 3}"]))
+    spent, curve, work = 0.0, [], []
+    with run.policy.reference():
+        curve.append((0.0, mean(scores(run, prompts, 1))))
+        before = scores(run, prompts, 2)
+    for i in range(count):
+        start = time.process_time()
+        row = trainer.iterate(run, i)
+        spent += time.process_time() - start
+        work.append((row["forwards"], row["replay_forwards"], row["decodes"]))
+        if (i + 1) * POINTS // count > i * POINTS // count:
+            with run.learner.averaged():
+                curve.append((spent, mean(scores(run, prompts, 1))))
+    with run.learner.averaged():
+        after = scores(run, prompts, 2)
+    return {
+        "overrides": [*overrides], "iterations": count, "seconds": [t for t, _ in curve],
+        "strict": [score for _, score in curve], "work": np.mean(work, 0).tolist(), "before": of(before),
+        "after": of(after), "diversity": [one.means()["diversity"] for one in (before, after)],
+        "validated": mean(after),
+    }  # fmt: skip
+
+
+def scores(run: Session, prompts: Sequence[Prompt], seeds: int) -> Evaluation:
+    return evaluate(run.policy, prompts, seeds, run.config.eval_steps, run.rewards.scorers, 256)
+
+
+def mean(result: Evaluation) -> float:
+    return result.means()["shapes.strict"]
+
+
+def of(result: Evaluation) -> dict[str, list[float]]:
+    return {name: values.tolist() for name, values in result.parts.items()}
+
+
+def captions(kind: str) -> list[Prompt]:
+    return prompt_files.read(locate(f"assets/prompts/{kind}.jsonl"))
+
+
+def write(path: Path, row: Mapping) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, json.dumps(row))
+
+
+def read(path: Path) -> dict:
+    return json.loads(files.text(path))
 
 
 @app.command()
-def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/compare")) -> None:
-    """Train one variant for about `seconds`."""
-    train_for(seconds, folder_of(out, variant, seed), [*VARIANTS[variant].split(), f"seed={seed}"])
+def tune(method: str, trial: int, seconds: float = 60.0, out: Out = Path("runs/compare")) -> None:
+    """Train one trial of a method, with one seed, and evaluate it on the validation captions."""
+    words = [*METHODS[method].split(), *TUNING.get(method, TRIALS)[trial].split(), "seed=100"]
+    row = measured(BASE, words, seconds, captions("validation"))
+    write(out / "tune" / name_of(method, trial), row | {"trial": TUNING.get(method, TRIALS)[trial]})
+    print(f"{method}, {TUNING.get(method, TRIALS)[trial] or 'as it is'}: {row['validated']:.3f}")
 
 
-def curve(folder: Path) -> dict[str, np.ndarray]:
-    """Training seconds, held-out strict, clip and diversity of siblings at each evaluation of one run."""
-    metrics = jsonl.rows(folder / "metrics.jsonl")
-    evaluations = jsonl.rows(folder / "evaluations.jsonl")
-    spent = np.cumsum([0.0, *(seconds_of(row) for row in metrics)])
-    out = {name: np.array([row[name] for row in evaluations]) for name in SCORES if name in evaluations[0]}
-    out["diversity"] = np.array([row["diversity"] for row in (evaluations[0], evaluations[-1])])
-    out |= {"seconds": spent[[row["iteration"] for row in evaluations]], "iterations": np.array(len(metrics))}
-    work = [row["forwards"] + row["replay_forwards"] for row in metrics]
-    return out | {"forwards": np.array(np.mean(work)), "images": np.array(np.mean([row["decodes"] for row in metrics]))}
+def chosen(method: str, out: Path) -> str:
+    """The trial that ended highest on the validation captions; the first where none was tried."""
+    rows = [read(path) for path in sorted((out / "tune").glob(name_of(method, "[0-9]")))]
+    return max(rows, key=lambda row: row["validated"])["trial"] if rows else ""
+
+
+@app.command()
+def run(method: str, seed: int, seconds: float = 60.0, out: Out = Path("runs/compare")) -> None:
+    """Train one method and evaluate it on the test captions."""
+    words = [*METHODS[method].split(), *chosen(method, out).split(), f"seed={seed}"]
+    row = measured(BASE, words, seconds, captions("test"))
+    write(out / name_of(method, seed), row)
+    print(f"{method}, seed {seed}: {row['validated']:.3f} after {row['iterations']} iterations")
 
 
 @app.command()
 def table(out: Out = Path("runs/compare"), figure: Path = Path("docs/figures/credits.png")) -> None:
-    """Print the table (Markdown) and draw the curves: mean over seeds, and their range."""
-    report(out, VARIANTS, "terminal", figure)
+    """Print the table (Markdown) and draw the curves."""
+    report(out, METHODS, "terminal", captions("test"), figure)
 
 
-def report(out: Path, variants: Iterable[str], goal: str, figure: Path) -> None:
-    """The table and the curves of the finished runs; `goal` is the variant whose final score the others are timed to
+def report(out: Path, methods: Iterable[str], goal: str, prompts: Sequence[Prompt], figure: Path) -> None:
+    """The table and the curves of the finished runs; `goal` is the method whose final score the others are timed to
     reach."""
-    folders = {v: sorted(folder_of(out, v, "x").parent.glob(folder_of(out, v, "[0-9]").name)) for v in variants}
-    runs = {v: [curve(f) for f in paths if (f / "images" / "after").is_dir()] for v, paths in folders.items()}
-    runs = {v: finished for v, finished in runs.items() if finished}
-    end = min(c["seconds"][-1] for finished in runs.values() for c in finished)
+    rows = {m: [read(path) for path in sorted(out.glob(name_of(m, "[0-9]")))] for m in methods}
+    rows = {m: runs for m, runs in rows.items() if runs}
+    end = min(row["seconds"][-1] for runs in rows.values() for row in runs)
     grid = np.linspace(0, end, 101)  # seeds are evaluated at different times: linear between evaluations
-    curves = {v: np.array([np.interp(grid, c["seconds"], c["shapes.strict"]) for c in cs]) for v, cs in runs.items()}
+    curves = {m: np.array([np.interp(grid, r["seconds"], r["strict"]) for r in runs]) for m, runs in rows.items()}
     reached = curves[goal].mean(0)[-1]
-    shown = [name for name in SCORES[1:] if name in next(iter(runs.values()))[0]] + ["diversity"]
-    headings = ["credit", "iterations", "forwards, images each", "strict (range)", *shown, f"{goal}'s end at"]
+    cluster = clusters(p.text for p in prompts for _ in range(2))
+    headings = ("method", "trial", "seeds", "iterations", "forwards, replayed, images", "strict", "rise, 95 %")
+    headings = (*headings, *SHOWN, "diversity", f"{goal}'s end at")
     print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
-    for v, finished in runs.items():
-        last = [float(c["shapes.strict"][-1]) for c in finished]
-        past = grid[curves[v].mean(0) >= reached]
-        when = f"{past[0] / end:.0%}" if len(past) else "not"
-        means = [f"{float(np.mean([c[name][-1] for c in finished])):.3f}" for name in shown]
-        iterations = np.mean([c["iterations"] for c in finished])
-        cells = [v, f"{iterations:.0f}", f"{finished[0]['forwards']:.0f}, {finished[0]['images']:.0f}"]
-        cells += [f"{np.mean(last):.3f} ({min(last):.3f} to {max(last):.3f})", *means, when]
-        print(f"| {' | '.join(cells)} |")
-    before = runs[goal][0]
-    print("\nbefore: " + ", ".join(f"{name} {before[name][0]:.3f}" for name in ("shapes.strict", *shown)))
+    for m, runs in rows.items():
+        print(f"| {' | '.join(cells(m, runs, curves[m], grid, reached, cluster, chosen(m, out)))} |")
+    before = rows[goal][0]
+    first = {name: float(np.nanmean(values)) for name, values in before["before"].items()}
+    print("\nbefore: " + ", ".join(f"{name} {first[name]:.3f}" for name in ("shapes.strict", *SHOWN)), end="")
+    print(f", diversity {before['diversity'][0]:.3f}")
     draw(grid, curves, reached, figure)
 
 
+def cells(
+    method: str, runs: Sequence[dict], curves: np.ndarray, grid: np.ndarray, reached: float, cluster: torch.Tensor,
+    trial: str,
+) -> list[str]:  # fmt: skip
+    """A row of the table."""
+
+    def rises(name: str) -> torch.Tensor:
+        sides = [
+            [cluster_means(torch.tensor(row[side][name]), cluster) for row in runs] for side in ("before", "after")
+        ]
+        return torch.stack(sides[1]) - torch.stack(sides[0])
+
+    rise, past = over_runs(rises("shapes.strict")), grid[curves.mean(0) >= reached]
+    work = np.mean([row["work"] for row in runs], 0)
+    ends = [np.nanmean(row["after"]["shapes.strict"]) for row in runs]
+    return [
+        method, trial or "as it is", str(len(runs)), f"{np.mean([row['iterations'] for row in runs]):.0f}",
+        f"{work[0]:.0f}, {work[1]:.0f}, {work[2]:.0f}", f"{np.mean(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})",
+        f"{rise.rise:+.3f} ({rise.low:+.3f} to {rise.high:+.3f})",
+        *(f"{np.mean([np.nanmean(row['after'][name]) for row in runs]):.3f}" for name in SHOWN),
+        f"{np.mean([row['diversity'][1] for row in runs]):.3f}", f"{past[0]:.0f} s" if len(past) else "not",
+    ]  # fmt: skip
+
+
 def draw(grid: np.ndarray, curves: dict[str, np.ndarray], reached: float, figure: Path) -> None:
+    """The mean curves, each with the standard error over its seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    plot, axis = plt.subplots(figsize=(7, 4.2))
-    for v, scores in curves.items():
-        (line,) = axis.plot(grid, scores.mean(0), label=v)
-        axis.fill_between(grid, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.1)
+    plot, axis = plt.subplots(figsize=(8, 4.8))
+    colours = plt.get_cmap("tab20").colors
+    for colour, (m, scored) in zip(colours, curves.items(), strict=False):
+        middle, error = scored.mean(0), scored.std(0, ddof=1) / len(scored) ** 0.5 if len(scored) > 1 else 0.0
+        axis.plot(grid, middle, label=m, color=colour)
+        axis.fill_between(grid, middle - error, middle + error, color=colour, alpha=0.15)
     axis.axhline(reached, color="#bbb", lw=0.8, zorder=0)
     axis.set_xlabel("training time of one core [s]")
-    axis.set_ylabel("held-out strict score")
-    axis.legend(frameon=False, ncols=2)
+    axis.set_ylabel("strict score")
+    axis.legend(frameon=False, ncols=2, fontsize=8)
     plot.tight_layout()
     figure.parent.mkdir(parents=True, exist_ok=True)
     plot.savefig(figure, dpi=110)

@@ -5,7 +5,7 @@
     done; done
     python scripts/compare_regions.py table
 
-All have the quickstart's model, adapter and verifier; the regions are the verifier's map. Evaluations do not count.
+All have the model, adapter and verifier; the regions are the verifier's map. Evaluations do not count.
 """
 
 import json
@@ -16,6 +16,7 @@ import compare_credits
 import typer
 
 from mmalign.config.paths import locate
+from mmalign.data import prompts as prompt_files
 from reward_models import files
 
 KINDS = ("two_objects", "position")
@@ -34,29 +35,31 @@ Out = Annotated[Path, typer.Option(help="folder of the runs")]
 app = typer.Typer(add_completion=False)
 
 
-def prompts(out: Path) -> list[str]:
-    """Overrides that name the prompts of these kinds, written below `out`."""
+def prompts(out: Path) -> list[Path]:
+    """Files of the prompts of these kinds, for training and validation, written below `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    given = []
-    for key, name in (("prompts", "train"), ("held_out", "held_out")):
+    written = []
+    for name in ("train", "validation"):
         lines = files.lines(files.text(locate(f"assets/prompts/{name}.jsonl")))
         selected = [line for line in lines if json.loads(line)["tag"] in KINDS]
         files.write(out / f"{name}.jsonl", "\n".join(selected) + "\n")
-        given.append(f"{key}={out / name}.jsonl")
-    return given
+        written.append(out / f"{name}.jsonl")
+    return written
 
 
 @app.command()
 def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/regions")) -> None:
     """Train one variant for about `seconds`."""
-    folder = compare_credits.folder_of(out, variant, seed)
-    compare_credits.train_for(seconds, folder, [*VARIANTS[variant].split(), *prompts(out), f"seed={seed}"])
+    train, validation = prompts(out)
+    words = [*VARIANTS[variant].split(), f"prompts={train}", f"seed={seed}"]
+    row = compare_credits.measured(compare_credits.BASE, words, seconds, prompt_files.read(validation))
+    compare_credits.write(out / compare_credits.name_of(variant, seed), row)
 
 
 @app.command()
 def table(out: Out = Path("runs/regions"), figure: Path = Path("docs/figures/regions.png")) -> None:
     """Print the table (Markdown) and draw the curves: mean over seeds, and their range."""
-    compare_credits.report(out, VARIANTS, "scalar", figure)
+    compare_credits.report(out, VARIANTS, "scalar", prompt_files.read(out / "validation.jsonl"), figure)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from itertools import combinations
 
 import torch
 import typer
-from compare_credits import VARIANTS as CREDITS
+from compare_credits import BASE, METHODS
 
 from mmalign import policy as policies, train as trainer
 from mmalign.config import load as configs
@@ -59,7 +59,7 @@ def opened(overrides: str) -> Session:
     words = overrides.replace(": ", ":").replace(", ", ",").split()
     words = [word.replace(":", ": ") for word in words]
     policies.quiet()
-    return setup.open_session(configs.load("configs/quickstart.yaml", [*CREDITS["terminal"].split(), *words, *STILL]))
+    return setup.open_session(configs.load(BASE, [*METHODS["terminal"].split(), *words, *STILL]))
 
 
 def gradient(run: Session) -> torch.Tensor:

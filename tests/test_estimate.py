@@ -57,7 +57,7 @@ def test_without_beta_replay_is_a_bound_and_says_so(settings):
 
 
 @pytest.mark.parametrize(
-    ("objective", "epochs"), [({"type": "nft", "pull": 0.1}, 1), ("nft", 2), ({"type": "awm", "lag": {"most": 0.5}}, 1)]
+    ("objective", "epochs"), [("nft", 1), ({"type": "nft", "pull": 0.0}, 2), ({"type": "awm", "lag": {"most": 0.5}}, 1)]
 )
 def test_velocities_to_compare_with_are_counted_once(settings, objective, epochs):
     """Every row is replayed, because the pull, or the policy that drew the images, moves those of advantage 0 too."""

@@ -60,11 +60,11 @@ class ForwardProcess(OnImages):
     near the model without adapter; `lag` lets the policy that draws the images follow slowly.
     """
 
-    draws: Draws = 2
-    span: tuple[Share, Share] = (0.0, 1.0)
+    draws: Draws = 1
+    span: tuple[Share, Share] = (0.0, 0.6)
     shared: bool = True
     bound: Annotated[float, Ge(1e-3)] = 5.0
-    pull: Annotated[float, Ge(0)] = 0.0
+    pull: Annotated[float, Ge(0)] = 0.1
     lag: Lag = AT_ONCE
     uses = frozenset({"advantage", "region"})
     siblings: ClassVar[int] = 2

@@ -15,7 +15,11 @@ from mmalign.objectives.objective import Finished, Lag
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.training.microbatch import AdaptiveBatch
 
-ALL = (Nft(), Awm(), Awm(weight="error"), Awm(weight="huber"), AdvantageFlow(), AdvantageFlow(normalised=False))
+FREE = {"draws": 2, "span": (0.0, 1.0), "pull": 0.0}  # nothing but the method's loss, at all times
+ALL = (
+    Nft(**FREE), Awm(**FREE), Awm(**FREE, weight="error"), Awm(**FREE, weight="huber"), AdvantageFlow(**FREE),
+    AdvantageFlow(**FREE, normalised=False),
+)  # fmt: skip
 
 
 def noised(advantage, seed=0, shape=(2, 4, 4)):
@@ -183,7 +187,7 @@ def test_the_pull_to_the_base_decides_where_the_mean_ends():
     """A linear reward has no best mean; with the pull the mean ends where both forces are equal."""
     ends = []
     for pull in (0.5, 2.0):
-        flow, objective = GaussianFlow(), Awm(pull=pull)
+        flow, objective = GaussianFlow(), Awm(**FREE | {"pull": pull})
         for i in range(80):
             learn(flow, objective, images_of(flow, 64, i, lambda x: x.mean((1, 2, 3))), i, rate=4.0)
         ends.append(float(flow.shift.detach().mean()))
@@ -194,7 +198,7 @@ def test_the_pull_to_the_base_decides_where_the_mean_ends():
 def test_many_updates_of_one_rollout_end_at_the_weighted_least_squares(normalised):
     """Off policy the convex form has one minimum: of a velocity that is linear in the shift it is known."""
     flow = GaussianFlow()
-    objective = AdvantageFlow(draws=4, normalised=normalised)
+    objective = AdvantageFlow(**FREE | {"draws": 4}, normalised=normalised)
     images = images_of(flow, 8, 0, lambda x: x.mean((1, 2, 3)))
     rows = objective.of_images(run_of(flow, 200), [SimpleNamespace(id=0)], flow.encode(["0.0"]), images, 0).rows
     t, a = rows.t[:, None, None, None], rows.advantage[..., None]
@@ -221,7 +225,7 @@ def group_gradients(objective, count=100):
 def test_shared_noise_lowers_the_variance_of_a_groups_gradient(objective, share):
     """At one time. The error of a linear flow has its noise in common with its siblings', whose advantages sum to 0: it
     cancels, but for the weight of each by its own error."""
-    settings = {"draws": 1, "span": (0.5, 0.501)}
+    settings = {"draws": 1, "span": (0.5, 0.501), "pull": 0.0}
     shared, each = (group_gradients(replace(objective, shared=shared, **settings)) for shared in (True, False))
     torch.testing.assert_close(shared.mean(), each.mean(), rtol=0.1, atol=0.0)  # the same in the mean
     assert float(shared.var(0).mean()) < share * float(each.var(0).mean())
@@ -236,13 +240,13 @@ def test_images_of_a_prompt_share_noise_and_times_and_those_of_others_do_not():
         torch.randn(5, 3, 4, 4), torch.tensor([0, 0, 0, 1, 1]), torch.rand(5), advantage=torch.ones(5, 1, 1)
     )
     prompts = [SimpleNamespace(id=0), SimpleNamespace(id=1)]
-    rows = Nft(draws=3).of_images(run_of(flow), prompts, torch.zeros(2), images, 0).rows
+    rows = Nft(**FREE | {"draws": 3}).of_images(run_of(flow), prompts, torch.zeros(2), images, 0).rows
     noise, t = rows.noise.view(5, 3, -1), rows.t.view(5, 3)
     for first, other in ((0, 1), (0, 2), (3, 4)):
         assert torch.equal(noise[first], noise[other])
         assert torch.equal(t[first], t[other])
     assert not torch.equal(noise[0], noise[3])
-    apart = Nft(draws=3, shared=False).of_images(run_of(flow), prompts, torch.zeros(2), images, 0).rows
+    apart = Nft(**FREE | {"draws": 3}, shared=False).of_images(run_of(flow), prompts, torch.zeros(2), images, 0).rows
     assert len(apart.noise.flatten(1).unique(dim=0)) == len(apart.t.unique()) == 15
 
 
@@ -259,10 +263,10 @@ def test_what_is_compared_is_computed_once_and_only_where_it_is_needed():
     flow = GaussianFlow()
     images = images_of(flow, 4, 0, lambda x: x.sum((1, 2, 3)))
     for objective, epochs, old, base in (
-        (Nft(), 1, False, False),
-        (Nft(), 2, True, False),
-        (Nft(lag=Lag(0.5)), 1, True, False),
-        (Nft(pull=0.1), 1, False, True),
+        (Nft(**FREE), 1, False, False),
+        (Nft(**FREE), 2, True, False),
+        (Nft(**FREE, lag=Lag(0.5)), 1, True, False),
+        (Nft(**FREE | {"pull": 0.1}), 1, False, True),
     ):
         flow.counts.clear()
         batch = objective.of_images(run_of(flow, epochs), [SimpleNamespace(id=0)], torch.zeros(1), images, 0)
