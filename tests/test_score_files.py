@@ -344,7 +344,7 @@ def test_a_closed_pipe_is_one_line(pictures, tmp_path, monkeypatch, capsys, more
 @pytest.mark.parametrize(
     ("command", "option", "name"),
     [
-        (["calibrate", "configs/quickstart.yaml"], "--out", "noise.json"),
+        (["calibrate", "configs/tiny_branch.yaml"], "--out", "noise.json"),
         (["doctor", "--rewards", "jpeg_size"], "--out", "report.md"),
         (["doctor", "configs/quickstart.yaml"], "--out", "report.md"),
         (["evaluate", "--rewards", "jpeg_size"], "--reference", "reference.json"),
@@ -366,7 +366,7 @@ def test_no_command_overwrites_another_file(tmp_path, monkeypatch, random_model,
 def test_a_plot_that_is_not_ours_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "noise.png").write_bytes(b"mine")
-    result = mmalign("calibrate", "configs/quickstart.yaml", "--out", tmp_path / "noise.json")
+    result = mmalign("calibrate", "configs/tiny_branch.yaml", "--out", tmp_path / "noise.json")
     assert (result.returncode, (tmp_path / "noise.png").read_bytes()) == (2, b"mine")
 
 

@@ -40,8 +40,10 @@ class Units:
     unit), and within `[-clip, clip]`.
 
     `scale` "group" is the standard deviation of the value's own group (GRPO); "batch" the root mean variance within all
-    groups, which does not blow up groups that hardly differ; "none" the reward's own unit (GARDO, arXiv 2512.24138,
-    reports less reward hacking), which the clip does not touch. The noise of the reward model is a good `floor`.
+    groups that are measured together, which does not blow up groups that hardly differ: with credit gain those of all
+    steps (one unit), with credit branch those of one step (a unit for each); "none" the reward's own unit (GARDO,
+    arXiv 2512.24138, reports less reward hacking), which the clip does not touch. The noise of the reward model is a
+    good `floor`.
     A group whose standard deviation is at most `dead` is dead; with 0, one that differs by rounding alone.
     """
 
