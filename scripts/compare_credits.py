@@ -42,7 +42,7 @@ PUBLISHED = (
     "advantage.scale=group objective.weighting=none"
 )
 IMAGES = (
-    "plan=ode kernel=flow_sde kernel.noise=0.7 credit=null loss=null steps=4 seeds=8 prompts_per_iteration=12 ema=0.9 "
+    "plan=ode kernel=flow_sde kernel.noise=0.7 credit=null loss=null steps=4 seeds=8 prompts_per_iteration=8 ema=0.9 "
     "learning_rate=1.2e-3"
 )
 NOISED = "objective.span=[0,0.6] objective.draws=1 objective.pull=0.1"
