@@ -276,7 +276,8 @@ def healthy(count=60):
     """A run that learns: its numbers move as those of real runs do."""
     return [
         {
-            "iteration": i + 1, "dead_groups": 0.25 + 0.5 * (i % 3 == 0), "grad_norm": 1.0, "skipped": 0, "kl": 1e-4,
+            "iteration": i + 1, "dead_groups": 0.25 + 0.5 * (i % 3 == 0), "skipped": 0, "kl": 1e-4,
+            "grad_norm": 1.0 + 0.05 * i + 0.3 * (i % 3),
             "diversity": 0.2 - 0.001 * i + 0.01 * (i % 2), "part/shapes.strict": 0.5 + 0.004 * i,
         }
         for i in range(count)
@@ -322,6 +323,8 @@ def test_each_alarm_fires_on_its_own_series_alone():
     assert fired(changed(5, dead_groups=0.99)) == set()
     assert fired(changed(5, diversity=0.09)) == {"lost_diversity"}
     assert fired(changed(5, diversity=0.11)) == set()
+    assert fired(changed(5, grad_norm=8.5)) == {"outgrown"}
+    assert fired(changed(5, grad_norm=8.0)) == set()
     assert fired(healthy(), evaluated(falling)) == {"hacking"}
     assert fired(healthy(), evaluated(rising, strict=falling)) == {"hacking"}  # held out itself
     flat = changed(60, **{"part/shapes.strict": 0.5})
@@ -330,7 +333,10 @@ def test_each_alarm_fires_on_its_own_series_alone():
     assert fired(healthy(), evaluated([*falling[:4], *rising[4:]])) == set()
     with_a_step_back = [2.0, 1.9, 1.8, 1.7, 1.75, 1.6, 1.5, 1.4]
     assert fired(healthy(), evaluated(with_a_step_back)) == {"hacking"}
-    records = [{"iteration": i + 1, "grad_norm": 1.0, "reward": 0.5, "skipped": 0} for i in range(60)]
+    records = [
+        {"iteration": i + 1, "grad_norm": 1.0 + 0.05 * i + 0.3 * (i % 3), "reward": 0.5, "skipped": 0}
+        for i in range(60)
+    ]
     assert fired(records, evaluated(falling)) == set()
 
 

@@ -157,6 +157,8 @@ def _plan(c: BaseModel) -> None:
 
 def _select(c: BaseModel) -> None:
     """It must leave something out, and as many images as the objective compares."""
+    if not isinstance(getattr(c.select, "keep", None), int):
+        raise ValueError(f"select: {named(c.select)} has no `keep`, the most images of a prompt that it leaves")
     keep, images, needed = c.select.keep, c.seeds * c.plan.routes, c.objective.siblings
     if keep >= images:
         raise ValueError(

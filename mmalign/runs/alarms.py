@@ -16,9 +16,9 @@ from mmalign.config.schema import Config
 from mmalign.runs import jsonl
 from reward_models import files
 
-IN_A_ROW = 5  # iterations without gradient, or with a constant reward; and those that a mean of diversity is over
+IN_A_ROW = 5  # iterations without gradient, or with a constant reward; and those that means at the ends are over
 DIVERSITY = 0.5  # ratio to its first values below which diversity has collapsed
-ERROR = 1.5  # ratio of the error of flow matching to its first values above which the adapter outgrows the model
+GROWTH = 6.0  # ratio of the gradient's norm to its first values above which the adapter outgrows the model
 EVALUATIONS = 8  # the number of last evaluations in which trends are tested for reward hacking
 TREND = 0.01  # p of Kendall's rank correlation with time, one-sided, that counts as a rise or a fall
 
@@ -42,19 +42,19 @@ def _constant_reward(c: Config, metrics: Sequence[Row], evaluations: Sequence[Ro
 
 
 def _lost_diversity(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
-    first, last = _mean("diversity", metrics[:IN_A_ROW]), _mean("diversity", metrics[-IN_A_ROW:])
+    first, last = (_mean("diversity", rows) for rows in _ends(metrics))
     if len(metrics) >= 2 * IN_A_ROW and last < DIVERSITY * first:
         return f"diversity is {last:.3g} and began with {first:.3g}: images of different seeds are nearly the same"
     return None
 
 
 def _outgrown(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
-    """Of a policy that fits its own images the error does not change: what is left of it is noise."""
-    first, last = _mean("error", metrics[:IN_A_ROW]), _mean("error", metrics[-IN_A_ROW:])
-    if len(metrics) >= 2 * IN_A_ROW and last > ERROR * first:
+    """An adapter that leaves what the model can represent meets ever larger gradients, on policy too."""
+    first, last = (_mean("grad_norm", [row for row in rows if row.get("grad_norm")]) for rows in _ends(metrics))
+    if len(metrics) >= 2 * IN_A_ROW and last > GROWTH * first:
         return (
-            f"the error of flow matching on the model's own images is {last:.3g} and began with {first:.3g}: the "
-            "adapter outgrows the model, and scores fall next; a larger pull, a lag or a lower learning_rate holds it"
+            f"the gradient's norm is {last:.3g} and began with {first:.3g}: the adapter outgrows the model, and scores "
+            "fall next; a larger pull or beta, a lag, or a lower learning_rate holds it"
         )
     return None
 
@@ -85,6 +85,10 @@ ALARMS: dict[str, Alarm] = {
 }
 
 
+def _ends(metrics: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
+    return metrics[:IN_A_ROW], metrics[-IN_A_ROW:]
+
+
 def _mean(name: str, rows: Sequence[Row]) -> float:
     """The mean over the rows that have the value, NaN where none has."""
     values = [row[name] for row in rows if name in row]
@@ -111,7 +115,7 @@ class Watch:
         self.reported = {row["alarm"] for row in jsonl.rows(self.file)}
 
     def _columns(self, row: Row) -> Row:
-        names = ["dead_groups", "skipped", "grad_norm", "diversity", "error", "kl"]
+        names = ["dead_groups", "skipped", "grad_norm", "diversity", "kl"]
         names += [f"part/{name}" for name in self.c.rewards]
         return {name: row[name] for name in names if name in row}
 
