@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmalign.policy import export as exports, loading, lora
 from mmalign.policy.family import Family, ragged
+from mmalign.seeds import gaussian
 from mmalign.types import Latents
 from reward_models import model_folders
 from reward_models.weights import fingerprint
@@ -157,13 +158,15 @@ class PipelinePolicy(Family):
     @torch.no_grad()
     def stock_images(self, texts: Sequence[str], seeds: Sequence[int], steps: int) -> Float[Tensor, "M 3 H W"]:
         """The images of the stock pipeline's own loop, one per text from the noise of its seed, which ODE sampling must
-        reproduce. Its scheduler then holds the times that the loop used."""
+        reproduce. Its scheduler then holds the times that the loop used. The noise is given: the pipeline would draw it
+        in the type of the embeddings, and some versions of torch draw other numbers in bfloat16 than in float32."""
         height, width = self.image_size
+        noise = torch.stack([gaussian(self.latent_shape, seed) for seed in seeds])
         with self._awake(*(name for name in self.pipe.components if name != "transformer")):
             return self.pipe(
                 prompt=[*texts], height=height, width=width, num_inference_steps=steps,
                 sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), output_type="pt",
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds], **self.stock_settings(len(texts)),
+                latents=self.stock_noise(noise), **self.stock_settings(len(texts)),
             ).images.float().cpu()  # fmt: skip
 
     @torch.no_grad()
