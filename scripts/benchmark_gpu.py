@@ -1,7 +1,7 @@
 """Rollout and training speed at a model's real size with random weights, relative to the bare transformer.
 
     python scripts/benchmark_gpu.py                   # Stable Diffusion 3.5 Medium, 512 x 512, T = 10, LoRA 32, bf16
-    python scripts/benchmark_gpu.py --attention xformers --attention flash --compiled
+    python scripts/benchmark_gpu.py --model black-forest-labs/FLUX.1-dev --attention xformers --attention flash
 
 Speed does not depend on the values of weights, so none are loaded: the architecture is built from its configs, filled
 at random, and given random text embeddings of full length. Without a GPU the embedded model is measured instead, and
@@ -65,7 +65,7 @@ def main(
             )
             policy.attach_lora(rank, 2.0 * rank, None, 0)
             policy.save_memory(gradients=checkpointing)
-            policy.pipe.transformer.set_attention_backend(backend)
+            policy.set_attention(backend)
             if compile_it:
                 policy.compile()
             row = measure(policy, steps, images, micro, repeats)

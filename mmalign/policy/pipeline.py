@@ -202,14 +202,22 @@ class PipelinePolicy(Family):
 
     def attend(self, backend: str) -> None:
         """Let the transformer compute attention by one of diffusers' back ends. One velocity is tried; raises
-        ValueError where the back end is not installed or does not run here."""
+        ValueError where the back end is not installed, does not run here or would be ignored."""
         try:
-            self.pipe.transformer.set_attention_backend(backend)
+            self.set_attention(backend)
             x = torch.zeros(1, *self.latent_shape, device=self.device)
             with torch.no_grad():
                 self.network(x, torch.ones(1, device=self.device), self.encode([""]).prompts)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise ValueError(f"attention: {backend}: {error}") from None
+
+    def set_attention(self, backend: str) -> None:
+        """`attend` without a trial. diffusers passes over layers that know no back ends, as SD3's."""
+        transformer = self.pipe.transformer
+        transformer.set_attention_backend(backend)
+        processors = [getattr(module, "processor", None) for module in transformer.modules()]
+        if backend != "native" and not any(getattr(p, "_attention_backend", None) for p in processors):
+            raise ValueError(f"{type(transformer).__name__} computes attention by torch's native one alone; remove it")
 
     def compile(self) -> None:
         """Compile the transformer in place; worth it for long runs only (a minute or more at the first batch)."""
