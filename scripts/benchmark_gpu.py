@@ -1,7 +1,7 @@
 """Rollout and training speed at a model's real size with random weights, relative to the bare transformer.
 
     python scripts/benchmark_gpu.py                   # Stable Diffusion 3.5 Medium, 512 x 512, T = 10, LoRA 32, bf16
-    python scripts/benchmark_gpu.py --attention xformers --attention flash --compiled
+    python scripts/benchmark_gpu.py --model black-forest-labs/FLUX.1-dev --attention xformers --attention flash
 
 Speed does not depend on the values of weights, so none are loaded: the architecture is built from its configs, filled
 at random, and given random text embeddings of full length. Without a GPU the embedded model is measured instead, and
@@ -29,7 +29,7 @@ from mmalign.learn.loss import Clipped
 from mmalign.learn.update import update
 from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.policy import loading, meta
-from mmalign.policy.pipeline import Conditioning
+from mmalign.policy.pipeline import Conditioning, PipelinePolicy
 from mmalign.sampling.kernels import Cps
 from mmalign.seeds import gaussian, seed_of
 from mmalign.training.microbatch import AdaptiveBatch
@@ -65,7 +65,7 @@ def main(
             )
             policy.attach_lora(rank, 2.0 * rank, None, 0)
             policy.save_memory(gradients=checkpointing)
-            policy.pipe.transformer.set_attention_backend(backend)
+            policy.set_attention(backend)
             if compile_it:
                 policy.compile()
             row = measure(policy, steps, images, micro, repeats)
@@ -87,20 +87,20 @@ def randomly(model: str, side: int, guidance: float, device: str):
     return policy
 
 
-def _texts(policy, count: int) -> Conditioning:
-    """Random embeddings of full length, of prompts and of the empty one."""
+def texts(policy: PipelinePolicy, count: int) -> Conditioning:
+    """Embeddings of prompts and of the empty one; random and of full length where there is no text encoder."""
     if policy.pipe.text_encoder is not None and policy.pipe.text_encoder.device.type != "meta":
-        return policy.encode([f"a circle {i}" for i in range(count)])
-    embeddings = {}
+        return policy.encode([f"a red circle {i}" for i in range(count)])
+    embeddings, draws = {}, torch.Generator().manual_seed(1)
     for name, value in loading.placeholder_texts(policy, count + 1).items():
-        real = torch.ones_like if name == "mask" else torch.randn_like
-        embeddings[name] = real(value, device=policy.device)
+        real = torch.ones(value.shape) if name == "mask" else torch.randn(value.shape, generator=draws)
+        embeddings[name] = real.to(policy.device, value.dtype)
     return Conditioning(*({n: v[part] for n, v in embeddings.items()} for part in (slice(-1), slice(-1, None))))
 
 
 def measure(policy, steps: int, images: int, micro: int, repeats: int) -> dict[str, float]:
     device = policy.device
-    cond, index = _texts(policy, images), torch.arange(images, device=device)
+    cond, index = texts(policy, images), torch.arange(images, device=device)
     start = torch.stack([gaussian(policy.latent_shape, i) for i in range(images)]).to(device)
     plan = plans.sde(policy.times(steps), Cps(0.8))
     paths = None

@@ -9,6 +9,7 @@ from run_config import rows, run
 from tiny_pipelines import FAMILIES
 from typer.testing import CliRunner
 
+from mmalign import policy as policies
 from mmalign.checks import estimate, timing
 from mmalign.cli.app import app
 from mmalign.config import load as configs
@@ -132,6 +133,38 @@ def test_memory_follows_the_settings(settings):
     assert estimated(settings, gradient_checkpointing=True)["memory"]["device"]["replay"] < device["replay"]
     parts = {name: item for name, item in device.items() if name not in ("rollout", "replay", "total")}
     assert device["total"] == sum(parts.values()) + max(device["rollout"], device["replay"])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_are_those_of_the_loaded_model(settings, random_model, precision):
+    """With their buffers: SD3's table of positions is one."""
+    pipe, device = policies.load(random_model, dtype=precision).pipe, estimated(settings, precision=precision)["memory"]
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        module = getattr(pipe, name)
+        assert device["device"][name] == sum(value.nbytes for value in (*module.parameters(), *module.buffers()))
+    assert any(name == "pos_embed.pos_embed" for name, _ in pipe.transformer.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("objective", "epochs", "rows", "each"),
+    [
+        ("nft", 1, 8, 2),  # image, noise
+        ("nft", 2, 8, 3),  # the velocity before the first update too
+        ({"type": "nft", "pull": 0.1}, 1, 8, 3),  # that of the model without adapter
+        ({"type": "awm", "lag": {"most": 0.5}, "pull": 0.1}, 1, 8, 4),
+        ({"type": "online_dpo", "lag": {"most": 0.5}}, 1, 4, 3),  # two images, one noise
+        ("rft", 1, 2, 2),
+    ],
+)
+def test_rows_of_images_are_counted(settings, objective, epochs, rows, each):
+    """Two prompts with four images each, and two rows of an image, of a pair, or of the best image."""
+    changed = {"plan": "ode", "seeds": 4, "objective": objective, "epochs": epochs}
+    figures = estimated(settings, **changed)
+    device, (channels, high, wide) = figures["memory"]["device"], figures["latent"]
+    trajectories = 8 * (4 + 1 + 4 + 1)  # states, means, and the finished one
+    assert device["latents"] == 4 * channels * high * wide * (trajectories + 2 * rows * each)
+    lags = isinstance(objective, dict) and "lag" in objective
+    assert device.get("old") == (device["adapter"] if lags else None)
 
 
 def test_records_are_refused(settings):

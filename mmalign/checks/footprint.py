@@ -28,12 +28,13 @@ def memory(
 ) -> dict[str, dict[str, int]]:
     """Bytes on the device of the rank with most prompts, and in its main memory.
 
-    - each part of the pipeline: parameters x bytes of the precision, the transformer's as `quantize` says; with
-      `offload` only the transformer is on the device;
-    - adapter, gradients, ema: 4 bytes a trained parameter each; moments: 8 (AdamW), or 2 in 8 bits;
+    - each part of the pipeline: parameters x bytes of the precision, the transformer's as `quantize` says, and its
+      buffers, such as a table of positions; with `offload` only the transformer is on the device;
+    - adapter, gradients, ema: 4 bytes a trained parameter each, and so `old`, the adapter that draws the images where
+      it lags behind; moments: 8 (AdamW), or 2 in 8 bits;
     - texts: the embeddings of the prompts and of the empty one, at the greatest length;
-    - latents, float32: trajectories x (states + means of their steps) and finished ones, and three of each row trained
-      on (state, next state, mean);
+    - latents, float32: trajectories x (states + means of their steps) and finished ones, and those of each row trained
+      on: state, next state and mean, or images, noise and the velocities they are compared with;
     - rollout: the peak of one row's velocity (`mmalign.policy.meta.peak`) x rows of a forward: `batch`, or all routes
       if they are fewer;
     - replay: the peak of one row's velocity and gradients, with gradient checkpointing if it is on, x rows of a
@@ -46,7 +47,7 @@ def memory(
     trained_routes, routes = (max(values) for values in zip(*((p.trained, p.routes) for p in plans), strict=True))
     steps = max(plan.steps for plan in plans)
     rows = max(planning.cost_of(c.model_copy(update={"prompts_per_iteration": prompts}), p, False).rows for p in plans)
-    held = starts * (trained_routes * (2 * steps + 1) + routes) + 3 * rows
+    held = starts * (trained_routes * (2 * steps + 1) + routes) + c.objective.stored(c.epochs * c.minibatches) * rows
     scouts = 0 if c.scouts is None else prompts * c.scouts.images(c.seeds)
     held = max(held, 0 if c.scouts is None else scouts * (2 * c.scouts.steps + 2))
 
@@ -55,12 +56,14 @@ def memory(
     policy.save_memory(gradients=c.gradient_checkpointing)
     learnt_row = meta.peak(policy, learn=True) + (drawn if c.measures_kl else 0)
 
-    weights = {name: int(count * WEIGHT[c.precision]) for name, count in parts.items()}
-    weights["transformer"] = int(parts["transformer"] * WEIGHT[c.quantize or c.precision])
+    widths = dict.fromkeys(parts, WEIGHT[c.precision]) | {"transformer": WEIGHT[c.quantize or c.precision]}
+    modules = policy.pipe.components
+    weights = {name: int(count * widths[name]) + size_of(modules[name].buffers()) for name, count in parts.items()}
     idle = {name: size for name, size in weights.items() if c.offload and name != "transformer"}
     device = {name: size for name, size in weights.items() if name not in idle}
     device |= {"adapter": 4 * trained, "gradients": 4 * trained, "moments": MOMENTS[c.optimizer] * trained}
     text = size_of(loading.placeholder_texts(policy, 1).values())
+    device |= {"old": 4 * trained} if c.objective.lag.most else {}
     device |= {
         "ema": 4 * trained,
         "texts": (prompts + 1) * text,

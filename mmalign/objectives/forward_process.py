@@ -77,6 +77,10 @@ class ForwardProcess(OnImages):
     def prepared(self, updates: int) -> int:
         return self.compares(updates) + (self.pull > 0)
 
+    def stored(self, updates: int) -> int:
+        """An image, its noise, and the velocities it is compared with."""
+        return 2 + self.prepared(updates)
+
     def compares(self, updates: int) -> bool:
         """Whether the policy that drew the images differs from the one in training at some update."""
         return self.lag.most > 0 or updates > 1

@@ -108,6 +108,10 @@ class Objective:
         """Forwards of a row that are taken once, before the first of so many optimiser steps."""
         return 0
 
+    def stored(self, updates: int) -> int:
+        """Latents that a row holds during so many optimiser steps: here a state, the next one and its mean."""
+        return 3
+
 
 class OnImages(Objective):
     """An objective that learns from finished images. The random numbers of a prompt's rows depend on the prompt."""
@@ -125,6 +129,10 @@ class OnImages(Objective):
 
     def rows(self, plan: Plan, seeds: int) -> int:
         return seeds * plan.trained * self.draws
+
+    def stored(self, updates: int) -> int:
+        """The images of a row, and one noise for all of them."""
+        return self.width + 1
 
     def batch(
         self, run: Run, rollout: Rollout, judged: Judgement, advantage: Tensor | None, iteration: int

@@ -97,6 +97,10 @@ class Family(ABC):
         images as this policy does."""
         return {"guidance_scale": self.guidance}
 
+    def stock_noise(self, x: Latents) -> Tensor:
+        """Noise in the form that the stock pipeline takes as `latents`."""
+        return self.pipe._pack_latents(x, *x.shape) if self.packed else x
+
     # ----------------------------------------------------------------------------------------------------------- texts
 
     @abstractmethod

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmalign.policy import export as exports, loading, lora
 from mmalign.policy.family import Family, ragged
+from mmalign.seeds import gaussian
 from mmalign.types import Latents
 from reward_models import model_folders
 from reward_models.weights import fingerprint
@@ -157,13 +158,15 @@ class PipelinePolicy(Family):
     @torch.no_grad()
     def stock_images(self, texts: Sequence[str], seeds: Sequence[int], steps: int) -> Float[Tensor, "M 3 H W"]:
         """The images of the stock pipeline's own loop, one per text from the noise of its seed, which ODE sampling must
-        reproduce. Its scheduler then holds the times that the loop used."""
+        reproduce. Its scheduler then holds the times that the loop used. The noise is given: the pipeline would draw it
+        in the type of the embeddings, and some versions of torch draw other numbers in bfloat16 than in float32."""
         height, width = self.image_size
+        noise = torch.stack([gaussian(self.latent_shape, seed) for seed in seeds])
         with self._awake(*(name for name in self.pipe.components if name != "transformer")):
             return self.pipe(
                 prompt=[*texts], height=height, width=width, num_inference_steps=steps,
                 sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), output_type="pt",
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds], **self.stock_settings(len(texts)),
+                latents=self.stock_noise(noise), **self.stock_settings(len(texts)),
             ).images.float().cpu()  # fmt: skip
 
     @torch.no_grad()
@@ -199,14 +202,22 @@ class PipelinePolicy(Family):
 
     def attend(self, backend: str) -> None:
         """Let the transformer compute attention by one of diffusers' back ends. One velocity is tried; raises
-        ValueError where the back end is not installed or does not run here."""
+        ValueError where the back end is not installed, does not run here or would be ignored."""
         try:
-            self.pipe.transformer.set_attention_backend(backend)
+            self.set_attention(backend)
             x = torch.zeros(1, *self.latent_shape, device=self.device)
             with torch.no_grad():
                 self.network(x, torch.ones(1, device=self.device), self.encode([""]).prompts)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise ValueError(f"attention: {backend}: {error}") from None
+
+    def set_attention(self, backend: str) -> None:
+        """`attend` without a trial. diffusers passes over layers that know no back ends, as SD3's."""
+        transformer = self.pipe.transformer
+        transformer.set_attention_backend(backend)
+        processors = [getattr(module, "processor", None) for module in transformer.modules()]
+        if backend != "native" and not any(getattr(p, "_attention_backend", None) for p in processors):
+            raise ValueError(f"{type(transformer).__name__} computes attention by torch's native one alone; remove it")
 
     def compile(self) -> None:
         """Compile the transformer in place; worth it for long runs only (a minute or more at the first batch)."""

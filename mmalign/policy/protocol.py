@@ -103,7 +103,7 @@ class MayBeDistilled(Protocol):
 
 @runtime_checkable
 class Stock(Protocol):
-    """Has a stock pipeline to compare with: its images of some texts, from CPU generators with these seeds."""
+    """Has a stock pipeline to compare with: its images of some texts, from the noise of these seeds."""
 
     def stock_images(self, texts: Sequence[str], seeds: Sequence[int], steps: int) -> Float[Tensor, "M 3 H W"]: ...
 

@@ -150,12 +150,20 @@ def test_bitsandbytes_is_refused_where_there_is_no_gpu(settings, how):
         opened(settings, quantize=how)
 
 
-def test_attention_is_computed_by_the_named_back_end(settings):
+def test_attention_is_computed_by_the_named_back_end(settings, tmp_path):
+    FAMILIES["FLUX.1-schnell"].build(tmp_path / "flux")
+    settings |= {"model": str(tmp_path / "flux"), "size": (32, 32)}
     plain, math = opened(settings), opened(settings, attention="_native_math")
     names = {module.processor._attention_backend for module in math.policy.pipe.transformer.modules()
              if hasattr(getattr(module, "processor", None), "_attention_backend")}  # fmt: skip
-    assert {str(name.value if hasattr(name, "value") else name) for name in names} <= {"_native_math"}
+    assert {name.value for name in names} == {"_native_math"}
     torch.testing.assert_close(velocity(math.policy), velocity(plain.policy), atol=1e-5, rtol=1e-4)
+
+
+def test_attention_that_would_be_ignored_is_refused(settings):
+    opened(settings, attention="native")
+    with pytest.raises(BadInput, match="attention: _native_math: SD3Transformer2DModel computes"):
+        opened(settings, attention="_native_math")
 
 
 @pytest.mark.parametrize(
