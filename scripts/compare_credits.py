@@ -68,7 +68,7 @@ TUNING = {  # where something else matters more than the rate
     "clipped, 2 updates": ("", "loss.clip=1e-4", "loss.clip=1e-2"),
     "guard, 2 updates": ("", "loss.clip=2e-6", "loss.clip=2e-4"),
     "masked, 2 updates": ("", "loss.clip=1e-6", "loss.clip=1e-4"),
-    "online_dpo": ("", "objective.scale=100", "learning_rate=3e-4"),
+    "online_dpo": ("", "objective.scale=1", "learning_rate=3e-4"),
 }
 POINTS = 4  # evaluations, with the last
 SHOWN = ("shapes.partial", "clip.cosine")
