@@ -151,7 +151,7 @@ def tune(method: str, trial: int, seconds: float = 60.0, out: Out = Path("runs/c
     words = [*METHODS[method].split(), *TUNING.get(method, TRIALS)[trial].split(), "seed=100"]
     row = measured(BASE, words, seconds, captions("validation"))
     write(out / "tune" / name_of(method, trial), row | {"trial": TUNING.get(method, TRIALS)[trial]})
-    print(f"{method}, {TUNING.get(method, TRIALS)[trial] or 'as it is'}: {row['validated']:.3f}")
+    print(f"{method}, {TUNING.get(method, TRIALS)[trial] or 'unchanged'}: {row['validated']:.3f}")
 
 
 def chosen(method: str, out: Path) -> str:
@@ -213,7 +213,7 @@ def cells(
     work = np.mean([row["work"] for row in runs], 0)
     ends = [np.nanmean(row["after"]["shapes.strict"]) for row in runs]
     return [
-        method, trial or "as it is", str(len(runs)), f"{np.mean([row['iterations'] for row in runs]):.0f}",
+        method, trial or "unchanged", str(len(runs)), f"{np.mean([row['iterations'] for row in runs]):.0f}",
         f"{work[0]:.0f}, {work[1]:.0f}, {work[2]:.0f}", f"{np.mean(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})",
         f"{rise.rise:+.3f} ({rise.low:+.3f} to {rise.high:+.3f})",
         *(f"{np.mean([np.nanmean(row['after'][name]) for row in runs]):.3f}" for name in SHOWN),

@@ -41,8 +41,8 @@ def agreement(flat: list[torch.Tensor]) -> tuple[float, float]:
     """The mean cosine of two batches, and its standard error by the jackknife over batches, because pairs that share a
     batch are not independent."""
 
-    def mean(kept: list[torch.Tensor]) -> float:
-        pairs = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in combinations(kept, 2)]
+    def mean(batches: list[torch.Tensor]) -> float:
+        pairs = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in combinations(batches, 2)]
         return sum(pairs) / len(pairs)
 
     left_out, count = [mean(flat[:i] + flat[i + 1 :]) for i in range(len(flat))], len(flat)

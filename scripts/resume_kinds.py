@@ -22,6 +22,7 @@ from rich.console import Console
 from mmalign import policy as policies, run as runs
 from mmalign.config import load as configs
 from mmalign.runs import jsonl
+from reward_models import files
 
 ALL = [
     "prompts_per_iteration=4", "warmup=0", "cooldown=0", "iterations=2", "eval_every=1", "eval_prompts=8",
@@ -52,8 +53,9 @@ KINDS = {
 def tried(name: str, place: Path) -> tuple[str, bool]:
     """Train, resume and compare in a folder: what came of it, and whether it is good."""
     held_out, out, quiet = place / "held_out.jsonl", place / "run", Console(quiet=True)
-    held_out.write_text("".join(Path("assets/prompts/validation.jsonl").read_text().splitlines(True)[:8]))
-    c = configs.load("configs/quickstart.yaml", [*ALL, *KINDS[name], f"held_out={held_out}", f"out={out}"])
+    lines = files.lines(files.text("assets/prompts/validation.jsonl"))
+    files.write(held_out, "\n".join(lines[:8]) + "\n")
+    c = configs.load("configs/tiny_branch.yaml", [*ALL, *KINDS[name], f"held_out={held_out}", f"out={out}"])
     runs.train(c, console=quiet)
     whole = outcome(out)
     shutil.rmtree(out / "checkpoints" / "000002")

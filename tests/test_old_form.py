@@ -6,11 +6,11 @@ from mmalign.config import load as configs, old_form, yaml12
 from mmalign.config.paths import locate
 from mmalign.errors import BadInput
 
-QUICKSTART = """
+BRANCH = """
 model: assets/tiny_sd3
 prompts: assets/prompts/train.jsonl
 held_out: assets/prompts/validation.jsonl
-out: runs/quickstart
+out: runs/tiny_branch
 seed: 0
 
 rewards: {shapes.strict: 0.5, shapes.partial: 0.5}
@@ -149,8 +149,8 @@ micro_batch: 4
 decode_batch: 4
 """
 OLD = {
-    "quickstart": (
-        QUICKSTART,
+    "tiny_branch": (
+        BRANCH,
         "branch_steps, children, noise, baseline, advantage_scale, weighting",
         [
             "plan: {type: branch, steps: [0, 1, 2], children: 6}", "kernel: {type: ddim, noise: 1.0}",
