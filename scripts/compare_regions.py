@@ -59,7 +59,7 @@ def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/r
 @app.command()
 def table(out: Out = Path("runs/regions"), figure: Path = Path("docs/figures/regions.png")) -> None:
     """Print the table (Markdown) and draw the curves: mean over seeds, and their range."""
-    compare_credits.report(out, VARIANTS, "scalar", prompt_files.read(out / "validation.jsonl"), figure)
+    compare_credits.report(out, VARIANTS, 0.7, prompt_files.read(out / "validation.jsonl"), figure)
 
 
 if __name__ == "__main__":
