@@ -148,10 +148,10 @@ def test_weights_are_those_of_the_loaded_model(settings, random_model, precision
 @pytest.mark.parametrize(
     ("objective", "epochs", "rows", "each"),
     [
-        ("nft", 1, 8, 2),  # image, noise
-        ("nft", 2, 8, 3),  # the velocity before the first update too
-        ({"type": "nft", "pull": 0.1}, 1, 8, 3),  # that of the model without adapter
-        ({"type": "awm", "lag": {"most": 0.5}, "pull": 0.1}, 1, 8, 4),
+        ({"type": "nft", "draws": 2, "pull": 0.0}, 1, 8, 2),  # image, noise
+        ({"type": "nft", "draws": 2, "pull": 0.0}, 2, 8, 3),  # the velocity before the first update too
+        ({"type": "nft", "draws": 2, "pull": 0.1}, 1, 8, 3),  # that of the model without adapter
+        ({"type": "awm", "draws": 2, "lag": {"most": 0.5}, "pull": 0.1}, 1, 8, 4),
         ({"type": "online_dpo", "lag": {"most": 0.5}}, 1, 4, 3),  # two images, one noise
         ("rft", 1, 2, 2),
     ],
