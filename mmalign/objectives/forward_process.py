@@ -115,8 +115,8 @@ class ForwardProcess(OnImages):
     def replay(self, policy: Trainable, cond: Any, rows: Noised) -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
         v = policy.velocity(rows.state, rows.t, cond, rows.index).float()
         old = v.detach() if rows.old is None else rows.old
-        value, cells = self.loss(v, old, rows, (rows.advantage / self.bound).clamp(-1, 1))
-        statistics = {name: cell.detach().mean((1, 2)) for name, cell in cells.items()}
+        value, columns = self.loss(v, old, rows, (rows.advantage / self.bound).clamp(-1, 1))
+        statistics = {name: cell.detach().mean((1, 2)) for name, cell in columns.items()}
         statistics["error"] = squares(v.detach() - rows.target).mean((1, 2))
         statistics["moved"] = squares(v.detach() - old).mean((1, 2))
         loss = value.mean((1, 2))

@@ -31,8 +31,7 @@ def scout_metrics(run: Session, rollout: Rollout, tree: Tree, judged: Judgement)
     if rollout.scouts is None:
         return {}
     scouted = run.ranks.in_order(rollout.scouts.reward, rollout.tree.prompt, "rewards of scouts")
-    reward = judged.reward[:, -1]
-    within = correlation(scouted.to(reward.device), reward, tree.prompt.to(reward.device))
+    within = correlation(scouted, judged.reward[:, -1], tree.prompt)
     failed = run.ranks.all_reduce_sum({"scouts/failed": rollout.scouts.failed}, "counts")
     return {"scouts/correlation": within} | failed
 
