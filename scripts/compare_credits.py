@@ -70,7 +70,7 @@ TUNING = {  # where something else matters more than the rate
     "masked, 2 updates": ("", "loss.clip=1e-6", "loss.clip=1e-4"),
     "online_dpo": ("", "objective.scale=1", "learning_rate=3e-4"),
 }
-POINTS = 4  # evaluations, with the last
+POINTS = 4  # evaluations, without the first
 SHOWN = ("shapes.partial", "clip.cosine")
 Out = Annotated[Path, typer.Option(help="folder of the results")]
 app = typer.Typer(add_completion=False)
@@ -91,7 +91,8 @@ def iterations_for(c, seconds: float) -> int:
 
 
 def measured(config: str, overrides: Sequence[str], seconds: float, prompts: Sequence[Prompt]) -> dict:
-    """Train for `seconds` of processor time; the scores of `prompts` before, at POINTS and after (with two seeds)."""
+    """Train for `seconds` of processor time; the scores of `prompts` before and after (two seeds), and
+    at the POINTS between (one seed)."""
     policies.quiet()
     torch.set_flush_denormal(True)
     load = partial(configs.load, config)
@@ -100,18 +101,19 @@ def measured(config: str, overrides: Sequence[str], seconds: float, prompts: Seq
     run = setup.open_session(load([*still, f"iterations={count}", f"cooldown={count - 3}"]))
     spent, curve, work = 0.0, [], []
     with run.policy.reference():
-        curve.append((0.0, mean(scores(run, prompts, 1))))
         before = scores(run, prompts, 2)
+    curve.append((0.0, mean(before)))
     for i in range(count):
         start = time.process_time()
         row = trainer.iterate(run, i)
         spent += time.process_time() - start
         work.append((row["forwards"], row["replay_forwards"], row["decodes"]))
-        if (i + 1) * POINTS // count > i * POINTS // count:
+        if i + 1 < count and (i + 1) * POINTS // count > i * POINTS // count:
             with run.learner.averaged():
                 curve.append((spent, mean(scores(run, prompts, 1))))
     with run.learner.averaged():
         after = scores(run, prompts, 2)
+    curve.append((spent, mean(after)))
     return {
         "overrides": [*overrides], "iterations": count, "seconds": [t for t, _ in curve],
         "strict": [score for _, score in curve], "work": np.mean(work, 0).tolist(), "before": of(before),
