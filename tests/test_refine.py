@@ -19,9 +19,9 @@ from mmalign.cli.app import app
 from mmalign.config.paths import locate
 from mmalign.errors import BadInput
 from mmalign.evaluation import generate
-from mmalign.refine import trace as on_disk
-from mmalign.refine.loop import Settings, refine
-from mmalign.refine.redraw import Attempt, Base, cost, draw, times_from
+from mmalign.refinement import trace as on_disk
+from mmalign.refinement.loop import Settings, refine
+from mmalign.refinement.redraw import Attempt, Base, cost, draw, times_from
 from mmalign.seeds import gaussian, seed_of
 from reward_models import Card, Prompt, Scores, load
 from reward_models.regions import Region

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mmalign import errors, policy as policies, run as runs
 from mmalign.config import load as configs
-from mmalign.refine import page as refine_page
+from mmalign.refinement import page as refine_page
 from mmalign.reporting import report
 from reward_models import Prompt, allowlist as trust, load
 from reward_models.tools import gallery

@@ -92,7 +92,7 @@ def sample(
 ) -> None:
     """Sample images by ODE; a seed gives the image the stock pipeline gives for it."""
     from mmalign.evaluation import best_of_n, generate
-    from mmalign.refine.velocity import guided_in_boxes
+    from mmalign.refinement.velocity import guided_in_boxes
 
     wanted = read_prompts(prompt, prompts)
     _check_adapter(adapter, strength, boxes, edge)

@@ -98,7 +98,7 @@ def refine(
     as_json: Json = False,
 ) -> None:
     """Draw, have it criticised, draw again; keep the best image of each prompt. No training."""
-    from mmalign.refine.trace import Settings, refine_prompts
+    from mmalign.refinement.trace import Settings, refine_prompts
 
     _check_options((prompt, prompts, images), moves, adapter, cut, steps)
     _check_outputs(page, pairs, requests)
@@ -112,7 +112,7 @@ def refine(
 
 
 def _check_options(sources: tuple, moves: tuple[str, ...], adapter: Path | None, cut: float, steps: int) -> None:
-    from mmalign.refine.loop import MOVES
+    from mmalign.refinement.loop import MOVES
 
     if sum(map(bool, sources)) != 1:
         raise BadInput("give prompts in quotes, --prompts SOURCE or --images FOLDER, one of the three")
@@ -128,7 +128,7 @@ def _check_options(sources: tuple, moves: tuple[str, ...], adapter: Path | None,
 
 
 def _check_outputs(page: Path | None, pairs: Path | None, requests: Path | None) -> None:
-    from mmalign.refine import page as pages
+    from mmalign.refinement import page as pages
 
     check_file(page, "--html", pages.ours)
     check_file(pairs, "--pairs", has_rows("image_a", "image_b", "chosen", "gap"))
@@ -147,7 +147,7 @@ def _read(
     prompt: list[str] | None, prompts: str | None, images: Path | None, policy: Policy, scorer: RewardModel
 ) -> tuple[list[Prompt], dict[int, Any] | None]:
     """The prompts, and the pictures to begin from by the prompt's id, if there are any."""
-    from mmalign.refine.pictures import read_pictures
+    from mmalign.refinement.pictures import read_pictures
 
     if images is None:
         wanted, pictures = read_prompts(prompt, prompts), None
@@ -168,7 +168,7 @@ def _report(
     result: Any, by: str, out: Path, page: Path | None, pairs: Path | None, requests: Path | None, as_json: bool
 ) -> None:
     """Write the page and the files of pairs and requests, and print the summary. Failed if images have no score."""
-    from mmalign.refine import page as pages, trace
+    from mmalign.refinement import page as pages, trace
     from mmalign.runs import folder
 
     rows, summary = result.rows, result.summary

@@ -99,7 +99,7 @@ def scores(summary: Mapping[str, Any]) -> Table:
 
 
 def refined(summary: Mapping[str, Any], by: str) -> Table:
-    """The summary of `mmalign.refine.trace.refine_prompts`, decided by the component `by`."""
+    """The summary of `mmalign.refinement.trace.refine_prompts`, decided by the component `by`."""
     title = f"{summary['prompts']} prompts, images in {summary['out']}"
     table = Table(title=title, box=box.SIMPLE, show_header=False)
     first, best = (short(summary[key]) or "none" for key in ("first", "best"))

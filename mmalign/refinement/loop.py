@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmalign.errors import BadInput
 from mmalign.policy.protocol import Policy
-from mmalign.refine.redraw import Attempt, Base, cost, draw
+from mmalign.refinement.redraw import Attempt, Base, cost, draw
 from mmalign.rewards.judge import score
 from mmalign.seeds import seed_of
 from mmalign.types import Latents
