@@ -1,7 +1,6 @@
 """The command line. Exit code 0: done; 2: bad input, reported in one line; 1: a failure while running; 143 or 130: a
 run that SIGTERM or Ctrl-C stopped and that is saved."""
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -39,8 +38,6 @@ for command in COMMANDS:
 def main() -> None:
     """Run the command line; a user's mistake becomes one line on standard error."""
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that libraries start import nothing from the current folder either
-    for name in ("torch.utils._pytree", "bitsandbytes", "torchao"):  # what they log when a library imports them
-        logging.getLogger(name).setLevel(logging.ERROR)
     import torch
 
     from mmalign.runs.folder import UNWRITABLE

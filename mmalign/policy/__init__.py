@@ -79,6 +79,8 @@ def quiet() -> None:
     also raise what they log as errors."""
     import logging
 
+    for name in ("torch.utils._pytree", "bitsandbytes", "torchao"):  # what they log when a library imports them
+        logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -3,7 +3,7 @@
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mmalign import policy as policies
 from mmalign.config import secrets
@@ -26,9 +26,14 @@ def export_run(run: Path, out: Path, form: Form = "diffusers") -> Path:
     policy, state = load_policy("", None, newest), states.read(newest)[1]
     if not c.quantize and state.made["model"] != policy.fingerprint():  # weights are exported unquantised
         raise BadInput(f"the weights of {c.model} are not those that {run} was trained on")
+    return write(policy, c, run, state.iteration, out, form)
+
+
+def write(policy: Any, c: Config, run: Path, iteration: int, out: Path, form: Form) -> Path:
+    """Write the adapter of a policy in memory, after `iteration` of a run with the config `c`. As `export_run`."""
     make_folder(out)
     with refusing():
-        path = policy.export(out, form, header(c, policy.times(c.steps).tolist(), state.iteration))
+        path = policy.export(out, form, header(c, policy.times(c.steps).tolist(), iteration))
     try:
         policy.check_export(out, form)
     except ValueError as error:
