@@ -13,9 +13,10 @@ Mistakes raise `mmalign.errors.BadInput`, a ValueError, in one line; failures wh
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -26,7 +27,6 @@ from mmalign.config import load as configs
 from mmalign.config.checks import component
 from mmalign.config.paths import locate
 from mmalign.data import prompts as prompt_sources
-from mmalign.distributed.processes import join
 from mmalign.errors import BadInput, refusing
 from mmalign.evaluation import best_of_n as best, evaluate as evaluation, generate
 from mmalign.evaluation.best_of_n import Best
@@ -39,17 +39,12 @@ from mmalign.refinement.trace import Refined
 from mmalign.reporting import report as reports
 from mmalign.run import Training
 from mmalign.runs import export, jsonl
-from mmalign.runs.inference import load_policy
 from mmalign.runs.signals import Stop, Stopped, stopping
 from mmalign.train import Row
 from mmalign.training.setup import Given
-from reward_models import Prompt, RewardModel, load as load_scorer
-from reward_models.combine import Ramp
-from reward_models.functions import FunctionScorer
 from reward_models.images import to_pil
-from reward_models.lengths import cut
 
-GIVEN = "given in Python"  # in a config, in place of a name
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -93,22 +88,24 @@ def open(
     model: Any, prompts: Any, reward: Any, *, config: str | Path = "configs/align.yaml", resume: bool = False,
     **settings: Any,
 ) -> "Run":  # fmt: skip
-    """A run as in `align`, loaded and checked, which trains as one iterates over it:
+    """A run as in `align`, loaded and checked, which trains as one iterates over it.
 
-    with mmalign.open("assets/tiny_sd3", ["a circle"], redness) as run:
-        for row in run:  # the row of metrics of each iteration
-            if row["reward"] > 0.9:
-                break
+        with mmalign.open("assets/tiny_sd3", ["a circle"], redness) as run:
+            for row in run:  # the row of metrics of each iteration
+                if row["reward"] > 0.9:
+                    break
+
+    What was learnt until then is saved at the end of the block.
     """
     policies.quiet()
-    weights, named = _rewards(reward, _scorers(settings.pop("scorers", {})))
-    watched = _scorers(settings.pop("watch", ()))
-    training, source = _source(prompts)
+    weights, named = given.rewards_of(reward, given.scorers_of(settings.pop("scorers", {})))
+    watched = given.scorers_of(settings.pop("watch", ()))
+    training, source = given.source_of(prompts)
     held_out = None
     if settings.get("held_out") is not None:
-        held_out, settings["held_out"] = _source(settings["held_out"], "held_out")
+        held_out, settings["held_out"] = given.source_of(settings["held_out"], "held_out")
     settings |= {
-        "model": str(model) if isinstance(model, str | Path) else _label(model),
+        "model": str(model) if isinstance(model, str | Path) else given.label_of(model),
         "prompts": source, "rewards": weights, "watch": [*watched],
         "scorers": {name: one.settings for name, one in (named | watched).items() if one.settings},
     }  # fmt: skip
@@ -121,14 +118,14 @@ def open(
             stack.callback(torch.set_flush_denormal, False)
             policy = model if isinstance(model, Policy) else None
             if pipe is not None:
-                policy = stack.enter_context(_lent(pipe, settings))
+                policy = stack.enter_context(given.lent(pipe, settings))
             c = configs.load(locate(str(config)), objects=settings)
-            _check_columns(objects.values(), training or prompt_sources.read(locate(c.prompts)))
-            given = Given(policy, objects, training, held_out)
-            return Run(stack.enter_context(runs.opened(c, resume, None, given)), stack.pop_all())
+            given.check_columns(objects.values(), training or prompt_sources.read(locate(c.prompts)))
+            handed = Given(policy, objects, training, held_out)
+            return Run(stack.enter_context(runs.opened(c, resume, None, handed)), stack.pop_all())
     except BaseException:
         if pipe is not None:
-            _without_adapter(pipe)
+            given.without_adapter(pipe)
         raise
 
 
@@ -160,11 +157,10 @@ class Run:
         except BaseException as error:
             self._ended = True
             with self._stack:
-                if isinstance(error, Stopped):
-                    raise (
-                        KeyboardInterrupt() if error.code == 128 + signal.SIGINT else SystemExit(error.code)
-                    ) from None
-                raise
+                if not isinstance(error, Stopped):
+                    raise
+                interrupted = error.code == 128 + signal.SIGINT
+                raise KeyboardInterrupt if interrupted else SystemExit(error.code) from None
         if row is None:
             self.close()
         return row
@@ -185,10 +181,10 @@ class Run:
     @property
     def pipeline(self) -> Any:
         """The stock pipeline with the averaged adapter, named `default`. Reading it ends the run. BadInput for a model
-        that is no pipeline."""
+        that is not one of a diffusers pipeline."""
         self.close()
         if not hasattr(self._policy, "pipe"):
-            raise BadInput(f"a {type(self._policy).__name__} has no diffusers pipeline")
+            raise BadInput(f"a {type(self._policy).__name__} has no pipeline of diffusers")
         return self._policy.pipe
 
     @property
@@ -208,10 +204,10 @@ class Run:
         scores. By default the prompts are those of the run's evaluations, the scorers those of its rewards and `watch`,
         and the steps its `eval_steps`. The noise depends on the prompt's id and the number of the image alone."""
         session = self._training.run
-        wanted = session.held_out if prompts is None else _prompts(prompts)
+        wanted = session.held_out if prompts is None else given.prompts_of(prompts)
         if not wanted:
             raise BadInput("prompts: this run has none for evaluation; give some")
-        scorers = session.rewards.scorers if rewards is None else _loaded(_scorers(rewards))
+        scorers = session.rewards.scorers if rewards is None else given.loaded(given.scorers_of(rewards))
         with self._policy.reference() if base else self._learner.averaged():
             return evaluate(self._policy, wanted, scorers, seeds=seeds, steps=steps or self.config.eval_steps)
 
@@ -220,7 +216,7 @@ class Run:
     ) -> list[Image.Image]:
         """An image of each prompt from each seed, prompt by prompt, by the averaged adapter or with `base` by the model
         without adapter. A seed gives the noise that a stock pipeline draws from a CPU generator with it."""
-        wanted = _prompts(prompts)
+        wanted = given.prompts_of(prompts)
         with self._policy.reference() if base else self._learner.averaged():
             images, _ = generate.generate(
                 self._policy, wanted, [seeds] * len(wanted), steps or self.config.eval_steps, self.config.batch
@@ -241,10 +237,9 @@ class Run:
 
         rows = jsonl.rows(self.folder / "evaluations.jsonl")
         for row in rows[shown:]:
+            sheet = self.folder / "images" / f"{row['name'] or format(row['iteration'], '06d')}.png"
             print(f"iteration {row['iteration']}")
-            display(
-                Picture(filename=str(self.folder / "images" / f"{row['name'] or format(row['iteration'], '06d')}.png"))
-            )
+            display(Picture(filename=str(sheet)))
         return len(rows)
 
 
@@ -261,24 +256,25 @@ def evaluate(
         result = mmalign.evaluate("assets/tiny_sd3", ["a red circle", "a blue square"], "clip")
         result.means()  # {"clip.cosine": ..., "diversity": ...}; result.images [N, 3, H, W] float32 in [0, 1]
     """
-    wanted, scorers = _prompts(prompts), _loaded(_scorers(rewards))
-    with _drawing(model, guidance, adapter) as policy:
-        _warn_cut(wanted, policy, *scorers.values())
+    wanted, scorers = given.prompts_of(prompts), given.loaded(given.scorers_of(rewards))
+    with given.drawing(model, guidance, adapter) as policy:
+        given.warn_cut(wanted, policy, *scorers.values())
         return evaluation.evaluate(policy, wanted, seeds, steps, scorers, batch)
 
 
 def best_of_n(
     model: Any, prompts: Any, reward: Any, *, seeds: Sequence[int] = (0, 1, 2, 3), steps: int = 10,
-    keep: int | None = None, after: int | None = None, adapter: str | Path | None = None,
-    guidance: float | None = None, batch: int = 64,
+    keep: int | None = None, after: int | None = None, scorers: Mapping[str, Any] = NOTHING,
+    adapter: str | Path | None = None, guidance: float | None = None, batch: int = 64,
 ) -> Best:  # fmt: skip
     """The image of each prompt with the best reward, of one from each seed. With `keep` only that many of a prompt's
-    images, those that look best `after` so many steps, are continued.
+    images, those that look best `after` so many steps, are continued. `scorers` has objects or settings by name, for a
+    reward that is named.
 
         result = mmalign.best_of_n("assets/tiny_sd3", ["a red circle"], "clip.cosine", seeds=range(8))
         result.images, result.member, result.score  # [P, 3, H, W]; the index of the seed; its score
     """
-    wanted, (weights, scorers) = _prompts(prompts), _rewards(reward, {})
+    wanted, (weights, chosen) = given.prompts_of(prompts), given.rewards_of(reward, given.scorers_of(scorers))
     if len(weights) > 1:
         raise BadInput(f"reward: {', '.join(weights)}: one is needed to choose by")
     if (keep is None) != (after is None) or (keep is not None and not (keep < len(seeds) and after < steps)):
@@ -286,9 +282,11 @@ def best_of_n(
             f"keep {keep}, after {after}: both or neither, fewer than the {len(seeds)} seeds and the {steps} steps"
         )
     name, part = component(next(iter(weights)))
-    scorer = _loaded(scorers)[name]
-    with _drawing(model, guidance, adapter) as policy:
-        _warn_cut(wanted, policy, scorer)
+    scorer = chosen[name].loaded(name)
+    if part not in scorer.names:
+        raise BadInput(f"reward {name}.{part}: that scorer gives {', '.join(scorer.names)}")
+    with given.drawing(model, guidance, adapter) as policy:
+        given.warn_cut(wanted, policy, scorer)
         return best.best_of(policy, wanted, [[*seeds]] * len(wanted), steps, scorer, part, batch, keep, after)
 
 
@@ -303,138 +301,32 @@ def refine(
     """Draw an image of each prompt, have it criticised, draw again, and keep the best one; nothing is trained. The
     settings are those of `mmalign.refinement.loop.Settings`; `rounds` counts all images of a prompt. Prompts that are
     done in the folder `out` are not done again. With `images`, a folder or table of pictures and their prompts, the
-    first images are those.
+    first images are those. `progress` wraps the rows while they are made, and gets their number.
 
         result = mmalign.refine("assets/tiny_sd3", ["a purple circle and a square"], out="refined")
         result.rows[0]["rounds"], result.summary  # every image with its scores and critique; refined/best has the best
     """
-    scorers = _scorers(critic)
+    scorers = given.scorers_of(critic)
     if len(scorers) != 1:
         raise BadInput(f"critic: one is needed, got {', '.join(scorers) or 'none'}")
     if (prompts is None) == (images is None):
         raise BadInput("prompts or images are needed, one of the two")
-    [(name, scorer)] = _loaded(scorers).items()
+    [(name, scorer)] = given.loaded(scorers).items()
     by = by or scorer.names[0]
     if by not in scorer.names:
         raise BadInput(f"by {by!r}: {name} gives {', '.join(scorer.names)}")
-    wanted, pictures = (None if prompts is None else _prompts(prompts)), None
-    with _drawing(model, guidance, adapter) as policy:
-        rules = Settings(
-            tuple(moves), by, good, rounds, forwards, patience, cut, strength, policy.guidance, steps, seed
-        )
-        rules.check(adapter is not None)
+    rules = Settings(tuple(moves), by, good, rounds, forwards, patience, cut, strength, 1.0, steps, seed)
+    rules.check(adapter is not None)
+    wanted, pictures = (None if prompts is None else given.prompts_of(prompts)), None
+    about = {"critic": name, "version": scorer.card.version, "adapter": str(adapter or "")}
+    about |= {"model": model if isinstance(model, str) else given.GIVEN, "images_from": str(images or "")}
+    with given.drawing(model, guidance, adapter) as policy:
         if images is not None:
             with refusing():
                 wanted, pictures = read_pictures(Path(images), policy.image_size)
-        _warn_cut(wanted, policy, scorer)
-        about = {"critic": name, "version": scorer.card.version, "model": model if isinstance(model, str) else GIVEN}
-        about |= {"adapter": str(adapter or ""), "images_from": str(images or "")}
+        given.warn_cut(wanted, policy, scorer)
+        rules = replace(rules, guidance=policy.guidance)
         return trace.refine_prompts(policy, scorer, wanted, rules, Path(out), batch, pictures, name, about, progress)
-
-
-# ----------------------------------------------------------------------------------------------- what callers hand over
-
-
-def _prompts(prompts: Any, what: str = "prompts") -> list[Prompt]:
-    if isinstance(prompts, str | Path):
-        return prompt_sources.read(locate(str(prompts)))
-    if not isinstance(prompts, Iterable):
-        raise BadInput(f"{what}: a list of texts, a dataset or the name of a file is needed, got {str(prompts)[:60]!r}")
-    return prompt_sources.given(prompts, what)
-
-
-def _source(prompts: Any, what: str = "prompts") -> tuple[list[Prompt] | None, str]:
-    """Prompts that are handed over, and the config's name of them."""
-    if isinstance(prompts, str | Path):
-        return None, str(prompts)
-    return _prompts(prompts, what), GIVEN
-
-
-@dataclass(frozen=True)
-class _Scorer:
-    """A scorer by its settings in a config, or as an object, or both where it is loaded already."""
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    scorer: RewardModel | None = None
-
-    def loaded(self, name: str) -> RewardModel:
-        with refusing():
-            return load_scorer(name, **self.settings) if self.scorer is None else self.scorer
-
-
-def _rewards(reward: Any, scorers: Mapping[str, _Scorer]) -> tuple[dict[str, float | Ramp], dict[str, _Scorer]]:
-    """The weight of each component by name, and its scorers."""
-    weighted = reward if isinstance(reward, Mapping) else dict.fromkeys(_listed(reward), 1.0)
-    if not weighted:
-        raise BadInput("reward: at least one is needed")
-    weights, used = {}, dict(scorers)
-    for one, weight in weighted.items():
-        if isinstance(one, str):
-            name, part = component(one)
-        else:
-            [(name, scorer)], part = _scorers([one]).items(), ""
-            if name in used:
-                raise BadInput(f"reward: two are called {name!r}; name them by scorers={{'a': ..., 'b': ...}}")
-            used[name] = scorer
-        scorer = used.setdefault(name, _Scorer())
-        if not part:
-            loaded = scorer.loaded(name)
-            used[name], part = replace(scorer, scorer=loaded), loaded.names[0]
-            if len(loaded.names) > 1:
-                raise BadInput(f"reward {name!r}: it gives {', '.join(loaded.names)}; name one, as '{name}.{part}'")
-        weights[f"{name}.{part}"] = weight
-    return weights, used
-
-
-def _scorers(scorers: Any) -> dict[str, _Scorer]:
-    """Scorers by name: one, a list, or a dict by name, of names, functions and objects, and of settings in a dict."""
-    if isinstance(scorers, Mapping):
-        return {
-            name: _Scorer(settings=dict(one)) if isinstance(one, Mapping) else _scorer(one, name)
-            for name, one in scorers.items()
-        }
-    named = {}
-    for one in _listed(scorers):
-        scorer = _Scorer() if isinstance(one, str) else _scorer(one)
-        name = one if isinstance(one, str) else scorer.scorer.card.scorer
-        if name in named:
-            raise BadInput(f"two scorers are called {name!r}; give a dict of names to scorers")
-        named[name] = scorer
-    return named
-
-
-def _scorer(one: Any, name: str | None = None) -> _Scorer:
-    if isinstance(one, RewardModel):
-        return _Scorer(scorer=one)
-    if isinstance(one, str):
-        return _Scorer(settings={"scorer": one})
-    if not callable(one):
-        raise BadInput(f"reward: a function, a scorer or its name is needed, got {str(one)[:60]!r}")
-    with refusing():
-        return _Scorer(scorer=FunctionScorer(one, name))
-
-
-def _loaded(scorers: Mapping[str, _Scorer]) -> dict[str, RewardModel]:
-    return {name: one.loaded(name) for name, one in scorers.items()}
-
-
-def _check_columns(scorers: Iterable[RewardModel], prompts: Sequence[Prompt]) -> None:
-    """BadInput for a function that needs a field which the prompts lack."""
-    fields = {field for p in prompts for field in p.wants}
-    with refusing():
-        for scorer in scorers:
-            if isinstance(scorer, FunctionScorer):
-                scorer.check_columns(fields)
-
-
-def _listed(items: Any) -> list[Any]:
-    return [*items] if isinstance(items, list | tuple) else [items]
-
-
-def _label(model: Any) -> str:
-    """The config's name of a model that is handed over: where it was loaded from, if it says so."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name if isinstance(name, str) and name else f"{type(model).__name__} {GIVEN}"
 
 
 def _fresh(folder: Path) -> Path:
@@ -443,56 +335,6 @@ def _fresh(folder: Path) -> Path:
     while (path := folder if number == 1 else folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
     return path
-
-
-@contextmanager
-def _lent(pipe: Any, settings: dict[str, Any]) -> Iterator[Policy]:
-    """The policy of a loaded pipeline for a run with these settings, of which the precision is set here."""
-    from mmalign.policy import loaded
-
-    for key in ("quantize", "offload", "precision"):
-        if settings.get(key):
-            raise BadInput(f"{key}: the pipeline is loaded already; load it so, or give its folder or hub id")
-    with refusing():
-        loaded.check(pipe)
-    with loaded.restored(pipe):
-        settings["precision"] = loaded.precision(pipe)
-        pipe.to(join(1800.0).accelerator.device)
-        with refusing():
-            policy = loaded.as_policy(pipe, settings.get("guidance", 1.0), settings.get("size"))
-        yield policy
-
-
-def _without_adapter(pipe: Any) -> None:
-    """Remove the adapter of a run that did not begin."""
-    if getattr(getattr(pipe, "transformer", None), "peft_config", None):
-        pipe.transformer.unload_lora()
-
-
-@contextmanager
-def _drawing(model: Any, guidance: float | None, adapter: str | Path | None) -> Iterator[Any]:
-    """A policy to draw images with."""
-    if isinstance(model, str | Path):
-        yield load_policy(str(model), guidance, None if adapter is None else Path(adapter))
-        return
-    if adapter is not None:
-        raise BadInput("adapter: the model is loaded already; load the adapter into it")
-    if isinstance(model, Policy):
-        yield model
-        return
-    from mmalign.policy import loaded
-
-    with refusing():
-        loaded.check(model, adapters=True)
-    with loaded.restored(model):
-        with refusing():
-            policy = loaded.as_policy(model, 1.0 if guidance is None else guidance)
-        yield policy
-
-
-def _warn_cut(prompts: Sequence[Prompt], *models: Any) -> None:
-    for line in cut(models, [p.text for p in prompts]):
-        print(f"mmalign: {line}", file=sys.stderr)
 
 
 def _interactive() -> bool:

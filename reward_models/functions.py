@@ -26,7 +26,7 @@ class FunctionScorer:
     with a tensor type; `prompts` the texts. `columns` are the fields of the prompts' ground truth which the function
     has parameters for (all of them with `**columns`), a list of N values each, None where a prompt has no such field.
 
-    What the function raises, and a returned value that is not a finite number, is a failure of its image, with the
+    What the function raises, and a returned value other than a finite number, is a failure of its image, with the
     reason. ValueError for a function that does not take images and prompts.
     """
 
@@ -98,7 +98,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def _row(value: Any) -> ImageScores:
-    """The score of one image; None is no opinion."""
+    """The score of one image; None stands for no opinion."""
     if value is None:
         return ImageScores()
     if isinstance(value, torch.Tensor) and value.numel() == 1:

@@ -19,11 +19,11 @@ MISSING = object()
 
 
 def check(pipe: Any, adapters: bool = False) -> None:
-    """ValueError for what is no pipeline of a known family, lacks a component, has hooks that move its components, or
-    has another precision than float32 and bfloat16; and for one with an adapter, but where `adapters` may be there."""
+    """ValueError for an object that is not a pipeline of a known family, lacks a component, has hooks that move its
+    components, or has another precision than float32 and bfloat16; and unless `adapters`, for one with an adapter."""
     what = f"the {type(pipe).__name__}"
     if not isinstance(pipe, DiffusionPipeline) or _family(pipe) is None:
-        raise ValueError(f"{what} is no pipeline of a known family: {', '.join(policies.POLICIES)}")
+        raise ValueError(f"{what} is not a pipeline of a known family: {', '.join(policies.POLICIES)}")
     missing = [name for name in ("transformer", "vae", "scheduler") if getattr(pipe, name, None) is None]
     if missing:
         raise ValueError(f"{what} has no {missing[0]}")
