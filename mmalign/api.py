@@ -17,12 +17,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from PIL import Image
 
-from mmalign import policy as policies, run as runs
+from mmalign import given, policy as policies, run as runs
 from mmalign.config import load as configs
 from mmalign.config.checks import component
 from mmalign.config.paths import locate
@@ -172,7 +172,7 @@ class Run:
             with self._stack:
                 self._rows.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -263,8 +263,8 @@ def evaluate(
 
 
 def best_of_n(
-    model: Any, prompts: Any, reward: Any, *, seeds: Sequence[int] = (0, 1, 2, 3), steps: int = 10,
-    keep: int | None = None, after: int | None = None, scorers: Mapping[str, Any] = NOTHING,
+    model: Any, prompts: Any, reward: Any, seeds: Sequence[int] = (0, 1, 2, 3), steps: int = 10,
+    keep: int | None = None, after: int | None = None, *, scorers: Mapping[str, Any] = NOTHING,
     adapter: str | Path | None = None, guidance: float | None = None, batch: int = 64,
 ) -> Best:  # fmt: skip
     """The image of each prompt with the best reward, of one from each seed. With `keep` only that many of a prompt's

@@ -51,11 +51,11 @@ class Named:
 
 def rewards_of(reward: Any, scorers: Mapping[str, Named]) -> tuple[dict[str, float | Ramp], dict[str, Named]]:
     """The weight of each component by name, and its scorers."""
-    weighted = reward if isinstance(reward, Mapping) else dict.fromkeys(_listed(reward), 1.0)
+    weighted = [*reward.items()] if isinstance(reward, Mapping) else [(one, 1.0) for one in _listed(reward)]
     if not weighted:
         raise BadInput("reward: at least one is needed")
     weights, used = {}, dict(scorers)
-    for one, weight in weighted.items():
+    for one, weight in weighted:
         if isinstance(one, str):
             name, part = component(one)
         else:
@@ -69,6 +69,8 @@ def rewards_of(reward: Any, scorers: Mapping[str, Named]) -> tuple[dict[str, flo
             used[name], part = replace(scorer, scorer=loaded), loaded.names[0]
             if len(loaded.names) > 1:
                 raise BadInput(f"reward {name!r}: it gives {', '.join(loaded.names)}; name one, as '{name}.{part}'")
+        if f"{name}.{part}" in weights:
+            raise BadInput(f"reward: {name}.{part} is there twice; give a dict of rewards to weights")
         weights[f"{name}.{part}"] = weight
     return weights, used
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from reward_models.allowlist import import_allowed
 from reward_models.files import home
-from reward_models.functions import FunctionScorer, is_function
+from reward_models.functions import FunctionScorer, is_function, name_of
 from reward_models.types import RewardModel
 
 SCORERS: dict[str, str] = {
@@ -57,7 +57,7 @@ def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardMode
         raise ValueError(f"no scorer called {name!r}; near names: {', '.join(near)}; your own is 'my_module:MyScorer'")
     factory = import_allowed(SCORERS.get(name, name), f"scorer {name!r}", ours=name in SCORERS)
     if is_function(factory):
-        factory = partial(FunctionScorer, factory)
+        factory = partial(FunctionScorer, factory, name_of(factory))
     try:
         inspect.signature(factory).bind(**settings)
     except TypeError as error:

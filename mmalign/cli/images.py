@@ -99,15 +99,12 @@ def sample(
     _check_adapter(adapter, strength, boxes, edge)
     scorers = _best_scorer(best, len(seeds), keep, after, steps, settings, strength is not None or bool(boxes))
     policy = load_policy(model, guidance, adapter)
+    make_folder(out)
     if scorers:
-        make_folder(out)
-        result = api.best_of_n(
-            policy, wanted, best, seeds=seeds, steps=steps, keep=keep, after=after, scorers=scorers, batch=batch
-        )
+        result = api.best_of_n(policy, wanted, best, seeds, steps, keep, after, scorers=scorers, batch=batch)
         _show_best(result, result.save(wanted, seeds, out), best, keep, out, as_json)
         return
     output.warn_cut((one.text for one in wanted), policy)
-    make_folder(out)
     with refusing():
         velocity = guided_in_boxes(policy, 1.0 if strength is None else strength, boxes or [], edge)
     rows = generate.sample_images(policy, wanted, seeds, steps, out, batch, velocity)
