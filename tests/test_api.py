@@ -105,7 +105,7 @@ def test_rewards_are_added_with_their_weights(settings, config, tmp_path):
     ) as listed:  # fmt: skip
         assert listed.config.rewards == {"redness.score": 1.0, "mine.kilobytes": 1.0}
         assert len(list(listed)) == 4
-        assert listed.metrics[0]["part/mine.kilobytes"] > 0
+        assert listed.metrics[0]["part/mine.kilobytes"] < 0
 
 
 def test_a_loop_that_was_left_goes_on_and_is_the_whole_run(settings, config, tmp_path):
