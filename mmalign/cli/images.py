@@ -27,12 +27,11 @@ from mmalign.cli.options import (
     reward_option,
     sampling_option,
 )  # fmt: skip
-from mmalign.config.checks import component
 from mmalign.errors import BadInput, Failed, refusing
 from mmalign.evaluation import Layout
 from mmalign.runs.inference import load_policy
 from mmalign.runs.outputs import check_file, has_rows, make_folder
-from reward_models import Prompt, RewardModel
+from reward_models import Prompt
 
 Strength = Annotated[
     float | None, sampling_option(min=0, help="how much of the adapter acts: 0 none, 1 all, more goes beyond it")
@@ -96,12 +95,12 @@ def sample(
 
     wanted = read_prompts(prompt, prompts)
     _check_adapter(adapter, strength, boxes, edge)
-    scorer = _best_scorer(best, len(seeds), keep, after, steps, settings, strength is not None or bool(boxes))
+    scorer, by = _best_scorer(best, len(seeds), keep, after, steps, settings, strength is not None or bool(boxes))
     policy = load_policy(model, guidance, adapter)
     output.warn_cut((one.text for one in wanted), policy, *([scorer] if scorer else []))
     make_folder(out)
     if scorer:
-        each, by = [seeds] * len(wanted), component(best)[1]
+        each = [seeds] * len(wanted)
         result = best_of_n.best_of(policy, wanted, each, steps, scorer, by, batch, keep, after)
         _show_best(result, result.save(wanted, seeds, out), best, keep, out, as_json)
         return
@@ -126,12 +125,15 @@ def _best_scorer(
     steps: int,
     settings: list[Setting] | None,
     guided: bool,
-) -> RewardModel | None:
-    """The scorer of --best, None without it. BadInput for options that do not go together."""
+) -> tuple[Any, str]:
+    """The scorer of --best, None without it, and the component that decides. BadInput for options that do not go
+    together."""
+    from mmalign.config.checks import component
+
     if best is None:
         if keep or after or settings:
             raise BadInput("--keep, --after and --set belong to --best scorer.component")
-        return None
+        return None, ""
     if "." not in best:
         raise BadInput(f"--best {best!r}: scorer.component is needed, e.g. clip.cosine")
     if (keep is None) != (after is None):
@@ -141,11 +143,11 @@ def _best_scorer(
     if guided:
         raise BadInput("--best does not go with --strength or --box")
     with refusing():
-        name, output_name = component(best)
+        name, by = component(best)
     scorer = load_scorers([name], settings)[name]
-    if output_name not in scorer.names:
+    if by not in scorer.names:
         raise BadInput(f"--best {best!r}: that scorer gives {', '.join(scorer.names)}")
-    return scorer
+    return scorer, by
 
 
 def _show_best(result: Any, rows: list[dict[str, Any]], best: str, keep: int | None, out: Path, as_json: bool) -> None:

@@ -111,7 +111,9 @@ def allow(names: list[str] | None) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------- options
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
+ConfigFile = Annotated[
+    Path, typer.Argument(help="YAML file, or the name of a config that comes with mmalign, e.g. quickstart")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, each replacing one key of the file")]
 Run = Annotated[Path, typer.Argument(help="folder of a run")]
 Allow = Annotated[

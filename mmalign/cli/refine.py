@@ -27,10 +27,9 @@ from mmalign.cli.options import (
     sampling_option,
 )  # fmt: skip
 from mmalign.errors import BadInput, Failed, refusing
-from mmalign.policy.protocol import Policy
 from mmalign.runs.inference import load_policy
 from mmalign.runs.outputs import check_file, has_rows
-from reward_models import Prompt, RewardModel
+from reward_models import Prompt
 
 
 def parse_moves(text: str) -> tuple[str, ...]:
@@ -135,7 +134,7 @@ def _check_outputs(page: Path | None, pairs: Path | None, requests: Path | None)
     check_file(requests, "--requests", has_rows("id", "prompt", "first"))
 
 
-def _load_critic(name: str, settings: list[Setting] | None, cache: Path | None, by: str) -> tuple[RewardModel, str]:
+def _load_critic(name: str, settings: list[Setting] | None, cache: Path | None, by: str) -> tuple[Any, str]:
     """The critic and the component that decides."""
     scorer = load_scorers([name], settings, cache)[name]
     if by and by not in scorer.names:
@@ -144,21 +143,22 @@ def _load_critic(name: str, settings: list[Setting] | None, cache: Path | None, 
 
 
 def _read(
-    prompt: list[str] | None, prompts: str | None, images: Path | None, policy: Policy, scorer: RewardModel
+    prompt: list[str] | None, prompts: str | None, images: Path | None, policy: Any, scorer: Any
 ) -> tuple[list[Prompt], dict[int, Any] | None]:
     """The prompts, and the pictures to begin from by the prompt's id, if there are any."""
+    from mmalign.config import paths
     from mmalign.refine.pictures import read_pictures
 
     if images is None:
         wanted, pictures = read_prompts(prompt, prompts), None
     else:
         with refusing():
-            wanted, pictures = read_pictures(images, policy.image_size)
+            wanted, pictures = read_pictures(Path(paths.locate(str(images))), policy.image_size)
     output.warn_cut((one.text for one in wanted), policy, scorer)
     return wanted, pictures
 
 
-def _about(critic: str, scorer: RewardModel, model: str, adapter: Path | None, images: Path | None) -> dict[str, str]:
+def _about(critic: str, scorer: Any, model: str, adapter: Path | None, images: Path | None) -> dict[str, str]:
     """The facts that a folder of refinements belongs to, beside the settings."""
     facts = {"critic": critic, "version": scorer.card.version, "model": model}
     return facts | {"adapter": str(adapter or ""), "images_from": str(images or "")}
