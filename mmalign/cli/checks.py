@@ -32,7 +32,7 @@ Source = Annotated[
     Path | None,
     typer.Argument(
         help="a config, as for `train`: is the run sound? Or with --rewards pictures with prompts, as for `score`, in "
-        "which pairs with a choice are labels: is the judge? Default: quickstart, or assets/pictures"
+        "which pairs with a choice are labels: is the judge? Default: tiny_branch, or assets/pictures"
     ),
 ]
 Judges = Annotated[
@@ -85,7 +85,7 @@ def doctor(
     from reward_models.tools import examine
 
     check_file(out, "--out", lambda text: examine.HEADING in text)
-    source = source or Path("quickstart" if rewards is None else "assets/pictures")
+    source = source or Path("tiny_branch" if rewards is None else "assets/pictures")
     if rewards is None:
         rows, page = _check_run(source, overrides or [], settings)
         reports, result = {str(source): rows}, [asdict(row) for row in rows]
