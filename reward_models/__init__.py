@@ -1,6 +1,5 @@
 """Reward models: scorers for generated images. `load("shapes")` gives a scorer; call it with images and prompts."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from reward_models.prompt import Prompt
@@ -11,11 +10,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Card", "Prompt", "RewardModel", "Scores", "load"]
 
-# these import torch, which takes seconds, and are imported by the first use of their names
-LATER = {"load": "registry", "Card": "types", "RewardModel": "types", "Scores": "types"}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in LATER:
+    """A public name other than `Prompt`, at its first use, because its module imports torch, which takes seconds."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{LATER[name]}"), name)
+    from reward_models import registry, types
+
+    return getattr(registry if name == "load" else types, name)
