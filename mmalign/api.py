@@ -50,9 +50,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def align(
-    model: Any, prompts: Any, reward: Any, *, config: str | Path = "configs/align.yaml", **settings: Any
-) -> "Run":
+def align(model: Any, prompts: Any, reward: Any, *, config: str | Path = "align", **settings: Any) -> "Run":
     """Fine-tune a model by a reward, and return the run when it is done.
 
     `model`, `prompts` and rewards are described above; `reward` may also be a list of rewards, which are added, or a
@@ -85,7 +83,7 @@ def align(
 
 
 def open(
-    model: Any, prompts: Any, reward: Any, *, config: str | Path = "configs/align.yaml", resume: bool = False,
+    model: Any, prompts: Any, reward: Any, *, config: str | Path = "align", resume: bool = False,
     **settings: Any,
 ) -> "Run":  # fmt: skip
     """A run as in `align`, loaded and checked, which trains as one iterates over it.
@@ -119,7 +117,7 @@ def open(
             policy = model if isinstance(model, Policy) else None
             if pipe is not None:
                 policy = stack.enter_context(given.lent(pipe, settings))
-            c = configs.load(locate(str(config)), objects=settings)
+            c = configs.load(config, objects=settings)
             given.check_columns(objects.values(), training or prompt_sources.read(locate(c.prompts)))
             handed = Given(policy, objects, training, held_out)
             return Run(stack.enter_context(runs.opened(c, resume, None, handed)), stack.pop_all())
@@ -323,7 +321,7 @@ def refine(
     with given.drawing(model, guidance, adapter) as policy:
         if images is not None:
             with refusing():
-                wanted, pictures = read_pictures(Path(images), policy.image_size)
+                wanted, pictures = read_pictures(Path(locate(str(images))), policy.image_size)
         given.warn_cut(wanted, policy, scorer)
         rules = replace(rules, guidance=policy.guidance)
         return trace.refine_prompts(policy, scorer, wanted, rules, Path(out), batch, pictures, name, about, progress)

@@ -20,9 +20,13 @@ COMMANDS = (
 
 
 class _Command(typer.core.TyperCommand):
-    """A command whose paths may begin with `~`, the home folder."""
+    """A command whose paths may begin with `~`, the home folder. Torch is imported where it begins its work, and not
+    for its help."""
 
     def invoke(self, ctx: Any) -> Any:
+        import torch
+
+        torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower
         with refusing():
             ctx.params |= {
                 name: Path(files.home(str(path))) for name, path in ctx.params.items() if isinstance(path, Path)
@@ -38,11 +42,6 @@ for command in COMMANDS:
 def main() -> None:
     """Run the command line; a user's mistake becomes one line on standard error."""
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that libraries start import nothing from the current folder either
-    import torch
-
-    from mmalign.runs.folder import UNWRITABLE
-
-    torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower
     try:
         with output.checked():
             app()
@@ -51,6 +50,8 @@ def main() -> None:
             output.complain(str(error))
         sys.exit(2 if isinstance(error, BadInput) else 1)
     except OSError as error:
+        from mmalign.runs.folder import UNWRITABLE
+
         if error.errno not in UNWRITABLE:
             raise
         output.complain(f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}")

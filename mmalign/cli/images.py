@@ -27,12 +27,11 @@ from mmalign.cli.options import (
     reward_option,
     sampling_option,
 )  # fmt: skip
-from mmalign.config.checks import component
 from mmalign.errors import BadInput, Failed, refusing
 from mmalign.evaluation import Layout
 from mmalign.runs.inference import load_policy
 from mmalign.runs.outputs import check_file, has_rows, make_folder
-from reward_models import Prompt, RewardModel
+from reward_models import Prompt
 
 Strength = Annotated[
     float | None, sampling_option(min=0, help="how much of the adapter acts: 0 none, 1 all, more goes beyond it")
@@ -126,12 +125,14 @@ def _best_scorer(
     steps: int,
     settings: list[Setting] | None,
     guided: bool,
-) -> dict[str, RewardModel] | None:
+) -> dict[str, Any] | None:
     """The scorer of --best by name, None without it. BadInput for options that do not go together."""
+    from mmalign.config.checks import component
+
     if best is None:
         if keep or after or settings:
             raise BadInput("--keep, --after and --set belong to --best scorer.component")
-        return None
+        return None, ""
     if "." not in best:
         raise BadInput(f"--best {best!r}: scorer.component is needed, e.g. clip.cosine")
     if (keep is None) != (after is None):

@@ -96,9 +96,7 @@ def refine(
     """Draw, have it criticised, draw again; keep the best image of each prompt. No training."""
     from mmalign import api
 
-    if sum(map(bool, (prompt, prompts, images))) != 1:
-        raise BadInput("give prompts in quotes, --prompts SOURCE or --images FOLDER, one of the three")
-    _check_outputs(page, pairs, requests)
+    _check((prompt, prompts, images), page, pairs, requests)
     scorers = load_scorers([critic], settings, cache)
     result = api.refine(
         model, None if images else read_prompts(prompt, prompts), scorers, out=out, images=images, moves=moves, by=by,
@@ -108,9 +106,11 @@ def refine(
     _report(result, by or scorers[critic].names[0], out, page, pairs, requests, as_json)
 
 
-def _check_outputs(page: Path | None, pairs: Path | None, requests: Path | None) -> None:
+def _check(sources: tuple[Any, ...], page: Path | None, pairs: Path | None, requests: Path | None) -> None:
     from mmalign.refinement import page as pages
 
+    if sum(map(bool, sources)) != 1:
+        raise BadInput("give prompts in quotes, --prompts SOURCE or --images FOLDER, one of the three")
     check_file(page, "--html", pages.ours)
     check_file(pairs, "--pairs", has_rows("image_a", "image_b", "chosen", "gap"))
     check_file(requests, "--requests", has_rows("id", "prompt", "first"))

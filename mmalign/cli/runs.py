@@ -8,7 +8,7 @@ import typer
 from mmalign.cli import output
 from mmalign.cli.options import Allow, Run, output_option
 from mmalign.errors import BadInput, refusing
-from mmalign.runs.export import Form
+from mmalign.runs import Form
 
 Out = Annotated[Path, output_option(help="folder for the files, or for the folder `merged`")]
 Format = Annotated[

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mmalign.config import old_form, yaml12
+from mmalign.config import old_form, paths, yaml12
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from reward_models import files
@@ -37,11 +37,12 @@ def _read(path: Path) -> str:
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), objects: Mapping[str, Any] = MappingProxyType({})) -> Config:
-    """Read a YAML 1.2 file, apply `key=value` overrides (values as YAML), and check everything. Raises BadInput.
+    """Read a YAML 1.2 file, or the config of that name that comes with the project (`mmalign.config.paths.config`),
+    apply `key=value` overrides (values as YAML), and check everything. Raises BadInput.
 
     `credit.control=fit` changes one setting of a method, or one item of a mapping. `objects` replace keys by values, in
     which methods may be objects (`build`)."""
-    values = parse(_read(Path(path)), str(path))
+    values = parse(_read(paths.config(path)), str(path))
     if not isinstance(values, dict):
         raise BadInput(f"{path}: a mapping of keys to values is needed, got {type(values).__name__}")
     for override in overrides:

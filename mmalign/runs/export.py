@@ -3,16 +3,15 @@
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mmalign import policy as policies
 from mmalign.config import secrets
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput, Failed, refusing
+from mmalign.runs import Form
 from mmalign.runs.inference import load_policy
 from mmalign.runs.outputs import make_folder
-
-Form = Literal["diffusers", "comfyui", "peft", "merged"]
 
 
 def export_run(run: Path, out: Path, form: Form = "diffusers") -> Path:

@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,9 +29,9 @@ from torch import Tensor
 
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
+from mmalign.training import Rule
 from reward_models import files
 
-Rule = Literal["paper", "z"]  # when noise rises
 CEILING = 3.0  # with it a step of 0.1 adds noise of 0.95: as much as pure noise has; more would explore no more
 
 
