@@ -132,7 +132,7 @@ def _best_scorer(
     if best is None:
         if keep or after or settings:
             raise BadInput("--keep, --after and --set belong to --best scorer.component")
-        return None, ""
+        return None
     if "." not in best:
         raise BadInput(f"--best {best!r}: scorer.component is needed, e.g. clip.cosine")
     if (keep is None) != (after is None):
