@@ -1,4 +1,4 @@
-"""Export the averaged adapter of a run for other programs, and verify the export."""
+"""Export the averaged adapter of a run for other programs, with a model card, and verify the export."""
 
 import json
 from importlib.metadata import version
@@ -10,29 +10,39 @@ from mmalign.config import secrets
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput, Failed, refusing
 from mmalign.runs.inference import load_policy
-from mmalign.runs.outputs import make_folder
+from mmalign.runs.outputs import check_file
 
 Form = Literal["diffusers", "comfyui", "peft", "merged"]
 
 
 def export_run(run: Path, out: Path, form: Form = "diffusers") -> Path:
-    """Write the averaged adapter of a run's newest checkpoint, or of that checkpoint, into the folder `out`; returns
-    what was written (`mmalign.policy.export.FORMATS`). BadInput where the model's weights are not those of the run;
-    Failed where the export, read back, does not give the policy's velocity."""
+    """Write the averaged adapter of a run's newest checkpoint, or of that checkpoint, into the folder `out`, with a
+    model card (`mmalign.reporting.card`); returns the file or folder (`mmalign.policy.export.FORMATS`). BadInput where
+    the model's weights are not those of the run, and where another README.md would be lost; Failed where the export,
+    read back, does not give the policy's velocity."""
     policies.quiet()
+    from mmalign.reporting import base_model, card
     from mmalign.runs import adapters, state as states
 
     c, newest = adapters.saved(run)
     policy, state = load_policy("", None, newest), states.read(newest)[1]
     if not c.quantize and state.made["model"] != policy.fingerprint():  # weights are exported unquantised
         raise BadInput(f"the weights of {c.model} are not those that {run} was trained on")
-    make_folder(out)
+    check_file((out / "merged" if form == "merged" else out) / base_model.CARD, "--out", card.ours)
     with refusing():
         path = policy.export(out, form, header(c, policy.times(c.steps).tolist(), state.iteration))
     try:
         policy.check_export(out, form)
     except ValueError as error:
         raise Failed(str(error)) from None
+    size = dict(zip(("height", "width"), policy.image_size, strict=True))
+    exported = card.Exported(
+        form, path, newest.parents[1], c, state.iteration, named=newest == run, machine=state.machine,
+        pipeline=type(policy.pipe).__name__, absent=policy.absent(policy.pipe.config),
+        settings=size | policy.stock_settings(1), tag=policy.tag,
+    )  # fmt: skip
+    with refusing():
+        card.write(exported)
     return path
 
 
