@@ -5,7 +5,7 @@ import re
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-MARKUP = re.compile(r"[&<>\\`*\[\]|~#$]|(?<!\w)_|_(?!\w)")  # an underscore within a word marks nothing
+MARKUP = re.compile(r"[&<>\\`*\[\]|~#$]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word marks nothing
 
 
 def escaped(value: object) -> str:

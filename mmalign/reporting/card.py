@@ -26,7 +26,7 @@ MARK = "<!-- Written by `mmalign export`, which replaces it. -->"
 PROMPTS = 4  # with pictures
 IMPORT = "import torch\nfrom diffusers import {pipeline}\n"
 OPEN = "\npipe = {pipeline}.from_pretrained({base!r}, {opening})\n"
-DRAW = "image = pipe(\n    {prompt!r},\n    {drawing},\n).images[0]\nimage.save('image.png')\n"
+DRAW = "image = pipe(\n    {drawing},\n).images[0]\nimage.save('image.png')\n"
 CODE = {  # by format; ComfyUI needs none
     "diffusers": IMPORT + OPEN + "pipe.load_lora_weights({folder!r})\n" + DRAW,
     "comfyui": "",
@@ -86,7 +86,7 @@ def write(exported: Exported) -> None:
     base, licence = base_model.name(c.model), base_model.licence(c.model)
     example = next(((pair["prompt"], pair["seed"]) for pair in pairs if pair["seed"] is not None), None)
     body = markdown.render(
-        "card.md", mark=Markup(MARK), exported=exported, c=c, base=base, version=version("mmalign"), ended=ended,
+        "card.md", mark=Markup(MARK), exported=exported, c=c, base=base, ended=ended,
         folder=exported.folder.resolve().name, code=_code(exported, base, *(example or ("a prompt", 0))),
         exact=example is not None and c.precision == "float32" and c.quantize is None, pairs=pairs, images=count,
         rises=[(name, *cells(row)) for name, row in rises.items()], lacking=record.lacking, rewards=_rewards(c),
@@ -136,12 +136,12 @@ def _code(exported: Exported, base: str, prompt: str, seed: int) -> str:
     """Python that draws an image with the export by stock libraries, at the times of the run's own evaluation."""
     c, steps = exported.config, exported.config.eval_steps
     opening = {"dtype": f"torch.{c.precision}"} | dict.fromkeys(exported.absent, "None")
-    drawing = {name: repr(value) for name, value in exported.settings.items()} | {
+    drawing = {name: repr(value) for name, value in {"prompt": prompt, **exported.settings}.items()} | {
         "num_inference_steps": steps, "sigmas": f"[1 - i / {steps} for i in range({steps})]",
         "generator": f"torch.Generator().manual_seed({seed})",
     }  # fmt: skip
     return CODE[exported.form].format(
-        pipeline=exported.pipeline, base=base, folder=exported.folder.resolve().name, prompt=prompt,
+        pipeline=exported.pipeline, base=base, folder=exported.folder.resolve().name,
         opening=", ".join(f"{name}={value}" for name, value in opening.items()),
         drawing=",\n    ".join(f"{name}={value}" for name, value in drawing.items()),
     )  # fmt: skip
@@ -149,12 +149,14 @@ def _code(exported: Exported, base: str, prompt: str, seed: int) -> str:
 
 def _rewards(c: Config) -> list[tuple[str, str]]:
     """What was trained on, with its weight, and what was only evaluated."""
-    weights = [
-        (name, f"{w.start:g} to {w.end:g}, {w.over}" if isinstance(w, Ramp) else f"{w:g}")
-        for name, w in c.rewards.items()
-    ]
+    evaluated = [*(c.rewards if c.records else ()), *c.watch]
+    weights = {
+        name: f"{weight.start:g} to {weight.end:g}, {weight.over}" if isinstance(weight, Ramp) else f"{weight:g}"
+        for name, weight in c.rewards.items()
+        if name not in evaluated
+    }
     bounds = [(name, f"constraint: at least {limit.bound:g}") for name, limit in c.at_least.items()]
-    return weights + bounds + [(name, "evaluated only") for name in c.watch]
+    return [*weights.items(), *bounds, *((name, "evaluated only") for name in evaluated)]
 
 
 def _versions(training: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -25,10 +25,10 @@ def export_run(run: Path, out: Path, form: Form = "diffusers") -> Path:
     from mmalign.runs import adapters, state as states
 
     c, newest = adapters.saved(run)
+    check_file((out / "merged" if form == "merged" else out) / base_model.CARD, "--out", card.ours)
     policy, state = load_policy("", None, newest), states.read(newest)[1]
     if not c.quantize and state.made["model"] != policy.fingerprint():  # weights are exported unquantised
         raise BadInput(f"the weights of {c.model} are not those that {run} was trained on")
-    check_file((out / "merged" if form == "merged" else out) / base_model.CARD, "--out", card.ours)
     with refusing():
         path = policy.export(out, form, header(c, policy.times(c.steps).tolist(), state.iteration))
     try:

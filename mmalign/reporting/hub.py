@@ -28,8 +28,8 @@ def check(repo: str) -> None:
             raise ValueError
     except ValueError:
         raise BadInput(
-            f"repository {repo[:100]!r}: OWNER/NAME is needed, of letters, digits, single '-', '_' and '.', at most 96 "
-            "characters"
+            f"repository {repo[:100]!r}: OWNER/NAME is needed, each of at most 96 letters, digits, '_', and single '-' "
+            "and '.' within it"
         ) from None
 
 
