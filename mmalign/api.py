@@ -36,9 +36,9 @@ from mmalign.refinement import trace
 from mmalign.refinement.loop import Settings
 from mmalign.refinement.pictures import read_pictures
 from mmalign.refinement.trace import Refined
-from mmalign.reporting import report as reports
+from mmalign.reporting import export, report as reports
 from mmalign.run import Training
-from mmalign.runs import export, jsonl
+from mmalign.runs import Form, jsonl, machine
 from mmalign.runs.signals import Stop, Stopped, stopping
 from mmalign.train import Row
 from mmalign.training.setup import Given
@@ -221,11 +221,15 @@ class Run:
             )
         return to_pil(images)
 
-    def save_lora(self, folder: str | Path, format: export.Form = "diffusers") -> Path:
+    def save_lora(self, folder: str | Path, format: Form = "diffusers") -> Path:
         """Write the averaged adapter for other programs, with a model card, and read it back; `format` as in
         `mmalign export`. Returns what was written. BadInput where the folder cannot be written."""
+        ranks = self._training.run.ranks
+        trained_on = machine.describe(ranks.size, ranks.accelerator.device)
         with self._learner.averaged():
-            return export.write(self._policy, self.config, self.folder, self._training.done, Path(folder), format)
+            return export.write(
+                self._policy, self.config, self.folder, self._training.done, trained_on, Path(folder), format
+            )
 
     def _show_sheets(self, shown: int) -> int:
         """In a notebook, show the pictures of the evaluations after the first `shown`; returns how many there are."""

@@ -1,4 +1,4 @@
-"""The commands `export` and `report`: the adapter and the page of a run."""
+"""The commands `export` and `report`: the adapter with its card, and the page of a run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +19,11 @@ Format = Annotated[
         "merged: the complete pipeline with it",
     ),
 ]
+Push = Annotated[
+    str | None,
+    output_option("--push", metavar="OWNER/NAME", help="upload it to this repository of the Hugging Face hub"),
+]
+Private = Annotated[bool, output_option("--private", help="--push: make a new repository private")]
 Serve = Annotated[bool, typer.Option("--serve", help="serve the page until Ctrl-C; it follows the run")]
 Host = Annotated[
     str | None,
@@ -27,12 +32,27 @@ Host = Annotated[
 Port = Annotated[int | None, typer.Option(min=0, max=65535, help="--serve: 0 is any free one [8001]")]
 
 
-def export(run: Run, out: Out = Path("lora"), form: Format = "diffusers", allow: Allow = None) -> None:
-    """Write a run's averaged adapter for other programs, and read it back once to be sure."""
-    from mmalign.runs.export import export_run
+def export(
+    run: Run,
+    out: Out = Path("lora"),
+    form: Format = "diffusers",
+    push: Push = None,
+    private: Private = False,
+    allow: Allow = None,
+) -> None:
+    """Write a run's averaged adapter for other programs, with a model card, and read it back once to be sure."""
+    from mmalign.reporting import hub
+    from mmalign.reporting.export import export_run
 
+    if push is not None:
+        hub.check(push)
+    elif private:
+        raise BadInput("--private acts only with --push")
     path = export_run(run, out, form)
-    output.print_lines(f"{path}: read back, and it gives the same velocity")
+    folder = path if path.is_dir() else path.parent
+    output.print_lines(f"{path}: read back, and it gives the same velocity", f"{folder / 'README.md'}: the model card")
+    if push is not None:
+        output.print_lines(f"uploaded: {hub.push(folder, push, private)}")
 
 
 def report(run: Run, serve: Serve = False, host: Host = None, port: Port = None) -> None:

@@ -57,11 +57,16 @@ def diversity(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> floa
     return float(deviation(images, group).nanmean().sqrt())
 
 
+def noise_seed(prompt: Prompt, member: int) -> int:
+    """The seed of the noise of a prompt's n-th held-out image, as stock pipelines take it."""
+    return seed_of("evaluation", prompt.id, member)
+
+
 def evaluate(
     policy: Policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Scorers, batch: int
 ) -> Evaluation:
     """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same."""
-    seeds = [[seed_of("evaluation", p.id, m) for m in range(members)] for p in prompts]
+    seeds = [[noise_seed(p, m) for m in range(members)] for p in prompts]
     images, prompt = generate(policy, prompts, seeds, steps, batch)
     scored = score(images, [prompts[i] for i in prompt], scorers)
     places = {

@@ -66,11 +66,11 @@ def summary(run: Path) -> dict[str, Any]:
     """Before, after and the rise of every score on the held-out prompts, as `mmalign.evaluation.comparison.rises` gives
     them; and the alarms."""
     record = reader.read(run)
-    images, compared = _compared(record.scores)
+    images, compared = comparison(record.scores)
     return {"run": str(run), "images": images, "rises": compared, "alarms": record.alarms}
 
 
-def _compared(scores: Mapping[str, list[Row]]) -> tuple[int, dict[str, dict[str, float]]]:
+def comparison(scores: Mapping[str, list[Row]]) -> tuple[int, dict[str, dict[str, float]]]:
     """The number of images scored on both sides, and the comparison of each score."""
     before, after = ({row["image"]: row for row in scores[side]} for side in SIDES)
     both = [image for image in before if image in after]
@@ -104,7 +104,7 @@ def embedded(path: Path) -> str:
 def _values(run: Path, source: Source) -> dict[str, Any]:
     """The values of the template `run.html`."""
     record = reader.read(run)
-    images, compared = _compared(record.scores)
+    images, compared = comparison(record.scores)
     trained = any(row["name"] == "after" for row in record.evaluations)
     values = {
         "missing": record.lacking,
@@ -112,7 +112,7 @@ def _values(run: Path, source: Source) -> dict[str, Any]:
         "images": images,
         "rises": [(name, *cells(row)) for name, row in compared.items()],
         "tags": _by_tag(record.scores),
-        "cards": _pairs(run, record.scores, source) if trained else [],
+        "cards": pairs(run, record.scores, source) if trained else [],
         "overlays": any(row.get("places") for row in record.scores["after"]),
         "sheet": _sheet(run, record.evaluations[-1], source) if record.evaluations and not trained else None,
         "credit": _credit(run, record.credit, source),
@@ -154,19 +154,21 @@ def _first(row: Row) -> float | None:
     return next(iter(row["scores"].values()))
 
 
-def _pairs(run: Path, scores: Mapping[str, list[Row]], source: Source) -> list[dict[str, Any]]:
-    """Images of the same prompt and seed before and after training."""
+def pairs(run: Path, scores: Mapping[str, list[Row]], source: Source, most: int = CARDS) -> list[dict[str, Any]]:
+    """Images of the same prompt and seed before and after training: the `prompt`, the `seed` of the noise (None: older
+    runs do not record it), and the two `pictures`. At most so many, evenly spaced through the held-out prompts."""
     after = {row["image"]: row for row in scores["after"]}
     before = [row for row in scores["before"] if row["image"] in after]
     return [
         {
             "prompt": row["prompt"],
+            "seed": row.get("noise_seed"),
             "pictures": [
                 _scored(run / "images" / side, source, side, scored)
                 for side, scored in (("before", row), ("after", after[row["image"]]))
             ],
         }
-        for row in before[:: max(1, len(before) // CARDS)][:CARDS]
+        for row in before[:: max(1, len(before) // most)][:most]
     ]
 
 

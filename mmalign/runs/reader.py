@@ -93,6 +93,7 @@ class _Scored(_Shape):
     prompt: str
     id: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     scores: Annotated[dict[str, float | None], Field(min_length=1)]
+    noise_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     places: dict[str, _Places] = {}
 
 

@@ -26,7 +26,7 @@ INDEX = (
 ASIDE = {"checkpoints", "thumbnails", "thumbs", "__macosx", "@eadir"}  # folders of pictures that are not samples
 COLUMNS = {  # columns of a table that are not ground truth
     "image", "file_name", "prompt", "id", "scores", "failures", "critiques", "requests", "replies", "places", "made_of",
-    "image_a", "image_b", "chosen",
+    "noise_seed", "image_a", "image_b", "chosen",
 }  # fmt: skip
 READERS = min(8, os.cpu_count() or 1)
 
