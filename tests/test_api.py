@@ -243,27 +243,27 @@ def test_images_and_scores_of_the_averaged_adapter_and_of_the_base(settings, con
 def test_best_of_n_and_evaluate_are_those_of_the_command_line(tmp_path):
     texts = ["a red circle", "two blue squares"]
     result = mmalign.best_of_n("assets/tiny_sd3", texts, "clip.cosine", seeds=[0, 1, 2], steps=3, keep=2, after=1)
-    said = command(
+    result_of_command = command(
         "sample", *texts, "--best", "clip.cosine", "--seeds", "0,1,2", "--steps", 3, "--keep", 2, "--after", 1,
         "--out", tmp_path, "--json",
     )  # fmt: skip
-    lines = json.loads(said.stdout)["images"]
+    lines = json.loads(result_of_command.stdout)["images"]
     assert [row["seed"] for row in lines] == result.member.tolist()
     assert [row["score"] for row in lines] == result.score.tolist()
     assert Image.open(lines[0]["image"]).tobytes() == to_pil(result.images)[0].tobytes()
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(texts))
-    said = command("evaluate", "--prompts", prompts, "--rewards", "clip", "--steps", 3, "--json")
+    result_of_command = command("evaluate", "--prompts", prompts, "--rewards", "clip", "--steps", 3, "--json")
     means = mmalign.evaluate("assets/tiny_sd3", texts, "clip", steps=3).means()
-    assert json.loads(said.stdout)["means"]["all"] == pytest.approx(means)
+    assert json.loads(result_of_command.stdout)["means"]["all"] == pytest.approx(means)
     assert not math.isnan(means["clip.cosine"])
 
 
 def test_refine_is_that_of_the_command_line(tmp_path):
     text = "a purple circle and a square"
     result = mmalign.refine("assets/tiny_sd3", [text], out=tmp_path / "python", steps=3, rounds=2)
-    said = command("refine", text, "--out", tmp_path / "shell", "--steps", 3, "--rounds", 2, "--json")
-    shell = json.loads(said.stdout)
+    result_of_command = command("refine", text, "--out", tmp_path / "shell", "--steps", 3, "--rounds", 2, "--json")
+    shell = json.loads(result_of_command.stdout)
     assert result.summary | {"out": ""} == shell | {"out": ""}
     assert rows(tmp_path / "python/trace.jsonl") == rows(tmp_path / "shell/trace.jsonl")
     assert rows(tmp_path / "python/trace.jsonl") == json.loads(json.dumps(result.rows))

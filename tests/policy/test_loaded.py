@@ -49,7 +49,7 @@ def equal(one, other):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_comes_back_with_an_adapter_and_nothing_else(family, folders, tmp_path):
     pipe = FAMILIES[family].stock(folders(family))
-    before, kept = state(pipe), weights(pipe)
+    before, weights_before = state(pipe), weights(pipe)
     run = mmalign.align(
         pipe, ["a circle", "a square"], brightness, out=tmp_path / "run", size=FAMILIES[family].sizes[0],
         gradient_checkpointing=True, **SMALL,
@@ -65,7 +65,7 @@ def test_it_comes_back_with_an_adapter_and_nothing_else(family, folders, tmp_pat
     pipe.unload_lora_weights()
     assert state(pipe)[:2] == before[:2]
     assert schedule == before[2]
-    assert equal(weights(pipe), kept)
+    assert equal(weights(pipe), weights_before)
 
 
 def test_drawing_with_it_changes_nothing(random_model, tmp_path):
@@ -87,11 +87,11 @@ def test_the_run_is_that_of_its_folder(random_model, tmp_path):
 
 def test_bfloat16_weights_stay_as_they_are(random_model, tmp_path):
     pipe = stock(random_model).to(torch.bfloat16)
-    kept = weights(pipe)
+    weights_before = weights(pipe)
     run = mmalign.align(pipe, ["a circle", "a square"], brightness, out=tmp_path / "run", **SMALL)
     assert run.config.precision == "bfloat16"
     run.pipeline.unload_lora_weights()
-    assert equal(weights(pipe), kept)
+    assert equal(weights(pipe), weights_before)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +122,11 @@ def test_pipelines_that_cannot_be_trained(damage, says, random_model, tmp_path):
 )
 def test_a_run_that_does_not_begin_leaves_no_adapter(change, says, random_model, tmp_path):
     pipe = stock(random_model)
-    before, kept = state(pipe), weights(pipe)
+    before, weights_before = state(pipe), weights(pipe)
     with pytest.raises(BadInput, match=says):
         mmalign.align(pipe, ["a circle", "a square"], brightness, **{**SMALL, "out": tmp_path / "run", **change})
     assert state(pipe) == before
-    assert equal(weights(pipe), kept)
+    assert equal(weights(pipe), weights_before)
 
 
 def adapter_config():
