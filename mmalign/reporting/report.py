@@ -304,7 +304,7 @@ def _curves(metrics: list[Row], evaluations: list[Row]) -> str:
     for axis, (title, draw) in zip(axes.flat, panels.items(), strict=False):
         draw(axis)
         axis.set_title(title, fontsize=10, parse_math=False)
-        axis.grid(alpha=0.3)
+        axis.grid(alpha=0.15)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     return _svg(figure)
