@@ -323,7 +323,7 @@ def _marked(evaluations: list[Row], name: str, axis: Axes, **look: Any) -> None:
 
 def _smoothed(metrics: list[Row], name: str, axis: Axes, **look: Any) -> None:
     """A number of the iterations, and its moving average in front of it."""
-    _line(metrics, name, axis, alpha=0.4)
+    _line(metrics, name, axis, alpha=0.5)
     rows = [row for row in metrics if name in row]
     averages = _smooth([row[name] for row in rows])
     axis.plot([row["iteration"] for row in rows], averages, **look)
