@@ -30,7 +30,7 @@ Number = Annotated[int, Query(ge=0, le=10**9)]
 
 
 class Vote(BaseModel):
-    """The two images as they were shown, named as in a `Pair`, and the answer."""
+    """The left and the right image on the page, named as in a `Pair`, and the answer."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
