@@ -41,7 +41,7 @@ def finished(tmp_path):
                 noise = torch.rand(3, 16, 16, generator=generator)
                 image = noise if side == "after" else torch.full((3, 16, 16), 0.1 * number / 9 + 0.2 * seed)
                 save_image(image, out / "images" / side / f"{number:05d}-{seed}.png")
-                row = WANTS | {"image": f"{number:05d}-{seed}.png", "prompt": prompt, "id": number}
+                row = WANTS | {"image": f"{number:05d}-{seed}.png", "prompt": prompt, "id": number, "noise_seed": seed}
                 with (out / "images" / side / "scores.jsonl").open("a") as file:
                     file.write(json.dumps(row | {"scores": {"taste.good": 0.5}, "places": {}}) + "\n")
     config = {"iterations": 1, "plan": "sde", "credit": "terminal", "seeds": 2}

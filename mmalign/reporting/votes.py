@@ -24,7 +24,14 @@ from reward_models import files, limits
 from reward_models.allowlist import inside
 
 FILE = "votes.jsonl"
-OF_IMAGE = {"image", "prompt", "id", "scores", "places"}  # keys of a row of an image that are not ground truth
+OF_IMAGE = {
+    "image",
+    "prompt",
+    "id",
+    "noise_seed",
+    "scores",
+    "places",
+}  # keys of a row of an image that are not ground truth
 Choice = Literal["left", "right", "tie"]
 CHOSEN: dict[Choice, str] = {"left": "a", "right": "b", "tie": "tie"}
 
