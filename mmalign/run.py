@@ -166,8 +166,9 @@ def in_between(c: Config, held_out: int) -> int:
 
 
 def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers, console: Console) -> dict:
-    """Evaluate the state after `done` iterations, at the start and the end on all held-out prompts and with the images
-    written. The row, which is returned, is written last: it implies that the images are there."""
+    """Evaluate the state after `done` iterations, at the start and the end on all held-out prompts and with all images
+    written, in between on some prompts and with a few. The row, which is returned, is written last: it implies that the
+    images are there."""
     c, start = run.config, time.perf_counter()
     name = "after" if last else None if done else "before"
     stride = in_between(c, len(run.held_out))
@@ -192,8 +193,7 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
     with run.clock.of("io"):
         sheet = out / "images" / f"{name or f'{done:06d}'}.png"
         evaluate.contact_sheet(result.images, sheet)
-        if name:
-            layouts.write(result, prompts, out / "images" / name)
+        layouts.write(result if name else evaluate.few(result), prompts, out / "images" / (name or f"{done:06d}"))
         row |= means
         files.append(out / "evaluations.jsonl", row)
         logged = {key: value for key, value in row.items() if key not in ("iteration", "name")}

@@ -30,6 +30,14 @@ Host = Annotated[
     typer.Option(help="--serve: address to listen on; anyone who can reach it can read the run [127.0.0.1]"),
 ]
 Port = Annotated[int | None, typer.Option(min=0, max=65535, help="--serve: 0 is any free one [8001]")]
+Votes = Annotated[bool, typer.Option("--votes", help="--serve: also take votes on pairs of pictures, at /votes")]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="--serve: the password that visitors need, with any user name; needed for --votes on a host that others "
+        "reach [MMALIGN_TOKEN there]"
+    ),
+]
 
 
 def export(
@@ -55,21 +63,24 @@ def export(
         output.print_lines(f"uploaded: {hub.push(folder, push, private)}")
 
 
-def report(run: Run, serve: Serve = False, host: Host = None, port: Port = None) -> None:
+def report(
+    run: Run, serve: Serve = False, host: Host = None, port: Port = None, votes: Votes = False, token: Token = None
+) -> None:
     """Write a run's report.html again, or serve a page that follows the run while it continues."""
     from mmalign.reporting import report as reports
     from mmalign.runs import adapters
 
     adapters.config_of(run)
-    address = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    given = {"host": host, "port": port, "votes": votes or None, "token": token}
+    given = {name: value for name, value in given.items() if value is not None}
     if serve:
         with refusing():
             from mmalign.reporting import live  # ValueError where an optional package is missing
 
-            live.serve(run, **address)
+            live.serve(run, **given)
         return
-    if address:
-        raise BadInput(f"--{next(iter(address))} acts only with --serve")
+    if given:
+        raise BadInput(f"--{next(iter(given))} acts only with --serve")
     with refusing():
         try:
             page = reports.write(run)

@@ -22,6 +22,7 @@ from reward_models import Prompt, overlay
 from reward_models.combine import group_sum
 
 SHEET = 60  # images of a contact sheet
+STRIP = 6  # images of an evaluation between start and end that are written one by one
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,27 @@ def evaluate_distributed(
 def contact_sheet(images: Float[Tensor, "N 3 H W"], path: Path, count: int = SHEET, columns: int = 12) -> None:
     """One PNG of `count` images evenly spaced through the batch, small ones enlarged to about 64 pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    chosen = images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
+    chosen = images[_spaced(count, len(images))]
     scale = max(1, 64 // chosen.shape[-1])
     save_image(chosen.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=columns, pad_value=1.0)
+
+
+def few(result: Evaluation, count: int = STRIP) -> Evaluation:
+    """`count` images evenly spaced through the batch, with all that is known of them. Of two evaluations on the same
+    prompts these are the same prompts and seeds."""
+    rows = _spaced(count, len(result.images))
+    numbers = rows.tolist()
+    return Evaluation(
+        result.images[rows],
+        {name: values[rows] for name, values in result.parts.items()},
+        result.prompt[rows],
+        result.member[rows],
+        {name: [each[i] for i in numbers] for name, each in result.places.items()},
+        {k: result.failures[i] for k, i in enumerate(numbers) if i in result.failures},
+    )
+
+
+def _spaced(count: int, total: int) -> Int[Tensor, "n"]:
+    """The numbers of `count` rows evenly spaced through `total`, the first and the last among them; all if there are
+    not more."""
+    return torch.linspace(0, total - 1, min(count, total)).long()

@@ -141,14 +141,12 @@ def load(path: str, c: Config, times: Float[Tensor, "states"]) -> list[float]:
 
 def plot(path: Path, record: Path) -> None:
     """The noise before and after, and the balance of signs of the first and the last quarter of the rounds, by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     result = files.parsed(files.text(record))
     rows, t = result["rounds"], result["times"][:-2]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure = Figure(figsize=(9, 3.4))
+    left, right = figure.subplots(1, 2)
     left.plot(t, rows[0]["noise"][:-1], "o--", color="#888", label="start")
     left.plot(t, result["noise"][:-1], "o-", color="#2a6fb0", label="calibrated")
     quarter = max(1, len(rows) // 4)
@@ -165,4 +163,3 @@ def plot(path: Path, record: Path) -> None:
         axis.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
