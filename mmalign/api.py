@@ -55,10 +55,10 @@ def align(model: Any, prompts: Any, reward: Any, *, config: str | Path = "align"
 
     `model`, `prompts` and rewards are described above; `reward` may also be a list of rewards, which are added, or a
     dict of rewards to weights. `settings` are those of a config (docs/config.md), as plain values or objects, which
-    replace those of `config`, a file or a name as `quickstart`; `held_out` may be prompts too, `watch` a list of scorers
-    or functions, and a value of `scorers` a scorer. By default the run is evaluated on 64 of the prompts that it trains
-    on, before, in between and after, and its folder is a new one below `runs`. `resume=True` continues the run in the
-    folder `out`.
+    replace those of `config`, a file or a name such as `quickstart`; `held_out` may be prompts too, `watch` a list of
+    scorers or functions, and a value of `scorers` a scorer. By default the run is evaluated on 64 of the prompts that
+    it trains on, before, in between and after, and its folder is a new one below `runs`. `resume=True` continues the
+    run in the folder `out`.
 
     A loaded pipeline is moved to the run's device and keeps its base weights; it ends with the averaged adapter. Ctrl-C
     ends the run after the iteration: in a notebook it returns what was learnt, in a script KeyboardInterrupt is raised.
@@ -108,7 +108,7 @@ def open(
         "prompts": source, "rewards": weights, "watch": [*watched],
         "scorers": {name: one.settings for name, one in (named | watched).items() if one.settings},
     }  # fmt: skip
-    if training is not None:  # few prompts are no mistake, unless a size was asked for
+    if training is not None:  # a short list needs no setting
         usual = configs.load(config).prompts_per_iteration
         settings.setdefault("prompts_per_iteration", min(usual, len(training)))
     settings.setdefault("out", _fresh(Path("runs/align")))

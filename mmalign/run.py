@@ -46,8 +46,10 @@ def train(c: Config, resume: bool = False, console: Console | None = None, given
 
 @dataclass
 class Training:
-    """A run in its folder, which has finished `done` iterations."""
+    """A run in its folder, which has finished `done` iterations. `config` is the one that it was started with; the
+    session's has been fitted to the budget and the model."""
 
+    config: Config
     run: Session
     out: Path
     console: Console
@@ -56,7 +58,7 @@ class Training:
     def rows(self, stop: Stop) -> Iterator[Row]:
         """Run it to its end; yields the row of each iteration once it is written. A caller that leaves early leaves a
         run that can be resumed."""
-        c, out, ranks = self.run.config, self.out, self.run.ranks
+        c, out, ranks = self.config, self.out, self.run.ranks
         say = partial(self.console.print, markup=False, highlight=False, soft_wrap=True)
         tracked = c if ranks.main else c.model_copy(update={"trackers": []})
         with tracking.opened(tracked, out, self.done, self.console) as trackers, folder.failing(out):
@@ -152,7 +154,7 @@ def opened(
             ranks.assert_equal(
                 [done, fingerprint(run.policy.adapter(), digits=16)], "the iteration and the adapter to start with"
             )
-            yield Training(run, out, console, done)
+            yield Training(c, run, out, console, done)
 
 
 def _shown(c: Config, done: int) -> bool:
