@@ -140,7 +140,7 @@ class Run:
         self._training, self._stack, self._stop = training, stack, Stop()
         self._rows, self._ended = training.rows(self._stop), False
         session = training.run
-        self._policy, self._learner, self.config = session.policy, session.learner, session.config
+        self._policy, self._learner, self.config = session.policy, session.learner, training.config
         stack.callback(lambda: self._policy.load_adapter(self._learner.ema))
 
     @property
@@ -196,8 +196,8 @@ class Run:
 
     @property
     def report(self) -> Path:
-        """The page of the run so far, written now."""
-        return reports.write(self.folder)
+        """The page of the run so far, written now by the main process."""
+        return reports.write(self.folder) if self._training.run.ranks.main else self.folder / "report.html"
 
     def evaluate(
         self, prompts: Any = None, rewards: Any = None, *, seeds: int = 2, steps: int | None = None, base: bool = False
@@ -227,8 +227,11 @@ class Run:
 
     def save_lora(self, folder: str | Path, format: Form = "diffusers") -> Path:
         """Write the averaged adapter for other programs, with a model card, and read it back; `format` as in
-        `mmalign export`. Returns what was written. BadInput where the folder cannot be written."""
+        `mmalign export`. Returns what was written; of many processes the main one writes, and the others return the
+        folder. BadInput where it cannot be written."""
         ranks = self._training.run.ranks
+        if not ranks.main:
+            return Path(folder)
         trained_on = machine.describe(ranks.size, ranks.accelerator.device)
         with self._learner.averaged():
             return export.write(

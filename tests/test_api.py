@@ -176,6 +176,28 @@ def test_ctrl_c_ends_a_script_and_the_run_can_be_resumed(settings, config, tmp_p
     assert "KeyboardInterrupt" in ended.stderr
 
 
+@pytest.mark.slow
+def test_two_processes_learn_as_one(settings, config, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import mmalign\n"
+        "def reward(images, prompts):\n"
+        "    return [image.getpixel((0, 0))[0] / 255 for image in images]\n"
+        f"run = mmalign.align({settings['model']!r}, {TEXTS!r}, reward, config={config!r}, out='run')\n"
+        "run.save_lora('lora')\n"
+    )
+    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script.name]
+    for command_line, folder in ((launched, "two"), ([sys.executable, script.name], "one")):
+        (tmp_path / folder).mkdir()
+        script_there = tmp_path / folder / script.name
+        script_there.write_text(script.read_text())
+        environment = os.environ | {"PYTHONPATH": str(Path(mmalign.__file__).parents[1])}
+        subprocess.run(command_line, cwd=tmp_path / folder, check=True, env=environment)
+    one, two = (adapter(tmp_path / folder / "run") for folder in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    assert (tmp_path / "two/lora/README.md").is_file()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
