@@ -6,20 +6,20 @@ One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluat
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmalign.activity import doing
 from mmalign.config import load as configs
 from mmalign.config.schema import Config
 from mmalign.distributed.processes import Ranks, join
 from mmalign.evaluation import evaluate, layouts
 from mmalign.policy.protocol import Trainable
-from mmalign.reporting import trackers as tracking
+from mmalign.reporting import progress, trackers as tracking
 from mmalign.reporting.trackers import Trackers
 from mmalign.rewards.judge import silent, stop_if_failing
 from mmalign.runs import alarms, checkpoint, folder
@@ -60,7 +60,8 @@ def _train(
 ) -> Path:
     say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
     ranks.assert_equal(c.model_dump_json(), "the config")
-    with folder.locked(out, say) if ranks.main else nullcontext(), finite.oom_as_failed():
+    locked = folder.locked(out, say) if ranks.main else nullcontext()
+    with locked, finite.oom_as_failed(), progress.shown(console) as show_progress:
         if ranks.main:
             folder.check(out, c, resume)
             with folder.failing(out):
@@ -88,7 +89,7 @@ def _train(
                 folder.rewind(out, done, say)
                 saving.prune(c, out, done)
             ranks.barrier("the run's folder")
-            _continue(run, out, done, trackers, stop, alarms.Watch(c, out, say, ranks.main), console)
+            _continue(run, out, done, trackers, stop, alarms.Watch(c, out, say, ranks.main), console, show_progress)
         best = saving.best(out, c.best_by)
         if best is not None and best != c.iterations:
             say(f"best held-out {c.best_by}: {out / 'checkpoints' / f'{best:06d}'}")
@@ -96,7 +97,14 @@ def _train(
 
 
 def _continue(
-    run: Session, out: Path, done: int, trackers: Trackers, stop: Stop, watch: alarms.Watch, console: Console
+    run: Session,
+    out: Path,
+    done: int,
+    trackers: Trackers,
+    stop: Stop,
+    watch: alarms.Watch,
+    console: Console,
+    show_progress: progress.Refresh,
 ) -> None:
     """From the state after `done` iterations to the end, or to where the KL budget is spent. It is saved before it is
     evaluated, so that an evaluation can be left at any time."""
@@ -104,12 +112,15 @@ def _continue(
     clock.read()  # what came before belongs to no iteration
     evaluated = ranks.all_gather_object([row["iteration"] for row in watch.evaluations], "what was evaluated")[0]
     try:
-        with _progress(console) as bar:
-            task = bar.add_task("training", total=c.iterations, completed=done, note="")
+        with doing("training", "iterations", c.iterations, done, _besides(run, done, evaluated)) as work:
             while True:
                 last = done == c.iterations or watch.ended
+                if watch.ended:  # before all iterations
+                    work.to_do |= {"iterations": 0, "checkpoints": 0, "images": _images(run, done, last)}
                 if run.held_out and (last or _shown(c, done)) and done not in evaluated:
                     watch.evaluations.append(_evaluate(run, out, done, last, trackers, console))
+                    work.did("images", _images(run, done, last))
+                    show_progress()
                 if last:
                     break
                 with stop.finishing():
@@ -122,12 +133,13 @@ def _continue(
                             if _shown(c, done) and trackers.working:
                                 trackers.show(tracking.credit(out, done), done)
                         watch.look(row, run.learner.skips.reasons)
-                    note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
-                    bar.update(task, completed=done, note=note)
+                    work.notes = f"reward {row['reward']:.3f}", f"{row['nfe_per_second']:.0f} NFE/s"
+                    work.did("iterations")
                     stop.share(ranks.all_gather_object(stop.received, "signals"))
                     if stop.received or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
                         with clock.of("io"):
                             saving.save(run, out, done)
+                        work.did("checkpoints")
     except Stopped:
         console.print(f"stopped by {stop.received.name} after iteration {done}; --resume continues from there")
         raise
@@ -141,6 +153,22 @@ def _shown(c: Config, done: int) -> bool:
 def in_between(c: Config, held_out: int) -> int:
     """Evaluations between the first and the last use every n-th held-out prompt; returns n."""
     return max(1, held_out // c.eval_prompts) if c.eval_prompts else 1
+
+
+def _images(run: Session, done: int, last: bool) -> int:
+    """The images of the evaluation after `done` iterations."""
+    if last or done == 0:
+        return len(run.held_out) * run.config.eval_seeds
+    return len(run.held_out[:: in_between(run.config, len(run.held_out))])
+
+
+def _besides(run: Session, done: int, evaluated: Collection[int]) -> dict[str, int]:
+    """What a run still takes besides iterations, after `done` of them: checkpoints, and images of evaluations."""
+    c = run.config
+    states = range(done, c.iterations + 1)
+    shown = [i for i in states if _shown(c, i) and i not in evaluated]
+    saved = [i for i in states if i > done and (_shown(c, i) or i % c.checkpoint_every == 0)]
+    return {"images": sum(_images(run, i, i == c.iterations) for i in shown), "checkpoints": len(saved)}
 
 
 def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers, console: Console) -> dict:
@@ -192,10 +220,3 @@ def _stop_if_failing(run: Session, done: int, result: evaluate.Evaluation) -> No
     stop_if_failing(
         {i: result.failures.get(i, silent(parts)) for i in missing}, len(result.images), run.config.max_failed
     )
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(), console=console,
-    )  # fmt: skip

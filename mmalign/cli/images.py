@@ -97,18 +97,21 @@ def sample(
     wanted = read_prompts(prompt, prompts)
     _check_adapter(adapter, strength, boxes, edge)
     scorer = _best_scorer(best, len(seeds), keep, after, steps, settings, strength is not None or bool(boxes))
-    policy = load_policy(model, guidance, adapter)
-    output.warn_cut((one.text for one in wanted), policy, *([scorer] if scorer else []))
-    make_folder(out)
+    with output.progressing():
+        policy = load_policy(model, guidance, adapter)
+        output.warn_cut((one.text for one in wanted), policy, *([scorer] if scorer else []))
+        make_folder(out)
+        if scorer:
+            each, by = [seeds] * len(wanted), component(best)[1]
+            result = best_of_n.best_of(policy, wanted, each, steps, scorer, by, batch, keep, after)
+        else:
+            with refusing():
+                velocity = guided_in_boxes(policy, 1.0 if strength is None else strength, boxes or [], edge)
+            rows = generate.sample_images(policy, wanted, seeds, steps, out, batch, velocity)
     if scorer:
-        each, by = [seeds] * len(wanted), component(best)[1]
-        result = best_of_n.best_of(policy, wanted, each, steps, scorer, by, batch, keep, after)
         _show_best(result, result.save(wanted, seeds, out), best, keep, out, as_json)
-        return
-    with refusing():
-        velocity = guided_in_boxes(policy, 1.0 if strength is None else strength, boxes or [], edge)
-    rows = generate.sample_images(policy, wanted, seeds, steps, out, batch, velocity)
-    output.show(rows, as_json, f"{len(rows)} images in {out}")
+    else:
+        output.show(rows, as_json, f"{len(rows)} images in {out}")
 
 
 def _check_adapter(adapter: Path | None, strength: float | None, boxes: list[Box] | None, edge: float) -> None:
@@ -188,9 +191,10 @@ def evaluate(
     wanted = read_prompts(None, prompts)
     _check_out(out, layout, wanted)
     check_file(reference, "--reference", references.ours)
-    scorers, policy = load_scorers(rewards), load_policy(model, guidance, adapter)
-    output.warn_cut((one.text for one in wanted), policy, *scorers.values())
-    result = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
+    with output.progressing():
+        scorers, policy = load_scorers(rewards), load_policy(model, guidance, adapter)
+        output.warn_cut((one.text for one in wanted), policy, *scorers.values())
+        result = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
     if out is not None:
         layouts.write(result, wanted, out, layout)
     if reference is not None:
@@ -200,7 +204,7 @@ def evaluate(
     row = {"images": len(result.images), "means": evaluation.means_by_tag(result, wanted)}
     shown = [tables.means(row["means"], f"{row['images']} images, {steps} steps")]
     if compare:
-        with policy.reference():
+        with output.progressing(), policy.reference():
             before = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
         row["rises"] = evaluation.compared(before, result, wanted)
         shown.append(tables.rises(row))

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+from mmalign.activity import counted
 from mmalign.cli import output, tables
 from mmalign.cli.inputs import load_scorers, read_prompts
 from mmalign.cli.options import (
@@ -66,9 +67,6 @@ Pairs = Annotated[Path | None, output_option(help="JSONL for the best against th
 Requests = Annotated[Path | None, output_option(help="JSONL for the revised requests that gained")]
 
 
-progress = partial(output.progress, title="refining")
-
-
 def refine(
     prompt: PromptTexts = None,
     prompts: Prompts = None,
@@ -102,12 +100,14 @@ def refine(
 
     _check_options((prompt, prompts, images), moves, adapter, cut, steps)
     _check_outputs(page, pairs, requests)
-    scorer, by = _load_critic(critic, settings, cache, by)
-    policy = load_policy(model, guidance, adapter)
-    wanted, pictures = _read(prompt, prompts, images, policy, scorer)
-    rules = Settings(moves, by, good, rounds, forwards, patience, cut, strength, policy.guidance, steps, seed)
-    about = _about(critic, scorer, model, adapter, images)
-    result = refine_prompts(policy, scorer, wanted, rules, out, batch, pictures, critic, about, progress)
+    with output.progressing():
+        scorer, by = _load_critic(critic, settings, cache, by)
+        policy = load_policy(model, guidance, adapter)
+        wanted, pictures = _read(prompt, prompts, images, policy, scorer)
+        rules = Settings(moves, by, good, rounds, forwards, patience, cut, strength, policy.guidance, steps, seed)
+        about = _about(critic, scorer, model, adapter, images)
+        progress = partial(counted, name="refining", unit="prompts")
+        result = refine_prompts(policy, scorer, wanted, rules, out, batch, pictures, critic, about, progress)
     _report(result, by, out, page, pairs, requests, as_json)
 
 

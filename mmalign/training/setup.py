@@ -7,6 +7,7 @@ from functools import partial
 from types import MappingProxyType
 
 from mmalign import policy as policies
+from mmalign.activity import doing
 from mmalign.config.checks import component
 from mmalign.config.methods import named
 from mmalign.config.paths import locate
@@ -50,7 +51,7 @@ def open_session(
     _check_ranks(c, ranks)
     prompts = [] if c.records else prompt_files.read(locate(c.prompts))
     held_out = prompt_files.read(locate(c.held_out)) if c.held_out else []
-    with refusing():
+    with refusing(), doing("loading model and scorers"):
         scorers = load_scorers(c, [*c.trained, *c.watch], scorers or {})
         policy, weights = load_policy(c, str(ranks.accelerator.device), policy)
         known = reference.load(c, weights, scorers) if c.reference else None
