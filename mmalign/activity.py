@@ -106,7 +106,7 @@ def doing(
 
 
 def counted(rows: Iterable[T], done: int, total: int, name: str, unit: str) -> Iterator[T]:
-    """The rows, counted as they are made: `done` of the `total` were there before."""
+    """The rows, counted while they are made: `done` of the `total` were there before."""
     with doing(name, unit, total, done) as work:
         for row in rows:
             yield row

@@ -480,16 +480,28 @@ def test_commands_show_what_they_do_on_standard_error_alone(monkeypatch, prompt_
 
 TRAIN = """
 import sys
+import time
 from rich.console import Console
 from mmalign import policy, run
 from mmalign.config import load as configs
 from mmalign.reporting import progress
+from reward_models import load
+
+class Slow:
+    def __init__(self):
+        self.scorer = load("jpeg_size")
+        self.names, self.card = self.scorer.names, self.scorer.card
+
+    def __call__(self, images, prompts):
+        time.sleep(0.3)
+        return self.scorer(images, prompts)
+
 policy.quiet()
 progress.WRITTEN, progress.DRAWN = 0.1, 0.05
 log, config, out = sys.argv[1:]
 with open(log, "w") as file:
-    run.train(configs.load(config, []), console=Console(file=file))
-run.train(configs.load(config, ["out=" + out]))
+    run.train(configs.load(config, []), console=Console(file=file), scorers={"jpeg_size": Slow()})
+run.train(configs.load(config, ["out=" + out]), scorers={"jpeg_size": Slow()})
 """
 
 
@@ -532,6 +544,7 @@ def test_the_log_of_a_run_has_lines_now_and_then(real_runs):
     assert all(("reward" in line) == (n > 0) for line, n in zip(training, done, strict=True))
     assert not any(" left" in line for line, n in zip(training, done, strict=True) if n == 0)
     assert any(" left" in line for line in training)
+    assert any(", evaluating: scoring 4 images by jpeg_size, " in line for line in training)
 
 
 def test_a_run_fits_into_a_narrow_terminal(real_runs):
@@ -541,5 +554,5 @@ def test_a_run_fits_into_a_narrow_terminal(real_runs):
     frames = [*(lines[-1] for lines in drawings), last[0]]  # messages, which stand above a frame, may be longer
     assert max(map(cell_len, frames)) <= 40
     assert any(re.fullmatch(r"[1-3]/4  .* s left.*", frame) for frame in frames)
-    assert any("sampling 0/4" in frame for frame in frames)
+    assert any("  scoring" in frame for frame in frames)
     assert re.match(r"training  .*4/4  reward -?\d", frames[-1])

@@ -1,5 +1,6 @@
 """The commands `sample` and `evaluate`: images of a model, and their scores."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,26 +93,40 @@ def sample(
 ) -> None:
     """Sample images by ODE; a seed gives the image the stock pipeline gives for it."""
     from mmalign.evaluation import best_of_n, generate
-    from mmalign.refine.velocity import guided_in_boxes
 
     wanted = read_prompts(prompt, prompts)
     _check_adapter(adapter, strength, boxes, edge)
     scorer = _best_scorer(best, len(seeds), keep, after, steps, settings, strength is not None or bool(boxes))
     with output.progressing():
-        policy = load_policy(model, guidance, adapter)
-        output.warn_cut((one.text for one in wanted), policy, *([scorer] if scorer else []))
+        policy = _load(model, guidance, adapter, wanted, [scorer] if scorer else [])
         make_folder(out)
         if scorer:
             each, by = [seeds] * len(wanted), component(best)[1]
             result = best_of_n.best_of(policy, wanted, each, steps, scorer, by, batch, keep, after)
         else:
-            with refusing():
-                velocity = guided_in_boxes(policy, 1.0 if strength is None else strength, boxes or [], edge)
+            velocity = _velocity(policy, strength, boxes, edge)
             rows = generate.sample_images(policy, wanted, seeds, steps, out, batch, velocity)
     if scorer:
         _show_best(result, result.save(wanted, seeds, out), best, keep, out, as_json)
     else:
         output.show(rows, as_json, f"{len(rows)} images in {out}")
+
+
+def _load(
+    model: str, guidance: float | None, adapter: Path | None, prompts: list[Prompt], scorers: Iterable[RewardModel]
+) -> Any:
+    """The policy, after a warning of prompts that are longer than what it or a scorer reads."""
+    policy = load_policy(model, guidance, adapter)
+    output.warn_cut((prompt.text for prompt in prompts), policy, *scorers)
+    return policy
+
+
+def _velocity(policy: Any, strength: float | None, boxes: list[Box] | None, edge: float) -> Any:
+    """The velocity with so much of the adapter, everywhere or in boxes. BadInput."""
+    from mmalign.refine.velocity import guided_in_boxes
+
+    with refusing():
+        return guided_in_boxes(policy, 1.0 if strength is None else strength, boxes or [], edge)
 
 
 def _check_adapter(adapter: Path | None, strength: float | None, boxes: list[Box] | None, edge: float) -> None:
@@ -192,15 +207,13 @@ def evaluate(
     _check_out(out, layout, wanted)
     check_file(reference, "--reference", references.ours)
     with output.progressing():
-        scorers, policy = load_scorers(rewards), load_policy(model, guidance, adapter)
-        output.warn_cut((one.text for one in wanted), policy, *scorers.values())
+        scorers = load_scorers(rewards)
+        policy = _load(model, guidance, adapter, wanted, scorers.values())
         result = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
     if out is not None:
         layouts.write(result, wanted, out, layout)
     if reference is not None:
-        references.RewardStats.measure(result, policy.fingerprint(), scorers).save(reference)
-        if len(result.images) < references.ENOUGH:
-            output.warn(f"{reference} rests on {len(result.images)} images; {references.ENOUGH} are better")
+        _save_reference(reference, result, policy, scorers)
     row = {"images": len(result.images), "means": evaluation.means_by_tag(result, wanted)}
     shown = [tables.means(row["means"], f"{row['images']} images, {steps} steps")]
     if compare:
@@ -209,6 +222,14 @@ def evaluate(
         row["rises"] = evaluation.compared(before, result, wanted)
         shown.append(tables.rises(row))
     output.show(row, as_json, *shown)
+
+
+def _save_reference(file: Path, result: Any, policy: Any, scorers: dict[str, RewardModel]) -> None:
+    from mmalign.evaluation import reference as references
+
+    references.RewardStats.measure(result, policy.fingerprint(), scorers).save(file)
+    if len(result.images) < references.ENOUGH:
+        output.warn(f"{file} rests on {len(result.images)} images; {references.ENOUGH} are better")
 
 
 def _check_base(adapter: Path | None, reference: Path | None, compare: bool) -> None:

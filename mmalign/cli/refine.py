@@ -66,6 +66,8 @@ Page = Annotated[Path | None, output_option("--html", help="write a page of all 
 Pairs = Annotated[Path | None, output_option(help="JSONL for the best against the worst image of a prompt")]
 Requests = Annotated[Path | None, output_option(help="JSONL for the revised requests that gained")]
 
+progress = partial(counted, name="refining", unit="prompts")
+
 
 def refine(
     prompt: PromptTexts = None,
@@ -101,12 +103,10 @@ def refine(
     _check_options((prompt, prompts, images), moves, adapter, cut, steps)
     _check_outputs(page, pairs, requests)
     with output.progressing():
-        scorer, by = _load_critic(critic, settings, cache, by)
-        policy = load_policy(model, guidance, adapter)
+        (scorer, by), policy = _load_critic(critic, settings, cache, by), load_policy(model, guidance, adapter)
         wanted, pictures = _read(prompt, prompts, images, policy, scorer)
         rules = Settings(moves, by, good, rounds, forwards, patience, cut, strength, policy.guidance, steps, seed)
         about = _about(critic, scorer, model, adapter, images)
-        progress = partial(counted, name="refining", unit="prompts")
         result = refine_prompts(policy, scorer, wanted, rules, out, batch, pictures, critic, about, progress)
     _report(result, by, out, page, pairs, requests, as_json)
 

@@ -44,7 +44,7 @@ def span(seconds: int | float) -> str:
 
 def remaining(rest: Left | None) -> str:
     """The time left in words; nothing while it is not known, and where the work takes longer than it should."""
-    if rest is None or rest.seconds <= 0:
+    if rest is None or rest.seconds < 0.5:
         return ""
     return f"{'over ' if rest.bound else ''}{span(rest.seconds)} left"
 
@@ -78,7 +78,7 @@ class Display:
         if main is not None:
             note, *more = [*main.notes, ""]
             parts |= {"title": main.name, "count": f"{main.done}/{main.total}", "unit": main.unit, "note": note}
-            parts |= {"more": GAP.join(filter(None, more)), "left": remaining(main.left())}
+            parts |= {"more": GAP.join(filter(None, more)), "left": remaining(main.left()) if main in works else ""}
         return {name: text for name, text in parts.items() if text}, phases(inner)
 
     def text(self) -> str:
