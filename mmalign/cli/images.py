@@ -216,7 +216,7 @@ def evaluate(
     output.show(row, as_json, *shown)
 
 
-def _save_reference(file: Path, result: Any, policy: Any, scorers: dict[str, RewardModel]) -> None:
+def _save_reference(file: Path, result: Any, policy: Any, scorers: dict[str, Any]) -> None:
     from mmalign.evaluation import reference as references
 
     references.RewardStats.measure(result, policy.fingerprint(), scorers).save(file)
