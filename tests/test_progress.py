@@ -286,10 +286,9 @@ def display():
         yield shown
 
 
-def drawn(display, width, **how):
+def drawn(display, width):
     file = io.StringIO()
-    console = Console(file=file, width=width, **({"force_terminal": True, "color_system": None} | how))
-    console.print(display, end="")
+    Console(file=file, width=width, force_terminal=True, color_system=None).print(display, end="")
     return file.getvalue()
 
 
@@ -342,7 +341,7 @@ def test_a_time_that_has_run_out_is_not_shown():
 
 
 @contextmanager
-def drawing(monkeypatch, every=0.02, **environment):
+def drawing(monkeypatch, every=0.005, **environment):
     """Displays draw every so many seconds, in a terminal as the environment describes it."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLORTERM", "COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
@@ -353,12 +352,13 @@ def drawing(monkeypatch, every=0.02, **environment):
     yield
 
 
-def worked(file, **how):
-    """What a display writes into a file of a little work, which takes as long as a few drawings."""
-    console = Console(file=file, width=60, **how)
-    with progress.shown(console), doing("sampling", "images", 4) as work:
+def worked(file):
+    """What a display writes into a file of a little work."""
+    console = Console(file=file, width=60)
+    with progress.shown(console) as refresh, doing("sampling", "images", 4) as work:
         for _ in range(4):
-            time.sleep(0.05)
+            refresh()
+            time.sleep(0.02)
             console.print("a message")
             work.did("images")
     return file.getvalue()
@@ -409,8 +409,9 @@ def test_a_notebook_gets_an_output_that_is_updated(monkeypatch):
     fake = SimpleNamespace(display=lambda data, raw, display_id: handle)
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=fake))
     monkeypatch.setitem(sys.modules, "IPython.display", fake)
-    with drawing(monkeypatch), progress.shown(Console(force_jupyter=True)), doing("sampling", "images", 2) as work:
-        time.sleep(0.1)
+    console = Console(force_jupyter=True)
+    with drawing(monkeypatch), progress.shown(console) as refresh, doing("sampling", "images", 2) as work:
+        refresh()
         work.did("images", 2)
     assert texts[0].startswith("sampling 0/2 images, ")
     assert texts[-1].startswith("sampling 2/2 images, ")
@@ -421,8 +422,9 @@ def test_a_failure_leaves_the_terminal_in_order(monkeypatch, counted):
     file, threads = Terminal(), threading.active_count()
 
     def interrupted():
-        with progress.shown(Console(file=file, width=60)), doing("sampling", "images", 4 * counted):
-            time.sleep(0.1)
+        console = Console(file=file, width=60)
+        with progress.shown(console) as refresh, doing("sampling", "images", 4 * counted):
+            refresh()
             raise KeyboardInterrupt
 
     with drawing(monkeypatch), pytest.raises(KeyboardInterrupt):
