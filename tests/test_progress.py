@@ -30,6 +30,7 @@ from mmalign.evaluation.generate import generate
 from mmalign.reporting import progress
 from mmalign.runs.inference import load_policy
 from mmalign.training.clock import Clock
+from mmalign.training.setup import Given
 from reward_models import Prompt, load
 
 CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -175,7 +176,7 @@ class Recording:
 def test_the_phases_of_a_run_are_named(settings):
     """What a scorer sees of a run: iterations so far, and the phase; and at the end nothing is left to do."""
     recording = Recording()
-    runs.train(configs.build(settings, "test"), console=Console(quiet=True), scorers={"jpeg_size": recording})
+    runs.train(configs.build(settings, "test"), console=Console(quiet=True), given=Given(scorers={"jpeg_size": recording}))
     evaluating = [("evaluating", 0, 0), ("scoring 4 images by jpeg_size", 0, 0)]
     between = [("evaluating", 0, 0), ("scoring 2 images by jpeg_size", 0, 0)]
     sampled = [("scoring", 0, 0), ("scoring 16 images by jpeg_size", 0, 0)]
@@ -487,6 +488,7 @@ from rich.console import Console
 from mmalign import policy, run
 from mmalign.config import load as configs
 from mmalign.reporting import progress
+from mmalign.training.setup import Given
 from reward_models import load
 
 class Slow:
@@ -502,8 +504,8 @@ policy.quiet()
 progress.WRITTEN, progress.DRAWN = 0.1, 0.05
 log, config, out = sys.argv[1:]
 with open(log, "w") as file:
-    run.train(configs.load(config, []), console=Console(file=file), scorers={"jpeg_size": Slow()})
-run.train(configs.load(config, ["out=" + out]), scorers={"jpeg_size": Slow()})
+    run.train(configs.load(config, []), console=Console(file=file), given=Given(scorers={"jpeg_size": Slow()}))
+run.train(configs.load(config, ["out=" + out]), given=Given(scorers={"jpeg_size": Slow()}))
 """
 
 
