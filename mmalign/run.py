@@ -195,10 +195,10 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
     images are there."""
     c, start = run.config, time.perf_counter()
     name = "after" if last else None if done else "before"
+    kind = TRAINING if c.held_out == TRAINING else "held-out"
     stride = in_between(c, len(run.held_out))
     prompts, seeds = (run.held_out, c.eval_seeds) if name else (run.held_out[::stride], 1)
     if name == "before":
-        kind = "of the training" if c.held_out == TRAINING else "held-out"
         console.print(f"before: {len(prompts)} {kind} prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
     with run.clock.of("evaluate"), run.learner.averaged() if done else run.policy.reference():
         work = partial(
@@ -225,7 +225,7 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
         trackers.show(tracking.sheet(sheet), done)
     if name is None:
         scores = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
-        console.print(f"iteration {done}: held-out {scores}")
+        console.print(f"iteration {done}: {kind} prompts: {scores}")
     return row
 
 

@@ -158,6 +158,8 @@ def test_by_default_it_is_evaluated_on_prompts_of_the_training(settings, tmp_pat
         assert str(made.folder) == name
     evaluated = rows(made.folder / "images/before/scores.jsonl")
     assert [row["prompt"] for row in evaluated[::2]] == many[::3]
+    for page in (made.report, made.save_lora("lora").parent / "README.md"):
+        assert "evaluated on prompts that it trains on" in page.read_text()
 
 
 def test_ctrl_c_ends_a_script_and_the_run_can_be_resumed(settings, config, tmp_path):

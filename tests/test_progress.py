@@ -176,7 +176,8 @@ class Recording:
 def test_the_phases_of_a_run_are_named(settings):
     """What a scorer sees of a run: iterations so far, and the phase; and at the end nothing is left to do."""
     recording = Recording()
-    runs.train(configs.build(settings, "test"), console=Console(quiet=True), given=Given(scorers={"jpeg_size": recording}))
+    given = Given(scorers={"jpeg_size": recording})
+    runs.train(configs.build(settings, "test"), console=Console(quiet=True), given=given)
     evaluating = [("evaluating", 0, 0), ("scoring 4 images by jpeg_size", 0, 0)]
     between = [("evaluating", 0, 0), ("scoring 2 images by jpeg_size", 0, 0)]
     sampled = [("scoring", 0, 0), ("scoring 16 images by jpeg_size", 0, 0)]

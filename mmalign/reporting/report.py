@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mmalign.config.schema import TRAINING
 from mmalign.data.meaning import clusters
 from mmalign.evaluation import layouts
 from mmalign.evaluation.comparison import cells, rises
@@ -120,6 +121,7 @@ def _values(run: Path, source: Source) -> dict[str, Any]:
         "sheet": _sheet(run, record.evaluations[-1], source) if record.evaluations and not trained else None,
         "credit": _credit(run, record.credit, source),
         "config": record.text,
+        "on_training_prompts": f"held_out: {TRAINING}" in record.text.splitlines(),
         "last": None,
     }
     if not record.metrics:
