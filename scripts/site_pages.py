@@ -22,11 +22,11 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
 
 
-def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    name = Path(page.file.src_uri)
-    if (ROOT / name).exists():
-        markdown = markdown.replace("](docs/", "](" + "../" * len(name.parents[1:]))
-    else:
-        up = "../" * len(name.parents)
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
+    path = Path(page.file.abs_src_path)
+    if path.is_relative_to(config.docs_dir):
+        up = "../" * len(path.relative_to(config.docs_dir).parents)
         markdown = markdown.replace(f"]({up}", f"]({up.removeprefix('../')}")
+    else:
+        markdown = markdown.replace("](docs/", "](")  # from the root; no card of assets/ has such a link
     return NEEDS.sub(r'\1```\3 title="needs \2"', markdown)

@@ -34,7 +34,7 @@ BLOCKS = {page: [*blocks(page)] for page in PAGES}
 ALL = [*itertools.chain.from_iterable(BLOCKS.values())]
 KINDS = ("", "console", "json", "python", "text", "yaml")
 NEEDS = (  # beside this repository
-    "released weights", "a GPU", "a judge", "several processes", "several machines", "the network", "an installation",
+    "released weights", "a GPU", "a judge", "several processes", "several machines", "the network", "a checkout",
     "files of yours", "minutes", "hours",
 )  # fmt: skip
 COMMANDS = typer.main.get_command(app).commands
@@ -50,7 +50,7 @@ def ids(block: Block) -> str:
     return str(block)
 
 
-# ----------------------------------------------------------------------------------------------------------- every block
+# ---------------------------------------------------------------------------------------------------------- every block
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -81,7 +81,7 @@ def test_a_block_of_json_is_a_record_of_a_judged_image(block, tmp_path):
     assert (len(result.records), result.refused) == (1, [])
 
 
-# ------------------------------------------------------------------------------------------------------------ what is run
+# ---------------------------------------------------------------------------------------------------------- what is run
 
 
 @pytest.fixture(scope="module")
