@@ -12,7 +12,7 @@ MARK = re.compile(r"^ *<!-- needs: (.+) -->$")
 
 @dataclass(frozen=True)
 class Block:
-    """`kind`: the word behind the fence, "" for commands. `needs`: of the comment before it, "" without one."""
+    """`kind`: the word behind the fence; "" stands for commands. `needs`: of the comment before it, "" without one."""
 
     page: Path
     line: int
@@ -34,7 +34,7 @@ class Block:
 
     @property
     def runs(self) -> bool:
-        return self.kind in ("", "console")
+        return self.kind in ("", "sh", "console")
 
     @property
     def output(self) -> list[str]:
