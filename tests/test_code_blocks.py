@@ -134,7 +134,7 @@ def test_what_takes_minutes_runs(page, trained, tmp_path):
 
 def run_page(page: Path, needs: tuple[str, ...], trained: Path, folder: Path) -> None:
     names = {"redness": redness, "__name__": "page"}
-    with ExitStack() as servers, furnished(folder, few="minutes" not in needs):
+    with ExitStack() as servers, furnished(folder, few=not any(block.kind == "console" for block in BLOCKS[page])):
         port = free_port()
         for block in BLOCKS[page]:
             if block.needs not in needs:
