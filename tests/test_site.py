@@ -24,11 +24,11 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
-def test_a_page_is_there_with_its_title(site, page):
-    built = site / str(page).replace("README.md", "index.md").replace(".md", ".html")
-    title = re.match(r"# (.+)", (ROOT / "docs" / page).read_text(encoding="utf-8"))[1]
-    assert title.replace("`", "") in re.sub(r"<[^>]+>", "", built.read_text(encoding="utf-8")).replace("&rsquo;", "'")
+def test_every_page_is_there_with_its_title(site):
+    for page in PAGES:
+        built = site / str(page).replace("README.md", "index.md").replace(".md", ".html")
+        title = re.match(r"# (.+)", (ROOT / "docs" / page).read_text(encoding="utf-8"))[1]
+        assert title in re.sub(r"<[^>]+>", "", built.read_text(encoding="utf-8")), page
 
 
 class Loads(HTMLParser):
