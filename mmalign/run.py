@@ -6,8 +6,9 @@ One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluat
 
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,122 +16,145 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmalign.config import load as configs
-from mmalign.config.schema import Config
-from mmalign.distributed.processes import Ranks, join
+from mmalign.config.schema import TRAINING, Config
+from mmalign.distributed.processes import join
 from mmalign.evaluation import evaluate, layouts
-from mmalign.policy.protocol import Trainable
 from mmalign.reporting import trackers as tracking
 from mmalign.reporting.trackers import Trackers
 from mmalign.rewards.judge import silent, stop_if_failing
 from mmalign.runs import alarms, checkpoint, folder
 from mmalign.runs.signals import Stop, Stopped, stopping
-from mmalign.train import iterate
+from mmalign.train import Row, iterate
 from mmalign.training import finite, planning, saving, snapshots
 from mmalign.training.session import Session
-from mmalign.training.setup import open_session
-from reward_models import RewardModel, files
+from mmalign.training.setup import NOTHING, Given, open_session
+from reward_models import files
 from reward_models.lengths import cut
 from reward_models.weights import fingerprint
 
 
-def train(
-    c: Config,
-    resume: bool = False,
-    console: Console | None = None,
-    policy: Trainable | None = None,
-    scorers: Mapping[str, RewardModel] | None = None,
-) -> Path:
-    """Run a config to its end and return the run's folder; `policy` and `scorers` as in `open_session`. Raises BadInput
-    before anything is written, Failed where it cannot continue (disk full, out of memory, scores that fail, non-finite
+def train(c: Config, resume: bool = False, console: Console | None = None, given: Given = NOTHING) -> Path:
+    """Run a config to its end and return the run's folder; `given` as in `open_session`. Raises BadInput before
+    anything is written, Failed where it cannot continue (disk full, out of memory, scores that fail, non-finite
     values), Lost where another rank failed, and Stopped after SIGTERM or Ctrl-C. Only the main process logs and writes
     files."""
-    ranks = join(c.patience)
-    with ranks.failing():
-        console = (console or Console()) if ranks.main else Console(quiet=True)
-        return _train(c, resume, console, ranks, policy, scorers)
+    with opened(c, resume, console, given) as training, stopping() as stop:
+        for _ in training.rows(stop):
+            pass
+    return training.out
 
 
-def _train(
-    c: Config,
-    resume: bool,
-    console: Console,
-    ranks: Ranks,
-    policy: Trainable | None,
-    scorers: Mapping[str, RewardModel] | None,
-) -> Path:
-    say, out = partial(console.print, markup=False, highlight=False, soft_wrap=True), Path(c.out)
-    ranks.assert_equal(c.model_dump_json(), "the config")
-    with folder.locked(out, say) if ranks.main else nullcontext(), finite.oom_as_failed():
-        if ranks.main:
-            folder.check(out, c, resume)
-            with folder.failing(out):
-                folder.tidy(out)
-            tracking.check(c.trackers)
-        ranks.barrier("the check of the folder")
-        run = open_session(c, ranks, policy, scorers)
-        if ranks.main:
-            saved = len(checkpoint.numbered(out / "checkpoints"))
-            folder.check_space(out, saving.size(run) * max(1, c.keep_checkpoints + 2 - saved))
-        if ranks.main:
-            for line in cut(
-                (run.policy, *run.rewards.scorers.values()), [p.text for p in (*run.prompts.all, *run.held_out)]
-            ):
-                print(f"mmalign: {line}", file=sys.stderr)
-        say(planning.describe(run.config, run.cost))
-        done = saving.restore(run, out, say) if resume else 0
-        ranks.assert_equal(
-            [done, fingerprint(run.policy.adapter(), digits=16)], "the iteration and the adapter to start with"
-        )
+@dataclass
+class Training:
+    """A run in its folder, which has finished `done` iterations. `config` is the one that it was started with; the
+    session's has been fitted to the budget and the model."""
+
+    config: Config
+    run: Session
+    out: Path
+    console: Console
+    done: int
+
+    def rows(self, stop: Stop) -> Iterator[Row]:
+        """Run it to its end; yields the row of each iteration once it is written. A caller that leaves early leaves a
+        run that can be resumed."""
+        c, out, ranks = self.config, self.out, self.run.ranks
+        say = partial(self.console.print, markup=False, highlight=False, soft_wrap=True)
         tracked = c if ranks.main else c.model_copy(update={"trackers": []})
-        with tracking.opened(tracked, out, done, console) as trackers, folder.failing(out), stopping() as stop:
+        with tracking.opened(tracked, out, self.done, self.console) as trackers, folder.failing(out):
             if ranks.main:
                 files.replace(out / "config.yaml", configs.dump(c).encode())
-                folder.rewind(out, done, say)
-                saving.prune(c, out, done)
+                folder.rewind(out, self.done, say)
+                saving.prune(c, out, self.done)
             ranks.barrier("the run's folder")
-            _continue(run, out, done, trackers, stop, alarms.Watch(c, out, say, ranks.main), console)
+            try:
+                yield from self._continue(trackers, stop, alarms.Watch(c, out, say, ranks.main))
+            except GeneratorExit:
+                saving.save(self.run, out, self.done)
+                return
         best = saving.best(out, c.best_by)
         if best is not None and best != c.iterations:
             say(f"best held-out {c.best_by}: {out / 'checkpoints' / f'{best:06d}'}")
-    return out
+
+    def _continue(self, trackers: Trackers, stop: Stop, watch: alarms.Watch) -> Iterator[Row]:
+        """From the state after `done` iterations to the end, or to where the KL budget is spent. It is saved before it
+        is evaluated, so that an evaluation can be left at any time."""
+        run, out, console = self.run, self.out, self.console
+        c, clock, ranks = run.config, run.clock, run.ranks
+        clock.read()  # what came before belongs to no iteration
+        evaluated = ranks.all_gather_object([row["iteration"] for row in watch.evaluations], "what was evaluated")[0]
+        try:
+            with _progress(console) as bar:
+                task = bar.add_task("training", total=c.iterations, completed=self.done, note="")
+                while True:
+                    last = self.done == c.iterations or watch.ended
+                    if run.held_out and (last or _shown(c, self.done)) and self.done not in evaluated:
+                        watch.evaluations.append(_evaluate(run, out, self.done, last, trackers, console))
+                    if last:
+                        break
+                    with stop.finishing():
+                        row = self._step(trackers, stop, watch)
+                        note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
+                        bar.update(task, completed=self.done, note=note)
+                    yield row
+        except Stopped:
+            name = stop.received.name
+            console.print(f"stopped by {name} after iteration {self.done}; --resume continues from there")
+            raise
+
+    def _step(self, trackers: Trackers, stop: Stop, watch: alarms.Watch) -> Row:
+        """One iteration, logged, and saved where a checkpoint is due."""
+        run, out = self.run, self.out
+        c, clock, ranks = run.config, run.clock, run.ranks
+        show = partial(snapshots.write, run, out, self.done) if _shown(c, self.done + 1) else None
+        row = iterate(run, self.done, show)
+        self.done += 1
+        shown = _shown(c, self.done)
+        with clock.of("io"):
+            if ranks.main:
+                files.append(out / "metrics.jsonl", row)
+                trackers.log(row, self.done)
+                if shown and trackers.working:
+                    trackers.show(tracking.credit(out, self.done), self.done)
+            watch.look(row, run.learner.skips.reasons)
+        stop.share(ranks.all_gather_object(stop.received, "signals"))
+        if stop.received or watch.ended or shown or self.done % c.checkpoint_every == 0:
+            with clock.of("io"):
+                saving.save(run, out, self.done)
+        return row
 
 
-def _continue(
-    run: Session, out: Path, done: int, trackers: Trackers, stop: Stop, watch: alarms.Watch, console: Console
-) -> None:
-    """From the state after `done` iterations to the end, or to where the KL budget is spent. It is saved before it is
-    evaluated, so that an evaluation can be left at any time."""
-    c, clock, ranks = run.config, run.clock, run.ranks
-    clock.read()  # what came before belongs to no iteration
-    evaluated = ranks.all_gather_object([row["iteration"] for row in watch.evaluations], "what was evaluated")[0]
-    try:
-        with _progress(console) as bar:
-            task = bar.add_task("training", total=c.iterations, completed=done, note="")
-            while True:
-                last = done == c.iterations or watch.ended
-                if run.held_out and (last or _shown(c, done)) and done not in evaluated:
-                    watch.evaluations.append(_evaluate(run, out, done, last, trackers, console))
-                if last:
-                    break
-                with stop.finishing():
-                    row = iterate(run, done, partial(snapshots.write, run, out, done) if _shown(c, done + 1) else None)
-                    done += 1
-                    with clock.of("io"):
-                        if ranks.main:
-                            files.append(out / "metrics.jsonl", row)
-                            trackers.log(row, done)
-                            if _shown(c, done) and trackers.working:
-                                trackers.show(tracking.credit(out, done), done)
-                        watch.look(row, run.learner.skips.reasons)
-                    note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
-                    bar.update(task, completed=done, note=note)
-                    stop.share(ranks.all_gather_object(stop.received, "signals"))
-                    if stop.received or watch.ended or _shown(c, done) or done % c.checkpoint_every == 0:
-                        with clock.of("io"):
-                            saving.save(run, out, done)
-    except Stopped:
-        console.print(f"stopped by {stop.received.name} after iteration {done}; --resume continues from there")
-        raise
+@contextmanager
+def opened(
+    c: Config, resume: bool = False, console: Console | None = None, given: Given = NOTHING
+) -> Iterator[Training]:
+    """A run, loaded and checked, and with `resume` restored. Its folder is locked until the end of the block, and an
+    error in the block ends all ranks. Raises as `train`."""
+    ranks = join(c.patience)
+    with ranks.failing():
+        console, out = (console or Console()) if ranks.main else Console(quiet=True), Path(c.out)
+        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        ranks.assert_equal(c.model_dump_json(), "the config")
+        with folder.locked(out, say) if ranks.main else nullcontext(), finite.oom_as_failed():
+            if ranks.main:
+                folder.check(out, c, resume)
+                with folder.failing(out):
+                    folder.tidy(out)
+                tracking.check(c.trackers)
+            ranks.barrier("the check of the folder")
+            run = open_session(c, ranks, given)
+            if ranks.main:
+                saved = len(checkpoint.numbered(out / "checkpoints"))
+                folder.check_space(out, saving.size(run) * max(1, c.keep_checkpoints + 2 - saved))
+                texts = [p.text for p in (*run.prompts.all, *run.held_out)]
+                for line in cut((run.policy, *run.rewards.scorers.values()), texts):
+                    print(f"mmalign: {line}", file=sys.stderr)
+            say(planning.describe(run.config, run.cost))
+            done = saving.restore(run, out, say) if resume else 0
+            ranks.assert_equal(
+                [done, fingerprint(run.policy.adapter(), digits=16)], "the iteration and the adapter to start with"
+            )
+            yield Training(c, run, out, console, done)
 
 
 def _shown(c: Config, done: int) -> bool:
@@ -144,14 +168,16 @@ def in_between(c: Config, held_out: int) -> int:
 
 
 def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers, console: Console) -> dict:
-    """Evaluate the state after `done` iterations, at the start and the end on all held-out prompts and with the images
-    written. The row, which is returned, is written last: it implies that the images are there."""
+    """Evaluate the state after `done` iterations, at the start and the end on all held-out prompts and with all images
+    written, in between on some prompts and with a few. The row, which is returned, is written last: it implies that the
+    images are there."""
     c, start = run.config, time.perf_counter()
     name = "after" if last else None if done else "before"
     stride = in_between(c, len(run.held_out))
     prompts, seeds = (run.held_out, c.eval_seeds) if name else (run.held_out[::stride], 1)
     if name == "before":
-        console.print(f"before: {len(prompts)} held-out prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
+        kind = "of the training" if c.held_out == TRAINING else "held-out"
+        console.print(f"before: {len(prompts)} {kind} prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
     with run.clock.of("evaluate"), run.learner.averaged() if done else run.policy.reference():
         work = partial(
             evaluate.evaluate_distributed, run.ranks, run.policy, prompts, seeds, c.eval_steps, run.rewards.scorers
@@ -169,8 +195,7 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
     with run.clock.of("io"):
         sheet = out / "images" / f"{name or f'{done:06d}'}.png"
         evaluate.contact_sheet(result.images, sheet)
-        if name:
-            layouts.write(result, prompts, out / "images" / name)
+        layouts.write(result if name else evaluate.few(result), prompts, out / "images" / (name or f"{done:06d}"))
         row |= means
         files.append(out / "evaluations.jsonl", row)
         logged = {key: value for key, value in row.items() if key not in ("iteration", "name")}

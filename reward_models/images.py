@@ -43,6 +43,7 @@ TURNS = {
 }  # EXIF orientation: the transposition that undoes it
 BITS, PHOTOMETRIC = 258, 262  # TIFF's tags: bits per sample, and whether 0 is white
 SHOWN = 512  # px, the longer side of a picture within a page
+PNG = "data:image/png;base64,"  # how such a picture begins
 # the first is refused here anyway, and broken EXIF is ignored
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", "Corrupt EXIF data")
@@ -246,7 +247,20 @@ def for_page(path: str | Path) -> str | None:
     except ValueError:
         return None
     picture.thumbnail((SHOWN, SHOWN))
-    return f"data:image/png;base64,{png(picture)}"
+    return PNG + png(picture)
+
+
+def embedded(path: str | Path) -> str:
+    """The picture in a file as a data URI of a PNG, at most `SHOWN` pixels a side; the file itself if it is such a PNG.
+    ValueError, in one line, if it cannot be read."""
+    with _reading(), files.opened(path) as file:
+        picture = _header(file, limits.PIXELS, FORMATS)
+        if picture.format == "PNG" and max(picture.size) <= SHOWN:
+            file.seek(0)
+            return PNG + base64.b64encode(file.read()).decode()
+        picture = decoded(file)
+    picture.thumbnail((SHOWN, SHOWN))
+    return PNG + png(picture)
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 import inspect
 import re
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from reward_models.allowlist import import_allowed
 from reward_models.files import home
+from reward_models.functions import FunctionScorer, is_function, name_of
 from reward_models.types import RewardModel
 
 SCORERS: dict[str, str] = {
@@ -38,7 +40,8 @@ HOME = re.compile(r"~[\w.-]*(/|\Z)")
 
 
 def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardModel:
-    """A `RewardModel` of `SCORERS`, or the user's own as `my_module:MyScorer`, built with `settings`. With `scorer`,
+    """A `RewardModel` of `SCORERS`, or the user's own as `my_module:MyScorer`, built with `settings`; or, as
+    `my_module:my_function`, a function of images and prompts (`reward_models.functions.FunctionScorer`). With `scorer`,
     `name` is only a label, so that one scorer can be used twice with different settings.
 
     ValueError, in one line: an unknown name (similar names are listed), a module that is not allowed
@@ -53,6 +56,8 @@ def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardMode
         near = get_close_matches(name, SCORERS, cutoff=0.4) or SCORERS
         raise ValueError(f"no scorer called {name!r}; near names: {', '.join(near)}; your own is 'my_module:MyScorer'")
     factory = import_allowed(SCORERS.get(name, name), f"scorer {name!r}", ours=name in SCORERS)
+    if is_function(factory):
+        factory = partial(FunctionScorer, factory, name_of(factory))
     try:
         inspect.signature(factory).bind(**settings)
     except TypeError as error:

@@ -16,23 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reward_models.prompt import Prompt
 from reward_models.regions import Region, paint
 
 Images = Float[Tensor, "N 3 H W"]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A request for an image.
-
-    `wants` is the ground truth for scorers that can check it, in the layout of GenEval's metadata
-    (`tag`, `include`: a list of `class`, `count`, `color`, `position`); empty for free text.
-    `id` identifies the prompt throughout a run: images with equal ids are siblings.
-    """
-
-    text: str
-    wants: Mapping[str, Any] = field(default_factory=dict)
-    id: int = 0
 
 
 @dataclass(frozen=True)

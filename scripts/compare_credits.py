@@ -61,7 +61,7 @@ METHODS = {
     "awm": f"{IMAGES} objective=awm {NOISED}",
     "advantage_flow": f"{IMAGES} objective=advantage_flow {NOISED}",
     "online_dpo": f"{IMAGES} advantage=null objective=online_dpo",
-    "rft": f"{IMAGES} advantage=null objective=rft",
+    "rft": f"{IMAGES} advantage=null objective=rft objective.draws=16 learning_rate=3e-4",
 }
 TRIALS = ("", "learning_rate=2.4e-3", "learning_rate=3e-4")  # beside the rate of each
 TUNING = {  # where something else matters more than the rate
@@ -69,6 +69,7 @@ TUNING = {  # where something else matters more than the rate
     "guard, 2 updates": ("", "loss.clip=2e-6", "loss.clip=2e-4"),
     "masked, 2 updates": ("", "loss.clip=1e-6", "loss.clip=1e-4"),
     "online_dpo": ("", "objective.scale=1", "learning_rate=3e-4"),
+    "rft": ("", "learning_rate=1e-4", "learning_rate=1e-4 seeds=4 prompts_per_iteration=16"),
 }
 POINTS = 4  # evaluations, without the first
 SHOWN = ("shapes.partial", "clip.cosine")

@@ -16,7 +16,7 @@ from mmalign import policy as policies
 from mmalign.config.paths import locate
 from mmalign.data import prompts as prompt_files
 from mmalign.evaluation.best_of_n import best_of, expected_best
-from mmalign.refine.loop import Refinement, Settings, refine
+from mmalign.refinement.loop import Refinement, Settings, refine
 from reward_models import load
 
 NEVER = 2.0  # no image is this good

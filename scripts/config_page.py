@@ -32,7 +32,8 @@ TABLES = {
 }  # fmt: skip
 HEAD = """# The settings of a config
 
-A config is one flat YAML 1.2 file; every setting has a default. This page is made by `python scripts/config_page.py`.
+A config is one flat YAML 1.2 file; every setting has a default. A config that comes with mmalign needs only its name,
+`mmalign train quickstart` ([install.md](install.md)). This page is made by `python scripts/config_page.py`.
 Methods have settings of their own: `credit: gain` is a method with its defaults, `credit: {type: gain, control: fit}`
 changes one, and `credit.control=fit` on the command line does so for one run. `type` may be `my_module:MyCredit`
 with `--allow my_module`.

@@ -12,9 +12,9 @@ from mmalign.cli import app, options
 from mmalign.errors import BadInput
 from mmalign.evaluation.best_of_n import best_of
 from mmalign.evaluation.generate import sample_images
-from mmalign.refine.loop import Settings
-from mmalign.refine.trace import refine_prompts
-from mmalign.refine.velocity import guided_in_boxes
+from mmalign.refinement.loop import Settings
+from mmalign.refinement.trace import refine_prompts
+from mmalign.refinement.velocity import guided_in_boxes
 from mmalign.runs.inference import load_policy
 from reward_models import Prompt, load
 from reward_models.tools.score_files import score_files

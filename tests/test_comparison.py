@@ -73,7 +73,7 @@ def test_the_rise_is_the_difference_of_the_means_shown():
         ]
         for side, values in scores.items()
     }
-    images, compared = report._compared(rows)
+    images, compared = report.comparison(rows)
     row = compared["score"]
     assert images == 4
     assert (row["before"], row["after"]) == (pytest.approx(0.2), pytest.approx(1.9 / 3))

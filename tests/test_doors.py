@@ -10,6 +10,7 @@ from mmalign import run as runs
 from mmalign.checks import doctor
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
+from mmalign.training.setup import Given
 from reward_models import registry
 
 MODULE = """
@@ -193,7 +194,7 @@ def test_a_policy_and_a_scorer(own_things, base, tmp_path):
         base | {"model": "shifted", "rewards": {"red.mean": 1.0, "red.left": 0.9}, "out": str(tmp_path / "object")},
         "test",
     )
-    handed = runs.train(c, policy=own_things.Shifted(), scorers={"red": own_things.Red()})
+    handed = runs.train(c, given=Given(own_things.Shifted(), {"red": own_things.Red()}))
     assert torch.equal(trained(named), trained(handed))
 
 

@@ -7,7 +7,7 @@ from mmalign import policy as policies
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import sample
 from mmalign.policy.gaussian import GaussianFlow
-from mmalign.refine.velocity import regional_guidance, soft, towards
+from mmalign.refinement.velocity import regional_guidance, soft, towards
 from mmalign.seeds import gaussian
 
 

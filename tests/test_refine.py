@@ -19,9 +19,9 @@ from mmalign.cli.app import app
 from mmalign.config.paths import locate
 from mmalign.errors import BadInput
 from mmalign.evaluation import generate
-from mmalign.refine import trace as on_disk
-from mmalign.refine.loop import Settings, refine
-from mmalign.refine.redraw import Attempt, Base, cost, draw, times_from
+from mmalign.refinement import trace as on_disk
+from mmalign.refinement.loop import Settings, refine
+from mmalign.refinement.redraw import Attempt, Base, cost, draw, times_from
 from mmalign.seeds import gaussian, seed_of
 from reward_models import Card, Prompt, Scores, load
 from reward_models.regions import Region
@@ -320,12 +320,12 @@ def test_a_line_that_was_cut_off_is_done_again(tmp_path):
     [
         ([], "one of the three"),
         (["a circle", "--prompts", "x.txt"], "one of the three"),
-        (["a circle", "--moves", "paint"], "--moves paint: known are request"),
-        (["a circle", "--moves", "strength"], "give --adapter RUN"),
-        (["a circle", "--moves", "cut", "--cut", "1.5"], "--cut 1.5: a time between 0"),
+        (["a circle", "--moves", "paint"], "moves: paint; known are request"),
+        (["a circle", "--moves", "strength"], "strength makes more of an adapter; give one"),
+        (["a circle", "--moves", "cut", "--cut", "1.5"], "cut 1.5: a time between 0"),
         (["a circle", "--moves", "region", "--steps", "2"], "takes at least 3"),
         (["a circle", "--critic", "shape_critic"], "near names: shapes_critic"),
-        (["a circle", "--by", "beauty"], "--by 'beauty': shapes_critic gives overall"),
+        (["a circle", "--by", "beauty"], "by 'beauty': shapes_critic gives overall"),
         (["--images", "assets/figures"], "has no prompt for"),
     ],
 )

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mmalign import errors, policy as policies, run as runs
 from mmalign.config import load as configs
-from mmalign.refine import page as refine_page
+from mmalign.refinement import page as refine_page
 from mmalign.reporting import report
 from reward_models import Prompt, allowlist as trust, load
 from reward_models.tools import gallery
@@ -28,7 +28,10 @@ MODULES = sorted(path for name in ("mmalign", "reward_models", "scripts") for pa
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "input"}  # as bare names; model.eval() and re.compile are others
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLE_ERRORS = {"pickle.UnpicklingError"}  # reported to the user when weights_only refuses a file
-IMPORTERS = {"reward_models/allowlist.py"}
+IMPORTERS = {
+    "reward_models/allowlist.py": "importlib.import_module",
+    "reward_models/shipped.py": "importlib.resources.files",
+}
 
 
 def unsafe(source: str, place: str = "module.py") -> list[str]:
@@ -40,7 +43,7 @@ def unsafe(source: str, place: str = "module.py") -> list[str]:
             names = {f"{module}.{item.name}" if module else item.name for item in node.names} - PICKLE_ERRORS
             outside += [name for name in names if name.partition(".")[0] in PICKLES]
             outside += [name for name in names if name.startswith("importlib") and "metadata" not in name
-                      and place not in IMPORTERS]  # fmt: skip
+                      and IMPORTERS.get(place) != name]  # fmt: skip
         if not isinstance(node, ast.Call):
             continue
         call, given = ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}

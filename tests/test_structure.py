@@ -11,8 +11,8 @@ FILES = sorted([*(ROOT / "mmalign").rglob("*.py"), *(ROOT / "reward_models").rgl
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 ORDER = (  # of the parts of mmalign: each imports only those before it
     "errors", "types", "seeds", "flow", "credit", "selection", "learn", "sampling", "policy", "objectives", "rewards",
-    "data", "distributed", "config", "runs", "evaluation", "pages", "refine", "reporting", "training", "train", "run",
-    "checks", "cli",
+    "data", "distributed", "config", "runs", "evaluation", "pages", "refinement", "reporting", "training", "train",
+    "run", "checks", "given", "api", "cli",
 )  # fmt: skip
 MATHS = ("flow", "credit", "selection", "learn", "sampling", "objectives")
 ABOUT_FILES = ("allowlist", "files", "limits", "model_folders", "lengths", "weights")  # nothing that scores

@@ -91,7 +91,7 @@ def test_the_record_of_a_run(settings):
         == configs.build(configs.load(out / "config.yaml").model_dump(), "x").model_dump()
     )
     page = report.write(out).read_text()
-    assert page.count("<img") == 8 + 2 * 6  # before and after; six images and their credit
+    assert page.count("<img") == 8 + 2 * 3 + 2 * 6  # before and after; over training; six images, their credit
     assert "held-out jpeg_size.kilobytes" in page
     assert "children: 2" in page
     rise = report.summary(out)["rises"]["jpeg_size.kilobytes"]

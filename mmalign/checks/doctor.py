@@ -103,9 +103,9 @@ def examine(c: Config) -> Iterator[Check]:
 
 
 def small(c: Config, out: Path) -> Config:
-    """The same with two prompts and few siblings, in another folder."""
-    most = 2 if c.plan.children > 1 else 4
-    change = {"prompts_per_iteration": min(2, c.prompts_per_iteration), "seeds": min(c.seeds, most)}
+    """The same with few prompts and siblings, in another folder; enough that hardly ever all rewards are the same."""
+    prompts, seeds = (2, 2) if c.plan.children > 1 else (4, 4)
+    change = {"prompts_per_iteration": min(prompts, c.prompts_per_iteration), "seeds": min(seeds, c.seeds)}
     return c.model_copy(update=change | {"out": str(out / "run"), "rollout_parts": 1, "cache": None})
 
 

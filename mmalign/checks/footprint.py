@@ -12,7 +12,7 @@ from math import ceil, prod
 import torch
 
 from mmalign.config.schema import Config
-from mmalign.evaluation.evaluate import SHEET
+from mmalign.evaluation.evaluate import SHEET, STRIP
 from mmalign.policy import loading, meta
 from mmalign.policy.family import Family
 from mmalign.training import planning, snapshots
@@ -87,6 +87,6 @@ def disk(c: Config, held_out: int, size: tuple[int, int], trained: list[int]) ->
     saved = min(ceil(c.iterations / c.checkpoint_every), c.keep_checkpoints + 1)
     shown = c.iterations // c.eval_every + bool(c.iterations % c.eval_every) if c.eval_every else 1
     between = (c.iterations - 1) // c.eval_every if c.eval_every else 0
-    sheets = SHEET * (2 + between) if held_out else 0
+    sheets = SHEET * (2 + between) + STRIP * between if held_out else 0
     images = 3 * prod(size) * (2 * held_out * c.eval_seeds + sheets + snapshots.COUNT * shown)
     return {"checkpoint": checkpoint, "checkpoints": saved, "images": images, "total": saved * checkpoint + images}

@@ -1,7 +1,6 @@
 """The command line. Exit code 0: done; 2: bad input, reported in one line; 1: a failure while running; 143 or 130: a
 run that SIGTERM or Ctrl-C stopped and that is saved."""
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -21,9 +20,13 @@ COMMANDS = (
 
 
 class _Command(typer.core.TyperCommand):
-    """A command whose paths may begin with `~`, the home folder."""
+    """A command whose paths may begin with `~`, the home folder. Torch is imported where it begins its work, and not
+    for its help."""
 
     def invoke(self, ctx: Any) -> Any:
+        import torch
+
+        torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower
         with refusing():
             ctx.params |= {
                 name: Path(files.home(str(path))) for name, path in ctx.params.items() if isinstance(path, Path)
@@ -39,13 +42,6 @@ for command in COMMANDS:
 def main() -> None:
     """Run the command line; a user's mistake becomes one line on standard error."""
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that libraries start import nothing from the current folder either
-    for name in ("torch.utils._pytree", "bitsandbytes", "torchao"):  # what they log when a library imports them
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import torch
-
-    from mmalign.runs.folder import UNWRITABLE
-
-    torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower
     try:
         with output.checked():
             app()
@@ -54,6 +50,8 @@ def main() -> None:
             output.complain(str(error))
         sys.exit(2 if isinstance(error, BadInput) else 1)
     except OSError as error:
+        from mmalign.runs.folder import UNWRITABLE
+
         if error.errno not in UNWRITABLE:
             raise
         output.complain(f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}")

@@ -29,10 +29,10 @@ Timed = Annotated[
     bool, typer.Option("--calibrate", help="load the model and the rewards here and time them, for seconds of a run")
 ]
 Source = Annotated[
-    Path,
+    Path | None,
     typer.Argument(
-        help="a config: is the run sound? Or with --rewards pictures with prompts, as for `score`, in which pairs with "
-        "a choice are labels: is the judge?"
+        help="a config, as for `train`: is the run sound? Or with --rewards pictures with prompts, as for `score`, in "
+        "which pairs with a choice are labels: is the judge? Default: tiny_branch, or assets/pictures"
     ),
 ]
 Judges = Annotated[
@@ -71,7 +71,7 @@ def estimate(
 
 
 def doctor(
-    source: Source = Path("assets/pictures"),
+    source: Source = None,
     overrides: Overrides = None,
     rewards: Judges = None,
     settings: ScorerSettings = None,
@@ -85,6 +85,7 @@ def doctor(
     from reward_models.tools import examine
 
     check_file(out, "--out", lambda text: examine.HEADING in text)
+    source = source or Path("tiny_branch" if rewards is None else "assets/pictures")
     if rewards is None:
         rows, page = _check_run(source, overrides or [], settings)
         reports, result = {str(source): rows}, [asdict(row) for row in rows]
@@ -102,9 +103,9 @@ def _check_run(config: Path, overrides: list[str], settings: list[Setting] | Non
     """The checks of a run, and its report."""
     from mmalign import policy as policies
     from mmalign.checks import doctor as doctors
-    from mmalign.config import load as configs
+    from mmalign.config import load as configs, paths
 
-    if config.suffix not in (".yaml", ".yml"):
+    if paths.config(config).suffix not in (".yaml", ".yml"):
         raise BadInput(f"{config}: a config (.yaml) is needed, or --rewards SCORER to examine judges on pictures")
     if settings:
         raise BadInput("--set belongs to --rewards; a config names its scorers' settings itself")

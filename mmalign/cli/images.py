@@ -27,12 +27,11 @@ from mmalign.cli.options import (
     reward_option,
     sampling_option,
 )  # fmt: skip
-from mmalign.config.checks import component
 from mmalign.errors import BadInput, Failed, refusing
 from mmalign.evaluation import Layout
 from mmalign.runs.inference import load_policy
 from mmalign.runs.outputs import check_file, has_rows, make_folder
-from reward_models import Prompt, RewardModel
+from reward_models import Prompt
 
 Strength = Annotated[
     float | None, sampling_option(min=0, help="how much of the adapter acts: 0 none, 1 all, more goes beyond it")
@@ -91,20 +90,20 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Sample images by ODE; a seed gives the image the stock pipeline gives for it."""
-    from mmalign.evaluation import best_of_n, generate
-    from mmalign.refine.velocity import guided_in_boxes
+    from mmalign import api
+    from mmalign.evaluation import generate
+    from mmalign.refinement.velocity import guided_in_boxes
 
     wanted = read_prompts(prompt, prompts)
     _check_adapter(adapter, strength, boxes, edge)
-    scorer = _best_scorer(best, len(seeds), keep, after, steps, settings, strength is not None or bool(boxes))
+    scorers = _best_scorer(best, len(seeds), keep, after, steps, settings, strength is not None or bool(boxes))
     policy = load_policy(model, guidance, adapter)
-    output.warn_cut((one.text for one in wanted), policy, *([scorer] if scorer else []))
     make_folder(out)
-    if scorer:
-        each, by = [seeds] * len(wanted), component(best)[1]
-        result = best_of_n.best_of(policy, wanted, each, steps, scorer, by, batch, keep, after)
+    if scorers:
+        result = api.best_of_n(policy, wanted, best, seeds, steps, keep, after, scorers=scorers, batch=batch)
         _show_best(result, result.save(wanted, seeds, out), best, keep, out, as_json)
         return
+    output.warn_cut((one.text for one in wanted), policy)
     with refusing():
         velocity = guided_in_boxes(policy, 1.0 if strength is None else strength, boxes or [], edge)
     rows = generate.sample_images(policy, wanted, seeds, steps, out, batch, velocity)
@@ -126,8 +125,10 @@ def _best_scorer(
     steps: int,
     settings: list[Setting] | None,
     guided: bool,
-) -> RewardModel | None:
-    """The scorer of --best, None without it. BadInput for options that do not go together."""
+) -> dict[str, Any] | None:
+    """The scorer of --best by name, None without it. BadInput for options that do not go together."""
+    from mmalign.config.checks import component
+
     if best is None:
         if keep or after or settings:
             raise BadInput("--keep, --after and --set belong to --best scorer.component")
@@ -142,10 +143,10 @@ def _best_scorer(
         raise BadInput("--best does not go with --strength or --box")
     with refusing():
         name, output_name = component(best)
-    scorer = load_scorers([name], settings)[name]
-    if output_name not in scorer.names:
-        raise BadInput(f"--best {best!r}: that scorer gives {', '.join(scorer.names)}")
-    return scorer
+    scorers = load_scorers([name], settings)
+    if output_name not in scorers[name].names:
+        raise BadInput(f"--best {best!r}: that scorer gives {', '.join(scorers[name].names)}")
+    return scorers
 
 
 def _show_best(result: Any, rows: list[dict[str, Any]], best: str, keep: int | None, out: Path, as_json: bool) -> None:
@@ -182,6 +183,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model on prompts with fixed seeds, overall and by kind of prompt."""
+    from mmalign import api
     from mmalign.evaluation import evaluate as evaluation, layouts, reference as references
 
     _check_base(adapter, reference, compare)
@@ -189,8 +191,7 @@ def evaluate(
     _check_out(out, layout, wanted)
     check_file(reference, "--reference", references.ours)
     scorers, policy = load_scorers(rewards), load_policy(model, guidance, adapter)
-    output.warn_cut((one.text for one in wanted), policy, *scorers.values())
-    result = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
+    result = api.evaluate(policy, wanted, scorers, seeds=members, steps=steps, batch=batch)
     if out is not None:
         layouts.write(result, wanted, out, layout)
     if reference is not None:
@@ -201,7 +202,7 @@ def evaluate(
     shown = [tables.means(row["means"], f"{row['images']} images, {steps} steps")]
     if compare:
         with policy.reference():
-            before = evaluation.evaluate(policy, wanted, members, steps, scorers, batch)
+            before = api.evaluate(policy, wanted, scorers, seeds=members, steps=steps, batch=batch)
         row["rises"] = evaluation.compared(before, result, wanted)
         shown.append(tables.rises(row))
     output.show(row, as_json, *shown)

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmalign.cli.options import Setting
 from mmalign.errors import BadInput, refusing
-from reward_models import Prompt, RewardModel
+from reward_models import Prompt
 
 
 def read_prompts(texts: Sequence[str] | None, source: str | None) -> list[Prompt]:
@@ -23,7 +24,7 @@ def read_prompts(texts: Sequence[str] | None, source: str | None) -> list[Prompt
 
 def load_scorers(
     names: Sequence[str], settings: Sequence[Setting] | None = None, cache: Path | None = None
-) -> dict[str, RewardModel]:
+) -> dict[str, Any]:
     """The scorers by name, with their settings, and with a cache of their scores if a file is given. BadInput."""
     from reward_models import load
     from reward_models.cache import Cached

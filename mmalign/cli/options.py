@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from mmalign.config import paths
 from mmalign.errors import BadInput, refusing
 from reward_models import allowlist
 
@@ -103,6 +104,12 @@ def parse_names(text: str | None) -> list[str] | None:
     return None if text is None else text.split(",")
 
 
+def check_config(path: Path) -> Path:
+    """BadInput for a misspelt name, before the command imports what it needs."""
+    paths.config(path)
+    return path
+
+
 def allow(names: list[str] | None) -> list[str]:
     with refusing():
         allowlist.allow_modules(names or [])
@@ -111,7 +118,12 @@ def allow(names: list[str] | None) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------- options
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML file, see configs/")]
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(
+        callback=check_config, help="YAML file, or the name of a config that comes with mmalign, e.g. quickstart"
+    ),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, each replacing one key of the file")]
 Run = Annotated[Path, typer.Argument(help="folder of a run")]
 Allow = Annotated[

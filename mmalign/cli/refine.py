@@ -18,7 +18,6 @@ from mmalign.cli.options import (
     Prompts,
     PromptTexts,
     ScorerSettings,
-    Setting,
     Steps,
     model_option,
     output_option,
@@ -26,11 +25,8 @@ from mmalign.cli.options import (
     reward_option,
     sampling_option,
 )  # fmt: skip
-from mmalign.errors import BadInput, Failed, refusing
-from mmalign.policy.protocol import Policy
-from mmalign.runs.inference import load_policy
+from mmalign.errors import BadInput, Failed
 from mmalign.runs.outputs import check_file, has_rows
-from reward_models import Prompt, RewardModel
 
 
 def parse_moves(text: str) -> tuple[str, ...]:
@@ -98,77 +94,33 @@ def refine(
     as_json: Json = False,
 ) -> None:
     """Draw, have it criticised, draw again; keep the best image of each prompt. No training."""
-    from mmalign.refine.trace import Settings, refine_prompts
+    from mmalign import api
 
-    _check_options((prompt, prompts, images), moves, adapter, cut, steps)
-    _check_outputs(page, pairs, requests)
-    scorer, by = _load_critic(critic, settings, cache, by)
-    policy = load_policy(model, guidance, adapter)
-    wanted, pictures = _read(prompt, prompts, images, policy, scorer)
-    rules = Settings(moves, by, good, rounds, forwards, patience, cut, strength, policy.guidance, steps, seed)
-    about = _about(critic, scorer, model, adapter, images)
-    result = refine_prompts(policy, scorer, wanted, rules, out, batch, pictures, critic, about, progress)
-    _report(result, by, out, page, pairs, requests, as_json)
+    _check((prompt, prompts, images), page, pairs, requests)
+    scorers = load_scorers([critic], settings, cache)
+    result = api.refine(
+        model, None if images else read_prompts(prompt, prompts), scorers, out=out, images=images, moves=moves, by=by,
+        good=good, rounds=rounds, forwards=forwards, patience=patience, cut=cut, strength=strength, steps=steps,
+        guidance=guidance, seed=seed, adapter=adapter, batch=batch, progress=progress,
+    )  # fmt: skip
+    _report(result, by or scorers[critic].names[0], out, page, pairs, requests, as_json)
 
 
-def _check_options(sources: tuple, moves: tuple[str, ...], adapter: Path | None, cut: float, steps: int) -> None:
-    from mmalign.refine.loop import MOVES
+def _check(sources: tuple[Any, ...], page: Path | None, pairs: Path | None, requests: Path | None) -> None:
+    from mmalign.refinement import page as pages
 
     if sum(map(bool, sources)) != 1:
         raise BadInput("give prompts in quotes, --prompts SOURCE or --images FOLDER, one of the three")
-    unknown = [move for move in moves if move not in MOVES]
-    if unknown or not moves:
-        raise BadInput(f"--moves {','.join(unknown) or 'none'}: known are {', '.join(MOVES)}")
-    if "strength" in moves and adapter is None:
-        raise BadInput("--moves strength makes more of an adapter; give --adapter RUN")
-    if "cut" in moves and not 0 < cut < 1:
-        raise BadInput(f"--cut {cut}: a time between 0 (the image) and 1 (noise) is needed")
-    if {"region", "keep"} & set(moves) and steps < 3:
-        raise BadInput(f"--steps {steps}: inpainting takes at least 3")
-
-
-def _check_outputs(page: Path | None, pairs: Path | None, requests: Path | None) -> None:
-    from mmalign.refine import page as pages
-
     check_file(page, "--html", pages.ours)
     check_file(pairs, "--pairs", has_rows("image_a", "image_b", "chosen", "gap"))
     check_file(requests, "--requests", has_rows("id", "prompt", "first"))
-
-
-def _load_critic(name: str, settings: list[Setting] | None, cache: Path | None, by: str) -> tuple[RewardModel, str]:
-    """The critic and the component that decides."""
-    scorer = load_scorers([name], settings, cache)[name]
-    if by and by not in scorer.names:
-        raise BadInput(f"--by {by!r}: {name} gives {', '.join(scorer.names)}")
-    return scorer, by or scorer.names[0]
-
-
-def _read(
-    prompt: list[str] | None, prompts: str | None, images: Path | None, policy: Policy, scorer: RewardModel
-) -> tuple[list[Prompt], dict[int, Any] | None]:
-    """The prompts, and the pictures to begin from by the prompt's id, if there are any."""
-    from mmalign.refine.pictures import read_pictures
-
-    if images is None:
-        wanted, pictures = read_prompts(prompt, prompts), None
-    else:
-        with refusing():
-            wanted, pictures = read_pictures(images, policy.image_size)
-    output.warn_cut((one.text for one in wanted), policy, scorer)
-    return wanted, pictures
-
-
-def _about(critic: str, scorer: RewardModel, model: str, adapter: Path | None, images: Path | None) -> dict[str, str]:
-    """The facts that a folder of refinements belongs to, beside the settings."""
-    facts = {"critic": critic, "version": scorer.card.version, "model": model}
-    return facts | {"adapter": str(adapter or ""), "images_from": str(images or "")}
 
 
 def _report(
     result: Any, by: str, out: Path, page: Path | None, pairs: Path | None, requests: Path | None, as_json: bool
 ) -> None:
     """Write the page and the files of pairs and requests, and print the summary. Failed if images have no score."""
-    from mmalign.refine import page as pages, trace
+    from mmalign.refinement import page as pages, trace
     from mmalign.runs import folder
 
     rows, summary = result.rows, result.summary

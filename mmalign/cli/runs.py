@@ -1,4 +1,4 @@
-"""The commands `export` and `report`: the adapter and the page of a run."""
+"""The commands `export` and `report`: the adapter with its card, and the page of a run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from mmalign.cli import output
 from mmalign.cli.options import Allow, Run, output_option
 from mmalign.errors import BadInput, refusing
-from mmalign.runs.export import Form
+from mmalign.runs import Form
 
 Out = Annotated[Path, output_option(help="folder for the files, or for the folder `merged`")]
 Format = Annotated[
@@ -19,37 +19,68 @@ Format = Annotated[
         "merged: the complete pipeline with it",
     ),
 ]
+Push = Annotated[
+    str | None,
+    output_option("--push", metavar="OWNER/NAME", help="upload it to this repository of the Hugging Face hub"),
+]
+Private = Annotated[bool, output_option("--private", help="--push: make a new repository private")]
 Serve = Annotated[bool, typer.Option("--serve", help="serve the page until Ctrl-C; it follows the run")]
 Host = Annotated[
     str | None,
     typer.Option(help="--serve: address to listen on; anyone who can reach it can read the run [127.0.0.1]"),
 ]
 Port = Annotated[int | None, typer.Option(min=0, max=65535, help="--serve: 0 is any free one [8001]")]
+Votes = Annotated[bool, typer.Option("--votes", help="--serve: also take votes on pairs of pictures, at /votes")]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="--serve: the password that visitors need, with any user name; needed for --votes on a host that others "
+        "reach [MMALIGN_TOKEN there]"
+    ),
+]
 
 
-def export(run: Run, out: Out = Path("lora"), form: Format = "diffusers", allow: Allow = None) -> None:
-    """Write a run's averaged adapter for other programs, and read it back once to be sure."""
-    from mmalign.runs.export import export_run
+def export(
+    run: Run,
+    out: Out = Path("lora"),
+    form: Format = "diffusers",
+    push: Push = None,
+    private: Private = False,
+    allow: Allow = None,
+) -> None:
+    """Write a run's averaged adapter for other programs, with a model card, and read it back once to be sure."""
+    from mmalign.reporting import hub
+    from mmalign.reporting.export import export_run
 
+    if push is not None:
+        hub.check(push)
+    elif private:
+        raise BadInput("--private acts only with --push")
     path = export_run(run, out, form)
-    output.print_lines(f"{path}: read back, and it gives the same velocity")
+    folder = path if path.is_dir() else path.parent
+    output.print_lines(f"{path}: read back, and it gives the same velocity", f"{folder / 'README.md'}: the model card")
+    if push is not None:
+        output.print_lines(f"uploaded: {hub.push(folder, push, private)}")
 
 
-def report(run: Run, serve: Serve = False, host: Host = None, port: Port = None) -> None:
+def report(
+    run: Run, serve: Serve = False, host: Host = None, port: Port = None, votes: Votes = False, token: Token = None
+) -> None:
     """Write a run's report.html again, or serve a page that follows the run while it continues."""
     from mmalign.reporting import report as reports
     from mmalign.runs import adapters
 
     adapters.config_of(run)
-    address = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    given = {"host": host, "port": port, "votes": votes or None, "token": token}
+    given = {name: value for name, value in given.items() if value is not None}
     if serve:
         with refusing():
             from mmalign.reporting import live  # ValueError where an optional package is missing
 
-            live.serve(run, **address)
+            live.serve(run, **given)
         return
-    if address:
-        raise BadInput(f"--{next(iter(address))} acts only with --serve")
+    if given:
+        raise BadInput(f"--{next(iter(given))} acts only with --serve")
     with refusing():
         try:
             page = reports.write(run)

@@ -43,11 +43,13 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score images on disk. Exit code 1 if any image could not be scored; its row has the reason."""
+    from mmalign.config import paths
     from mmalign.runs import folder
     from reward_models.tools import gallery
     from reward_models.tools.score_files import score_files
 
     check_file(page, "--html", gallery.ours)
+    source = Path(paths.locate(str(source)))
     scorers = partial(load_scorers, rewards, settings, cache)
     progress = partial(output.progress, title="scoring")
     with refusing(), folder.failing(out, folder.ROWS_ARE_WHOLE):

@@ -90,7 +90,8 @@ def scores(summary: Mapping[str, Any]) -> Table:
     rows = summary["scores"]
     every = ("count", "missing", "mean", "std", "min", "max", "best", "agrees")
     columns = [column for column in every if any(row.get(column) not in (None, 0) for row in rows.values())]
-    table = _table(title=f"{summary['images']} images", collapse_padding=True)
+    ties = f"; ties, which `agrees` leaves out: {summary['ties']}" if "ties" in summary else ""
+    table = _table(title=f"{summary['images']} images{ties}", collapse_padding=True)
     for heading in ("score", *columns):
         table.add_column(heading, justify="left" if heading == "score" else "right", no_wrap=heading == "score")
     for name, row in rows.items():
@@ -99,7 +100,7 @@ def scores(summary: Mapping[str, Any]) -> Table:
 
 
 def refined(summary: Mapping[str, Any], by: str) -> Table:
-    """The summary of `mmalign.refine.trace.refine_prompts`, decided by the component `by`."""
+    """The summary of `mmalign.refinement.trace.refine_prompts`, decided by the component `by`."""
     title = f"{summary['prompts']} prompts, images in {summary['out']}"
     table = Table(title=title, box=box.SIMPLE, show_header=False)
     first, best = (short(summary[key]) or "none" for key in ("first", "best"))

@@ -13,7 +13,7 @@ from mmalign.cli import output, tables
 from mmalign.cli.options import Allow, ConfigFile, Json, Overrides, output_option
 from mmalign.errors import BadInput
 from mmalign.runs.outputs import check_file
-from mmalign.training.noise_calibration import Rule
+from mmalign.training import Rule
 
 # a calibration samples every step with noise and scores every state, whatever the config does with it
 CALIBRATION = [

@@ -2,14 +2,15 @@
 
 import difflib
 import json
-from collections.abc import Sequence
-from dataclasses import is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from mmalign.config import old_form, yaml12
+from mmalign.config import old_form, paths, yaml12
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from reward_models import files
@@ -35,11 +36,13 @@ def _read(path: Path) -> str:
         raise BadInput(f"{path}: not YAML: {error}") from None
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML 1.2 file, apply `key=value` overrides (values as YAML), and check everything. Raises BadInput.
+def load(path: str | Path, overrides: Sequence[str] = (), objects: Mapping[str, Any] = MappingProxyType({})) -> Config:
+    """Read a YAML 1.2 file, or the config of that name that comes with the project (`mmalign.config.paths.config`),
+    apply `key=value` overrides (values as YAML), and check everything. Raises BadInput.
 
-    `credit.control=fit` changes one setting of a method, or one item of a mapping."""
-    values = parse(_read(Path(path)), str(path))
+    `credit.control=fit` changes one setting of a method, or one item of a mapping. `objects` replace keys by values, in
+    which methods may be objects (`build`)."""
+    values = parse(_read(paths.config(path)), str(path))
     if not isinstance(values, dict):
         raise BadInput(f"{path}: a mapping of keys to values is needed, got {type(values).__name__}")
     for override in overrides:
@@ -47,7 +50,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not equals:
             raise BadInput(f"override {override!r} must look like key=value")
         _override(values, key.strip(), parse(text, f"override {override!r}"))
-    return build(values, str(path))
+    return build({**values, **objects}, str(path))
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
@@ -73,12 +76,23 @@ def build(values: dict[str, Any], source: str) -> Config:
     plain = {key: f"object {key}" if is_dataclass(value) else value for key, value in values.items()}
     try:
         # as JSON, where a list may be a tuple, and true is not a number
-        return Config.model_validate_json(json.dumps(plain), context=objects)
+        return Config.model_validate_json(json.dumps(plain, default=_plain), context=objects)
     except TypeError as error:
         raise BadInput(f"{source}: {error}") from None
     except ValidationError as error:
         problems = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
         raise BadInput(f"{source}: " + "; ".join(map(_line, problems))) from None
+
+
+def _plain(value: Any) -> Any:
+    """A value of Python as JSON has it. TypeError for one that no config can hold."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"a {type(value).__name__} cannot be a setting, got {str(value)[:60]!r}")
 
 
 def _line(error: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from reward_models import files
 from reward_models.combine import Ramp
 
 RESUMABLE = ("out", "max_skips", "max_failed", "patience")  # where a run is and when it stops: its resumption may say
+TRAINING, TRAINING_MOST = "training", 64  # `held_out` that means training prompts, and how many of them at most
 LATER = ("draw", "scouts", "select")  # in a checkpoint only where they are not the default: older ones lack them
 
 
@@ -59,7 +60,9 @@ class Config(BaseModel):
         Epochs(), description="which prompts an iteration takes: epochs, shuffled, or by pass_rate, mixed ones most"
     )
     held_out: str | None = Field(
-        "assets/prompts/validation.jsonl", description="prompts for evaluation, named in the same way; null for none"
+        "assets/prompts/validation.jsonl",
+        description="prompts for evaluation, named in the same way; training: 64 at most of the training prompts, "
+        "evenly spaced, which shows learning but not how far it carries; null for none",
     )
     rewards: dict[str, float | Ramp] = Field(
         {"shapes.strict": 0.5, "shapes.partial": 0.5},

@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,40 @@ def read(source: str | Path) -> list[Prompt]:
     a repeated text is the same prompt, numbered by its first row. BadInput in one line for anything else: a blank
     prompt, one with control characters, a file of another type.
     """
-    source = str(source)
+    return _complete(lambda: _prompts(str(source)), f"prompts {source}")
+
+
+def given(items: Iterable[Any], what: str = "prompts") -> list[Prompt]:
+    """The prompts that a caller hands over: texts, objects with `prompt` as a row of `read` has them, or `Prompt`s, of
+    any iterable of these, such as a list or a `datasets.Dataset`. Texts and objects without `id` are numbered from 0.
+    BadInput as in `read`, under the name `what`."""
+    return _complete(lambda: (_given(item, number) for number, item in enumerate(items)), what)
+
+
+def _complete(prompts: Callable[[], Iterator[Prompt]], what: str) -> list[Prompt]:
     try:
-        prompts = list(_prompts(source))
-        if not prompts:
+        complete = list(islice(prompts(), limits.ROWS + 1))
+        if not complete:
             raise ValueError("no prompts in it")
-        if len({p.id for p in prompts}) < len(prompts):
+        if len(complete) > limits.ROWS:
+            raise ValueError(f"more than {limits.ROWS} prompts")
+        if len({p.id for p in complete}) < len(complete):
             raise ValueError("ids repeat; each prompt needs its own")
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise BadInput(f"prompts {source}: {reason}") from None
-    return prompts
+        raise BadInput(f"{what}: {reason}") from None
+    return complete
+
+
+def _given(item: Any, number: int) -> Prompt:
+    where = f"number {number}"
+    if isinstance(item, Prompt):
+        return item
+    if isinstance(item, str):
+        return Prompt(_checked(item, where), {}, number)
+    if not isinstance(item, Mapping):
+        raise ValueError(f"{where}: a text, an object with a `prompt`, or a Prompt is needed, got {str(item)[:60]!r}")
+    return _of_row(tables.given(dict(item)), number, where, Path())
 
 
 def _prompts(source: str) -> Iterator[Prompt]:

@@ -22,6 +22,7 @@ from reward_models import Prompt, overlay
 from reward_models.combine import group_sum
 
 SHEET = 60  # images of a contact sheet
+STRIP = 6  # images of an evaluation between start and end that are written one by one
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,16 @@ def diversity(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> floa
     return float(deviation(images, group).nanmean().sqrt())
 
 
+def noise_seed(prompt: Prompt, member: int) -> int:
+    """The seed of the noise of a prompt's n-th held-out image, as stock pipelines take it."""
+    return seed_of("evaluation", prompt.id, member)
+
+
 def evaluate(
     policy: Policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Scorers, batch: int
 ) -> Evaluation:
     """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same."""
-    seeds = [[seed_of("evaluation", p.id, m) for m in range(members)] for p in prompts]
+    seeds = [[noise_seed(p, m) for m in range(members)] for p in prompts]
     images, prompt = generate(policy, prompts, seeds, steps, batch)
     scored = score(images, [prompts[i] for i in prompt], scorers)
     places = {
@@ -126,6 +132,27 @@ def evaluate_distributed(
 def contact_sheet(images: Float[Tensor, "N 3 H W"], path: Path, count: int = SHEET, columns: int = 12) -> None:
     """One PNG of `count` images evenly spaced through the batch, small ones enlarged to about 64 pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    chosen = images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
+    chosen = images[_spaced(count, len(images))]
     scale = max(1, 64 // chosen.shape[-1])
     save_image(chosen.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=columns, pad_value=1.0)
+
+
+def few(result: Evaluation, count: int = STRIP) -> Evaluation:
+    """`count` images evenly spaced through the batch, with all that is known of them. Of two evaluations on the same
+    prompts these are the same prompts and seeds."""
+    rows = _spaced(count, len(result.images))
+    numbers = rows.tolist()
+    return Evaluation(
+        result.images[rows],
+        {name: values[rows] for name, values in result.parts.items()},
+        result.prompt[rows],
+        result.member[rows],
+        {name: [each[i] for i in numbers] for name, each in result.places.items()},
+        {k: result.failures[i] for k, i in enumerate(numbers) if i in result.failures},
+    )
+
+
+def _spaced(count: int, total: int) -> Int[Tensor, "n"]:
+    """The numbers of `count` rows evenly spaced through `total`, the first and the last among them; all if there are
+    not more."""
+    return torch.linspace(0, total - 1, min(count, total)).long()

@@ -9,7 +9,7 @@ from torchvision.utils import save_image
 
 from mmalign.errors import BadInput
 from mmalign.evaluation import Layout
-from mmalign.evaluation.evaluate import Evaluation
+from mmalign.evaluation.evaluate import Evaluation, noise_seed
 from reward_models import Prompt, files
 
 NAMES: dict[Layout, str] = {  # of an image: `row` counts the prompts, `member` a prompt's images, `image` all of them
@@ -70,6 +70,7 @@ def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path, layout: L
                 "image": name,
                 "prompt": prompt.text,
                 "id": prompt.id,
+                "noise_seed": noise_seed(prompt, member),
                 "scores": scores,
                 "places": {key: rows[i] for key, rows in result.places.items() if rows[i] is not None},
             }

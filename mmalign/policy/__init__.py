@@ -13,7 +13,6 @@ from typing import Any
 from reward_models.allowlist import import_allowed
 from reward_models.files import parsed, text
 from reward_models.limits import CONFIG
-from reward_models.model_folders import configs
 
 POLICIES = {  # diffusers' pipeline class -> the policy's class
     "StableDiffusion3Pipeline": "mmalign.policy.sd3:SD3Policy",
@@ -68,6 +67,8 @@ def class_of(model: str) -> type:
 def checked_index(model: str) -> tuple[Path, Mapping[str, Any]]:
     """The folder of a pipeline's settings, local or the hub's snapshot, and its index. ValueError where they are not
     safe to load."""
+    from reward_models.model_folders import configs
+
     if os.path.exists(model) and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"model {model!r}: no model_index.json in that folder; a diffusers pipeline is needed")
     folder = configs(model, f"model {model!r}")
@@ -79,6 +80,8 @@ def quiet() -> None:
     also raise what they log as errors."""
     import logging
 
+    for name in ("torch.utils._pytree", "bitsandbytes", "torchao"):  # what they log when a library imports them
+        logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

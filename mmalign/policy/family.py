@@ -32,6 +32,7 @@ class Family(ABC):
     """
 
     pipeline: ClassVar[str]
+    tag: ClassVar[str | None] = None  # the family's on the Hugging Face hub
     targets: ClassVar[Sequence[str]] = ATTENTION
     packed: ClassVar[bool] = False  # whether the network takes 2 x 2 latent positions as the channels of one token
 

@@ -18,6 +18,7 @@ from reward_models.lengths import Reader, reader
 
 class FluxPolicy(PipelinePolicy):
     pipeline = "FluxPipeline"
+    tag = "flux"
     packed = True
 
     def __init__(self, pipe: DiffusionPipeline, guidance: float = 1.0, size: tuple[int, int] | None = None):

@@ -19,6 +19,7 @@ from reward_models.lengths import Reader, reader
 
 class Flux2KleinPolicy(PipelinePolicy):
     pipeline = "Flux2KleinPipeline"
+    tag = "flux2"
     targets = (*ATTENTION, "to_qkv_mlp_proj", "to_out")  # the last two: single blocks, with their feed-forward
 
     def __init__(self, pipe: DiffusionPipeline, guidance: float = 1.0, size: tuple[int, int] | None = None):

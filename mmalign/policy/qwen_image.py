@@ -22,6 +22,7 @@ BLANK = " "  # the model's unconditional text in training
 
 class QwenImagePolicy(PipelinePolicy):
     pipeline = "QwenImagePipeline"
+    tag = "qwen-image"
     packed = True
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:

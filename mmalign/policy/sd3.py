@@ -18,6 +18,7 @@ from reward_models.lengths import Reader, reader
 
 class SD3Policy(PipelinePolicy):
     pipeline = "StableDiffusion3Pipeline"
+    tag = "sd3"
 
     @classmethod
     def absent(cls, index: dict[str, Any]) -> dict[str, None]:

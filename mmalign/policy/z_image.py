@@ -21,6 +21,7 @@ LENGTH = 512  # the largest number of tokens of a text
 
 class ZImagePolicy(PipelinePolicy):
     pipeline = "ZImagePipeline"
+    tag = "z-image"
     targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(self, pipe: DiffusionPipeline, guidance: float = 1.0, size: tuple[int, int] | None = None):

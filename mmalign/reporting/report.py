@@ -3,34 +3,34 @@
 Missing or damaged files are listed on the page; the rest is shown.
 """
 
-import base64
 import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
 import torch
 from jaxtyping import Float
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmalign.data.meaning import clusters
 from mmalign.evaluation import layouts
 from mmalign.evaluation.comparison import cells, rises
+from mmalign.evaluation.evaluate import STRIP
 from mmalign.pages import render
 from mmalign.runs import reader
-from mmalign.runs.reader import SIDES, Row
+from mmalign.runs.alarms import IN_A_ROW
+from mmalign.runs.reader import SIDES, Row, RunRecord
 from reward_models import files
 from reward_models.allowlist import inside
-from reward_models.images import size_of
+from reward_models.images import SHOWN, embedded, size_of
 
 Source = Callable[[Path], str]  # the address of an image, for its `src`
 
@@ -38,8 +38,13 @@ COMMAND = "mmalign report"
 BY_STEP = (
     "std", "gain", "gain_std", "balance", "ratio", "clipped_low", "clipped_high", "divergence", "kl"
 )  # fmt: skip
+CLIPPED = ("clipped_low", "clipped_high")
 CARDS = 20  # held-out prompts shown
 SMALL = 128  # pixels a side below which an image is enlarged without smoothing
+COLUMNS = 8  # evaluations shown of the same prompts
+LOSS = 0.1  # share by which diversity may fall before the page points it out
+INK = "#010203"  # stands for the colour of the page's text in figures
+INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,11 @@ def summary(run: Path) -> dict[str, Any]:
     """Before, after and the rise of every score on the held-out prompts, as `mmalign.evaluation.comparison.rises` gives
     them; and the alarms."""
     record = reader.read(run)
-    images, compared = _compared(record.scores)
+    images, compared = comparison(record.scores)
     return {"run": str(run), "images": images, "rises": compared, "alarms": record.alarms}
 
 
-def _compared(scores: Mapping[str, list[Row]]) -> tuple[int, dict[str, dict[str, float]]]:
+def comparison(scores: Mapping[str, list[Row]]) -> tuple[int, dict[str, dict[str, float]]]:
     """The number of images scored on both sides, and the comparison of each score."""
     before, after = ({row["image"]: row for row in scores[side]} for side in SIDES)
     both = [image for image in before if image in after]
@@ -87,7 +92,7 @@ def _values_of(name: str, rows: list[Row]) -> Float[Tensor, "N"]:
 def write(run: Path) -> Path:
     """Write `report.html` into the run's folder and return its path."""
     page = run / "report.html"
-    files.write(page, render("report.html", command=COMMAND, title=run.name, **_values(run, embedded)))
+    files.write(page, render("report.html", command=COMMAND, title=run.name, largest=SHOWN, **_values(run, embedded)))
     return page
 
 
@@ -96,23 +101,21 @@ def content(run: Path, source: Source) -> str:
     return render("run.html", **_values(run, source))
 
 
-def embedded(path: Path) -> str:
-    """The image itself, as a data URL."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 def _values(run: Path, source: Source) -> dict[str, Any]:
     """The values of the template `run.html`."""
     record = reader.read(run)
-    images, compared = _compared(record.scores)
+    images, compared = comparison(record.scores)
     trained = any(row["name"] == "after" for row in record.evaluations)
+    strip, problems = _strip(run, record, source)
     values = {
-        "missing": record.lacking,
+        "missing": record.lacking + problems,
         "alarms": [(row["alarm"], row["iteration"], row["text"]) for row in record.alarms],
         "images": images,
         "rises": [(name, *cells(row)) for name, row in compared.items()],
+        "diversity": _diversity(record),
         "tags": _by_tag(record.scores),
-        "cards": _pairs(run, record.scores, source) if trained else [],
+        "strip": strip,
+        "cards": pairs(run, record.scores, source) if trained else [],
         "overlays": any(row.get("places") for row in record.scores["after"]),
         "sheet": _sheet(run, record.evaluations[-1], source) if record.evaluations and not trained else None,
         "credit": _credit(run, record.credit, source),
@@ -130,6 +133,28 @@ def _values(run: Path, source: Source) -> dict[str, Any]:
             "rows": [(name, f"{value:.6g}") for name, value in last.items() if name != "iteration"],
         },
         "work": _work(record.metrics, record.evaluations),
+    }
+
+
+def _diversity(record: RunRecord) -> dict[str, Any] | None:
+    """Diversity at both ends, of held-out prompts, or of training batches until the last evaluation: means of
+    `IN_A_ROW` iterations that do not overlap. `lost` is the share by which it fell if that is above `LOSS`, else None.
+    """
+    ends = {row["name"]: row["diversity"] for row in record.evaluations if row["name"] and "diversity" in row}
+    of, first, last = "held_out", ends.get("before"), ends.get("after")
+    if first is None or last is None:
+        values = [row["diversity"] for row in record.metrics if "diversity" in row]
+        if len(values) < 2 * IN_A_ROW:
+            return None
+        of, first, last = "training", fmean(values[:IN_A_ROW]), fmean(values[-IN_A_ROW:])
+    fall = 1 - last / first if first > 0 else 0.0
+    return {
+        "of": of,
+        "first": first,
+        "last": last,
+        "iterations": IN_A_ROW,
+        "most": LOSS,
+        "lost": fall if fall > LOSS else None,
     }
 
 
@@ -154,35 +179,63 @@ def _first(row: Row) -> float | None:
     return next(iter(row["scores"].values()))
 
 
-def _pairs(run: Path, scores: Mapping[str, list[Row]], source: Source) -> list[dict[str, Any]]:
-    """Images of the same prompt and seed before and after training."""
+def pairs(run: Path, scores: Mapping[str, list[Row]], source: Source, most: int = CARDS) -> list[dict[str, Any]]:
+    """Images of the same prompt and seed before and after training: the `prompt`, the `seed` of the noise (None: older
+    runs do not record it), and the two `pictures`. At most so many, evenly spaced through the held-out prompts."""
     after = {row["image"]: row for row in scores["after"]}
     before = [row for row in scores["before"] if row["image"] in after]
     return [
         {
             "prompt": row["prompt"],
+            "seed": row.get("noise_seed"),
             "pictures": [
                 _scored(run / "images" / side, source, side, scored)
                 for side, scored in (("before", row), ("after", after[row["image"]]))
             ],
         }
-        for row in before[:: max(1, len(before) // CARDS)][:CARDS]
+        for row in before[:: max(1, len(before) // most)][:most]
     ]
 
 
-def _scored(folder: Path, source: Source, side: str, row: Row) -> Picture:
+def _scored(folder: Path, source: Source, caption: str, row: Row) -> Picture:
     first = _first(row)
     frame = "" if first is None else "good" if first >= 1 else "bad"
     overlay = next(iter(row.get("places", {}).values()), None)
-    return _picture(inside(folder, row["image"]), source, side, frame=frame, overlay=overlay)
+    return _picture(inside(folder, row["image"]), source, caption, frame=frame, overlay=overlay)
 
 
 def _picture(path: Path, source: Source, caption: str, **more: Any) -> Picture:
     try:
-        size = size_of(path)
-    except ValueError:
+        return Picture(caption, source(path), size_of(path), **more)
+    except (OSError, ValueError):
         return Picture(caption, problem=f"{path.name} is {'damaged' if path.exists() else 'missing'}")
-    return Picture(caption, source(path), size, **more)
+
+
+def _strip(run: Path, record: RunRecord, source: Source) -> tuple[dict[str, Any] | None, list[str]]:
+    """The same prompts and seeds at each evaluation, at most `COLUMNS` of these, and a line for each file of which
+    something was left out. None where no evaluation between start and end has written images."""
+    names = [row["name"] or f"{row['iteration']:06d}" for row in record.evaluations]
+    names = [name for name in dict.fromkeys(names) if name in SIDES or (run / reader.scores_of(name)).is_file()]
+    last, count = len(names) - 1, min(COLUMNS, len(names))
+    shown = [names[round(k * last / max(1, count - 1))] for k in range(count)]
+    read = {name: (record.scores[name], []) if name in SIDES else reader.scored(run, name) for name in shown}
+    scored = {name: {row["image"]: row for row in rows} for name, (rows, _) in read.items()}
+    images = {image: row for name in shown if name not in SIDES for image, row in scored[name].items()}
+    cards = [
+        {
+            "prompt": images[image]["prompt"],
+            "pictures": [_at(run, source, name, image, scored[name].get(image)) for name in shown],
+        }
+        for image in list(images)[:STRIP]
+    ]
+    problems = [problem for _, each in read.values() for problem in each]
+    return {"cards": cards, "shown": count, "evaluations": len(names)} if cards else None, problems
+
+
+def _at(run: Path, source: Source, name: str, image: str, row: Row | None) -> Picture:
+    """An image at the evaluation `name`, by its row."""
+    caption = name if name in SIDES else f"iteration {int(name)}"
+    return _scored(run / "images" / name, source, caption, row) if row else Picture(caption, problem=f"no {image}")
 
 
 def _sheet(run: Path, last: Row, source: Source) -> dict[str, Any]:
@@ -192,22 +245,24 @@ def _sheet(run: Path, last: Row, source: Source) -> dict[str, Any]:
 
 
 def _credit(run: Path, rows: list[Row], source: Source) -> dict[str, Any] | None:
-    """The images of the last iteration that saved any: map of the regions, and the advantage at each step."""
+    """The images of the last iteration that saved any: each with the map of its regions and the advantage at each step
+    over it."""
     rows = [row for row in rows if row["iteration"] == rows[-1]["iteration"]]
     if not any(row["advantage"] or row["map"] for row in rows):
         return None
     scale, cards = credit_scale(rows), []
     for row in rows:
-        plain = _picture(inside(run, row["image"]), source, "image")
+        plain = _picture(inside(run, row["image"]), source, "")
         grids = [("map", row["map"], 1.0)] if any(v is not None for line in row["map"] or () for v in line) else []
         grids += [(f"credit of step {step}", grid, scale) for step, grid in row["advantage"].items()]
         over = [
             replace(plain, caption=caption, overlay={"size": plain.size, "map": grid, "boxes": []}, scale=full)
             for caption, grid, full in grids
         ]
-        pictures = [plain] if plain.problem else [plain, *over]
-        cards.append({"prompt": row["prompt"], "reward": row["reward"], "pictures": pictures})
-    return {"iteration": rows[-1]["iteration"], "scale": scale, "cards": cards}
+        maps = [] if plain.problem else over
+        cards.append({"prompt": row["prompt"], "reward": row["reward"], "image": plain, "maps": maps})
+    mapped = any(card["maps"] for card in cards)
+    return {"iteration": rows[-1]["iteration"], "scale": scale, "cards": cards, "mapped": mapped}
 
 
 def credit_scale(rows: Iterable[Row]) -> float:
@@ -217,38 +272,74 @@ def credit_scale(rows: Iterable[Row]) -> float:
 
 
 def _svg(figure: Figure) -> str:
+    """The figure as an SVG whose lines and words have the colour of the page's text, on the page's background."""
     figure.tight_layout()
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
-    plt.close(figure)
+    figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
+@matplotlib.rc_context(dict.fromkeys(INKED, INK) | {"legend.framealpha": 0.0})
 def _curves(metrics: list[Row], evaluations: list[Row]) -> str:
-    """Training reward, each held-out score, clipping and gradient norm against iterations, as an SVG."""
-    skip = {"iteration", "name", "images", "seconds"}
+    """Training reward, diversity, each held-out score, clipping and gradient norm against iterations, as an SVG."""
+    skip = {"iteration", "name", "images", "seconds", "diversity"}
     names = [name for name in (evaluations[0] if evaluations else {}) if name not in skip]
-    panels = ["training reward", *names, "clipped share", "gradient norm"]
+    panels = {
+        "training reward": partial(_smoothed, metrics, "reward"),
+        "diversity": partial(_diversities, metrics, evaluations),
+        **{f"held-out {name}": partial(_marked, evaluations, name) for name in names},
+        "clipped share": partial(_clipped, metrics),
+        "gradient norm": partial(_line, metrics, "grad_norm"),
+    }
+    measured = {name for row in (*metrics, *evaluations) for name in row}
+    if "diversity" not in measured:
+        del panels["diversity"]
+    if not {*CLIPPED} & measured:
+        del panels["clipped share"]
     lines = -(-len(panels) // 3)
-    figure, axes = plt.subplots(lines, 3, figsize=(12, 2.9 * lines), squeeze=False)
-    x = [row["iteration"] for row in metrics]
-    flat = list(axes.flat)
-    flat[0].plot(x, [row["reward"] for row in metrics], alpha=0.4)
-    flat[0].plot(x, _smooth([row["reward"] for row in metrics]))
-    for axis, name in zip(flat[1:], names, strict=False):
-        rows = [row for row in evaluations if name in row]
-        axis.plot([row["iteration"] for row in rows], [row[name] for row in rows], marker="o", ms=3)
-    for key in ("clipped_low", "clipped_high"):
-        flat[len(names) + 1].plot(x, [row.get(key, 0.0) for row in metrics], label=key)
-    flat[len(names) + 1].legend()
-    flat[len(names) + 2].plot(x, [row.get("grad_norm", 0.0) for row in metrics])
-    for axis, title in zip(flat, panels, strict=False):
-        axis.set_title(title if title not in names else f"held-out {title}", fontsize=10, parse_math=False)
-        axis.grid(alpha=0.3)
-    for axis in flat[len(panels) :]:
+    figure = Figure(figsize=(12, 2.9 * lines))
+    axes = figure.subplots(lines, 3, squeeze=False)
+    for axis, (title, draw) in zip(axes.flat, panels.items(), strict=False):
+        draw(axis)
+        axis.set_title(title, fontsize=10, parse_math=False)
+        axis.grid(alpha=0.15)
+    for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     return _svg(figure)
+
+
+def _line(rows: list[Row], name: str, axis: Axes, **look: Any) -> None:
+    """A number against the iteration, of the rows that have it."""
+    rows = [row for row in rows if name in row]
+    axis.plot([row["iteration"] for row in rows], [row[name] for row in rows], **look)
+
+
+def _marked(evaluations: list[Row], name: str, axis: Axes, **look: Any) -> None:
+    """A number of the evaluations, with a mark at each."""
+    _line(evaluations, name, axis, marker="o", ms=3, **look)
+
+
+def _smoothed(metrics: list[Row], name: str, axis: Axes, **look: Any) -> None:
+    """A number of the iterations, and its moving average in front of it."""
+    _line(metrics, name, axis, alpha=0.5)
+    rows = [row for row in metrics if name in row]
+    averages = _smooth([row[name] for row in rows])
+    axis.plot([row["iteration"] for row in rows], averages, **look)
+
+
+def _diversities(metrics: list[Row], evaluations: list[Row], axis: Axes) -> None:
+    """From 0, so that the height of a fall is its share."""
+    _smoothed(metrics, "diversity", axis, label="training batches")
+    _marked(evaluations, "diversity", axis, label="held-out prompts")
+    axis.set_ylim(bottom=0)
+    axis.legend()
+
+
+def _clipped(metrics: list[Row], axis: Axes) -> None:
+    for name in CLIPPED:
+        _line(metrics, name, axis, label=name)
+    axis.legend()
 
 
 def _by_step(metrics: list[Row]) -> dict[str, Any]:

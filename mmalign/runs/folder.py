@@ -18,7 +18,7 @@ from mmalign.runs import checkpoint, jsonl
 from reward_models import allowlist as trust, files
 
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl", "alarms.jsonl")
-OUTPUTS = (*RECORDS, "config.yaml", "images", "checkpoints", "report.html")  # the names of all that a run writes
+OUTPUTS = (*RECORDS, "config.yaml", "images", "checkpoints", "report.html", "votes.jsonl")  # what a run's folder holds
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 UNWRITABLE += (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # a file instead of a folder, or the reverse
 

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmalign import policy as policies
 from mmalign.config import paths
 from mmalign.errors import refusing
@@ -16,7 +14,9 @@ def load_policy(model: str, guidance: float | None = None, adapter: Path | None 
     An adapter (`mmalign.runs.adapters.read`) may name its model, which then replaces `model`, and has the precision and
     image size it was trained with; its guidance is the default of `guidance`, which is 1 without adapter. BadInput.
     """
-    policies.quiet()  # before the import below, of peft, whose warnings it silences
+    policies.quiet()  # before the imports below, of peft, whose warnings it silences
+    import torch
+
     from mmalign.runs import adapters
 
     chosen = None if adapter is None else adapters.read(adapter)

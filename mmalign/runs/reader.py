@@ -93,6 +93,7 @@ class _Scored(_Shape):
     prompt: str
     id: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     scores: Annotated[dict[str, float | None], Field(min_length=1)]
+    noise_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     places: dict[str, _Places] = {}
 
 
@@ -139,9 +140,21 @@ def read(run: Path) -> RunRecord:
         evaluations,
         rows("alarms.jsonl", _Alarm),
         rows("credit.jsonl", _Credit),
-        {side: rows(f"images/{side}/scores.jsonl", _Scored, side in made) for side in SIDES},
+        {side: rows(scores_of(side), _Scored, side in made) for side in SIDES},
         lacking,
     )
+
+
+def scores_of(evaluation: str) -> str:
+    """The file, below a run's folder, with the images of an evaluation and their scores."""
+    return f"images/{evaluation}/scores.jsonl"
+
+
+def scored(run: Path, evaluation: str) -> tuple[list[Row], list[str]]:
+    """The rows of the images of an evaluation between start and end, and a line for what was left out."""
+    name = scores_of(evaluation)
+    valid, problems = _rows(run / name, _Scored, True)
+    return valid, [f"{name}: {problem}" for problem in problems]
 
 
 def _rows(path: Path, shape: type[_Shape], needed: bool) -> tuple[list[Row], list[str]]:

@@ -59,10 +59,10 @@ class Stop:
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
+def stopping(stop: Stop | None = None) -> Iterator[Stop]:
     """Handle both signals, unless they are ignored (nohup), and restore their handlers at the end. Only the main thread
     can install handlers; in others nothing happens."""
-    stop, before = Stop(), {}
+    stop, before = stop or Stop(), {}
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}

@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,9 +29,9 @@ from torch import Tensor
 
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
+from mmalign.training import Rule
 from reward_models import files
 
-Rule = Literal["paper", "z"]  # when noise rises
 CEILING = 3.0  # with it a step of 0.1 adds noise of 0.95: as much as pure noise has; more would explore no more
 
 
@@ -141,14 +141,12 @@ def load(path: str, c: Config, times: Float[Tensor, "states"]) -> list[float]:
 
 def plot(path: Path, record: Path) -> None:
     """The noise before and after, and the balance of signs of the first and the last quarter of the rounds, by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     result = files.parsed(files.text(record))
     rows, t = result["rounds"], result["times"][:-2]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure = Figure(figsize=(9, 3.4))
+    left, right = figure.subplots(1, 2)
     left.plot(t, rows[0]["noise"][:-1], "o--", color="#888", label="start")
     left.plot(t, result["noise"][:-1], "o-", color="#2a6fb0", label="calibrated")
     quarter = max(1, len(rows) // 4)
@@ -165,4 +163,3 @@ def plot(path: Path, record: Path) -> None:
         axis.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from types import MappingProxyType
 
@@ -10,7 +10,7 @@ from mmalign import policy as policies
 from mmalign.config.checks import component
 from mmalign.config.methods import named
 from mmalign.config.paths import locate
-from mmalign.config.schema import Config
+from mmalign.config.schema import TRAINING, TRAINING_MOST, Config
 from mmalign.data import judged_images, prompts as prompt_files
 from mmalign.data.meaning import meaning
 from mmalign.data.prompts import PromptBatches
@@ -38,28 +38,35 @@ from reward_models import Prompt, RewardModel, combine, load as load_scorer
 from reward_models.cache import Cached
 
 
-def open_session(
-    c: Config,
-    ranks: Ranks | None = None,
-    policy: Trainable | None = None,
-    scorers: Mapping[str, RewardModel] | None = None,
-) -> Session:
-    """Load and check everything a config names, before anything is written. Raises BadInput. A `policy` is used instead
-    of loading the config's model, and so is each of the `scorers` that the config names."""
+@dataclass(frozen=True)
+class Given:
+    """What a caller hands over as objects, instead of naming it in the config: the policy, some of the scorers by the
+    names that the config has for them, and the prompts. None: loaded as the config says."""
+
+    policy: Trainable | None = None
+    scorers: Mapping[str, RewardModel] = field(default_factory=dict)
+    prompts: Sequence[Prompt] | None = None
+    held_out: Sequence[Prompt] | None = None
+
+
+NOTHING = Given()
+
+
+def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) -> Session:
+    """Load and check everything a config names and nobody has `given`, before anything is written. Raises BadInput."""
     ranks = ranks or join(c.patience)
     _check_ranks(c, ranks)
-    prompts = [] if c.records else prompt_files.read(locate(c.prompts))
-    held_out = prompt_files.read(locate(c.held_out)) if c.held_out else []
+    prompts = _prompts(None if c.records else c.prompts, given.prompts)
     with refusing():
-        scorers = load_scorers(c, [*c.trained, *c.watch], scorers or {})
-        policy, weights = load_policy(c, str(ranks.accelerator.device), policy)
+        scorers = load_scorers(c, [*c.trained, *c.watch], given.scorers)
+        policy, weights = load_policy(c, str(ranks.accelerator.device), given.policy)
         known = reference.load(c, weights, scorers) if c.reference else None
         records = judged_images.read(locate(c.records), policy.image_size) if c.records else None
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
         c, times, cost = planning.settled(c, policy)
     batches = PromptBatches(records.prompts if records else prompts, c.prompts_per_iteration, c.seed, c.draw)
     batches(0)
-    _check_apart(batches.all, held_out)
+    held_out = _held_out(c, given.held_out, batches.all)
     fits = {name: AdaptiveBatch(getattr(c, name), ranks.sharded) for name in ("batch", "micro_batch", "decode_batch")}
     learner = _learner(c, policy, fits.pop("micro_batch"), ranks)
     if c.cache:  # last, because it creates the file
@@ -71,6 +78,19 @@ def open_session(
         config=c, policy=policy, prompts=batches, held_out=held_out, times=times, cost=cost, rewards=rewards,
         learner=learner, records=records, origin=origin, clock=Clock(), fits=fits, ranks=ranks,
     )  # fmt: skip
+
+
+def _prompts(source: str | None, given: Sequence[Prompt] | None) -> list[Prompt]:
+    return [*given] if given is not None else prompt_files.read(locate(source)) if source else []
+
+
+def _held_out(c: Config, given: Sequence[Prompt] | None, training: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of evaluations: those of a source, or some of the training prompts where the config says so."""
+    if given is None and c.held_out == TRAINING:
+        return [*training[:: max(1, -(-len(training) // TRAINING_MOST))]]
+    held_out = _prompts(c.held_out, given)
+    _check_apart(training, held_out)
+    return held_out
 
 
 def _check_apart(training: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:

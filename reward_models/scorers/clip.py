@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reward_models import files, limits, model_folders
+from reward_models import files, limits, model_folders, shipped
 from reward_models.images import resized
 from reward_models.lengths import Reader
 from reward_models.model_folders import loading
@@ -30,7 +30,7 @@ from reward_models.weights import check_on_grey_image, fingerprint, named
 
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
-TINY = Path(__file__).parents[2] / "assets" / "tiny_clip"
+TINY = shipped.folder("reward_models") / "assets" / "tiny_clip"
 
 
 def _known(model: str, pretrained: str | None) -> str:

@@ -230,7 +230,7 @@ Pair = tuple[Picture, Picture, Prompt]  # the chosen picture, the other, and the
 
 def material(source: Path, most: int) -> tuple[Images, list[Prompt], list[Pair]]:
     """Up to `most` pictures of a folder or table, all of the most common size, their prompts, and labelled pairs of
-    them. ValueError if there are fewer than two, or one has no prompt."""
+    them without ties. ValueError if there are fewer than two, or one has no prompt."""
     items, choices = picture_files.read(source)
     without = next((item.name for item in items if item.prompt is None), None)
     if without is not None:
@@ -245,7 +245,7 @@ def material(source: Path, most: int) -> tuple[Images, list[Prompt], list[Pair]]
     prompts = [replace(item.prompt, id=number) for number, item in enumerate(same)]
     prompt_of = {item.key: item.prompt for item in items}
     pairs = []
-    for number, choice in enumerate(choices):
+    for number, choice in enumerate(choice for choice in choices if not choice.tie):
         better, worse = ((name, choice.prompt) for name in (choice.better, choice.worse))
         pairs.append((pictures[better], pictures[worse], replace(prompt_of[better], id=number)))
     return torch.cat([pictures[item.key] for item in same]), prompts, pairs

@@ -26,7 +26,7 @@ INDEX = (
 ASIDE = {"checkpoints", "thumbnails", "thumbs", "__macosx", "@eadir"}  # folders of pictures that are not samples
 COLUMNS = {  # columns of a table that are not ground truth
     "image", "file_name", "prompt", "id", "scores", "failures", "critiques", "requests", "replies", "places", "made_of",
-    "image_a", "image_b", "chosen",
+    "noise_seed", "image_a", "image_b", "chosen",
 }  # fmt: skip
 READERS = min(8, os.cpu_count() or 1)
 
@@ -48,11 +48,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Choice:
-    """A person's choice between two images of one prompt, both named as in the items."""
+    """A person's choice between two images of one prompt, both named as in the items. A `tie` prefers neither."""
 
     prompt: str | None
     better: str
     worse: str
+    tie: bool = False
 
 
 def read(source: Path, prompt: str | None = None, out: Path | None = None) -> tuple[list[Item], list[Choice]]:
@@ -62,9 +63,9 @@ def read(source: Path, prompt: str | None = None, out: Path | None = None) -> tu
     (`00000/metadata.jsonl`, `00000/samples/*.png`), or a table `metadata.jsonl`, `.csv` or `.parquet`, or
     `scores.jsonl`. A table (`reward_models.tables`) has columns `image` (or `file_name`), relative to the table, and
     `prompt`, optionally `id`; others are the prompt's ground truth. An image may be the bytes of a file, or
-    `{bytes, path}`, the form that `datasets` writes. A table of pairs has `image_a`, `image_b` and `chosen` (a or b).
-    `prompt` is used for all images that have none. `out`, the file of the scores, is not mistaken for the table of a
-    folder. ValueError, in one line, for any other source.
+    `{bytes, path}`, the form that `datasets` writes. A table of pairs has `image_a`, `image_b` and `chosen` (a, b or
+    tie). `prompt` is used for all images that have none. `out`, the file of the scores, is not mistaken for the table
+    of a folder. ValueError, in one line, for any other source.
     """
     if prompt is not None:
         prompt = _worded(prompt, "--prompt")
@@ -90,9 +91,10 @@ def read(source: Path, prompt: str | None = None, out: Path | None = None) -> tu
                 item = replace(item, name=f"{item.name} of {where.rpartition(', ')[2]}")
             names.append(items.setdefault(item.key, item).name)
         if len(columns) == 2:
-            if str(row.get("chosen")).lower() not in ("a", "b"):
-                raise ValueError(f"{where}: `chosen` must be a or b, got {row.get('chosen')!r}")
-            choices.append(Choice(text, *(names if str(row["chosen"]).lower() == "a" else names[::-1])))
+            chosen = str(row.get("chosen")).lower()
+            if chosen not in ("a", "b", "tie"):
+                raise ValueError(f"{where}: `chosen` must be a, b or tie, got {row.get('chosen')!r}")
+            choices.append(Choice(text, *(names[::-1] if chosen == "b" else names), tie=chosen == "tie"))
     if not items:
         raise ValueError(f"{source}: no rows in it")
     return list(items.values()), choices

@@ -276,8 +276,9 @@ def write(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 def summarise(rows: Sequence[Mapping[str, Any]], choices: Sequence[Choice] = ()) -> dict[str, Any]:
     """A summary of the rows. Per score: the numbers of valid and missing values, mean, standard deviation, minimum and
     maximum; if prompts repeat, `best`, the mean over prompts of the highest score among their images, and `prompts`,
-    their number; if there are choices, `agrees`, the share of them in which the chosen image scores higher (a tie
-    counts half), and `choices`, their number. `correlation`: Spearman's rank correlation of each pair of scores."""
+    their number; if there are choices, `agrees`, the share of them in which the chosen image scores higher (equal
+    scores count half), and `choices`, their number. `ties`, if there are any: choices that prefer neither image, which
+    are not among these. `correlation`: Spearman's rank correlation of each pair of scores."""
     names = list(rows[0]["scores"]) if rows else []
     columns = {
         name: np.array([np.nan if row["scores"][name] is None else row["scores"][name] for row in rows])
@@ -287,10 +288,13 @@ def summarise(rows: Sequence[Mapping[str, Any]], choices: Sequence[Choice] = ())
     for i, row in enumerate(rows):
         prompts[row["id"], row["prompt"]].append(i)
     index = {(row["prompt"], row["image"]): i for i, row in enumerate(rows)}
-    pairs = [(index[choice.prompt, choice.better], index[choice.prompt, choice.worse]) for choice in choices]
+    preferred = [choice for choice in choices if not choice.tie]
+    pairs = [(index[choice.prompt, choice.better], index[choice.prompt, choice.worse]) for choice in preferred]
+    ties = len(choices) - len(preferred)
     return {
         "images": len(rows),
         "failed": sum(bool(row["failures"]) for row in rows),
+        **({"ties": ties} if ties else {}),
         "scores": {name: _statistics(values, [*prompts.values()], pairs) for name, values in columns.items()},
         "correlation": _correlations(columns),
     }

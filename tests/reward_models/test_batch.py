@@ -134,7 +134,7 @@ def test_one_prompt_for_all_that_have_none(folder):
         ("[1]\n", "line 1: not a JSON object"),
         ('{"prompt": "a"}\n', "row 1: no `image`; columns are prompt"),
         ('{"image": "0.png", "prompt": "a", "id": "x"}\n', "row 1: `id` must be a whole number, got 'x'"),
-        ('{"image_a": "0.png", "image_b": "1.png", "chosen": "c"}\n', "`chosen` must be a or b, got 'c'"),
+        ('{"image_a": "0.png", "image_b": "1.png", "chosen": "c"}\n', "`chosen` must be a, b or tie, got 'c'"),
     ],
 )
 def test_a_table_that_is_none_is_explained(folder, text, says):

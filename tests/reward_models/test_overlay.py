@@ -78,4 +78,4 @@ def test_rows_hold_what_the_page_shows(tmp_path):
     gallery.write(rows, {"failed": 1, "scores": {"left.value": {"count": 3}}}, tmp_path, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count('<svg class="overlay" data-scorer="left"') == 2
-    assert re.findall(r'<option value="(.*)">', page) == ["left.value", "left", ""]
+    assert re.findall(r'<option value="(.*)">', page) == ["left.value", "", "left"]  # no overlay at first

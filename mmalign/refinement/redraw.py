@@ -17,7 +17,7 @@ from torch import Tensor
 from mmalign.flow.plan import ode, sde
 from mmalign.flow.sample import sample
 from mmalign.policy.protocol import Policy, two_forwards
-from mmalign.refine.velocity import inpaint, regional_guidance
+from mmalign.refinement.velocity import inpaint, regional_guidance
 from mmalign.sampling.kernels import Ddim
 from mmalign.seeds import gaussian, seed_of
 from mmalign.types import Latents

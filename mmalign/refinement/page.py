@@ -12,7 +12,7 @@ COMMAND = "mmalign refine"
 
 
 def write(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], by: str, folder: Path, page: Path) -> None:
-    """Write `page` from the `rows` and the `summary` of `mmalign.refine.trace`; images lie below `folder`."""
+    """Write `page` from the `rows` and the `summary` of `mmalign.refinement.trace`; images lie below `folder`."""
     first, best = ("missing" if value is None else f"{value:.3f}" for value in (summary["first"], summary["best"]))
     table = {
         f"mean {by}, first image": first,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmalign.errors import BadInput, refusing
 from mmalign.policy.protocol import Policy
-from mmalign.refine.loop import Refinement, Settings, refine
+from mmalign.refinement.loop import Refinement, Settings, refine
 from mmalign.runs.folder import ROWS_ARE_WHOLE, failing
 from mmalign.runs.outputs import make_folder
 from reward_models import Prompt, RewardModel, files, overlay, tables
@@ -51,7 +51,7 @@ def refine_prompts(
     about: Mapping[str, Any] | None = None,
     progress: Callable[[Iterable[Row], int], Iterable[Row]] = lambda rows, total: rows,
 ) -> Refined:
-    """Refine prompts (`mmalign.refine.loop.refine`) into the folder `out`, `batch` at a time. Prompts that are done
+    """Refine prompts (`mmalign.refinement.loop.refine`) into the folder `out`, `batch` at a time. Prompts that are done
     there are not done again.
 
     `images` by prompt id are begun from, where given. `about` are facts that must be those of the folder too, such as

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmalign.errors import BadInput
 from mmalign.policy.protocol import Policy
-from mmalign.refine.redraw import Attempt, Base, cost, draw
+from mmalign.refinement.redraw import Attempt, Base, cost, draw
 from mmalign.rewards.judge import score
 from mmalign.seeds import seed_of
 from mmalign.types import Latents
@@ -54,6 +54,18 @@ class Settings:
     guidance: float = 1.0
     steps: int = 10
     seed: int = 0
+
+    def check(self, adapter: bool) -> None:
+        """BadInput for moves that are not known or cannot be made, with or without an adapter."""
+        unknown = [move for move in self.moves if move not in MOVES]
+        if unknown or not self.moves:
+            raise BadInput(f"moves: {', '.join(unknown) or 'none'}; known are {', '.join(MOVES)}")
+        if "strength" in self.moves and not adapter:
+            raise BadInput("moves: strength makes more of an adapter; give one")
+        if "cut" in self.moves and not 0 < self.cut < 1:
+            raise BadInput(f"cut {self.cut}: a time between 0 (the image) and 1 (noise) is needed")
+        if {"region", "keep"} & {*self.moves} and self.steps < 3:
+            raise BadInput(f"steps {self.steps}: inpainting takes at least 3")
 
 
 class Move(NamedTuple):

@@ -1,0 +1,51 @@
+"""Imports, help and refusals are quick: they import none of the libraries that the work needs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import reward_models
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {  # what the project requires, without typer, rich and what these need
+    "PIL", "accelerate", "diffusers", "jaxtyping", "jinja2", "matplotlib", "numpy", "open_clip", "peft", "pydantic",
+    "safetensors", "scipy", "torch", "torchvision", "transformers", "yaml",
+}  # fmt: skip
+COMMAND = "import sys; from mmalign.cli import main; sys.argv = ['mmalign', *{arguments}]; main()"
+
+
+def imported(code: str) -> set[str]:
+    """The heavy libraries among the modules of a new process after `code`, which may end it."""
+    ending = "import sys, json\ntry:\n    exec(sys.argv[1])\nexcept SystemExit:\n    pass\n"
+    ending += "print('\\n' + json.dumps([*sys.modules]))"
+    command = [sys.executable, "-c", ending, code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    return HEAVY & {name.partition(".")[0] for name in json.loads(result.stdout.splitlines()[-1])}
+
+
+@pytest.mark.parametrize("package", ["mmalign", "reward_models"])
+def test_a_package_is_imported_quickly(package):
+    assert imported(f"import {package}") == set()
+
+
+def test_the_list_of_commands_is_shown_quickly():
+    assert imported(COMMAND.format(arguments=["--help"])) == set()
+
+
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "quikstart"], ["score", "--batch", "x"]])
+def test_a_command_imports_what_it_needs_when_it_begins(arguments):
+    assert imported(COMMAND.format(arguments=arguments)) <= {"pydantic"}  # which typer itself imports
+
+
+def test_the_probe_sees_a_heavy_import():
+    assert "numpy" in imported("import numpy")
+
+
+def test_public_names_are_there():
+    for name in reward_models.__all__:
+        assert getattr(reward_models, name).__name__ == name
+    with pytest.raises(AttributeError, match="'reward_models' has no attribute 'nothing'"):
+        _ = reward_models.nothing
