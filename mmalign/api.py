@@ -12,9 +12,10 @@ Mistakes raise `mmalign.errors.BadInput`, a ValueError, in one line; failures wh
 
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 
 from mmalign import given, policy as policies, run as runs
+from mmalign.activity import counted
 from mmalign.config import load as configs
 from mmalign.config.checks import component
 from mmalign.config.paths import locate
@@ -305,12 +307,11 @@ def refine(
     rounds: int = 4, forwards: float | None = None, patience: int | None = None, cut: float = 0.9,
     strength: float = 1.5, steps: int = 10, guidance: float | None = None, seed: int = 0,
     adapter: str | Path | None = None, batch: int = 64,
-    progress: Callable[[Iterable[Row], int], Iterable[Row]] = lambda rows, total: rows,
 ) -> Refined:  # fmt: skip
     """Draw an image of each prompt, have it criticised, draw again, and keep the best one; nothing is trained. The
     settings are those of `mmalign.refinement.loop.Settings`; `rounds` counts all images of a prompt. Prompts that are
     done in the folder `out` are not done again. With `images`, a folder or table of pictures and their prompts, the
-    first images are those. `progress` wraps the rows while they are made, and gets their number.
+    first images are those.
 
         result = mmalign.refine("assets/tiny_sd3", ["a purple circle and a square"], out="refined")
         result.rows[0]["rounds"], result.summary  # every image with its scores and critique; refined/best has the best
@@ -335,7 +336,8 @@ def refine(
                 wanted, pictures = read_pictures(Path(locate(str(images))), policy.image_size)
         given.warn_cut(wanted, policy, scorer)
         rules = replace(rules, guidance=policy.guidance)
-        return trace.refine_prompts(policy, scorer, wanted, rules, Path(out), batch, pictures, name, about, progress)
+        shown = partial(counted, name="refining", unit="prompts")
+        return trace.refine_prompts(policy, scorer, wanted, rules, Path(out), batch, pictures, name, about, shown)
 
 
 def _fresh(folder: Path) -> Path:

@@ -6,20 +6,20 @@ One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluat
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmalign.activity import Work, doing
 from mmalign.config import load as configs
 from mmalign.config.schema import TRAINING, Config
 from mmalign.distributed.processes import join
 from mmalign.evaluation import evaluate, layouts
-from mmalign.reporting import trackers as tracking
+from mmalign.reporting import progress, trackers as tracking
 from mmalign.reporting.trackers import Trackers
 from mmalign.rewards.judge import silent, stop_if_failing
 from mmalign.runs import alarms, checkpoint, folder
@@ -53,6 +53,7 @@ class Training:
     run: Session
     out: Path
     console: Console
+    show_progress: progress.Refresh
     done: int
 
     def rows(self, stop: Stop) -> Iterator[Row]:
@@ -84,25 +85,26 @@ class Training:
         clock.read()  # what came before belongs to no iteration
         evaluated = ranks.all_gather_object([row["iteration"] for row in watch.evaluations], "what was evaluated")[0]
         try:
-            with _progress(console) as bar:
-                task = bar.add_task("training", total=c.iterations, completed=self.done, note="")
+            with doing("training", "iterations", c.iterations, self.done, _besides(run, self.done, evaluated)) as work:
                 while True:
                     last = self.done == c.iterations or watch.ended
+                    if watch.ended:  # before all iterations
+                        work.to_do |= {"iterations": 0, "checkpoints": 0, "images": _images(run, self.done, last)}
                     if run.held_out and (last or _shown(c, self.done)) and self.done not in evaluated:
                         watch.evaluations.append(_evaluate(run, out, self.done, last, trackers, console))
+                        work.did("images", _images(run, self.done, last))
+                        self.show_progress()
                     if last:
                         break
                     with stop.finishing():
-                        row = self._step(trackers, stop, watch)
-                        note = f"reward {row['reward']:.3f}  {row['nfe_per_second']:.0f} NFE/s"
-                        bar.update(task, completed=self.done, note=note)
+                        row = self._step(trackers, stop, watch, work)
                     yield row
         except Stopped:
             name = stop.received.name
             console.print(f"stopped by {name} after iteration {self.done}; --resume continues from there")
             raise
 
-    def _step(self, trackers: Trackers, stop: Stop, watch: alarms.Watch) -> Row:
+    def _step(self, trackers: Trackers, stop: Stop, watch: alarms.Watch, work: Work) -> Row:
         """One iteration, logged, and saved where a checkpoint is due."""
         run, out = self.run, self.out
         c, clock, ranks = run.config, run.clock, run.ranks
@@ -117,10 +119,13 @@ class Training:
                 if shown and trackers.working:
                     trackers.show(tracking.credit(out, self.done), self.done)
             watch.look(row, run.learner.skips.reasons)
+        work.notes = f"reward {row['reward']:.3f}", f"{row['nfe_per_second']:.0f} NFE/s"
+        work.did("iterations")
         stop.share(ranks.all_gather_object(stop.received, "signals"))
         if stop.received or watch.ended or shown or self.done % c.checkpoint_every == 0:
             with clock.of("io"):
                 saving.save(run, out, self.done)
+            work.did("checkpoints")
         return row
 
 
@@ -135,7 +140,8 @@ def opened(
         console, out = (console or Console()) if ranks.main else Console(quiet=True), Path(c.out)
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         ranks.assert_equal(c.model_dump_json(), "the config")
-        with folder.locked(out, say) if ranks.main else nullcontext(), finite.oom_as_failed():
+        locked = folder.locked(out, say) if ranks.main else nullcontext()
+        with locked, finite.oom_as_failed(), progress.shown(console) as show_progress:
             if ranks.main:
                 folder.check(out, c, resume)
                 with folder.failing(out):
@@ -154,7 +160,7 @@ def opened(
             ranks.assert_equal(
                 [done, fingerprint(run.policy.adapter(), digits=16)], "the iteration and the adapter to start with"
             )
-            yield Training(c, run, out, console, done)
+            yield Training(c, run, out, console, show_progress, done)
 
 
 def _shown(c: Config, done: int) -> bool:
@@ -165,6 +171,22 @@ def _shown(c: Config, done: int) -> bool:
 def in_between(c: Config, held_out: int) -> int:
     """Evaluations between the first and the last use every n-th held-out prompt; returns n."""
     return max(1, held_out // c.eval_prompts) if c.eval_prompts else 1
+
+
+def _images(run: Session, done: int, last: bool) -> int:
+    """The images of the evaluation after `done` iterations."""
+    if last or done == 0:
+        return len(run.held_out) * run.config.eval_seeds
+    return len(run.held_out[:: in_between(run.config, len(run.held_out))])
+
+
+def _besides(run: Session, done: int, evaluated: Collection[int]) -> dict[str, int]:
+    """What a run still takes besides iterations, after `done` of them: checkpoints, and images of evaluations."""
+    c = run.config
+    states = range(done, c.iterations + 1)
+    shown = [i for i in states if _shown(c, i) and i not in evaluated]
+    saved = [i for i in states if i > done and (_shown(c, i) or i % c.checkpoint_every == 0)]
+    return {"images": sum(_images(run, i, i == c.iterations) for i in shown), "checkpoints": len(saved)}
 
 
 def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers, console: Console) -> dict:
@@ -217,10 +239,3 @@ def _stop_if_failing(run: Session, done: int, result: evaluate.Evaluation) -> No
     stop_if_failing(
         {i: result.failures.get(i, silent(parts)) for i in missing}, len(result.images), run.config.max_failed
     )
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(), console=console,
-    )  # fmt: skip

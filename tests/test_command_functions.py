@@ -83,21 +83,24 @@ def pictures(tmp_path):
 
 @pytest.mark.parametrize("name", ["scores.jsonl", "scores.csv"])
 def test_files_are_scored_from_python(pictures, tmp_path, name):
-    warnings, totals = [], []
+    warnings, counts = [], []
 
-    def progress(rows, total):
-        totals.append(total)
+    def progress(rows, done, total):
+        counts.append((done, total))
         return rows
 
     scorers = {"image_stats": load("image_stats")}
     result = score_files(pictures, scorers, tmp_path / name, warn=warnings.append, progress=progress)
-    assert (result.scored, totals, result.summary["images"]) == (3, [3], 3)
+    assert (result.scored, counts, result.summary["images"]) == (3, [(0, 3)], 3)
     assert warnings == [f"left out of {pictures}: 1 x .doc"]
     assert [row["image"] for row in result.rows] == ["0.png", "1.png", "2.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", name]
     if name == "scores.jsonl":
         again = score_files(pictures, lambda: scorers, tmp_path / name)
         assert (again.scored, again.rows, again.summary) == (0, result.rows, result.summary)
+        Image.new("RGB", (16, 16)).save(pictures / "3.png")
+        score_files(pictures, scorers, tmp_path / name, progress=progress)
+        assert counts[1:] == [(3, 4)]
 
 
 def test_scorers_are_loaded_after_the_files_are_checked(tmp_path):

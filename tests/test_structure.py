@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "mmalign").rglob("*.py"), *(ROOT / "reward_models").rglob("*.py")])
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 ORDER = (  # of the parts of mmalign: each imports only those before it
-    "errors", "types", "seeds", "flow", "credit", "selection", "learn", "sampling", "policy", "objectives", "rewards",
-    "data", "distributed", "config", "runs", "evaluation", "pages", "refinement", "reporting", "training", "train",
-    "run", "checks", "given", "api", "cli",
+    "errors", "activity", "types", "seeds", "flow", "credit", "selection", "learn", "sampling", "policy", "objectives",
+    "rewards", "data", "distributed", "config", "runs", "evaluation", "pages", "refinement", "reporting", "training",
+    "train", "run", "checks", "given", "api", "cli",
 )  # fmt: skip
 MATHS = ("flow", "credit", "selection", "learn", "sampling", "objectives")
 ABOUT_FILES = ("allowlist", "files", "limits", "model_folders", "lengths", "weights")  # nothing that scores

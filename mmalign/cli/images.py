@@ -92,22 +92,31 @@ def sample(
     """Sample images by ODE; a seed gives the image the stock pipeline gives for it."""
     from mmalign import api
     from mmalign.evaluation import generate
-    from mmalign.refinement.velocity import guided_in_boxes
 
     wanted = read_prompts(prompt, prompts)
     _check_adapter(adapter, strength, boxes, edge)
     scorers = _best_scorer(best, len(seeds), keep, after, steps, settings, strength is not None or bool(boxes))
-    policy = load_policy(model, guidance, adapter)
-    make_folder(out)
+    with output.progressing():
+        policy = load_policy(model, guidance, adapter)
+        make_folder(out)
+        if scorers:
+            result = api.best_of_n(policy, wanted, best, seeds, steps, keep, after, scorers=scorers, batch=batch)
+        else:
+            output.warn_cut((one.text for one in wanted), policy)
+            velocity = _velocity(policy, strength, boxes, edge)
+            rows = generate.sample_images(policy, wanted, seeds, steps, out, batch, velocity)
     if scorers:
-        result = api.best_of_n(policy, wanted, best, seeds, steps, keep, after, scorers=scorers, batch=batch)
         _show_best(result, result.save(wanted, seeds, out), best, keep, out, as_json)
-        return
-    output.warn_cut((one.text for one in wanted), policy)
+    else:
+        output.show(rows, as_json, f"{len(rows)} images in {out}")
+
+
+def _velocity(policy: Any, strength: float | None, boxes: list[Box] | None, edge: float) -> Any:
+    """The velocity with so much of the adapter, everywhere or in boxes. BadInput."""
+    from mmalign.refinement.velocity import guided_in_boxes
+
     with refusing():
-        velocity = guided_in_boxes(policy, 1.0 if strength is None else strength, boxes or [], edge)
-    rows = generate.sample_images(policy, wanted, seeds, steps, out, batch, velocity)
-    output.show(rows, as_json, f"{len(rows)} images in {out}")
+        return guided_in_boxes(policy, 1.0 if strength is None else strength, boxes or [], edge)
 
 
 def _check_adapter(adapter: Path | None, strength: float | None, boxes: list[Box] | None, edge: float) -> None:
@@ -190,22 +199,29 @@ def evaluate(
     wanted = read_prompts(None, prompts)
     _check_out(out, layout, wanted)
     check_file(reference, "--reference", references.ours)
-    scorers, policy = load_scorers(rewards), load_policy(model, guidance, adapter)
-    result = api.evaluate(policy, wanted, scorers, seeds=members, steps=steps, batch=batch)
+    with output.progressing():
+        scorers, policy = load_scorers(rewards), load_policy(model, guidance, adapter)
+        result = api.evaluate(policy, wanted, scorers, seeds=members, steps=steps, batch=batch)
     if out is not None:
         layouts.write(result, wanted, out, layout)
     if reference is not None:
-        references.RewardStats.measure(result, policy.fingerprint(), scorers).save(reference)
-        if len(result.images) < references.ENOUGH:
-            output.warn(f"{reference} rests on {len(result.images)} images; {references.ENOUGH} are better")
+        _save_reference(reference, result, policy, scorers)
     row = {"images": len(result.images), "means": evaluation.means_by_tag(result, wanted)}
     shown = [tables.means(row["means"], f"{row['images']} images, {steps} steps")]
     if compare:
-        with policy.reference():
+        with output.progressing(), policy.reference():
             before = api.evaluate(policy, wanted, scorers, seeds=members, steps=steps, batch=batch)
         row["rises"] = evaluation.compared(before, result, wanted)
         shown.append(tables.rises(row))
     output.show(row, as_json, *shown)
+
+
+def _save_reference(file: Path, result: Any, policy: Any, scorers: dict[str, Any]) -> None:
+    from mmalign.evaluation import reference as references
+
+    references.RewardStats.measure(result, policy.fingerprint(), scorers).save(file)
+    if len(result.images) < references.ENOUGH:
+        output.warn(f"{file} rests on {len(result.images)} images; {references.ENOUGH} are better")
 
 
 def _check_base(adapter: Path | None, reference: Path | None, compare: bool) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmalign.activity import doing
 from mmalign.cli.options import Setting
 from mmalign.errors import BadInput, refusing
 from reward_models import Prompt
@@ -34,6 +35,6 @@ def load_scorers(
         if setting.scorer not in of_scorer:
             raise BadInput(f"--set {setting.text!r} must look like scorer.key=value, with one of {', '.join(names)}")
         of_scorer[setting.scorer][setting.key] = setting.value
-    with refusing():
+    with refusing(), doing("loading scorers"):
         scorers = {name: load(name, **given) for name, given in of_scorer.items()}
         return {name: Cached(scorer, cache) for name, scorer in scorers.items()} if cache else scorers

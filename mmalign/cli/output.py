@@ -5,13 +5,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import track
 
 from mmalign.errors import Failed
+from mmalign.reporting import progress
 
 console = Console(markup=False)  # names and texts from files are printed literally
 LONGEST = 2000  # characters of the line that ends a command
@@ -56,9 +56,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def progress(rows: Iterable[Any], total: int, title: str) -> Iterable[Any]:
-    """The rows, with a progress bar on standard error while they are made; no bar for none."""
-    return track(rows, title, total, console=Console(stderr=True), disable=not total)
+def progressing() -> AbstractContextManager:
+    """Shows inside on standard error what the command is doing."""
+    return progress.shown(Console(stderr=True))
 
 
 # ----------------------------------------------------------------------------------------------------- standard output

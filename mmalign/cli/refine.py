@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,9 +61,6 @@ Pairs = Annotated[Path | None, output_option(help="JSONL for the best against th
 Requests = Annotated[Path | None, output_option(help="JSONL for the revised requests that gained")]
 
 
-progress = partial(output.progress, title="refining")
-
-
 def refine(
     prompt: PromptTexts = None,
     prompts: Prompts = None,
@@ -97,12 +93,13 @@ def refine(
     from mmalign import api
 
     _check((prompt, prompts, images), page, pairs, requests)
-    scorers = load_scorers([critic], settings, cache)
-    result = api.refine(
-        model, None if images else read_prompts(prompt, prompts), scorers, out=out, images=images, moves=moves, by=by,
-        good=good, rounds=rounds, forwards=forwards, patience=patience, cut=cut, strength=strength, steps=steps,
-        guidance=guidance, seed=seed, adapter=adapter, batch=batch, progress=progress,
-    )  # fmt: skip
+    with output.progressing():
+        scorers = load_scorers([critic], settings, cache)
+        result = api.refine(
+            model, None if images else read_prompts(prompt, prompts), scorers, out=out, images=images, moves=moves,
+            by=by, good=good, rounds=rounds, forwards=forwards, patience=patience, cut=cut, strength=strength,
+            steps=steps, guidance=guidance, seed=seed, adapter=adapter, batch=batch,
+        )  # fmt: skip
     _report(result, by or scorers[critic].names[0], out, page, pairs, requests, as_json)
 
 

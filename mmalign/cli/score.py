@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mmalign.activity import counted
 from mmalign.cli import output, tables
 from mmalign.cli.inputs import load_scorers
 from mmalign.cli.options import Allow, Cache, Json, Rewards, ScorerSettings, output_option, parse_prompt
@@ -51,8 +52,8 @@ def score(
     check_file(page, "--html", gallery.ours)
     source = Path(paths.locate(str(source)))
     scorers = partial(load_scorers, rewards, settings, cache)
-    progress = partial(output.progress, title="scoring")
-    with refusing(), folder.failing(out, folder.ROWS_ARE_WHOLE):
+    progress = partial(counted, name="scoring", unit="images")
+    with refusing(), folder.failing(out, folder.ROWS_ARE_WHOLE), output.progressing():
         result = score_files(source, scorers, out, prompt, batch, output.warn, progress)
     rows, summary = result.rows, result.summary
     if page is not None:

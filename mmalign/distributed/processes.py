@@ -35,6 +35,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Parameter
 
+from mmalign.activity import doing
 from mmalign.errors import BadInput, Lost, Orphaned, refusing
 
 T = TypeVar("T")
@@ -188,7 +189,8 @@ class Ranks:
         if self.size > 1:
             self.barriers += 1
             self._post(what)
-            self._wait(what)
+            with doing("waiting for other processes"):
+                self._wait(what)
 
     @contextmanager
     def failing(self) -> Iterator[None]:

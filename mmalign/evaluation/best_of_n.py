@@ -117,5 +117,5 @@ def _scored(
 ) -> tuple[Float[Tensor, "N 3 H W"], Float[Tensor, "N"], Mapping[int, str]]:
     """Images, scores, and the reasons of missing scores by row."""
     images = torch.cat([policy.decode(part).cpu() for part in latents.split(batch)])
-    scored = score(images, [prompts[p] for p in owner.tolist()], {"by": scorer})
-    return images, scored.parts[f"by.{component}"], scored.failures
+    scored = score(images, [prompts[p] for p in owner.tolist()], {"the scorer": scorer})
+    return images, scored.parts[f"the scorer.{component}"], scored.failures

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchvision.utils import save_image
 
+from mmalign.activity import doing
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import chunks, sample
 from mmalign.policy.protocol import Policy
@@ -75,8 +76,10 @@ def trajectories(
     velocity: Velocity | None = None,
 ) -> Iterator[Trajectories]:
     """ODE trajectories from each initial noise, for the prompt `owner` of each row, `batch` at a time."""
-    for rows in chunks(len(noise), batch):
-        used, index = owner[rows].unique(return_inverse=True)
-        cond = policy.encode([prompts[p].text for p in used.tolist()])
-        index = index.to(policy.device)
-        yield sample(velocity or policy.velocity, noise[rows], cond, index, ode(times), batch=batch)
+    with doing("sampling", "images", len(noise)) as work:
+        for rows in chunks(len(noise), batch):
+            used, index = owner[rows].unique(return_inverse=True)
+            cond = policy.encode([prompts[p].text for p in used.tolist()])
+            index = index.to(policy.device)
+            yield sample(velocity or policy.velocity, noise[rows], cond, index, ode(times), batch=batch)
+            work.did("images", len(index))

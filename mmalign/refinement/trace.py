@@ -49,14 +49,14 @@ def refine_prompts(
     images: Mapping[int, Float[Tensor, "1 3 H W"]] | None = None,
     name: str = "critic",
     about: Mapping[str, Any] | None = None,
-    progress: Callable[[Iterable[Row], int], Iterable[Row]] = lambda rows, total: rows,
+    progress: Callable[[Iterable[Row], int, int], Iterable[Row]] = lambda rows, done, total: rows,
 ) -> Refined:
     """Refine prompts (`mmalign.refinement.loop.refine`) into the folder `out`, `batch` at a time. Prompts that are done
     there are not done again.
 
     `images` by prompt id are begun from, where given. `about` are facts that must be those of the folder too, such as
-    the model. `progress` wraps the rows while they are made and gets their number. BadInput where the folder holds the
-    work of other settings or prompts; Failed where it cannot be written.
+    the model. `progress` wraps the rows while they are made and gets how many prompts were done before, and how many
+    there are. BadInput where the folder holds the work of other settings or prompts; Failed where it cannot be written.
     """
     make_folder(out)
     with failing(out, ROWS_ARE_WHOLE):
@@ -67,7 +67,7 @@ def refine_prompts(
         first = None if images is None else torch.cat([images[prompt.id] for prompt in some])
         return refine(policy, critic, some, settings, batch, first, name)
 
-    for row in progress(_run(left, batch, refined, out), len(left)):
+    for row in progress(_run(left, batch, refined, out), len(rows), len(prompts)):
         rows[row["id"]] = row
     ordered = [rows[prompt.id] for prompt in prompts]
     result = summary(ordered, settings.by or critic.names[0]) | {"before": len(prompts) - len(left), "out": str(out)}

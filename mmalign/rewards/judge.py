@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign import errors
+from mmalign.activity import doing
 from mmalign.errors import Failed
 from mmalign.rewards.combination import Combination
 from mmalign.rewards.regions import marked, signs
@@ -41,7 +42,8 @@ def score(images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: 
     scored = Scored({}, {}, {}, {})
     for name, scorer in scorers.items():
         try:
-            scores = _placed(score_isolated(scorer, images, prompts), tuple(images.shape[2:]))
+            with doing(f"scoring {len(images)} images by {name}"):
+                scores = _placed(score_isolated(scorer, images, prompts), tuple(images.shape[2:]))
         except Infinite as error:
             raise errors.non_finite(f"scores of {name}", prompts, error.rows) from error
         except Unusable as error:

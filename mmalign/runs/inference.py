@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import policy as policies
+from mmalign.activity import doing
 from mmalign.config import paths
 from mmalign.errors import refusing
 
@@ -22,7 +23,7 @@ def load_policy(model: str, guidance: float | None = None, adapter: Path | None 
     chosen = None if adapter is None else adapters.read(adapter)
     if chosen is not None:
         model, guidance = chosen.model or model, chosen.guidance if guidance is None else guidance
-    with refusing():
+    with refusing(), doing("loading the model"):
         policy = policies.load(
             paths.locate(model),
             dtype=chosen.precision if chosen else "float32",

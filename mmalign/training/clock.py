@@ -7,6 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmalign.activity import doing
+
+PHASES = {  # what a phase is shown as while it lasts
+    "rollout": "sampling", "decode": "decoding", "reward": "scoring", "learn": "learning", "evaluate": "evaluating",
+    "io": "saving",
+}  # fmt: skip
+
 
 @dataclass
 class Clock:
@@ -22,7 +29,8 @@ class Clock:
     def of(self, name: str) -> Iterator[None]:
         start = self.now()
         try:
-            yield
+            with doing(PHASES.get(name, name)):
+                yield
         finally:
             self.seconds[name] += self.now() - start
 

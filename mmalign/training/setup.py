@@ -7,6 +7,7 @@ from functools import partial
 from types import MappingProxyType
 
 from mmalign import policy as policies
+from mmalign.activity import doing
 from mmalign.config.checks import component
 from mmalign.config.methods import named
 from mmalign.config.paths import locate
@@ -57,7 +58,7 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     ranks = ranks or join(c.patience)
     _check_ranks(c, ranks)
     prompts = _prompts(None if c.records else c.prompts, given.prompts)
-    with refusing():
+    with refusing(), doing("loading model and scorers"):
         scorers = load_scorers(c, [*c.trained, *c.watch], given.scorers)
         policy, weights = load_policy(c, str(ranks.accelerator.device), given.policy)
         known = reference.load(c, weights, scorers) if c.reference else None

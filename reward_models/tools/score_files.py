@@ -52,15 +52,15 @@ def score_files(
     prompt: str | None = None,
     batch: int = 64,
     warn: Callable[[str], None] = lambda line: None,
-    progress: Callable[[Iterable[Row], int], Iterable[Row]] = lambda rows, total: rows,
+    progress: Callable[[Iterable[Row], int, int], Iterable[Row]] = lambda rows, done, total: rows,
 ) -> ScoredFiles:
     """Score the images of a folder or table (`read`) into the file `out` (JSONL, CSV or Parquet), and summarise.
 
     Images that already have scores in a JSONL file are not scored again (`resume`). `prompt` is used for all images
     that have none. `scorers` by name, or a function that loads them, called after `source` and `out` have been checked.
-    `warn` gets one line for each kind of file left out and for truncated prompts. `progress` gets the iterable of rows
-    and their number. ValueError, in one line, for a source that cannot be scored at all; OSError if `out` cannot be
-    written, which then still holds the rows that are complete.
+    `warn` gets one line for each kind of file left out and for truncated prompts. `progress` gets the iterable of rows,
+    how many images were scored before, and how many there are. ValueError, in one line, for a source that cannot be
+    scored at all; OSError if `out` cannot be written, which then still holds the rows that are complete.
     """
     record = _record(out)
     items, choices = read(source, prompt, out)
@@ -71,7 +71,7 @@ def score_files(
     done, left = resume(record, items, scorers)
     for line in _warnings(source, items, left, scorers):
         warn(line)
-    for row in progress(score(left, scorers, batch), len(left)):
+    for row in progress(score(left, scorers, batch), len(items) - len(left), len(items)):
         files.append(record, row)
         done[row["image"], row["prompt"]] = row
     rows = [done[item.key] for item in items]

@@ -17,9 +17,10 @@ class Result:
     stderr: str
 
 
-def mmalign(*args) -> Result:
-    """The command line in this process: an uncaught exception fails the test as a traceback would fail the user."""
-    out, err = io.StringIO(), io.StringIO()
+def mmalign(*args, stderr: io.StringIO | None = None) -> Result:
+    """The command line in this process: an uncaught exception fails the test as a traceback would fail the user.
+    `stderr` may be one that passes for a terminal."""
+    out, err = io.StringIO(), stderr or io.StringIO()
     argv = ["mmalign", *map(str, args)]
     as_before = (patch.object(sys, "argv", argv), patch.dict(os.environ))
     with as_before[0], as_before[1], contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
