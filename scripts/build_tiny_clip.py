@@ -230,7 +230,10 @@ lets `clip`, the learned scorer, run anywhere without a download. {parameters:,}
 
 ## How it was made
 
-    {command}
+<!-- needs: hours -->
+```
+{command}
+```
 
 {images:,} pictures drawn by `reward_models.shapes_world` for {training:,} captions; {steps:,} AdamW steps of {batch}
 pairs with CLIP's contrastive loss (arXiv 2103.00020), half of each batch of one kind of caption, pairs with the same

@@ -1,7 +1,7 @@
 """Kill a run with SIGKILL at random moments, resume it until it is finished, compare with an uninterrupted run.
 
-    OMP_NUM_THREADS=1 python scripts/kill_and_resume.py configs/quickstart.yaml --kills 50 iterations=12 eval_every=4 \
-        checkpoint_every=2 prompts_per_iteration=2 eval_prompts=4 eval_seeds=1
+    OMP_NUM_THREADS=1 python scripts/kill_and_resume.py configs/quickstart.yaml --kills 50 iterations=12 cooldown=0 \
+        eval_every=4 checkpoint_every=2 prompts_per_iteration=2 eval_prompts=4 eval_seeds=1
 
 Every second kill waits for a checkpoint that is being written. The children are forked after all imports: they are
 separate processes, and start in a fraction of a second. Exit code 1 if a finished run differs in a bit of its adapter,

@@ -1,4 +1,4 @@
-"""The pages: their links and file names lead to files, and the index lists every page."""
+"""The pages: their links and file names lead to files, and the indexes list every page, module and paper."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("assets/*/README.md")])
+PAPER = re.compile(r"\b\d{4}\.\d{5}\b")  # arXiv
 CODE = re.compile(r"`((?:mmalign|reward_models|scripts|tests|configs|assets|docs)/[\w./*-]+)`")
 
 
@@ -19,15 +20,27 @@ def test_links_and_file_names_lead_to_files(page):
     assert [name for name in CODE.findall(text) if not list(ROOT.glob(name.rstrip("/")))] == []
 
 
-@pytest.mark.parametrize("folder", ["docs", "docs/methods"])
+@pytest.mark.parametrize("folder", ["docs", "docs/api", "docs/methods"])
 def test_the_index_lists_every_page(folder):
     index = (ROOT / folder / "README.md").read_text(encoding="utf-8")
     pages = sorted(page.name for page in (ROOT / folder).glob("*.md") if page.name != "README.md")
     assert [page for page in pages if f"({page})" not in index] == []
 
 
-def test_the_readme_lists_every_module_and_package():
-    tree = re.search(r"^## Layout\n\n```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_every_paper_is_in_the_index_of_papers():
+    index = PAPER.findall((ROOT / "docs/papers.md").read_text(encoding="utf-8"))
+    roots = ("mmalign/**/*.py", "reward_models/**/*.py", "configs/*.yaml", "docs/**/*.md", "*.md")
+    texts = [path.read_text(encoding="utf-8") for root in roots for path in ROOT.glob(root)]
+    assert sorted({paper for text in texts for paper in PAPER.findall(text)} - {*index}) == []
+
+
+def test_the_layout_lists_every_module_and_package():
+    page = (ROOT / "docs/code.md").read_text(encoding="utf-8")
+    tree = re.search(r"^## Layout\n\n```text\n(.*?)```", page, re.M | re.S)
     listed, package = set(), ""
     for line in tree[1].splitlines():
         name = line.split()[0]

@@ -414,7 +414,7 @@ def test_a_service_that_ends_takes_no_more_and_says_so():
 
 # ------------------------------------------------------------------------------------------------------ hostile callers
 
-MOST = 3 * 2**30  # bytes of memory, one request after another; docs/scorers.md says how much more many at once take
+MOST = 3 * 2**30  # bytes of memory, one request after another; docs/serve.md says how much more many at once take
 
 
 def most_memory(process) -> int:
