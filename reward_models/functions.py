@@ -26,6 +26,11 @@ class FunctionScorer:
     with a tensor type; `prompts` the texts. `columns` are the fields of the prompts' ground truth which the function
     has parameters for (all of them with `**columns`), a list of N values each, None where a prompt has no such field.
 
+        def brightness(images, prompts):
+            return [image.convert("L").resize((1, 1)).getpixel((0, 0)) / 255 for image in images]
+
+        FunctionScorer(brightness)(torch.rand(2, 3, 32, 32), [Prompt("a"), Prompt("b")]).values  # [2, 1]
+
     What the function raises, and a returned value other than a finite number, is a failure of its image, with the
     reason. ValueError for a function that does not take images and prompts.
     """

@@ -47,6 +47,9 @@ def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardMode
     ValueError, in one line: an unknown name (similar names are listed), a module that is not allowed
     (`reward_models.allowlist`), a missing module or attribute, unknown settings, or invalid ones. A scorer's module is
     imported only when it is loaded. A setting that begins with `~/` is a path in the home folder.
+
+        scores = load("clip")(torch.rand(2, 3, 32, 32), [Prompt("a red circle"), Prompt("two squares")])
+        scores.column("cosine")  # [2]
     """
     settings = {
         key: home(value) if isinstance(value, str) and HOME.match(value) else value for key, value in settings.items()

@@ -1,11 +1,13 @@
 """The Python API: the same runs, images and scores as the command line's, from objects."""
 
+import inspect
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ import mmalign
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
 from mmalign.runs import checkpoint
-from reward_models import Prompt, load
+from reward_models import FunctionScorer, Prompt, load, score_files
 from reward_models.combine import Ramp
 from reward_models.images import to_pil
 from reward_models.scorers.jpeg_size import JpegSize
@@ -227,7 +229,7 @@ def test_two_processes_learn_as_one(settings, config, tmp_path):
         (dict(model=object()), "the object is not a pipeline of a known family: StableDiffusion3Pipeline"),
         (dict(out="."), "already holds a run"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_mistakes_are_one_line(change, says, settings, config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -237,6 +239,35 @@ def test_mistakes_are_one_line(change, says, settings, config, tmp_path, monkeyp
         mmalign.align(**{"config": config, "out": "run", **arguments})
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        mmalign.align,
+        mmalign.open,
+        mmalign.evaluate,
+        mmalign.best_of_n,
+        mmalign.refine,
+        load,
+        FunctionScorer,
+        score_files,
+    ],
+    ids=lambda thing: thing.__name__,
+)
+def test_the_example_of_each_public_name_runs(thing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(Path(__file__).parents[1] / "assets")
+    code = example(thing)
+    assert thing.__name__ in code
+    names = dict(mmalign=mmalign, redness=redness, load=load, Prompt=Prompt, torch=torch)
+    exec(code.replace("redness)", "redness, iterations=1)"), names | {thing.__name__: thing})
+
+
+def example(thing):
+    """The indented lines of its docstring."""
+    text = inspect.cleandoc(thing.__doc__)
+    return textwrap.dedent("\n".join(line for line in text.split("\n") if line.startswith("    ") or not line))
 
 
 # --------------------------------------------------------------------------------------------------- what a run gives

@@ -46,9 +46,9 @@ class ScoredFiles:
 
 
 def score_files(
-    source: Path,
+    source: str | Path,
     scorers: Mapping[str, RewardModel] | Callable[[], Mapping[str, RewardModel]],
-    out: Path,
+    out: str | Path,
     prompt: str | None = None,
     batch: int = 64,
     warn: Callable[[str], None] = lambda line: None,
@@ -61,7 +61,11 @@ def score_files(
     `warn` gets one line for each kind of file left out and for truncated prompts. `progress` gets the iterable of rows,
     how many images were scored before, and how many there are. ValueError, in one line, for a source that cannot be
     scored at all; OSError if `out` cannot be written, which then still holds the rows that are complete.
+
+        result = score_files("assets/pictures", {"clip": load("clip")}, "scores.jsonl")
+        result.rows[0]["scores"], result.summary["failed"]
     """
+    source, out = Path(source), Path(out)
     record = _record(out)
     items, choices = read(source, prompt, out)
     scorers = scorers() if callable(scorers) else scorers

@@ -8,8 +8,8 @@ from tiny_pipelines import FAMILIES
 from tiny_policies import opened
 from torch import nn
 
-from mmalign.config.paths import ROOT
 from mmalign.policy import lora, meta
+from reward_models import shipped
 
 SIDES = "to_q|to_k|to_v|add_q_proj|add_k_proj|add_v_proj|to_qkv_mlp_proj"
 OUT = r"to_out(\.0)?|to_add_out"
@@ -52,7 +52,7 @@ def test_every_attention_projection_of_every_block_is_adapted(folders, name):
     ],
 )
 def test_the_released_models_have_as_many_by_default(architecture, layers, of):
-    policy = meta.load(str(ROOT / "assets/architectures" / architecture), dtype="bfloat16")
+    policy = meta.load(str(shipped.folder("mmalign") / "assets/architectures" / architecture), dtype="bfloat16")
     assert len(linear(policy.pipe.transformer)) == of
     policy.attach_lora(16, 32.0, None, seed=0)
     assert len(adapted(policy.pipe.transformer)) == layers

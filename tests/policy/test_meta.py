@@ -9,9 +9,9 @@ from tiny_pipelines import FAMILIES, SOME
 from torch import nn
 
 from mmalign import policy as policies
-from mmalign.config.paths import ROOT
 from mmalign.policy import loading, meta
 from mmalign.policy.pipeline import Conditioning
+from reward_models import shipped
 
 ALL = pytest.mark.parametrize("name", SOME)
 
@@ -120,7 +120,7 @@ BILLIONS = {
 
 @pytest.mark.parametrize("hub", meta.ARCHITECTURES)
 def test_the_shipped_architectures_have_the_published_sizes(hub):
-    folder = ROOT / "assets" / "architectures" / meta.ARCHITECTURES[hub]
+    folder = shipped.folder("mmalign") / "assets" / "architectures" / meta.ARCHITECTURES[hub]
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json"}
     policy = meta.load(str(folder), dtype="bfloat16")
     assert policy.image_size == (1024, 1024)
