@@ -180,6 +180,42 @@ def test_ctrl_c_ends_a_script_and_the_run_can_be_resumed(settings, config, tmp_p
     assert "KeyboardInterrupt" in ended.stderr
 
 
+@pytest.mark.parametrize("interactive", [True, False])
+def test_an_interrupt_is_kept_by_a_session_and_ends_a_script(interactive, settings, config, tmp_path, monkeypatch):
+    texts = dict(held_out=None, keep_best=None)
+    whole = mmalign.align(settings["model"], TEXTS, redness, config=config, out=tmp_path / "whole", **texts)
+    calls = []
+
+    def interrupted(images, prompts):
+        calls.append(len(images))
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return redness(images, prompts)
+
+    def align(function, **more):
+        scorers = {"redness": FunctionScorer(redness)}
+        scorers["redness"].function = function
+        return mmalign.align(
+            settings["model"],
+            TEXTS,
+            "redness.score",
+            scorers=scorers,
+            config=config,
+            out=tmp_path / "cut",
+            **texts,
+            **more,
+        )
+
+    if interactive:
+        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+        assert len(align(interrupted).metrics) == 2
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            align(interrupted)
+    assert len(rows(tmp_path / "cut/metrics.jsonl")) == 2
+    assert equal(adapter(align(redness, resume=True).folder), adapter(whole.folder))
+
+
 @pytest.mark.slow
 def test_two_processes_learn_as_one(settings, config, tmp_path):
     script = tmp_path / "script.py"
