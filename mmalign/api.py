@@ -73,7 +73,7 @@ def align(model: Any, prompts: Any, reward: Any, *, config: str | Path = "align"
         run = mmalign.align("assets/tiny_sd3", ["a circle", "two squares"], redness)
         run.save_lora("lora")
     """
-    run = open(model, prompts, reward, config=config, **settings)
+    run = _begin(model, prompts, reward, config, **settings)
     shown = 0
     try:
         for _ in run:
@@ -98,6 +98,12 @@ def open(
 
     What was learnt until then is saved at the end of the block.
     """
+    return _begin(model, prompts, reward, config, resume, **settings)
+
+
+def _begin(
+    model: Any, prompts: Any, reward: Any, config: str | Path, resume: bool = False, **settings: Any
+) -> "Run":  # fmt: skip
     policies.quiet()
     weights, named = given.rewards_of(reward, given.scorers_of(settings.pop("scorers", {})))
     watched = given.scorers_of(settings.pop("watch", ()))

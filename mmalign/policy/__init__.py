@@ -5,6 +5,7 @@ family, write `texts` and `network` in a file (`mmalign.policy.family` lists wha
 table.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,13 +79,16 @@ def checked_index(model: str) -> tuple[Path, Mapping[str, Any]]:
 def quiet() -> None:
     """Switch off the messages and progress bars of the model libraries: the command line has its own, and the libraries
     also raise what they log as errors."""
-    import logging
-
-    for name in ("torch.utils._pytree", "bitsandbytes", "torchao"):  # what they log when a library imports them
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_imports()
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity(logging.CRITICAL)
         library.disable_progress_bar()
+
+
+def quiet_imports() -> None:
+    """Switch off what these log when another library imports them; without importing anything."""
+    for name in ("torch.utils._pytree", "bitsandbytes", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)

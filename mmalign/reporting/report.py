@@ -121,7 +121,7 @@ def _values(run: Path, source: Source) -> dict[str, Any]:
         "sheet": _sheet(run, record.evaluations[-1], source) if record.evaluations and not trained else None,
         "credit": _credit(run, record.credit, source),
         "config": record.text,
-        "on_training_prompts": f"held_out: {TRAINING}" in record.text.splitlines(),
+        "on_training_prompts": f"held_out: {TRAINING}" in files.lines(record.text),
         "last": None,
     }
     if not record.metrics:
