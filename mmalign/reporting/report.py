@@ -200,8 +200,7 @@ def pairs(run: Path, scores: Mapping[str, list[Row]], source: Source, most: int 
 
 
 def _scored(folder: Path, source: Source, caption: str, row: Row) -> Picture:
-    first = _first(row)
-    frame = "" if first is None else "good" if first >= 1 else "bad"
+    frame = {1.0: "good", 0.0: "bad"}.get(_first(row), "")  # other scores are no verdict
     overlay = next(iter(row.get("places", {}).values()), None)
     return _picture(inside(folder, row["image"]), source, caption, frame=frame, overlay=overlay)
 
@@ -344,12 +343,15 @@ def _clipped(metrics: list[Row], axis: Axes) -> None:
     axis.legend()
 
 
-def _by_step(metrics: list[Row]) -> dict[str, Any]:
-    """Means over the last quarter of the iterations, a row per stochastic step."""
+def _by_step(metrics: list[Row]) -> dict[str, Any] | None:
+    """Means over the last quarter of the iterations, a row per stochastic step; None without such metrics."""
     last = metrics[-max(1, len(metrics) // 4) :]
     keys = {key for row in last for key in row if key.rpartition("/")[2].isdigit()}
     steps = sorted({int(key.rpartition("/")[2]) for key in keys})
     names = [name for name in BY_STEP if any(f"{name}/{k}" in keys for k in steps)]
+
+    if not names:
+        return None
 
     def mean(key: str) -> str:
         values = [row[key] for row in last if key in row]
