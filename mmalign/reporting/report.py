@@ -200,7 +200,7 @@ def pairs(run: Path, scores: Mapping[str, list[Row]], source: Source, most: int 
 
 
 def _scored(folder: Path, source: Source, caption: str, row: Row) -> Picture:
-    frame = {1.0: "good", 0.0: "bad"}.get(_first(row), "")  # other scores are no verdict
+    frame = {1.0: "good", 0.0: "bad"}.get(_first(row), "")  # only 1 and 0 are verdicts
     overlay = next(iter(row.get("places", {}).values()), None)
     return _picture(inside(folder, row["image"]), source, caption, frame=frame, overlay=overlay)
 
