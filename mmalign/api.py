@@ -343,7 +343,7 @@ def refine(
 
 def collect(
     model: Any, prompts: Any, rewards: Any, *, seeds: Sequence[int] = (0, 1, 2, 3), by: str = "",
-    out: str | Path = "collected", pairs: Choose = "extremes", margin: float = 0.0, ties: bool = False, steps: int = 10,
+    out: str | Path = "collected", pairs: Choose = "extremes", margin: int | float = 0.0, ties: bool = False, steps: int = 10,
     guidance: float | None = None, adapter: str | Path | None = None, batch: int = 64,
 ) -> Collected:  # fmt: skip
     """Draw an image of each prompt from each seed, score all, and pair the images of a prompt by the score `by`,

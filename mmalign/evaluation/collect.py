@@ -37,7 +37,7 @@ class Pairing:
     `margin` are a preference; others are left out, or with `ties` are a tie."""
 
     choose: Choose = "extremes"
-    margin: float = 0.0
+    margin: int | float = 0.0
     ties: bool = False
 
     def check(self, prompts: int, seeds: int) -> None:
