@@ -343,12 +343,12 @@ def refine(
 
 def collect(
     model: Any, prompts: Any, rewards: Any, *, seeds: Sequence[int] = (0, 1, 2, 3), by: str = "",
-    out: str | Path = "collected", pairs: Choose = "extremes", margin: int | float = 0.0, ties: bool = False, steps: int = 10,
-    guidance: float | None = None, adapter: str | Path | None = None, batch: int = 64,
+    out: str | Path = "collected", pairs: Choose = "extremes", margin: int | float = 0.0, ties: bool = False,
+    steps: int = 10, guidance: float | None = None, adapter: str | Path | None = None, batch: int = 64,
 ) -> Collected:  # fmt: skip
     """Draw an image of each prompt from each seed, score all, and pair the images of a prompt by the score `by`,
     "scorer.component", by default the first of the `rewards`, which are those of `evaluate`. `pairs`: the best image
-    with the worst, or all; a difference of at most `margin` is no preference, and left out or with `ties` a tie. The
+    with the worst, or all; images whose scores differ by at most `margin` are left out, or with `ties` are a tie. The
     folder `out` gets the images, `judged_images.jsonl` to train on, and `pairs.jsonl`; prompts that are done there are
     not done again.
 

@@ -247,7 +247,7 @@ def test_the_judged_images_train_an_iteration(folder, tmp_path, objective):
 def test_python_gives_what_the_command_gives(command, folder, tmp_path):
     result = mmalign.collect(
         "assets/tiny_sd3", command[2], ["shapes", "shapes_critic"], seeds=range(6), by="shapes.partial", steps=4,
-        out=tmp_path, pairs="all",
+        out=tmp_path, pairs="all", batch=7,
     )  # fmt: skip
     assert (tmp_path / "judged_images.jsonl").read_bytes() == (folder / "judged_images.jsonl").read_bytes()
     assert len(result.pairs) > 3

@@ -27,7 +27,7 @@ from mmalign.evaluation import Choose
 
 By = Annotated[str, reward_option(help="score that decides: scorer.component; default: the first")]
 Pairs = Annotated[Choose, output_option(help="the best image of a prompt with the worst, or every two")]
-Margin = Annotated[float, output_option(min=0, help="largest difference of two scores that is no preference")]
+Margin = Annotated[float, output_option(min=0, help="two scores must differ by more than this")]
 Ties = Annotated[bool, output_option("--ties", help="write pairs without a preference as ties")]
 Out = Annotated[Path, output_option(help="folder; prompts that are done there are not done again")]
 
