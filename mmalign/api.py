@@ -1,5 +1,5 @@
-"""What Python users call: `align` fine-tunes a model, `open` does so iteration by iteration; `evaluate`, `best_of_n`
-and `refine` need no training. The command line calls the same functions.
+"""What Python users call: `align` fine-tunes a model, `open` does so iteration by iteration; `evaluate`, `best_of_n`,
+`refine` and `collect` need no training. The command line calls the same functions.
 
 - `model`: the hub id or the folder of a diffusers pipeline, or a loaded pipeline
 - `prompts`: a list of texts, of objects with `prompt` and ground truth, a `datasets.Dataset`, or the name of a file or
@@ -30,8 +30,9 @@ from mmalign.config.checks import component
 from mmalign.config.paths import locate
 from mmalign.data import prompts as prompt_sources
 from mmalign.errors import BadInput, refusing
-from mmalign.evaluation import best_of_n as best, evaluate as evaluation, generate
+from mmalign.evaluation import Choose, best_of_n as best, collect as collection, evaluate as evaluation, generate
 from mmalign.evaluation.best_of_n import Best
+from mmalign.evaluation.collect import Collected, Pairing
 from mmalign.evaluation.evaluate import Evaluation
 from mmalign.policy.protocol import Policy
 from mmalign.refinement import trace
@@ -344,6 +345,37 @@ def refine(
         rules = replace(rules, guidance=policy.guidance)
         shown = partial(counted, name="refining", unit="prompts")
         return trace.refine_prompts(policy, scorer, wanted, rules, Path(out), batch, pictures, name, about, shown)
+
+
+def collect(
+    model: Any, prompts: Any, rewards: Any, *, seeds: Sequence[int] = (0, 1, 2, 3), by: str = "",
+    out: str | Path = "collected", pairs: Choose = "extremes", margin: int | float = 0.0, ties: bool = False,
+    steps: int = 10, guidance: float | None = None, adapter: str | Path | None = None, batch: int = 64,
+) -> Collected:  # fmt: skip
+    """Draw an image of each prompt from each seed, score all, and pair the images of a prompt by the score `by`,
+    "scorer.component", by default the first of the `rewards`, which are those of `evaluate`. `pairs`: the best image
+    with the worst, or all; images whose scores differ by at most `margin` are left out, or with `ties` are a tie. The
+    folder `out` gets the images, `judged_images.jsonl` to train on, and `pairs.jsonl`; prompts that are done there are
+    not done again.
+
+        result = mmalign.collect("assets/tiny_sd3", ["a red circle", "a blue square"], "shapes", by="shapes.partial")
+        result.pairs, result.rows, result.summary  # as in the files; collected/images has the images
+    """
+    wanted, scorers = given.prompts_of(prompts), given.loaded(given.scorers_of(rewards))
+    names = [f"{name}.{part}" for name, scorer in scorers.items() for part in scorer.names]
+    if not names or (by and by not in names):
+        raise BadInput(f"by {by!r}: the rewards give {', '.join(names) or 'nothing'}")
+    if len({*seeds}) < len(seeds) or not seeds:
+        raise BadInput(f"seeds {[*seeds]}: at least one is needed, and none twice")
+    about = {"model": model if isinstance(model, str) else given.GIVEN, "adapter": str(adapter or "")}
+    pairing = Pairing(pairs, margin, ties)
+    with given.drawing(model, guidance, adapter) as policy:
+        given.warn_cut(wanted, policy, *scorers.values())
+        about |= {"guidance": getattr(policy, "guidance", 1.0)}
+        shown = partial(counted, name="collecting", unit="prompts")
+        return collection.collect(
+            policy, wanted, scorers, seeds, by or names[0], steps, Path(out), pairing, batch, about, shown
+        )
 
 
 def _fresh(folder: Path) -> Path:

@@ -8,14 +8,14 @@ from typing import Any
 
 import typer
 
-from mmalign.cli import checks, images, output, refine, runs, score, train
+from mmalign.cli import checks, collect, images, output, refine, runs, score, train
 from mmalign.errors import BadInput, Failed, Orphaned, refusing
 from mmalign.runs.signals import Stopped
 from reward_models import files
 
 COMMANDS = (
     train.train, train.calibrate, checks.estimate, images.sample, images.evaluate, score.score, refine.refine,
-    checks.doctor, score.serve, runs.export, runs.report,
+    collect.collect, checks.doctor, score.serve, runs.export, runs.report,
 )  # fmt: skip
 
 

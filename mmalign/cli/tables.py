@@ -119,6 +119,17 @@ def refined(summary: Mapping[str, Any], by: str) -> Table:
     return table
 
 
+def collected(summary: Mapping[str, Any], by: str) -> Table:
+    """The summary of `mmalign.evaluation.collect.collect`, paired by the score `by`."""
+    table = Table(title=f"{summary['prompts']} prompts, all in {summary['out']}", box=box.SIMPLE, show_header=False)
+    rows = {"images": summary["images"], f"pairs by {by}": summary["pairs"]}
+    rows |= {f"without {by}": summary["unscored"]} if summary["unscored"] else {}
+    rows |= {"done before": summary["before"]} if summary["before"] else {}
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
 def checks(name: str, rows: Sequence[Any]) -> Table:
     """The checks of `doctor`, of a run or of a scorer: `reward_models.tools.examine.Check`."""
     table = _table("check", "", "seen", "what to do", left=4, title=name, title_justify="left", padding=(0, 1))

@@ -98,11 +98,11 @@ def read(path: str | Path, size: tuple[int, int]) -> Records:
 def _record(row: Any, folder: Path, size: tuple[int, int], prompts: dict[str, Prompt]) -> Record:
     if not isinstance(row, dict):
         raise ValueError("an object with image, prompt, score and regions is needed")
-    image = folder / row.get("image", row.get("image_file", row.get("bad_image_file", "")))
     regions = row.get("regions", row.get("vlm_rewards", ()))
     score = row["score"] if "score" in row else _layout_score(row, regions)
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise ValueError(f"the score of the full image is {score!r}; a number is needed")
+    image = folder / row.get("image", row.get("image_file", row.get("bad_image_file", "")))
     try:
         height, width = size_of(image)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,11 +13,10 @@ from torch import Tensor
 
 from mmalign.data.draws import Draw, Epochs
 from mmalign.errors import BadInput
-from reward_models import Prompt, files, limits, tables
+from reward_models import Prompt, files, hub, limits, tables
 from reward_models.images import beside
 from reward_models.tables import Table
 
-HUB = re.compile(r"hf:(?P<name>[^:]+):(?P<split>[^:\[]+(\[[^\]]*\])?)(:(?P<column>.+))?")
 TABLE = re.compile(rf"(?P<name>.+({'|'.join(map(re.escape, tables.ENDINGS))}))(:(?P<column>.+))?", re.IGNORECASE)
 
 
@@ -75,11 +74,11 @@ def _given(item: Any, number: int) -> Prompt:
 
 def _prompts(source: str) -> Iterator[Prompt]:
     if source.startswith("hf:"):
-        if (parts := HUB.fullmatch(source)) is None:
+        if (parts := hub.NAMED.fullmatch(source)) is None:
             raise ValueError("a dataset is named hf:NAME[/CONFIG]:SPLIT or hf:NAME[/CONFIG]:SPLIT:COLUMN")
         name = files.home(parts["name"])
         folder = Path(name).absolute() if Path(name).is_dir() else Path()
-        return _of_table(_dataset(name, parts["split"]), parts["column"], folder)
+        return _of_table(hub.read(name, parts["split"]), parts["column"], folder)
     if parts := TABLE.fullmatch(source):
         path = Path(files.home(parts["name"]))
         return _of_table(tables.read(path), parts["column"], path.parent.absolute())
@@ -143,36 +142,6 @@ def _checked(text: str, where: str) -> str:
         return tables.wording(text)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _dataset(name: str, split: str) -> Table:
-    """The rows of a split of a dataset. `datasets` 4 and later never runs a dataset's code."""
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError("datasets of Hugging Face need an extra: pip install 'mmalign[datasets]'") from None
-    config = None
-    if not Path(name).exists() and name[0] not in "./" and name.count("/") > 1:
-        owner, repository, config = name.split("/", 2)
-        name = f"{owner}/{repository}"
-    try:
-        if any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-            saved = datasets.load_from_disk(name)
-            splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-            if split not in splits:
-                raise ValueError(f"no split {split!r}; there are {', '.join(splits)}")
-            data = splits[split]
-        else:
-            data = datasets.load_dataset(name, config, split=split)
-    except datasets.exceptions.DatasetsError as error:
-        raise ValueError(f"{error.__cause__ or error}") from None
-
-    def rows(only: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
-        chosen = data.select_columns(only) if only else data
-        for number, row in enumerate(chosen):
-            yield number, tables.given(row)
-
-    return Table(data.column_names, "row", rows)
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.errors import BadInput, refusing
 from mmalign.policy.protocol import Policy
 from mmalign.refinement.loop import Refinement, Settings, refine
+from mmalign.runs import resumable
 from mmalign.runs.folder import ROWS_ARE_WHOLE, failing
 from mmalign.runs.outputs import make_folder
-from reward_models import Prompt, RewardModel, files, overlay, tables
+from reward_models import Prompt, RewardModel, files, overlay
 from reward_models.images import to_pil
 
 Row = dict[str, Any]
@@ -83,66 +83,17 @@ def _run(
         refinements = refined(left[start : start + batch])
         with failing(out, ROWS_ARE_WHOLE):
             rows = [save(refinement, out) for refinement in refinements]
-            files.append(out / "trace.jsonl", *rows)
-            files.sync(out / "trace.jsonl")
+            resumable.append(out / "trace.jsonl", rows)
         yield from rows
 
 
 def open_folder(out: Path, settings: Mapping[str, Any], prompts: Sequence[Prompt]) -> dict[int, Row]:
     """The rows of prompts that are done, by id, in a folder that is made if it is missing. BadInput if it holds the
-    work of other settings or prompts. An incomplete last line is dropped."""
-    file, trace = out / "settings.json", out / "trace.jsonl"
-    wanted = json.loads(json.dumps(settings, default=str))
-    if file.exists():
-        before = _settings(file)
-        other = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
-        if other:
-            key = other[0]
-            raise BadInput(
-                f"{out} holds refinements with {key} {before.get(key)!r}, not {wanted.get(key)!r}; "
-                "choose another --out, or the same settings to continue"
-            )
-    elif trace.exists():
-        raise BadInput(f"{out} has a trace.jsonl but no settings.json; choose another --out")
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    (out / "best").mkdir(exist_ok=True)
-    files.replace(file, (json.dumps(wanted, indent=1) + "\n").encode())
-    rows = list(_complete(trace)) if trace.exists() else []
-    texts = {prompt.id: prompt.text for prompt in prompts}
-    for row in rows:
-        if texts.get(row["id"]) != row["prompt"]:
-            raise BadInput(f"{out} holds prompt {row['id']}, {row['prompt']!r}, which is not among these prompts")
-    files.replace(trace, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    work of other settings or prompts."""
+    rows = resumable.open_folder(out, settings, prompts, "trace.jsonl", KEYS, "a refinement")
+    for name in ("images", "best"):
+        (out / name).mkdir(exist_ok=True)
     return {row["id"]: row for row in rows}
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    with refusing():
-        text = files.text(file)
-        try:
-            before = files.parsed(text)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}; choose another --out") from None
-    if not isinstance(before, dict):
-        raise BadInput(f"{file}: no settings of a refinement; choose another --out")
-    return before
-
-
-def _complete(trace: Path) -> Iterator[Row]:
-    """The rows of a trace, without a last one that was cut off."""
-    with refusing():
-        text = files.text(trace)
-    lines = files.lines(text)
-    for number, line in enumerate(lines, 1):
-        try:
-            row = files.parsed(line)
-        except ValueError:
-            if number == len(lines) and not text.endswith("\n"):
-                return
-            raise BadInput(f"{trace}, line {number}: not a JSON object") from None
-        if not (isinstance(row, dict) and row.keys() >= KEYS and tables.whole(row["id"]) is not None):
-            raise BadInput(f"{trace}, line {number}: not a row of a refinement; choose another --out")
-        yield row
 
 
 def save(refinement: Refinement, out: Path) -> Row:

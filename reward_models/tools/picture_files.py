@@ -2,14 +2,16 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from reward_models import files, images, tables
+from reward_models import files, images, pairs, pictures, tables
+from reward_models.pairs import Pair
+from reward_models.pictures import Stored
 from reward_models.scoring import Picture
+from reward_models.tables import Table
 from reward_models.types import Prompt
 
 # the endings of picture files; each such file gets a row, with scores or with the reason why there are none
@@ -26,7 +28,7 @@ INDEX = (
 ASIDE = {"checkpoints", "thumbnails", "thumbs", "__macosx", "@eadir"}  # folders of pictures that are not samples
 COLUMNS = {  # columns of a table that are not ground truth
     "image", "file_name", "prompt", "id", "scores", "failures", "critiques", "requests", "replies", "places", "made_of",
-    "noise_seed", "image_a", "image_b", "chosen",
+    "noise_seed",
 }  # fmt: skip
 READERS = min(8, os.cpu_count() or 1)
 
@@ -56,19 +58,22 @@ class Choice:
     tie: bool = False
 
 
-def read(source: Path, prompt: str | None = None, out: Path | None = None) -> tuple[list[Item], list[Choice]]:
+def read(
+    source: Path, prompt: str | None = None, out: Path | None = None, warn: Callable[[str], None] = lambda line: None
+) -> tuple[list[Item], list[Choice]]:
     """The images of a folder or table, and the choices of a table of pairs.
 
     A folder holds pictures, each with its prompt in a text file of the same name beside it, or GenEval's layout
     (`00000/metadata.jsonl`, `00000/samples/*.png`), or a table `metadata.jsonl`, `.csv` or `.parquet`, or
     `scores.jsonl`. A table (`reward_models.tables`) has columns `image` (or `file_name`), relative to the table, and
     `prompt`, optionally `id`; others are the prompt's ground truth. An image may be the bytes of a file, or
-    `{bytes, path}`, the form that `datasets` writes. A table of pairs has `image_a`, `image_b` and `chosen` (a, b or
-    tie). `prompt` is used for all images that have none. `out`, the file of the scores, is not mistaken for the table
-    of a folder. ValueError, in one line, for any other source.
+    `{bytes, path}`, the form that `datasets` writes. A table of pairs has one of the layouts of `reward_models.pairs`;
+    the choices then include its ties. `prompt` is used for all images that have none. `out`, the file of the scores, is
+    not mistaken for the table of a folder. `warn` is that of `pairs.read`. ValueError, in one line, for any other
+    source.
     """
     if prompt is not None:
-        prompt = _worded(prompt, "--prompt")
+        prompt = pictures.worded(prompt, "--prompt")
     if source.is_dir():
         table = _index(source, out)
         if table is None:
@@ -77,27 +82,39 @@ def read(source: Path, prompt: str | None = None, out: Path | None = None) -> tu
     if source.suffix.lower() not in tables.ENDINGS:
         raise ValueError(f"{source}: a folder or a table ({', '.join(tables.ENDINGS)}) is needed")
     items: dict[tuple[str, str | None], Item] = {}
-    choices = []
-    for where, row in _rows(source):
-        of_row = _prompt(row, prompt, where)
-        of_row = replace(of_row, wants=images.beside(of_row.wants, source.parent)) if of_row else None
-        text = of_row.text if of_row else None
-        single = "file_name" if "file_name" in row and "image" not in row else "image"
-        columns = ("image_a", "image_b") if "image_a" in row else (single,)
-        names = []
-        for column in columns:
-            item = _item(row, column, source, of_row, where)
-            if item.data is not None and items.get(item.key, item).data != item.data:
-                item = replace(item, name=f"{item.name} of {where.rpartition(', ')[2]}")
-            names.append(items.setdefault(item.key, item).name)
-        if len(columns) == 2:
-            chosen = str(row.get("chosen")).lower()
-            if chosen not in ("a", "b", "tie"):
-                raise ValueError(f"{where}: `chosen` must be a, b or tie, got {row.get('chosen')!r}")
-            choices.append(Choice(text, *(names[::-1] if chosen == "b" else names), tie=chosen == "tie"))
+    columns = tables.columns(_table(source), source)
+    if pairs.layout_of(columns) or "image_a" in columns:
+        choices = [_choice(pair, items) for pair in pairs.read(source, prompt, warn)]
+    else:
+        choices, by_name = [], {}
+        for where, row in _rows(source):
+            single = "file_name" if "file_name" in row and "image" not in row else "image"
+            stored = pictures.distinct(pictures.in_row(row, single, source, where), by_name, where)
+            _enter(stored, pictures.prompt_of(row, prompt, where, COLUMNS, source.parent), items)
     if not items:
         raise ValueError(f"{source}: no rows in it")
     return list(items.values()), choices
+
+
+def _choice(pair: Pair, items: dict[tuple[str, str | None], Item]) -> Choice:
+    """The choice of a pair, whose images are entered in the items."""
+    a, b = (_enter(stored, pair.prompt, items).name for stored in (pair.a, pair.b))
+    better, worse = (b, a) if pair.preference < 0.5 else (a, b)
+    return Choice(pair.prompt and pair.prompt.text, better, worse, pair.preference == 0.5)
+
+
+def _enter(stored: Stored, prompt: Prompt | None, items: dict[tuple[str, str | None], Item]) -> Item:
+    item = Item(stored.name, stored.path, prompt, stored.data)
+    return items.setdefault(item.key, item)
+
+
+def _table(path: Path) -> Table:
+    try:
+        return tables.read(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _index(folder: Path, out: Path | None) -> Path | None:
@@ -111,45 +128,9 @@ def _index(folder: Path, out: Path | None) -> Path | None:
     return candidates[0] if candidates else None
 
 
-def _item(row: Mapping[str, Any], column: str, source: Path, prompt: Prompt | None, where: str) -> Item:
-    cell = row.get(column)
-    stored = cell if isinstance(cell, Mapping) else {"bytes" if isinstance(cell, bytes) else "path": cell}
-    name, data = stored.get("path"), stored.get("bytes")
-    if not name and not data:
-        raise ValueError(f"{where}: no `{column}`; columns are {', '.join(row)}")
-    if not isinstance(name, str | None) or not isinstance(data, bytes | None):
-        raise ValueError(f"{where}: `{column}` must be the name of a file or its bytes")
-    if data is not None:
-        return Item(name or f"{column} of {where.rpartition(', ')[2]}", source, prompt, data)
-    return Item(name, source.parent / files.named(name), prompt)
-
-
-def _worded(text: Any, where: str) -> str:
-    try:
-        return tables.wording(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _prompt(row: Mapping[str, Any], other: str | None, where: str) -> Prompt | None:
-    text = _worded(row["prompt"], where) if row.get("prompt") is not None else other
-    if text is None:
-        return None
-    number = tables.whole(row.get("id", 0))
-    if number is None:
-        raise ValueError(f"{where}: `id` must be a whole number, got {row['id']!r}")
-    return Prompt(text, {key: value for key, value in row.items() if key not in COLUMNS}, number)
-
-
 def _rows(path: Path) -> Iterator[tuple[str, tables.Row]]:
     """The position of each row of a table, in the form used in messages, and the row."""
-    try:
-        for number, row in tables.read(path).rows(None):
-            yield f"{path}, row {number + 1}", row
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return tables.numbered(_table(path), path)
 
 
 def _folder(folder: Path, prompt: str | None) -> list[Item]:
@@ -200,12 +181,13 @@ def _prompt_of_file(path: Path, prompt: str | None) -> Prompt | None:
     """The prompt of a picture: from the text file of its name, from GenEval's metadata one folder up, or `prompt`."""
     metadata, text = path.parent.parent / "metadata.jsonl", path.with_suffix(".txt")
     if text.is_file():
-        return Prompt(_worded("\n".join(files.lines(files.text(text))).strip(), str(text)))
+        return Prompt(pictures.worded("\n".join(files.lines(files.text(text))).strip(), str(text)))
     if path.parent.name == "samples" and metadata.is_file():
         rows, number = [row for _, row in _rows(metadata)], path.parent.parent.name
         if len(rows) != 1:
             raise ValueError(f"{metadata}: {len(rows)} rows; GenEval has one for the samples of a prompt")
-        return _prompt(rows[0] | ({"id": number} if tables.whole(number) is not None else {}), prompt, str(metadata))
+        row = rows[0] | ({"id": number} if tables.whole(number) is not None else {})
+        return pictures.prompt_of(row, prompt, str(metadata), COLUMNS)
     return None if prompt is None else Prompt(prompt)
 
 

@@ -58,16 +58,17 @@ def score_files(
 
     Images that already have scores in a JSONL file are not scored again (`resume`). `prompt` is used for all images
     that have none. `scorers` by name, or a function that loads them, called after `source` and `out` have been checked.
-    `warn` gets one line for each kind of file left out and for truncated prompts. `progress` gets the iterable of rows,
-    how many images were scored before, and how many there are. ValueError, in one line, for a source that cannot be
-    scored at all; OSError if `out` cannot be written, which then still holds the rows that are complete.
+    `warn` gets one line for each kind of file left out, for rows that give no pair, and for truncated prompts.
+    `progress` gets the iterable of rows, how many images were scored before, and how many there are. ValueError, in one
+    line, for a source that cannot be scored at all; OSError if `out` cannot be written, which then still holds the rows
+    that are complete.
 
         result = score_files("assets/pictures", {"clip": load("clip")}, "scores.jsonl")
         result.rows[0]["scores"], result.summary["failed"]
     """
     source, out = Path(source), Path(out)
     record = _record(out)
-    items, choices = read(source, prompt, out)
+    items, choices = read(source, prompt, out, warn)
     scorers = scorers() if callable(scorers) else scorers
     if any(item.prompt is None for item in items) and (readers := needs_prompts(scorers)):
         raise ValueError(f"{readers[0]} needs the prompt, and {source} has none for some images; give --prompt TEXT")

@@ -108,7 +108,7 @@ def test_bytes_alone_and_pairs_of_them(tmp_path):
         (
             "t.jsonl",
             b'{"image_a": "a.png", "prompt": "p", "chosen": "a"}\n',
-            "no `image_b`; columns are",
+            "no pairs; its columns are image_a, prompt, chosen, and those of choices: image_a, image_b, chosen|aspects",
         ),
         ("t.csv", b"image,prompt\n,a cat\n", "row 1: no `image`; columns are prompt"),
     ],
