@@ -6,6 +6,7 @@ A limit is checked before the input is read, decoded or waited for; an error nam
 TEXT = 2**30  # bytes of a file of text: prompts, tables, rows of a run
 JSON = 2**26  # bytes of JSON parsed at once: a table .json, a line of a .jsonl; parsed it takes up to 24 times as much
 ROWS = 10**7  # rows of a table, and lines of a list of prompts
+PAIRS = 10**6  # preference pairs of one source: about 1 GB of records
 PICTURE = 2**28  # bytes of a picture file
 PIXELS = 2**25  # pixels of a picture on disk: 8192 x 4096, 384 MiB as float32
 

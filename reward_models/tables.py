@@ -65,6 +65,21 @@ def read(path: Path) -> Table:
     return Table(None, "row", lambda only: _chosen(_of_list(values), only))
 
 
+def columns(table: Table) -> list[str]:
+    """The headings of a table; where each row has its own, those of the first row, none without rows."""
+    return table.names or [*next((row for _, row in table.rows(None)), {})]
+
+
+def numbered(table: Table, source: str | Path) -> Iterator[tuple[str, Row]]:
+    """The rows, each after its position in the form used in messages: "SOURCE, row 1". ValueError, in one line that
+    begins with the source."""
+    try:
+        for number, row in table.rows(None):
+            yield f"{source}, row {number + 1}", row
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
 def _of_lines(text: str) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(files.lines(text)):
         if line.strip():

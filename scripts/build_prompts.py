@@ -31,7 +31,7 @@ from typing import Annotated, Any
 import typer
 
 from mmalign.data import prompts as prompt_files
-from mmalign.data.meaning import meaning
+from reward_models.meaning import meaning
 from reward_models import files, shapes_world
 from reward_models.shapes_world import thing
 

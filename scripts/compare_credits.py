@@ -26,7 +26,7 @@ from mmalign import policy as policies, train as trainer
 from mmalign.config import load as configs
 from mmalign.config.paths import locate
 from mmalign.data import prompts as prompt_files
-from mmalign.data.meaning import clusters
+from reward_models.meaning import clusters
 from mmalign.evaluation.comparison import cluster_means, over_runs
 from mmalign.evaluation.evaluate import Evaluation, evaluate
 from mmalign.training import setup

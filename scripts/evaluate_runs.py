@@ -14,7 +14,7 @@ import typer
 
 from mmalign.config.paths import locate
 from mmalign.data import prompts as prompt_files
-from mmalign.data.meaning import clusters
+from reward_models.meaning import clusters
 from mmalign.errors import BadInput
 from mmalign.evaluation.comparison import cluster_means, over_runs
 from mmalign.evaluation.evaluate import Evaluation, evaluate

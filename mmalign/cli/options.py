@@ -100,6 +100,21 @@ def parse_setting(text: str) -> Setting:
     return Setting(text, scorer, key, parse(value, f"--set {text!r}"))
 
 
+def parse_method_settings(texts: list[str] | None) -> dict[str, Any]:
+    """The settings of a method by key."""
+    from mmalign.config.load import parse
+
+    settings = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise BadInput(f"--set {text!r} must look like key=value")
+        if key in settings:
+            raise BadInput(f"--set {text!r}: {key} is there twice")
+        settings[key] = parse(value, f"--set {text!r}")
+    return settings
+
+
 def parse_names(text: str | None) -> list[str] | None:
     return None if text is None else text.split(",")
 

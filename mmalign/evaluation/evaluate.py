@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchvision.utils import save_image
 
-from mmalign.data.meaning import clusters
+from reward_models.meaning import clusters
 from mmalign.distributed.processes import Ranks
 from mmalign.evaluation.comparison import rises
 from mmalign.evaluation.generate import generate

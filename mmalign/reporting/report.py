@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmalign.config.schema import TRAINING
-from mmalign.data.meaning import clusters
+from reward_models.meaning import clusters
 from mmalign.evaluation import layouts
 from mmalign.evaluation.comparison import cells, rises
 from mmalign.evaluation.evaluate import STRIP

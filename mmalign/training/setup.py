@@ -13,7 +13,7 @@ from mmalign.config.methods import named
 from mmalign.config.paths import locate
 from mmalign.config.schema import TRAINING, TRAINING_MOST, Config
 from mmalign.data import judged_images, prompts as prompt_files
-from mmalign.data.meaning import meaning
+from reward_models.meaning import meaning
 from mmalign.data.prompts import PromptBatches
 from mmalign.distributed.deepspeed import ZeroOptimizer
 from mmalign.distributed.processes import Ranks, join
