@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python scripts/compare_fits.py
 
-The embedded model draws several images of each training caption. Two images of a caption with different `shapes.partial`
-are a pair. Each recipe is fitted to `--pairs` of them, with held-out training captions to stop by, and measured on pairs
-of the validation captions, beside `clip.cosine`. Images and fitted models are written below `--out`, where a second run
-continues.
+The embedded model draws several images of each training caption. Two images of a caption with different
+`shapes.partial` are a pair. Each recipe is fitted to `--pairs` of them, with held-out training captions to stop by, and
+measured on pairs of other captions, beside `clip.cosine`: `validation` for choosing a recipe, `test` for the figures.
+Images and fitted models are written below `--out`, where a second run continues.
 """
 
 import json
@@ -71,9 +71,10 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of images and models")] = Path("runs/fits"),
     pairs: Annotated[int, typer.Option(min=10, help="pairs to fit to")] = 2000,
     seeds: Annotated[int, typer.Option(min=2, help="images of a training caption")] = 6,
+    captions: Annotated[str, typer.Option(help="those that are measured on: validation or test")] = "test",
 ) -> None:
     train = drawn(pair_files.read(table("train", range(seeds), out / "train")), pairs)
-    held_out = pair_files.read(table("validation", range(4), out / "validation"))
+    held_out = pair_files.read(table(captions, range(4), out / captions))
     scorers, seconds = {"clip": load("clip")}, {}
     for number, (name, settings) in enumerate(RECIPES.items()):
         folder, start = out / f"{number}", time.monotonic()
@@ -82,7 +83,7 @@ def main(
         seconds[name] = time.monotonic() - start
         scorers[name] = load("fitted", folder=str(folder))
     result = evaluate(held_out, scorers)
-    print(f"{len(train)} pairs to fit to; held out: {result['pairs']} pairs of {result['prompts']} captions\n")
+    print(f"{len(train)} pairs to fit to; {captions}: {result['pairs']} pairs of {result['prompts']} captions\n")
     print("| | held-out pair accuracy | 95 % | against `clip.cosine`, p (McNemar) | seconds |\n|---|---|---|---|---|")
     for name, scorer in scorers.items():
         row = result["rewards"][f"{name}.{scorer.names[0]}"]["with_ties"]

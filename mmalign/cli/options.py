@@ -49,6 +49,13 @@ class Setting(NamedTuple):
     value: Any
 
 
+class MethodSetting(NamedTuple):
+    """A setting of a method."""
+
+    key: str
+    value: Any
+
+
 # ------------------------------------------------------------------------------------------------------------- parsers
 
 
@@ -100,11 +107,10 @@ def parse_setting(text: str) -> Setting:
     return Setting(text, scorer, key, parse(value, f"--set {text!r}"))
 
 
-def parse_method_settings(texts: list[str] | None) -> dict[str, Any]:
-    """The settings of a method by key."""
+def parse_method_settings(texts: list[str] | None) -> list[MethodSetting]:
     from mmalign.config.load import parse
 
-    settings = {}
+    settings: dict[str, Any] = {}
     for text in texts or []:
         key, equals, value = text.partition("=")
         if not (key and equals):
@@ -112,7 +118,7 @@ def parse_method_settings(texts: list[str] | None) -> dict[str, Any]:
         if key in settings:
             raise BadInput(f"--set {text!r}: {key} is there twice")
         settings[key] = parse(value, f"--set {text!r}")
-    return settings
+    return [MethodSetting(key, value) for key, value in settings.items()]
 
 
 def parse_names(text: str | None) -> list[str] | None:

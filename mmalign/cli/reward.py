@@ -1,7 +1,7 @@
 """Train reward models from preferences, and measure how well scorers agree with preferences."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,6 +12,7 @@ from mmalign.cli.options import (
     Allow,
     Cache,
     Json,
+    MethodSetting,
     Rewards,
     ScorerSettings,
     output_option,
@@ -25,7 +26,7 @@ Source = Annotated[str, typer.Argument(metavar="PAIRS", help="table of pairs or 
 Out = Annotated[Path, output_option(help="folder for the reward model")]
 Method = Annotated[str, typer.Option("--fit", help="clip_head: a head on a frozen CLIP; clip: both towers fine-tuned")]
 MethodSettings = Annotated[
-    dict[str, Any] | None,
+    list[MethodSetting] | None,
     typer.Option(
         "--set",
         parser=str,
@@ -66,7 +67,7 @@ def fit(
     with refusing(), folder.failing(out, folder.ROWS_ARE_WHOLE), output.progressing():
         pairs = preferences.read(paths.locate(source), prompt, output.warn)
         card = train(
-            pairs, out, method, held_out=held_out, seed=seed, device=device, progress=counted, **(settings or {})
+            pairs, out, method, held_out=held_out, seed=seed, device=device, progress=counted, **dict(settings or [])
         )
         table = pages.of_card(card)
         if page is not None:

@@ -22,7 +22,9 @@ from reward_models.scoring import each
 from reward_models.training import base as bases, folder as folders
 from reward_models.training.losses import LOSSES
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import fingerprint, linear_chain, named, read
+from reward_models.weights import check_on_grey_image, fingerprint, linear_chain, named, read
+
+BASE = ("model", "pretrained", "checkpoint")  # what a config says of the base model: where it is, and its hash
 
 
 class Fitted:
@@ -34,14 +36,18 @@ class Fitted:
         with loading("fitted", folder):
             config = folders.read(Path(folder))
             self.loss, components, source = _checked(config)
-            if config["fit"] == "clip":
-                self.clip, self.heads = clip(str(folder), None, device, batch), None
-                checkpoint = self.clip.card.checkpoint
-            else:
+            if config["members"]:
                 self.clip = _base(source, base, device, batch)
                 weights = read(Path(folder) / folders.WEIGHTS)
                 self.heads = _heads(weights, config, len(components) * self.loss.outputs, self.clip).to(device)
-                checkpoint = fingerprint(self.clip.model, self.heads)
+                trained, checkpoint = fingerprint(weights), fingerprint(self.clip.model, weights)
+            else:
+                self.clip, self.heads = clip(str(folder), None, device, batch), None
+                trained = checkpoint = self.clip.card.checkpoint
+            if trained != config["weights"]:
+                raise ValueError(
+                    f"its weights have the hash {trained[:12]}, config.json names {config['weights'][:12]}"
+                )
         self.components = len(components)
         self.sigma = self.loss.outputs == 2
         doubt = self.heads is not None and len(self.heads) > 1
@@ -56,8 +62,7 @@ class Fitted:
             settings={"fit": config["fit"], "loss": config["loss"]},
         )
         with loading("fitted", folder):
-            if not self._score_batch(torch.full((1, 3, 64, 64), 0.5), [Prompt("a")]).isfinite().all():
-                raise ValueError("its score of a grey image is not finite")
+            check_on_grey_image(self._score_batch)
 
     def readers(self) -> list[Reader]:
         return self.clip.readers()
@@ -91,19 +96,21 @@ class Fitted:
 
 def _checked(config: dict[str, Any]) -> tuple[Any, list[str], dict[str, str]]:
     """The loss, the components and the base of a config. ValueError for values that `fit` does not write."""
-    if config.get("fit") not in ("clip_head", "clip"):
-        raise ValueError(f"config.json: fit {str(config.get('fit'))[:40]!r} is not clip_head or clip")
-    if config.get("loss") not in LOSSES:
+    for key in ("fit", "licence", "weights"):
+        if not isinstance(config.get(key), str):
+            raise ValueError(f"config.json: {key} is not a text")
+    members, hidden = config.get("members"), config.get("hidden")
+    if type(members) is not int or not 0 <= members <= LAYERS or type(hidden) is not int or hidden < 0:
+        raise ValueError(f"config.json: members must be from 0 to {LAYERS}, hidden a whole number of at least 0")
+    if not isinstance(config.get("loss"), str) or config["loss"] not in LOSSES:
         raise ValueError(f"config.json: loss {str(config.get('loss'))[:40]!r} is not one of {', '.join(LOSSES)}")
     components, base = config.get("components"), config.get("base")
     if not isinstance(components, list) or not all(isinstance(name, str) and name for name in components):
         raise ValueError("config.json: components is not a list of names")
     if components[:1] != ["score"] or len({*components, "spread", "sigma"}) != len(components) + 2:
         raise ValueError("config.json: components must begin with score, be distinct, and not be spread or sigma")
-    if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in ("model", "pretrained", "checkpoint")):
+    if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in BASE):
         raise ValueError("config.json: base must have model, pretrained and checkpoint")
-    if not isinstance(config.get("licence"), str):
-        raise ValueError("config.json: licence is not a text")
     return LOSSES[config["loss"]], components, base
 
 
@@ -113,7 +120,9 @@ def _base(source: dict[str, str], given: str | None, device: str, batch: int) ->
 
     model = source["model"] if given is None else given
     if given is None and model and model.replace("/", "-") not in open_clip.list_models():
-        raise ValueError(f"the base is {named(model)[:100]!r}, which is no model of open_clip; give its folder as `base`")
+        raise ValueError(
+            f"the base is {named(model)[:100]!r}, which is no model of open_clip; give its folder as `base`"
+        )
     result = bases.opened(model, source["pretrained"], device, batch)
     if result.card.checkpoint != source["checkpoint"]:
         raise ValueError(
@@ -123,11 +132,10 @@ def _base(source: dict[str, str], given: str | None, device: str, batch: int) ->
     return result
 
 
+@torch.no_grad()
 def _heads(weights: dict[str, Tensor], config: dict[str, Any], outputs: int, base: Clip) -> nn.ModuleList:
     """One chain of layers for each member. ValueError for missing or other weights, types or shapes."""
-    members, hidden = config.get("members"), config.get("hidden")
-    if type(members) is not int or not 1 <= members <= LAYERS or type(hidden) is not int or hidden < 0:
-        raise ValueError(f"config.json: members must be from 1 to {LAYERS}, hidden a whole number of at least 0")
+    members, hidden = config["members"], config["hidden"]
     features = 3 * bases.encode_texts(base, ["a"]).shape[1] + 1
     widths = [(hidden, features), (outputs, hidden)] if hidden else [(outputs, features)]
     shapes = {}

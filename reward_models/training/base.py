@@ -69,4 +69,6 @@ def encode(base: Clip, pairs: Sequence[Pair], progress: Progress) -> Encoded:
 def encode_texts(base: Clip, texts: Sequence[str]) -> Float[Tensor, "L D"]:
     """The normalised embeddings of texts."""
     parts = [texts[start : start + base.batch] for start in range(0, len(texts), base.batch)]
-    return torch.cat([base.model.encode_text(base.tokenizer([*some]).to(base.device), normalize=True) for some in parts])
+    return torch.cat(
+        [base.model.encode_text(base.tokenizer([*some]).to(base.device), normalize=True) for some in parts]
+    )

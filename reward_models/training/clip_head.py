@@ -21,6 +21,7 @@ from reward_models.training.curves import Point, accuracy, best, stopped
 from reward_models.training.data import Progress, Split
 from reward_models.training.folder import Model, Workplace
 from reward_models.training.losses import LOSSES, weighted_mean
+from reward_models.weights import fingerprint
 
 OVERALL = "score"
 
@@ -28,10 +29,11 @@ OVERALL = "score"
 @dataclass(frozen=True)
 class ClipHead:
     """`base`: "" for the embedded CLIP, a folder in open_clip's layout, or a model of open_clip, then with the tag
-    `pretrained`. `hidden`: units of the hidden layer, 0 for a linear head. `typed`: a component for each aspect of the
-    pairs beside `score`, which is trained by pairs without an aspect, or by all where each has one.
-    `margin`: times the gap of a pair, the margin in its loss. `members`: heads. `optimizer`: both take all pairs at once; an epoch is
-    `steps` steps. `patience`: epochs without a lower held-out loss before it stops."""
+    `pretrained`. `hidden`: units of the hidden layer, 0 for a linear head. `margin`: times the gap of a pair, the
+    margin in its loss. `typed`: a component for each aspect of the pairs beside `score`, which is trained by pairs
+    without an aspect, or by all where each has one. `members`: heads. `optimizer`: both take all pairs at once; an
+    epoch is `steps` steps. `learning_rate` is that of adamw. `patience`: epochs without a lower held-out loss before it
+    stops. `batch`: images that are encoded at once."""
 
     base: str = ""
     pretrained: str = ""
@@ -79,8 +81,8 @@ class ClipHead:
                 "licence": base.card.licence,
                 "components": [OVERALL, *aspects],
                 "members": self.members,
-                "features": 3 * encoded.images.shape[1] + 1,
                 "hidden": self.hidden,
+                "weights": fingerprint(weights),
                 "loss": self.loss,
             },
             points,
@@ -102,9 +104,13 @@ def _rows(encoded: Encoded, rows: slice) -> Encoded:
     return replace(encoded, a=encoded.a[rows], b=encoded.b[rows], text=encoded.text[rows])
 
 
-def _examples(encoded: Encoded, pairs: Sequence[Pair], aspects: Sequence[str], times: Float[Tensor, "N"], margin: float) -> Examples:
+def _examples(
+    encoded: Encoded, pairs: Sequence[Pair], aspects: Sequence[str], times: Float[Tensor, "N"], margin: float
+) -> Examples:
     device = encoded.images.device
-    weights = torch.stack([times * data.overall(pairs), *(times * torch.tensor([p.aspect == name for p in pairs]) for name in aspects)])
+    weights = torch.stack(
+        [times * data.overall(pairs), *(times * torch.tensor([p.aspect == name for p in pairs]) for name in aspects)]
+    )
     return Examples(
         encoded.side(encoded.a),
         encoded.side(encoded.b),

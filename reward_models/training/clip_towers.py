@@ -27,6 +27,8 @@ from reward_models.training.curves import Point, accuracy, best, stopped
 from reward_models.training.data import Progress, Split
 from reward_models.training.folder import CHECKPOINT, Model, Workplace
 from reward_models.training.losses import LOSSES, weighted_mean
+from reward_models.training.statistics import temperature
+from reward_models.weights import fingerprint
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
@@ -35,13 +37,15 @@ HIGHEST = math.log(100)  # of the logarithm of the logit scale, as in CLIP
 
 @dataclass(frozen=True)
 class ClipTowers:
-    """`base`, `pretrained`, `loss`, `margin`: as for `clip_head`. `batch`: pairs in a step. `patience`: epochs without
+    """`base`, `pretrained`, `loss`, `margin`: as for `clip_head`. `rescale`: begin with the logit scale that fits
+    the pairs best, because that of a contrastive model is too sure of small differences. `batch`: pairs in a step. `patience`: epochs without
     a lower held-out loss before it stops."""
 
     base: str = ""
     pretrained: str = ""
     loss: Literal["bradley_terry", "rao_kupper", "davidson"] = "bradley_terry"
     margin: Annotated[float, Ge(0)] = 0.0
+    rescale: bool = True
     learning_rate: Annotated[float, Gt(0)] = 1e-4
     weight_decay: Annotated[float, Ge(0)] = 0.01
     epochs: Annotated[int, Ge(1)] = 10
@@ -64,6 +68,9 @@ class ClipTowers:
                 "base": {"model": self.base, "pretrained": self.pretrained, "checkpoint": base.card.checkpoint},
                 "licence": base.card.licence,
                 "components": ["score"],
+                "members": 0,
+                "hidden": 0,
+                "weights": fingerprint(training.chosen),
                 "loss": self.loss,
             },
             points,
@@ -108,16 +115,32 @@ class Training:
         train = _selected(parts.train)
         stop = _selected(parts.stop)
         points = self.resume()
+        if not points and m.rescale:
+            self.rescale(train)
         steps = -(-len(train) // m.batch)
         while len(points) < m.epochs and not stopped(points, m.patience):
             epoch = len(points) + 1
             name = f"epoch {epoch} of at most {m.epochs}"
-            losses = [self.step(some) for some in progress(_batches(train, m.batch, seed, epoch), 0, steps, name, "steps")]
+            losses = [
+                self.step(some) for some in progress(_batches(train, m.batch, seed, epoch), 0, steps, name, "steps")
+            ]
             points.append(Point(0, epoch, sum(losses) / len(losses), *self.measured(stop)))
             if best(points) is points[-1]:
                 self.chosen = self.state()
             self.save(points)
         return points
+
+    @torch.no_grad()
+    def rescale(self, pairs: Sequence[Pair]) -> None:
+        """Divide the logit scale by the temperature with the least loss on the pairs."""
+        differences = torch.cat([self.losses(some)[1] for some in _in_order(pairs, self.method.batch)]).cpu()
+        preference = data.preferences(pairs)
+        decided = preference != 0.5
+        if decided.any():
+            truth = (preference[decided] > 0.5).double().numpy()
+            factor = temperature(differences[decided].double().numpy(), truth)
+            self.base.model.logit_scale -= math.log(factor)
+            self.base.model.logit_scale.clamp_(max=HIGHEST)
 
     def step(self, pairs: Sequence[Pair]) -> float:
         self.optimizer.zero_grad()
@@ -133,7 +156,7 @@ class Training:
     @torch.no_grad()
     def measured(self, pairs: Sequence[Pair]) -> tuple[float, float]:
         """The mean loss and the accuracy."""
-        parts = [self.losses(pairs[start : start + self.method.batch]) for start in range(0, len(pairs), self.method.batch)]
+        parts = [self.losses(some) for some in _in_order(pairs, self.method.batch)]
         losses, differences = (torch.cat([part[k] for part in parts]).cpu() for k in (0, 1))
         return float(losses.mean()), accuracy(differences, data.preferences(pairs))
 
@@ -158,7 +181,9 @@ class Training:
             return []
         header, tensors = _checkpoint(path)
         if header.get("key") != self.work.key:
-            raise ValueError(f"{path}: an interrupted training with other pairs or settings; remove it, or choose another folder")
+            raise ValueError(
+                f"{path}: an interrupted training with other pairs or settings; remove it, or choose another folder"
+            )
         self.base.model.load_state_dict(_below(tensors, "model."))
         self.chosen = _below(tensors, "chosen.")
         self.log_width.data.copy_(tensors["log_width"])
@@ -169,6 +194,10 @@ class Training:
             moments.setdefault(int(number), {})[kind] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
         return [Point(**record) for record in files.parsed(header["points"])]
+
+
+def _in_order(pairs: Sequence[Pair], batch: int) -> Iterator[Sequence[Pair]]:
+    return (pairs[start : start + batch] for start in range(0, len(pairs), batch))
 
 
 def _selected(pairs: Sequence[Pair]) -> list[Pair]:

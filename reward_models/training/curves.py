@@ -1,8 +1,9 @@
 """The course of a training: losses and accuracies after each epoch, and when to stop."""
 
+import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,20 +16,24 @@ class Point:
     epoch: int
     train_loss: float
     stop_loss: float
-    stop_accuracy: float
+    stop_accuracy: float | None
 
-    def record(self) -> dict[str, float]:
+    def record(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def accuracy(difference: Float[Tensor, "N"], preference: Float[Tensor, "N"]) -> float:
-    """The share of the pairs that are no tie in which the scores agree; equal scores count half. NaN without any."""
+def accuracy(difference: Float[Tensor, "N"], preference: Float[Tensor, "N"]) -> float | None:
+    """The share of the pairs that are no tie in which the scores agree; equal scores count half. None without any."""
     decided = preference != 0.5
-    return float((0.5 + 0.5 * difference.sign() * (preference - 0.5).sign())[decided].mean())
+    values = (0.5 + 0.5 * difference.sign() * (preference - 0.5).sign())[decided]
+    return float(values.mean()) if len(values) else None
 
 
 def best(points: list[Point]) -> Point:
-    """The point with the least loss to stop by, the earliest of equal ones."""
+    """The point with the least loss to stop by, the earliest of equal ones. ValueError where the last
+    loss is not finite."""
+    if not math.isfinite(points[-1].train_loss + points[-1].stop_loss):
+        raise ValueError(f"the loss is not finite after epoch {points[-1].epoch}; a lower learning rate may help")
     return min(points, key=lambda point: point.stop_loss)
 
 

@@ -1,4 +1,4 @@
-"""Pairs for training: their prompts by meaning, the split, bootstraps, and a digest of everything that is learnt from."""
+"""Pairs for training: their prompts by meaning, split, bootstraps, and the digest of all that is learnt from."""
 
 import hashlib
 import json

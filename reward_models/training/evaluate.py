@@ -47,7 +47,8 @@ def evaluate(
             row = accuracies(difference, preference, cluster)
             for label, parts in labels.items():
                 row[label] = {
-                    one: accuracies(difference[rows_], preference[rows_], cluster[rows_]) for one, rows_ in parts.items()
+                    one: accuracies(difference[rows_], preference[rows_], cluster[rows_])
+                    for one, rows_ in parts.items()
                 }
             row["failures"] = failures[name]
             preferred = getattr(getattr(scorer, "scorer", scorer), "preferred", None)  # `Cached` wraps another

@@ -73,17 +73,17 @@ def fit(
         "prompts": {name: len({*data.cluster(part)}) for name, part in vars(parts).items()},
         "base": model.config["base"],
         "licence_of_base": model.config["licence"],
-        "accuracy": _accuracies(out, parts, device, progress),
+        "accuracy": _accuracies(out, parts, method.base or None, device, progress),
     }
     folders.put(out / folders.CARD, card)
     return card
 
 
-def _accuracies(out: Path, parts: data.Split, device: str, progress: Progress) -> dict[str, Any]:
+def _accuracies(out: Path, parts: data.Split, base: str | None, device: str, progress: Progress) -> dict[str, Any]:
     """The accuracy of the written model on each part of the pairs, with intervals."""
     from reward_models.scorers.fitted import Fitted
 
-    scorer = Fitted(str(out), device=device, base=None)
+    scorer = Fitted(str(out), base, device)
     of_part = {}
     for name, part in vars(parts).items():
         row = evaluate(part, {"fitted": scorer}, progress=progress)["rewards"]["fitted.score"]

@@ -2,8 +2,8 @@
 
 Letters: `N` pairs. `difference` is the score of image a less that of image b. `preference` in [0, 1] is the share of
 judges that prefer a: 1 for a, 0 for b, 0.5 for a tie. `margin` >= 0, by which the preferred image should win at least,
-is subtracted from the difference seen from the preferred side. Each function returns a loss for each pair, and exchanging
-a and b changes none of them.
+is subtracted from the preferred image's lead. Each function returns a loss for each pair, and exchanging a and b
+changes none of them.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,7 @@ def bradley_terry(difference: Pairs, preference: Pairs, margin: Pairs | float = 
     return -preference * F.logsigmoid(difference - margin) - (1 - preference) * F.logsigmoid(-difference - margin)
 
 
-def rao_kupper(
-    difference: Pairs, preference: Pairs, margin: Pairs | float, width: Float[Tensor, ""] | float
-) -> Pairs:
+def rao_kupper(difference: Pairs, preference: Pairs, margin: Pairs | float, width: Float[Tensor, ""] | float) -> Pairs:
     """Rao and Kupper's model of ties: P(a) = sigmoid(difference - width), P(b) = sigmoid(-difference - width), and the
     rest is the tie, P = P(a) P(b) (exp(2 width) - 1). `width` > 0; a width of 0 knows no ties."""
     better, tie, worse = _shares(preference)

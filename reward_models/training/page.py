@@ -9,7 +9,7 @@ from reward_models import files, pages
 
 COMMAND = "mmalign reward"
 WIDE, HIGH = 320, 180  # of a chart, in its units
-Points = Sequence[tuple[float, float]]
+Points = Sequence[tuple[int | float, int | float]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Chart:
     lines: Mapping[str, Points]
 
     @property
-    def bounds(self) -> tuple[float, float, float, float]:
+    def bounds(self) -> tuple[int | float, ...]:
         """Left, right, low and high."""
         xs, ys = zip(*(point for line in self.lines.values() for point in line), strict=True)
         return min(xs), max(xs), min(ys), max(ys)
@@ -39,9 +39,7 @@ class Chart:
         """The points of a line as SVG has them, with the origin at the upper left."""
         left, right, low, high = self.bounds
         wide, tall = (right - left) or 1.0, (high - low) or 1.0
-        return " ".join(
-            f"{(x - left) / wide * WIDE:.1f},{(high - y) / tall * HIGH:.1f}" for x, y in self.lines[name]
-        )
+        return " ".join(f"{(x - left) / wide * WIDE:.1f},{(high - y) / tall * HIGH:.1f}" for x, y in self.lines[name])
 
 
 def write(page: Path, title: str, tables: Sequence[Table], charts: Sequence[Chart]) -> None:
@@ -60,12 +58,12 @@ def ours(text: str) -> bool:
 
 
 def number(value: float | None) -> str:
-    return "" if value is None or value != value else f"{value:.3f}"
+    return "" if value is None else f"{value:.3f}"
 
 
 def of_share(row: Mapping[str, Any]) -> list[str]:
     """The mean, the interval and the number of pairs of a `statistics.Share`."""
-    interval = "" if row["low"] != row["low"] else f"{row['low']:.3f} to {row['high']:.3f}"
+    interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
     return [number(row["mean"]), interval, str(row["pairs"])]
 
 
@@ -85,7 +83,7 @@ def of_training(points: Sequence[Mapping[str, Any]]) -> list[Chart]:
     def lines(*keys: str) -> dict[str, Points]:
         return {
             f"{key.replace('_', ' ')}{f', member {m}' if len(members) > 1 else ''}": [
-                (p["epoch"], p[key]) for p in points if p["member"] == m
+                (p["epoch"], p[key]) for p in points if p["member"] == m and p[key] is not None
             ]
             for key in keys
             for m in members
@@ -106,7 +104,8 @@ def of_evaluation(result: Mapping[str, Any]) -> tuple[list[Table], list[Chart]]:
     for label in ("by_tag", "by_aspect"):
         rows = [_row(f"{name}, {part}", one) for name, row in rewards.items() for part, one in row[label].items()]
         tables += [Table(f"Pair accuracy {label.replace('_', ' ')}", headings, rows)] if rows else []
-    if compared := result["compared"]:
+    compared = {name: row for name, row in result["compared"].items() if row["pairs"]}
+    if compared:
         rows = [[n, str(r["only_one"]), str(r["only_other"]), f"{r['p']:.2g}"] for n, r in compared.items()]
         tables.append(Table("Compared", ["two", "only the first right", "only the second", "p (McNemar)"], rows))
     calibrated = {name: row["calibration"] for name, row in rewards.items() if row.get("calibration", {}).get("pairs")}

@@ -18,12 +18,12 @@ Column = Float[np.ndarray, "N"]
 
 @dataclass(frozen=True)
 class Share:
-    """A mean of values in [0, 1] over `pairs` of `prompts`, and the interval that covers it at 95 %; NaN without
-    pairs, and an interval of NaN with fewer than two prompts."""
+    """A mean of values in [0, 1] over `pairs` of `prompts`, None without any, and the interval that covers it at 95 %,
+    None with fewer than two prompts."""
 
-    mean: float
-    low: float
-    high: float
+    mean: float | None
+    low: float | None
+    high: float | None
     pairs: int
     prompts: int
 
@@ -35,15 +35,14 @@ def share(values: Column, cluster: Int[np.ndarray, "N"]) -> Share:
 
     count, (names, number) = len(values), np.unique(cluster, return_inverse=True)
     if not count:
-        return Share(math.nan, math.nan, math.nan, 0, 0)
+        return Share(None, None, None, 0, 0)
     mean = float(values.mean())
     if len(names) < 2:
-        return Share(mean, math.nan, math.nan, count, len(names))
+        return Share(mean, None, None, count, len(names))
     sums = np.bincount(number, values - mean)
     variance = float((sums**2).sum()) * len(names) / (len(names) - 1) / count**2
-    effective = min(count, mean * (1 - mean) / variance) if variance > 1e-12 else float(len(names))
-    if effective <= 0:
-        effective = float(len(names))
+    known = variance > 1e-12 and 0 < mean < 1  # where all agree, a prompt is what is independent
+    effective = min(count, mean * (1 - mean) / variance) if known else len(names)
     quantile = float(stats.t.ppf((1 + LEVEL) / 2, len(names) - 1)) ** 2 / effective
     middle = (mean + quantile / 2) / (1 + quantile)
     reach = math.sqrt(max(0.0, quantile * (mean * (1 - mean) + quantile / 4))) / (1 + quantile)
