@@ -35,15 +35,26 @@ def read(name: str, split: str) -> Table:
     except datasets.exceptions.DatasetsError as error:
         raise ValueError(f"{error.__cause__ or error}") from None
 
+    pictures = {name: kind for name, feature in data.features.items() if (kind := _undecoded(feature)) != feature}
+
     def rows(only: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
         chosen = data.select_columns(only) if only else data
-        number = size = 0
-        for part in chosen.with_format("arrow").iter(tables.MANY):
-            size += part.nbytes
-            if size > limits.TEXT:
-                raise ValueError(f"row {number + 1}: more than {limits.TEXT} bytes so far; take a part of the split")
-            for row in part.to_pylist():
-                yield number, tables.given(row)
-                number += 1
+        if chosen.data.nbytes > limits.TEXT:
+            raise ValueError(f"{chosen.data.nbytes} bytes, more than {limits.TEXT}; take a part of the split, [:1000]")
+        for name in pictures.keys() & {*chosen.column_names}:
+            chosen = chosen.cast_column(name, pictures[name])
+        for number, row in enumerate(chosen):
+            yield number, tables.given(row)
 
     return Table(data.column_names, "row", rows)
+
+
+def _undecoded(feature: Any) -> Any:
+    """A feature of a dataset whose pictures are not decoded, at any depth."""
+    from datasets import Image, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), feature.length)
+    return {name: _undecoded(part) for name, part in feature.items()} if isinstance(feature, dict) else feature

@@ -6,7 +6,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, groupby
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from reward_models.tables import Table
 
 PREFERENCES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 ASIDE = {  # columns of pairs and rankings that are not ground truth
-    "image_a", "image_b", "chosen", "rejected", "gap", "aspect", "aspects", "images", "ranks", "ranking", "prompt", "id",
+    "image_a", "image_b", "chosen", "rejected", "gap", "aspect", "aspects", "images", "ranks", "ranking",
+    "prompt", "id",
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def read(source: str | Path, prompt: str | None = None, warn: Callable[[str], No
     invalid, and for more than `limits.PAIRS` pairs.
     """
     table, path = _opened(source)
-    columns = tables.columns(table)
+    columns = tables.columns(table, source)
     layout = layout_of(columns)
     if layout is None:
         known = "; ".join(f"{one.name}: {', '.join(one.columns)}" for one in LAYOUTS)

@@ -65,9 +65,10 @@ def read(path: Path) -> Table:
     return Table(None, "row", lambda only: _chosen(_of_list(values), only))
 
 
-def columns(table: Table) -> list[str]:
-    """The headings of a table; where each row has its own, those of the first row, none without rows."""
-    return table.names or [*next((row for _, row in table.rows(None)), {})]
+def columns(table: Table, source: str | Path) -> list[str]:
+    """The headings of a table; where each row has its own, those of the first row, none without rows. ValueError as
+    `numbered`."""
+    return table.names or [*next((row for _, row in numbered(table, source)), {})]
 
 
 def numbered(table: Table, source: str | Path) -> Iterator[tuple[str, Row]]:

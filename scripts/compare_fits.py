@@ -34,7 +34,8 @@ RECIPES = {
     "clip_head, linear": {"method": "clip_head"},
     "clip_head, 5 members": {"method": "clip_head", "members": 5},
     "clip_head, MLP of 64": {"method": "clip_head", "hidden": 64, "weight_decay": 0.03},
-    "CLIP, fine-tuned": {"method": "clip", "learning_rate": 3e-4, "epochs": 20, "patience": 3},
+    "CLIP, fine-tuned": {"method": "clip", "learning_rate": 3e-4},
+    "CLIP, fine-tuned, margin": {"method": "clip", "learning_rate": 3e-4, "margin": 1.0},
 }
 
 

@@ -45,9 +45,7 @@ class Fitted:
                 self.clip, self.heads = clip(str(folder), None, device, batch), None
                 trained = checkpoint = self.clip.card.checkpoint
             if trained != config["weights"]:
-                raise ValueError(
-                    f"its weights have the hash {trained[:12]}, config.json names {config['weights'][:12]}"
-                )
+                raise ValueError(f"its weights have the hash {trained[:12]}, not that of config.json")
         self.components = len(components)
         self.sigma = self.loss.outputs == 2
         doubt = self.heads is not None and len(self.heads) > 1
@@ -120,9 +118,7 @@ def _base(source: dict[str, str], given: str | None, device: str, batch: int) ->
 
     model = source["model"] if given is None else given
     if given is None and model and model.replace("/", "-") not in open_clip.list_models():
-        raise ValueError(
-            f"the base is {named(model)[:100]!r}, which is no model of open_clip; give its folder as `base`"
-        )
+        raise ValueError(f"the base is {named(model)[:100]!r}, not a model of open_clip; give its folder as `base`")
     result = bases.opened(model, source["pretrained"], device, batch)
     if result.card.checkpoint != source["checkpoint"]:
         raise ValueError(

@@ -37,14 +37,16 @@ HIGHEST = math.log(100)  # of the logarithm of the logit scale, as in CLIP
 
 @dataclass(frozen=True)
 class ClipTowers:
-    """`base`, `pretrained`, `loss`, `margin`: as for `clip_head`. `rescale`: begin with the logit scale that fits
-    the pairs best, because that of a contrastive model is too sure of small differences. `batch`: pairs in a step. `patience`: epochs without
-    a lower held-out loss before it stops."""
+    """`base`, `pretrained`, `loss`, `margin`: as for `clip_head`. `towers`: those that are trained, beside the logit
+    scale; the text tower can learn its few prompts by heart. `rescale`: begin with the logit scale that fits the
+    pairs most closely, because that of a contrastive model is too sure of small differences. `batch`: pairs in a step.
+    `patience`: epochs without a lower held-out loss before it stops."""
 
     base: str = ""
     pretrained: str = ""
     loss: Literal["bradley_terry", "rao_kupper", "davidson"] = "bradley_terry"
     margin: Annotated[float, Ge(0)] = 0.0
+    towers: Literal["both", "image"] = "both"
     rescale: bool = True
     learning_rate: Annotated[float, Gt(0)] = 1e-4
     weight_decay: Annotated[float, Ge(0)] = 0.01
@@ -61,7 +63,6 @@ class ClipTowers:
         training = Training(self, base, work)
         points = training.run(parts, seed, progress)
         _write(work.folder, config, self.base, training.chosen)
-        (work.folder / CHECKPOINT).unlink(missing_ok=True)
         return Model(
             {},
             {
@@ -83,7 +84,8 @@ class Training:
     def __init__(self, method: ClipTowers, base: Clip, work: Workplace):
         self.method, self.base, self.loss, self.work = method, base, LOSSES[method.loss], work
         self.log_width = nn.Parameter(torch.zeros((), device=base.device))
-        self.parameters = [*base.model.parameters(), self.log_width]
+        trained = [*base.model.visual.parameters()] if method.towers == "image" else [*base.model.parameters()]
+        self.parameters = list({id(p): p for p in (*trained, base.model.logit_scale, self.log_width)}.values())
         matrices = [p for p in self.parameters if p.ndim > 1]
         others = [p for p in self.parameters if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(

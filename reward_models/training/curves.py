@@ -23,7 +23,7 @@ class Point:
 
 
 def accuracy(difference: Float[Tensor, "N"], preference: Float[Tensor, "N"]) -> float | None:
-    """The share of the pairs that are no tie in which the scores agree; equal scores count half. None without any."""
+    """The share of the pairs with a preference in which the scores agree; equal scores count half. None without any."""
     decided = preference != 0.5
     values = (0.5 + 0.5 * difference.sign() * (preference - 0.5).sign())[decided]
     return float(values.mean()) if len(values) else None

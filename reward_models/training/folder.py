@@ -23,9 +23,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Model:
-    """What a method has trained. `weights`: for `weights.safetensors`, none if the method has written its files.
-    `config`: what is needed to score with it: `base` (model, tag, hash of its weights), `licence`, `components`, `loss`,
-    `members` (heads; 0: the model itself gives the score), `hidden`, and `weights`, the hash of what was trained. `points`: the course of the training."""
+    """What a method has trained.
+
+    `weights`: for `weights.safetensors`, none if the method has written its files. `config`: what is needed to score
+    with it: `base` (model, tag, hash of its weights), `licence`, `components`, `loss`, `members` (heads; 0: the model
+    itself gives the score), `hidden`, and `weights`, the hash of what was trained. `points`: the course of the
+    training.
+    """
 
     weights: Mapping[str, Tensor]
     config: Mapping[str, Any]

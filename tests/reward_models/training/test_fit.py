@@ -89,14 +89,12 @@ def test_typed_heads_learn_from_the_pairs_of_their_aspect_alone():
 
 
 def test_no_meaning_of_a_prompt_is_in_two_parts():
-    pairs = [replace(pair, prompt=Prompt(text)) for pair, text in zip(
-        drawn_pairs(8), ["a circle and a square", "A square and a circle", "a cross", "the cross", "x", "y", "z", "x"], strict=True
-    )]  # fmt: skip
+    texts = ["a circle and a square", "A square and a circle", "a cross", "the cross", "x", "y", "z", "x"]
+    pairs = [replace(pair, prompt=Prompt(text)) for pair, text in zip(drawn_pairs(8), texts, strict=True)]
+    number = dict(zip(texts, data.cluster(pairs).tolist(), strict=True))
     for seed in range(5):
         parts = data.split(pairs, 0.5, seed)
-        sets = [
-            set(data.cluster(pairs)[[pairs.index(pair) for pair in part]].tolist()) for part in vars(parts).values()
-        ]
+        sets = [{number[pair.prompt.text] for pair in part} for part in vars(parts).values()]
         assert all(sets)
         assert sum(map(len, sets)) == len(set.union(*sets)) == 5
         assert data.split(pairs[::-1], 0.5, seed).test == parts.test[::-1]
@@ -169,9 +167,9 @@ def test_a_base_in_a_folder_is_named_by_the_user(pairs, tmp_path):
     base = str(open_clip_folder(tmp_path / "base"))
     fit(pairs[:20], tmp_path / "head", base=base, epochs=1)
     assert load("fitted", folder=str(tmp_path / "head"), base=base).names == ("score",)
-    with pytest.raises(ValueError, match="'base'.*give its folder as `base`"):
+    with pytest.raises(ValueError, match=r"'base'.*give its folder as `base`"):
         load("fitted", folder=str(tmp_path / "head"))
-    with pytest.raises(ValueError, match="the hash .* the embedded CLIP"):
+    with pytest.raises(ValueError, match=r"the hash .* the embedded CLIP"):
         load("fitted", folder=str(tmp_path / "head"), base="")
 
 
@@ -254,7 +252,7 @@ def test_fine_tuned_towers_resume_to_the_bit_and_open_in_open_clip(pairs, tmp_pa
 
     with pytest.raises(Interrupted):
         fit(pairs[:24], tmp_path / "parts", progress=interrupting, **settings)
-    with pytest.raises(ValueError, match="does not|No such file"):
+    with pytest.raises(ValueError, match=r"does not|No such file"):
         load("fitted", folder=str(tmp_path / "parts"))
     with pytest.raises(ValueError, match="an interrupted training with other pairs or settings"):
         fit(pairs[:24], tmp_path / "parts", **settings | {"epochs": 4})

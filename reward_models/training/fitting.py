@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from reward_models.errors import first_problem
 from reward_models.pairs import Pair
@@ -15,10 +15,9 @@ from reward_models.training import data, folder as folders
 from reward_models.training.clip_head import ClipHead
 from reward_models.training.clip_towers import ClipTowers
 from reward_models.training.data import Progress, silent
-from reward_models.training.evaluate import evaluate
+from reward_models.training.evaluation import evaluate
 
 FITS = {method.type: method for method in (ClipHead, ClipTowers)}
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def method_of(name: str, settings: Mapping[str, Any]) -> ClipHead | ClipTowers:
@@ -31,7 +30,7 @@ def method_of(name: str, settings: Mapping[str, Any]) -> ClipHead | ClipTowers:
     if unknown := [key for key in settings if key not in fields]:
         raise ValueError(f"{name}: no setting {unknown[0]!r}; it takes {', '.join(fields)}")
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(dict(settings)), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(dict(settings), allow_nan=False), strict=True)
     except ValidationError as error:
         raise ValueError(f"{name}: {first_problem(error.errors())}") from None
 
@@ -76,6 +75,7 @@ def fit(
         "accuracy": _accuracies(out, parts, method.base or None, device, progress),
     }
     folders.put(out / folders.CARD, card)
+    (out / folders.CHECKPOINT).unlink(missing_ok=True)
     return card
 
 
