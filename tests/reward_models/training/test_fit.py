@@ -273,6 +273,14 @@ def test_a_rate_of_nearly_zero_leaves_the_cosines(pairs, tmp_path):
     )
 
 
+def test_the_image_tower_can_be_trained_alone(pairs, tmp_path):
+    fit(pairs[:12], tmp_path / "image", "clip", epochs=1, towers="image")
+    before, after = (load("clip", **settings).model for settings in ({}, {"model": str(tmp_path / "image")}))
+    first, last = before.state_dict(), after.state_dict()
+    changed = {name.partition(".")[0] for name in first if not torch.equal(first[name], last[name])}
+    assert changed == {"visual", "logit_scale"}
+
+
 def test_every_fit_and_loss_is_listed_under_its_name():
     assert all(FITS[name].type == name for name in FITS)
     assert {*LOSSES} == {"bradley_terry", "rao_kupper", "davidson", "thurstone"}
