@@ -19,7 +19,7 @@ from reward_models.training.data import Progress, silent
 from reward_models.training.statistics import accuracies, agreement, calibration, mcnemar, subsets
 from reward_models.types import RewardModel
 
-Asked = tuple[Stored, Prompt]
+Request = tuple[Stored, Prompt]
 
 
 def evaluate(
@@ -73,7 +73,7 @@ def scores(
     reason. An image is scored once for each prompt; but a groupwise scorer compares the two images of each pair."""
     groupwise = any(scorer.card.groupwise for scorer in scorers.values())
     number: dict[Any, int] = {}
-    requested: list[Asked] = []
+    requested: list[Request] = []
 
     def row_of(picture: Stored, prompt: Prompt, pair: int) -> int:
         key = (picture, prompt.text, pair if groupwise else prompt.id)
@@ -98,9 +98,9 @@ def scores(
     return {name: (both[:, 0], both[:, 1]) for name, both in of_side.items()}, failures
 
 
-def _batches(requested: Sequence[Asked], batch: int, groupwise: bool) -> Iterator[list[Asked]]:
+def _batches(requested: Sequence[Request], batch: int, groupwise: bool) -> Iterator[list[Request]]:
     """At most `batch` images, at least one; with `groupwise`, those of a pair stay together."""
-    some: list[Asked] = []
+    some: list[Request] = []
     for one in requested:
         if len(some) >= batch and not (groupwise and some[-1][1].id == one[1].id):
             yield some
