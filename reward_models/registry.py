@@ -34,6 +34,7 @@ SCORERS: dict[str, str] = {
     "visual_erm": "reward_models.scorers.visual_erm:VisualErm",
     "shapes_critic": "reward_models.scorers.shapes_critic:ShapesCritic",
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
+    "fitted": "reward_models.scorers.fitted:Fitted",
 }
 
 HOME = re.compile(r"~[\w.-]*(/|\Z)")

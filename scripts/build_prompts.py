@@ -31,8 +31,8 @@ from typing import Annotated, Any
 import typer
 
 from mmalign.data import prompts as prompt_files
-from mmalign.data.meaning import meaning
 from reward_models import files, shapes_world
+from reward_models.meaning import meaning
 from reward_models.shapes_world import thing
 
 PROMPTS = Path(__file__).parents[1] / "assets/prompts"

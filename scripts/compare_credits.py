@@ -26,12 +26,12 @@ from mmalign import policy as policies, train as trainer
 from mmalign.config import load as configs
 from mmalign.config.paths import locate
 from mmalign.data import prompts as prompt_files
-from mmalign.data.meaning import clusters
 from mmalign.evaluation.comparison import cluster_means, over_runs
 from mmalign.evaluation.evaluate import Evaluation, evaluate
 from mmalign.training import setup
 from mmalign.training.session import Session
 from reward_models import Prompt, files
+from reward_models.meaning import clusters
 
 BASE = "configs/tiny_branch.yaml"
 SDE = "plan=sde seeds=12 prompts_per_iteration=8 credit=terminal"

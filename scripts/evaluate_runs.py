@@ -14,12 +14,12 @@ import typer
 
 from mmalign.config.paths import locate
 from mmalign.data import prompts as prompt_files
-from mmalign.data.meaning import clusters
 from mmalign.errors import BadInput
 from mmalign.evaluation.comparison import cluster_means, over_runs
 from mmalign.evaluation.evaluate import Evaluation, evaluate
 from mmalign.runs.inference import load_policy
 from reward_models import load
+from reward_models.meaning import clusters
 
 Runs = Annotated[list[Path], typer.Argument(help="folders of runs")]
 

@@ -218,7 +218,11 @@ def test_a_marked_block_parses(block, monkeypatch):
 
 def check_options(command: str, words: list[str]) -> None:
     """The options are those of the command, and a config of the repository takes the overrides."""
-    values = COMMANDS[command].make_context(command, [STANDS_FOR.get(word, word) for word in words]).params
+    shown = COMMANDS[command]
+    if hasattr(shown, "commands"):  # a group, whose first word is one of its commands
+        command, *words = words
+        shown = shown.commands[command]
+    values = shown.make_context(command, [STANDS_FOR.get(word, word) for word in words]).params
     path = Path(values.get("config") or values.get("source") or "none")
     if path.suffix == ".yaml" and path.exists():
         configs.load(path, values["overrides"] or [])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mmalign.data import prompts as prompt_files
-from mmalign.data.meaning import clusters, meaning
 from reward_models import shapes_world
+from reward_models.meaning import clusters, meaning
 
 FOLDER = Path(__file__).parents[1] / "assets" / "prompts"
 

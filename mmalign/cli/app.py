@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from mmalign.cli import checks, collect, images, output, refine, runs, score, train
+from mmalign.cli import checks, collect, images, output, refine, reward, runs, score, train
 from mmalign.errors import BadInput, Failed, Orphaned, refusing
 from mmalign.runs.signals import Stopped
 from reward_models import files
@@ -17,6 +17,7 @@ COMMANDS = (
     train.train, train.calibrate, checks.estimate, images.sample, images.evaluate, score.score, refine.refine,
     collect.collect, checks.doctor, score.serve, runs.export, runs.report,
 )  # fmt: skip
+GROUPS = {"reward": (reward.__doc__, {"fit": reward.fit, "eval": reward.evaluate})}
 
 
 class _Command(typer.core.TyperCommand):
@@ -40,6 +41,11 @@ class _Command(typer.core.TyperCommand):
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 for command in COMMANDS:
     app.command(cls=_Command)(command)
+for group, (text, commands) in GROUPS.items():
+    below = typer.Typer(no_args_is_help=True, help=text)
+    for name, command in commands.items():
+        below.command(name, cls=_Command)(command)
+    app.add_typer(below, name=group)
 
 
 def main() -> None:

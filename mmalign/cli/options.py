@@ -49,6 +49,13 @@ class Setting(NamedTuple):
     value: Any
 
 
+class MethodSetting(NamedTuple):
+    """A setting of a method."""
+
+    key: str
+    value: Any
+
+
 # ------------------------------------------------------------------------------------------------------------- parsers
 
 
@@ -98,6 +105,20 @@ def parse_setting(text: str) -> Setting:
     if not (equals and dot):
         raise BadInput(f"--set {text!r} must look like scorer.key=value")
     return Setting(text, scorer, key, parse(value, f"--set {text!r}"))
+
+
+def parse_method_settings(texts: list[str] | None) -> list[MethodSetting]:
+    from mmalign.config.load import parse
+
+    settings: dict[str, Any] = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise BadInput(f"--set {text!r} must look like key=value")
+        if key in settings:
+            raise BadInput(f"--set {text!r}: {key} is there twice")
+        settings[key] = parse(value, f"--set {text!r}")
+    return [MethodSetting(key, value) for key, value in settings.items()]
 
 
 def parse_names(text: str | None) -> list[str] | None:

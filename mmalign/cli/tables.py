@@ -139,6 +139,15 @@ def checks(name: str, rows: Sequence[Any]) -> Table:
     return table
 
 
+def texts(table: Any) -> Table:
+    """A table of texts, such as `reward_models.training.page.Table`, without empty columns."""
+    used = [k for k in range(len(table.headings)) if not k or any(row[k] for row in table.rows)]
+    shown = _table(*(table.headings[k] for k in used), title=table.title)
+    for row in table.rows:
+        shown.add_row(*(row[k] for k in used))
+    return shown
+
+
 def cache(summary: Mapping[str, Any]) -> list[str]:
     """How many scores were cached."""
     counts = summary.get("cache", {}).items()

@@ -62,7 +62,7 @@ def cells(row: Mapping[str, float]) -> tuple[str, ...]:
 def paired(
     before: Float[Tensor, "N"], after: Float[Tensor, "N"], cluster: Int[Tensor, "N"], rounding: float = 0.0
 ) -> Rise:
-    """The rise of the images' scores, over clusters (`mmalign.data.meaning.clusters`), by a paired t-test.
+    """The rise of the images' scores, over clusters (`reward_models.meaning.clusters`), by a paired t-test.
 
     The mean is that of the clusters' mean rises, to which interval and p-value refer. These are NaN with fewer than two
     clusters, and where all clusters rise equally up to rounding: by `rounding`, the largest error of a score, or by

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchvision.utils import save_image
 
-from mmalign.data.meaning import clusters
 from mmalign.distributed.processes import Ranks
 from mmalign.evaluation.comparison import rises
 from mmalign.evaluation.generate import generate
@@ -20,6 +19,7 @@ from mmalign.rewards.judge import Scorers, score
 from mmalign.seeds import seed_of
 from reward_models import Prompt, overlay
 from reward_models.combine import group_sum
+from reward_models.meaning import clusters
 
 SHEET = 60  # images of a contact sheet
 STRIP = 6  # images of an evaluation between start and end that are written one by one

@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmalign.config.schema import TRAINING
-from mmalign.data.meaning import clusters
 from mmalign.evaluation import layouts
 from mmalign.evaluation.comparison import cells, rises
 from mmalign.evaluation.evaluate import STRIP
@@ -32,6 +31,7 @@ from mmalign.runs.reader import SIDES, Row, RunRecord
 from reward_models import files
 from reward_models.allowlist import inside
 from reward_models.images import SHOWN, embedded, size_of
+from reward_models.meaning import clusters
 
 Source = Callable[[Path], str]  # the address of an image, for its `src`
 

@@ -13,7 +13,6 @@ from mmalign.config.methods import named
 from mmalign.config.paths import locate
 from mmalign.config.schema import TRAINING, TRAINING_MOST, Config
 from mmalign.data import judged_images, prompts as prompt_files
-from mmalign.data.meaning import meaning
 from mmalign.data.prompts import PromptBatches
 from mmalign.distributed.deepspeed import ZeroOptimizer
 from mmalign.distributed.processes import Ranks, join
@@ -37,6 +36,7 @@ from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.training.session import Session
 from reward_models import Prompt, RewardModel, combine, load as load_scorer
 from reward_models.cache import Cached
+from reward_models.meaning import meaning
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from build_prompts import TEST, lists
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from mmalign.data import prompts as prompt_files
-from mmalign.data.meaning import meaning
 from reward_models import load
 from reward_models.detect import known_as
+from reward_models.meaning import meaning
 from reward_models.scorers.geneval import PALETTE, checked
 from reward_models.scorers.ocr import wanted
 from reward_models.shapes_world import caption, draw

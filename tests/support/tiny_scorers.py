@@ -8,6 +8,7 @@ from pathlib import Path
 import open_clip
 import tiny_vlm
 import torch
+from drawn_pairs import drawn_pairs
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from torch import nn
@@ -35,6 +36,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from reward_models import load
 from reward_models.shapes_world import SHAPES
+from reward_models.training import fit
 from reward_models.weights import read
 
 OPEN_CLIP = {
@@ -264,7 +266,13 @@ def before_version_5(name: str) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
+def fitted(folder: Path) -> dict:
+    fit(drawn_pairs(12), folder / "fitted", members=2, epochs=1)
+    return {"folder": str(folder / "fitted")}
+
+
 BUILDERS = {
+    "fitted": fitted,
     "geneval": geneval,
     "grounded": grounded,
     **{name: partial(parrot, reply=reply) for name, reply in SAID.items()},

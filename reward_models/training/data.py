@@ -1,0 +1,116 @@
+"""Pairs for training: their prompts by meaning, split, bootstraps, and the digest of all that is learnt from."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reward_models.images import to_uint8
+from reward_models.meaning import clusters, meaning
+from reward_models.pairs import Pair
+from reward_models.pictures import Stored
+from reward_models.types import Images
+
+LEAST = 3  # prompts: one to train on, one to stop by, one to measure
+
+Progress = Callable[[Iterable[Any], int, int, str, str], Iterable[Any]]  # rows, done, total, name, unit
+
+
+def silent(rows: Iterable[Any], done: int, total: int, name: str, unit: str) -> Iterable[Any]:
+    """Shows nothing."""
+    return rows
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pairs by their use; no meaning of a prompt is in two of them. `train`: the weights; `stop`: when to stop, and
+    which weights to keep; `test`: neither, so that their accuracy is that on new prompts."""
+
+    train: list[Pair]
+    stop: list[Pair]
+    test: list[Pair]
+
+
+def split(pairs: Sequence[Pair], held_out: float, seed: int) -> Split:
+    """Half of the share `held_out` of the prompts is `stop`, the other half `test`, at least one prompt each. The
+    prompts are ordered by a hash of the seed and their meaning, so that a prompt stays where it is when the pairs come
+    in another order. ValueError for too few prompts."""
+    by_meaning = [meaning(pair.prompt.text) for pair in pairs]
+    ranked = sorted({*by_meaning}, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest())
+    if len(ranked) < LEAST:
+        raise ValueError(f"pairs of {len(ranked)} prompts; {LEAST} are needed: to train, to stop by and to measure")
+    count = min(max(1, round(held_out * len(ranked) / 2)), (len(ranked) - 1) // 2)
+    test, stop = {*ranked[:count]}, {*ranked[count : 2 * count]}
+    parts: dict[str, list[Pair]] = {"train": [], "stop": [], "test": []}
+    for pair, text in zip(pairs, by_meaning, strict=True):
+        parts["test" if text in test else "stop" if text in stop else "train"].append(pair)
+    return Split(**parts)
+
+
+def cluster(pairs: Sequence[Pair]) -> Int[np.ndarray, "N"]:
+    """The number of each pair's prompt; prompts of one meaning have one number."""
+    return clusters(pair.prompt.text for pair in pairs).numpy()
+
+
+def bootstrap(prompts: Int[np.ndarray, "N"], seed: int, member: int) -> Float[Tensor, "N"]:
+    """How often each pair's prompt is in a sample, with replacement, of as many prompts as there are."""
+    names, number = np.unique(prompts, return_inverse=True)
+    drawn = np.random.default_rng([seed, member]).integers(len(names), size=len(names))
+    return torch.from_numpy(np.bincount(drawn, minlength=len(names))[number]).float()
+
+
+def preferences(pairs: Sequence[Pair]) -> Float[Tensor, "N"]:
+    return torch.tensor([pair.preference for pair in pairs], dtype=torch.float32)
+
+
+def margins(pairs: Sequence[Pair], factor: float) -> Float[Tensor, "N"]:
+    """`factor` times the gap of each pair, 0 where it is not known."""
+    return torch.tensor([factor * (pair.gap or 0.0) for pair in pairs], dtype=torch.float32)
+
+
+def overall(pairs: Sequence[Pair]) -> Float[Tensor, "N"]:
+    """1 for the pairs that train the overall score: those without an aspect, or all where each has one."""
+    of_whole = torch.tensor([not pair.aspect for pair in pairs], dtype=torch.float32)
+    return of_whole if of_whole.any() else torch.ones(len(pairs))
+
+
+def check(pairs: Sequence[Pair]) -> None:
+    """ValueError, in one line, for a pair without a prompt, or with a preference or gap out of its range."""
+    for number, pair in enumerate(pairs, 1):
+        if pair.prompt is None:
+            raise ValueError(f"pair {number} has no prompt; give the prompt of all pairs that have none")
+        if not 0 <= pair.preference <= 1:
+            raise ValueError(f"pair {number}: the preference {pair.preference!r} is not in [0, 1]")
+        if not 0 <= (pair.gap or 0.0) < float("inf"):
+            raise ValueError(f"pair {number}: the gap {pair.gap!r} is not a number of at least 0")
+
+
+def digest(pairs: Sequence[Pair], progress: Progress = silent) -> str:
+    """The SHA-256 of all pairs, in whatever order: prompts, preferences, gaps, aspects and 8-bit pixels. It reads
+    each picture once; ValueError, with its name, for one that cannot be read."""
+    by_picture: dict[Stored, str] = {}
+    lines = []
+    for pair in progress(pairs, 0, len(pairs), "reading", "pairs"):
+        for picture in (pair.a, pair.b):
+            if picture not in by_picture:
+                by_picture[picture] = _digest(read(picture))
+        values = pair.prompt.text, by_picture[pair.a], by_picture[pair.b], pair.preference, pair.gap, pair.aspect
+        lines.append(json.dumps(values))
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def read(picture: Stored) -> Images:
+    try:
+        return picture.read()
+    except ValueError as error:
+        raise ValueError(f"{picture.name}: {error}") from None
+
+
+def _digest(image: Images) -> str:
+    return hashlib.sha256(str([*image.shape]).encode() + to_uint8(image).cpu().numpy().tobytes()).hexdigest()

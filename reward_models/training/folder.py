@@ -1,0 +1,89 @@
+"""The folder of a fitted reward model: safetensors and JSON, written in an order that shows whether it is complete.
+
+`weights.safetensors` (or, for fine-tuned CLIP, open_clip's own files), `config.json` (what it is, and the base model by
+the hash of its weights), `curves.json`, and last `card.json` (data, split, accuracies).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from reward_models import files, limits
+from reward_models.training.curves import Point
+
+WEIGHTS, CONFIG, CURVES, CARD = "weights.safetensors", "config.json", "curves.json", "card.json"
+CHECKPOINT = "checkpoint.safetensors"
+KIND = "reward model"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a method has trained.
+
+    `weights`: for `weights.safetensors`, none if the method has written its files. `config`: what is needed to score
+    with it: `base` (model, tag, hash of its weights), `licence`, `components`, `loss`, `members` (heads; 0: the model
+    itself gives the score), `hidden`, and `weights`, the hash of what was trained. `points`: the course of the
+    training.
+    """
+
+    weights: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    points: list[Point] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The folder that a method may write its own files to, and the `key` of what is being trained (data, split and
+    settings), under which a checkpoint is continued."""
+
+    folder: Path
+    key: str
+
+
+def check_new(folder: Path) -> None:
+    """Make the folder. ValueError where a finished model, or anything but an unfinished one, is there already."""
+    if (folder / CARD).exists():
+        raise ValueError(f"{folder}: a fitted model is there already; choose another folder or remove it")
+    if folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if path.name not in OURS)):
+        raise ValueError(f"{folder}: {others[0]} is there, which is not a fitted model's; choose an empty folder")
+    files.make_folder(folder)
+
+
+OURS = {
+    WEIGHTS, CONFIG, CURVES, CHECKPOINT, "open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+}  # fmt: skip
+
+
+def write(folder: Path, method: str, model: Model) -> None:
+    """Write weights, curves and config."""
+    from safetensors.torch import save
+
+    if model.weights:
+        files.replace(folder / WEIGHTS, save(dict(model.weights)))
+    put(folder / CURVES, [point.record() for point in model.points])
+    put(folder / CONFIG, {"kind": KIND, "format": FORMAT, "fit": method, **model.config})
+
+
+def put(path: Path, value: Any) -> None:
+    files.replace(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The config of a fitted model. ValueError, in one line, if it is none or of another format."""
+    config = files.parsed(files.text(folder / CONFIG, limits.CONFIG))
+    if not isinstance(config, dict) or config.get("kind") != KIND:
+        raise ValueError(f"{CONFIG} does not describe a fitted reward model")
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{CONFIG}: format {str(config.get('format'))[:20]}; {FORMAT} is read")
+    return config
+
+
+def points(folder: Path) -> list[dict[str, Any]]:
+    """The course of the training, a record of `curves.Point` for each epoch."""
+    return files.parsed(files.text(folder / CURVES, limits.CONFIG))

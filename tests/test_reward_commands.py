@@ -1,0 +1,46 @@
+"""The commands `reward fit` and `reward eval`, and the fitted model as a scorer of the others."""
+
+import json
+
+import pytest
+from command_line import mmalign
+
+PAIRS = "assets/pictures/pairs.jsonl"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward") / "taste"
+    words = ["--out", str(folder), "--set", "epochs=3", "--set", "loss=davidson", "--html", str(folder) + ".html"]
+    result = mmalign("reward", "fit", PAIRS, *words)
+    assert result.returncode == 0, result.stderr
+    assert "pair accuracy" in result.stdout
+    return folder
+
+
+def test_a_fitted_model_scores_and_is_measured(folder, tmp_path):
+    setting = f"fitted.folder={folder}"
+    result = mmalign("reward", "eval", PAIRS, "--rewards", "clip,fitted", "--set", setting, "--json")
+    rewards = json.loads(result.stdout)["rewards"]
+    assert rewards["clip.cosine"]["accuracy"]["mean"] == 0.875
+    assert rewards["fitted.score"]["calibration"]["pairs"] == 8
+    scored = ("score", PAIRS, "--rewards", "fitted", "--set", setting, "--out", str(tmp_path / "scores.jsonl"))
+    assert mmalign(*scored).returncode == 0
+    assert "<svg" in folder.with_suffix(".html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["fit", PAIRS, "--fit", "trees", "--out", "x"], "no fit called 'trees'"),
+        (["fit", PAIRS, "--set", "hidden", "--out", "x"], "must look like key=value"),
+        (["fit", PAIRS, "--set", "hidden=1", "--set", "hidden=2", "--out", "x"], "hidden is there twice"),
+        (["fit", "no.jsonl", "--out", "x"], "no.jsonl: No such file"),
+        (["eval", PAIRS, "--rewards", "fitted", "--set", "fitted.folder=assets"], "fitted: assets could not be loaded"),
+        (["eval", "assets/prompts/test.jsonl"], "no pairs; its columns are"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words, says):
+    result = mmalign("reward", *words)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert says in result.stderr
