@@ -217,7 +217,7 @@ def test_a_config_and_the_command_line_take_a_dataset(tmp_path, settings, random
     assert [row["prompt"] for row in json.loads(result.stdout)] == ["a cross"]
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate", "refine"])
+@pytest.mark.parametrize("command", ["sample", "evaluate", "refine", "collect"])
 def test_help_says_how_prompts_are_named(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     result = CliRunner().invoke(app, [command, "--help"])

@@ -123,11 +123,12 @@ def test_commands_work_with_their_defaults_from_an_empty_folder(installed, tmp_p
         ["score", "assets/pictures"],
         ["sample", "a red circle", "--adapter", "runs/quickstart"],
         ["refine", "a purple circle and a square"],
+        ["collect", "a purple circle and a square"],
     )
     assert "16 images scored now" in " ".join(output.split())
     produced = {"report.html", "scores.jsonl", "00000-0.png"}
     assert produced <= {path.name for path in tmp_path.rglob("*")}
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "scores.jsonl", "samples", "refined"}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "scores.jsonl", "samples", "refined", "collected"}
 
 
 @pytest.mark.slow

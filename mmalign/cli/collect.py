@@ -40,7 +40,7 @@ def collect(
     seeds: Seeds = "0,1,2,3",
     steps: Steps = 10,
     guidance: Guidance = None,
-    rewards: Rewards = "shapes",
+    rewards: Rewards = "shapes_critic",
     settings: ScorerSettings = None,
     by: By = "",
     pairs: Pairs = "extremes",
