@@ -3,6 +3,7 @@
 python scripts/notebooks.py [NAME ...]
 """
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +20,8 @@ def executed(path: Path) -> nbformat.NotebookNode:
     """The notebook with new outputs. nbclient.exceptions.CellExecutionError for a cell that fails."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        NotebookClient(notebook, timeout=600, kernel_name=KERNEL, resources={"metadata": {"path": folder}}).execute()
+        client = NotebookClient(notebook, timeout=600, kernel_name=KERNEL, resources={"metadata": {"path": folder}})
+        client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})  # threads that share a core wait for each other
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # the time of day
     return notebook

@@ -9,6 +9,7 @@ from tiny_pipelines import sd3
 
 THREADS = int(os.environ.get("MMALIGN_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of processes that tests start, which share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub cannot be reached, and trying takes minutes
 
 
