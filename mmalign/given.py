@@ -10,7 +10,6 @@ from typing import Any
 from mmalign.config.checks import component
 from mmalign.config.paths import locate
 from mmalign.data import prompts as prompt_sources
-from mmalign.distributed.processes import join
 from mmalign.errors import BadInput, refusing
 from mmalign.policy.protocol import Policy
 from mmalign.runs.inference import load_policy
@@ -138,7 +137,6 @@ def lent(pipe: Any, settings: dict[str, Any]) -> Iterator[Policy]:
         pipelines.check(pipe)
     with pipelines.restored(pipe):
         settings["precision"] = pipelines.precision(pipe)
-        pipe.to(join(1800.0).accelerator.device)
         with refusing():
             policy = pipelines.as_policy(pipe, settings.get("guidance", 1.0), settings.get("size"))
         yield policy

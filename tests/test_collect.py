@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed import KILLED
 from typer.testing import CliRunner
 
 import mmalign
@@ -282,20 +283,6 @@ def test_more_pairs_than_can_be_read_are_refused_before_any_work(policy, tmp_pat
     with pytest.raises(BadInput, match="pairs all: up to 3 pairs, more than 2"):
         collected(policy, tmp_path / "out", pairing=Pairing("all"))
     assert not (tmp_path / "out").exists()
-
-
-# the command line, which kills itself when a file of so many lines is flushed
-KILLED = """
-import os, signal, sys
-from mmalign.cli.app import main
-count, path, sync = int(sys.argv.pop()), sys.argv.pop(), os.fsync
-def killing(file):
-    if os.path.exists(path) and open(path).read().count(os.linesep) >= count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    sync(file)
-os.fsync = killing
-main()
-"""
 
 
 def test_killed_in_the_middle_and_continued_the_files_are_the_same(command, folder, tmp_path):

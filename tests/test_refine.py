@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed import KILLED
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -358,20 +359,6 @@ def test_pictures_on_disk_are_begun_from(tmp_path):
     names = [json.loads(line)["image"] for line in Path("assets/pictures/metadata.jsonl").read_text().splitlines()]
     before = Image.open(Path("assets/pictures") / names[0])
     assert list(before.convert("RGB").getdata()) == list(Image.open(tmp_path / rows[0]["rounds"][0]["image"]).getdata())
-
-
-# the command line, which kills itself when a file of so many lines is written
-KILLED = """
-import os, signal, sys
-from mmalign.cli.app import main
-count, path, sync = int(sys.argv.pop()), sys.argv.pop(), os.fsync
-def killing(file):
-    if os.path.exists(path) and open(path).read().count(os.linesep) >= count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    sync(file)
-os.fsync = killing
-main()
-"""
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])

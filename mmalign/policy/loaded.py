@@ -38,6 +38,12 @@ def check(pipe: Any, adapters: bool = False) -> None:
         raise ValueError(
             f"{what} has weights of {pipe.transformer.dtype}; load it with torch_dtype=torch.float32 or torch.bfloat16"
         )
+    for name, part in pipe.components.items():  # whose embeddings the transformer takes unchanged
+        if name.startswith("text_encoder") and part is not None and part.dtype != pipe.transformer.dtype:
+            raise ValueError(
+                f"{what} has a {name} of {part.dtype} and a transformer of {pipe.transformer.dtype}; load it with "
+                f"torch_dtype={pipe.transformer.dtype}"
+            )
 
 
 def as_policy(pipe: Any, guidance: float = 1.0, size: tuple[int, int] | None = None) -> PipelinePolicy:

@@ -93,6 +93,10 @@ class PipelinePolicy(Family):
     def device(self) -> torch.device:
         return next(self.pipe.transformer.parameters()).device  # the `device` of diffusers visits all modules for hooks
 
+    def to(self, device: str) -> None:
+        """Move the pipeline to a device, where it stays."""
+        self.pipe.to(device)
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Each text is embedded alone, so that its embeddings do not depend on the others, and is cached (LRU)."""

@@ -65,6 +65,13 @@ class SavesMemory(Protocol):
 
 
 @runtime_checkable
+class Movable(Protocol):
+    """Moves its weights to a device."""
+
+    def to(self, device: str) -> None: ...
+
+
+@runtime_checkable
 class ChoosesAttention(Protocol):
     """Uses another attention back end. ValueError for one that does not run here."""
 

@@ -23,6 +23,7 @@ from mmalign.policy.protocol import (
     ChoosesAttention,
     Compiles,
     EncodesImages,
+    Movable,
     SavesMemory,
     Trainable,
 )
@@ -114,6 +115,8 @@ def load_policy(c: Config, device: str, policy: Trainable | None = None) -> tupl
             locate(c.model), dtype=c.precision, device=device, guidance=c.guidance, size=c.size, quantize=c.quantize,
             offload=c.offload,
         )  # fmt: skip
+    elif isinstance(policy, Movable):
+        policy.to(device)
     if not isinstance(policy, Trainable):
         missing = [name for name in dir(Trainable) if name[0] != "_" and not hasattr(policy, name)]
         raise ValueError(f"model {c.model!r} cannot be trained: it has no {', '.join(missing)}")

@@ -99,6 +99,7 @@ def test_bfloat16_weights_stay_as_they_are(random_model, tmp_path):
     [
         (lambda pipe: pipe.transformer.add_adapter(adapter_config()), "has the adapter 'default' already"),
         (lambda pipe: pipe.to(torch.float16), "has weights of torch.float16; load it with torch_dtype"),
+        (lambda pipe: pipe.text_encoder.half(), "a text_encoder of torch.float16 and a transformer of torch.float32"),
         (lambda pipe: setattr(pipe, "vae", None), "has no vae"),
         (lambda pipe: setattr(pipe.vae, "_hf_hook", object()), "moves its components by hooks"),
     ],
