@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,15 +96,14 @@ def _score_in_halves(
     """The scores of `count` images, computed batch by batch. A batch is a list of units, lists of rows that must stay
     by_size. A batch that raises is retried in halves; a unit that raises by itself is NaN with the reason. Exceptions
     of the types `passing` are not caught."""
-    values = torch.full((count, len(names)), torch.nan)
-    regions, boxes, failures = {}, [()] * count, dict(failures)
-    texts = {name: [""] * count for name in TEXTS}
+    parts: list[tuple[list[int], Scores]] = []
+    failures = dict(failures)
     waiting = [*reversed(batches)]
     while waiting:
         units = waiting.pop()
         rows = [i for unit in units for i in unit]
         try:
-            scores = score(rows)
+            parts.append((rows, score(rows)))
         except passing:
             raise
         except BaseException as error:
@@ -114,7 +113,18 @@ def _score_in_halves(
                 waiting += [units[len(units) // 2 :], units[: len(units) // 2]]
             else:
                 failures |= dict.fromkeys(rows, _reason(error))
-            continue
+    return merged(count, names, parts, failures)
+
+
+def merged(
+    count: int, names: tuple[str, ...], parts: Iterable[tuple[list[int], Scores]], failures: Mapping[int, str]
+) -> Scores:
+    """The scores of `count` images from those of some `rows` each; the others are NaN. `failures` are further ones. An
+    image whose map has another shape than those before it has none, and fails."""
+    values = torch.full((count, len(names)), torch.nan)
+    regions, boxes, failures = {}, [()] * count, dict(failures)
+    texts = {name: [""] * count for name in TEXTS}
+    for rows, scores in parts:
         values[rows] = scores.values.detach().float().cpu()
         failures |= {rows[k]: reason for k, reason in scores.failures.items()}
         for k, i in enumerate(rows):
@@ -123,6 +133,12 @@ def _score_in_halves(
             boxes[i] = scores.boxes[k] if scores.boxes else ()
             if scores.regions is not None:
                 regions[i] = scores.regions[k].cpu()
+    shapes = {i: " x ".join(map(str, grid.shape)) for i, grid in regions.items()}
+    usual = next(iter(shapes.values()), "")
+    for i, shape in shapes.items():
+        if shape != usual:
+            del regions[i]
+            values[i], boxes[i], failures[i] = torch.nan, (), f"its map has {shape} cells, that of others {usual}"
     maps = None
     if regions:
         blank = torch.full_like(next(iter(regions.values())), torch.nan)
@@ -175,14 +191,17 @@ def _finite(names: tuple[str, ...], values: Float[Tensor, "M K"]) -> Scores:
 
 
 def score_pictures(
-    pictures: Sequence[Picture | str], prompts: Sequence[Prompt], scorers: Mapping[str, RewardModel]
+    pictures: Sequence[Picture | str],
+    prompts: Sequence[Prompt],
+    scorers: Mapping[str, RewardModel],
+    recorded: Callable[..., list[Any]] = overlay.records,
 ) -> list[dict[str, Any]]:
     """Score pictures of any sizes with several scorers; a missing picture is given as the reason.
 
     One row per picture: `scores` by "scorer.component" (None where missing), `failures` with reasons by scorer or by
-    "image", and by scorer `critiques`, `requests`, `replies` and `places` (maps and regions in the form of
-    `overlay.record`). A scorer that raises fails its pictures only for itself. A groupwise scorer gets all pictures of
-    a prompt at once; if their sizes differ, they fail.
+    "image", and by scorer `critiques`, `requests`, `replies` and `places` (maps and regions in the form of `recorded`,
+    by default `overlay.record`). A scorer that raises fails its pictures only for itself. A groupwise scorer gets all
+    pictures of a prompt at once; if their sizes differ, they fail.
     """
     names = [f"{name}.{component}" for name, scorer in scorers.items() for component in scorer.names]
     out = [
@@ -207,7 +226,8 @@ def score_pictures(
             else:
                 by_size[sizes[i]].append(i)
         for rows in by_size.values():
-            _enter(out, rows, name, scorer, torch.cat([pictures[i] for i in rows]), [prompts[i] for i in rows])
+            images = torch.cat([pictures[i] for i in rows])
+            _enter(out, rows, name, scorer, images, [prompts[i] for i in rows], recorded)
     return out
 
 
@@ -218,6 +238,7 @@ def _enter(
     scorer: RewardModel,
     images: Images,
     prompts: Sequence[Prompt],
+    recorded: Callable[..., list[Any]],
 ) -> None:
     """Score the images of `rows` with one scorer and write the results into `out`."""
     try:
@@ -226,7 +247,7 @@ def _enter(
         for i in rows:
             out[i]["failures"][name] = str(error)
         return
-    maps = overlay.records(scores.regions, scores.boxes, tuple(images.shape[2:]), len(rows))
+    maps = recorded(scores.regions, scores.boxes, tuple(images.shape[2:]), len(rows))
     for k, i in enumerate(rows):
         if maps[k] is not None:
             out[i]["places"][name] = maps[k]

@@ -10,16 +10,21 @@ import struct
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from threading import Condition, Thread
+from typing import Any
 
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from reward_models import limits
 from reward_models.images import from_base64, from_pil
+from reward_models.regions import Region
 from reward_models.scoring import each, score_isolated, score_pictures
+from reward_models.service import schema
 from reward_models.types import Images, Prompt, RewardModel, Scores
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # the beginning of a PNG file, before width and height
@@ -29,7 +34,7 @@ READERS = 4  # decoding threads
 @dataclass(eq=False)
 class Shot:
     """One image: its PNG in base64, the number of pixels in its header, its decoded picture (RGB) or the reason for a
-    failure, and its results as in `score_pictures`."""
+    failure, and its results as in `score_pictures`, with `places` as in `_places`."""
 
     png: str
     prompt: Prompt
@@ -38,6 +43,22 @@ class Shot:
     scores: dict[str, float | None] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     critiques: dict[str, str] = field(default_factory=dict)
+    requests: dict[str, str] = field(default_factory=dict)
+    replies: dict[str, str] = field(default_factory=dict)
+    places: dict[str, tuple[Float[Tensor, "a b"] | None, Sequence[Region]]] = field(default_factory=dict)
+
+    def details(self) -> dict[str, schema.Details]:
+        """By scorer, for those that gave any."""
+        return {name: self._details(name) for name in {**self.requests, **self.replies, **self.places}}
+
+    def _details(self, name: str) -> schema.Details:
+        grid, boxes = self.places.get(name, (None, ()))
+        return schema.Details(
+            request=self.requests.get(name, ""),
+            reply=self.replies.get(name, ""),
+            map=None if grid is None else [[None if v != v else v for v in row] for row in grid.tolist()],
+            boxes=[schema.Region(**asdict(region) | {"box": [*map(float, region.box)]}) for region in boxes],
+        )
 
 
 @dataclass(eq=False)
@@ -144,11 +165,20 @@ class Batcher:
                 shots = [shot for job in batch for shot in job.shots]
                 decoded = [shot.picture.result() for shot in shots]
                 pictures = [picture if isinstance(picture, str) else from_pil([picture]) for picture in decoded]
-                rows = score_pictures(pictures, [shot.prompt for shot in shots], {name: scorer})
+                rows = score_pictures(pictures, [shot.prompt for shot in shots], {name: scorer}, _places)
                 for shot, row in zip(shots, rows, strict=True):
-                    shot.scores |= row["scores"]
-                    shot.failures |= row["failures"]
-                    shot.critiques |= row["critiques"]
+                    for result, columns in row.items():
+                        getattr(shot, result).update(columns)
+
+
+def _places(
+    maps: Float[Tensor, "N a b"] | None, boxes: Sequence[Sequence[Region]], size: tuple[int, int], count: int
+) -> list[tuple[Float[Tensor, "a b"] | None, Sequence[Region]] | None]:
+    """The map and the regions of each image; None for an image without either."""
+    each: list[tuple[Any, Sequence[Region]]] = [
+        (None if maps is None else maps[i], boxes[i] if boxes else ()) for i in range(count)
+    ]
+    return [None if grid is None and not regions else (grid, regions) for grid, regions in each]
 
 
 class Isolated:

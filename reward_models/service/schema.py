@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, model_va
 
 from reward_models import limits
 
+Grid = list[list[float | None]]
 Scorer = Annotated[str, Field(description="a scorer's name", max_length=limits.NAMES)]
 
 
@@ -51,6 +52,25 @@ class Ask(Wire):
     images: Annotated[list[str], FailFast()] = Field(description="PNG files, base64")
     prompts: Annotated[list[Prompt], FailFast()] = Field(description="one per image")
     scorers: list[Scorer] | None = Field(None, description="the scorers to run; all if null", max_length=limits.NAMES)
+    details: bool = Field(False, description="whether the answer has the `details` of each image")
+
+
+class Region(Wire):
+    """`reward_models.regions.Region`."""
+
+    box: list[float] = Field(description="left, top, right, bottom in pixels", min_length=4, max_length=4)
+    credit: float = Field(ge=-1, le=1)
+    label: str = ""
+    reason: str = ""
+
+
+class Details(Wire):
+    """What a scorer says of an image besides its scores."""
+
+    request: str = Field("", description="a revised request that might give a better image")
+    reply: str = Field("", description="the raw text of a judge that writes")
+    map: Grid | None = Field(None, description="rows of a grid over the image, in [-1, 1], null for no opinion")
+    boxes: list[Region] = Field([], description="what the map was painted from")
 
 
 class Answer(Wire):
@@ -60,6 +80,7 @@ class Answer(Wire):
     scores: list[dict[str, float | None]] = Field(description="by `scorer.component`")
     failures: list[dict[Scorer, str]] = Field(description="the reason why a scorer, or the `image` itself, failed")
     critiques: list[dict[Scorer, str]] = Field(description="a sentence from each scorer that writes one")
+    details: list[dict[Scorer, Details]] = Field([], description="if the request asks for them")
 
 
 class Card(Wire):
@@ -76,7 +97,7 @@ class Card(Wire):
     size: str = Field(description="how an image is resized")
     checkpoint: str = Field(description="SHA-256 of the weights")
     groupwise: bool = Field(description="whether the images of one prompt must be in one call")
-    has_map: bool = Field(description="whether it also scores regions; maps are not sent")
+    has_map: bool = Field(description="whether it also scores regions")
     settings: dict[str, JsonValue]
 
 
@@ -100,6 +121,7 @@ class Limits(Wire):
 class Info(Wire):
     scorers: dict[Scorer, About]
     limits: Limits
+    details: bool = Field(False, description="whether a request may ask for `details`")
 
 
 class Health(Wire):

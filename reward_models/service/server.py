@@ -8,7 +8,7 @@ Memory is bounded for any input (`limits`): bodies by bytes, each and in total; 
 the pixels in their headers, in a request, a batch and the queue. Every wait has a time-out: for a head, a body, and a
 client that does not read its answer.
 
-Not supported: TLS and users (use a proxy), several processes (start several services), region maps (they are large).
+Not supported: TLS and users (use a proxy), several processes (start several services).
 """
 
 import asyncio
@@ -204,7 +204,7 @@ def app(
     refusals = {code: {"model": Problem, "description": reason} for code, reason in REFUSALS.items()}
     guarded = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if token else []}  # for OpenAPI only
 
-    @service.post("/score", responses=refusals, **guarded)
+    @service.post("/score", responses=refusals, response_model_exclude_defaults=True, **guarded)
     async def score(ask: Ask) -> Answer:
         """Score images. An image that cannot be read does not affect the others."""
         names = list(scorers) if ask.scorers is None else ask.scorers
@@ -228,12 +228,14 @@ def app(
             scores=[shot.scores for shot in job.shots],
             failures=[shot.failures for shot in job.shots],
             critiques=[shot.critiques for shot in job.shots],
+            details=[shot.details() for shot in job.shots] if ask.details else [],
         )
 
     @service.get("/info", responses={401: refusals[401]}, **guarded)
     async def info() -> Info:
         """The meaning of each score, and the limits of a request."""
-        return Info(scorers=about, limits=Limits(images=queue, body=body, pixels=pixels, together=limits.TOGETHER))
+        served = Limits(images=queue, body=body, pixels=pixels, together=limits.TOGETHER)
+        return Info(scorers=about, limits=served, details=True)
 
     @service.get("/health")
     async def health() -> Health:

@@ -17,7 +17,7 @@ from PIL import Image
 from services import INFO, Crowd, Faulty, Mean, drawings, plain, running, start
 
 from reward_models import Prompt, limits, load
-from reward_models.images import from_pil, to_uint8
+from reward_models.images import from_pil, png, to_pil, to_uint8
 from reward_models.service import http as link
 from reward_models.service.client import Remote, packed
 
@@ -53,6 +53,77 @@ def test_remote_scores_are_the_local_ones(name):
     torch.testing.assert_close(in_parts.values, expected.values, rtol=0, atol=1e-6, equal_nan=True)
     assert scores.failures == in_parts.failures == expected.failures
     assert scores.critiques == in_parts.critiques == expected.critiques
+
+
+@pytest.mark.parametrize("batch", [2, 16])
+def test_regions_requests_and_replies_are_those_of_the_scorer(batch):
+    images, prompts = drawings(9)
+    prompts = [*prompts[1:], Prompt("without truth", {}, 8)]  # each image is of another prompt
+    local = load("shapes_critic")
+    with running({"jpeg_size": load("jpeg_size"), "critic": local}) as url:
+        remote, scores = Remote(url), Remote(url, scorers=["critic"], batch=batch)(images, prompts)
+        both = remote(images, prompts)
+    expected = local(images, prompts)
+    assert remote.card.has_map
+    assert torch.equal(scores.regions.nan_to_num(7), expected.regions.nan_to_num(7))
+    assert torch.equal(both.regions.nan_to_num(7), expected.regions.nan_to_num(7))
+    for field in ("critiques", "boxes", "requests", "replies", "failures"):
+        assert getattr(scores, field) == getattr(expected, field), field
+    assert any(scores.requests)
+    assert any(scores.boxes)
+    assert both.boxes == expected.boxes
+
+
+def test_a_caller_that_does_not_ask_gets_no_details():
+    images, prompts = drawings(1)
+    body = {"images": [png(picture) for picture in to_pil(images)], "prompts": [{"text": prompts[0].text}]}
+    with running({"critic": load("shapes_critic")}) as url:
+        plain, whole = (httpx.post(f"{url}/score", json=body | more).json() for more in ({}, {"details": True}))
+    assert "details" not in plain
+    assert plain == {key: value for key, value in whole.items() if key != "details"}
+    assert len(whole["details"]) == 1
+
+
+DETAILS = {
+    "no grid": {"map": [[0.5, 0.5], [0.5]]},
+    "an empty grid": {"map": []},
+    "outside the range": {"map": [[1.5]]},
+    "an empty box": {"boxes": [{"box": [3, 0, 3, 1], "credit": 0}]},
+    "credit above 1": {"boxes": [{"box": [0, 0, 3, 1], "credit": 2}]},
+    "an unknown field": {"code": "import os"},
+}
+
+
+@pytest.mark.parametrize("kind", DETAILS)
+def test_details_that_make_no_sense_are_no_score(faulty, kind):
+    faulty.info = json.loads(json.dumps(INFO)) | {"details": True}
+    faulty.info["scorers"]["clip"]["card"]["has_map"] = True
+    faulty.reply = lambda sent: (
+        200,
+        {},
+        json.dumps(faulty.answer(sent) | {"details": [{"clip": DETAILS[kind]}]}).encode(),
+    )
+    scores = Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1])
+    assert scores.values.isnan().all()
+    assert scores.failures[0].startswith("the answer makes no sense: ")
+    faulty.reply = lambda sent: (
+        200,
+        {},
+        json.dumps(faulty.answer(sent) | {"details": [{"clip": {"map": [[0.5]]}}]}).encode(),
+    )
+    assert Remote(faulty.url, **QUICK)(plain([0.1]), FINE[:1]).regions.tolist() == [[[0.5]]]
+
+
+def test_maps_of_different_shapes_fail_those_after_the_first(faulty):
+    faulty.info = json.loads(json.dumps(INFO)) | {"details": True}
+    faulty.info["scorers"]["clip"]["card"]["has_map"] = True
+    sizes = iter([[[0.5]], [[0.5, 0.5]]])
+    faulty.reply = lambda sent: (
+        200, {}, json.dumps(faulty.answer(sent) | {"details": [{"clip": {"map": next(sizes)}}]}).encode()
+    )  # fmt: skip
+    scores = Remote(faulty.url, batch=1, workers=1, **QUICK)(plain([0.1, 0.2]), FINE[:2])
+    assert scores.failures == {1: "its map has 1 x 2 cells, that of others 1 x 1"}
+    assert scores.values.isnan().any(1).tolist() == [False, True]
 
 
 def test_the_contract_holds_from_afar():

@@ -151,13 +151,14 @@ class Faulty:
     def __init__(self):
         self.reply: Callable[[dict], tuple[int, dict[str, str], bytes | Iterator[bytes]] | None] = self.well
         self.asks: list[dict[str, Any]] = []
+        self.info: dict[str, Any] = INFO
         faulty = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
-                self._send(200, {}, json.dumps(INFO).encode())
+                self._send(200, {}, json.dumps(faulty.info).encode())
 
             def do_POST(self):
                 sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
