@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import center_crop
 
 from reward_models import files, limits
+from reward_models.prompt import Prompt
 from reward_models.types import Images
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")  # no EPS: it starts Ghostscript
@@ -288,6 +289,26 @@ def beside(wants: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The ground truth with its picture names resolved from `folder`, the folder of the file that it came from."""
     resolved = {key: str(folder / wants[key]) for key in PICTURES if isinstance(wants.get(key), str)}
     return {**wants, **resolved}
+
+
+def named_picture(prompt: Prompt, keys: Sequence[str] = PICTURES) -> Images:
+    """[1, 3, H, W], the picture in the file that the ground truth names under the first of `keys` that is there.
+    ValueError if it names none, or the file cannot be read."""
+    key = next((key for key in keys if isinstance(prompt.wants.get(key), str)), None)
+    if key is None:
+        raise ValueError(
+            f"the prompt names no picture: {' or '.join(map(repr, keys))} in its ground truth, a file, is needed "
+            "(a reward service opens no files for its callers)"
+        )
+    try:
+        return from_file(prompt.wants[key])
+    except ValueError as error:
+        raise ValueError(f"{key} {prompt.wants[key]}: {error}") from None
+
+
+def unopened(wants: Mapping[str, Any]) -> dict[str, Any]:
+    """The ground truth of a stranger, whose picture names must not open files here: they are None."""
+    return {key: None if key in PICTURES else value for key, value in wants.items()}
 
 
 def resized(

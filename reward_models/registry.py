@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -35,6 +36,9 @@ SCORERS: dict[str, str] = {
     "shapes_critic": "reward_models.scorers.shapes_critic:ShapesCritic",
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
     "fitted": "reward_models.scorers.fitted:Fitted",
+    "likeness": "reward_models.scorers.likeness:Likeness",
+    "voted": "reward_models.scorers.voted:Voted",
+    "zoomed": "reward_models.scorers.zoomed:Zoomed",
 }
 
 HOME = re.compile(r"~[\w.-]*(/|\Z)")
@@ -74,3 +78,19 @@ def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardMode
             raise
         reason = " ".join(str(error).split())
         raise ValueError(f"scorer {name!r}: not with these {', '.join(settings)}: {reason[:300]}") from error
+
+
+def given(scorer: Any, setting: str) -> RewardModel:
+    """The scorer that another one wraps: a scorer, a name for `load`, or {"scorer": name, setting: value}. ValueError
+    that begins with the name of the `setting`."""
+    if isinstance(scorer, RewardModel):
+        return scorer
+    rest = {"scorer": scorer} if isinstance(scorer, str) else scorer
+    if not isinstance(rest, Mapping) or not isinstance(rest.get("scorer"), str):
+        raise ValueError(
+            f"{setting}: {str(scorer)[:80]!r} is neither a scorer, nor its name, nor {{scorer: NAME, ...}}"
+        )
+    try:
+        return load(rest["scorer"], **{key: value for key, value in rest.items() if key != "scorer"})
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None

@@ -110,6 +110,16 @@ def _rewards(c: BaseModel) -> None:
     if c.rewards:
         ends = {k: (w.start, w.end) if isinstance(w, Ramp) else (w, w) for k, w in c.rewards.items()}
         rule.check({k: (float(start), float(end)) for k, (start, end) in ends.items()})
+    floor = c.advantage.floor if c.advantage is not None else 0.0
+    if isinstance(floor, str) and (list(c.rewards.values()) != [1] or rule.scale or c.reference or c.at_least):
+        raise ValueError(
+            f"advantage: floor: {floor!r} is in the unit of one score; it needs a single reward of weight 1, without "
+            "reference, at_least or a rule that normalises"
+        )
+    if isinstance(floor, str) and component(floor)[0] not in c.trained:
+        raise ValueError(
+            f"advantage: floor: {floor!r} is not a component of the scorer of rewards: {', '.join(c.trained)}"
+        )
     if c.region is not None and c.region not in c.trained:
         raise ValueError(f"region: {c.region!r} is not among the scorers of rewards: {', '.join(c.trained)}")
     if c.keep_best and component(c.keep_best)[0] not in (*c.trained, *c.watch):

@@ -41,5 +41,5 @@ class Branch(Credit):
             if len(rows):
                 value = group_mean(reward[rows], tree.node[rows, k + 1])
                 group = tree.node[rows, k] if self.baseline == "state" else tree.prompt[rows]
-                advantage[rows, k] = normalise(value, group, units)
+                advantage[rows, k] = normalise(value, group, units.of(rows))
         return as_grid(advantage)

@@ -111,6 +111,7 @@ class Gain(Credit):
         if self.compare == "step":
             group = group * tree.steps + torch.arange(tree.steps, device=group.device)
         advantage, size = torch.zeros_like(value), torch.maximum(before.abs(), after.abs())
+        units = units.of(stochastic.nonzero()[:, 0])
         advantage[stochastic] = normalise(value[stochastic], group[stochastic], units, size[stochastic])
         return as_grid(advantage)
 

@@ -6,7 +6,7 @@ gradient. The rule is that of `reward_models.combine`: no more spread than round
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,18 +43,22 @@ class Units:
     groups that are measured together, which does not blow up groups that hardly differ: with credit gain those of all
     steps (one unit), with credit branch those of one step (a unit for each); "none" the reward's own unit (GARDO,
     arXiv 2512.24138, reports less reward hacking), which the clip does not touch. The noise of the reward model is a
-    good `floor`.
+    good `floor`, one for all or one for each trajectory.
     A group whose standard deviation is at most `dead` is dead; with 0, one that differs by rounding alone.
     """
 
     scale: Scale = "group"
-    floor: float = 0.0
+    floor: float | Float[Tensor, "N"] = 0.0
     clip: float = 5.0
     dead: float = 0.0
 
     def __post_init__(self):
         if self.scale not in ("group", "batch", "none"):
             raise ValueError(f"no scale called {self.scale!r}; known: group, batch, none")
+
+    def of(self, rows: Int[Tensor, "M"]) -> "Units":
+        """Those of the trajectories `rows`."""
+        return replace(self, floor=self.floor[rows]) if isinstance(self.floor, Tensor) else self
 
 
 GRPO = Units()
@@ -97,6 +101,7 @@ def normalise(
     differences of, whose rounding they carry."""
     if values.ndim > 1:
         cells, sizes = values[0].numel(), None if size is None else size.flatten()
+        units = units.of(torch.arange(len(values)).repeat_interleave(cells))
         return normalise(values.flatten(), group.repeat_interleave(cells), units, sizes).view_as(values)
     valid = ~values.isnan()
     mean, spread = mean_and_std(values.double(), group)

@@ -17,14 +17,15 @@ from mmalign.types import Judgement, Tree, over
 
 @dataclass(frozen=True)
 class Advantage:
-    """`scale`, `floor` and `clip` as in `mmalign.credit.groups.Units`.
+    """`scale`, `floor` and `clip` as in `mmalign.credit.groups.Units`. `floor` may name a component that measures the
+    noise of the reward, such as `voted.share_error`: a group's floor is its root mean square there.
 
     A group whose mean reward is at least `saturated` is left out, with advantage 0 (RationalRewards' filter). With a
     `region` scorer, `whole` weighs the advantage of the image and `regional` that of each position.
     """
 
     scale: Scale = "group"
-    floor: Annotated[float, Ge(0)] = 0.0
+    floor: Annotated[float, Ge(0)] | str = 0.0
     clip: Annotated[float, Gt(0)] = 5.0
     saturated: float | None = None
     whole: Annotated[float, Ge(0)] = 1.0
@@ -34,16 +35,19 @@ class Advantage:
         if self.floor and self.scale == "none":
             raise ValueError(f"floor: {self.floor} acts only where advantages are divided; remove it or change scale")
 
-    def units(self, dead: float) -> Units:
+    def units(self, tree: Tree, judged: Judgement, dead: float) -> Units:
         """The units, with the spread up to which a group is dead."""
-        return Units(self.scale, self.floor, self.clip, dead)
+        floor = self.floor
+        if isinstance(floor, str):
+            floor = group_mean(judged.parts[floor] ** 2, tree.prompt).sqrt().nan_to_num(0.0)
+        return Units(self.scale, floor, self.clip, dead)
 
     def __call__(
         self, tree: Tree, judged: Judgement, credit: Callable, mask: "object | None", dead: float
     ) -> Float[Tensor, "N T a b"]:
         """The advantages of trajectories by `credit`, 0 where the `mask` leaves positions out."""
         weights = (self.whole, self.regional) if judged.regions is not None else (1.0, 0.0)
-        advantage = regional(tree, judged, partial(credit, units=self.units(dead)), *weights)
+        advantage = regional(tree, judged, partial(credit, units=self.units(tree, judged, dead)), *weights)
         if self.saturated is not None:
             advantage = advantage * ~over(self.full(tree, judged), advantage)
         return advantage if mask is None else mask.advantage(advantage, tree, judged)

@@ -150,7 +150,10 @@ def load_scorers(
         name: given[name] if name in given else load_scorer(name, **c.scorers.get(name, {}))
         for name in dict.fromkeys(names)
     }
-    for key, rewards in (("rewards", c.rewards), ("at_least", c.at_least), ("keep_best", filter(None, [c.keep_best]))):
+    floor = [c.advantage.floor] if c.advantage is not None and isinstance(c.advantage.floor, str) else []
+    components = {"rewards": c.rewards, "at_least": c.at_least, "advantage.floor": floor}
+    components["keep_best"] = filter(None, [c.keep_best])
+    for key, rewards in components.items():
         for reward in rewards:
             name, part = component(reward)
             if part not in scorers[name].names:

@@ -26,6 +26,7 @@ from typing import Any
 
 from reward_models import limits
 from reward_models.errors import first_problem
+from reward_models.images import unopened
 from reward_models.service.batcher import Batcher, Job, shot_of
 from reward_models.service.schema import About, Answer, Ask, Health, Info, Limits, Problem
 from reward_models.types import Prompt, RewardModel
@@ -214,7 +215,7 @@ def app(
             raise HTTPException(422, f"{len(ask.images)} images but {len(ask.prompts)} prompts")
         if len(ask.images) > queue:
             raise HTTPException(422, f"{len(ask.images)} images in one request; at most {queue} are accepted")
-        prompts = [Prompt(**dict(prompt)) for prompt in ask.prompts]
+        prompts = [Prompt(prompt.text, unopened(prompt.wants), prompt.id) for prompt in ask.prompts]
         job = Job([shot_of(*pair, pixels) for pair in zip(ask.images, prompts, strict=True)], names)
         if job.pixels > limits.TOGETHER:
             reason = f"{job.pixels} pixels in one request; at most {limits.TOGETHER} are accepted: send fewer images"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from reward_models.images import from_file
+from reward_models.images import named_picture
 from reward_models.types import Card, ImageScores, Prompt, Scores
 from reward_models.vlm import replies, transformers_model as vlm
 from reward_models.vlm.types import Judge, Picture, Question, Reply
@@ -112,13 +112,7 @@ def ask_all(
 
 def picture_of(prompt: Prompt, key: str) -> Picture:
     """The picture in the file that `prompt.wants[key]` names. ValueError if it is missing."""
-    path = prompt.wants.get(key)
-    if not isinstance(path, str):
-        raise ValueError(f"the prompt names no picture: {key!r} in its ground truth, a file, is needed")
-    try:
-        return from_file(path)[0]
-    except ValueError as error:
-        raise ValueError(f"{key} {path}: {error}") from None
+    return named_picture(prompt, (key,))[0]
 
 
 def parse_replies(

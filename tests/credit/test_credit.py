@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trajectories import judged_as, plan_by_hand, sampled
+from trajectories import judged, judged_as, plan_by_hand, sampled
 
 from mmalign.config.schema import Config
-from mmalign.credit import Branch, Terminal
+from mmalign.credit import Branch, Gain, Terminal
 from mmalign.credit.groups import Units, dead, group_mean, group_std, normalise
 from mmalign.flow import plan as plans
+from mmalign.objectives.advantage import Advantage
 from mmalign.sampling.kernels import FlowSde
 
 NAN = float("nan")
@@ -28,6 +29,31 @@ def test_means_and_spreads_are_the_groups_own():
 def test_constant_or_single_groups_give_zero(scale):
     advantage = normalise(torch.tensor([0.3, 0.3, 0.3, NAN, NAN, 4.0]), GROUP, Units(scale))
     assert advantage.eq(0).all()
+
+
+def test_a_floor_for_each_group_leaves_noise_small():
+    values, floor = torch.tensor([0.0, 0.1, 0.2, 0.0, 0.1, 0.2]), torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    advantage = normalise(values, GROUP, Units(floor=floor))
+    assert torch.allclose(advantage[:3], torch.tensor([-0.1, 0.0, 0.1]))
+    assert torch.equal(advantage[3:], normalise(values, GROUP)[3:])
+    maps = normalise(values[:, None].expand(6, 2), GROUP, Units(floor=floor))
+    assert torch.allclose(maps[:3], torch.tensor([-0.1, 0.0, 0.1])[:, None].expand(3, 2))
+
+
+@pytest.mark.parametrize("credit", [Terminal(), Gain(), Branch("prompt")])
+def test_a_measured_floor_is_the_noise_of_a_group(credit):
+    """Where the judge is sure, nothing changes; where it varies by far more than siblings, differences stay small."""
+    plan = plans.complete(plans.sde(torch.linspace(1, 0, 5), KERNEL), [*range(4)])
+    paths = sampled(plan, starts=6, prompts=2)
+    error = torch.tensor([0.0, 0.0, 0.0, 30.0, 40.0, NAN])
+    scored = replace(judged(paths, lambda x: x.mean((1, 2, 3))), parts={"voted.share_error": error})
+    floored, plain, raw = (
+        Advantage(floor=floor, scale=scale)(paths.tree, scored, credit, None, 0.0)
+        for floor, scale in (("voted.share_error", "group"), (0.0, "group"), (0.0, "none"))
+    )
+    assert torch.equal(floored[:3], plain[:3])
+    assert plain[3:].count_nonzero() > 0
+    assert torch.allclose(floored[3:], raw[3:] / 1250**0.5)  # the root mean square of 30 and 40
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

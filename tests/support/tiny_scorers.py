@@ -277,6 +277,8 @@ BUILDERS = {
     "grounded": grounded,
     **{name: partial(parrot, reply=reply) for name, reply in SAID.items()},
     "vlm_yes_no": vqa,
+    "voted": lambda folder: {"of": "jpeg_size"},
+    "zoomed": lambda folder: {"of": "clip"},
     "hpsv3": hpsv3,
     "remote": remote,
     "vqa": vqa,
