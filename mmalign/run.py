@@ -177,7 +177,7 @@ def _images(run: Session, done: int, last: bool) -> int:
     """The images of the evaluation after `done` iterations."""
     if last or done == 0:
         return len(run.held_out) * run.config.eval_seeds
-    return len(run.held_out[:: in_between(run.config, len(run.held_out))])
+    return len(run.held_out[:: in_between(run.config, len(run.held_out))]) * run.config.eval_siblings
 
 
 def _besides(run: Session, done: int, evaluated: Collection[int]) -> dict[str, int]:
@@ -197,7 +197,7 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
     name = "after" if last else None if done else "before"
     kind = TRAINING if c.held_out == TRAINING else "held-out"
     stride = in_between(c, len(run.held_out))
-    prompts, seeds = (run.held_out, c.eval_seeds) if name else (run.held_out[::stride], 1)
+    prompts, seeds = (run.held_out, c.eval_seeds) if name else (run.held_out[::stride], c.eval_siblings)
     if name == "before":
         console.print(f"before: {len(prompts)} {kind} prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
     with run.clock.of("evaluate"), run.learner.averaged() if done else run.policy.reference():
@@ -218,7 +218,7 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
         sheet = out / "images" / f"{name or f'{done:06d}'}.png"
         evaluate.contact_sheet(result.images, sheet)
         layouts.write(result if name else evaluate.few(result), prompts, out / "images" / (name or f"{done:06d}"))
-        row |= means
+        row |= means | evaluate.agreements(result, c.rewards, c.watch)
         files.append(out / "evaluations.jsonl", row)
         logged = {key: value for key, value in row.items() if key not in ("iteration", "name")}
         trackers.log({f"held_out/{key}": value for key, value in logged.items()}, done)

@@ -165,3 +165,23 @@ def test_diversity_does_not_depend_on_the_number_of_siblings(siblings):
     images = means + 0.3 * torch.randn(200, siblings, 3, 4, 4, generator=noise)
     group = torch.arange(200).repeat_interleave(siblings)
     assert evaluate.diversity(images.flatten(0, 1), group) == pytest.approx(0.3, rel=0.02)
+
+
+def test_agreement_counts_the_pairs_of_a_prompt_that_both_decide():
+    """Of prompt 0 the pairs (0, 1), (0, 2), (1, 2); of prompt 1 one pair that the other scorer does not decide."""
+    parts = {
+        "clip.cosine": torch.tensor([0.1, 0.2, 0.3, 0.5, 0.4, 0.9]),
+        "shapes.strict": torch.tensor([0.0, 1.0, 0.5, 1.0, 1.0, 0.0]),
+        "my.module:Own.part": torch.tensor([3.0, 2.0, nan, 1.0, 2.0, 0.0]),
+    }
+    images, prompt = torch.zeros(6, 3, 2, 2), torch.tensor([0, 0, 0, 1, 1, 2])
+    result = evaluate.Evaluation(images, parts, prompt, torch.zeros_like(prompt), {})
+    row = evaluate.agreements(result, ["clip.cosine"], ["shapes", "my.module:Own", "clip"])
+    assert row == {
+        "agrees/clip.cosine~shapes.strict": pytest.approx(2 / 3),
+        "pairs/clip.cosine~shapes.strict": 3,
+        "agrees/clip.cosine~my.module:Own.part": 0,
+        "pairs/clip.cosine~my.module:Own.part": 2,
+    }
+    alone = evaluate.Evaluation(images, parts, torch.arange(6), torch.zeros_like(prompt), {})
+    assert evaluate.agreements(alone, ["clip.cosine"], ["shapes"]) == {}

@@ -70,6 +70,7 @@ def test_velocities_to_compare_with_are_counted_once(settings, objective, epochs
 
 def test_evaluations_are_those_of_the_run(settings):
     changed = {"iterations": 5, "eval_every": 2, "eval_prompts": 1, "eval_seeds": 3, "watch": ["image_stats"]}
+    changed |= {"eval_siblings": 2}
     figures, evaluations = estimated(settings, **changed), rows(run(settings, **changed) / "evaluations.jsonl")
     assert [row["iteration"] for row in evaluations] == [0, 2, 4, 5]
     assert figures["evaluations"] == {

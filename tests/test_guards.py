@@ -299,6 +299,14 @@ def evaluated(watched, strict=None):
     return [ends[0], *between, ends[1]]
 
 
+def agreeing(*shares, pairs=400):
+    name = "shapes.strict~jpeg_size.kilobytes"
+    return [
+        {"iteration": 5 * k, "name": "before" if k == 0 else None, f"agrees/{name}": share, f"pairs/{name}": pairs}
+        for k, share in enumerate(shares)
+    ]
+
+
 def fired(metrics, evaluations=()):
     return {name for name, alarm in alarms.ALARMS.items() if alarm(CONFIG, metrics, evaluations)}
 
@@ -333,6 +341,9 @@ def test_each_alarm_fires_on_its_own_series_alone():
     assert fired(healthy(), evaluated([*falling[:4], *rising[4:]])) == set()
     with_a_step_back = [2.0, 1.9, 1.8, 1.7, 1.75, 1.6, 1.5, 1.4]
     assert fired(healthy(), evaluated(with_a_step_back)) == {"hacking"}
+    assert fired(healthy(), agreeing(0.8, 0.75, 0.65)) == {"disagreement"}
+    assert fired(healthy(), agreeing(0.8, 0.65, 0.72)) == set()  # less than 0.1 below
+    assert fired(healthy(), agreeing(0.8, 0.65, pairs=30)) == set()  # that may be chance
     records = [
         {"iteration": i + 1, "grad_norm": 1.0 + 0.05 * i + 0.3 * (i % 3), "reward": 0.5, "skipped": 0}
         for i in range(60)

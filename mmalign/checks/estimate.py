@@ -121,7 +121,9 @@ def evaluations(c: Config, held_out: list[Prompt], guided: bool) -> dict[str, in
     """All evaluations of a run: before and after on all held-out prompts, `eval_seeds` each; in between on some, one
     image each. Every image is shown to rewards and `watch` too."""
     between = (c.iterations - 1) // c.eval_every if c.eval_every and held_out else 0
-    images = 2 * len(held_out) * c.eval_seeds + between * len(held_out[:: in_between(c, len(held_out))])
+    images = 2 * len(held_out) * c.eval_seeds + between * c.eval_siblings * len(
+        held_out[:: in_between(c, len(held_out))]
+    )
     scorers = len({*c.trained, *c.watch})
     return {
         "evaluations": between + (2 if held_out else 0),

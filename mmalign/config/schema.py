@@ -181,7 +181,12 @@ class Config(BaseModel):
     # evaluation and record
     eval_every: int = Field(25, ge=0, description="iterations between evaluations; 0: only before and after")
     eval_prompts: int | None = Field(None, ge=1, description="held-out prompts used between start and end; null: all")
-    eval_seeds: int = Field(2, ge=1, le=10_000, description="images per held-out prompt before and after; 1 in between")
+    eval_seeds: int = Field(2, ge=1, le=10_000, description="images per held-out prompt before and after")
+    eval_siblings: int = Field(
+        1, ge=1, le=10_000,
+        description="images per held-out prompt in between; from 2 on, how trained and watched scorers agree is "
+        "measured there too",
+    )  # fmt: skip
     eval_steps: int = Field(10, ge=1, le=1000)
     checkpoint_every: int = Field(25, ge=1, description="iterations between checkpoints; each evaluation has its own")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints kept, beside the best one")

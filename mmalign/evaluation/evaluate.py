@@ -1,6 +1,6 @@
 """Held-out evaluation: ODE sampling from fixed seeds, so that two models are compared image by image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torchvision.utils import save_image
 
+from mmalign.config.checks import component
 from mmalign.distributed.processes import Ranks
 from mmalign.evaluation.comparison import rises
 from mmalign.evaluation.generate import generate
@@ -56,6 +57,24 @@ def diversity(images: Float[Tensor, "N 3 H W"], group: Int[Tensor, "N"]) -> floa
     """Root of the mean variance of siblings, over all pixels and groups, which does not depend on how many siblings
     there are; NaN without siblings."""
     return float(deviation(images, group).nanmean().sqrt())
+
+
+def agreements(result: Evaluation, trained: Iterable[str], watched: Sequence[str]) -> dict[str, float]:
+    """How often each trained component and each component of the watched scorers prefer the same of two images of a
+    prompt: `agrees/one~other`, the share of the pairs that both decide, and their number, `pairs/one~other`. Empty
+    without siblings. Trained rewards that leave what others value drift apart from them (JarvisEvo, arXiv 2511.23002).
+    """
+    of_prompt = result.prompt[:, None] == result.prompt
+    first, second = of_prompt.triu(1).nonzero(as_tuple=True)
+    others = [name for name in result.parts if component(name)[0] in watched]
+    row = {}
+    for one, other in ((one, other) for one in trained for other in others if one != other):
+        signs = [(result.parts[name][first] - result.parts[name][second]).sign() for name in (one, other)]
+        decided = (signs[0].abs() == 1) & (signs[1].abs() == 1)  # false for NaN
+        if decided.any():
+            share = float((signs[0] == signs[1])[decided].float().mean())
+            row |= {f"agrees/{one}~{other}": share, f"pairs/{one}~{other}": int(decided.sum())}
+    return row
 
 
 def noise_seed(prompt: Prompt, member: int) -> int:

@@ -285,7 +285,8 @@ def _svg(figure: Figure) -> str:
 def _curves(metrics: list[Row], evaluations: list[Row]) -> str:
     """Training reward, diversity, each held-out score, clipping and gradient norm against iterations, as an SVG."""
     skip = {"iteration", "name", "images", "seconds", "diversity"}
-    names = [name for name in (evaluations[0] if evaluations else {}) if name not in skip]
+    first = evaluations[0] if evaluations else {}
+    names = [name for name in first if name not in skip and not name.startswith("pairs/")]
     panels = {
         "training reward": partial(_smoothed, metrics, "reward"),
         "diversity": partial(_diversities, metrics, evaluations),

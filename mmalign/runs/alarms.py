@@ -20,7 +20,8 @@ IN_A_ROW = 5  # iterations without gradient, or with a constant reward; and thos
 DIVERSITY = 0.5  # ratio to its first values below which diversity has collapsed
 GROWTH = 6.0  # ratio of the gradient's norm to its first values above which the adapter outgrows the model
 EVALUATIONS = 8  # the number of last evaluations in which trends are tested for reward hacking
-TREND = 0.01  # p of Kendall's rank correlation with time, one-sided, that counts as a rise or a fall
+TREND = 0.01  # p, one-sided, of a rise or a fall: by Kendall's rank correlation with time, or between two shares
+DRIFT = 0.1  # by how much the agreement of a trained and a watched scorer falls before it is reported
 
 Row = Mapping[str, Any]
 Alarm = Callable[[Config, Sequence[Row], Sequence[Row]], str | None]  # (config, metrics, evaluations) -> the problem
@@ -76,12 +77,30 @@ def _hacking(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> s
     return None
 
 
+def _disagreement(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
+    """A fall that other images of the same kind would hardly give either."""
+    for name in (name for name in (evaluations[-1] if evaluations else ()) if name.startswith("agrees/")):
+        pair = name.removeprefix("agrees/")
+        rows = [row for row in evaluations if name in row]
+        first, last, n, m = *(rows[i][name] for i in (0, -1)), *(rows[i][f"pairs/{pair}"] for i in (0, -1))
+        pooled = (first * n + last * m) / (n + m)
+        error = (pooled * (1 - pooled) * (1 / n + 1 / m)) ** 0.5
+        if first - last >= DRIFT and (first - last) / error > stats.norm.isf(TREND):
+            one, other = pair.split("~")
+            return (
+                f"of two images of a prompt {one} and {other} prefer the same in {last:.0%} of pairs, {first:.0%} at "
+                f"the start: what {one} rewards is no longer what {other} measures"
+            )
+    return None
+
+
 ALARMS: dict[str, Alarm] = {
     "zero_gradient": _zero_gradient,
     "constant_reward": _constant_reward,
     "lost_diversity": _lost_diversity,
     "outgrown": _outgrown,
     "hacking": _hacking,
+    "disagreement": _disagreement,
 }
 
 
