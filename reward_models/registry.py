@@ -37,6 +37,7 @@ SCORERS: dict[str, str] = {
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
     "fitted": "reward_models.scorers.fitted:Fitted",
     "likeness": "reward_models.scorers.likeness:Likeness",
+    "natural": "reward_models.scorers.natural:Natural",
     "voted": "reward_models.scorers.voted:Voted",
     "zoomed": "reward_models.scorers.zoomed:Zoomed",
 }

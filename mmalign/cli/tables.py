@@ -130,6 +130,14 @@ def collected(summary: Mapping[str, Any], by: str) -> Table:
     return table
 
 
+def corruptions(card: Mapping[str, Any]) -> Table:
+    """How well the scorer `natural` tells pictures from each corruption."""
+    table = _table("corruption", "AUC", "AUC if new", title="pictures that were not trained on")
+    for kind, value in card["auc"].items():
+        table.add_row(kind, short(value), short(card["auc_if_new"][kind]))
+    return table
+
+
 def checks(name: str, rows: Sequence[Any]) -> Table:
     """The checks of `doctor`, of a run or of a scorer: `reward_models.tools.examine.Check`."""
     table = _table("check", "", "seen", "what to do", left=4, title=name, title_justify="left", padding=(0, 1))

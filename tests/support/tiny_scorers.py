@@ -36,7 +36,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from reward_models import load
 from reward_models.shapes_world import SHAPES
-from reward_models.training import fit
+from reward_models.training import fit, natural as naturals
 from reward_models.weights import read
 
 OPEN_CLIP = {
@@ -271,7 +271,14 @@ def fitted(folder: Path) -> dict:
     return {"folder": str(folder / "fitted")}
 
 
+def natural(folder: Path) -> dict:
+    pictures = [side.read() for pair in drawn_pairs(12) for side in (pair.a, pair.b)]
+    naturals.train(pictures, folder / "natural", settings=naturals.Settings(steps=5))
+    return {"folder": str(folder / "natural")}
+
+
 BUILDERS = {
+    "natural": natural,
     "fitted": fitted,
     "geneval": geneval,
     "grounded": grounded,
