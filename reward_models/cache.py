@@ -3,7 +3,7 @@
 The key of a score is the image's 8-bit levels, the prompt (text and ground truth; neither if the scorer ignores the
 prompt) and the version on the scorer's card, which changes with its weights and settings. Failures are not cached, so
 that they are retried. A scorer that compares the images of a prompt is not cached, because its scores belong to the
-group.
+group; nor is one that `changes` while it is used.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Cached:
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        if self.card.groupwise:
+        if self.card.groupwise or getattr(self.scorer, "changes", False):
             return self.scorer(images, prompts)
         broken = unfit(images)
         keys = [self._key(images[i], prompts[i], i in broken) for i in range(len(images))]

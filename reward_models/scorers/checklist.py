@@ -10,29 +10,31 @@ quantity. Components, shares of weight in [0, 1], higher is better, roughly comp
 - `object`, `count`, `attribute`, `relation`, `text`, `style`: of those of one kind, NaN if there are none.
 
 The critique lists the failed criteria, and the revised request asks for them again; evidence boxes become regions of
-credit 1 or -1, labelled with their criterion. After RubiCap, CM2 and DSG; the instructions and rules are ours. Licence:
-the model's own.
+credit 1 or -1, labelled with their criterion.
+
+With `review`, the criteria that the model wrote change while they are used (RubiCap): one that so many images of the
+prompt in a row all passed, or all failed, tells them apart no longer and is retired, and the model is asked for others
+in its place, with the critiques of the last images that failed. Scores of a prompt before and after a review are
+different quantities; they are not cached, and a run that is resumed counts anew.
+
+After RubiCap, CM2 and DSG; the instructions and rules are ours. Licence: the model's own.
 """
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked
-
 from reward_models import files
-from reward_models.errors import first_problem
 from reward_models.regions import Region, inside
 from reward_models.scoring import each
 from reward_models.types import Images, ImageScores, Prompt, Scores
 from reward_models.vlm import ask, replies, scales, templates, types
+from reward_models.vlm.criteria import KINDS, Criterion, Tally, by_rule, criteria_of, without
 
-KINDS = ("object", "count", "attribute", "relation", "text", "style")
-MOST = 20  # criteria of a prompt
+MOST_NEW = 3  # criteria that a review adds
 VERDICTS = {
     "type": "object",
     "properties": {
@@ -57,67 +59,6 @@ VERDICTS = {
 OTHER = re.compile(r"[ .,;:(!–—-]*(?:yes|no|true|false|or)\b")
 NUMBERED = re.compile(r"(\d{1,3})\s?[.):](.*)")
 YES, NO = {"yes", "true", "pass", "passed", "1", "y"}, {"no", "false", "fail", "failed", "0", "n"}
-
-
-@checked(frozen=True, config=ConfigDict(extra="forbid", str_strip_whitespace=True))
-class Criterion:
-    """`question` is answered by yes or no; yes is good. `depends`: the numbers, from 1, of earlier criteria without
-    which it makes no sense. `fix`: a few words that would add it to the request."""
-
-    question: str = Field(min_length=3, max_length=500)
-    kind: str = Field("object", pattern=f"^({'|'.join(KINDS)})$")
-    weight: int | float = Field(1.0, gt=0, le=100)
-    depends: tuple[int, ...] = ()
-    fix: str = ""
-
-
-CRITERIA = TypeAdapter(list[Criterion])
-
-
-def criteria_of(rows: Any) -> list[Criterion]:
-    """The criteria in a JSON value. ValueError, in one line, if they are invalid."""
-    try:
-        criteria = CRITERIA.validate_python(rows)
-    except ValidationError as error:
-        raise ValueError(f"criteria: {first_problem(error.errors())}") from None
-    if not 1 <= len(criteria) <= MOST:
-        raise ValueError(f"criteria: {len(criteria)} of them; 1 to {MOST} are needed")
-    for number, criterion in enumerate(criteria, 1):
-        if not all(0 < parent < number for parent in criterion.depends):
-            raise ValueError(f"criteria: number {number} depends on {list(criterion.depends)}; earlier ones are needed")
-    return criteria
-
-
-def by_rule(wants: Mapping[str, Any]) -> list[Criterion]:
-    """The criteria of a prompt in GenEval's layout: presence, number, colour, size and position of each object, and the
-    words to be written. Empty if the prompt has no such ground truth."""
-    criteria: list[Criterion] = []
-    numbers: list[int] = []
-    for item in wants.get("include", ()):
-        name, count = str(item["class"]), int(item.get("count", 1))
-        criteria.append(Criterion(f"Is there a {name} in the picture?", "object", 1.0, (), f"a {name}"))
-        numbers.append(parent := len(criteria))
-        number = f"exactly {count} {name}{'' if count == 1 else 's'}"
-        there = f"Is there {number}" if count == 1 else f"Are there {number}"
-        criteria.append(Criterion(f"{there} in the picture, no more and no fewer?", "count", 1.0, (parent,), number))
-        for key in ("color", "size"):
-            if item.get(key):
-                question = f"Is every {name} that was asked for {item[key]}?"
-                criteria.append(Criterion(question, "attribute", 1.0, (parent,), f"the {name} {item[key]}"))
-        if item.get("position"):
-            where, other = item["position"]
-            arrangement = f"the {name} {where} the {wants['include'][other]['class']}"
-            if other < len(numbers) - 1:
-                criteria.append(Criterion(f"Is {arrangement}?", "relation", 1.0, (parent, numbers[other]), arrangement))
-            else:
-                criteria.append(Criterion(f"Is {arrangement}?", "relation", 1.0, (parent,), arrangement))
-    if isinstance(wants.get("text"), str):
-        criteria.append(
-            Criterion(
-                f"Do the words in the picture read {wants['text']!r}?", "text", 1.0, (), f"the text {wants['text']!r}"
-            )
-        )
-    return criteria
 
 
 @dataclass(frozen=True)
@@ -188,24 +129,30 @@ def _numbered(value: Any) -> list[tuple[int, dict[str, Any]]] | None:
     return [*zip(numbers, rows, strict=True)] if all(type(number) is int for number in numbers) else None
 
 
+def passed(criteria: Sequence[Criterion], verdicts: Sequence[Verdict]) -> list[bool]:
+    """Whether each criterion is met, and all that it depends on."""
+    good: list[bool] = []
+    for criterion, verdict in zip(criteria, verdicts, strict=True):
+        good.append(verdict.answer and all(good[parent - 1] for parent in criterion.depends))
+    return good
+
+
 def combined(criteria: Sequence[Criterion], verdicts: Sequence[Verdict]) -> ImageScores:
     """The scores of an image from the verdicts on its criteria; `request` has only the fixes."""
-    passed: list[bool] = []
-    for criterion, verdict in zip(criteria, verdicts, strict=True):
-        passed.append(verdict.answer and all(passed[parent - 1] for parent in criterion.depends))
+    good = passed(criteria, verdicts)
     values = {}
     for name in ("share", *KINDS):
         weighted = [
             (criterion.weight, answer)
-            for criterion, answer in zip(criteria, passed, strict=True)
+            for criterion, answer in zip(criteria, good, strict=True)
             if name in ("share", criterion.kind)
         ]
         if weighted:
             values[name] = sum(weight * answer for weight, answer in weighted) / sum(weight for weight, _ in weighted)
-    failed = [criterion for criterion, answer in zip(criteria, passed, strict=True) if not answer]
+    failed = [criterion for criterion, answer in zip(criteria, good, strict=True) if not answer]
     regions = tuple(
         Region(verdict.box, 1.0 if answer else -1.0, criterion.question, verdict.evidence)
-        for criterion, verdict, answer in zip(criteria, verdicts, passed, strict=True)
+        for criterion, verdict, answer in zip(criteria, verdicts, good, strict=True)
         if verdict.box
     )
     critique = "; ".join(f"no: {criterion.question}" for criterion in failed) or "every criterion is met"
@@ -216,8 +163,9 @@ def combined(criteria: Sequence[Criterion], verdicts: Sequence[Verdict]) -> Imag
 class Checklist:
     """The scorer. `model` is a folder or hub id, or with `url` its name on the server. `written`: a JSONL file of the
     criteria that the model wrote, read and extended. `coordinates`: the unit of boxes, "pixels", "thousand" or "unit".
-    `instruction`, `writing`: files that replace our instructions. `asking`: see `ask.judge`. ValueError if the model is
-    unavailable or a setting is invalid."""
+    `review`: images of a prompt after which its criteria are reviewed. `instruction`, `writing`, `reviewing`: files
+    that replace our instructions. `asking`: see `ask.judge`. ValueError if the model is unavailable or a setting is
+    invalid."""
 
     names = ("share", *KINDS)
 
@@ -227,22 +175,32 @@ class Checklist:
         url: str | None = None,
         written: str | None = None,
         coordinates: str = "pixels",
+        review: int | None = None,
         instruction: str | None = None,
         writing: str | None = None,
+        reviewing: str | None = None,
         tokens: int = 1024,
         grid: int = 8,
         **asking: Any,
     ):
+        if review is not None and review < 2:
+            raise ValueError(f"checklist: review is at least 2 images, not {review}")
         if coordinates not in replies.UNITS:
             raise ValueError(f"checklist: coordinates is one of {', '.join(replies.UNITS)}, not {coordinates!r}")
         self.template = templates.Template.of("checklist", "checklist", ("image", "prompt", "criteria"), instruction)
         self.writing = templates.Template.of("checklist", "checklist_write", ("prompt",), writing)
-        self.coordinates, self.tokens, self.grid = coordinates, tokens, grid
+        given = ("prompt", "criteria", "critiques")
+        self.reviewing = templates.Template.of("checklist", "checklist_review", given, reviewing)
+        self.coordinates, self.tokens, self.grid, self.review = coordinates, tokens, grid, review
+        self.changes = review is not None
+        self.tallies: dict[str, Tally] = {}
         self.file = Path(written) if written else None
         self.known: dict[str, list[Criterion] | str] = dict(_stored(self.file)) if self.file else {}
         self.judge = ask.judge("checklist", model, url, asking)
         settings = {"coordinates": coordinates, "tokens": tokens, "grid": grid}
         settings |= {"instruction": self.template.source, "writing": self.writing.source}
+        if review is not None:
+            settings |= {"review": review, "reviewing": self.reviewing.source}
         self.card = ask.card("checklist", self.judge, 0, 1, settings, has_map=True)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
@@ -265,10 +223,44 @@ class Checklist:
         def parse(i: int, reply: types.Reply) -> ImageScores:
             verdicts = read(reply.text, len(lists[i]), size, self.coordinates, reply.cut)
             row = combined(lists[i], verdicts)
+            if self.review is not None and self.known.get(_key(prompts[i].text)) is lists[i]:
+                self.tallies.setdefault(prompts[i].text, Tally()).add(passed(lists[i], verdicts), row.critique)
             return replace(row, request=f"{prompts[i].text}; {row.request}" if row.request else "")
 
         answers = ask.ask_all(self.judge, range(len(images)), question, self.tokens, VERDICTS)
-        return ask.parse_replies(self.names, answers, parse, size, self.grid)
+        scores = ask.parse_replies(self.names, answers, parse, size, self.grid)
+        self._review()
+        return scores
+
+    def _review(self) -> None:
+        """Replace the criteria that no longer tell the images of their prompt apart."""
+        due = {text: tally for text, tally in self.tallies.items() if tally.images >= self.review}
+        retired = {text: tally.constant() for text, tally in due.items()}
+        for text in due:
+            del self.tallies[text]
+        questions, left = (
+            [],
+            {text: without(self.known[_key(text)], numbers) for text, numbers in retired.items() if numbers},
+        )
+        for text, criteria in left.items():
+            numbered = "\n".join(f"- {templates.quoted(criterion.question)}" for criterion in criteria) or "(none)"
+            critiques = "\n".join(f"- {templates.quoted(line)}" for line in due[text].critiques) or "(none failed)"
+            given = {"prompt": templates.quoted(text), "criteria": numbered, "critiques": critiques}
+            questions.append(self.reviewing.fill(**given))
+        answers = self.judge.ask(questions, self.tokens) if questions else []
+        for (text, criteria), reply in zip(left.items(), answers, strict=True):
+            try:
+                new = criteria_of(_criteria_rows(reply.text))[:MOST_NEW] if not reply.failure else []
+            except ValueError:  # the rest of the criteria still stand
+                new = []
+            new = [replace(criterion, depends=()) for criterion in new]
+            if criteria or new:
+                self._store(text, [*criteria, *new])
+
+    def _store(self, text: str, criteria: list[Criterion]) -> None:
+        self.known[_key(text)] = criteria
+        if self.file:
+            files.append(self.file, {"prompt": text, "criteria": [asdict(criterion) for criterion in criteria]})
 
     def criteria(self, prompts: Sequence[Prompt]) -> list[list[Criterion] | str]:
         """The criteria of each prompt, or the reason why it has none. The model writes those of each text at most
@@ -299,9 +291,7 @@ class Checklist:
                 lists.append(f"no criteria could be written: {error}")
                 continue
             lists.append(criteria)
-            self.known[_key(text)] = criteria
-            if self.file:
-                files.append(self.file, {"prompt": text, "criteria": [asdict(criterion) for criterion in criteria]})
+            self._store(text, criteria)
         return lists
 
 

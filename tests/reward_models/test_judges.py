@@ -1,6 +1,8 @@
 """Tests of the scorers that read a model's text: their questions, their scores, and prompts that try to inject text."""
 
 import json
+import re
+import sqlite3
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from scripted import ELSEWHERE, judged
 from reward_models import Prompt, load
 from reward_models.cache import Cached
 from reward_models.images import to_pil
-from reward_models.scorers.checklist import by_rule
+from reward_models.vlm.criteria import by_rule
 from reward_models.vlm.templates import Template, quoted
 from reward_models.vlm.types import Reply
 
@@ -199,6 +201,71 @@ def test_criteria_are_written_once_per_prompt_and_kept(tmp_path):
     again, later = judged("checklist", reply, written=str(file))
     again(IMAGES[:1], [Prompt("a dog")])
     assert later.usage["calls"] == 1
+
+
+def test_a_review_replaces_criteria_that_no_longer_tell_images_apart(tmp_path):
+    """Of three criteria one is always met, one never, and one by every second image: it stays. A criterion that
+    depended on one that is always met stands alone, and scores of criteria that stay are those of before."""
+    first = [
+        {"question": "Is there a cat?", "weight": 3},
+        {"question": "Is it red?", "kind": "attribute", "depends": [1], "fix": "red"},
+        {"question": "Is it huge?", "kind": "attribute"},
+    ]
+    later = [{"question": f"Is it new {n}?"} for n in range(5)]
+    images, asked = iter(range(100)), []
+
+    def reply(question):
+        if "You write a checklist" in question.system:
+            return json.dumps({"criteria": first})
+        if "You improve a checklist" in question.system:
+            asked.append(question.text)
+            return json.dumps({"criteria": later})
+        numbers = [int(line.split(".")[0]) for line in question.text.splitlines() if re.match(r"\d+\. ", line)]
+        even = next(images) % 2 == 0
+        return json.dumps({str(n): {1: True, 2: even, 3: False}[n] if len(numbers) == 3 else even for n in numbers})
+
+    file = tmp_path / "criteria.jsonl"
+    made, judge = judged("checklist", reply, written=str(file), review=4)
+    prompts = [Prompt("a red cat", {}, 0)] * 4
+    before = made(IMAGES[:4], prompts).column("attribute")
+    assert before.tolist() == [0.5, 0.0, 0.5, 0.0]
+    assert len(asked) == 1
+    assert '"Is it red?"' in asked[0]
+    assert "huge?" in asked[0].partition("What recent pictures lacked")[2]
+    assert '"Is there a cat?"' not in asked[0]
+    calls = judge.usage["calls"]
+    after = made(IMAGES[:2], prompts[:2])
+    assert judge.usage["calls"] == calls + 2  # retired criteria cost no question of their own
+    assert [c.question for c in made.known[next(iter(made.known))]] == [
+        "Is it red?", "Is it new 0?", "Is it new 1?", "Is it new 2?",
+    ]  # fmt: skip
+    assert after.column("share").tolist() == [1, 0]
+    again, _ = judged("checklist", reply, written=str(file), review=4)
+    assert again.known == made.known
+    assert Cached(made, tmp_path / "cache.sqlite")(IMAGES[:1], prompts[:1]) is not None
+    assert not sqlite3.connect(tmp_path / "cache.sqlite").execute("SELECT * FROM scores").fetchall()
+
+
+def test_a_review_without_new_criteria_leaves_the_rest_or_all():
+    criteria = [{"question": "Is there a cat?"}, {"question": "Is it red?"}]
+    images = iter(range(100))
+
+    def reply(question):
+        if "You write a checklist" in question.system:
+            return json.dumps({"criteria": criteria})
+        return "no idea" if "You improve" in question.system else json.dumps({"1": True, "2": next(images) == 0})
+
+    made, _ = judged("checklist", reply, review=2)
+    made(IMAGES[:2], [Prompt("a red cat")] * 2)
+    assert [c.question for c in next(iter(made.known.values()))] == ["Is it red?"]
+    with pytest.raises(ValueError, match="review is at least 2 images"):
+        judged("checklist", reply, review=1)
+
+
+def test_given_criteria_are_never_reviewed():
+    made, judge = judged("checklist", lambda question: '{"1": true}', review=2)
+    made(IMAGES[:4], [Prompt("a cat", {"criteria": [{"question": "Is it there?"}]})] * 4)
+    assert judge.usage["calls"] == 4
 
 
 @pytest.mark.parametrize(
