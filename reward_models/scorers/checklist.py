@@ -15,7 +15,7 @@ credit 1 or -1, labelled with their criterion.
 With `review`, the criteria that the model wrote change while they are used (RubiCap): one that so many images of the
 prompt in a row all passed, or all failed, tells them apart no longer and is retired, and the model is asked for others
 in its place, with the critiques of the last images that failed. Scores of a prompt before and after a review are
-different quantities; they are not cached, and a run that is resumed counts anew.
+different quantities; they are not cached, and a run that is resumed counts again from 0.
 
 After RubiCap, CM2 and DSG; the instructions and rules are ours. Licence: the model's own.
 """

@@ -33,7 +33,7 @@ PICTURE, BAD = "picture", "bad"  # the kinds that the caller gives
 
 
 def shuffled(image: Images, generator: torch.Generator, side: int = 4) -> Images:
-    """`side` x `side` pieces in random order; rows and columns that do not divide are left as they are."""
+    """`side` x `side` pieces in random order; rows and columns that do not divide are unchanged."""
     high, wide = image.shape[2] // side, image.shape[3] // side
     order = torch.randperm(side * side, generator=generator).tolist()
     result = image.clone()
@@ -110,7 +110,7 @@ def train(
 ) -> dict[str, Any]:
     """Train a head on `pictures`, each [1, 3, H, W], and write it to the folder `out` for the scorer `natural`.
 
-    `bad`: further images that are no pictures, such as those of a run that hacked its reward. Returns the card, which
+    `bad`: further images that are not pictures, such as those of a run that hacked its reward. Returns the card, which
     is also written: for each corruption the AUC on pictures that were not trained on, `auc`, and that of a head that
     was trained without it, `auc_if_new`. ValueError, in one line, for too few pictures or an occupied folder."""
     if len(pictures) < LEAST or (bad and len(bad) < LEAST):

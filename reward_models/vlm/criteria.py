@@ -97,7 +97,7 @@ class Tally:
 
 
 def without(criteria: Sequence[Criterion], retired: Collection[int]) -> list[Criterion]:
-    """The criteria but those of the numbers `retired`, from 1, with what they depend on numbered anew."""
+    """The criteria but those of the numbers `retired`, from 1, with what they depend on renumbered."""
     left = [number for number in range(1, len(criteria) + 1) if number not in retired]
     place = {number: k for k, number in enumerate(left, 1)}
     return [

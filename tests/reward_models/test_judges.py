@@ -212,13 +212,13 @@ def test_a_review_replaces_criteria_that_no_longer_tell_images_apart(tmp_path):
         {"question": "Is it huge?", "kind": "attribute"},
     ]
     later = [{"question": f"Is it new {n}?"} for n in range(5)]
-    images, asked = iter(range(100)), []
+    images, reviews = iter(range(100)), []
 
     def reply(question):
         if "You write a checklist" in question.system:
             return json.dumps({"criteria": first})
         if "You improve a checklist" in question.system:
-            asked.append(question.text)
+            reviews.append(question.text)
             return json.dumps({"criteria": later})
         numbers = [int(line.split(".")[0]) for line in question.text.splitlines() if re.match(r"\d+\. ", line)]
         even = next(images) % 2 == 0
@@ -229,10 +229,10 @@ def test_a_review_replaces_criteria_that_no_longer_tell_images_apart(tmp_path):
     prompts = [Prompt("a red cat", {}, 0)] * 4
     before = made(IMAGES[:4], prompts).column("attribute")
     assert before.tolist() == [0.5, 0.0, 0.5, 0.0]
-    assert len(asked) == 1
-    assert '"Is it red?"' in asked[0]
-    assert "huge?" in asked[0].partition("What recent pictures lacked")[2]
-    assert '"Is there a cat?"' not in asked[0]
+    assert len(reviews) == 1
+    assert '"Is it red?"' in reviews[0]
+    assert "huge?" in reviews[0].partition("What recent pictures lacked")[2]
+    assert '"Is there a cat?"' not in reviews[0]
     calls = judge.usage["calls"]
     after = made(IMAGES[:2], prompts[:2])
     assert judge.usage["calls"] == calls + 2  # retired criteria cost no question of their own
