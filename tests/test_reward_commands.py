@@ -1,6 +1,7 @@
 """The commands `reward fit` and `reward eval`, and the fitted model as a scorer of the others."""
 
 import json
+from pathlib import Path
 
 import pytest
 from command_line import mmalign
@@ -27,6 +28,22 @@ def test_a_fitted_model_scores_and_is_measured(folder, tmp_path):
     scored = ("score", PAIRS, "--rewards", "fitted", "--set", setting, "--out", str(tmp_path / "scores.jsonl"))
     assert mmalign(*scored).returncode == 0
     assert "<svg" in folder.with_suffix(".html").read_text()
+
+
+def test_a_fitted_model_is_calibrated(folder, tmp_path):
+    one, other = (str(Path("assets/pictures/00001-1-after.png").resolve()), "00203-0-after.png")
+    other = str(Path("assets/pictures").resolve() / other)
+    rows = [
+        {"image_a": one, "image_b": other, "chosen": "ab"[k % 2], "prompt": f"a picture of {k} trees"} for k in range(3)
+    ]
+    table = tmp_path / "pairs.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = mmalign("reward", "calibrate", str(folder), str(table), "--images", "assets/pictures", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["pairs"] == 3
+    setting = f"fitted.folder={folder}"
+    result = mmalign("reward", "eval", PAIRS, "--rewards", "fitted", "--set", setting, "--swap", "--json")
+    assert [*json.loads(result.stdout)["rewards"]] == ["fitted.score", "fitted.better"]
 
 
 @pytest.mark.parametrize(

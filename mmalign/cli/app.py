@@ -17,7 +17,9 @@ COMMANDS = (
     train.train, train.calibrate, checks.estimate, images.sample, images.evaluate, score.score, refine.refine,
     collect.collect, checks.doctor, score.serve, runs.export, runs.report,
 )  # fmt: skip
-GROUPS = {"reward": (reward.__doc__, {"fit": reward.fit, "eval": reward.evaluate})}
+GROUPS = {
+    "reward": (reward.__doc__, {"fit": reward.fit, "calibrate": reward.calibrate, "eval": reward.evaluate}),
+}
 
 
 class _Command(typer.core.TyperCommand):

@@ -42,6 +42,15 @@ HeldOut = Annotated[float, typer.Option(help="share of the prompts that is not t
 Seed = Annotated[int, typer.Option(min=0, help="seed of the split and of the training")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 Page = Annotated[Path | None, output_option("--html", help="write a page with tables and curves")]
+Swap = Annotated[
+    bool, typer.Option("--swap", help="let groupwise judges compare each pair in both orders; twice the calls")
+]
+Fitted = Annotated[Path, typer.Argument(metavar="FOLDER", help="folder that `reward fit` has written")]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="images of the base model: a folder of `collect`, or any folder or table with prompts"),
+]
+Base = Annotated[str | None, typer.Option(help="folder of the CLIP model below a head, where it was trained on one")]
 Batch = Annotated[int, typer.Option(min=1, help="images scored at once")]
 
 
@@ -75,6 +84,36 @@ def fit(
     output.show(card, as_json, tables.texts(table), f"{len(pairs)} pairs; the scorer `fitted` loads folder={out}")
 
 
+def calibrate(
+    model: Fitted,
+    source: Source,
+    images: Images = None,
+    base: Base = None,
+    prompt: PromptOfAll = None,
+    device: Device = "cpu",
+    page: Page = None,
+    as_json: Json = False,
+) -> None:
+    """Calibrate a fitted reward model on pairs of other prompts than it was trained on. With images of a base model it
+    also gives `better`, the probability that an image is preferred to one of these."""
+    from mmalign.config import paths
+    from mmalign.runs import folder
+    from reward_models import pairs as preferences
+    from reward_models.tools import judged
+    from reward_models.training import calibrate as measure, page as pages
+
+    check_file(page, "--html", pages.ours)
+    with refusing(), folder.failing(model, folder.ROWS_ARE_WHOLE), output.progressing():
+        pairs = preferences.read(paths.locate(source), prompt, output.warn)
+        base_images = [one.item for one in judged.read(images, prompt, output.warn)] if images else []
+        result = measure(model, pairs, base_images, base=base, device=device, progress=counted)
+        table = pages.of_calibration(result.figures)
+        if page is not None:
+            pages.write(page, f"{model.name}: calibration", [table], [])
+    line = f"{result.pairs} pairs of {result.prompts} prompts; {result.left_out} left out: ties, or prompts trained on"
+    output.show(result.model_dump(exclude={"reference"}), as_json, tables.texts(table), line)
+
+
 def evaluate(
     source: Source,
     rewards: Rewards = "clip",
@@ -83,6 +122,7 @@ def evaluate(
     page: Page = None,
     cache: Cache = None,
     batch: Batch = 64,
+    swap: Swap = False,
     allow: Allow = None,
     as_json: Json = False,
 ) -> None:
@@ -96,7 +136,7 @@ def evaluate(
     with refusing(), output.progressing():
         pairs = preferences.read(paths.locate(source), prompt, output.warn)
         scorers = load_scorers(rewards, settings, cache)
-        result = measure(pairs, scorers, batch, counted)
+        result = measure(pairs, scorers, batch, counted, swap)
     shown, charts = pages.of_evaluation(result)
     if page is not None:
         with folder.failing(page):

@@ -68,6 +68,24 @@ def accuracies(difference: Column, preference: Column, cluster: Int[np.ndarray, 
     }
 
 
+def same_verdicts(one: Column, other: Column, cluster: Int[np.ndarray, "N"]) -> dict[str, Any]:
+    """The `share` of pairs for which two differences of scores prefer the same image, or neither; pairs without a score
+    in one of them are left out."""
+    scored = ~(np.isnan(one) | np.isnan(other))
+    same = np.sign(one[scored]) == np.sign(other[scored])
+    return asdict(share(same.astype(float), cluster[scored]))
+
+
+def thirds(values: Column) -> dict[str, Bool[np.ndarray, "N"]]:
+    """The `low`, `middle` and `high` third of the values; NaN in none, and equal values together."""
+    bounds = np.nanquantile(values, [1 / 3, 2 / 3]) if (~np.isnan(values)).any() else [0, 0]
+    return {
+        "low": values <= bounds[0],
+        "middle": (values > bounds[0]) & (values <= bounds[1]),
+        "high": values > bounds[1],
+    }
+
+
 def mcnemar(one: Column, other: Column) -> dict[str, Any]:
     """McNemar's exact test of two models on the same pairs: `only_one` and `only_other`, the pairs that one of them
     alone gets right, and `p`, the two-sided probability of so uneven a split of equally good models. Pairs that are a
@@ -92,27 +110,34 @@ def calibration(probability: Column, preference: Column) -> dict[str, Any]:
     chosen, truth = probability[valid].clip(1e-7, 1 - 1e-7), (preference[valid] > 0.5).astype(float)
     if not len(truth):
         return {"pairs": 0}
-    sure, right = np.maximum(chosen, 1 - chosen), np.where(chosen >= 0.5, truth, 1 - truth)
-    curve = _curve(sure, right)
+    brier, ece = errors(chosen, truth)
     return {
         "pairs": len(truth),
-        "brier": float(np.mean((chosen - truth) ** 2)),
-        "ece": sum(row["pairs"] * abs(row["probability"] - row["frequency"]) for row in curve) / len(truth),
+        "brier": brier,
+        "ece": ece,
         "temperature": temperature(np.log(chosen / (1 - chosen)), truth),
-        "curve": curve,
+        "curve": _curve(chosen, truth),
     }
 
 
-def _curve(sure: Column, right: Column) -> list[dict[str, Any]]:
+def errors(chosen: Column, truth: Column) -> tuple[float, float]:
+    """The Brier score and the expected calibration error of probabilities that a is preferred; `truth` is 1 where it
+    is, and 0 where b is."""
+    curve = _curve(chosen, truth)
+    distance = sum(row["pairs"] * abs(row["probability"] - row["frequency"]) for row in curve)
+    return float(np.mean((chosen - truth) ** 2)), distance / len(truth)
+
+
+def _curve(chosen: Column, truth: Column) -> list[dict[str, Any]]:
+    sure, right = np.maximum(chosen, 1 - chosen), np.where(chosen >= 0.5, truth, 1 - truth)
     number = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    count = np.bincount(number, minlength=BINS)
+    sums = (np.bincount(number, values, minlength=BINS) for values in (sure, right))
+    means = [each / np.maximum(count, 1) for each in sums]
     return [
-        {
-            "probability": float(sure[number == k].mean()),
-            "frequency": float(right[number == k].mean()),
-            "pairs": int((number == k).sum()),
-        }
+        {"probability": float(means[0][k]), "frequency": float(means[1][k]), "pairs": int(count[k])}
         for k in range(BINS)
-        if (number == k).any()
+        if count[k]
     ]
 
 
