@@ -18,7 +18,10 @@ COMMANDS = (
     collect.collect, checks.doctor, score.serve, runs.export, runs.report,
 )  # fmt: skip
 GROUPS = {
-    "reward": (reward.__doc__, {"fit": reward.fit, "calibrate": reward.calibrate, "eval": reward.evaluate}),
+    "reward": (
+        reward.__doc__,
+        {"fit": reward.fit, "calibrate": reward.calibrate, "eval": reward.evaluate, "gaming": reward.gaming},
+    )
 }
 
 

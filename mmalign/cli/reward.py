@@ -1,7 +1,9 @@
 """Train reward models from preferences, and measure how well scorers agree with preferences."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,9 +19,11 @@ from mmalign.cli.options import (
     ScorerSettings,
     output_option,
     parse_method_settings,
+    parse_names,
     parse_prompt,
+    reward_option,
 )
-from mmalign.errors import refusing
+from mmalign.errors import BadInput, refusing
 from mmalign.runs.outputs import check_file
 
 Source = Annotated[str, typer.Argument(metavar="PAIRS", help="table of pairs or rankings, or a dataset hf:NAME:SPLIT")]
@@ -51,6 +55,25 @@ Images = Annotated[
     typer.Option(help="images of the base model: a folder of `collect`, or any folder or table with prompts"),
 ]
 Base = Annotated[str | None, typer.Option(help="folder of the CLIP model below a head, where it was trained on one")]
+Collected = Annotated[
+    Path | None, typer.Argument(metavar="[IMAGES]", help="folder of `collect`, or its judged_images.jsonl")
+]
+OfRun = Annotated[Path | None, typer.Option("--run", help="folder of a training run")]
+MoreRewards = Annotated[
+    Sequence[str] | None,
+    reward_option(
+        "--rewards", parser=str, callback=parse_names, metavar="NAME,...",
+        help="comma-separated scorers that score the images now, beside the scores that they come with",
+    ),
+]  # fmt: skip
+By = Annotated[str, reward_option(help="the reward: scorer.component; default: the first")]
+Watch = Annotated[
+    Sequence[str] | None,
+    reward_option(
+        parser=str, callback=parse_names, metavar="NAME,...", help="scorer.component to judge by; default: all others"
+    ),
+]
+Most = Annotated[int | None, reward_option(min=2, help="largest n; default: as many as each prompt has images")]
 Batch = Annotated[int, typer.Option(min=1, help="images scored at once")]
 
 
@@ -146,3 +169,54 @@ def evaluate(
             output.warn(f"{name}: {count} images have no score: {reason}")
     line = f"{len(pairs)} pairs of {result['prompts']} prompts, {result['ties']} of them ties"
     output.show(result, as_json, *map(tables.texts, shown), line)
+
+
+def gaming(
+    images: Collected = None,
+    run: OfRun = None,
+    rewards: MoreRewards = None,
+    settings: ScorerSettings = None,
+    by: By = "",
+    watch: Watch = None,
+    most: Most = None,
+    page: Page = None,
+    cache: Cache = None,
+    batch: Batch = 64,
+    allow: Allow = None,
+    as_json: Json = False,
+) -> None:
+    """Show how gameable a reward is: what other scores do when the best of n images by it is taken, for rising n, and
+    along a training run."""
+    from mmalign.evaluation import gaming as best_of
+    from mmalign.reporting import gaming as report
+    from reward_models.tools import judged
+    from reward_models.training import page as pages
+
+    if images is None and run is None:
+        raise BadInput("give IMAGES, judged images of a base model, or --run FOLDER, or both")
+    check_file(page, "--html", pages.ours)
+    course = report.course(run) if run else None
+    best = None
+    if images is not None:
+        with refusing(), output.progressing():
+            rows = judged.read(images, warn=output.warn)
+            scorers = load_scorers(rewards or [], settings, cache)
+            scores = best_of.scored(rows, scorers, batch, partial(counted, name="scoring", unit="images"))
+            best = best_of.gaming([row.item.prompt.text for row in rows], scores, by, watch, most)
+    _show_gaming(best, course, page, as_json)
+
+
+def _show_gaming(best: Any, course: Any, page: Path | None, as_json: bool) -> None:
+    from mmalign.reporting import gaming as report
+    from mmalign.runs import folder
+    from reward_models.training import page as pages
+
+    parts = [report.of_best(best)] if best else []
+    parts += [report.of_course(course)] if course else []
+    shown, charts = ([one for part in parts for one in part[k]] for k in (0, 1))
+    if page is not None:
+        with folder.failing(page):
+            pages.write(page, "How gameable the reward is", shown, charts)
+    if best and best.left_out:
+        output.warn(f"{best.left_out} prompts have fewer scored images than the largest n, and are left out")
+    output.show(report.records(best, course), as_json, *map(tables.texts, shown))
