@@ -85,7 +85,7 @@ def _change(rise: Rise) -> str:
     return f"{rise.rise:+.3f}{interval}"
 
 
-def curve(groups: Sequence[tuple[Float[Tensor, "N"], Float[Tensor, "N"]]], names: Sequence[str], most: int) -> Curve:
+def curve(groups: Sequence[tuple[Float[Tensor, "_"], Float[Tensor, "_"]]], names: Sequence[str], most: int) -> Curve:
     """The curve of the prompts called `names`, from the rewards and scores of the images of each. Intervals are over
     the meanings of prompts. Each prompt needs at least `most` images."""
     sizes = [2**k for k in range(most.bit_length())]
@@ -94,7 +94,7 @@ def curve(groups: Sequence[tuple[Float[Tensor, "N"], Float[Tensor, "N"]]], names
     means = [float(cluster_means(column, cluster).mean()) for column in table.T]
     peak = max(range(len(sizes)), key=means.__getitem__)
     fall = paired(table[:, peak], table[:, -1], cluster)
-    fall = Rise(fall.rise, fall.low, fall.high, min(1.0, fall.p * len(sizes)))
+    fall = Rise(fall.rise, fall.low, fall.high, min(fall.p * len(sizes), 1.0))
     rises = [paired(table[:, 0], column, cluster) for column in table.T]
     spread = float(torch.cat([score for _, score in groups]).double().std())
     return Curve(sizes, means, rises, sizes[peak], fall, len(cluster.unique()), spread)
