@@ -20,9 +20,12 @@ COMMANDS = (
 GROUPS = {
     "reward": (
         reward.__doc__,
-        {"fit": reward.fit, "calibrate": reward.calibrate, "eval": reward.evaluate, "gaming": reward.gaming},
+        {
+            "fit": reward.fit, "experts": reward.experts, "calibrate": reward.calibrate, "eval": reward.evaluate,
+            "gaming": reward.gaming,
+        },
     )
-}
+}  # fmt: skip
 
 
 class _Command(typer.core.TyperCommand):

@@ -12,12 +12,14 @@ from mmalign.cli import output, tables
 from mmalign.cli.inputs import load_scorers
 from mmalign.cli.options import (
     Allow,
+    Aspect,
     Cache,
     Json,
     MethodSetting,
     Rewards,
     ScorerSettings,
     output_option,
+    parse_aspects,
     parse_method_settings,
     parse_names,
     parse_prompt,
@@ -74,6 +76,18 @@ Watch = Annotated[
     ),
 ]
 Most = Annotated[int | None, reward_option(min=2, help="largest n; default: as many as each prompt has images")]
+Mixture = Annotated[Path, output_option(help="safetensors file for the mixture")]
+Aspects = Annotated[
+    list[Aspect] | None,
+    reward_option(
+        "--aspect",
+        parser=str,
+        callback=parse_aspects,
+        metavar="ASPECT=NAME,...",
+        help="components, scorer.component, of one aspect; may repeat; default: each component is an aspect",
+    ),
+]
+Decay = Annotated[float, reward_option(min=0, help="how strongly weights are pulled to be the same for all prompts")]
 Batch = Annotated[int, typer.Option(min=1, help="images scored at once")]
 
 
@@ -204,6 +218,51 @@ def gaming(
             scores = best_of.scored(rows, scorers, batch, partial(counted, name="scoring", unit="images"))
             best = best_of.gaming([row.item.prompt.text for row in rows], scores, by, watch, most)
     _show_gaming(best, course, page, as_json)
+
+
+def experts(
+    source: Source,
+    out: Mixture,
+    rewards: Rewards,
+    settings: ScorerSettings = None,
+    aspects: Aspects = None,
+    weight_decay: Decay = 0.01,
+    prompt: PromptOfAll = None,
+    held_out: HeldOut = 0.2,
+    seed: Seed = 0,
+    cache: Cache = None,
+    batch: Batch = 64,
+    allow: Allow = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a mixture of scorers whose weights depend on the prompt, for `combine: experts`. Fixed weights are written
+    where those are not better on held-out prompts."""
+    from mmalign.config import paths
+    from mmalign.runs import folder
+    from reward_models import pairs as preferences
+    from reward_models.training import page as pages
+    from reward_models.training.experts import ours
+    from reward_models.training.fitting_experts import fit_experts
+
+    with refusing(), folder.failing(out, folder.ROWS_ARE_WHOLE), output.progressing():
+        ours(out)
+        pairs = preferences.read(paths.locate(source), prompt, output.warn)
+        scorers = load_scorers(rewards, settings, cache)
+        about = fit_experts(
+            pairs, scorers, out, dict(aspects or []) or None, weight_decay=weight_decay, held_out=held_out, seed=seed,
+            batch=batch, progress=counted,
+        )  # fmt: skip
+    made = about["made"]
+    table = tables.texts(pages.of_experts(made))
+    output.show(about, as_json, table, _weights(made), f"combine: {{type: experts, file: {out}}}")
+
+
+def _weights(made: dict[str, Any]) -> str:
+    """What was written, and the fixed weights."""
+    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in made["fixed_weights"].items())
+    if made["written"] == "fixed":
+        return f"weights by prompt do not beat fixed ones on held-out prompts; written are the fixed ones: {weights}"
+    return f"written are weights by prompt, which beat the fixed ones on held-out prompts: {weights}"
 
 
 def _show_gaming(best: Any, course: Any, page: Path | None, as_json: bool) -> None:

@@ -28,8 +28,6 @@ from reward_models.training.losses import LOSSES
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import check_on_grey_image, fingerprint, linear_chain, named, read
 
-BASE = ("model", "pretrained", "checkpoint")  # what a config says of the base model: where it is, and its hash
-
 
 class Fitted:
     """The scorer. `folder` is what was written. `base`: the CLIP model of a head, where it is not the embedded one or a
@@ -44,7 +42,7 @@ class Fitted:
             config = folders.read(Path(folder))
             self.loss, components, source = _checked(config)
             if config["members"]:
-                self.clip = _base(source, base, device, batch)
+                self.clip = bases.reopened(source, base, device, batch)
                 weights = read(Path(folder) / folders.WEIGHTS)
                 self.heads = _heads(weights, config, len(components) * self.loss.outputs, self.clip).to(device)
                 trained, checkpoint = fingerprint(weights), fingerprint(self.clip.model, weights)
@@ -149,25 +147,9 @@ def _checked(config: dict[str, Any]) -> tuple[Any, list[str], dict[str, str]]:
         raise ValueError("config.json: components is not a list of names")
     if components[:1] != ["score"] or len({*components, "spread", "sigma"}) != len(components) + 2:
         raise ValueError("config.json: components must begin with score, be distinct, and not be spread or sigma")
-    if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in BASE):
+    if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in bases.SOURCE):
         raise ValueError("config.json: base must have model, pretrained and checkpoint")
     return LOSSES[config["loss"]], components, base
-
-
-def _base(source: dict[str, str], given: str | None, device: str, batch: int) -> Clip:
-    """The base model, if its weights have the hash of the config."""
-    import open_clip
-
-    model = source["model"] if given is None else given
-    if given is None and model and model.replace("/", "-") not in open_clip.list_models():
-        raise ValueError(f"the base is {named(model)[:100]!r}, not a model of open_clip; give its folder as `base`")
-    result = bases.opened(model, source["pretrained"], device, batch)
-    if result.card.checkpoint != source["checkpoint"]:
-        raise ValueError(
-            f"the head was trained on a base with the hash {source['checkpoint'][:12]}, {model or 'the embedded CLIP'} "
-            f"has {result.card.checkpoint[:12]}"
-        )
-    return result
 
 
 @torch.no_grad()

@@ -137,6 +137,21 @@ def of_calibration(table: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
     return Table("Calibration, on prompts that the maps were not fitted to", headings, rows)
 
 
+def of_experts(made: Mapping[str, Any]) -> Table:
+    """The accuracy of a mixture on new prompts with equal, fixed and prompt-dependent weights."""
+    test = made["test"]
+    rows = [
+        [
+            name,
+            *of_share(test[name]["accuracy"]),
+            number(test[name]["loss"]),
+            "written" if made["written"] == name else "",
+        ]
+        for name in ("equal", "fixed", "by prompt")
+    ]
+    return Table("Pair accuracy on new prompts", ["weights", "accuracy", "95 %", "pairs", "loss", ""], rows)
+
+
 def _ends(interval: Sequence[float], form: str = ".3f") -> str:
     return f"{interval[1]:{form}} to {interval[2]:{form}}"
 
