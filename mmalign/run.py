@@ -6,7 +6,7 @@ One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluat
 
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from mmalign.train import Row, iterate
 from mmalign.training import finite, planning, saving, snapshots
 from mmalign.training.session import Session
 from mmalign.training.setup import NOTHING, Given, open_session
-from reward_models import files
+from reward_models import Prompt, files
 from reward_models.lengths import cut
 from reward_models.weights import fingerprint
 

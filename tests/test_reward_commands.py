@@ -46,6 +46,19 @@ def test_a_fitted_model_is_calibrated(folder, tmp_path):
     assert [*json.loads(result.stdout)["rewards"]] == ["fitted.score", "fitted.better"]
 
 
+def test_a_mixture_is_fitted_to_pairs(tmp_path):
+    words = ["--rewards", "clip,image_stats", "--aspect", "text=clip.cosine", "--aspect", "look=image_stats.brightness"]
+    out = tmp_path / "experts.safetensors"
+    result = mmalign("reward", "experts", PAIRS, *words, "--out", str(out), "--held-out", "0.5")
+    assert result.returncode == 0, result.stderr
+    assert "fixed ones" in result.stdout
+    assert mmalign("reward", "experts", PAIRS, *words, "--out", str(out)).returncode == 0
+    out.write_text("notes")
+    result = mmalign("reward", "experts", PAIRS, *words, "--out", str(out))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "it is not overwritten" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -54,6 +67,9 @@ def test_a_fitted_model_is_calibrated(folder, tmp_path):
         (["fit", PAIRS, "--set", "hidden=1", "--set", "hidden=2", "--out", "x"], "hidden is there twice"),
         (["fit", "no.jsonl", "--out", "x"], "no.jsonl: No such file"),
         (["eval", PAIRS, "--rewards", "fitted", "--set", "fitted.folder=assets"], "fitted: assets could not be loaded"),
+        (["experts", PAIRS, "--rewards", "clip", "--aspect", "x", "--out", "x"], "--aspect 'x' must look like"),
+        (["experts", PAIRS, "--rewards", "clip", "--out", "x"], "at least 2 components"),
+        (["gaming", "assets/pictures"], "no score called ''"),
         (["eval", "assets/prompts/test.jsonl"], "no pairs; its columns are"),
     ],
 )

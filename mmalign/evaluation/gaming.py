@@ -61,18 +61,17 @@ class Curve:
     @property
     def verdict(self) -> str:
         """One line."""
-        last, rise = self.sizes[-1], self.rises[-1]
-        if self.peak != last and _certain(self.fall, self.prompts):
-            rose = "falls from the start" if self.peak == 1 else f"turns at n = {self.peak}"
-            return f"{rose}: {_change(self.fall)} from there to n = {last}"
-        if self.peak != last:
-            return (
-                f"highest at n = {self.peak}, but the change from there to n = {last}, {_change(self.fall)}, is not "
-                "told apart from none"
-            )
-        if not _certain(rise, self.prompts):
-            return f"no change is told apart up to n = {last}: {_change(rise)}"
-        return f"still rises at n = {last}: {_change(rise)} over n = 1"
+        last, fell = self.sizes[-1], f"{_change(self.fall)} from there to n = {self.sizes[-1]}"
+        rise = f"{_change(self.rises[self.sizes.index(self.peak)])} over n = 1"
+        if self.peak == last:
+            return f"still rises at n = {last}: {rise}" if self._rises else f"no change is told apart: {rise}"
+        if not _certain(self.fall, self.prompts):
+            return f"highest at n = {self.peak}, {rise}; no change is told apart after that: {fell}"
+        return f"falls from the start: {fell}" if self.peak == 1 else f"turns at n = {self.peak}, {rise}: {fell}"
+
+    @property
+    def _rises(self) -> bool:
+        return _certain(self.rises[-1], self.prompts)
 
 
 def _certain(rise: Rise, prompts: int) -> bool:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.errors import Failed
-from reward_models import combine
+from reward_models import combine, files
 
 Values = Float[Tensor, "N K"]
 Groups = Int[Tensor, "N"]
@@ -29,19 +29,21 @@ class Rule:
     `scale`: the unit that advantages must be measured in, because the rule has normalised within groups already (None:
     any). `below_0`: whether it works with scores below 0, and so with constraints and a reference. `weightless`:
     whether it gives a reward while all weights are 0. `refuses`: settings that it does not go with, and the reason.
-    `origin`: hashes of files that it was read from, which a resumed run must have too.
     """
 
     scale: ClassVar[str | None] = None
     below_0: ClassVar[bool] = True
     weightless: ClassVar[bool] = False
-    refuses: ClassVar[Mapping[str, str]] = {}
-    origin: Mapping[str, str] = MappingProxyType({})
+    refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def opened(self, versions: Mapping[str, str]) -> "Rule":
         """The rule with the files that it names, for scorers of these versions by name. ValueError where they do not
         fit."""
         return self
+
+    def origin(self) -> dict[str, str]:
+        """Hashes of the files that it was opened from, which a resumed run must have too."""
+        return {}
 
     def for_prompts(self, texts: Sequence[str]) -> "Rule":
         """The rule for images of these prompts; `group` numbers them."""
@@ -124,14 +126,14 @@ class Gdpo(Mrn):
 
 @dataclass(frozen=True)
 class Experts(Rule):
-    """Weights that depend on the prompt, from a `file` that `mmalign reward experts` has fitted to preferences (MJ-VIDEO,
-    arXiv 2502.01719). Scores are in the units of the file. `base`: the folder of its CLIP model, if it is one. A
-    component that no image of a prompt has does not count there."""
+    """Weights that depend on the prompt, from a `file` that `mmalign reward experts` has fitted to preferences
+    (MJ-VIDEO, arXiv 2502.01719). Scores are in the units of the file. `base`: the folder of its CLIP model, if it is
+    one. A component that no image of a prompt has does not count there."""
 
     file: str = ""
     base: str | None = None
-    type: ClassVar[str] = "experts"
-    refuses: ClassVar[Mapping[str, str]] = MappingProxyType({
+    type = "experts"
+    refuses = MappingProxyType({
         "reference": "the scores are in the units of the experts' file",
         "at_least": "the weights are those of the experts' file, and a constraint would change them",
     })  # fmt: skip
@@ -146,28 +148,31 @@ class Experts(Rule):
     def opened(self, versions: Mapping[str, str]) -> "OpenExperts":
         from reward_models.training import base as bases, experts
 
-        mixture, about = experts.read(Path(self.file))
+        mixture, about = experts.read(Path(files.home(self.file)))
         experts.check_scorers(self.file, about, versions)
         clip = bases.reopened(about.base.model_dump(), self.base, "cpu", 1)
         if mixture.centre.shape != bases.encode_texts(clip, ["a"])[0].shape:
             raise ValueError(
                 f"{self.file}: its embeddings have {len(mixture.centre)} numbers, unlike those of its model"
             )
-        return OpenExperts(mixture, tuple(about.components), clip, {"experts": experts.hash_of(mixture, about)})
+        return OpenExperts(mixture, tuple(about.components), clip, experts.hash_of(mixture, about))
 
 
 @dataclass(frozen=True)
 class OpenExperts(Rule):
-    """`Experts` with their file and text model. The embedding of a prompt is computed once, by itself, and kept, so that
-    it depends on nothing else."""
+    """`Experts` with their file and text model. The embedding of a prompt is computed once, by itself, and kept: it
+    depends on nothing else."""
 
     mixture: Any
     components: tuple[str, ...]
     clip: Any
-    origin: Mapping[str, str]
+    digest: str
     embeddings: dict[str, Float[Tensor, "D"]] = field(default_factory=dict)
     texts: Sequence[str] = ()
-    type: ClassVar[str] = "experts"
+    type = "experts"
+
+    def origin(self) -> dict[str, str]:
+        return {"experts": self.digest}
 
     def for_prompts(self, texts: Sequence[str]) -> "OpenExperts":
         return replace(self, texts=texts)

@@ -30,8 +30,8 @@ class Rewards:
         return {name: self.scorers[name] for name in self.config.trained}
 
     def combination(self, iteration: int, texts: Sequence[str] = ()) -> Combination:
-        """The weights as they stand: ramps by how much of the run is done, constraints by their multipliers. `texts` are
-        those of the prompts, by row."""
+        """The weights as they stand: ramps by how much of the run is done, constraints by their multipliers; for
+        prompts with these texts, by row."""
         c, progress = self.config, iteration / max(1, self.config.iterations - 1)
         weights = {name: w.at(progress) if isinstance(w, combine.Ramp) else w for name, w in c.rewards.items()}
         weights |= {name: weights.get(name, 0.0) + u for name, u in self.multipliers.items()}

@@ -77,7 +77,7 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
             scorers = {name: Cached(scorer, c.cache) for name, scorer in scorers.items()}
     rewards = Rewards(c, scorers, dict.fromkeys(c.at_least, 0.0), known, rule)
     origin = _origin(weights, scorers, batches.all, held_out, [] if records is None else records.records)
-    origin |= rule.origin
+    origin |= rule.origin()
     return Session(
         config=c, policy=policy, prompts=batches, held_out=held_out, times=times, cost=cost, rewards=rewards,
         learner=learner, records=records, origin=origin, clock=Clock(), fits=fits, ranks=ranks,

@@ -102,7 +102,7 @@ def lower(gain: Float[np.ndarray, "N"], cluster: Int[np.ndarray, "N"]) -> bool:
     """Whether a loss is lower, by a mean gain over prompts that exceeds its standard error."""
     names, number = np.unique(cluster, return_inverse=True)
     means = np.bincount(number, gain) / np.bincount(number)
-    return len(names) > 1 and means.mean() > means.std(ddof=1) / len(names) ** 0.5
+    return len(names) > 1 and bool(means.mean() > means.std(ddof=1) / len(names) ** 0.5)
 
 
 def fit_experts(
