@@ -66,7 +66,7 @@ def test_a_fall_by_chance_is_not_called_a_turn():
     generator = torch.Generator().manual_seed(1)
     reward, watched = torch.randn(2, 12, 16, generator=generator)
     one = gaming([f"{p}" for p in range(12) for _ in range(16)], {"r.x": reward.flatten(), "w.x": watched.flatten()})
-    assert "no change is told apart" in one.curves["w.x"].verdict
+    assert "no significant change" in one.curves["w.x"].verdict
     assert divergence(4) == pytest.approx(log(4) - 0.75)
 
 

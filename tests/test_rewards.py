@@ -245,7 +245,7 @@ EQUAL = dict.fromkeys(TWO, 1.0)
 
 def test_experts_weigh_each_prompt_by_its_text(experts_file):
     mixture, about = mixtures.read(experts_file)
-    rule = Experts(str(experts_file)).opened(about.scorers)
+    rule = Experts(str(experts_file)).opened([*TWO], about.scorers)
     texts = ["a red circle", "two squares"]
     owner = torch.tensor([0, 0, 1, 1])
     raw = torch.tensor([[-1.0, 0.2], [-1.2, 0.7], [-0.9, 0.4], [-1.1, 0.5]])
@@ -281,17 +281,21 @@ def test_a_run_with_experts_resumes_to_the_bit_and_is_bound_to_its_file(settings
     mixtures.save(other, mixture, about.model_copy(update={"scorers": about.scorers | {"jpeg_size": "0" * 16}}))
     with pytest.raises(BadInput, match=r"was fitted with jpeg_size 0{16}, this run has \w{16}; fit it again"):
         run(settings, **changed | {"combine": {"type": "experts", "file": str(other)}}, out=str(tmp_path / "x"))
-    kept = experts_file.read_bytes()
+    before = experts_file.read_bytes()
     mixtures.save(experts_file, replace(mixture, gates=-mixture.gates), about)
     with pytest.raises(BadInput, match="experts"):
         run(settings, resume=True, **changed)
-    experts_file.write_bytes(kept)
+    experts_file.write_bytes(before)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (dict(combine="experts"), "combine: experts: file: a file of"),
+        (
+            dict(rewards={"jpeg_size.kilobytes": 1.0}),
+            "is for jpeg_size.kilobytes, .*; the rewards are jpeg_size.kilobytes$",
+        ),
         (dict(rewards=TWO), "image_stats.brightness: combine: experts has weights of its file; give 1, got 2"),
         (dict(reference="ref.json"), "reference: it does not go with combine: experts: the scores are in the units"),
         (dict(at_least={"jpeg_size.kilobytes": {"bound": 1}}), "at_least: it does not go with combine: experts"),

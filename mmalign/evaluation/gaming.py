@@ -23,7 +23,7 @@ from reward_models.meaning import clusters
 from reward_models.tools.judged import Judged
 from reward_models.tools.score_files import score
 
-LEVEL = 0.05  # probability below which a fall or rise is told apart from none
+LEVEL = 0.05  # probability below which a fall or rise is significant
 
 Progress = Callable[[Iterable[Any], int, int], Iterable[Any]]
 
@@ -64,9 +64,9 @@ class Curve:
         last, fell = self.sizes[-1], f"{_change(self.fall)} from there to n = {self.sizes[-1]}"
         rise = f"{_change(self.rises[self.sizes.index(self.peak)])} over n = 1"
         if self.peak == last:
-            return f"still rises at n = {last}: {rise}" if self._rises else f"no change is told apart: {rise}"
+            return f"still rises at n = {last}: {rise}" if self._rises else f"no significant change: {rise}"
         if not _certain(self.fall, self.prompts):
-            return f"highest at n = {self.peak}, {rise}; no change is told apart after that: {fell}"
+            return f"highest at n = {self.peak}, {rise}; no significant change after that: {fell}"
         return f"falls from the start: {fell}" if self.peak == 1 else f"turns at n = {self.peak}, {rise}: {fell}"
 
     @property
@@ -75,7 +75,7 @@ class Curve:
 
 
 def _certain(rise: Rise, prompts: int) -> bool:
-    """Whether a rise is told apart from none. Where all prompts rise equally there is no p-value, and no doubt."""
+    """Whether a rise is significant. Where all prompts rise equally there is no p-value, and no doubt."""
     return rise.rise != 0 and prompts > 1 if isnan(rise.p) else rise.p < LEVEL
 
 

@@ -36,9 +36,9 @@ class Rule:
     weightless: ClassVar[bool] = False
     refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
-    def opened(self, versions: Mapping[str, str]) -> "Rule":
-        """The rule with the files that it names, for scorers of these versions by name. ValueError where they do not
-        fit."""
+    def opened(self, names: Sequence[str], versions: Mapping[str, str]) -> "Rule":
+        """The rule with the files that it names, for these components, of scorers of these versions by name. ValueError
+        where they do not fit."""
         return self
 
     def origin(self) -> dict[str, str]:
@@ -145,10 +145,12 @@ class Experts(Rule):
             if ends != (1, 1):
                 raise ValueError(f"rewards: {name}: combine: experts has weights of its file; give 1, got {ends[0]:g}")
 
-    def opened(self, versions: Mapping[str, str]) -> "OpenExperts":
+    def opened(self, names: Sequence[str], versions: Mapping[str, str]) -> "OpenExperts":
         from reward_models.training import base as bases, experts
 
         mixture, about = experts.read(Path(files.home(self.file)))
+        if {*names} != {*about.components}:
+            raise ValueError(f"{self.file} is for {', '.join(about.components)}; the rewards are {', '.join(names)}")
         experts.check_scorers(self.file, about, versions)
         clip = bases.reopened(about.base.model_dump(), self.base, "cpu", 1)
         if mixture.centre.shape != bases.encode_texts(clip, ["a"])[0].shape:
@@ -180,8 +182,6 @@ class OpenExperts(Rule):
     def __call__(self, values: Values, names: Sequence[str], group: Groups, weights: Weights, floor: float) -> Tensor:
         from reward_models.training import base as bases
 
-        if {*names} != {*self.components}:
-            raise ValueError(f"the file is for {', '.join(self.components)}; the rewards are {', '.join(names)}")
         for text in {self.texts[row] for row in group.tolist()} - self.embeddings.keys():
             with torch.no_grad():
                 self.embeddings[text] = bases.encode_texts(self.clip, [text])[0].float()

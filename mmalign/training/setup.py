@@ -63,7 +63,7 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
         scorers = load_scorers(c, [*c.trained, *c.watch], given.scorers)
         policy, weights = load_policy(c, str(ranks.accelerator.device), given.policy)
         known = reference.load(c, weights, scorers) if c.reference else None
-        rule = c.combine.opened({name: scorer.card.version for name, scorer in scorers.items()})
+        rule = c.combine.opened([*c.rewards], {name: scorer.card.version for name, scorer in scorers.items()})
         records = judged_images.read(locate(c.records), policy.image_size) if c.records else None
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
         c, times, cost = planning.settled(c, policy)

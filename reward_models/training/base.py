@@ -36,7 +36,7 @@ def reopened(source: Mapping[str, str], given: str | None, device: str, batch: i
     result = opened(model, source["pretrained"], device, batch)
     if result.card.checkpoint != source["checkpoint"]:
         raise ValueError(
-            f"the head was trained on a base with the hash {source['checkpoint'][:12]}, {model or 'the embedded CLIP'} "
+            f"it was trained on a base with the hash {source['checkpoint'][:12]}, {model or 'the embedded CLIP'} "
             f"has {result.card.checkpoint[:12]}"
         )
     return result

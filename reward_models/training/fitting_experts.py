@@ -123,9 +123,9 @@ def fit_experts(
 ) -> dict[str, Any]:
     """Fit the mixture to pairs, write it to the file `out`, and return its card.
 
-    `aspects` groups components, "scorer.component"; without it each component of the scorers is an aspect. Of the share
-    `held_out` of the prompts, half decides whether weights that depend on the prompt are written: only where their loss
-    there is lower than that of fixed ones by more than its standard error. The accuracies in the card are those on the
+    `aspects` groups components, "scorer.component"; without it each component of the scorers is an aspect. Weights that
+    depend on the prompt are written only where their loss on half of the `held_out` prompts is lower than that of fixed
+    weights by more than its standard error; otherwise the fixed ones are. The accuracies in the card are those on the
     other half. Pairs of which one image alone has a component are left out. ValueError, in one line, for pairs, scorers
     or settings that cannot be used.
     """
