@@ -261,8 +261,8 @@ def _weights(made: dict[str, Any]) -> str:
     """What was written, and the fixed weights."""
     weights = ", ".join(f"{name} {weight:.2f}" for name, weight in made["fixed_weights"].items())
     if made["written"] == "fixed":
-        return f"weights by prompt do not beat fixed ones on held-out prompts; written are the fixed ones: {weights}"
-    return f"written are weights by prompt, which beat the fixed ones on held-out prompts: {weights}"
+        return f"weights by prompt do not beat fixed ones on held-out prompts; the fixed ones are written: {weights}"
+    return f"weights by prompt beat fixed ones on held-out prompts, and are written; the fixed ones are {weights}"
 
 
 def _show_gaming(best: Any, course: Any, page: Path | None, as_json: bool) -> None:

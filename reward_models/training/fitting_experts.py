@@ -23,7 +23,8 @@ from reward_models.training.losses import bradley_terry
 from reward_models.training.statistics import accuracies, agreement, mcnemar
 from reward_models.types import RewardModel
 
-STEPS = 200  # of L-BFGS at most
+FOLDS = 5
+STEPS = 100  # of L-BFGS at most
 TINY = 1e-4  # pull of the fixed weights towards equal ones; without it, separable pairs have no solution
 SEVERE = 1 - 1e-6  # the largest weight that the penalty on irrelevant components reads
 
@@ -98,6 +99,27 @@ def begun(examples: Examples, aspects: Sequence[str], names: Sequence[str]) -> M
     return flat(torch.tensor(numbered(aspects)), centre, size, mean.float(), std.float())
 
 
+def both(start: Mixture, examples: Examples, weight_decay: float, irrelevant: float = 0.0) -> tuple[Mixture, Mixture]:
+    """The mixtures with fixed weights and with weights by prompt, fitted to the examples from `start`."""
+    fixed = fitted(start, examples, (*SCALE, *FIXED), weight_decay, irrelevant)
+    return fixed, fitted(fixed, examples, (*SCALE, *FIXED, *BY_PROMPT), weight_decay, irrelevant)
+
+
+def gains(
+    start: Mixture, examples: Examples, cluster: Int[np.ndarray, "N"], weight_decay: float, irrelevant: float
+) -> Float[np.ndarray, "N"]:
+    """How much lower the loss of each pair is with weights by prompt than with fixed ones, both fitted to the pairs of
+    other prompts (`FOLDS` of the prompts)."""
+    names, number = np.unique(cluster, return_inverse=True)
+    fold = torch.from_numpy(np.random.default_rng(0).permutation(len(names))[number] % min(FOLDS, len(names)))
+    gain = torch.zeros(len(fold))
+    for k in fold.unique():
+        here = fold == k
+        fixed, gated = both(start, examples.part(~here), weight_decay, irrelevant)
+        gain[here] = losses(fixed, examples.part(here)) - losses(gated, examples.part(here))
+    return gain.double().numpy()
+
+
 def lower(gain: Float[np.ndarray, "N"], cluster: Int[np.ndarray, "N"]) -> bool:
     """Whether a loss is lower, by a mean gain over prompts that exceeds its standard error."""
     names, number = np.unique(cluster, return_inverse=True)
@@ -123,11 +145,11 @@ def fit_experts(
 ) -> dict[str, Any]:
     """Fit the mixture to pairs, write it to the file `out`, and return its card.
 
-    `aspects` groups components, "scorer.component"; without it each component of the scorers is an aspect. Weights that
-    depend on the prompt are written only where their loss on half of the `held_out` prompts is lower than that of fixed
-    weights by more than its standard error; otherwise the fixed ones are. The accuracies in the card are those on the
-    other half. Pairs of which one image alone has a component are left out. ValueError, in one line, for pairs, scorers
-    or settings that cannot be used.
+    `aspects` groups components, "scorer.component"; without it each component of the scorers is an aspect. Half of the
+    share `held_out` of the prompts is not fitted to: the accuracies in the card are those there. Weights that depend on
+    the prompt are written only where their loss is lower than that of fixed weights by more than its standard error, in
+    a cross-validation over the other prompts; otherwise the fixed ones are. Pairs of which one image alone has a
+    component are left out. ValueError, in one line, for pairs, scorers or settings that cannot be used.
     """
     for name, value in (("weight_decay", weight_decay), ("irrelevant", irrelevant)):
         if not 0 <= value < float("inf"):
@@ -142,17 +164,19 @@ def fit_experts(
     used = [pair for pair, good in zip(pairs, complete.tolist(), strict=True) if good]
     parts = data.split(used, held_out, seed)
     rows = {id(pair): row for row, pair in enumerate(pairs)}
-    train, stop, test = (every.part(torch.tensor([rows[id(p)] for p in part])) for part in vars(parts).values())
+    learnt = [*parts.train, *parts.stop]
+    train, test = (every.part(torch.tensor([rows[id(p)] for p in part])) for part in (learnt, parts.test))
     settings = weight_decay, irrelevant
-    equal = fitted(begun(train, of_component, names), train, SCALE, *settings)
-    fixed = fitted(equal, train, (*SCALE, *FIXED), *settings)
-    gated = fitted(fixed, train, (*SCALE, *FIXED, *BY_PROMPT), *settings)
-    gain = (losses(fixed, stop) - losses(gated, stop)).double().numpy()
-    by_prompt = lower(gain, data.cluster(parts.stop))
+    start = begun(train, of_component, names)
+    gain = gains(start, train, data.cluster(learnt), *settings)
+    by_prompt = lower(gain, data.cluster(learnt))
+    equal = fitted(start, train, SCALE, *settings)
+    fixed, gated = both(equal, train, *settings)
+    prompts = {"train": len(np.unique(data.cluster(learnt))), "test": len(np.unique(data.cluster(parts.test)))}
     of_mean = fixed.weights(fixed.centre[None], torch.ones(1, len(names), dtype=torch.bool))[0].tolist()
     made = {
         "data": data.digest(used, progress), "pairs": len(pairs), "left_out": len(pairs) - len(used),
-        "prompts": {name: len({*data.cluster(part).tolist()}) for name, part in vars(parts).items()},
+        "prompts": prompts,
         "held_out": held_out, "seed": seed, "weight_decay": weight_decay, "irrelevant": irrelevant,
         "written": "by prompt" if by_prompt else "fixed", "gain": float(gain.mean()),
         "fixed_weights": dict(zip(names, of_mean, strict=True)),
