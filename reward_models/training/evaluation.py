@@ -40,7 +40,7 @@ def evaluate(
     """The agreement of each component ("scorer.component") of the scorers with the pairs.
 
     `rewards`: by component, the figures of `statistics.accuracies`; the same `by_tag` of the prompt's ground truth and
-    `by_aspect`, and for an ensemble `by_spread`, thirds of the pairs by rising spread of the difference; `calibration`
+    `by_aspect`, and for an ensemble `by_spread`, thirds of the pairs by the spread of both images; `calibration`
     for a scorer that gives probabilities; `failures`, reasons and how many images have them. With `swap` groupwise
     scorers compare each pair a second time with the images exchanged; `swapped` is the share of equal verdicts.
     `compared`: by two components "one ~ other", `statistics.mcnemar`. `pairs`, `prompts`, `ties`: how many there are.
