@@ -34,6 +34,13 @@ def test_the_expectation_is_that_over_all_choices():
         assert mean == pytest.approx(sum(taken) / len(taken))
 
 
+def test_the_expectation_of_many_images_is_exact():
+    """The best of n of the ranks 1 to N has the mean n (N + 1) / (n + 1)."""
+    ranks = torch.arange(1.0, 5001.0)
+    values = expected_of_best(ranks, ranks, [1, 64, 4096])
+    assert values == pytest.approx([n * 5001 / (n + 1) for n in (1, 64, 4096)], rel=1e-8)
+
+
 def test_a_verifier_judged_by_itself_is_monotone_and_the_expected_best():
     scores = torch.rand(5, 64, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     result = gaming([f"{p}" for p in range(5) for _ in range(64)], {"v.x": scores.flatten()})
@@ -118,6 +125,9 @@ def test_ground_truth_of_a_collection_reaches_the_scorers(collected, tmp_path):
     assert (len(images), len(lines)) == (7, 1)
     values = best_of.scored(images, {}, 64, lambda rows, done, total: rows)
     assert float(values["clip.cosine"][0]) == rows[0]["scores"]["clip.cosine"]
+    del rows[2]["id"]  # as in tables of prompts
+    (collected / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert judged.read(collected / "some.jsonl")[1].item.prompt.id == 0
     rows[2]["scores"] = {"clip.cosine": "high"}
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="`scores` must be an object of numbers"):

@@ -69,7 +69,7 @@ def test_a_mixture_is_fitted_to_pairs(tmp_path):
         (["eval", PAIRS, "--rewards", "fitted", "--set", "fitted.folder=assets"], "fitted: assets could not be loaded"),
         (["experts", PAIRS, "--rewards", "clip", "--aspect", "x", "--out", "x"], "--aspect 'x' must look like"),
         (["experts", PAIRS, "--rewards", "clip", "--out", "x"], "at least 2 components"),
-        (["gaming", "assets/pictures"], "no score called ''"),
+        (["gaming", "assets/pictures"], "the images have no scores"),
         (["eval", "assets/prompts/test.jsonl"], "no pairs; its columns are"),
     ],
 )

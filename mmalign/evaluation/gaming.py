@@ -9,7 +9,7 @@ Letters: `N` images of a prompt, `K` values of n, `P` prompts.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import comb, isnan, log
+from math import isnan, log
 from typing import Any
 
 import torch
@@ -34,9 +34,16 @@ def expected_of_best(reward: Float[Tensor, "N"], score: Float[Tensor, "N"], size
     rewards are as likely to be taken, so that each counts with the mean of their scores."""
     ranked, order = reward.double().sort()
     _, number = ranked.unique_consecutive(return_inverse=True)
-    means = cluster_means(score.double()[order], number)[number].tolist()
-    count = len(means)
-    return [sum(s * comb(i, n - 1) for i, s in enumerate(means)) / comb(count, n) for n in sizes]
+    means = cluster_means(score.double()[order], number)[number]
+    place = torch.arange(1, len(means) + 1, dtype=torch.float64)
+    logs = [_log_choices(place - 1, n - 1) - _log_choices(place[-1:], n) for n in sizes]
+    return [float((means * logs_of_n.exp())[n - 1 :].sum()) for n, logs_of_n in zip(sizes, logs, strict=True)]
+
+
+def _log_choices(of: Float[Tensor, "_"], n: int) -> Float[Tensor, "_"]:
+    """The logarithm of the number of choices of n."""
+    n = torch.tensor(float(n), dtype=torch.float64)
+    return torch.lgamma(of + 1) - torch.lgamma(n + 1) - torch.lgamma((of - n).clamp(min=0) + 1)
 
 
 def divergence(n: int) -> float:
@@ -153,11 +160,13 @@ def gaming(
     others), from images with these prompts. n is 1, 2, 4, ... up to `most`, by default the least number of scored
     images of a prompt; prompts with fewer are left out. An image without one of two scores is not counted in the
     curve of the two. BadInput for unknown components, and for fewer than two images of each prompt."""
-    by = by or next(iter(scores), "")
+    if not scores:
+        raise BadInput("the images have no scores; give --rewards, scorers that score them now")
+    by = by or next(iter(scores))
     watch = [name for name in scores if name != by] if watch is None else [*watch]
     for name in (by, *watch):
         if name not in scores:
-            raise BadInput(f"no score called {name!r}; there are {', '.join(scores) or 'none'}")
+            raise BadInput(f"no score called {name!r}; there are {', '.join(scores)}")
     rows: dict[str, list[int]] = {}
     for i, text in enumerate(prompts):
         rows.setdefault(text, []).append(i)

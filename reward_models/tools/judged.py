@@ -37,10 +37,10 @@ def _collected(table: Path, warn: Callable[[str], None]) -> list[Judged] | None:
     """The images of a collection's table; None for another table."""
     try:
         content = tables.read(table)
-        if not {*COLUMNS} <= {*tables.columns(content, table)}:
-            return None
-    except OSError as error:
-        raise ValueError(f"{table}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{table}: {getattr(error, 'strerror', None) or error}") from None
+    if not {*COLUMNS} <= {*tables.columns(content, table)}:
+        return None
     judged, without = [], 0
     for where, row in tables.numbered(content, table):
         if row.get("image") is None:
@@ -52,7 +52,7 @@ def _collected(table: Path, warn: Callable[[str], None]) -> list[Judged] | None:
         if not isinstance(scores, Mapping) or not all(type(v) in (int, float, type(None)) for v in scores.values()):
             raise ValueError(f"{where}: `scores` must be an object of numbers")
         stored = pictures.in_row(row, "image", table, where)
-        text = pictures.prompt_of({key: row[key] for key in ("prompt", "id")}, None, where, ("prompt", "id"))
+        text = pictures.prompt_of({"prompt": row.get("prompt"), "id": row.get("id", 0)}, None, where, ("prompt", "id"))
         item = Item(stored.name, stored.path, text and replace(text, wants=dict(wants)), stored.data)
         judged.append(Judged(item, {name: float(v) for name, v in scores.items() if v is not None}))
     if without:

@@ -105,6 +105,8 @@ def put_prompts(folder: Path, texts: Iterable[str]) -> None:
 
 def trained_prompts(folder: Path) -> set[str]:
     """The `digest_of` the prompts that the model was trained on. ValueError, in one line, without a record of them."""
+    if not (folder / PROMPTS).exists():
+        raise ValueError(f"{folder}: no {PROMPTS}, which names the prompts that it was trained on; fit the model again")
     digests = files.parsed(files.text(folder / PROMPTS, limits.JSON))
     if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
         raise ValueError(f"{folder / PROMPTS}: not a list of prompts as hashes")

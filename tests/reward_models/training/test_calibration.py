@@ -170,3 +170,9 @@ def test_better_alone_needs_a_calibration_and_images_need_to_be_readable(model, 
     (folder / "calibration.json").unlink()
     with pytest.raises(ValueError, match="no component better"):
         load("fitted", folder=str(folder), better=True)
+    (folder / "prompts.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="not a list of prompts"):
+        calibrate(folder, other)
+    (folder / "prompts.json").unlink()
+    with pytest.raises(ValueError, match=r"no prompts\.json.*fit the model again"):
+        calibrate(folder, other)
