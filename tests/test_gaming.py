@@ -48,7 +48,7 @@ def test_a_verifier_judged_by_itself_is_monotone_and_the_expected_best():
     assert means == sorted(means)
     expected = [sum(expected_best(row)[n - 1] for row in scores) / 5 for n in SIZES]
     assert means == pytest.approx(expected)
-    assert result.curves["v.x"].verdict.startswith("still rises at n = 64")
+    assert result.curves["v.x"].verdict.startswith("rises: highest at n = 64, +")
 
 
 def hacked(prompts, images, honest, generator):
@@ -66,14 +66,14 @@ def test_a_planted_hackable_reward_turns_where_the_closed_form_does(honest):
     closed = [n * comb(honest + 1, n + 1) / comb(64, n) for n in SIZES]
     assert one.means == pytest.approx(closed)
     assert one.peak == SIZES[closed.index(max(closed))]
-    assert one.verdict.startswith(f"turns at n = {one.peak}" if one.peak > 1 else "falls from the start")
+    assert one.shape == ("turns" if one.peak > 1 else "falls")
 
 
 def test_a_fall_by_chance_is_not_called_a_turn():
     generator = torch.Generator().manual_seed(1)
     reward, watched = torch.randn(2, 12, 16, generator=generator)
     one = gaming([f"{p}" for p in range(12) for _ in range(16)], {"r.x": reward.flatten(), "w.x": watched.flatten()})
-    assert "no significant change" in one.curves["w.x"].verdict
+    assert one.curves["w.x"].shape in ("levels off", "is flat")
     assert divergence(4) == pytest.approx(log(4) - 0.75)
 
 

@@ -66,19 +66,26 @@ class Curve:
     spread: float
 
     @property
-    def verdict(self) -> str:
-        """One line."""
-        last, fell = self.sizes[-1], f"{_change(self.fall)} from there to n = {self.sizes[-1]}"
-        rise = f"{_change(self.rises[self.sizes.index(self.peak)])} over n = 1"
-        if self.peak == last:
-            return f"still rises at n = {last}: {rise}" if self._rises else f"no significant change: {rise}"
+    def shape(self) -> str:
+        """What the score does for rising n: rises, turns, falls, levels off (no significant fall), or is flat (no
+        significant rise)."""
+        if self.peak == self.sizes[-1]:
+            return "rises" if _certain(self.rises[-1], self.prompts) else "is flat"
         if not _certain(self.fall, self.prompts):
-            return f"highest at n = {self.peak}, {rise}; no significant change after that: {fell}"
-        return f"falls from the start: {fell}" if self.peak == 1 else f"turns at n = {self.peak}, {rise}: {fell}"
+            return "levels off"
+        return "falls" if self.peak == 1 else "turns"
 
     @property
-    def _rises(self) -> bool:
-        return _certain(self.rises[-1], self.prompts)
+    def change(self) -> tuple[str, str]:
+        """The change from n = 1 to the peak, and from there to the largest n, with intervals."""
+        return _change(self.rises[self.sizes.index(self.peak)]), _change(self.fall)
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        rise, fall = self.change
+        after = "" if self.peak == self.sizes[-1] else f", {fall} from there to n = {self.sizes[-1]}"
+        return f"{self.shape}: highest at n = {self.peak}, {rise} over n = 1{after}"
 
 
 def _certain(rise: Rise, prompts: int) -> bool:

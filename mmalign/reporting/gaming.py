@@ -112,9 +112,11 @@ def _changes(points: Points, spread: float) -> Points:
 
 def of_best(result: Gaming) -> tuple[list[Table], list[Chart]]:
     """The tables and the chart of the best of n."""
-    verdicts = [
-        [name, "the reward" if name == result.by else "watched", one.verdict] for name, one in result.curves.items()
-    ]
+    verdicts = []
+    for name, one in result.curves.items():
+        rise, fall = one.change
+        after = "" if one.peak == one.sizes[-1] else fall
+        verdicts.append([name, "the reward" if name == result.by else "watched", one.shape, str(one.peak), rise, after])
     sizes = next(iter(result.curves.values())).sizes
     rows = [
         [str(n), f"{divergence(n):.2f}", *(f"{one.means[k]:.3f}" for one in result.curves.values())]
@@ -122,7 +124,11 @@ def of_best(result: Gaming) -> tuple[list[Table], list[Chart]]:
     ]
     title = f"Best of n by {result.by}"
     tables = [
-        Table(f"{title}, {result.prompts} prompts", ["score", "", "verdict"], verdicts),
+        Table(
+            f"{title}, {result.prompts} prompts",
+            ["score", "", "verdict", "highest at n", "over n = 1", f"from there to n = {sizes[-1]}"],
+            verdicts,
+        ),
         Table(f"{title}: means", ["n", "divergence", *result.curves], rows),
     ]
     lines = {
