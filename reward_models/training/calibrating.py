@@ -21,7 +21,7 @@ from reward_models.training import data, folder as folders
 from reward_models.training.calibration import FILE, Calibration, Reference
 from reward_models.training.data import Progress, silent
 from reward_models.training.evaluation import scores
-from reward_models.training.statistics import LEVEL, errors, temperature
+from reward_models.training.statistics import LEVEL, errors, errors_of, sums, temperature
 
 LEAST = 4  # images of a prompt; with fewer they do not say what is typical
 POOLED = 1000  # images that stand for all of them, for prompts without images
@@ -87,27 +87,30 @@ def figures(
     bootstrap of the prompts, centred on the value. `change in ...` is the same for the value less that of the raw
     probabilities."""
     names, number = np.unique(cluster, return_inverse=True)
-    members = [np.flatnonzero(number == k) for k in range(len(names))]
-    generator = np.random.default_rng(0)
-    draws = [
-        np.concatenate([members[k] for k in generator.integers(len(names), size=len(names))]) for _ in range(DRAWS)
-    ]
-    rows = [np.arange(len(truth)), *draws]
-    values = {name: np.array([errors(one[r], truth[r]) for r in rows]) for name, one in probability.items()}
+    of_prompt = {name: sums(one, truth, number) for name, one in probability.items()}
+    generator, count = np.random.default_rng(0), len(names)
+    values: dict[str, Any] = {name: [errors(one, truth)] for name, one in probability.items()}
+    for _ in range(DRAWS):
+        times = np.bincount(generator.integers(count, size=count), minlength=count)
+        for name, rows in of_prompt.items():
+            values[name].append(errors_of(times @ rows))
+    values = {name: np.array(rows) for name, rows in values.items()}
     table = {}
     for name, column in values.items():
-        table[name] = {key: _interval(column[:, k]) for k, key in enumerate(("brier", "ece"))}
+        table[name] = {key: _interval(column[:, k]).clip(0).tolist() for k, key in enumerate(("brier", "ece"))}
         if name != "raw":
             change = column - values["raw"]
-            table[name] |= {f"change in {key}": _interval(change[:, k]) for k, key in enumerate(("brier", "ece"))}
+            table[name] |= {
+                f"change in {key}": _interval(change[:, k]).tolist() for k, key in enumerate(("brier", "ece"))
+            }
     return table
 
 
-def _interval(values: Column) -> list[float]:
+def _interval(values: Column) -> Float[np.ndarray, "3"]:
     """The first value, and the quantiles of the others, moved by how far their mean is from it: a bootstrap overstates
     the calibration error, which is a mean of absolute values."""
     ends = np.quantile(values[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) + values[0] - values[1:].mean()
-    return [float(values[0]), *ends.tolist()]
+    return np.array([values[0], *ends])
 
 
 def calibrate(

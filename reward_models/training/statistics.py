@@ -123,19 +123,29 @@ def calibration(probability: Column, preference: Column) -> dict[str, Any]:
 def errors(chosen: Column, truth: Column) -> tuple[float, float]:
     """The Brier score and the expected calibration error of probabilities that a is preferred; `truth` is 1 where it
     is, and 0 where b is."""
-    curve = _curve(chosen, truth)
-    distance = sum(row["pairs"] * abs(row["probability"] - row["frequency"]) for row in curve)
-    return float(np.mean((chosen - truth) ** 2)), distance / len(truth)
+    return errors_of(sums(chosen, truth, np.zeros(len(truth), int))[0])
+
+
+def sums(chosen: Column, truth: Column, number: Int[np.ndarray, "N"]) -> Float[np.ndarray, "C S"]:
+    """What `errors_of` reads, for each of the C prompts that `number` has: pairs, probabilities of the preferred side
+    and right ones in each bin, then the squared errors. Those of several prompts may be added."""
+    sure, right = np.maximum(chosen, 1 - chosen), np.where(chosen >= 0.5, truth, 1 - truth)
+    place = number * BINS + np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    count = int(number.max()) + 1
+    in_bins = [np.bincount(place, w, count * BINS).reshape(count, BINS) for w in (np.ones(len(sure)), sure, right)]
+    return np.concatenate([*in_bins, np.bincount(number, (chosen - truth) ** 2, count)[:, None]], 1)
+
+
+def errors_of(row: Float[np.ndarray, "S"]) -> tuple[float, float]:
+    """The Brier score and the expected calibration error of the pairs in a row of `sums`."""
+    count, sure, right = row[:-1].reshape(3, BINS)
+    return float(row[-1] / count.sum()), float(np.abs(sure - right).sum() / count.sum())
 
 
 def _curve(chosen: Column, truth: Column) -> list[dict[str, Any]]:
-    sure, right = np.maximum(chosen, 1 - chosen), np.where(chosen >= 0.5, truth, 1 - truth)
-    number = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    count = np.bincount(number, minlength=BINS)
-    sums = (np.bincount(number, values, minlength=BINS) for values in (sure, right))
-    means = [each / np.maximum(count, 1) for each in sums]
+    count, sure, right = sums(chosen, truth, np.zeros(len(truth), int))[0, :-1].reshape(3, BINS)
     return [
-        {"probability": float(means[0][k]), "frequency": float(means[1][k]), "pairs": int(count[k])}
+        {"probability": float(sure[k] / count[k]), "frequency": float(right[k] / count[k]), "pairs": int(count[k])}
         for k in range(BINS)
         if count[k]
     ]
