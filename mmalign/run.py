@@ -6,7 +6,7 @@ One run lives in one folder: `config.yaml` (resolved), `metrics.jsonl`, `evaluat
 
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from mmalign.train import Row, iterate
 from mmalign.training import finite, planning, saving, snapshots
 from mmalign.training.session import Session
 from mmalign.training.setup import NOTHING, Given, open_session
-from reward_models import files
+from reward_models import Prompt, files
 from reward_models.lengths import cut
 from reward_models.weights import fingerprint
 
@@ -207,7 +207,7 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
         result = run.fits["batch"](work)
     if result is None:  # only the main process has it
         return {"iteration": done, "name": name}
-    _stop_if_failing(run, done, result)
+    _stop_if_failing(run, done, result, prompts)
     means = result.means()
     seconds = time.perf_counter() - start
     row = {"iteration": done, "name": name, "images": len(result.images), "seconds": seconds}
@@ -229,12 +229,13 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
     return row
 
 
-def _stop_if_failing(run: Session, done: int, result: evaluate.Evaluation) -> None:
+def _stop_if_failing(run: Session, done: int, result: evaluate.Evaluation, prompts: Sequence[Prompt]) -> None:
     """Raises Failed where too many images have no reward, unless rewards are only shown (with records). Nothing of the
     evaluation is written then: a resumed run repeats it."""
     if not run.config.rewards or run.records:
         return
-    missing = run.rewards.combination(done)(result.parts, result.prompt).isnan().nonzero()[:, 0].tolist()
+    reward = run.rewards.combination(done, [prompt.text for prompt in prompts])(result.parts, result.prompt)
+    missing = reward.isnan().nonzero()[:, 0].tolist()
     parts = {name: result.parts[name] for name in run.config.rewards}
     stop_if_failing(
         {i: result.failures.get(i, silent(parts)) for i in missing}, len(result.images), run.config.max_failed

@@ -1,11 +1,13 @@
 """Several rewards in one run: the rules of combination meet credits, metrics, checkpoints and the frozen reference."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from run_config import rows, run
+from drawn_pairs import drawn_pairs
+from run_config import cut_off, rows, run
 from trajectories import sampled
 from typer.testing import CliRunner
 
@@ -16,11 +18,13 @@ from mmalign.credit.terminal import Terminal
 from mmalign.errors import BadInput, Failed
 from mmalign.evaluation import reference as references
 from mmalign.flow import plan as plans
-from mmalign.rewards.combination import Combination, Gate, Gdpo, Mrn, Product
+from mmalign.rewards.combination import Combination, Experts, Gate, Gdpo, Mrn, Product
 from mmalign.rewards.judge import judge, score
 from mmalign.sampling.kernels import FlowSde
 from mmalign.training import setup
-from reward_models import Prompt, Scores, combine
+from reward_models import Prompt, Scores, combine, load
+from reward_models.training import experts as mixtures
+from reward_models.training.fitting_experts import fit_experts
 from reward_models.types import Card
 
 
@@ -222,6 +226,87 @@ def test_the_reference_is_of_the_base_model(tmp_path):
     assert isinstance(result.exception, BadInput)
     assert "of the base model" in str(result.exception)
     assert references.ENOUGH == 500
+
+
+@pytest.fixture(scope="module")
+def experts_file(tmp_path_factory):
+    """A mixture of the scorers of `TWO`, with gates that depend on the prompt."""
+    path = tmp_path_factory.mktemp("experts") / "experts.safetensors"
+    scorers = {name: load(name) for name in ("jpeg_size", "image_stats")}
+    fit_experts(drawn_pairs(30), scorers, path, {name: [name] for name in TWO})
+    mixture, about = mixtures.read(path)
+    gates = torch.randn(mixture.gates.shape, generator=torch.Generator().manual_seed(0))
+    mixtures.save(path, replace(mixture, gates=gates), about)
+    return path
+
+
+EQUAL = dict.fromkeys(TWO, 1.0)
+
+
+def test_experts_weigh_each_prompt_by_its_text(experts_file):
+    mixture, about = mixtures.read(experts_file)
+    rule = Experts(str(experts_file)).opened([*TWO], about.scorers)
+    texts = ["a red circle", "two squares"]
+    owner = torch.tensor([0, 0, 1, 1])
+    raw = torch.tensor([[-1.0, 0.2], [-1.2, 0.7], [-0.9, 0.4], [-1.1, 0.5]])
+    parts = dict(zip(TWO, raw.T, strict=True))
+    reward = Combination(EQUAL, rule, texts=texts)(parts, owner)
+    embedding = torch.stack([rule.embeddings[text] for text in texts])
+    gates = mixture.gate(embedding)
+    assert (gates[0] - gates[1]).abs().max() > 0.01
+    z = (raw - mixture.mean) / mixture.std
+    torch.testing.assert_close(reward, mixture.log_scale.exp() * (gates[owner] * z).sum(1))
+    turned = Combination(dict(reversed(EQUAL.items())), rule, texts=texts)(parts, owner)
+    torch.testing.assert_close(turned, reward)
+    parts["image_stats.brightness"] = torch.tensor([torch.nan, torch.nan, torch.nan, 0.5])
+    reward = Combination(EQUAL, rule, texts=texts)(parts, owner)
+    torch.testing.assert_close(reward[:2], mixture.log_scale.exp() * z[:2, 0])  # missing in the group: irrelevant
+    assert reward.isnan().tolist() == [False, False, True, False]
+
+
+def test_a_run_with_experts_resumes_to_the_bit_and_is_bound_to_its_file(settings, experts_file, tmp_path):
+    changed = dict(rewards=EQUAL, combine={"type": "experts", "file": str(experts_file)}, checkpoint_every=1)
+    changed |= dict(iterations=3, held_out=None)
+    complete = run(settings, **changed, out=str(tmp_path / "complete"))
+    with cut_off(2):
+        run(settings, **changed)
+    out = run(settings, resume=True, **changed)
+    names = ("adapter.safetensors", "optimizer.safetensors")
+    last = [[(folder / "checkpoints/000003" / name).read_bytes() for name in names] for folder in (complete, out)]
+    assert last[0] == last[1]
+    (row, *_) = rows(out / "metrics.jsonl")
+    assert row["reward"] != pytest.approx(sum(row[f"part/{name}"] for name in TWO), abs=1e-3)
+    mixture, about = mixtures.read(experts_file)
+    other = tmp_path / "other.safetensors"
+    mixtures.save(other, mixture, about.model_copy(update={"scorers": about.scorers | {"jpeg_size": "0" * 16}}))
+    with pytest.raises(BadInput, match=r"was fitted with jpeg_size 0{16}, this run has \w{16}; fit it again"):
+        run(settings, **changed | {"combine": {"type": "experts", "file": str(other)}}, out=str(tmp_path / "x"))
+    before = experts_file.read_bytes()
+    mixtures.save(experts_file, replace(mixture, gates=-mixture.gates), about)
+    with pytest.raises(BadInput, match="experts"):
+        run(settings, resume=True, **changed)
+    experts_file.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(combine="experts"), "combine: experts: file: a file of"),
+        (
+            dict(rewards={"jpeg_size.kilobytes": 1.0}),
+            "is for jpeg_size.kilobytes, .*; the rewards are jpeg_size.kilobytes$",
+        ),
+        (dict(rewards=TWO), "image_stats.brightness: combine: experts has weights of its file; give 1, got 2"),
+        (dict(reference="ref.json"), "reference: it does not go with combine: experts: the scores are in the units"),
+        (dict(at_least={"jpeg_size.kilobytes": {"bound": 1}}), "at_least: it does not go with combine: experts"),
+        (dict(combine={"type": "experts", "file": "no.safetensors"}), "no.safetensors: No such file"),
+    ],
+)
+def test_settings_that_experts_do_not_go_with_are_refused(settings, experts_file, change, says):
+    combined = {"rewards": EQUAL, "combine": {"type": "experts", "file": str(experts_file)}}
+    with pytest.raises(BadInput, match=says) as error:
+        run(settings, **combined | change)
+    assert "\n" not in str(error.value)
 
 
 PLACES = """

@@ -17,7 +17,15 @@ COMMANDS = (
     train.train, train.calibrate, checks.estimate, images.sample, images.evaluate, score.score, refine.refine,
     collect.collect, checks.doctor, score.serve, runs.export, runs.report,
 )  # fmt: skip
-GROUPS = {"reward": (reward.__doc__, {"fit": reward.fit, "eval": reward.evaluate, "natural": natural.natural})}
+GROUPS = {
+    "reward": (
+        reward.__doc__,
+        {
+            "fit": reward.fit, "experts": reward.experts, "calibrate": reward.calibrate, "eval": reward.evaluate,
+            "gaming": reward.gaming, "natural": natural.natural,
+        },
+    )
+}  # fmt: skip
 
 
 class _Command(typer.core.TyperCommand):

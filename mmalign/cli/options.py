@@ -56,6 +56,13 @@ class MethodSetting(NamedTuple):
     value: Any
 
 
+class Aspect(NamedTuple):
+    """An aspect and its components."""
+
+    name: str
+    components: list[str]
+
+
 # ------------------------------------------------------------------------------------------------------------- parsers
 
 
@@ -119,6 +126,18 @@ def parse_method_settings(texts: list[str] | None) -> list[MethodSetting]:
             raise BadInput(f"--set {text!r}: {key} is there twice")
         settings[key] = parse(value, f"--set {text!r}")
     return [MethodSetting(key, value) for key, value in settings.items()]
+
+
+def parse_aspects(texts: list[str] | None) -> list[Aspect]:
+    aspects: dict[str, list[str]] = {}
+    for text in texts or []:
+        name, equals, components = text.partition("=")
+        if not (name and equals and components):
+            raise BadInput(f"--aspect {text!r} must look like aspect=scorer.component,...")
+        if name in aspects:
+            raise BadInput(f"--aspect {text!r}: {name} is there twice")
+        aspects[name] = components.split(",")
+    return [Aspect(name, components) for name, components in aspects.items()]
 
 
 def parse_names(text: str | None) -> list[str] | None:

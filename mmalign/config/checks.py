@@ -97,6 +97,9 @@ def _rewards(c: BaseModel) -> None:
             f"reference: in standard deviations above a mean about half of all scores are below 0, and {name} needs "
             "scores of at least 0; use sum, mrn or gdpo with it"
         )
+    for setting, reason in rule.refuses.items():
+        if getattr(c, setting):
+            raise ValueError(f"{setting}: it does not go with {name}: {reason}; remove it")
     if rule.scale and c.advantage is not None and c.advantage.scale != rule.scale:
         raise ValueError(f"{name} needs advantage: {{scale: {rule.scale}}}; it has normalised in groups already")
     if c.at_least and not rule.below_0:

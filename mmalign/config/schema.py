@@ -70,7 +70,7 @@ class Config(BaseModel):
         "with records only shown at evaluation",
     )
     combine: one_of(COMBINATIONS, "combination") = Field(
-        Sum(), description="how rewards become one: sum, product, gate, mrn, gdpo"
+        Sum(), description="how rewards become one: sum, product, gate, mrn, gdpo, experts"
     )
     reference: str | None = Field(
         None, description="file of `mmalign evaluate --reference`: rewards in its standard deviations above its means"

@@ -6,15 +6,17 @@ one: a frozen dataclass that derives from `Rule`, and its name in `COMBINATIONS`
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.errors import Failed
-from reward_models import combine
+from reward_models import combine, files
 
 Values = Float[Tensor, "N K"]
 Groups = Int[Tensor, "N"]
@@ -26,12 +28,26 @@ class Rule:
 
     `scale`: the unit that advantages must be measured in, because the rule has normalised within groups already (None:
     any). `below_0`: whether it works with scores below 0, and so with constraints and a reference. `weightless`:
-    whether it gives a reward while all weights are 0.
+    whether it gives a reward while all weights are 0. `refuses`: settings that it does not go with, and the reason.
     """
 
     scale: ClassVar[str | None] = None
     below_0: ClassVar[bool] = True
     weightless: ClassVar[bool] = False
+    refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    def opened(self, names: Sequence[str], versions: Mapping[str, str]) -> "Rule":
+        """The rule with the files that it names, for these components, of scorers of these versions by name. ValueError
+        where they do not fit."""
+        return self
+
+    def origin(self) -> dict[str, str]:
+        """Hashes of the files that it was opened from, which a resumed run must have too."""
+        return {}
+
+    def for_prompts(self, texts: Sequence[str]) -> "Rule":
+        """The rule for images of these prompts; `group` numbers them."""
+        return self
 
     def check(self, weights: Mapping[str, tuple[float, float]]) -> None:
         """ValueError where the components, with the ends of each weight over the run, do not suit the rule."""
@@ -108,7 +124,74 @@ class Gdpo(Mrn):
     type, scale = "gdpo", "batch"
 
 
-COMBINATIONS = (Sum, Product, Gate, Mrn, Gdpo)
+@dataclass(frozen=True)
+class Experts(Rule):
+    """Weights that depend on the prompt, from a `file` that `mmalign reward experts` has fitted to preferences
+    (MJ-VIDEO, arXiv 2502.01719). Scores are in the units of the file. `base`: the folder of its CLIP model, if it is
+    one. A component that no image of a prompt has does not count there."""
+
+    file: str = ""
+    base: str | None = None
+    type = "experts"
+    refuses = MappingProxyType({
+        "reference": "the scores are in the units of the experts' file",
+        "at_least": "the weights are those of the experts' file, and a constraint would change them",
+    })  # fmt: skip
+
+    def check(self, weights: Mapping[str, tuple[float, float]]) -> None:
+        if not self.file:
+            raise ValueError("combine: experts: file: a file of `mmalign reward experts` is needed")
+        for name, ends in weights.items():
+            if ends != (1, 1):
+                raise ValueError(f"rewards: {name}: combine: experts has weights of its file; give 1, got {ends[0]:g}")
+
+    def opened(self, names: Sequence[str], versions: Mapping[str, str]) -> "OpenExperts":
+        from reward_models.training import base as bases, experts
+
+        mixture, about = experts.read(Path(files.home(self.file)))
+        if {*names} != {*about.components}:
+            raise ValueError(f"{self.file} is for {', '.join(about.components)}; the rewards are {', '.join(names)}")
+        experts.check_scorers(self.file, about, versions)
+        clip = bases.reopened(about.base.model_dump(), self.base, "cpu", 1)
+        if mixture.centre.shape != bases.encode_texts(clip, ["a"])[0].shape:
+            raise ValueError(
+                f"{self.file}: its embeddings have {len(mixture.centre)} numbers, unlike those of its model"
+            )
+        return OpenExperts(mixture, tuple(about.components), clip, experts.hash_of(mixture, about))
+
+
+@dataclass(frozen=True)
+class OpenExperts(Rule):
+    """`Experts` with their file and text model. The embedding of a prompt is computed once, by itself, and kept: it
+    depends on nothing else."""
+
+    mixture: Any
+    components: tuple[str, ...]
+    clip: Any
+    digest: str
+    embeddings: dict[str, Float[Tensor, "D"]] = field(default_factory=dict)
+    texts: Sequence[str] = ()
+    type = "experts"
+
+    def origin(self) -> dict[str, str]:
+        return {"experts": self.digest}
+
+    def for_prompts(self, texts: Sequence[str]) -> "OpenExperts":
+        return replace(self, texts=texts)
+
+    def __call__(self, values: Values, names: Sequence[str], group: Groups, weights: Weights, floor: float) -> Tensor:
+        from reward_models.training import base as bases
+
+        for text in {self.texts[row] for row in group.tolist()} - self.embeddings.keys():
+            with torch.no_grad():
+                self.embeddings[text] = bases.encode_texts(self.clip, [text])[0].float()
+        embedding = torch.stack([self.embeddings[self.texts[row]] for row in group.tolist()])
+        ordered = values[:, [[*names].index(name) for name in self.components]].float()
+        present = combine.group_sum((~ordered.isnan()).float(), group) > 0
+        return self.mixture.score(ordered, embedding, present)
+
+
+COMBINATIONS = (Sum, Product, Gate, Mrn, Gdpo, Experts)
 
 
 @dataclass(frozen=True)
@@ -116,13 +199,14 @@ class Combination:
     """How the components named by `weights` become one reward, by `rule`.
 
     `reference`, mean and standard deviation by component, puts scores in its units first. A component that spreads by
-    `floor` or less within a prompt counts as dead.
+    `floor` or less within a prompt counts as dead. `texts` are those of the prompts, by row.
     """
 
     weights: Mapping[str, float]
     rule: Callable[..., Tensor] = field(default_factory=Sum)
     reference: Mapping[str, tuple[float, float]] | None = None
     floor: float = 0.0
+    texts: Sequence[str] = ()
 
     def __call__(self, parts: Mapping[str, Float[Tensor, "E"]], owner: Int[Tensor, "E"]) -> Float[Tensor, "E"]:
         """The reward of each image; `owner` is the row of its prompt. Failed where the scores do not suit the rule."""
@@ -130,7 +214,8 @@ class Combination:
         if not weights.any() and not self.rule.weightless:  # constraints that hold, and nothing else
             return torch.zeros(len(next(iter(parts.values()))))
         try:
-            return self.rule(self._values(parts), [*self.weights], owner, weights, self.floor)
+            rule = self.rule.for_prompts(self.texts)
+            return rule(self._values(parts), [*self.weights], owner, weights, self.floor)
         except ValueError as error:
             raise Failed(f"combine: {getattr(self.rule, 'type', self.rule)}: {error}") from error
 

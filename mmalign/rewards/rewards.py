@@ -1,43 +1,54 @@
 """The rewards of a run: its scorers, their weights as they stand, and the constraints' multipliers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.rewards.combination import Combination
+from mmalign.rewards.combination import Combination, Rule
 from mmalign.rewards.judge import Scored, judge
 from mmalign.types import Judgement, Trajectories
-from reward_models import RewardModel, combine
+from reward_models import Prompt, RewardModel, combine
 from reward_models.cache import Cached
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """`scorers` by name, trained and watched; `multipliers` of the constraints and the frozen `reference`'s mean and
-    standard deviation by component."""
+    """`scorers` by name, trained and watched; `multipliers` of the constraints, the frozen `reference`'s mean and
+    standard deviation by component, and the `rule` of combination, opened."""
 
     config: Any
     scorers: dict[str, RewardModel]
     multipliers: dict[str, float]
     reference: dict[str, tuple[float, float]] | None
+    rule: Rule
 
     @property
     def trained(self) -> dict[str, RewardModel]:
         return {name: self.scorers[name] for name in self.config.trained}
 
-    def combination(self, iteration: int) -> Combination:
-        """The weights as they stand: ramps by how much of the run is done, constraints by their multipliers."""
+    def combination(self, iteration: int, texts: Sequence[str] = ()) -> Combination:
+        """The weights as they stand: ramps by how much of the run is done, constraints by their multipliers; for
+        prompts with these texts, by row."""
         c, progress = self.config, iteration / max(1, self.config.iterations - 1)
         weights = {name: w.at(progress) if isinstance(w, combine.Ramp) else w for name, w in c.rewards.items()}
         weights |= {name: weights.get(name, 0.0) + u for name, u in self.multipliers.items()}
-        return Combination(weights, c.combine, self.reference, c.dead_spread)
+        return Combination(weights, self.rule, self.reference, c.dead_spread, texts)
 
-    def judge(self, paths: Trajectories, scored: Scored, images: Float[Tensor, "E 3 H W"], iteration: int) -> Judgement:
-        """The rewards of a rollout by the weights of the iteration."""
+    def judge(
+        self,
+        paths: Trajectories,
+        scored: Scored,
+        images: Float[Tensor, "E 3 H W"],
+        iteration: int,
+        prompts: Sequence[Prompt],
+    ) -> Judgement:
+        """The rewards of a rollout of these prompts by the weights of the iteration."""
         c, size = self.config, tuple(images.shape[2:])
-        return judge(paths, scored, size, self.combination(iteration), c.region, c.region_grid)
+        combination = self.combination(iteration, [prompt.text for prompt in prompts])
+        return judge(paths, scored, size, combination, c.region, c.region_grid)
 
     def move_multipliers(self, judged: Judgement) -> dict[str, float]:
         """Move each constraint's multiplier by how far its mean score is from the bound; as a row for the metrics."""

@@ -175,7 +175,7 @@ def decoded(run: Session, paths: Trajectories) -> Float[Tensor, "E 3 H W"]:
 
 def judged(run: Session, rollout: Rollout, iteration: int) -> Judgement:
     """Raw scores as rewards, by the weights of the iteration. Raises NonFinite where one is not finite."""
-    result = run.rewards.judge(rollout.paths, rollout.scored, rollout.images, iteration)
+    result = run.rewards.judge(rollout.paths, rollout.scored, rollout.images, iteration, rollout.prompts)
     finite.check_rewards(result, rollout.tree, rollout.prompts)
     return result
 

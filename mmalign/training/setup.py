@@ -63,6 +63,7 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
         scorers = load_scorers(c, [*c.trained, *c.watch], given.scorers)
         policy, weights = load_policy(c, str(ranks.accelerator.device), given.policy)
         known = reference.load(c, weights, scorers) if c.reference else None
+        rule = c.combine.opened([*c.rewards], {name: scorer.card.version for name, scorer in scorers.items()})
         records = judged_images.read(locate(c.records), policy.image_size) if c.records else None
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
         c, times, cost = planning.settled(c, policy)
@@ -74,8 +75,9 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     if c.cache:  # last, because it creates the file
         with refusing():
             scorers = {name: Cached(scorer, c.cache) for name, scorer in scorers.items()}
-    rewards = Rewards(c, scorers, dict.fromkeys(c.at_least, 0.0), known)
+    rewards = Rewards(c, scorers, dict.fromkeys(c.at_least, 0.0), known, rule)
     origin = _origin(weights, scorers, batches.all, held_out, [] if records is None else records.records)
+    origin |= rule.origin()
     return Session(
         config=c, policy=policy, prompts=batches, held_out=held_out, times=times, cost=cost, rewards=rewards,
         learner=learner, records=records, origin=origin, clock=Clock(), fits=fits, ranks=ranks,

@@ -3,9 +3,13 @@
 Components: `score`, unbounded, higher is better, whose differences between images of one prompt are log-odds (with the
 loss `thurstone`, in units of its `sigma`, the spread of an image); scores of different prompts are not comparable,
 because only images of one prompt were compared. One component for each aspect of typed heads. `spread`, with several
-heads, the standard deviation of their scores: doubt, not a reward. Licence: that of the base model and of the pairs.
+heads, the standard deviation of their scores: doubt, not a reward. `better`, after `mmalign reward calibrate` with
+images of a base model, in [0, 1]: the probability that the image is preferred to one of that model's images of its
+prompt. It is comparable across prompts. Licence: that of the base model and of the pairs.
 """
 
+import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,25 +23,26 @@ from reward_models.limits import LAYERS
 from reward_models.model_folders import loading
 from reward_models.scorers.clip import Clip, clip
 from reward_models.scoring import each
-from reward_models.training import base as bases, folder as folders
+from reward_models.training import base as bases, calibration as calibrations, folder as folders
 from reward_models.training.losses import LOSSES
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import check_on_grey_image, fingerprint, linear_chain, named, read
-
-BASE = ("model", "pretrained", "checkpoint")  # what a config says of the base model: where it is, and its hash
 
 
 class Fitted:
     """The scorer. `folder` is what was written. `base`: the CLIP model of a head, where it is not the embedded one or a
     model of open_clip: the folder that it was trained on, because a file may not choose what is opened; its weights
-    must have the hash that the head was trained with. ValueError, in one line, for anything that does not fit."""
+    must have the hash that the head was trained with. `better`: give that component alone, whose range lets `combine:
+    product` take it. ValueError, in one line, for anything that does not fit."""
 
-    def __init__(self, folder: str, base: str | None = None, device: str = "cpu", batch: int = 64):
+    def __init__(
+        self, folder: str, base: str | None = None, device: str = "cpu", batch: int = 64, better: bool = False
+    ):
         with loading("fitted", folder):
             config = folders.read(Path(folder))
             self.loss, components, source = _checked(config)
             if config["members"]:
-                self.clip = _base(source, base, device, batch)
+                self.clip = bases.reopened(source, base, device, batch)
                 weights = read(Path(folder) / folders.WEIGHTS)
                 self.heads = _heads(weights, config, len(components) * self.loss.outputs, self.clip).to(device)
                 trained, checkpoint = fingerprint(weights), fingerprint(self.clip.model, weights)
@@ -46,10 +51,19 @@ class Fitted:
                 trained = checkpoint = self.clip.card.checkpoint
             if trained != config["weights"]:
                 raise ValueError(f"its weights have the hash {trained[:12]}, not that of config.json")
-        self.components = len(components)
+            self.calibration = calibrations.read(Path(folder), trained, self.loss.outputs)
+            relative = self.calibration is not None and self.calibration.reference is not None
+            if better and not relative:
+                raise ValueError("no component better; `mmalign reward calibrate` with --images makes it")
+            if relative and "better" in components:
+                raise ValueError("an aspect is called better, as the calibrated score is")
+        self.weights, self.components = trained, components
         self.sigma = self.loss.outputs == 2
         doubt = self.heads is not None and len(self.heads) > 1
-        self.names = (*components, *(["sigma"] if self.sigma else []), *(["spread"] if doubt else []))
+        others = {"sigma": self.sigma, "spread": doubt, "better": relative}
+        every = (*components, *(name for name, given in others.items() if given))
+        self.columns = slice(-1, None) if better else slice(None)
+        self.names = ("better",) if better else every
         self.batch = batch
         self.card = Card(
             "fitted",
@@ -57,7 +71,10 @@ class Fitted:
             licence=str(config["licence"]),
             size=self.clip.card.size,
             checkpoint=checkpoint,
-            settings={"fit": config["fit"], "loss": config["loss"]},
+            low=0.0 if better else -math.inf,
+            high=1.0 if better else math.inf,
+            comparable_across_prompts=better,
+            settings={"fit": config["fit"], "loss": config["loss"]} | self._calibrated(),
         )
         with loading("fitted", folder):
             check_on_grey_image(self._score_batch)
@@ -68,12 +85,26 @@ class Fitted:
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._score_batch, self.batch)
 
-    def preferred(self, a: Float[Tensor, "N K"], b: Float[Tensor, "N K"]) -> Float[Tensor, "N"]:
-        """The probability that images with scores `a` are preferred to those with `b`, if either is."""
+    def _calibrated(self) -> dict[str, str]:
+        """What the card says of the calibration: a hash of it."""
+        if self.calibration is None:
+            return {}
+        return {"calibration": hashlib.sha256(self.calibration.model_dump_json().encode()).hexdigest()[:16]}
+
+    def outputs(self, values: Float[Tensor, "N K"]) -> Float[Tensor, "N O"]:
+        """Of the scores, what probabilities are computed from: `score`, and the logarithm of `sigma`."""
+        columns = [values[:, self.names.index("score")]]
         if self.sigma:
-            sigma = self.names.index("sigma")
-            a, b = (torch.stack([side[:, 0], side[:, sigma].log()], 1) for side in (a, b))
-        return self.loss.preferred(a, b)
+            columns.append(values[:, self.names.index("sigma")].log())
+        return torch.stack(columns, 1)
+
+    def preferred(self, a: Float[Tensor, "N K"], b: Float[Tensor, "N K"]) -> Float[Tensor, "N"]:
+        """The probability that images with scores `a` are preferred to those with `b`, if either is; calibrated by the
+        temperature, if the model has one. NaN where the scores are `better` alone."""
+        if "score" not in self.names:
+            return torch.full((len(a),), torch.nan)
+        temperature = 1.0 if self.calibration is None else self.calibration.temperature
+        return (self.loss.log_odds(self.outputs(a), self.outputs(b)) / temperature).sigmoid()
 
     @torch.no_grad()
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
@@ -81,15 +112,24 @@ class Fitted:
         text = bases.encode_texts(self.clip, [*row])[[row[p.text] for p in prompts]]
         image = self.clip.model.encode_image(self.clip.prepared(images), normalize=True)
         if self.heads is None:
-            return self.clip.model.logit_scale.exp() * (image * text).sum(-1, keepdim=True)
+            columns = [self.clip.model.logit_scale.exp() * (image * text).sum(-1, keepdim=True)]
+            return self._with_better(columns, prompts)
         outputs = torch.stack([head(bases.features(image, text)) for head in self.heads])
-        outputs = outputs.unflatten(2, (self.components, self.loss.outputs))
+        outputs = outputs.unflatten(2, (len(self.components), self.loss.outputs))
         columns = [outputs[..., 0].mean(0)]
         if self.sigma:
             columns.append(outputs[:, :, :1, 1].exp().mean(0))
         if len(self.heads) > 1:
             columns.append(outputs[:, :, :1, 0].std(0, correction=0))
-        return torch.cat(columns, 1)
+        return self._with_better(columns, prompts)
+
+    def _with_better(self, columns: list[Float[Tensor, "N _"]], prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        """The columns, and `better` if there is such a component."""
+        if self.calibration is not None and self.calibration.reference is not None:
+            outputs = [columns[0][:, :1], *([columns[1].log()] if self.sigma else [])]
+            better = self.calibration.better(torch.cat(outputs, 1), prompts, self.loss.log_odds)
+            columns = [*columns, better.to(columns[0].device)[:, None]]
+        return torch.cat(columns, 1)[:, self.columns]
 
 
 def _checked(config: dict[str, Any]) -> tuple[Any, list[str], dict[str, str]]:
@@ -107,25 +147,9 @@ def _checked(config: dict[str, Any]) -> tuple[Any, list[str], dict[str, str]]:
         raise ValueError("config.json: components is not a list of names")
     if components[:1] != ["score"] or len({*components, "spread", "sigma"}) != len(components) + 2:
         raise ValueError("config.json: components must begin with score, be distinct, and not be spread or sigma")
-    if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in BASE):
+    if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in bases.SOURCE):
         raise ValueError("config.json: base must have model, pretrained and checkpoint")
     return LOSSES[config["loss"]], components, base
-
-
-def _base(source: dict[str, str], given: str | None, device: str, batch: int) -> Clip:
-    """The base model, if its weights have the hash of the config."""
-    import open_clip
-
-    model = source["model"] if given is None else given
-    if given is None and model and model.replace("/", "-") not in open_clip.list_models():
-        raise ValueError(f"the base is {named(model)[:100]!r}, not a model of open_clip; give its folder as `base`")
-    result = bases.opened(model, source["pretrained"], device, batch)
-    if result.card.checkpoint != source["checkpoint"]:
-        raise ValueError(
-            f"the head was trained on a base with the hash {source['checkpoint'][:12]}, {model or 'the embedded CLIP'} "
-            f"has {result.card.checkpoint[:12]}"
-        )
-    return result
 
 
 @torch.no_grad()

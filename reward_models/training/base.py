@@ -1,6 +1,6 @@
 """The CLIP model that reward models are built on, and its embeddings of pictures and texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,10 @@ from reward_models.pairs import Pair
 from reward_models.pictures import Stored
 from reward_models.scorers.clip import Clip, clip
 from reward_models.training.data import Progress, read
+from reward_models.weights import named
 
 EMBEDDED = ""  # the name of the embedded model
+SOURCE = ("model", "pretrained", "checkpoint")  # what a file says of the model: where it is, and its hash
 
 
 def opened(model: str, pretrained: str, device: str, batch: int) -> Clip:
@@ -21,6 +23,23 @@ def opened(model: str, pretrained: str, device: str, batch: int) -> Clip:
     if ":" in model:
         raise ValueError(f"base {model!r}: the name of a folder, or of a model of open_clip, is needed")
     return clip(model or None, pretrained or None, device, batch)
+
+
+def reopened(source: Mapping[str, str], given: str | None, device: str, batch: int) -> Clip:
+    """The model that a file names as its `SOURCE`, if its weights have the hash there. `given` is where it is, if it is
+    a folder: a file may not choose what is opened. ValueError."""
+    import open_clip
+
+    model = source["model"] if given is None else given
+    if given is None and model and model.replace("/", "-") not in open_clip.list_models():
+        raise ValueError(f"the base is {named(model)[:100]!r}, not a model of open_clip; give its folder as `base`")
+    result = opened(model, source["pretrained"], device, batch)
+    if result.card.checkpoint != source["checkpoint"]:
+        raise ValueError(
+            f"it was trained on a base with the hash {source['checkpoint'][:12]}, {model or 'the embedded CLIP'} "
+            f"has {result.card.checkpoint[:12]}"
+        )
+    return result
 
 
 @dataclass(frozen=True)

@@ -16,24 +16,41 @@ from reward_models.prompt import Prompt
 from reward_models.scoring import score_pictures
 from reward_models.training import data
 from reward_models.training.data import Progress, silent
-from reward_models.training.statistics import accuracies, agreement, calibration, mcnemar, subsets
+from reward_models.training.statistics import (
+    accuracies,
+    agreement,
+    calibration,
+    mcnemar,
+    same_verdicts,
+    subsets,
+    thirds,
+)
 from reward_models.types import RewardModel
 
 Request = tuple[Stored, Prompt]
 
 
 def evaluate(
-    pairs: Sequence[Pair], scorers: Mapping[str, RewardModel], batch: int = 64, progress: Progress = silent
+    pairs: Sequence[Pair],
+    scorers: Mapping[str, RewardModel],
+    batch: int = 64,
+    progress: Progress = silent,
+    swap: bool = False,
 ) -> dict[str, Any]:
     """The agreement of each component ("scorer.component") of the scorers with the pairs.
 
     `rewards`: by component, the figures of `statistics.accuracies`; the same `by_tag` of the prompt's ground truth and
-    `by_aspect`; `calibration` for a scorer that gives probabilities; `failures`, reasons and how many images have them.
+    `by_aspect`, and for an ensemble `by_spread`, thirds of the pairs by the spread of both images; `calibration`
+    for a scorer that gives probabilities; `failures`, reasons and how many images have them. With `swap` groupwise
+    scorers compare each pair a second time with the images exchanged; `swapped` is the share of equal verdicts.
     `compared`: by two components "one ~ other", `statistics.mcnemar`. `pairs`, `prompts`, `ties`: how many there are.
     A picture that cannot be read has no scores. ValueError for pairs without a prompt.
     """
     data.check(pairs)
     values, failures = scores(pairs, scorers, batch, progress)
+    groupwise = {name: scorer for name, scorer in scorers.items() if swap and scorer.card.groupwise}
+    exchanged = [replace(pair, a=pair.b, b=pair.a) for pair in pairs]
+    other_order = scores(exchanged, groupwise, batch, progress)[0] if groupwise else {}
     preference = data.preferences(pairs).numpy().astype(float)
     cluster = data.cluster(pairs)
     labels = {
@@ -50,6 +67,16 @@ def evaluate(
                     one: accuracies(difference[rows_], preference[rows_], cluster[rows_])
                     for one, rows_ in parts.items()
                 }
+            if k == 0 and "spread" in scorer.names:
+                column = scorer.names.index("spread")
+                third = thirds(torch.hypot(*(side[:, column] for side in values[name])).numpy())
+                row["by_spread"] = {
+                    one: accuracies(difference[rows_], preference[rows_], cluster[rows_])
+                    for one, rows_ in third.items()
+                }
+            if name in other_order:
+                b, a = (side[:, k].double().numpy() for side in other_order[name])
+                row["swapped"] = same_verdicts(difference, a - b, cluster)
             row["failures"] = failures[name]
             preferred = getattr(getattr(scorer, "scorer", scorer), "preferred", None)  # `Cached` wraps another
             if preferred is not None and k == 0:

@@ -67,6 +67,7 @@ def fit(
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     model = method(parts, folders.Workplace(out, key), device, seed, progress)
     folders.write(out, method.type, model)
+    folders.put_prompts(out, (pair.prompt.text for pair in (*parts.train, *parts.stop)))
     card = made_of | {
         "pairs": len(pairs),
         "prompts": {name: len({*data.cluster(part)}) for name, part in vars(parts).items()},

@@ -1,11 +1,13 @@
 """The folder of a fitted reward model: safetensors and JSON, written in an order that shows whether it is complete.
 
 `weights.safetensors` (or, for fine-tuned CLIP, open_clip's own files), `config.json` (what it is, and the base model by
-the hash of its weights), `curves.json`, and last `card.json` (data, split, accuracies).
+the hash of its weights), `curves.json`, `prompts.json` (the prompts that were trained on, as hashes of their meaning),
+and last `card.json` (data, split, accuracies).
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from reward_models import files, limits
+from reward_models.meaning import meaning
 from reward_models.training.curves import Point
 
 WEIGHTS, CONFIG, CURVES, CARD = "weights.safetensors", "config.json", "curves.json", "card.json"
+PROMPTS = "prompts.json"
 CHECKPOINT = "checkpoint.safetensors"
 KIND = "reward model"
 FORMAT = 1
@@ -55,8 +59,8 @@ def check_new(folder: Path) -> None:
 
 
 OURS = {
-    WEIGHTS, CONFIG, CURVES, CHECKPOINT, "open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+    WEIGHTS, CONFIG, CURVES, PROMPTS, CHECKPOINT, "open_clip_config.json", "open_clip_model.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
 }  # fmt: skip
 
 
@@ -87,3 +91,23 @@ def read(folder: Path) -> dict[str, Any]:
 def points(folder: Path) -> list[dict[str, Any]]:
     """The course of the training, a record of `curves.Point` for each epoch."""
     return files.parsed(files.text(folder / CURVES, limits.CONFIG))
+
+
+def digest_of(text: str) -> str:
+    """12 hexadecimal digits of the SHA-256 of a prompt's meaning."""
+    return hashlib.sha256(meaning(text).encode()).hexdigest()[:12]
+
+
+def put_prompts(folder: Path, texts: Iterable[str]) -> None:
+    """Record the prompts that a model was trained on, or stopped by."""
+    files.replace(folder / PROMPTS, (json.dumps(sorted({digest_of(text) for text in texts})) + "\n").encode())
+
+
+def trained_prompts(folder: Path) -> set[str]:
+    """The `digest_of` the prompts that the model was trained on. ValueError, in one line, without a record of them."""
+    if not (folder / PROMPTS).exists():
+        raise ValueError(f"{folder}: no {PROMPTS}, which names the prompts that it was trained on; fit the model again")
+    digests = files.parsed(files.text(folder / PROMPTS, limits.JSON))
+    if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
+        raise ValueError(f"{folder / PROMPTS}: not a list of prompts as hashes")
+    return {*digests}

@@ -95,12 +95,17 @@ class Loss:
             return self.of(difference, preference, margin, torch.as_tensor(log_width).exp())
         return self.of(difference, preference, margin)
 
-    def preferred(self, a: Float[Tensor, "N K"], b: Float[Tensor, "N K"]) -> Pairs:
-        """The probability that a is better than b, if one is."""
+    def log_odds(self, a: Float[Tensor, "N K"], b: Float[Tensor, "N K"]) -> Pairs:
+        """The logarithm of P(a is better) / P(b is better), if one is."""
         difference = a[:, 0] - b[:, 0]
         if self.outputs == 2:
-            return torch.special.ndtr(difference / (a[:, 1].exp() ** 2 + b[:, 1].exp() ** 2).sqrt())
-        return difference.sigmoid()
+            lead = difference / (a[:, 1].exp() ** 2 + b[:, 1].exp() ** 2).sqrt()
+            return torch.special.log_ndtr(lead) - torch.special.log_ndtr(-lead)
+        return difference
+
+    def preferred(self, a: Float[Tensor, "N K"], b: Float[Tensor, "N K"]) -> Pairs:
+        """The probability that a is better than b, if one is."""
+        return self.log_odds(a, b).sigmoid()
 
 
 LOSSES: dict[str, Loss] = {

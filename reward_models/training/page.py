@@ -101,13 +101,18 @@ def of_evaluation(result: Mapping[str, Any]) -> tuple[list[Table], list[Chart]]:
     headings = ["", "accuracy", "95 %", "pairs", "ties half", "missing"]
     rows = [_row(name, row) for name, row in rewards.items()]
     tables = [Table("Pair accuracy", headings, rows)]
-    for label in ("by_tag", "by_aspect"):
-        rows = [_row(f"{name}, {part}", one) for name, row in rewards.items() for part, one in row[label].items()]
+    for label in ("by_tag", "by_aspect", "by_spread"):
+        of_label = {name: row.get(label, {}) for name, row in rewards.items()}
+        rows = [_row(f"{name}, {part}", one) for name, parts in of_label.items() for part, one in parts.items()]
         tables += [Table(f"Pair accuracy {label.replace('_', ' ')}", headings, rows)] if rows else []
     compared = {name: row for name, row in result["compared"].items() if row["pairs"]}
     if compared:
         rows = [[n, str(r["only_one"]), str(r["only_other"]), f"{r['p']:.2g}"] for n, r in compared.items()]
         tables.append(Table("Compared", ["two", "only the first right", "only the second", "p (McNemar)"], rows))
+    swapped = {name: row["swapped"] for name, row in rewards.items() if "swapped" in row}
+    if swapped:
+        headings = ["judge", "same verdict in both orders", "95 %", "pairs"]
+        tables.append(Table("Swap consistency", headings, [[n, *of_share(r)] for n, r in swapped.items()]))
     calibrated = {name: row["calibration"] for name, row in rewards.items() if row.get("calibration", {}).get("pairs")}
     if calibrated:
         rows = [[n, *(number(r[key]) for key in ("ece", "brier", "temperature"))] for n, r in calibrated.items()]
@@ -117,6 +122,38 @@ def of_evaluation(result: Mapping[str, Any]) -> tuple[list[Table], list[Chart]]:
     }
     perfect = {"perfect": [(0.5, 0.5), (1.0, 1.0)]} if lines else {}
     return tables, [Chart("Frequency with which the preferred image was chosen", "probability", lines | perfect)]
+
+
+def of_calibration(table: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
+    """The figures of `calibrating.figures`: before, and by each map."""
+    headings = ["probabilities", "ECE", "95 %", "change", "Brier", "95 %", "change"]
+    rows = []
+    for name, row in table.items():
+        cells = [name]
+        for key in ("ece", "brier"):
+            change = row.get(f"change in {key}")
+            cells += [number(row[key][0]), _ends(row[key]), _ends(change, "+.3f") if change else ""]
+        rows.append(cells)
+    return Table("Calibration, on prompts that the maps were not fitted to", headings, rows)
+
+
+def of_experts(made: Mapping[str, Any]) -> Table:
+    """The accuracy of a mixture on new prompts with equal, fixed and prompt-dependent weights."""
+    test = made["test"]
+    rows = [
+        [
+            name,
+            *of_share(test[name]["accuracy"]),
+            number(test[name]["loss"]),
+            "written" if made["written"] == name else "",
+        ]
+        for name in ("equal", "fixed", "by prompt")
+    ]
+    return Table("Pair accuracy on new prompts", ["weights", "accuracy", "95 %", "pairs", "loss", ""], rows)
+
+
+def _ends(interval: Sequence[float], form: str = ".3f") -> str:
+    return f"{interval[1]:{form}} to {interval[2]:{form}}"
 
 
 def _row(name: str, row: Mapping[str, Any]) -> list[str]:

@@ -68,6 +68,24 @@ def accuracies(difference: Column, preference: Column, cluster: Int[np.ndarray, 
     }
 
 
+def same_verdicts(one: Column, other: Column, cluster: Int[np.ndarray, "N"]) -> dict[str, Any]:
+    """The `share` of pairs for which two differences of scores prefer the same image, or neither; pairs without a score
+    in one of them are left out."""
+    scored = ~(np.isnan(one) | np.isnan(other))
+    same = np.sign(one[scored]) == np.sign(other[scored])
+    return asdict(share(same.astype(float), cluster[scored]))
+
+
+def thirds(values: Column) -> dict[str, Bool[np.ndarray, "N"]]:
+    """The `low`, `middle` and `high` third of the values; NaN in none, and equal values together."""
+    bounds = np.nanquantile(values, [1 / 3, 2 / 3]) if (~np.isnan(values)).any() else [0, 0]
+    return {
+        "low": values <= bounds[0],
+        "middle": (values > bounds[0]) & (values <= bounds[1]),
+        "high": values > bounds[1],
+    }
+
+
 def mcnemar(one: Column, other: Column) -> dict[str, Any]:
     """McNemar's exact test of two models on the same pairs: `only_one` and `only_other`, the pairs that one of them
     alone gets right, and `p`, the two-sided probability of so uneven a split of equally good models. Pairs that are a
@@ -92,27 +110,44 @@ def calibration(probability: Column, preference: Column) -> dict[str, Any]:
     chosen, truth = probability[valid].clip(1e-7, 1 - 1e-7), (preference[valid] > 0.5).astype(float)
     if not len(truth):
         return {"pairs": 0}
-    sure, right = np.maximum(chosen, 1 - chosen), np.where(chosen >= 0.5, truth, 1 - truth)
-    curve = _curve(sure, right)
+    brier, ece = errors(chosen, truth)
     return {
         "pairs": len(truth),
-        "brier": float(np.mean((chosen - truth) ** 2)),
-        "ece": sum(row["pairs"] * abs(row["probability"] - row["frequency"]) for row in curve) / len(truth),
+        "brier": brier,
+        "ece": ece,
         "temperature": temperature(np.log(chosen / (1 - chosen)), truth),
-        "curve": curve,
+        "curve": _curve(chosen, truth),
     }
 
 
-def _curve(sure: Column, right: Column) -> list[dict[str, Any]]:
-    number = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
+def errors(chosen: Column, truth: Column) -> tuple[float, float]:
+    """The Brier score and the expected calibration error of probabilities that a is preferred; `truth` is 1 where it
+    is, and 0 where b is."""
+    return errors_of(sums(chosen, truth, np.zeros(len(truth), int))[0])
+
+
+def sums(chosen: Column, truth: Column, number: Int[np.ndarray, "N"]) -> Float[np.ndarray, "C S"]:
+    """What `errors_of` reads, for each of the C prompts that `number` has: pairs, probabilities of the preferred side
+    and right ones in each bin, then the squared errors. Those of several prompts may be added."""
+    sure, right = np.maximum(chosen, 1 - chosen), np.where(chosen >= 0.5, truth, 1 - truth)
+    place = number * BINS + np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    count = int(number.max()) + 1
+    in_bins = [np.bincount(place, w, count * BINS).reshape(count, BINS) for w in (np.ones(len(sure)), sure, right)]
+    return np.concatenate([*in_bins, np.bincount(number, (chosen - truth) ** 2, count)[:, None]], 1)
+
+
+def errors_of(row: Float[np.ndarray, "S"]) -> tuple[float, float]:
+    """The Brier score and the expected calibration error of the pairs in a row of `sums`."""
+    count, sure, right = row[:-1].reshape(3, BINS)
+    return float(row[-1] / count.sum()), float(np.abs(sure - right).sum() / count.sum())
+
+
+def _curve(chosen: Column, truth: Column) -> list[dict[str, Any]]:
+    count, sure, right = sums(chosen, truth, np.zeros(len(truth), int))[0, :-1].reshape(3, BINS)
     return [
-        {
-            "probability": float(sure[number == k].mean()),
-            "frequency": float(right[number == k].mean()),
-            "pairs": int((number == k).sum()),
-        }
+        {"probability": float(sure[k] / count[k]), "frequency": float(right[k] / count[k]), "pairs": int(count[k])}
         for k in range(BINS)
-        if (number == k).any()
+        if count[k]
     ]
 
 

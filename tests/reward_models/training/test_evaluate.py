@@ -70,6 +70,42 @@ def test_an_image_is_scored_once_for_each_prompt(pairs):
     assert all(call.count(number) == 2 for call in together.calls for number in call)
 
 
+class FirstWins(Level):
+    """A judge that prefers the image that it is shown first, unless the other has level 9."""
+
+    def __call__(self, images, prompts):
+        levels = super().__call__(images, prompts).values[:, 0]
+        first = torch.arange(len(images)) % 2 == 0
+        return Scores(self.names, torch.where(levels == 9, 2.0, first.float())[:, None])
+
+
+def test_swap_consistency_of_a_judge_that_prefers_the_first_image(pairs):
+    """Levels of 9 are in two pairs of six; in the others the verdict follows the order."""
+    judge = FirstWins(levels(pairs, [9, 0, 0, 0, 0, 0], [0, 9, 0, 0, 0, 0]), groupwise=True)
+    result = evaluate(pairs, {"judge": judge, "clip": load("clip")}, batch=2, swap=True)
+    assert result["rewards"]["judge.level"]["swapped"]["mean"] == pytest.approx(2 / 6)
+    assert "swapped" not in result["rewards"]["clip.cosine"]
+    tables, _ = page.of_evaluation(result)
+    assert ["judge.level", "0.333"] in [list(row[:2]) for table in tables for row in table.rows]
+    assert len(judge.calls) == 12
+    assert "swapped" not in evaluate(pairs, {"judge": judge}, batch=2)["rewards"]["judge.level"]
+
+
+class Doubtful(Level):
+    names = ("level", "spread")
+
+    def __call__(self, images, prompts):
+        level = torch.tensor([self.levels[round(float(image.mean()), 4)] for image in images])
+        return Scores(self.names, torch.stack([level.sign(), level.abs()], 1))
+
+
+def test_accuracy_by_the_spread_of_an_ensemble(pairs):
+    """Preferences are a, b, a, b, a, b; the two pairs with the largest spread are wrong."""
+    scorer = Doubtful(levels(pairs, [1, -1, 2, -2, -3, 3], [-1, 1, -2, 2, 3, -3]))
+    parts = evaluate(pairs, {"heads": scorer})["rewards"]["heads.level"]["by_spread"]
+    assert {name: row["accuracy"]["mean"] for name, row in parts.items()} == {"low": 1, "middle": 1, "high": 0}
+
+
 def test_a_picture_that_cannot_be_read_is_counted_as_missing(pairs):
     broken = replace(pairs[0], a=replace(pairs[0].a, data=b"no picture"))
     row = evaluate([broken, *pairs[1:]], {"clip": load("clip")})["rewards"]["clip.cosine"]

@@ -3,7 +3,19 @@
 import numpy as np
 import pytest
 
-from reward_models.training.statistics import accuracies, agreement, calibration, mcnemar, share, temperature
+from reward_models.training.statistics import (
+    accuracies,
+    agreement,
+    calibration,
+    errors,
+    errors_of,
+    mcnemar,
+    same_verdicts,
+    share,
+    sums,
+    temperature,
+    thirds,
+)
 
 NAN = np.nan
 
@@ -70,3 +82,20 @@ def test_calibration_by_hand():
     assert row["brier"] == pytest.approx((0.01 + 0.81 + 0.04) / 3)
     assert row["ece"] == pytest.approx((2 * 0.4 + 0.2) / 3)
     assert calibration(np.array([NAN]), np.array([1.0])) == {"pairs": 0}
+
+
+def test_errors_of_prompts_drawn_twice_are_those_of_their_pairs_twice():
+    rng = np.random.default_rng(0)
+    chosen, truth, number = rng.random(90), (rng.random(90) < 0.5).astype(float), np.repeat(np.arange(30), 3)
+    times = rng.integers(3, size=30)
+    rows = np.repeat(np.arange(90), times[number])
+    assert errors_of(times @ sums(chosen, truth, number)) == pytest.approx(errors(chosen[rows], truth[rows]))
+
+
+def test_verdicts_in_both_orders_and_thirds_by_hand():
+    one, other = np.array([1.0, -2.0, 0.0, 1.0, NAN]), np.array([3.0, -1.0, 0.0, -1.0, 1.0])
+    assert same_verdicts(one, other, np.arange(5))["mean"] == 0.75
+    parts = thirds(np.array([5.0, 1.0, 2.0, 3.0, 4.0, 6.0, NAN]))
+    assert {name: np.flatnonzero(rows).tolist() for name, rows in parts.items()} == {
+        "low": [1, 2], "middle": [3, 4], "high": [0, 5],
+    }  # fmt: skip
