@@ -15,11 +15,12 @@ import pytest
 import torch
 import yaml
 from command_line import mmalign
-from run_config import rows
+from run_config import rows, run
 from starlette.testclient import TestClient
 from torchvision.utils import save_image
 
 from mmalign.reporting import live, votes
+from reward_models import files
 
 SESSION = "0123456789abcdef"
 SITE = {"Origin": "http://127.0.0.1", "Content-Type": "application/json"}
@@ -394,3 +395,30 @@ def test_a_run_begins_in_no_folder_with_votes_of_another(finished, settings):
     ended = mmalign("train", config)
     assert ended.returncode == 2
     assert f"{out / 'votes.jsonl'} exists already" in ended.stderr
+
+
+def test_votes_become_a_reward_that_trains_a_model(finished, settings):
+    """The three commands of the README, but for the model and the number of iterations."""
+    client, pairs = page_of(finished), len(PROMPTS)
+    for number in PROMPTS:
+        for seed in range(2):
+            before, after = (f"images/{side}/{number:05d}-{seed}.png" for side in ("before", "after"))
+            assert voted(client, {"left": before, "right": after, "choice": "left"}).status_code == 204
+    more = rows(finished / "votes.jsonl")
+    texts = [
+        "a circle",
+        "a square",
+        "a green cross",
+        "a blue star",
+    ]  # more people's prompts, with the same two pictures
+    files.append(finished / "votes.jsonl", *(more[0] | {"prompt": text, "id": 20 + i} for i, text in enumerate(texts)))
+    folder, out = finished.parent / "liked", finished.parent / "better"
+    fitted = mmalign("reward", "fit", finished / "votes.jsonl", "--out", folder, "--set", "epochs=3", "--json")
+    assert fitted.returncode == 0, fitted.stderr
+    card = json.loads(fitted.stdout)
+    assert (card["pairs"], sum(card["prompts"].values())) == (2 * pairs + len(texts), pairs + len(texts))
+    rewards = {"rewards": {"fitted.score": 1.0}, "scorers": {"fitted": {"folder": str(folder)}}}
+    run(settings, **rewards, iterations=1, out=str(out))
+    assert rows(out / "metrics.jsonl")[0]["part/fitted.score"] == pytest.approx(
+        rows(out / "metrics.jsonl")[0]["reward"]
+    )
