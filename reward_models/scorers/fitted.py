@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from reward_models.lengths import Reader
 from reward_models.limits import LAYERS
 from reward_models.model_folders import loading
-from reward_models.scorers.clip import Clip, clip
 from reward_models.scoring import each
-from reward_models.training import base as bases, folder as folders
+from reward_models.training import FITS, folder as folders
 from reward_models.training.losses import LOSSES
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import check_on_grey_image, fingerprint, linear_chain, named, read
+from reward_models.weights import check_on_grey_image, named
 
 BASE = ("model", "pretrained", "checkpoint")  # what a config says of the base model: where it is, and its hash
 
@@ -35,35 +34,28 @@ class Fitted:
     def __init__(self, folder: str, base: str | None = None, device: str = "cpu", batch: int = 64):
         with loading("fitted", folder):
             config = folders.read(Path(folder))
-            self.loss, components, source = _checked(config)
-            if config["members"]:
-                self.clip = _base(source, base, device, batch)
-                weights = read(Path(folder) / folders.WEIGHTS)
-                self.heads = _heads(weights, config, len(components) * self.loss.outputs, self.clip).to(device)
-                trained, checkpoint = fingerprint(weights), fingerprint(self.clip.model, weights)
-            else:
-                self.clip, self.heads = clip(str(folder), None, device, batch), None
-                trained = checkpoint = self.clip.card.checkpoint
-            if trained != config["weights"]:
-                raise ValueError(f"its weights have the hash {trained[:12]}, not that of config.json")
+            self.loss, components, fit = _checked(config)
+            self.model = fit.opened(Path(folder), config, len(components) * self.loss.outputs, base, device, batch)
+            if self.model.trained != config["weights"]:
+                raise ValueError(f"its weights have the hash {self.model.trained[:12]}, not that of config.json")
         self.components = len(components)
         self.sigma = self.loss.outputs == 2
-        doubt = self.heads is not None and len(self.heads) > 1
-        self.names = (*components, *(["sigma"] if self.sigma else []), *(["spread"] if doubt else []))
+        doubt = ["spread"] if self.model.members > 1 else []
+        self.names = (*components, *(["sigma"] if self.sigma else []), *doubt)
         self.batch = batch
         self.card = Card(
             "fitted",
             model=named(folder),
             licence=str(config["licence"]),
-            size=self.clip.card.size,
-            checkpoint=checkpoint,
-            settings={"fit": config["fit"], "loss": config["loss"]},
+            size=self.model.size,
+            checkpoint=self.model.checkpoint,
+            settings={"fit": config["fit"], "loss": config["loss"], **self.model.settings},
         )
         with loading("fitted", folder):
             check_on_grey_image(self._score_batch)
 
     def readers(self) -> list[Reader]:
-        return self.clip.readers()
+        return self.model.readers()
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._score_batch, self.batch)
@@ -77,26 +69,23 @@ class Fitted:
 
     @torch.no_grad()
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
-        row = {text: i for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
-        text = bases.encode_texts(self.clip, [*row])[[row[p.text] for p in prompts]]
-        image = self.clip.model.encode_image(self.clip.prepared(images), normalize=True)
-        if self.heads is None:
-            return self.clip.model.logit_scale.exp() * (image * text).sum(-1, keepdim=True)
-        outputs = torch.stack([head(bases.features(image, text)) for head in self.heads])
+        outputs = self.model.outputs(images, [prompt.text for prompt in prompts])
         outputs = outputs.unflatten(2, (self.components, self.loss.outputs))
         columns = [outputs[..., 0].mean(0)]
         if self.sigma:
             columns.append(outputs[:, :, :1, 1].exp().mean(0))
-        if len(self.heads) > 1:
+        if self.model.members > 1:
             columns.append(outputs[:, :, :1, 0].std(0, correction=0))
         return torch.cat(columns, 1)
 
 
-def _checked(config: dict[str, Any]) -> tuple[Any, list[str], dict[str, str]]:
-    """The loss, the components and the base of a config. ValueError for values that `fit` does not write."""
+def _checked(config: dict[str, Any]) -> tuple[Any, list[str], Any]:
+    """The loss, the components and the method of a config. ValueError for values that `fit` does not write."""
     for key in ("fit", "licence", "weights"):
         if not isinstance(config.get(key), str):
             raise ValueError(f"config.json: {key} is not a text")
+    if config["fit"] not in FITS:
+        raise ValueError(f"config.json: fit {config['fit'][:40]!r} is not one of {', '.join(FITS)}")
     members, hidden = config.get("members"), config.get("hidden")
     if type(members) is not int or not 0 <= members <= LAYERS or type(hidden) is not int or hidden < 0:
         raise ValueError(f"config.json: members must be from 0 to {LAYERS}, hidden a whole number of at least 0")
@@ -109,39 +98,4 @@ def _checked(config: dict[str, Any]) -> tuple[Any, list[str], dict[str, str]]:
         raise ValueError("config.json: components must begin with score, be distinct, and not be spread or sigma")
     if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in BASE):
         raise ValueError("config.json: base must have model, pretrained and checkpoint")
-    return LOSSES[config["loss"]], components, base
-
-
-def _base(source: dict[str, str], given: str | None, device: str, batch: int) -> Clip:
-    """The base model, if its weights have the hash of the config."""
-    import open_clip
-
-    model = source["model"] if given is None else given
-    if given is None and model and model.replace("/", "-") not in open_clip.list_models():
-        raise ValueError(f"the base is {named(model)[:100]!r}, not a model of open_clip; give its folder as `base`")
-    result = bases.opened(model, source["pretrained"], device, batch)
-    if result.card.checkpoint != source["checkpoint"]:
-        raise ValueError(
-            f"the head was trained on a base with the hash {source['checkpoint'][:12]}, {model or 'the embedded CLIP'} "
-            f"has {result.card.checkpoint[:12]}"
-        )
-    return result
-
-
-@torch.no_grad()
-def _heads(weights: dict[str, Tensor], config: dict[str, Any], outputs: int, base: Clip) -> nn.ModuleList:
-    """One chain of layers for each member. ValueError for missing or other weights, types or shapes."""
-    members, hidden = config["members"], config["hidden"]
-    features = 3 * bases.encode_texts(base, ["a"]).shape[1] + 1
-    widths = [(hidden, features), (outputs, hidden)] if hidden else [(outputs, features)]
-    shapes = {}
-    for member in range(members):
-        for layer, (high, wide) in enumerate(widths):
-            shapes |= {f"{member}.layers.{layer}.weight": (high, wide), f"{member}.layers.{layer}.bias": (high,)}
-    for name, shape in shapes.items():
-        if name not in weights or tuple(weights[name].shape) != shape or weights[name].dtype != torch.float32:
-            have = f"{list(weights[name].shape)} {weights[name].dtype}" if name in weights else "missing"
-            raise ValueError(f"{folders.WEIGHTS}: {name} must be {list(shape)} torch.float32, is {have}")
-    if others := sorted(weights.keys() - shapes.keys()):
-        raise ValueError(f"{folders.WEIGHTS}: {len(others)} unknown tensors, e.g. {others[0][:40]}")
-    return nn.ModuleList(linear_chain(weights, f"{member}.layers.", nn.Tanh) for member in range(members))
+    return LOSSES[config["loss"]], components, FITS[config["fit"]]
