@@ -2,8 +2,8 @@
 
 Components: `score`, unbounded, higher is better, whose differences between images of one prompt are log-odds (with the
 loss `thurstone`, in units of its `sigma`, the spread of an image); scores of different prompts are not comparable,
-because only images of one prompt were compared. One component for each aspect of typed heads. `spread`, with several
-heads, the standard deviation of their scores: doubt, not a reward. Licence: that of the base model and of the pairs.
+because only images of one prompt were compared. One component for each aspect of typed models. `spread`, with several
+members, the standard deviation of their scores: doubt, not a reward. Licence: that of the base model and of the pairs.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ BASE = ("model", "pretrained", "checkpoint")  # what a config says of the base m
 
 
 class Fitted:
-    """The scorer. `folder` is what was written. `base`: the CLIP model of a head, where it is not the embedded one or a
-    model of open_clip: the folder that it was trained on, because a file may not choose what is opened; its weights
-    must have the hash that the head was trained with. ValueError, in one line, for anything that does not fit."""
+    """The scorer. `folder` is what was written. `base`: the model that heads or adapters were trained on, unless it is
+    the embedded CLIP or a model of open_clip, because a file may not choose what is opened; its weights must have the
+    hash that they were trained with. ValueError, in one line, for anything that does not fit."""
 
     def __init__(self, folder: str, base: str | None = None, device: str = "cpu", batch: int = 64):
         with loading("fitted", folder):

@@ -68,7 +68,7 @@ class ClipTowers(Tuning):
         for member in range(self.members):
             place = folders.of_member(work.folder, member, self.members)
             aspects = read(place / folders.WEIGHTS) if len(names) > 1 else {}
-            hashes.append(fingerprint(read(place / WEIGHTS) | aspects))
+            hashes.append(fingerprint(read(place / WEIGHTS), aspects))
         return Model(
             {},
             described
