@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 ADAPTER = "default"  # peft's name of it
+MOST = 2**10  # its rank
 
 
 def layers_of(model: nn.Module, targets: Sequence[str], vision: bool) -> list[str]:

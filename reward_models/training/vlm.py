@@ -43,7 +43,7 @@ class Vlm(Reading, Tuning):
     loss: Literal["bradley_terry", "rao_kupper", "davidson", "thurstone"] = "thurstone"
     batch: Annotated[int, Ge(1)] = 8
     hidden: Annotated[int, Ge(0), Le(2**14)] = 0
-    rank: Annotated[int, Ge(1), Le(2**10)] = 16
+    rank: Annotated[int, Ge(1), Le(lora.MOST)] = 16
     alpha: Annotated[float, Gt(0)] = 32.0
     targets: tuple[str, ...] = ATTENTION
     vision: bool = False
@@ -119,8 +119,8 @@ class Judges:
     def __init__(self, base: Base, weights: Sequence[Mapping[str, Tensor]], hidden: int, outputs: int):
         layers = sorted({name.removeprefix(ADAPTER)[:-2] for name in weights[0] if name.startswith(ADAPTER)})
         matrix = weights[0].get(f"{ADAPTER}{layers[0]}.A") if layers else None
-        if matrix is None or matrix.ndim != 2 or not len(matrix):
-            raise ValueError(f"{folders.WEIGHTS}: no adapter in it")
+        if matrix is None or matrix.ndim != 2 or not 0 < len(matrix) <= lora.MOST:
+            raise ValueError(f"{folders.WEIGHTS}: no adapter of a rank from 1 to {lora.MOST} in it")
         shapes = heads.shapes_of(HEAD, base.width, hidden, outputs)
         hashes = [fingerprint(of_member) for of_member in weights]
         self.matrices = lora.attach(base.model, layers, len(matrix), float(len(matrix)))

@@ -200,6 +200,7 @@ def test_a_config_that_does_not_fit_is_refused_in_one_line(fitted, base, tmp_pat
         ("adapter.lm_head.bias.A", torch.zeros(2, 16), "no linear layer 'lm_head.bias'"),
         ("adapter.model.language_model.layers.0.self_attn.q_proj.B", torch.zeros(16, 3), r"must be \[16, 2\]"),
         ("other", torch.zeros(2), "1 unknown tensors, e.g. other"),
+        ("adapter.a.A", torch.zeros(2000, 1), "no adapter of a rank from 1 to 1024"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(fitted, base, tmp_path, name, value, says):
