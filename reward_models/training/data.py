@@ -18,7 +18,7 @@ from reward_models.pictures import Stored
 from reward_models.types import Images
 
 OVERALL = "score"
-RESERVED = {OVERALL, "spread", "sigma"}  # components that are no aspect of pairs
+RESERVED = {OVERALL, "spread", "sigma"}  # components that are not aspects of pairs
 LEAST = 3  # prompts: one to train on, one to stop by, one to measure
 
 Progress = Callable[[Iterable[Any], int, int, str, str], Iterable[Any]]  # rows, done, total, name, unit

@@ -23,6 +23,8 @@ from reward_models.training.data import Progress, Split
 from reward_models.training.folder import CHECKPOINT, Workplace
 from reward_models.training.losses import LOSSES, summed
 
+KEYS = 2**63  # seeds of a generator
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -112,7 +114,7 @@ class Training:
         for member in range(points[-1].member if points else 0, m.members):
             of_member = [point for point in points if point.member == member]
             pairs = train.repeated(data.bootstrap(prompts, seed, member)) if m.bootstrap else train
-            key = seed * 1_000_003 + member
+            key = (seed * 1_000_003 + member) % KEYS
             if not of_member:
                 self.begin(pairs.pairs, key)
             while len(of_member) < m.epochs and not stopped(of_member, m.patience):
@@ -144,7 +146,7 @@ class Training:
         m = self.method
         of = f" of member {member + 1} of {m.members}" if m.members > 1 else ""
         name = f"epoch {number} of at most {m.epochs}{of}"
-        batches, steps = pairs.shuffled(m.batch, key * 1_000_003 + number), -(-len(pairs.pairs) // m.batch)
+        batches, steps = pairs.shuffled(m.batch, (key * 1_000_003 + number) % KEYS), -(-len(pairs.pairs) // m.batch)
         losses = [self.step(some) for some in progress(batches, 0, steps, name, "steps")]
         now = self.state()
         self.set(self.average or now)
@@ -187,13 +189,13 @@ class Training:
         return loss.item()
 
     @torch.no_grad()
-    def measured(self, all_: Weighed) -> tuple[float, float | None]:
+    def measured(self, held_out: Weighed) -> tuple[float, float | None]:
         """The loss, and the accuracy of the overall score."""
-        parts = [self.outputs(some.pairs) for some in all_.in_order(self.method.batch)]
+        parts = [self.outputs(some.pairs) for some in held_out.in_order(self.method.batch)]
         a, b = (torch.cat(side) for side in zip(*parts, strict=True))
-        overall = all_.weights[0] > 0
-        preference = data.preferences(all_.pairs)[overall]
-        return self.total(all_, a, b).item(), accuracy((a - b)[:, 0, 0].cpu()[overall], preference)
+        overall = held_out.weights[0] > 0
+        preference = data.preferences(held_out.pairs)[overall]
+        return self.total(held_out, a, b).item(), accuracy((a - b)[:, 0, 0].cpu()[overall], preference)
 
     def save(self, points: list[Point]) -> None:
         """Replace the checkpoint: weights, their average, the selected weights, moments, and in the header the course

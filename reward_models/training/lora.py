@@ -1,5 +1,5 @@
-"""LoRA (arXiv 2106.09685) on linear layers of a transformers model, by peft: W + alpha / rank B A with A [rank, in] and
-B [out, rank], in float32. The base weights are frozen.
+"""LoRA on linear layers of a transformers model, by peft: W + alpha / rank B A with A [rank, in] and B [out, rank], in
+float32. The base weights are frozen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ def layers_of(model: nn.Module, targets: Sequence[str], vision: bool) -> list[st
     for target in targets:
         if not any(name.rpartition(".")[2] == target for name in language):
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in language}))
-            raise ValueError(f"targets: {target!r} is no linear layer of the language model; there are {ends}")
+            raise ValueError(f"targets: {target!r} is not a linear layer of the language model; there are {ends}")
     adapted = [name for name in language if name.rpartition(".")[2] in targets]
     return adapted + ([name for name in linear if name not in {*language}] if vision else [])
 
 
 def attach(model: nn.Module, layers: Sequence[str], rank: int, alpha: float) -> dict[str, nn.Parameter]:
     """Freeze the model, add an adapter to these layers, and return its matrices as "layer.A" and "layer.B". ValueError
-    for a layer that is no linear layer of the model."""
+    for a layer that is not a linear layer of the model."""
     from peft import LoraConfig, inject_adapter_in_model
 
     linear = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}

@@ -18,7 +18,7 @@ from reward_models.training.base import same
 from reward_models.vlm import transformers_model as vlm
 from reward_models.weights import fingerprint, named
 
-ASKED = "Rate how well the picture shows this, and how good it looks: {prompt}"
+INSTRUCTION = "Rate how well the picture shows this, and how good it looks: {prompt}"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Reading:
     tokens. `pixels`: the area that pictures are scaled to, 0 for what the processor does; HPSv3 has 200704. `dtype`: of
     the base's weights."""
 
-    instruction: str = ASKED
+    instruction: str = INSTRUCTION
     pool: Literal["last", "mean"] = "last"
     pixels: Annotated[int, Ge(0), Le(limits.PIXELS)] = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -55,8 +55,8 @@ class Base:
 
     def features(self, pictures: Sequence[Float[Tensor, "3 _ _"]], texts: Sequence[str]) -> Float[Tensor, "N F"]:
         """The pooled hidden states, float32. What pads a shorter row changes nothing."""
-        asked = [self.reading.instruction.replace("{prompt}", text) for text in texts]
-        inputs = vlm.inputs_of(self.processor, [*zip(pictures, asked, strict=True)], self.device)
+        questions = [self.reading.instruction.replace("{prompt}", text) for text in texts]
+        inputs = vlm.inputs_of(self.processor, [*zip(pictures, questions, strict=True)], self.device)
         hidden = self.model.base_model(**inputs).last_hidden_state.float()
         if self.reading.pool == "last":
             return hidden[:, -1]  # rows are padded on the left

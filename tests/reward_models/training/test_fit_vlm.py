@@ -135,7 +135,7 @@ def test_the_vision_tower_is_trained_where_asked(base):
     assert language == [f"model.language_model.layers.{k}.self_attn.q_proj" for k in (0, 1)]
     assert all(".visual." in name for name in both[2:])
     assert len(both) > 2
-    with pytest.raises(ValueError, match=r"'query' is no linear layer .* down_proj, "):
+    with pytest.raises(ValueError, match=r"'query' is not a linear layer .* down_proj, "):
         lora.layers_of(base.model, ["query"], False)
 
 
