@@ -124,6 +124,7 @@ def changed(wants: dict, kind: str, rng: np.random.Generator) -> dict | None:
     """The request with one thing of a kind of `KINDS` changed: the shape of an object, a colour or size, the relation
     to its opposite, or a number. None if it has nothing of this kind. No picture of the one fulfils the other."""
     include = [dict(item) for item in wants["include"]]
+    alone = sum(item["count"] for item in include) == 1
     options: list[tuple[int, str, Any]] = []
     for k, item in enumerate(include):
         taken = {name: {other.get(name) for other in include} for name in ("class", "color")}
@@ -131,7 +132,7 @@ def changed(wants: dict, kind: str, rng: np.random.Generator) -> dict | None:
             options += [(k, "class", shape) for shape in SHAPES if shape not in taken["class"]]
         if kind == "attribute" and "color" in item:
             options += [(k, "color", colour) for colour in COLOURS if colour not in taken["color"]]
-        if kind == "attribute" and "size" in item:
+        if kind == "attribute" and "size" in item and alone:  # two large things would not fit on a picture
             options.append((k, "size", {"small": "large", "large": "small"}[item["size"]]))
         if kind == "relation" and "position" in item:
             relation, other = item["position"]

@@ -104,3 +104,5 @@ def test_a_request_without_a_kind_cannot_be_changed_in_it():
     wants = {"tag": "one_object", "include": [thing("circle")]}
     assert changed(wants, "object", rng)["include"][0]["class"] != "circle"
     assert [changed(wants, kind, rng) for kind in ("attribute", "relation", "count")] == [None] * 3
+    small = {"tag": "counting", "include": [thing("circle", count=4, size="small")]}
+    assert changed(small, "attribute", rng) is None
