@@ -1,6 +1,6 @@
 """`clip`: both towers of a CLIP model, fine-tuned as PickScore does (arXiv 2305.01569): the score is the logit scale
 times the cosine of image and text. With aspects, the score of each is the logit scale times a weighted cosine, the sum
-over the dimensions of weight, image and text, whose weights begin at 1.
+over the dimensions of weight, image and text. A weight is 1 + `RATE` times what is trained, which begins at 0.
 
 The folder is also one of open_clip's `local-dir` layout; of several members, each has a folder of its number.
 """
@@ -35,7 +35,8 @@ from reward_models.weights import fingerprint, read
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 HIGHEST = math.log(100)  # of the logarithm of the logit scale, as in CLIP
-ASPECTS = "aspects"  # the name of the weights of cosines
+ASPECTS = "aspects"  # the name of what is trained of the weights of cosines
+RATE = 30.0  # how much faster such a weight moves than those of the towers
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def cosines(
     """The cosine of image and text, and the weighted cosine of each aspect."""
     product = image * text
     cosine = product.sum(-1, keepdim=True)
-    return cosine if aspects is None else torch.cat([cosine, product @ aspects.T], 1)
+    return cosine if aspects is None else torch.cat([cosine, product @ (1 + RATE * aspects).T], 1)
 
 
 class Cosines:
@@ -137,7 +138,7 @@ class Towers:
     def __init__(self, method: ClipTowers, base: Clip, aspects: int):
         self.method, self.base, self.device = method, base, base.device
         size = bases.encode_texts(base, ["a"]).shape[1]
-        self.aspects = nn.Parameter(torch.ones(aspects, size, device=base.device)) if aspects else None
+        self.aspects = nn.Parameter(torch.zeros(aspects, size, device=base.device)) if aspects else None
         trained = [*base.model.visual.parameters()] if method.towers == "image" else [*base.model.parameters()]
         trained += [base.model.logit_scale] + ([] if self.aspects is None else [self.aspects])
         self.parameters = [*{id(p): p for p in trained}.values()]

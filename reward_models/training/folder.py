@@ -80,7 +80,7 @@ def check_new(folder: Path) -> None:
     """Make the folder. ValueError where a finished model, or anything but an unfinished one, is there already."""
     if (folder / CARD).exists():
         raise ValueError(f"{folder}: a fitted model is there already; choose another folder or remove it")
-    if folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if not ours(path.name))):
+    if folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if not ours(path))):
         raise ValueError(f"{folder}: {others[0]} is there, which is not a fitted model's; choose an empty folder")
     files.make_folder(folder)
 
@@ -91,9 +91,9 @@ OURS = {
 }  # fmt: skip
 
 
-def ours(name: str) -> bool:
-    """Whether a fitted model has a file, or a folder of a member, of this name."""
-    return name in OURS or (name.isdecimal() and name.isascii())
+def ours(path: Path) -> bool:
+    """Whether an unfinished model has such a file, or beside its checkpoint a folder of a member."""
+    return path.name in OURS or (path.name.isdecimal() and (path.parent / CHECKPOINT).exists())
 
 
 def write(folder: Path, method: str, model: Model) -> None:

@@ -236,6 +236,9 @@ def test_pairs_that_cannot_be_used_are_refused(pairs, fitted, tmp_path):
     (tmp_path / "mine/notes.txt").write_text("")
     with pytest.raises(ValueError, match=r"notes\.txt is there"):
         fit(pairs, tmp_path / "mine")
+    (tmp_path / "numbers/0").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"0 is there, which is not a fitted model's"):
+        fit(pairs, tmp_path / "numbers")
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
@@ -323,7 +326,7 @@ def test_typed_towers_have_a_weighted_cosine_for_each_aspect(tmp_path):
     scorer = load("fitted", folder=str(tmp_path / "typed"))
     assert scorer.names == ("score", "count")
     clip, picture, prompts = load("clip", model=str(tmp_path / "typed")), pairs[0].a.read(), [pairs[0].prompt]
-    weights = load_file(tmp_path / "typed/weights.safetensors")["aspects"][0]
+    weights = 1 + 30 * load_file(tmp_path / "typed/weights.safetensors")["aspects"][0]
     assert not torch.equal(weights, torch.ones_like(weights))
     image = clip.model.encode_image(clip.prepared(picture), normalize=True)[0]
     text = clip.model.encode_text(clip.tokenizer([prompts[0].text]), normalize=True)[0]
