@@ -14,6 +14,7 @@ Row 0 is the top; coordinates are (x, y) in pixels with pixel centres at .5.
 import zlib
 from functools import cache
 from itertools import permutations, product
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -48,6 +49,7 @@ GLYPHS = {  # 5x7
     "X": "10001 10001 01010 00100 01010 10001 10001",
     "Z": "11111 00001 00010 00100 01000 10000 11111",
 }
+KINDS = ("object", "attribute", "relation", "count")  # of what a caption asks for
 TAGS = ("one_object", "two_objects", "colors", "counting", "position", "color_attr", "text")
 
 
@@ -116,6 +118,32 @@ def _captions() -> dict[str, dict]:
 def understood(text: str) -> dict:
     """The request of a caption of the world, empty for any other text."""
     return _captions().get(text, {})
+
+
+def changed(wants: dict, kind: str, rng: np.random.Generator) -> dict | None:
+    """The request with one thing of a kind of `KINDS` changed: the shape of an object, a colour or size, the relation
+    to its opposite, or a number. None if it has nothing of this kind. No picture of the one fulfils the other."""
+    include = [dict(item) for item in wants["include"]]
+    alone = sum(item["count"] for item in include) == 1
+    options: list[tuple[int, str, Any]] = []
+    for k, item in enumerate(include):
+        taken = {name: {other.get(name) for other in include} for name in ("class", "color")}
+        if kind == "object":
+            options += [(k, "class", shape) for shape in SHAPES if shape not in taken["class"]]
+        if kind == "attribute" and "color" in item:
+            options += [(k, "color", colour) for colour in COLOURS if colour not in taken["color"]]
+        if kind == "attribute" and "size" in item and alone:  # two large things would not fit on a picture
+            options.append((k, "size", {"small": "large", "large": "small"}[item["size"]]))
+        if kind == "relation" and "position" in item:
+            relation, other = item["position"]
+            options.append((k, "position", [OPPOSITE[relation], other]))
+        if kind == "count" and wants["tag"] == "counting":
+            options += [(k, "count", count) for count in (1, *COUNTS.values()) if count != item["count"]]
+    if not options:
+        return None
+    place, name, value = options[rng.integers(len(options))]
+    include[place][name] = value
+    return wants | {"include": include}
 
 
 def meaning(wants: dict) -> str:

@@ -2,29 +2,23 @@
 
     OMP_NUM_THREADS=1 python scripts/compare_fits.py
 
-The embedded model draws several images of each training caption. Two images of a caption with different
-`shapes.partial` are a pair. Each recipe is fitted to `--pairs` of them, with held-out training captions to stop by, and
-measured on pairs of other captions, beside `clip.cosine`: `validation` for choosing a recipe, `test` for the figures.
-Images and fitted models are written below `--out`, where a second run continues.
+`mmalign collect` draws several images of each training caption. Two images of a caption with different
+`shapes.partial` are a pair. Each recipe is fitted to `--pairs` of them, spread evenly over the captions, with held-out
+training captions to stop by, and measured on pairs of other captions, beside `clip.cosine`: `validation` for choosing a
+recipe, `test` for the figures. Images and fitted models are written below `--out`, where a second run continues.
 """
 
-import json
 import random
 import time
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from mmalign.config.paths import locate
-from mmalign.data import prompts as prompt_files
-from mmalign.evaluation.generate import sample_images
-from mmalign.runs.inference import load_policy
-from reward_models import Prompt, files, load, pairs as pair_files
-from reward_models.images import from_file
+import mmalign
+from reward_models import load, pairs as pair_files
 from reward_models.pairs import Pair
 from reward_models.training import evaluate, fit
 from reward_models.training.folder import CARD
@@ -36,36 +30,26 @@ RECIPES = {
     "clip_head, MLP of 64": {"method": "clip_head", "hidden": 64, "weight_decay": 0.03},
     "CLIP, fine-tuned": {"method": "clip", "learning_rate": 3e-4},
     "CLIP, fine-tuned, margin": {"method": "clip", "learning_rate": 3e-4, "margin": 1.0},
+    "CLIP, fine-tuned, margin, average": {"method": "clip", "learning_rate": 3e-4, "margin": 1.0, "average": 0.98},
+    "CLIP, 5 members": {"method": "clip", "learning_rate": 3e-4, "margin": 1.0, "average": 0.98, "members": 5},
 }
 
 
-def table(captions: str, seeds: Sequence[int], out: Path) -> Path:
-    """A table of the pairs of these captions: images, verifier's choice, and the gap of the two scores."""
-    if (out / "pairs.jsonl").exists():
-        return out / "pairs.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
-    prompts = prompt_files.read(locate(f"assets/prompts/{captions}.jsonl"))
-    rows = sample_images(load_policy(locate("assets/tiny_sd3")), prompts, seeds, STEPS, out)
-    owners = [prompt for prompt in prompts for _ in seeds]
-    images = torch.cat([from_file(row["image"]) for row in rows])
-    scores = load("shapes")(images, owners).column("partial").tolist()
-    lines = []
-    for start in range(0, len(rows), len(seeds)):
-        for i, j in combinations(range(start, start + len(seeds)), 2):
-            if scores[i] != scores[j]:
-                lines.append(row_of(rows[i]["image"], rows[j]["image"], owners[i], scores[i] - scores[j]))
-    files.write(out / "pairs.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    return out / "pairs.jsonl"
+def collected(captions: str, seeds: Sequence[int], out: Path) -> list[Pair]:
+    """The unequal pairs of images of these captions, with the verifier's choice and the gap of the two scores."""
+    prompts = f"assets/prompts/{captions}.jsonl"
+    by = {"by": "shapes.partial", "pairs": "all", "steps": STEPS}
+    mmalign.collect("assets/tiny_sd3", prompts, "shapes", seeds=seeds, out=out, **by)
+    return pair_files.read(out / "pairs.jsonl")
 
 
-def row_of(a: str, b: str, prompt: Prompt, gap: float) -> dict:
-    chosen = {"chosen": "a" if gap > 0 else "b", "gap": abs(gap)}
-    return {"image_a": Path(a).name, "image_b": Path(b).name, "prompt": prompt.text, "id": prompt.id} | chosen
-
-
-def drawn(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """So many of the pairs, the same in each run."""
-    return random.Random(0).sample(list(pairs), min(count, len(pairs)))
+def even(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """So many of the pairs, the same in each run, and of each caption as many as of any other that has them."""
+    of_caption: dict[str, list[Pair]] = {}
+    for pair in random.Random(0).sample(list(pairs), len(pairs)):
+        of_caption.setdefault(pair.prompt.text, []).append(pair)
+    rounds = chain.from_iterable(zip_longest(*of_caption.values()))
+    return [pair for pair in rounds if pair is not None][:count]
 
 
 def main(
@@ -74,8 +58,8 @@ def main(
     seeds: Annotated[int, typer.Option(min=2, help="images of a training caption")] = 6,
     captions: Annotated[str, typer.Option(help="those that are measured on: validation or test")] = "test",
 ) -> None:
-    train = drawn(pair_files.read(table("train", range(seeds), out / "train")), pairs)
-    held_out = pair_files.read(table(captions, range(4), out / captions))
+    train = even(collected("train", range(seeds), out / "train"), pairs)
+    held_out = collected(captions, range(4), out / captions)
     scorers, seconds = {"clip": load("clip")}, {}
     for number, (name, settings) in enumerate(RECIPES.items()):
         folder, start = out / f"{number}", time.monotonic()

@@ -30,7 +30,9 @@ from mmalign.runs.outputs import check_file
 
 Source = Annotated[str, typer.Argument(metavar="PAIRS", help="table of pairs or rankings, or a dataset hf:NAME:SPLIT")]
 Out = Annotated[Path, output_option(help="folder for the reward model")]
-Method = Annotated[str, typer.Option("--fit", help="clip_head: a head on a frozen CLIP; clip: both towers fine-tuned")]
+Method = Annotated[
+    str, typer.Option("--fit", help="clip_head, vlm_head: heads on a frozen CLIP or VLM; clip, vlm: fine-tuned")
+]
 MethodSettings = Annotated[
     list[MethodSetting] | None,
     typer.Option(

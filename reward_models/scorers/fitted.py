@@ -2,8 +2,8 @@
 
 Components: `score`, unbounded, higher is better, whose differences between images of one prompt are log-odds (with the
 loss `thurstone`, in units of its `sigma`, the spread of an image); scores of different prompts are not comparable,
-because only images of one prompt were compared. One component for each aspect of typed heads. `spread`, with several
-heads, the standard deviation of their scores: doubt, not a reward. `better`, after `mmalign reward calibrate` with
+because only images of one prompt were compared. One component for each aspect of typed models. `spread`, with several
+members, the standard deviation of their scores: doubt, not a reward. `better`, after `mmalign reward calibrate` with
 images of a base model, in [0, 1]: the probability that the image is preferred to one of that model's images of its
 prompt. It is comparable across prompts. Licence: that of the base model and of the pairs.
 """
@@ -16,39 +16,33 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from reward_models.lengths import Reader
 from reward_models.limits import LAYERS
 from reward_models.model_folders import loading
-from reward_models.scorers.clip import Clip, clip
 from reward_models.scoring import each
-from reward_models.training import base as bases, calibration as calibrations, folder as folders
+from reward_models.training import FITS, calibration as calibrations, folder as folders
+from reward_models.training.base import SOURCE
 from reward_models.training.losses import LOSSES
 from reward_models.types import Card, Images, Prompt, Scores
-from reward_models.weights import check_on_grey_image, fingerprint, linear_chain, named, read
+from reward_models.weights import check_on_grey_image, named
 
 
 class Fitted:
-    """The scorer. `folder` is what was written. `base`: the CLIP model of a head, where it is not the embedded one or a
-    model of open_clip: the folder that it was trained on, because a file may not choose what is opened; its weights
-    must have the hash that the head was trained with. `better`: give that component alone, whose range lets `combine:
-    product` take it. ValueError, in one line, for anything that does not fit."""
+    """The scorer. `folder` is what was written. `base`: the model that heads or adapters were trained on, unless it is
+    the embedded CLIP or a model of open_clip, because a file may not choose what is opened; its weights must have the
+    hash that they were trained with. `better`: give that component alone, whose range lets `combine: product` take it.
+    ValueError, in one line, for anything that does not fit."""
 
     def __init__(
         self, folder: str, base: str | None = None, device: str = "cpu", batch: int = 64, better: bool = False
     ):
         with loading("fitted", folder):
             config = folders.read(Path(folder))
-            self.loss, components, source = _checked(config)
-            if config["members"]:
-                self.clip = bases.reopened(source, base, device, batch)
-                weights = read(Path(folder) / folders.WEIGHTS)
-                self.heads = _heads(weights, config, len(components) * self.loss.outputs, self.clip).to(device)
-                trained, checkpoint = fingerprint(weights), fingerprint(self.clip.model, weights)
-            else:
-                self.clip, self.heads = clip(str(folder), None, device, batch), None
-                trained = checkpoint = self.clip.card.checkpoint
+            self.loss, components, fit = _checked(config)
+            self.model = fit.opened(Path(folder), config, len(components) * self.loss.outputs, base, device, batch)
+            trained = self.model.trained
             if trained != config["weights"]:
                 raise ValueError(f"its weights have the hash {trained[:12]}, not that of config.json")
             self.calibration = calibrations.read(Path(folder), trained, self.loss.outputs)
@@ -59,7 +53,7 @@ class Fitted:
                 raise ValueError("an aspect is called better, as the calibrated score is")
         self.weights, self.components = trained, components
         self.sigma = self.loss.outputs == 2
-        doubt = self.heads is not None and len(self.heads) > 1
+        doubt = self.model.members > 1
         others = {"sigma": self.sigma, "spread": doubt, "better": relative}
         every = (*components, *(name for name, given in others.items() if given))
         self.columns = slice(-1, None) if better else slice(None)
@@ -69,18 +63,18 @@ class Fitted:
             "fitted",
             model=named(folder),
             licence=str(config["licence"]),
-            size=self.clip.card.size,
-            checkpoint=checkpoint,
+            size=self.model.size,
+            checkpoint=self.model.checkpoint,
             low=0.0 if better else -math.inf,
             high=1.0 if better else math.inf,
             comparable_across_prompts=better,
-            settings={"fit": config["fit"], "loss": config["loss"]} | self._calibrated(),
+            settings={"fit": config["fit"], "loss": config["loss"], **self.model.settings, **self._calibrated()},
         )
         with loading("fitted", folder):
             check_on_grey_image(self._score_batch)
 
     def readers(self) -> list[Reader]:
-        return self.clip.readers()
+        return self.model.readers()
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._score_batch, self.batch)
@@ -108,18 +102,12 @@ class Fitted:
 
     @torch.no_grad()
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
-        row = {text: i for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
-        text = bases.encode_texts(self.clip, [*row])[[row[p.text] for p in prompts]]
-        image = self.clip.model.encode_image(self.clip.prepared(images), normalize=True)
-        if self.heads is None:
-            columns = [self.clip.model.logit_scale.exp() * (image * text).sum(-1, keepdim=True)]
-            return self._with_better(columns, prompts)
-        outputs = torch.stack([head(bases.features(image, text)) for head in self.heads])
+        outputs = self.model.outputs(images, [prompt.text for prompt in prompts])
         outputs = outputs.unflatten(2, (len(self.components), self.loss.outputs))
         columns = [outputs[..., 0].mean(0)]
         if self.sigma:
             columns.append(outputs[:, :, :1, 1].exp().mean(0))
-        if len(self.heads) > 1:
+        if self.model.members > 1:
             columns.append(outputs[:, :, :1, 0].std(0, correction=0))
         return self._with_better(columns, prompts)
 
@@ -132,11 +120,13 @@ class Fitted:
         return torch.cat(columns, 1)[:, self.columns]
 
 
-def _checked(config: dict[str, Any]) -> tuple[Any, list[str], dict[str, str]]:
-    """The loss, the components and the base of a config. ValueError for values that `fit` does not write."""
+def _checked(config: dict[str, Any]) -> tuple[Any, list[str], Any]:
+    """The loss, the components and the method of a config. ValueError for values that `fit` does not write."""
     for key in ("fit", "licence", "weights"):
         if not isinstance(config.get(key), str):
             raise ValueError(f"config.json: {key} is not a text")
+    if config["fit"] not in FITS:
+        raise ValueError(f"config.json: fit {config['fit'][:40]!r} is not one of {', '.join(FITS)}")
     members, hidden = config.get("members"), config.get("hidden")
     if type(members) is not int or not 0 <= members <= LAYERS or type(hidden) is not int or hidden < 0:
         raise ValueError(f"config.json: members must be from 0 to {LAYERS}, hidden a whole number of at least 0")
@@ -147,25 +137,6 @@ def _checked(config: dict[str, Any]) -> tuple[Any, list[str], dict[str, str]]:
         raise ValueError("config.json: components is not a list of names")
     if components[:1] != ["score"] or len({*components, "spread", "sigma"}) != len(components) + 2:
         raise ValueError("config.json: components must begin with score, be distinct, and not be spread or sigma")
-    if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in bases.SOURCE):
+    if not isinstance(base, dict) or not all(isinstance(base.get(k), str) for k in SOURCE):
         raise ValueError("config.json: base must have model, pretrained and checkpoint")
-    return LOSSES[config["loss"]], components, base
-
-
-@torch.no_grad()
-def _heads(weights: dict[str, Tensor], config: dict[str, Any], outputs: int, base: Clip) -> nn.ModuleList:
-    """One chain of layers for each member. ValueError for missing or other weights, types or shapes."""
-    members, hidden = config["members"], config["hidden"]
-    features = 3 * bases.encode_texts(base, ["a"]).shape[1] + 1
-    widths = [(hidden, features), (outputs, hidden)] if hidden else [(outputs, features)]
-    shapes = {}
-    for member in range(members):
-        for layer, (high, wide) in enumerate(widths):
-            shapes |= {f"{member}.layers.{layer}.weight": (high, wide), f"{member}.layers.{layer}.bias": (high,)}
-    for name, shape in shapes.items():
-        if name not in weights or tuple(weights[name].shape) != shape or weights[name].dtype != torch.float32:
-            have = f"{list(weights[name].shape)} {weights[name].dtype}" if name in weights else "missing"
-            raise ValueError(f"{folders.WEIGHTS}: {name} must be {list(shape)} torch.float32, is {have}")
-    if others := sorted(weights.keys() - shapes.keys()):
-        raise ValueError(f"{folders.WEIGHTS}: {len(others)} unknown tensors, e.g. {others[0][:40]}")
-    return nn.ModuleList(linear_chain(weights, f"{member}.layers.", nn.Tanh) for member in range(members))
+    return LOSSES[config["loss"]], components, FITS[config["fit"]]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,21 +26,29 @@ def opened(model: str, pretrained: str, device: str, batch: int) -> Clip:
     return clip(model or None, pretrained or None, device, batch)
 
 
+def described(model: str, pretrained: str, base: Clip) -> dict[str, Any]:
+    """What a folder's config says of the base model."""
+    source = {"model": model, "pretrained": pretrained, "checkpoint": base.card.checkpoint}
+    return {"base": source, "licence": base.card.licence}
+
+
 def reopened(source: Mapping[str, str], given: str | None, device: str, batch: int) -> Clip:
-    """The model that a file names as its `SOURCE`, if its weights have the hash there. `given` is where it is, if it is
-    a folder: a file may not choose what is opened. ValueError."""
+    """The model that a file names as its `SOURCE`, if its weights have the hash there. `given`: the user's name for it,
+    without which only the embedded model and those of open_clip's list are opened. ValueError."""
     import open_clip
 
     model = source["model"] if given is None else given
     if given is None and model and model.replace("/", "-") not in open_clip.list_models():
         raise ValueError(f"the base is {named(model)[:100]!r}, not a model of open_clip; give its folder as `base`")
     result = opened(model, source["pretrained"], device, batch)
-    if result.card.checkpoint != source["checkpoint"]:
-        raise ValueError(
-            f"it was trained on a base with the hash {source['checkpoint'][:12]}, {model or 'the embedded CLIP'} "
-            f"has {result.card.checkpoint[:12]}"
-        )
+    same(source["checkpoint"], result.card.checkpoint, model or "the embedded CLIP")
     return result
+
+
+def same(trained_on: str, checkpoint: str, name: str) -> None:
+    """ValueError unless a base model has the hash of that which was trained on."""
+    if checkpoint != trained_on:
+        raise ValueError(f"it was trained on a base with the hash {trained_on[:12]}, {name} has {checkpoint[:12]}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,12 @@ def encode(base: Clip, pairs: Sequence[Pair], progress: Progress) -> Encoded:
         rows[:, 1],
         torch.tensor([texts[pair.prompt.text] for pair in pairs], device=base.device),
     )
+
+
+def encode_distinct(base: Clip, texts: Sequence[str]) -> Float[Tensor, "N D"]:
+    """The normalised embedding of each text; equal ones are computed once."""
+    row = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return encode_texts(base, [*row])[[row[text] for text in texts]]
 
 
 def encode_texts(base: Clip, texts: Sequence[str]) -> Float[Tensor, "L D"]:

@@ -1,229 +1,181 @@
 """`clip`: both towers of a CLIP model, fine-tuned as PickScore does (arXiv 2305.01569): the score is the logit scale
-times the cosine of image and text.
+times the cosine of image and text. With aspects, the score of each is the logit scale times a weighted cosine, the sum
+over the dimensions of weight, image and text. A weight is 1 + `RATE` times what is trained, which begins at 0.
 
-The folder is also one of open_clip's `local-dir` layout. After each epoch a checkpoint is written, from which an
-interrupted training continues to the bit.
+The folder is also one of open_clip's `local-dir` layout; of several members, each has a folder of its number.
 """
 
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Gt
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from reward_models import files, limits
 from reward_models.images import rounded
+from reward_models.lengths import Reader
 from reward_models.pairs import Pair
-from reward_models.scorers.clip import TINY, Clip
-from reward_models.training import base as bases, data
-from reward_models.training.curves import Point, accuracy, best, stopped
+from reward_models.pictures import Stored
+from reward_models.scorers.clip import TINY, Clip, clip
+from reward_models.training import base as bases, data, folder as folders, heads
 from reward_models.training.data import Progress, Split
-from reward_models.training.folder import CHECKPOINT, Model, Workplace
-from reward_models.training.losses import LOSSES, weighted_mean
+from reward_models.training.finetuning import Training, Tuning
+from reward_models.training.folder import Model, Workplace
 from reward_models.training.statistics import temperature
-from reward_models.weights import fingerprint
+from reward_models.types import Images
+from reward_models.weights import fingerprint, read
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 HIGHEST = math.log(100)  # of the logarithm of the logit scale, as in CLIP
+ASPECTS = "aspects"  # the name of what is trained of the weights of cosines
+RATE = 30.0  # how much faster such a weight moves than those of the towers
 
 
 @dataclass(frozen=True)
-class ClipTowers:
-    """`base`, `pretrained`, `loss`, `margin`: as for `clip_head`. `towers`: those that are trained, beside the logit
-    scale; the text tower can learn its few prompts by heart. `rescale`: begin with the logit scale that fits the
-    pairs most closely, because that of a contrastive model is too sure of small differences. `batch`: pairs in a step.
-    `patience`: epochs without a lower held-out loss before it stops."""
+class ClipTowers(Tuning):
+    """`base`, `pretrained`: as for `clip_head`. `towers`: those that are trained, beside the logit scale; the text
+    tower can learn its few prompts by heart. `rescale`: begin with the logit scale that fits the pairs most closely,
+    because that of a contrastive model is too sure of small differences."""
 
-    base: str = ""
-    pretrained: str = ""
     loss: Literal["bradley_terry", "rao_kupper", "davidson"] = "bradley_terry"
-    margin: Annotated[float, Ge(0)] = 0.0
+    learning_rate: Annotated[float, Gt(0)] = 1e-4
+    pretrained: str = ""
     towers: Literal["both", "image"] = "both"
     rescale: bool = True
-    learning_rate: Annotated[float, Gt(0)] = 1e-4
-    weight_decay: Annotated[float, Ge(0)] = 0.01
-    epochs: Annotated[int, Ge(1)] = 10
-    batch: Annotated[int, Ge(1)] = 32
-    patience: Annotated[int, Ge(1)] = 2
 
     type = "clip"
 
     def __call__(self, parts: Split, work: Workplace, device: str, seed: int, progress: Progress) -> Model:
-        """The model trained on `parts.train` and stopped by `parts.stop`. Its files are written to `work.folder`."""
+        """The models trained on `parts.train` and stopped by `parts.stop`. Their files are written to `work.folder`."""
         base = bases.opened(self.base, self.pretrained, device, self.batch)
         config = _config(self.base, base)
-        training = Training(self, base, work)
-        points = training.run(parts, seed, progress)
-        _write(work.folder, config, self.base, training.chosen)
+        described = bases.described(self.base, self.pretrained, base)
+        names = data.components(parts.train, self.typed)
+        training = Training(self, Towers(self, base, len(names) - 1), names, work)
+        hashes: list[str] = []
+
+        def finished(member: int, weights: Mapping[str, Tensor]) -> None:
+            _write(folders.of_member(work.folder, member, self.members), config, self.base, weights)
+
+        points = training.run(parts, seed, progress, finished)
+        for member in range(self.members):
+            place = folders.of_member(work.folder, member, self.members)
+            aspects = read(place / folders.WEIGHTS) if len(names) > 1 else {}
+            hashes.append(fingerprint(read(place / WEIGHTS), aspects))
         return Model(
             {},
-            {
-                "base": {"model": self.base, "pretrained": self.pretrained, "checkpoint": base.card.checkpoint},
-                "licence": base.card.licence,
-                "components": ["score"],
-                "members": 0,
+            described
+            | {
+                "components": names,
+                "members": self.members,
                 "hidden": 0,
-                "weights": fingerprint(training.chosen),
+                "weights": folders.joined(hashes),
                 "loss": self.loss,
             },
             points,
         )
 
+    @staticmethod
+    def opened(
+        folder: Path, config: Mapping[str, Any], outputs: int, base: str | None, device: str, batch: int
+    ) -> "Cosines":
+        """The models of a folder for scoring."""
+        members, count = max(1, config["members"]), len(config["components"]) - 1
+        models = [clip(str(folders.of_member(folder, m, members)), None, device, batch) for m in range(members)]
+        if not count:
+            return Cosines(models, [None] * members)
+        aspects = [read(folders.of_member(folder, m, members) / folders.WEIGHTS) for m in range(members)]
+        for model, weights in zip(models, aspects, strict=True):
+            heads.check(weights, {ASPECTS: (count, bases.encode_texts(model, ["a"]).shape[1])})
+        return Cosines(models, [weights[ASPECTS].to(device) for weights in aspects])
 
-class Training:
-    """Towers, optimiser, and the weights with the least loss on the pairs to stop by."""
 
-    def __init__(self, method: ClipTowers, base: Clip, work: Workplace):
-        self.method, self.base, self.loss, self.work = method, base, LOSSES[method.loss], work
-        self.log_width = nn.Parameter(torch.zeros((), device=base.device))
-        trained = [*base.model.visual.parameters()] if method.towers == "image" else [*base.model.parameters()]
-        self.parameters = list({id(p): p for p in (*trained, base.model.logit_scale, self.log_width)}.values())
-        matrices = [p for p in self.parameters if p.ndim > 1]
-        others = [p for p in self.parameters if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": method.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=method.learning_rate,
-        )
-        self.chosen = self.state()
+def cosines(
+    image: Float[Tensor, "N D"], text: Float[Tensor, "N D"], aspects: Float[Tensor, "A D"] | None
+) -> Float[Tensor, "N K"]:
+    """The cosine of image and text, and the weighted cosine of each aspect."""
+    product = image * text
+    cosine = product.sum(-1, keepdim=True)
+    return cosine if aspects is None else torch.cat([cosine, product @ (1 + RATE * aspects).T], 1)
 
-    def state(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().clone() for name, value in self.base.model.state_dict().items()}
 
-    def losses(self, pairs: Sequence[Pair]) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-        """The loss of each pair, and the difference of its scores."""
-        row = {text: i for i, text in enumerate(dict.fromkeys(pair.prompt.text for pair in pairs))}
-        text = self.base.model.encode_text(self.base.tokenizer([*row]).to(self.base.device), normalize=True)
-        text = text[[row[pair.prompt.text] for pair in pairs]]
-        pictures = [picture for pair in pairs for picture in (pair.a, pair.b)]
-        pixels = torch.cat([self.base.prepared(rounded(data.read(picture))) for picture in pictures])
-        image = self.base.model.encode_image(pixels, normalize=True).unflatten(0, (-1, 2))
-        scores = self.base.model.logit_scale.exp() * (image * text[:, None]).sum(-1)
-        a, b = scores[:, :1], scores[:, 1:]
-        preference = data.preferences(pairs).to(a)
-        margin = data.margins(pairs, self.method.margin).to(a)
-        return self.loss(a, b, preference, margin, self.log_width), (a - b)[:, 0]
+class Cosines:
+    """Fine-tuned CLIP models: a `folder.Opened`."""
 
-    def run(self, parts: Split, seed: int, progress: Progress) -> list[Point]:
-        """Train from the last checkpoint, if there is one."""
-        m = self.method
-        train = _selected(parts.train)
-        stop = _selected(parts.stop)
-        points = self.resume()
-        if not points and m.rescale:
-            self.rescale(train)
-        steps = -(-len(train) // m.batch)
-        while len(points) < m.epochs and not stopped(points, m.patience):
-            epoch = len(points) + 1
-            name = f"epoch {epoch} of at most {m.epochs}"
-            losses = [
-                self.step(some) for some in progress(_batches(train, m.batch, seed, epoch), 0, steps, name, "steps")
-            ]
-            points.append(Point(0, epoch, sum(losses) / len(losses), *self.measured(stop)))
-            if best(points) is points[-1]:
-                self.chosen = self.state()
-            self.save(points)
-        return points
+    def __init__(self, models: Sequence[Clip], aspects: Sequence[Tensor | None]):
+        self.models, self.aspects = models, aspects
+        self.members, self.size, self.settings = len(models), models[0].card.size, {}
+        hashes = [
+            model.card.checkpoint if weights is None else fingerprint(model.model, {ASPECTS: weights})
+            for model, weights in zip(models, aspects, strict=True)
+        ]
+        self.trained = self.checkpoint = folders.joined(hashes)
+
+    def readers(self) -> list[Reader]:
+        return self.models[0].readers()
 
     @torch.no_grad()
-    def rescale(self, pairs: Sequence[Pair]) -> None:
-        """Divide the logit scale by the temperature with the least loss on the pairs."""
-        differences = torch.cat([self.losses(some)[1] for some in _in_order(pairs, self.method.batch)]).cpu()
+    def outputs(self, images: Images, texts: Sequence[str]) -> Float[Tensor, "E N O"]:
+        members = []
+        for member, aspects in zip(self.models, self.aspects, strict=True):
+            image = member.model.encode_image(member.prepared(images), normalize=True)
+            scale = member.model.logit_scale.exp()
+            members.append(scale * cosines(image, bases.encode_distinct(member, texts), aspects))
+        return torch.stack(members)
+
+
+class Towers:
+    """A CLIP model in training: a `finetuning.Network`."""
+
+    def __init__(self, method: ClipTowers, base: Clip, aspects: int):
+        self.method, self.base, self.device = method, base, base.device
+        size = bases.encode_texts(base, ["a"]).shape[1]
+        self.aspects = nn.Parameter(torch.zeros(aspects, size, device=base.device)) if aspects else None
+        trained = [*base.model.visual.parameters()] if method.towers == "image" else [*base.model.parameters()]
+        trained += [base.model.logit_scale] + ([] if self.aspects is None else [self.aspects])
+        self.parameters = [*{id(p): p for p in trained}.values()]
+        self.start = {name: value.detach().clone() for name, value in self.tensors().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.base.model.state_dict() | ({} if self.aspects is None else {ASPECTS: self.aspects.data})
+
+    @torch.no_grad()
+    def begin(self, pairs: Sequence[Pair], seed: int) -> None:
+        """The base model; if the logit scale is to fit, divided by the temperature with the least loss on the pairs."""
+        for name, value in self.tensors().items():
+            value.copy_(self.start[name])
+        if not self.method.rescale:
+            return
         preference = data.preferences(pairs)
+        parts = [pairs[start : start + self.method.batch] for start in range(0, len(pairs), self.method.batch)]
+        scores = torch.cat([self.outputs(*_sides(some)) for some in parts])[:, 0, 0].unflatten(0, (-1, 2)).cpu()
         decided = preference != 0.5
         if decided.any():
             truth = (preference[decided] > 0.5).double().numpy()
-            factor = temperature(differences[decided].double().numpy(), truth)
+            factor = temperature((scores[:, 0] - scores[:, 1])[decided].double().numpy(), truth)
             self.base.model.logit_scale -= math.log(factor)
-            self.base.model.logit_scale.clamp_(max=HIGHEST)
+            self.bound()
 
-    def step(self, pairs: Sequence[Pair]) -> float:
-        self.optimizer.zero_grad()
-        losses, _ = self.losses(pairs)
-        loss = weighted_mean(losses, torch.ones_like(losses))
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        with torch.no_grad():
-            self.base.model.logit_scale.clamp_(max=HIGHEST)
-        return loss.item()
+    def outputs(self, pictures: Sequence[Stored], texts: Sequence[str]) -> Float[Tensor, "M K 1"]:
+        text = bases.encode_distinct(self.base, texts)
+        pixels = torch.cat([self.base.prepared(rounded(data.read(picture))) for picture in pictures])
+        image = self.base.model.encode_image(pixels, normalize=True)
+        return (self.base.model.logit_scale.exp() * cosines(image, text, self.aspects))[..., None]
 
-    @torch.no_grad()
-    def measured(self, pairs: Sequence[Pair]) -> tuple[float, float]:
-        """The mean loss and the accuracy."""
-        parts = [self.losses(some) for some in _in_order(pairs, self.method.batch)]
-        losses, differences = (torch.cat([part[k] for part in parts]).cpu() for k in (0, 1))
-        return float(losses.mean()), accuracy(differences, data.preferences(pairs))
-
-    def save(self, points: list[Point]) -> None:
-        """Replace the checkpoint: weights, the selected weights, moments, and in the header the course so far."""
-        from safetensors.torch import save
-
-        tensors = {f"model.{name}": value for name, value in self.state().items()}
-        tensors |= {f"chosen.{name}": value for name, value in self.chosen.items()}
-        tensors["log_width"] = self.log_width.detach().cpu().clone()
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"moments.{number}.{name}": value.detach().cpu().clone() for name, value in state.items()}
-        header = {"key": self.work.key, "points": json.dumps([point.record() for point in points])}
-        content = save({name: value.contiguous() for name, value in tensors.items()}, header)
-        files.replace(self.work.folder / CHECKPOINT, content)
-
-    def resume(self) -> list[Point]:
-        """The course of an interrupted training, whose state is restored. ValueError if it was of other data or
-        settings."""
-        path = self.work.folder / CHECKPOINT
-        if not path.exists():
-            return []
-        header, tensors = _checkpoint(path)
-        if header.get("key") != self.work.key:
-            raise ValueError(
-                f"{path}: an interrupted training with other pairs or settings; remove it, or choose another folder"
-            )
-        self.base.model.load_state_dict(_below(tensors, "model."))
-        self.chosen = _below(tensors, "chosen.")
-        self.log_width.data.copy_(tensors["log_width"])
-        state = self.optimizer.state_dict()
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in _below(tensors, "moments.").items():
-            number, _, kind = name.partition(".")
-            moments.setdefault(int(number), {})[kind] = value
-        self.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
-        return [Point(**record) for record in files.parsed(header["points"])]
+    def bound(self) -> None:
+        self.base.model.logit_scale.clamp_(max=HIGHEST)
 
 
-def _in_order(pairs: Sequence[Pair], batch: int) -> Iterator[Sequence[Pair]]:
-    return (pairs[start : start + batch] for start in range(0, len(pairs), batch))
-
-
-def _selected(pairs: Sequence[Pair]) -> list[Pair]:
-    return [pair for pair, used in zip(pairs, data.overall(pairs).tolist(), strict=True) if used]
-
-
-def _batches(pairs: Sequence[Pair], batch: int, seed: int, epoch: int) -> Iterator[list[Pair]]:
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-    for start in range(0, len(order), batch):
-        yield [pairs[i] for i in order[start : start + batch]]
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _checkpoint(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as stored:
-            return stored.metadata() or {}, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: {error}; remove it to begin again") from None
+def _sides(pairs: Sequence[Pair]) -> tuple[list[Stored], list[str]]:
+    return [side for pair in pairs for side in (pair.a, pair.b)], [pair.prompt.text for pair in pairs for _ in range(2)]
 
 
 def _config(source: str, base: Clip) -> dict[str, Any]:
@@ -242,10 +194,15 @@ def _config(source: str, base: Clip) -> dict[str, Any]:
 
 
 def _write(folder: Path, config: Mapping[str, Any], source: str, weights: Mapping[str, Tensor]) -> None:
-    """open_clip's files; the tokenizer's are copied from a base that has its tokenizer in its folder."""
+    """open_clip's files, and the weights of aspects; the tokenizer's are copied from a base that has its tokenizer in
+    its folder."""
     from safetensors.torch import save
 
-    files.replace(folder / WEIGHTS, save({name: value.contiguous() for name, value in weights.items()}))
+    files.make_folder(folder)
+    towers = {name: value.contiguous() for name, value in weights.items() if name != ASPECTS}
+    if ASPECTS in weights:
+        files.replace(folder / folders.WEIGHTS, save({ASPECTS: weights[ASPECTS].contiguous()}))
+    files.replace(folder / WEIGHTS, save(towers))
     files.replace(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
     place = Path(source or TINY)
     for name in TOKENIZER:

@@ -17,6 +17,8 @@ from reward_models.pairs import Pair
 from reward_models.pictures import Stored
 from reward_models.types import Images
 
+OVERALL = "score"
+RESERVED = {OVERALL, "spread", "sigma"}  # components that are not aspects of pairs
 LEAST = 3  # prompts: one to train on, one to stop by, one to measure
 
 Progress = Callable[[Iterable[Any], int, int, str, str], Iterable[Any]]  # rows, done, total, name, unit
@@ -78,6 +80,20 @@ def overall(pairs: Sequence[Pair]) -> Float[Tensor, "N"]:
     """1 for the pairs that train the overall score: those without an aspect, or all where each has one."""
     of_whole = torch.tensor([not pair.aspect for pair in pairs], dtype=torch.float32)
     return of_whole if of_whole.any() else torch.ones(len(pairs))
+
+
+def components(pairs: Sequence[Pair], typed: bool) -> list[str]:
+    """`score`, and if `typed` each aspect of the pairs. ValueError for an aspect with the name of another component."""
+    aspects = [*dict.fromkeys(pair.aspect for pair in pairs if pair.aspect)] if typed else []
+    if RESERVED & {*aspects}:
+        raise ValueError("an aspect of the pairs is called score, spread or sigma, as another component is")
+    return [OVERALL, *aspects]
+
+
+def weights(pairs: Sequence[Pair], names: Sequence[str]) -> Float[Tensor, "K N"]:
+    """For each of the `components` 1 for the pairs that train it, else 0."""
+    aspects = [[float(pair.aspect == name) for pair in pairs] for name in names[1:]]
+    return torch.stack([overall(pairs), *map(torch.tensor, aspects)])
 
 
 def check(pairs: Sequence[Pair]) -> None:

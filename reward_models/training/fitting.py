@@ -11,16 +11,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from reward_models.errors import first_problem
 from reward_models.pairs import Pair
+from reward_models.registry import load
 from reward_models.training import data, folder as folders
 from reward_models.training.clip_head import ClipHead
 from reward_models.training.clip_towers import ClipTowers
 from reward_models.training.data import Progress, silent
 from reward_models.training.evaluation import evaluate
+from reward_models.training.vlm import Vlm
+from reward_models.training.vlm_head import VlmHead
 
-FITS = {method.type: method for method in (ClipHead, ClipTowers)}
+Fit = ClipHead | ClipTowers | VlmHead | Vlm
+FITS = {method.type: method for method in (ClipHead, ClipTowers, VlmHead, Vlm)}
 
 
-def method_of(name: str, settings: Mapping[str, Any]) -> ClipHead | ClipTowers:
+def method_of(name: str, settings: Mapping[str, Any]) -> Fit:
     """The method of `FITS` with these settings. ValueError, in one line, for an unknown name or setting, or an invalid
     value."""
     if name not in FITS:
@@ -38,7 +42,7 @@ def method_of(name: str, settings: Mapping[str, Any]) -> ClipHead | ClipTowers:
 def fit(
     pairs: Sequence[Pair],
     out: str | Path,
-    method: str | ClipHead | ClipTowers = "clip_head",
+    method: str | Fit = "clip_head",
     *,
     held_out: float = 0.2,
     seed: int = 0,
@@ -82,9 +86,7 @@ def fit(
 
 def _accuracies(out: Path, parts: data.Split, base: str | None, device: str, progress: Progress) -> dict[str, Any]:
     """The accuracy of the written model on each part of the pairs, with intervals."""
-    from reward_models.scorers.fitted import Fitted
-
-    scorer = Fitted(str(out), base, device)
+    scorer = load("fitted", folder=str(out), base=base, device=device)
     of_part = {}
     for name, part in vars(parts).items():
         row = evaluate(part, {"fitted": scorer}, progress=progress)["rewards"]["fitted.score"]

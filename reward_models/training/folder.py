@@ -7,16 +7,19 @@ and last `card.json` (data, split, accuracies).
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor
 
 from reward_models import files, limits
+from reward_models.lengths import Reader
 from reward_models.meaning import meaning
 from reward_models.training.curves import Point
+from reward_models.types import Images
 
 WEIGHTS, CONFIG, CURVES, CARD = "weights.safetensors", "config.json", "curves.json", "card.json"
 PROMPTS = "prompts.json"
@@ -49,11 +52,38 @@ class Workplace:
     key: str
 
 
+@runtime_checkable
+class Opened(Protocol):
+    """A trained model that scores. `members`: models whose mean is the score. `trained`: the hash of what was trained;
+    `checkpoint`: of that and its base. `size`: how images are resized. `settings`: what else changes a score.
+    `outputs`: the O numbers of the loss for each member, image and component, those of a component together."""
+
+    members: int
+    trained: str
+    checkpoint: str
+    size: str
+    settings: Mapping[str, Any]
+
+    def readers(self) -> list[Reader]: ...
+
+    def outputs(self, images: Images, texts: Sequence[str]) -> Float[Tensor, "E N O"]: ...
+
+
+def of_member(folder: Path, member: int, members: int) -> Path:
+    """Where the files of a member are: the folder itself if there is one alone."""
+    return folder / str(member) if members > 1 else folder
+
+
+def joined(hashes: Sequence[str]) -> str:
+    """One hash for the hashes of members."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
 def check_new(folder: Path) -> None:
     """Make the folder. ValueError where a finished model, or anything but an unfinished one, is there already."""
     if (folder / CARD).exists():
         raise ValueError(f"{folder}: a fitted model is there already; choose another folder or remove it")
-    if folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if path.name not in OURS)):
+    if folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if not ours(path))):
         raise ValueError(f"{folder}: {others[0]} is there, which is not a fitted model's; choose an empty folder")
     files.make_folder(folder)
 
@@ -62,6 +92,11 @@ OURS = {
     WEIGHTS, CONFIG, CURVES, PROMPTS, CHECKPOINT, "open_clip_config.json", "open_clip_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
 }  # fmt: skip
+
+
+def ours(path: Path) -> bool:
+    """Whether an unfinished model has such a file, or beside its checkpoint a folder of a member."""
+    return path.name in OURS or (path.name.isdecimal() and (path.parent / CHECKPOINT).exists())
 
 
 def write(folder: Path, method: str, model: Model) -> None:

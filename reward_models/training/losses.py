@@ -64,6 +64,22 @@ def weighted_mean(losses: Pairs, weights: Pairs) -> Float[Tensor, ""]:
     return counted.sum() / weights.sum().clamp(min=torch.finfo(losses.dtype).tiny)
 
 
+def summed(
+    loss: "Loss",
+    a: Float[Tensor, "N K O"],
+    b: Float[Tensor, "N K O"],
+    preference: Pairs,
+    margin: Pairs,
+    weights: Float[Tensor, "K N"],
+    log_width: Float[Tensor, "K"],
+) -> Float[Tensor, ""]:
+    """The sum of the mean losses of K components, each over the pairs that it has a weight for."""
+    total = a.new_zeros(())
+    for k, of_pairs in enumerate(weights):
+        total = total + weighted_mean(loss(a[:, k], b[:, k], preference, margin, log_width[k]), of_pairs)
+    return total
+
+
 def _shares(preference: Pairs) -> tuple[Pairs, Pairs, Pairs]:
     """The shares of a, tie and b: a preference between 0.5 and 1 is part tie and part a."""
     lean = 2 * preference - 1

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from reward_models.shapes_world import TAGS, caption, draw, meaning, phrase, requests, split, thing
+from reward_models import load
+from reward_models.shapes_world import KINDS, TAGS, caption, changed, draw, meaning, phrase, requests, split, thing
+from reward_models.types import Prompt
 
 HELD_OUT = {
     "one_object": 3,
@@ -72,3 +75,34 @@ def test_drawing_depends_on_the_generator_alone():
         assert one.dtype == np.float32
         assert one.min() >= 0
         assert one.max() <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_request_differs_in_one_thing_and_its_picture_is_wrong(kind):
+    rng = np.random.default_rng(0)
+    all_wants = [wants for wants in requests() if wants["include"]]
+    pictures, prompts = [], []
+    for i in rng.permutation(len(all_wants)):
+        wants, other = all_wants[i], changed(all_wants[i], kind, rng)
+        if other is None:
+            continue
+        items = zip(wants["include"], other["include"], strict=True)
+        differing = [(name, item[name], new[name]) for item, new in items for name in item if item[name] != new[name]]
+        name = {"object": "class", "relation": "position", "count": "count"}.get(kind)
+        assert [one[0] for one in differing] == [name or differing[0][0]]
+        assert name or differing[0][0] in ("color", "size")
+        pictures += [draw(wants, rng), draw(other, rng)]
+        prompts += 2 * [Prompt(caption(wants), wants)]
+        if len(prompts) == 40:
+            break
+    strict = load("shapes")(torch.from_numpy(np.stack(pictures)), prompts).column("strict")
+    assert strict.tolist() == 20 * [1.0, 0.0]
+
+
+def test_a_request_without_a_kind_cannot_be_changed_in_it():
+    rng = np.random.default_rng(0)
+    wants = {"tag": "one_object", "include": [thing("circle")]}
+    assert changed(wants, "object", rng)["include"][0]["class"] != "circle"
+    assert [changed(wants, kind, rng) for kind in ("attribute", "relation", "count")] == [None] * 3
+    small = {"tag": "counting", "include": [thing("circle", count=4, size="small")]}
+    assert changed(small, "attribute", rng) is None

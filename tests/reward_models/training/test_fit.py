@@ -3,17 +3,23 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from drawn_pairs import drawn_pairs
+from safetensors.torch import load_file
 from tiny_scorers import open_clip_folder
 
 from reward_models import load
 from reward_models.files import parsed
-from reward_models.training import FITS, data, evaluate, fit
-from reward_models.training.clip_head import ClipHead, Examples, Training
+from reward_models.training import FITS, base as bases, data, evaluate, finetuning, fit, heads
+from reward_models.training.clip_head import ClipHead
+from reward_models.training.clip_towers import ClipTowers, Towers
+from reward_models.training.finetuning import Training, Weighed
+from reward_models.training.folder import Workplace
+from reward_models.training.heads import Examples
 from reward_models.training.losses import LOSSES
 from reward_models.types import Prompt
 
@@ -46,7 +52,7 @@ def test_two_features_have_the_logistic_solution():
     eye = torch.eye(2)
     one = torch.ones(4)
     examples = Examples(eye[:1].repeat(4, 1), eye[1:].repeat(4, 1), torch.tensor([1.0, 1, 1, 0]), 0 * one, one[None])
-    training = Training(ClipHead(weight_decay=0.0), examples, examples, 1, torch.Generator())
+    training = heads.Training(ClipHead(weight_decay=0.0), examples, examples, 1, torch.Generator())
     training.run(0, data.silent)
     weights = training.weights()
     scores = eye @ weights["layers.0.weight"][0] + weights["layers.0.bias"]
@@ -59,7 +65,7 @@ def test_a_tie_width_is_learnt():
     features, one = torch.zeros(4, 2), torch.ones(4)
     examples = Examples(features, features, torch.tensor([1.0, 0, 0.5, 0.5]), 0 * one, one[None])
     for loss, width in (("davidson", 2.0), ("rao_kupper", math.log(3))):
-        training = Training(ClipHead(loss=loss, weight_decay=0.0), examples, examples, 1, torch.Generator())
+        training = heads.Training(ClipHead(loss=loss, weight_decay=0.0), examples, examples, 1, torch.Generator())
         training.run(0, data.silent)
         assert training.log_width.exp().item() == pytest.approx(width, rel=1e-2)
 
@@ -71,16 +77,16 @@ def test_typed_heads_learn_from_the_pairs_of_their_aspect_alone():
     preference = torch.where(by_aspect, (a - b)[:, 0] > 0, (a - b)[:, 1] > 0).float()
     weights = torch.stack([torch.ones(40), by_aspect.float(), (~by_aspect).float()])
 
-    def heads(preference):
+    def trained(preference):
         examples = Examples(a, b, preference, torch.zeros(40), weights)
-        training = Training(ClipHead(), examples, examples, 3, torch.Generator())
+        training = heads.Training(ClipHead(), examples, examples, 3, torch.Generator())
         training.run(0, data.silent)
         return training.weights()["layers.0.weight"]
 
-    one = heads(preference)
+    one = trained(preference)
     assert one[1].abs().argmax() == 0
     assert one[2].abs().argmax() == 1
-    other = heads(torch.where(by_aspect, preference, 1 - preference))  # pairs of the second aspect, turned round
+    other = trained(torch.where(by_aspect, preference, 1 - preference))  # pairs of the second aspect, turned round
     torch.testing.assert_close(other[1].sign(), one[1].sign())
     torch.testing.assert_close(other[2], -one[2], rtol=0.1, atol=0.05)
 
@@ -145,13 +151,11 @@ def test_an_ensemble_has_the_spread_of_its_members(pairs, tmp_path):
     scorer = load("fitted", folder=str(tmp_path / "m"))
     assert scorer.names == ("score", "sigma", "spread")
     values = scorer(pairs[0].a.read(), [pairs[0].prompt])
-    heads, scorer.heads = scorer.heads, None
     each = []
+    heads = scorer.model.heads
     for head in heads:
-        scorer.heads, names = [head], scorer.names
-        scorer.names = names[:2]
+        scorer.model.heads, scorer.model.members, scorer.names = [head], 1, ("score", "sigma")
         each.append(scorer(pairs[0].a.read(), [pairs[0].prompt]).values[0, 0])
-        scorer.names = names
     assert float(values.column("score")) == pytest.approx(float(torch.stack(each).mean()), abs=1e-5)
     assert float(values.column("spread")) == pytest.approx(float(torch.stack(each).std(correction=0)), abs=1e-5)
     assert values.column("sigma") > 0
@@ -201,7 +205,7 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(fitted, tmp_path, cha
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"method": "boosting"}, "no fit called 'boosting'; there are clip_head, clip"),
+        ({"method": "boosting"}, "no fit called 'boosting'; there are clip_head, clip, vlm_head, vlm"),
         ({"hiden": 3}, "no setting 'hiden'; it takes base"),
         ({"hidden": -1}, "hidden: Input should be greater than or equal to 0"),
         ({"loss": "hinge"}, "loss: Input should be 'bradley_terry'"),
@@ -232,6 +236,9 @@ def test_pairs_that_cannot_be_used_are_refused(pairs, fitted, tmp_path):
     (tmp_path / "mine/notes.txt").write_text("")
     with pytest.raises(ValueError, match=r"notes\.txt is there"):
         fit(pairs, tmp_path / "mine")
+    (tmp_path / "numbers/0").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"0 is there, which is not a fitted model's"):
+        fit(pairs, tmp_path / "numbers")
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
@@ -263,6 +270,81 @@ def test_fine_tuned_towers_resume_to_the_bit_and_open_in_open_clip(pairs, tmp_pa
     picture, prompts = pairs[0].a.read(), [pairs[0].prompt]
     scale = cosine.model.logit_scale.exp().item()
     torch.testing.assert_close(logit(picture, prompts).values, scale * cosine(picture, prompts).values)
+
+
+def test_members_are_models_whose_mean_is_the_score(pairs, tmp_path):
+    settings = {"method": "clip", "epochs": 1, "members": 3, "bootstrap": True, "average": 0.5, "learning_rate": 1e-3}
+    fit(pairs[:24], tmp_path / "whole", **settings)
+
+    def interrupting(rows, done, total, name, unit):
+        if name.endswith("member 3 of 3"):
+            raise Interrupted
+        return rows
+
+    with pytest.raises(Interrupted):
+        fit(pairs[:24], tmp_path / "parts", progress=interrupting, **settings)
+    fit(pairs[:24], tmp_path / "parts", **settings)
+    whole, parts = (
+        {path.relative_to(tmp_path / n): path.read_bytes() for path in (tmp_path / n).rglob("*") if path.is_file()}
+        for n in ("whole", "parts")
+    )
+    assert whole == parts
+    scorer = load("fitted", folder=str(tmp_path / "whole"))
+    assert scorer.names == ("score", "spread")
+    picture, prompts = pairs[0].a.read(), [pairs[0].prompt]
+    members = [load("clip", model=str(tmp_path / "whole" / str(member))) for member in range(3)]
+    scores = [clip.model.logit_scale.exp() * clip(picture, prompts).values[0, 0] for clip in members]
+    each = torch.stack(scores).detach()
+    assert len({*each.tolist()}) == 3
+    values = scorer(picture, prompts)
+    assert float(values.column("score")) == pytest.approx(each.mean().item(), abs=1e-4)
+    assert float(values.column("spread")) == pytest.approx(each.std(correction=0).item(), abs=1e-4)
+    (tmp_path / "whole/2/open_clip_model.safetensors").write_bytes(whole[Path("1/open_clip_model.safetensors")])
+    with pytest.raises(ValueError, match="its weights have the hash"):
+        load("fitted", folder=str(tmp_path / "whole"))
+
+
+def test_the_average_is_that_of_the_steps(pairs, tmp_path):
+    """With a share of 0.5, and two steps after the start: start / 4 + first / 4 + second / 2."""
+    base = bases.opened("", "", "cpu", 8)
+    network = Towers(ClipTowers(rescale=False), base, 0)
+    training = Training(ClipTowers(average=0.5, batch=4), network, ["score"], Workplace(tmp_path, ""))
+    training.begin(pairs[:8], 0)
+    weighed = Weighed(pairs[:4], torch.ones(1, 4))
+    states = [training.state()]
+    for _ in range(2):
+        training.step(weighed)
+        states.append(training.state())
+    for name in ("logit_scale", "text_projection"):
+        start, first, second = (state[name] for state in states)
+        assert not torch.equal(first, second)
+        torch.testing.assert_close(training.average[name], start / 4 + first / 4 + second / 2)
+
+
+def test_typed_towers_have_a_weighted_cosine_for_each_aspect(tmp_path):
+    pairs = drawn_pairs(24) + drawn_pairs(12, 2, "count")
+    fit(pairs, tmp_path / "typed", "clip", typed=True, epochs=1, learning_rate=1e-3)
+    scorer = load("fitted", folder=str(tmp_path / "typed"))
+    assert scorer.names == ("score", "count")
+    clip, picture, prompts = load("clip", model=str(tmp_path / "typed")), pairs[0].a.read(), [pairs[0].prompt]
+    weights = 1 + 30 * load_file(tmp_path / "typed/weights.safetensors")["aspects"][0]
+    assert not torch.equal(weights, torch.ones_like(weights))
+    image = clip.model.encode_image(clip.prepared(picture), normalize=True)[0]
+    text = clip.model.encode_text(clip.tokenizer([prompts[0].text]), normalize=True)[0]
+    scale = clip.model.logit_scale.exp()
+    known = torch.stack([scale * image @ text, scale * (weights * image) @ text])
+    torch.testing.assert_close(scorer(picture, prompts).values[0], known)
+
+
+def test_aspects_train_nothing_but_their_component(tmp_path):
+    """In a batch whose pairs all have an aspect, the overall score has no pairs, since others have none."""
+    pairs = drawn_pairs(8) + drawn_pairs(8, 2, "count")
+    weighed = finetuning._weighed(pairs, ["score", "count"])
+    batches = [*weighed.shuffled(4, 0)]
+    assert sum(len(some.pairs) for some in batches) == 16
+    for some in batches:
+        aspects = torch.tensor([pair.aspect == "count" for pair in some.pairs]).float()
+        assert torch.equal(some.weights, torch.stack([1 - aspects, aspects]))
 
 
 def test_a_rate_of_nearly_zero_leaves_the_cosines(pairs, tmp_path):
