@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from mmalign.cli import checks, collect, images, output, refine, reward, runs, score, train
+from mmalign.cli import checks, collect, images, output, parrot, refine, reward, runs, score, train
 from mmalign.errors import BadInput, Failed, Orphaned, refusing
 from mmalign.runs.signals import Stopped
 from reward_models import files
@@ -17,7 +17,8 @@ COMMANDS = (
     train.train, train.calibrate, checks.estimate, images.sample, images.evaluate, score.score, refine.refine,
     collect.collect, checks.doctor, score.serve, runs.export, runs.report,
 )  # fmt: skip
-GROUPS = {"reward": (reward.__doc__, {"fit": reward.fit, "eval": reward.evaluate})}
+REWARD = {"fit": reward.fit, "eval": reward.evaluate, "rationalise": parrot.rationalise, "distil": parrot.distil}
+GROUPS = {"reward": (reward.__doc__, REWARD)}
 
 
 class _Command(typer.core.TyperCommand):

@@ -22,16 +22,18 @@ from reward_models import files, limits
 from reward_models.images import rounded
 from reward_models.pairs import Pair
 from reward_models.scorers.clip import TINY, Clip
-from reward_models.training import base as bases, data
+from reward_models.training import base as bases, checkpoint, data
+from reward_models.training.checkpoint import Checkpoint
 from reward_models.training.curves import Point, accuracy, best, stopped
 from reward_models.training.data import Progress, Split
-from reward_models.training.folder import CHECKPOINT, Model, Workplace
+from reward_models.training.folder import Model, Workplace
 from reward_models.training.losses import LOSSES, weighted_mean
 from reward_models.training.statistics import temperature
 from reward_models.weights import fingerprint
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+WIDTH = "log_width"  # of ties, beside the model's weights in a checkpoint
 HIGHEST = math.log(100)  # of the logarithm of the logit scale, as in CLIP
 
 
@@ -163,39 +165,20 @@ class Training:
         return float(losses.mean()), accuracy(differences, data.preferences(pairs))
 
     def save(self, points: list[Point]) -> None:
-        """Replace the checkpoint: weights, the selected weights, moments, and in the header the course so far."""
-        from safetensors.torch import save
-
-        tensors = {f"model.{name}": value for name, value in self.state().items()}
-        tensors |= {f"chosen.{name}": value for name, value in self.chosen.items()}
-        tensors["log_width"] = self.log_width.detach().cpu().clone()
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"moments.{number}.{name}": value.detach().cpu().clone() for name, value in state.items()}
-        header = {"key": self.work.key, "points": json.dumps([point.record() for point in points])}
-        content = save({name: value.contiguous() for name, value in tensors.items()}, header)
-        files.replace(self.work.folder / CHECKPOINT, content)
+        """Replace the checkpoint: weights, the selected weights, moments, and the course so far."""
+        weights = self.state() | {WIDTH: self.log_width.detach().cpu().clone()}
+        checkpoint.save(self.work, Checkpoint(points, weights, self.chosen), self.optimizer)
 
     def resume(self) -> list[Point]:
         """The course of an interrupted training, whose state is restored. ValueError if it was of other data or
         settings."""
-        path = self.work.folder / CHECKPOINT
-        if not path.exists():
+        state = checkpoint.resume(self.work, self.optimizer)
+        if state is None:
             return []
-        header, tensors = _checkpoint(path)
-        if header.get("key") != self.work.key:
-            raise ValueError(
-                f"{path}: an interrupted training with other pairs or settings; remove it, or choose another folder"
-            )
-        self.base.model.load_state_dict(_below(tensors, "model."))
-        self.chosen = _below(tensors, "chosen.")
-        self.log_width.data.copy_(tensors["log_width"])
-        state = self.optimizer.state_dict()
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in _below(tensors, "moments.").items():
-            number, _, kind = name.partition(".")
-            moments.setdefault(int(number), {})[kind] = value
-        self.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
-        return [Point(**record) for record in files.parsed(header["points"])]
+        self.log_width.data.copy_(state.weights.pop(WIDTH))
+        self.base.model.load_state_dict(state.weights)
+        self.chosen = state.chosen
+        return state.points
 
 
 def _in_order(pairs: Sequence[Pair], batch: int) -> Iterator[Sequence[Pair]]:
@@ -210,20 +193,6 @@ def _batches(pairs: Sequence[Pair], batch: int, seed: int, epoch: int) -> Iterat
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
     for start in range(0, len(order), batch):
         yield [pairs[i] for i in order[start : start + batch]]
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _checkpoint(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as stored:
-            return stored.metadata() or {}, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: {error}; remove it to begin again") from None
 
 
 def _config(source: str, base: Clip) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from reward_models.pairs import Pair
 from reward_models.pictures import Stored
 from reward_models.types import Images
 
+PARTS = ("train", "stop", "test")  # of a split
 LEAST = 3  # prompts: one to train on, one to stop by, one to measure
 
 Progress = Callable[[Iterable[Any], int, int, str, str], Iterable[Any]]  # rows, done, total, name, unit
@@ -41,16 +42,21 @@ def split(pairs: Sequence[Pair], held_out: float, seed: int) -> Split:
     """Half of the share `held_out` of the prompts is `stop`, the other half `test`, at least one prompt each. The
     prompts are ordered by a hash of the seed and their meaning, so that a prompt stays where it is when the pairs come
     in another order. ValueError for too few prompts."""
-    by_meaning = [meaning(pair.prompt.text) for pair in pairs]
+    parts: dict[str, list[Pair]] = {part: [] for part in PARTS}
+    for pair, part in zip(pairs, part_of([pair.prompt.text for pair in pairs], held_out, seed), strict=True):
+        parts[part].append(pair)
+    return Split(**parts)
+
+
+def part_of(texts: Sequence[str], held_out: float, seed: int) -> list[str]:
+    """The part of the split, one of `PARTS`, of each prompt. ValueError for too few prompts."""
+    by_meaning = [meaning(text) for text in texts]
     ranked = sorted({*by_meaning}, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest())
     if len(ranked) < LEAST:
         raise ValueError(f"pairs of {len(ranked)} prompts; {LEAST} are needed: to train, to stop by and to measure")
     count = min(max(1, round(held_out * len(ranked) / 2)), (len(ranked) - 1) // 2)
     test, stop = {*ranked[:count]}, {*ranked[count : 2 * count]}
-    parts: dict[str, list[Pair]] = {"train": [], "stop": [], "test": []}
-    for pair, text in zip(pairs, by_meaning, strict=True):
-        parts["test" if text in test else "stop" if text in stop else "train"].append(pair)
-    return Split(**parts)
+    return ["test" if text in test else "stop" if text in stop else "train" for text in by_meaning]
 
 
 def cluster(pairs: Sequence[Pair]) -> Int[np.ndarray, "N"]:
