@@ -1,28 +1,43 @@
-"""Distil a critic of the embedded world from preferences, as RationalRewards does (PARROT), and measure it.
+"""Distil a critic of the embedded world from preferences, as PARROT of RationalRewards does, and measure it.
 
     OMP_NUM_THREADS=1 python scripts/parrot_world.py
+
+The pairs are those of `scripts/compare_fits.py`: images of the embedded model, labelled by the verifier. The teacher is
+a chat server on this machine that writes its replies from the verifier. The student is a Qwen2-VL of a million weights,
+which first learns to describe drawings of the world. It is measured on pairs of other captions, beside itself before
+the distillation, and a Bradley-Terry head on the same pairs. Files are written below `--out`, where a second run
+continues.
 """
 
 import json
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from compare_fits import drawn, table
 from torch import Tensor
 
-from reward_models import Prompt, files
+from reward_models import Prompt, files, limits, load, pairs as pair_files
+from reward_models.images import PNG, from_base64, from_pil
 from reward_models.scorers.shapes import UNKNOWN, Blob, find_blobs, judge
-from reward_models.shapes_world import LARGE_MIN, SMALL_MAX, draw, requests
+from reward_models.scorers.shapes_critic import revised
+from reward_models.shapes_world import LARGE_MIN, SMALL_MAX, caption, draw, requests, understood
+from reward_models.training import evaluate, fit, parrot
 from reward_models.training.parrot import student
+from reward_models.training.parrot.samples import ASPECTS, reply_of, tidy
+from reward_models.vlm import critiques
+from reward_models.vlm.templates import quoted
 from reward_models.vlm.types import Question
 
+LONGEST = 2**20  # bytes of a question to the teacher
+REQUEST = "The request: "  # begins the line of the request in a question
 CELL = 4  # px: positions are described in such steps
 
 
@@ -100,14 +115,102 @@ def new_model(tokenizer: Any, seed: int) -> tuple[Any, Any]:
 
 
 def describe(image: Tensor) -> Question:
+    """The question of the pretraining."""
     return Question((image, "\ndescribe"))
 
 
-def pretrain(folder: Path, steps: int, batch: int, seed: int, corpus: Sequence[str], rate: float = 1e-3) -> None:
+def notes(prompt: Prompt, blobs: Sequence[Blob]) -> dict[str, Any]:
+    """A critique of an image in the form that the teacher's question asks for, from the verdict of the verifier."""
+    verdict = judge(prompt, blobs)
+    clean = [blob for blob in blobs if blob.name != UNKNOWN]
+    score = round(1 + 3 * verdict.partial, 1)
+    right = {"justification": f"{described(blobs)}. {verdict.critique}", "score": score}
+    text = {"justification": verdict.critique, "score": score} if prompt.wants["tag"] == "text" else None
+    quality = {
+        "justification": f"{len(clean)} of {len(blobs)} objects are clean",
+        "score": round(1 + 3 * len(clean) / max(1, len(blobs)), 1),
+    }
+    request = "" if verdict.strict or prompt.wants["tag"] == "text" else revised(prompt, verdict.regions)
+    none = {"justification": "", "score": None}
+    return {"faithfulness": right, "quality": quality, "text": text or none, "refined_request": request}
+
+
+# ------------------------------------------------------------------------------------------------------------- teacher
+
+
+def answer(request: Mapping[str, Any]) -> str:
+    """The teacher's reply: the notes, or to a question without the label the image with the higher score."""
+    content = request["messages"][-1]["content"]
+    text = "".join(part["text"] for part in content if part["type"] == "text")
+    urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+    pictures = [from_base64(url.removeprefix(PNG), limits.IMAGE) for url in urls]
+    request_line = next(line for line in text.split("\n") if line.startswith(REQUEST))
+    prompt = Prompt(json.loads(request_line.removeprefix(REQUEST)))
+    prompt = Prompt(prompt.text, understood(prompt.text))
+    first, second = find_blobs(from_pil(pictures).numpy())
+    if "The better picture" in text:
+        return json.dumps({"image_1": notes(prompt, first), "image_2": notes(prompt, second)})
+    difference = judge(prompt, first).partial - judge(prompt, second).partial
+    return f"<answer>{'tie' if difference == 0 else f'Image {1 if difference > 0 else 2} is better'}</answer>"
+
+
+class Teacher(BaseHTTPRequestHandler):
+    """Answers chat completions, one bounded request after another."""
+
+    protocol_version, timeout = "HTTP/1.1", 10
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        if not 0 < length <= LONGEST:
+            self.send_error(413)
+            return
+        reply = answer(files.parsed(self.rfile.read(length)))
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
+        body = json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """The address of the teacher, on this machine alone."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# ------------------------------------------------------------------------------------------------------------- student
+
+
+def corpus(seed: int) -> list[str]:
+    """Descriptions and critiques of random drawings of random captions: what the tokenizer is made of."""
+    rng, wants = np.random.default_rng(seed), requests()
+    images = np.stack([draw(wants[i], rng) for i in rng.integers(len(wants), size=1000)])
+    texts = ["<|im_start|>user\ndescribe\n", "assistant\n"] * 100
+    for blobs in find_blobs(images):
+        request = wants[rng.integers(len(wants))]
+        written = notes(Prompt(caption(request), request), blobs)
+        critique = tidy(critiques.read(json.dumps(written), ASPECTS))
+        texts += [described(blobs), quoted(caption(request)), reply_of(critique)]
+    return texts
+
+
+def pretrain(folder: Path, steps: int, seed: int, batch: int = 32, rate: float = 1e-3) -> None:
     """Train a model of random weights to describe drawings of the world, all its parameters, and write it."""
     rng = np.random.default_rng(seed)
     wants = requests()
-    model, processor = new_model(tokenizer_of(corpus), seed)
+    model, processor = new_model(tokenizer_of(corpus(seed)), seed)
     print(sum(p.numel() for p in model.parameters()), "parameters", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
@@ -131,10 +234,67 @@ def pretrain(folder: Path, steps: int, batch: int, seed: int, corpus: Sequence[s
     student.save(model.eval(), processor, folder)
 
 
+def main(
+    out: Annotated[Path, typer.Option(help="folder of images, rationales and models")] = Path("runs/parrot"),
+    pairs: Annotated[int, typer.Option(min=10, help="pairs that the teacher gets")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="of 32 drawings, that the student is pretrained for")] = 1500,
+    epochs: Annotated[int, typer.Option(min=1, help="of the distillation at most")] = 6,
+    rank: Annotated[int, typer.Option(min=0, help="of LoRA; 0 trains the language model itself")] = 0,
+    rate: Annotated[float, typer.Option(help="of the distillation")] = 1e-3,
+    captions: Annotated[str, typer.Option(help="those that are measured on: validation or test")] = "test",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    train = drawn(pair_files.read(table("train", range(6), out / "train")), pairs)
+    held_out = pair_files.read(table(captions, range(4), out / captions))
+    short, base, student_folder = out / "short.txt", out / f"base-{steps}-{seed}", out / f"student-{rank}-{rate}-{seed}"
+    files.write(short, "{image}\n{prompt}")
+    seconds = {}
+    if not (base / "config.json").exists():
+        start = time.monotonic()
+        pretrain(base, steps, seed)
+        seconds["pretraining"] = time.monotonic() - start
+    start = time.monotonic()
+    with serving() as url:
+        by = parrot.teacher("verifier", url, candidates=1, concurrency=4)
+        print(json.dumps(parrot.rationalise(train, by, out / "rationales")), flush=True)
+    seconds["rationales"] = time.monotonic() - start
+    if not (student_folder / "card.json").exists():
+        start = time.monotonic()
+        settings = {"rank": rank or None, "learning_rate": rate, "epochs": epochs, "batch": 32, "together": 32}
+        card = parrot.distil(
+            out / "rationales", student_folder, model=str(base), instruction=str(short), seed=seed, **settings
+        )
+        print(json.dumps({key: card[key] for key in ("samples", "epoch", "losses")}), flush=True)
+        seconds["distillation"] = time.monotonic() - start
+    head = out / "head"
+    if not (head / "card.json").exists():
+        fit(train, head)
+    asking = {"instruction": str(short), "batch": 64, "tokens": 256}
+    scorers = {
+        "untrained": load("rational", model=str(base), **asking),
+        "student": load("rational", model=str(student_folder), **asking),
+        "clip_head": load("fitted", folder=str(head)),
+        "clip": load("clip"),
+    }
+    start = time.monotonic()
+    result = evaluate(held_out, scorers)
+    seconds["evaluation"] = time.monotonic() - start
+    files.replace(student_folder / f"{captions}.json", json.dumps(result).encode())
+    print(json.dumps({key: round(value) for key, value in seconds.items()}))
+    report(result, len(train), captions)
+
+
+def report(result: Mapping[str, Any], count: int, captions: str) -> None:
+    print(f"{count} pairs to learn from; {captions}: {result['pairs']} pairs of {result['prompts']} captions\n")
+    print("| | pair accuracy | 95 % | without ties | pairs without a score |\n|---|---|---|---|---|")
+    for name, row in result["rewards"].items():
+        ties, strict = row["with_ties"], row["accuracy"]
+        shown = [f"{v:.3f}" if v is not None else "" for v in (ties["mean"], ties["low"], ties["high"], strict["mean"])]
+        print(f"| `{name}` | {shown[0]} | {shown[1]} to {shown[2]} | {shown[3]} | {row['missing']} |")
+    for pair, row in result["compared"].items():
+        if "student.overall" in pair:
+            print(pair, json.dumps(row))
+
+
 if __name__ == "__main__":
-    import sys
-    rng = np.random.default_rng(0)
-    wants = requests()
-    images = np.stack([draw(wants[i], rng) for i in rng.integers(len(wants), size=2000)])
-    corpus = [described(b) for b in find_blobs(images)]
-    pretrain(Path(sys.argv[1]), int(sys.argv[2]), 32, 0, corpus)
+    typer.run(main)

@@ -120,7 +120,7 @@ def test_a_judge_that_prefers_a_side_keeps_nothing_and_sees_no_label(pairs, tmp_
         (lambda q: anchored(q, words="labelled as good"), "leak", "'labelled' tells of"),
         (lambda q: anchored(q, words=""), "reply", "faithfulness has no justification"),
         (lambda q: anchored(q, high=2.0), "scores", "is not above"),
-        (lambda q: anchored(q, words="good </think>"), "reply", "cannot be written"),
+        (lambda q: anchored(q, words="ok <x").replace("<x", "\\u003c/think>"), "reply", "cannot be written"),
     ],
 )
 def test_a_reply_that_cannot_be_used_is_a_row_with_the_reason(reply, step, says, pairs, tmp_path):
