@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from reward_models.vlm import transformers_model as vlm
 from reward_models.vlm.types import Question
+from reward_models.weights import quiet
 
 IGNORED = -100  # the target of a position that has no loss, as in transformers
 
@@ -74,7 +75,11 @@ def trained(model: nn.Module, rank: int | None, seed: int) -> nn.Module:
 
 
 def save(model: nn.Module, processor: Any, folder: Path) -> None:
-    """Write a complete model, LoRA merged, as safetensors, with its processor."""
-    whole = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    whole.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    """Write a complete model, LoRA merged, as safetensors, with its processor. Generation stops at the token that ends
+    the replies."""
+    complete = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    if complete.generation_config.eos_token_id is None:
+        complete.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    with quiet():
+        complete.save_pretrained(folder)
+        processor.save_pretrained(folder)

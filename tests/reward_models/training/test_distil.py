@@ -1,5 +1,6 @@
 """A student distilled from rationales: its loss, what of it is trained, resumption, and that `rational` reads it."""
 
+import hashlib
 import json
 import re
 
@@ -10,13 +11,13 @@ from command_line import mmalign
 from drawn_pairs import drawn_pairs
 from torch.nn import functional as F
 
-from reward_models import load, pairs as pair_files
+from reward_models import load
 from reward_models.files import parsed
-from reward_models.images import to_pil
-from reward_models.training import checkpoint, evaluate
+from reward_models.images import to_pil, to_uint8
+from reward_models.training import checkpoint, data, evaluate
+from reward_models.training.folder import Workplace
 from reward_models.training.parrot import distil, samples, student
 from reward_models.training.parrot.distil import Distillation, Training
-from reward_models.training.folder import Workplace
 from reward_models.vlm import transformers_model as vlm
 from reward_models.vlm.types import Question
 
@@ -30,10 +31,6 @@ TOKENS = [
 
 def rationales_of(pairs, folder):
     """The rows that a teacher would have left: the preferred picture has 4, the other one 1.5."""
-    import hashlib
-
-    from reward_models.images import to_uint8
-
     (folder / "images").mkdir(parents=True)
     rows = []
     for number, pair in enumerate(pairs):
@@ -112,7 +109,8 @@ def test_targets_under_the_mask_and_padding_change_no_loss(model):
     inputs, targets = encoded(model, ["4", "a stain and more", "1.5 x"])
     sums, counts = student.token_losses(network, inputs, targets)
     padding = inputs["attention_mask"] == 0
-    assert padding[:, 0].any() and padding[:, -1].any()
+    assert padding[:, 0].any()
+    assert padding[:, -1].any()
     other = dict(inputs, input_ids=inputs["input_ids"].masked_fill(padding, 65))
     assert torch.allclose(student.token_losses(network, other, targets)[0], sums, rtol=1e-5)
     assert counts.tolist() == [2, len(student.reply_tokens(network, processor, "a stain and more")), 4]
@@ -164,18 +162,99 @@ def test_a_batch_in_parts_gives_the_same_step(base, short, source, tmp_path):
 
 
 def test_a_tiny_student_learns_its_samples_by_heart_and_rational_reads_it(base, short, tmp_path):
-    """Eight samples of four pairs, and a pair each to stop by and to measure: pair accuracy 1 on what it learnt."""
-    pairs = drawn_pairs(6)
-    source = rationales_of(pairs, tmp_path / "rationales")
-    settings = {"rank": None, "learning_rate": 0.02, "epochs": 60, "patience": 60, "batch": 8, "together": 8}
-    card = distil(source, tmp_path / "student", model=str(base), instruction=short, held_out=0.4, **settings)
-    assert card["samples"] == {"train": 8, "stop": 2, "test": 2}
-    print(card)
-    scorer = load("rational", model=str(tmp_path / "student"), instruction=short)
-    untrained = load("rational", model=str(base), instruction=short, tokens=16)
-    result = evaluate(pairs, {"student": scorer, "untrained": untrained})["rewards"]
-    print(result["student.overall"])
-    assert 0
+    pairs = drawn_pairs(4)
+    some = samples.read(rationales_of(pairs, tmp_path / "rationales"))
+    settings = {"rank": None, "learning_rate": 0.02, "epochs": 75, "patience": 75, "batch": 8, "together": 8}
+    training = Training(Distillation(str(base), instruction=short, **settings), Workplace(tmp_path, ""), "cpu", 0)
+    training.run(some, some, data.silent)
+    student.save(training.model, training.processor, tmp_path / "student")
+    scorer = load("rational", model=str(tmp_path / "student"), instruction=short, tokens=64)
+    result = evaluate(pairs, {"student": scorer})["rewards"]["student.overall"]
+    assert result["with_ties"]["mean"] == 1
+    assert not result["missing"]
+    for pair in pairs:
+        scores = scorer(pair.a.read(), [pair.prompt])
+        assert scores.column("overall").item() == pytest.approx(1 if pair.preference else 1 / 6)
+        assert scores.requests == ("a large red circle",)
+
+
+SETTINGS = {"learning_rate": 0.01, "epochs": 3, "patience": 3, "batch": 8, "together": 8}
+
+
+@pytest.fixture(scope="module")
+def trained(base, short, source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student") / "lora"
+    return folder, distil(source, folder, model=str(base), instruction=short, rank=2, **SETTINGS)
+
+
+def test_the_folder_is_a_complete_model_with_its_card(trained, base, short, source):
+    folder, card = trained
+    assert parsed((folder / "card.json").read_text()) == card
+    assert card["samples"] == {"train": 20, "stop": 2, "test": 2}
+    assert card["losses"]["stop"] == pytest.approx(min(p["stop_loss"] for p in points_of(folder)), rel=1e-4)
+    assert card["losses"]["train"] < points_of(folder)[0]["train_loss"]
+    assert not (folder / "checkpoint.safetensors").exists()
+    assert not list(folder.glob("*.py"))
+    assert (folder / "instruction.txt").read_text() == "{image}{prompt}"
+    before, after = vlm.load("x", str(base), "cpu", "float32")[0], vlm.load("x", str(folder), "cpu", "float32")[0]
+    moved = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert moved
+    assert all(re.search(r"language_model\.layers\.\d+\..*_proj\.weight$", name) for name in moved)
+    with pytest.raises(ValueError, match="a model is there already"):
+        distil(source, folder, model=str(base))
+
+
+def points_of(folder):
+    return parsed((folder / "curves.json").read_text())
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_an_interrupted_training_continues_to_the_bit(epochs, trained, base, short, source, tmp_path, monkeypatch):
+    save, done = checkpoint.save, []
+
+    def killing(*args):
+        save(*args)
+        done.append(1)
+        if len(done) == epochs:
+            raise Killed
+
+    monkeypatch.setattr(checkpoint, "save", killing)
+    given = {"model": str(base), "instruction": short, "rank": 2} | SETTINGS
+    with pytest.raises(Killed):
+        distil(source, tmp_path / "out", **given)
+    with pytest.raises(ValueError, match="an interrupted training with other pairs or settings"):
+        distil(source, tmp_path / "out", **given | {"rank": 3})
+    assert distil(source, tmp_path / "out", **given) == trained[1]
+    for name in ("model.safetensors", "curves.json", "card.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (trained[0] / name).read_bytes()
+
+
+def test_the_rate_rises_and_falls():
+    method = Distillation("m", learning_rate=2.0, warmup=0.1)
+    rates = [method.rate(step, 100) for step in range(100)]
+    assert rates.index(max(rates)) == 10
+    assert max(rates) == 2.0
+    assert rates[55] == pytest.approx(1.0)
+    assert sorted(rates[:11]) == rates[:11]
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+    assert 0 < rates[0] < 0.2
+    assert 0 < rates[-1] < 0.01
+
+
+def test_the_command_trains_and_a_mistake_is_one_line(base, short, source, tmp_path):
+    words = ["--set", f"model={base}", "--set", "epochs=1", "--set", "rank=2", "--set", f"instruction={short}"]
+    result = mmalign("reward", "distil", source, *words, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "24 samples; epoch 1" in result.stdout
+    assert load("rational", model=str(tmp_path / "out"), instruction=short).names[0] == "overall"
+    for given, says in ((["--set", "ranks=2"], "no setting 'ranks'"), (["--set", "rank=2"], "model")):
+        result = mmalign("reward", "distil", source, *given, "--out", tmp_path / "other")
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert says in result.stderr
 
 
 def test_the_settings_are_checked(source, base, tmp_path):

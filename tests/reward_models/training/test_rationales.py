@@ -1,11 +1,12 @@
 """Rationales of a scripted teacher: which are kept, what is in a sample, and what a kill costs."""
 
+import contextlib
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
-import torch
 from chats import chatting, completion
 from command_line import mmalign
 from drawn_pairs import drawn_pairs
@@ -55,13 +56,17 @@ def by(reply, **settings):
     return made
 
 
+def content(question):
+    return question.text, *(part.numpy().tobytes() for part in question.parts if not isinstance(part, str))
+
+
 def rows_of(folder):
     return [parsed(line) for line in (folder / "rationales.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    return drawn_pairs(40)
+    return drawn_pairs(16)
 
 
 def test_a_teacher_that_is_right_for_some_pairs_keeps_exactly_those(pairs, tmp_path):
@@ -71,25 +76,25 @@ def test_a_teacher_that_is_right_for_some_pairs_keeps_exactly_those(pairs, tmp_p
 
     def reply(question):
         answer = right(question)
-        if knows_label(question) or not any(p.numpy().tobytes() in wrong for p in question.parts if not isinstance(p, str)):
+        if knows_label(question) or not wrong & {*content(question)}:
             return answer
         return re.sub(r"\d", lambda digit: other[digit[0]], answer)
 
     summary = rationalise(pairs, by(reply), tmp_path)
     rows = rows_of(tmp_path)
-    assert [row["pair"] for row in rows if row["kept"]] == [i for i in range(40) if i % 4 for _ in range(2)]
-    assert summary == {"pairs": 40, "candidates": 80, "kept": 60, "pairs_kept": 30, "refused": {"check": 20}}
+    assert [row["pair"] for row in rows if row["kept"]] == [i for i in range(16) if i % 4 for _ in range(2)]
+    assert summary == {"pairs": 16, "candidates": 32, "kept": 24, "pairs_kept": 12, "refused": {"check": 8}}
     assert all(row["predicted"] == [row["chosen"]] * 2 for row in rows if row["kept"])
 
 
 def test_a_coin_keeps_a_quarter(tmp_path):
-    pairs, coin = drawn_pairs(100, seed=1), random.Random(0)
+    pairs, coin = drawn_pairs(60, seed=1), random.Random(0)
 
     def reply(question):
         return anchored(question) if knows_label(question) else f"Winner: Image {coin.randint(1, 2)}"
 
     summary = rationalise(pairs, by(reply), tmp_path)
-    assert abs(summary["kept"] / 200 - 1 / 4) < 3 * (3 / 16 / 200) ** 0.5
+    assert abs(summary["kept"] / 120 - 1 / 4) < 3 * (3 / 16 / 120) ** 0.5
 
 
 def test_a_judge_that_prefers_a_side_keeps_nothing_and_sees_no_label(pairs, tmp_path):
@@ -120,7 +125,7 @@ def test_a_judge_that_prefers_a_side_keeps_nothing_and_sees_no_label(pairs, tmp_
         (lambda q: anchored(q, words="labelled as good"), "leak", "'labelled' tells of"),
         (lambda q: anchored(q, words=""), "reply", "faithfulness has no justification"),
         (lambda q: anchored(q, high=2.0), "scores", "is not above"),
-        (lambda q: anchored(q, words="ok <x").replace("<x", "\\u003c/think>"), "reply", "cannot be written"),
+        (lambda q: anchored(q, words="ok <x").replace("<x", r"\u003c/think>"), "reply", "no aspect has a score"),
     ],
 )
 def test_a_reply_that_cannot_be_used_is_a_row_with_the_reason(reply, step, says, pairs, tmp_path):
@@ -138,8 +143,6 @@ def test_a_reply_that_cannot_be_used_is_a_row_with_the_reason(reply, step, says,
 
 
 def test_ties_aspects_and_failed_checks_are_rows_too(pairs, tmp_path):
-    from dataclasses import replace
-
     right = honest(pairs)
     some = [replace(pairs[0], preference=0.5), replace(pairs[1], aspect="style"), pairs[2]]
 
@@ -164,7 +167,7 @@ def test_ties_aspects_and_failed_checks_are_rows_too(pairs, tmp_path):
 def test_samples_are_replies_that_rational_reads_without_a_word_of_the_label(pairs, tmp_path):
     rationalise(pairs, by(honest(pairs)), tmp_path)
     some = samples.read(tmp_path)
-    assert len(some) == 80, "two for each pair; equal ones of two candidates count once"
+    assert len(some) == 32, "two for each pair; equal ones of two candidates count once"
     by_side = {pair.a.read().numpy().tobytes(): pair.preference for pair in pairs}
     for sample in some:
         critique = critiques.read(sample.reply, samples.ASPECTS)
@@ -192,21 +195,26 @@ def test_a_row_that_is_not_ours_is_refused(pairs, tmp_path):
             samples.read(tmp_path)
 
 
-@pytest.mark.parametrize("words", ["good </think>", "two * stars", "a: b", "Score", "1. Text Faithfulness: 2", "x | y", "é ü 漢"])
-def test_a_reply_reads_back_as_its_critique_or_is_refused(words):
-    critique = Critique({"faithfulness": 2.5, "quality": 4.0, "text": None}, {"faithfulness": words, "quality": "x"})
-    try:
-        reply = samples.reply_of(samples.tidy(critique))
-    except ValueError as error:
-        assert "cannot be written" in str(error)
-        return
-    assert critiques.read(reply, samples.ASPECTS) == critique
+def critique_of(words):
+    return Critique({"faithfulness": 2.5, "quality": 4.0, "text": None}, {"faithfulness": words, "quality": "x"})
+
+
+@pytest.mark.parametrize("words", ["two * stars", "a: b", "Score", "1. Text Faithfulness: 2", "x | y", "é ü 漢"])
+def test_a_reply_reads_back_as_its_critique(words):
+    critique = samples.tidy(critique_of(words))
+    assert critiques.read(samples.reply_of(critique), samples.ASPECTS) == critique
+
+
+@pytest.mark.parametrize("words", ["good </think>", "<think>"])
+def test_words_that_would_be_read_otherwise_are_refused(words):
+    with pytest.raises(ValueError, match="cannot be written"):
+        samples.reply_of(critique_of(words))
 
 
 def test_other_work_is_refused(pairs, tmp_path):
     right = honest(pairs)
     rationalise(pairs[:2], by(right), tmp_path / "x")
-    with pytest.raises(ValueError, match="candidates 2, not 1|candidates '2', not '1'"):
+    with pytest.raises(ValueError, match="with candidates '2', not '1'"):
         rationalise(pairs[:2], by(right, candidates=1), tmp_path / "x")
     with pytest.raises(ValueError, match="with data"):
         rationalise(pairs[:3], by(right), tmp_path / "x")
@@ -237,8 +245,6 @@ class Killed(BaseException):
 
 
 def test_a_kill_asks_nothing_twice_and_gives_the_same_bytes(pairs, tmp_path, monkeypatch):
-    from scripted import Question
-
     right = honest(pairs)
     made = by(right)
     rationalise(pairs[:5], made, tmp_path / "whole", batch=1)
@@ -246,21 +252,17 @@ def test_a_kill_asks_nothing_twice_and_gives_the_same_bytes(pairs, tmp_path, mon
     for limit in (1, 2, 3, 5, 8, 100):  # a kill after so many writes
         writes = iter(range(limit))
 
-        def killing(path, *rows):
+        def killing(path, *rows, writes=writes):
             append(path, *rows)
             if next(writes, None) is None:
                 raise Killed
 
         monkeypatch.setattr(rationales.files, "append", killing)
         other = by(right)
-        try:
+        with contextlib.suppress(Killed):
             rationalise(pairs[:5], other, tmp_path / "killed", batch=1)
-        except Killed:
-            pass
         questions += other.judge.questions
-    key = lambda q: (q.text, *(p.numpy().tobytes() for p in q.parts if isinstance(p, torch.Tensor)))  # noqa: E731
-    assert isinstance(questions[0], Question)
-    assert sorted(map(key, questions)) == sorted(map(key, made.judge.questions))
+    assert sorted(map(content, questions)) == sorted(map(content, made.judge.questions))
     for path in sorted((tmp_path / "whole").rglob("*.*")):
         assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes()
 
