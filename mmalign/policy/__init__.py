@@ -1,8 +1,7 @@
 """Policies: text-to-image models with a trainable adapter, one file per model family.
 
-Only this package imports diffusers and peft. A policy takes texts and latents, never prompts or scores. To add a
-family, write `texts` and `network` in a file (`mmalign.policy.family` lists what else can differ), and a line in the
-table.
+Only this package imports diffusers. A policy takes texts and latents, never prompts or scores. To add a family, write
+`texts` and `network` in a file (`mmalign.policy.family` lists what else can differ), and a line in the table.
 """
 
 import logging

@@ -105,7 +105,7 @@ def digest(pairs: Sequence[Pair], progress: Progress = silent) -> str:
     for pair in progress(pairs, 0, len(pairs), "reading", "pairs"):
         for picture in (pair.a, pair.b):
             if picture not in by_picture:
-                by_picture[picture] = _digest(read(picture))
+                by_picture[picture] = picture_hash(read(picture))
         values = pair.prompt.text, by_picture[pair.a], by_picture[pair.b], pair.preference, pair.gap, pair.aspect
         lines.append(json.dumps(values))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
@@ -118,5 +118,6 @@ def read(picture: Stored) -> Images:
         raise ValueError(f"{picture.name}: {error}") from None
 
 
-def _digest(image: Images) -> str:
+def picture_hash(image: Images) -> str:
+    """The SHA-256 of a picture's size and 8-bit pixels, in hexadecimal."""
     return hashlib.sha256(str([*image.shape]).encode() + to_uint8(image).cpu().numpy().tobytes()).hexdigest()

@@ -89,7 +89,7 @@ def distil(
     part_of = data.part_of([sample.prompt.text for sample in samples], held_out, seed)
     parts = {part: [s for s, name in zip(samples, part_of, strict=True) if name == part] for part in data.PARTS}
     _check_new(out)
-    made_of = {"data": _digest(samples), "held_out": held_out, "seed": seed, "settings": asdict(method)}
+    made_of = {"data": _digest(samples, progress), "held_out": held_out, "seed": seed, "settings": asdict(method)}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     training = Training(method, Workplace(out, key), device, seed)
     points = training.run(parts["train"], parts["stop"], progress)
@@ -212,9 +212,12 @@ class Training:
         return tokens
 
 
-def _digest(samples: Sequence[Sample]) -> str:
-    """The SHA-256 of all samples in their order; the name of a picture has the hash of its pixels."""
-    lines = (json.dumps([sample.image.name, sample.prompt.text, sample.reply]) for sample in samples)
+def _digest(samples: Sequence[Sample], progress: Progress) -> str:
+    """The SHA-256 of all samples in their order: pixels, prompts and replies."""
+    pictures = {sample.image.name: sample.image for sample in samples}
+    some = progress(pictures.items(), 0, len(pictures), "reading", "pictures")
+    hashes = {name: data.picture_hash(data.read(picture)) for name, picture in some}
+    lines = (json.dumps([hashes[sample.image.name], sample.prompt.text, sample.reply]) for sample in samples)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

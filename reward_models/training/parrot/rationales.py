@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_models import files, limits
-from reward_models.images import rounded, to_pil, to_uint8
+from reward_models.images import rounded, to_pil
 from reward_models.pairs import Pair
 from reward_models.scorers import pairwise, rational
 from reward_models.training import data
@@ -148,7 +148,7 @@ class Case:
     @classmethod
     def of(cls, index: int, number: int, pair: Pair) -> "Case":
         images = {side: rounded(data.read(getattr(pair, side))) for side in SIDES}
-        names = {side: hashlib.sha256(to_uint8(image).numpy().tobytes()).hexdigest() for side, image in images.items()}
+        names = {side: data.picture_hash(image) for side, image in images.items()}
         low, high = sorted(names.values())
         coin = hashlib.sha256(f"{low} {high} {pair.prompt.text}".encode()).digest()[0] & 1
         smaller_first = "ab" if names["a"] <= names["b"] else "ba"

@@ -30,8 +30,8 @@ def encode(
     processor: Any, questions: Sequence[Question], replies: Sequence[Sequence[int]], device: str
 ) -> tuple[dict[str, Tensor], Int[Tensor, "N R"]]:
     """The model's inputs for questions, each followed by its reply, and the targets: the tokens of the replies, in the
-    last R positions, IGNORED where a reply is shorter. A question is padded on the left, as it is when the model
-    generates, and a reply on the right."""
+    last R positions, IGNORED where a reply is shorter. A question is padded on the left, as for
+    generation, and a reply on the right."""
     inputs = dict(vlm.inputs_of(processor, questions, device))
     shape = inputs["input_ids"].shape
     targets = torch.full((len(replies), max(map(len, replies))), IGNORED)
