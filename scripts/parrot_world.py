@@ -37,6 +37,7 @@ from reward_models.vlm.templates import quoted
 from reward_models.vlm.types import Question
 
 LONGEST = 2**20  # bytes of a question to the teacher
+MAIN = "student.overall"  # what is compared with the others
 REQUEST = "The request: "  # begins the line of the request in a question
 CELL = 4  # px: positions are described in such steps
 
@@ -246,7 +247,11 @@ def main(
 ) -> None:
     train = drawn(pair_files.read(table("train", range(6), out / "train")), pairs)
     held_out = pair_files.read(table(captions, range(4), out / captions))
-    short, base, student_folder = out / "short.txt", out / f"base-{steps}-{seed}", out / f"student-{rank}-{rate}-{seed}"
+    short, base, student_folder = (
+        out / "short.txt",
+        out / f"base-{steps}-{seed}",
+        out / f"student-{rank}-{rate:g}-{epochs}-{seed}",
+    )
     files.write(short, "{image}\n{prompt}")
     seconds = {}
     if not (base / "config.json").exists():
@@ -285,15 +290,22 @@ def main(
 
 
 def report(result: Mapping[str, Any], count: int, captions: str) -> None:
+    """Print the accuracies, and for the student the exact test of McNemar against the others."""
     print(f"{count} pairs to learn from; {captions}: {result['pairs']} pairs of {result['prompts']} captions\n")
-    print("| | pair accuracy | 95 % | without ties | pairs without a score |\n|---|---|---|---|---|")
+    print(
+        "| | ties half | 95 % | without ties | pairs without ties | without a score | p |\n|---|---|---|---|---|---|---|"
+    )
     for name, row in result["rewards"].items():
-        ties, strict = row["with_ties"], row["accuracy"]
-        shown = [f"{v:.3f}" if v is not None else "" for v in (ties["mean"], ties["low"], ties["high"], strict["mean"])]
-        print(f"| `{name}` | {shown[0]} | {shown[1]} to {shown[2]} | {shown[3]} | {row['missing']} |")
-    for pair, row in result["compared"].items():
-        if "student.overall" in pair:
-            print(pair, json.dumps(row))
+        half, decided = row["with_ties"], row["accuracy"]
+        if half["mean"] is None:
+            print(f"| `{name}` | | | | 0 | {row['missing']} | |")
+            continue
+        p = next(
+            (f"{v['p']:.2g}" for pair, v in result["compared"].items() if {*pair.split(" ~ ")} == {name, MAIN}), ""
+        )
+        interval = f"{half['low']:.3f} to {half['high']:.3f}"
+        shown = f"{half['mean']:.3f} | {interval} | {decided['mean']:.3f} | {decided['pairs']}"
+        print(f"| `{name}` | {shown} | {row['missing']} | {p} |")
 
 
 if __name__ == "__main__":
