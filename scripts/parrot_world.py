@@ -292,9 +292,7 @@ def main(
 def report(result: Mapping[str, Any], count: int, captions: str) -> None:
     """Print the accuracies, and for the student the exact test of McNemar against the others."""
     print(f"{count} pairs to learn from; {captions}: {result['pairs']} pairs of {result['prompts']} captions\n")
-    print(
-        "| | ties half | 95 % | without ties | pairs without ties | without a score | p |\n|---|---|---|---|---|---|---|"
-    )
+    print("| | ties half | 95 % | without ties | pairs | no score | p |\n|---|---|---|---|---|---|---|")
     for name, row in result["rewards"].items():
         half, decided = row["with_ties"], row["accuracy"]
         if half["mean"] is None:
