@@ -38,7 +38,7 @@ KEYS = ("image_1", "image_2")  # of the teacher's reply
 NAMES = ("Image 1", "Image 2")
 ORDERS = ("ab", "ba")  # in which the images are shown
 SHOWN = 200  # characters of a reason
-Key = tuple[int, int, str]  # of a reply: pair, candidate, and `anchor` or the order of a check
+Key = tuple[int, int, str]  # of a reply: pair, candidate, and the order of the images, in a check or `anchor`
 Row = dict[str, Any]
 
 
@@ -163,6 +163,11 @@ class Case:
         first, second = (self.images[side][0] for side in order)
         return template.fill(first=first, second=second, prompt=quoted(self.pair.prompt.text), **more)
 
+    @property
+    def anchor(self) -> str:
+        """The step of the teacher's notes, with the order in which it gets the images."""
+        return f"anchor {self.shown}"
+
     def key(self, step: str) -> Key:
         return self.index, self.number, step
 
@@ -185,11 +190,11 @@ class Refused(ValueError):
 def _judged(cases: Sequence[Case], by: Teacher, known: dict[Key, Reply], out: Path) -> list[Row]:
     """The rows of these cases: their rationales are written, then those that may be kept are checked."""
     labelled = [case for case in cases if not _unasked(case.pair)]
-    answers = _ask([(case.key("anchor"), _anchored(case, by)) for case in labelled], by, known, out, schema())
+    answers = _ask([(case.key(case.anchor), _anchored(case, by)) for case in labelled], by, known, out, schema())
     notes: dict[Key, dict[str, Critique] | Refused] = {}
     for case in labelled:
         try:
-            notes[case.key("")] = _notes(case, answers[case.key("anchor")])
+            notes[case.key("")] = _notes(case, answers[case.key(case.anchor)])
         except Refused as refused:
             notes[case.key("")] = refused
     checks = []
