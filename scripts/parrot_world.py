@@ -239,7 +239,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder of images, rationales and models")] = Path("runs/parrot"),
     pairs: Annotated[int, typer.Option(min=10, help="pairs that the teacher gets")] = 2000,
     steps: Annotated[int, typer.Option(min=1, help="of 32 drawings, that the student is pretrained for")] = 1500,
-    epochs: Annotated[int, typer.Option(min=1, help="of the distillation at most")] = 6,
+    epochs: Annotated[int, typer.Option(min=1, help="of the distillation at most")] = 12,
     rank: Annotated[int, typer.Option(min=0, help="of LoRA; 0 trains the language model itself")] = 0,
     rate: Annotated[float, typer.Option(help="of the distillation")] = 1e-3,
     captions: Annotated[str, typer.Option(help="those that are measured on: validation or test")] = "test",
