@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from mmalign.cli import checks, collect, images, natural, output, refine, reward, runs, score, train
+from mmalign.cli import checks, collect, images, natural, output, parrot, refine, reward, runs, score, train
 from mmalign.errors import BadInput, Failed, Orphaned, refusing
 from mmalign.runs.signals import Stopped
 from reward_models import files
@@ -22,7 +22,8 @@ GROUPS = {
         reward.__doc__,
         {
             "fit": reward.fit, "experts": reward.experts, "calibrate": reward.calibrate, "eval": reward.evaluate,
-            "gaming": reward.gaming, "natural": natural.natural,
+            "gaming": reward.gaming, "natural": natural.natural, "rationalise": parrot.rationalise,
+            "distil": parrot.distil,
         },
     )
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """`pairwise`: how often a vision-language model prefers an image to the others of its prompt (Pref-GRPO's win rate).
 
-One component, `wins`: the share of an image's comparisons that it won, a tie counts half, in [0, 1]; NaN if no
-comparison succeeded. A failed comparison counts for neither image. A score depends on the group: it changes with the
+Component `wins`: the share of an image's comparisons that it won, a tie counts half, in [0, 1]; NaN if no comparison
+succeeded. A failed comparison counts for neither image. A score depends on the group: it changes with the
 other images of the prompt, and the mean over a group whose comparisons all succeeded is 0.5. A prompt with one image
 has no score.
 
@@ -9,23 +9,33 @@ Judges are biased towards a side. `orders` "random" compares each pair once; a h
 decides which comes first, so that a repeated call gives the same order. "both" compares each pair in both orders, and
 a different winner in each is a tie. There are G (G - 1) / 2 pairs of G images; `opponents` bounds how many others each
 image is compared with. The instruction is our own. Licence: the model's own.
+
+With `aspects` the judge scores both images in each aspect and names its winner, the form in which RationalRewards is
+evaluated. `faithfulness`, `quality` and `text` are shares of comparisons won in that aspect, NaN where it never
+applied; an image wins as a whole with the higher mean over the aspects that apply. A winner with the lower score, or a
+score of one image alone, fails the comparison. (The released evaluation counts an aspect without a score as 2.5, which
+can make a reply that was not understood a verdict.)
 """
 
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from reward_models.images import to_uint8
+from reward_models.scorers import rational
 from reward_models.scoring import each
 from reward_models.types import Images, Prompt, Scores
 from reward_models.vlm import ask, replies, scales, templates
 
 ORDERS = ("random", "both")
+ASPECTS = {name: rational.ASPECTS[name] for name in rational.TASKS["image"]}
 SIDES = {"1": 0, "a": 0, "one": 0, "first": 0, "2": 1, "b": 1, "two": 1, "second": 1}
 SIDE = re.compile(rf"(?:the )?(?:image|picture|option)? ?({'|'.join(SIDES)})(?: (?:image|picture|option))?\b", re.I)
 TIE = re.compile(r"(?:it is |it's )?(?:a )?(?:tie|draw|equal|neither|both)\b", re.I)
@@ -33,10 +43,13 @@ NOTE = re.compile(r" ?(?:$|[,;:(]|\.(?: |$)| [-–—] )")
 OTHER = re.compile(
     rf"[ ,;:(.–—-]*(?:(?:no|not|or|and)\b|(?:image|picture|option)? ?(?:{'|'.join(SIDES)})[ ,;:).]*$)", re.I
 )
+OF_SIDE = re.compile(r"score (?:of )?(?:image )?([ab12])|(?:image )?([ab12]) score")
+SCALE = scales.Scale(1, 4, beyond=0.5, optional=True)
+Winner = int | None  # 0 the first picture, 1 the second, None for a tie
 WINS = re.compile(r" (?:is (?:the )?(?:better|winner)|wins)\b", re.I)
 
 
-def read(text: str, cut: bool = False) -> int | None:
+def read(text: str, cut: bool = False) -> Winner:
     """The picture that won: 0 the first, 1 the second, None for a tie. ValueError if the reply names no winner or
     two."""
     text = replies.answer(text, cut)
@@ -58,7 +71,54 @@ def read(text: str, cut: bool = False) -> int | None:
     return winners.pop()
 
 
-def _winner(answer: str) -> int | None:
+def read_aspects(text: str, cut: bool = False) -> dict[str, Winner]:
+    """The winner as a whole, `wins`, and of each aspect that applies. ValueError if an aspect has neither two scores
+    nor N/A, names a winner with the lower score, or has two different values for one thing; or if none applies."""
+    lines = replies.answer(text, cut).split("\n")
+    given: dict[str, dict[str, Any]] = {name: {} for name in ASPECTS}
+    aspect = ""
+    for number, line in enumerate(lines):
+        title, note, rest = replies.heading(line)
+        aspect = next((name for name, titles in ASPECTS.items() if title in (name, *titles)), aspect)
+        if title.startswith("summary"):
+            break
+        value: Any
+        if side := OF_SIDE.fullmatch(title):
+            key = f"score {'ab'[SIDES[side[1] or side[2]]]}"
+            value = SCALE.read(replies.after(lines, number, rest), f"{key} of {aspect}", note)
+        elif title == "winner":
+            key, answer = title, replies.after(lines, number, rest)
+            value = "N/A" if scales.NONE.fullmatch(scales.unwrapped(answer)) else _winner(answer)
+        else:
+            continue
+        if not aspect:
+            raise ValueError(f"{title} stands before the name of an aspect")
+        if given[aspect].setdefault(key, value) != value:
+            raise ValueError(f"{aspect} has two different values of {key}")
+    winners = {name: _winner_of(name, values) for name, values in given.items()}
+    applying = [name for name, winner in winners.items() if winner != "N/A"]
+    if not applying:
+        raise ValueError("no aspect applies")
+    lead = sum(given[name]["score a"] - given[name]["score b"] for name in applying)
+    overall = None if abs(lead) < 1e-9 else int(lead < 0)
+    return {"wins": overall, **{name: winners[name] for name in applying}}
+
+
+def _winner_of(name: str, values: Mapping[str, Any]) -> Winner | str:
+    """The winner of an aspect, "N/A" if it does not apply."""
+    if missing := [key for key in ("score a", "score b", "winner") if key not in values]:
+        raise ValueError(f"there is no {missing[0]} for {name}")
+    a, b, winner = values["score a"], values["score b"], values["winner"]
+    if (a is None) != (b is None) or (a is None) != (winner == "N/A"):
+        raise ValueError(f"{name} is N/A in part")
+    if a is None and name != "text":
+        raise ValueError(f"{name} is N/A, but it applies to every image")
+    if a is not None and winner != "N/A" and a != b and winner != int(b > a):
+        raise ValueError(f"the winner of {name} is not the picture with the higher score")
+    return winner
+
+
+def _winner(answer: str) -> Winner:
     """The side that an answer names. ValueError if it names several, or has other words before a note."""
     text = " ".join(scales.unwrapped(answer).split())
     tie = TIE.match(text)
@@ -71,10 +131,9 @@ def _winner(answer: str) -> int | None:
 
 class Pairwise:
     """The scorer. `model` is a folder or hub id, or with `url` its name on the server. `orders`: "random" or "both".
-    `opponents`: the most images that an image is compared with, by default all. `instruction`: a file that replaces
-    our own. `asking`: see `ask.judge`. ValueError if the model cannot be loaded or a setting is invalid."""
-
-    names = ("wins",)
+    `opponents`: the most images that an image is compared with, by default all. `aspects`: compare each aspect.
+    `instruction`: a file that replaces our own. `asking`: see `ask.judge`. ValueError if the model cannot be loaded or
+    a setting is invalid."""
 
     def __init__(
         self,
@@ -82,6 +141,7 @@ class Pairwise:
         url: str | None = None,
         orders: str = "random",
         opponents: int | None = None,
+        aspects: bool = False,
         instruction: str | None = None,
         tokens: int = 1024,
         **asking: Any,
@@ -89,9 +149,15 @@ class Pairwise:
         if orders not in ORDERS or (opponents is not None and opponents < 1):
             raise ValueError(f"pairwise: orders is random or both, opponents at least 1; got {orders!r}, {opponents!r}")
         self.orders, self.opponents, self.tokens = orders, opponents, tokens
-        self.template = templates.Template.of("pairwise", "pairwise", ("first", "second", "prompt"), instruction)
+        if not isinstance(aspects, bool):
+            raise ValueError(f"pairwise: aspects is true or false, not {aspects!r}")
+        self.names = ("wins", *ASPECTS) if aspects else ("wins",)
+        self.read = read_aspects if aspects else lambda text, cut: {"wins": read(text, cut)}
+        name = "pairwise_aspects" if aspects else "pairwise"
+        self.template = templates.Template.of("pairwise", name, ("first", "second", "prompt"), instruction)
         self.judge = ask.judge("pairwise", model, url, asking)
         settings = {"orders": orders, "opponents": opponents, "instruction": self.template.source, "tokens": tokens}
+        settings |= {"aspects": True} if aspects else {}
         self.card = ask.card("pairwise", self.judge, 0, 1, settings, groupwise=True)
         self.swaps = [0, 0]  # of the pairs compared in both orders: those whose winner changed, and all
 
@@ -107,29 +173,39 @@ class Pairwise:
             self.template.fill(first=images[one], second=images[two], prompt=templates.quoted(prompts[one].text))
             for one, two in games
         ]
-        won, met, reasons = torch.zeros(len(images)), torch.zeros(len(images)), {}
-        results: dict[frozenset[int], list[int | None]] = defaultdict(list)
+        reasons: dict[int, str] = {}
+        results: dict[tuple[str, frozenset[int]], list[int | None]] = defaultdict(list)
         for pair, reply in zip(games, self.judge.ask(questions, self.tokens), strict=True):
             try:
                 if reply.failure:
                     raise ValueError(reply.failure)
-                side = read(reply.text, reply.cut)
+                sides = self.read(reply.text, reply.cut)
             except ValueError as error:
                 reasons |= dict.fromkeys(pair, f"{error}; the reply begins {replies.excerpt(reply.text)}")
                 continue
-            results[frozenset(pair)].append(None if side is None else pair[side])
-        for pair, winners in results.items():
+            for name, side in sides.items():
+                results[name, frozenset(pair)].append(None if side is None else pair[side])
+        won, met = self._counted(len(images), results)
+        alone = "it is the only image of its prompt, and there is nothing to compare it with"
+        failures = {i: reasons.get(i, alone) for i in (met[:, 0] == 0).nonzero()[:, 0].tolist()}
+        return Scores(self.names, torch.where(met > 0, won / met, torch.nan), failures=failures)
+
+    def _counted(
+        self, count: int, results: Mapping[tuple[str, frozenset[int]], list[int | None]]
+    ) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N K"]]:
+        """The comparisons that each image won, by component, and all of its comparisons."""
+        won, met = torch.zeros(count, len(self.names)), torch.zeros(count, len(self.names))
+        for (name, pair), winners in results.items():
             if self.orders == "both" and len(winners) < 2:
                 continue  # one order alone would be biased towards a side
-            winner = winners[0] if len(set(winners)) == 1 else None
-            self.swaps[0] += len(set(winners)) > 1
-            self.swaps[1] += self.orders == "both"
+            winner, column = winners[0] if len(set(winners)) == 1 else None, self.names.index(name)
+            if name == "wins":
+                self.swaps[0] += len(set(winners)) > 1
+                self.swaps[1] += self.orders == "both"
             for i in pair:
-                met[i] += 1
-                won[i] += 0.5 if winner is None else float(winner == i)
-        alone = "it is the only image of its prompt, and there is nothing to compare it with"
-        failures = {i: reasons.get(i, alone) for i in (met == 0).nonzero()[:, 0].tolist()}
-        return Scores(self.names, torch.where(met > 0, won / met, torch.nan)[:, None], failures=failures)
+                met[i, column] += 1
+                won[i, column] += 0.5 if winner is None else float(winner == i)
+        return won, met
 
     def _pairs(self, names: Sequence[str], prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
         """Pairs of images of one prompt; with `opponents`, neighbours in a circle sorted by the pictures' digests."""

@@ -50,6 +50,15 @@ def schema(aspects: Sequence[str]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
 
+def instructions(task: str, form: str, file: str | None = None) -> tuple[templates.Template, str]:
+    """The question, ours or that of a file, and the form of the reply, which is filled in as `reply`. ValueError for a
+    file that cannot be used."""
+    needed = ("image", "prompt", *(["source"] if task == "edit" else []))
+    name = "rational_edit" if task == "edit" else "rational"
+    question = templates.Template.of("rational", name, needed, file)
+    return question, templates.Template.of("rational", f"{name}_{form}", ()).source
+
+
 class Rational:
     """The scorer. `model` is a folder or hub id, or with `url` its name on the server. `task`: "image" or "edit".
     `form` of the reply: "headings", or "json", which a server can enforce. `instruction`: a file that replaces ours.
@@ -71,10 +80,7 @@ class Rational:
                 raise ValueError(f"rational: {setting} is one of {', '.join(known)}, not {value!r}")
         self.aspects = {name: ASPECTS[name] for name in TASKS[task]}
         self.names = ("overall", *self.aspects)
-        needed = ("image", "prompt", *(["source"] if task == "edit" else []))
-        name = "rational_edit" if task == "edit" else "rational"
-        self.template = templates.Template.of("rational", name, needed, instruction)
-        self.reply = templates.Template.of("rational", f"{name}_{form}", ()).source
+        self.template, self.reply = instructions(task, form, instruction)
         self.task, self.schema, self.tokens = task, schema(TASKS[task]) if form == "json" else None, tokens
         self.judge = ask.judge("rational", model, url, asking)
         settings = {

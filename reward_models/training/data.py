@@ -19,6 +19,7 @@ from reward_models.types import Images
 
 OVERALL = "score"
 RESERVED = {OVERALL, "spread", "sigma"}  # components that are not aspects of pairs
+PARTS = ("train", "stop", "test")  # of a split
 LEAST = 3  # prompts: one to train on, one to stop by, one to measure
 
 Progress = Callable[[Iterable[Any], int, int, str, str], Iterable[Any]]  # rows, done, total, name, unit
@@ -43,16 +44,21 @@ def split(pairs: Sequence[Pair], held_out: float, seed: int) -> Split:
     """Half of the share `held_out` of the prompts is `stop`, the other half `test`, at least one prompt each. The
     prompts are ordered by a hash of the seed and their meaning, so that a prompt stays where it is when the pairs come
     in another order. ValueError for too few prompts."""
-    by_meaning = [meaning(pair.prompt.text) for pair in pairs]
+    parts: dict[str, list[Pair]] = {part: [] for part in PARTS}
+    for pair, part in zip(pairs, part_of([pair.prompt.text for pair in pairs], held_out, seed), strict=True):
+        parts[part].append(pair)
+    return Split(**parts)
+
+
+def part_of(texts: Sequence[str], held_out: float, seed: int) -> list[str]:
+    """The part of the split, one of `PARTS`, of each prompt. ValueError for too few prompts."""
+    by_meaning = [meaning(text) for text in texts]
     ranked = sorted({*by_meaning}, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest())
     if len(ranked) < LEAST:
         raise ValueError(f"pairs of {len(ranked)} prompts; {LEAST} are needed: to train, to stop by and to measure")
     count = min(max(1, round(held_out * len(ranked) / 2)), (len(ranked) - 1) // 2)
     test, stop = {*ranked[:count]}, {*ranked[count : 2 * count]}
-    parts: dict[str, list[Pair]] = {"train": [], "stop": [], "test": []}
-    for pair, text in zip(pairs, by_meaning, strict=True):
-        parts["test" if text in test else "stop" if text in stop else "train"].append(pair)
-    return Split(**parts)
+    return ["test" if text in test else "stop" if text in stop else "train" for text in by_meaning]
 
 
 def cluster(pairs: Sequence[Pair]) -> Int[np.ndarray, "N"]:
@@ -115,7 +121,7 @@ def digest(pairs: Sequence[Pair], progress: Progress = silent) -> str:
     for pair in progress(pairs, 0, len(pairs), "reading", "pairs"):
         for picture in (pair.a, pair.b):
             if picture not in by_picture:
-                by_picture[picture] = _digest(read(picture))
+                by_picture[picture] = picture_hash(read(picture))
         values = pair.prompt.text, by_picture[pair.a], by_picture[pair.b], pair.preference, pair.gap, pair.aspect
         lines.append(json.dumps(values))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
@@ -128,5 +134,6 @@ def read(picture: Stored) -> Images:
         raise ValueError(f"{picture.name}: {error}") from None
 
 
-def _digest(image: Images) -> str:
+def picture_hash(image: Images) -> str:
+    """The SHA-256 of a picture's size and 8-bit pixels, in hexadecimal."""
     return hashlib.sha256(str([*image.shape]).encode() + to_uint8(image).cpu().numpy().tobytes()).hexdigest()

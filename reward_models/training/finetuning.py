@@ -2,10 +2,8 @@
 written, from which an interrupted training continues to the bit. Several members are trained one after another.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
@@ -13,17 +11,18 @@ from annotated_types import Ge, Gt, Le, Lt
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reward_models import files
 from reward_models.limits import LAYERS
 from reward_models.pairs import Pair
 from reward_models.pictures import Stored
-from reward_models.training import data
+from reward_models.training import checkpoint, data
 from reward_models.training.curves import Point, accuracy, best, stopped
 from reward_models.training.data import Progress, Split
-from reward_models.training.folder import CHECKPOINT, Workplace
+from reward_models.training.folder import Workplace
 from reward_models.training.losses import LOSSES, summed
 
 KEYS = 2**63  # seeds of a generator
+MODEL, AVERAGE, CHOSEN, LOSS = "model", "average", "chosen", "loss"  # parts of a checkpoint
+WIDTH = "log_width"  # of ties
 
 
 @dataclass(frozen=True)
@@ -198,62 +197,26 @@ class Training:
         return self.total(held_out, a, b).item(), accuracy((a - b)[:, 0, 0].cpu()[overall], preference)
 
     def save(self, points: list[Point]) -> None:
-        """Replace the checkpoint: weights, their average, the selected weights, moments, and in the header the course
-        so far."""
-        from safetensors.torch import save
-
-        parts = {"model": self.state(), "average": self.average, "chosen": self.chosen}
-        parts["loss"] = {"log_width": self.log_width.detach()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            parts[f"moments.{number}"] = state
-        tensors = {
-            f"{part}.{name}": value.detach().cpu().clone().contiguous()
-            for part, values in parts.items()
-            for name, value in values.items()
-        }
-        header = {"key": self.work.key, "points": json.dumps([point.record() for point in points])}
-        files.replace(self.work.folder / CHECKPOINT, save(tensors, header))
+        """Replace the checkpoint: weights, their average, the selected weights, moments, and the course so far."""
+        parts = {MODEL: self.state(), AVERAGE: self.average, CHOSEN: self.chosen, LOSS: {WIDTH: self.log_width}}
+        checkpoint.save(self.work, points, parts, self.optimizer)
 
     def resume(self) -> list[Point]:
         """The course of an interrupted training, whose state is restored. ValueError if it was of other data or
         settings."""
-        path = self.work.folder / CHECKPOINT
-        if not path.exists():
+        state = checkpoint.resume(self.work)
+        if state is None:
             return []
-        header, tensors = _checkpoint(path)
-        if header.get("key") != self.work.key:
-            raise ValueError(
-                f"{path}: an interrupted training with other pairs or settings; remove it, or choose another folder"
-            )
-        self.set(_below(tensors, "model."))
-        self.chosen = _below(tensors, "chosen.")
-        self.average = {name: value.to(self.network.device) for name, value in _below(tensors, "average.").items()}
-        self.log_width.data.copy_(tensors["loss.log_width"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in _below(tensors, "moments.").items():
-            number, _, kind = name.partition(".")
-            moments.setdefault(int(number), {})[kind] = value
+        self.set(state.part(MODEL))
+        self.chosen = state.part(CHOSEN)
+        self.average = {name: value.to(self.network.device) for name, value in state.part(AVERAGE).items()}
+        self.log_width.data.copy_(state.part(LOSS)[WIDTH])
         self.optimizer = self.new_optimizer()
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        return [Point(**record) for record in files.parsed(header["points"])]
+        state.restore(self.optimizer)
+        return state.points
 
 
 def _weighed(pairs: Sequence[Pair], names: Sequence[str]) -> Weighed:
     """The pairs that train a component."""
     weights = data.weights(pairs, names)
     return Weighed(pairs, weights).rows(weights.any(0).nonzero().flatten().tolist())
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _checkpoint(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as stored:
-            return stored.metadata() or {}, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: {error}; remove it to begin again") from None

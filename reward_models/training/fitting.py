@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,6 +20,7 @@ from reward_models.training.evaluation import evaluate
 from reward_models.training.vlm import Vlm
 from reward_models.training.vlm_head import VlmHead
 
+Settings = TypeVar("Settings")
 Fit = ClipHead | ClipTowers | VlmHead | Vlm
 FITS = {method.type: method for method in (ClipHead, ClipTowers, VlmHead, Vlm)}
 
@@ -29,7 +30,12 @@ def method_of(name: str, settings: Mapping[str, Any]) -> Fit:
     value."""
     if name not in FITS:
         raise ValueError(f"no fit called {name!r}; there are {', '.join(FITS)}")
-    kind = FITS[name]
+    return checked(FITS[name], name, settings)
+
+
+def checked(kind: type[Settings], name: str, settings: Mapping[str, Any]) -> Settings:
+    """The dataclass `kind` with these settings. ValueError, in one line that begins with `name`, for an unknown
+    setting, or an invalid value."""
     fields = [*kind.__dataclass_fields__]
     if unknown := [key for key in settings if key not in fields]:
         raise ValueError(f"{name}: no setting {unknown[0]!r}; it takes {', '.join(fields)}")
