@@ -159,3 +159,12 @@ class RewardModel(Protocol):
     card: Card
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores: ...
+
+
+@runtime_checkable
+class Differentiable(RewardModel, Protocol):
+    """A scorer with gradients. `in_graph` gives the scores [N, K] of images in a graph that reaches their pixels, by
+    the arithmetic of `__call__` but without rounding the images to 256 levels. Its parameters are frozen. ValueError
+    where `__call__` would report a failure: for a prompt or an image that it cannot score."""
+
+    def in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]: ...

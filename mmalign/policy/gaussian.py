@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmalign.policy.gradients import clamped
 from mmalign.types import Latents
 from reward_models.weights import fingerprint
 
@@ -51,6 +52,10 @@ class GaussianFlow:
         """Pixels in [0, 1]: eight standard units of the latent, centred on grey."""
         self.counts["decodes"] += len(x)
         return (x / 8 + 0.5).clamp(0, 1)
+
+    def decode_in_graph(self, x: Latents, recompute: bool = False) -> Latents:
+        self.counts["decodes"] += len(x)
+        return clamped(x / 8 + 0.5)
 
     def encode_images(self, images: Latents) -> Latents:
         return (images - 0.5) * 8

@@ -11,9 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmalign.policy import export as exports, loading, lora
 from mmalign.policy.family import Family, ragged
+from mmalign.policy.gradients import clamped
 from mmalign.seeds import gaussian
 from mmalign.types import Latents
 from reward_models import model_folders
@@ -158,6 +160,19 @@ class PipelinePolicy(Family):
         with self._awake("vae"):
             image = self.pixels(self.unscaled(x.to(self.pipe.vae.dtype)))
         return (image.float() / 2 + 0.5).clamp(0, 1)
+
+    def decode_in_graph(self, x: Latents, recompute: bool = False) -> Float[Tensor, "M 3 H W"]:
+        """The images of `decode` with gradients to the latents; `recompute` holds the activations of one image."""
+        self.counts["decodes"] += len(x)
+        self.pipe.vae.requires_grad_(False)
+        with self._awake("vae"):
+            latents = self.unscaled(x.to(self.pipe.vae.dtype))
+            if recompute:
+                each = [checkpoint(self.pixels, one[None], use_reentrant=False) for one in latents]
+                image = torch.cat(each)
+            else:
+                image = self.pixels(latents)
+        return clamped(image.float() / 2 + 0.5)
 
     @torch.no_grad()
     def stock_images(self, texts: Sequence[str], seeds: Sequence[int], steps: int) -> Float[Tensor, "M 3 H W"]:

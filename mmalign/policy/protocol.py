@@ -93,6 +93,14 @@ class EncodesImages(Protocol):
 
 
 @runtime_checkable
+class DecodesInGraph(Protocol):
+    """Decodes with gradients: the images of `decode` in a graph, the autoencoder frozen. The clamp to [0, 1] passes
+    gradients straight through; with `recompute`, activations are recomputed in the backward pass, image by image."""
+
+    def decode_in_graph(self, x: Latents, recompute: bool = False) -> Float[Tensor, "M 3 H W"]: ...
+
+
+@runtime_checkable
 class Attributing(Protocol):
     """Knows the effect of the prompt: the distance of the velocity from that of the empty prompt, at two forwards."""
 

@@ -106,7 +106,8 @@ class Clip:
     are encoded at once."""
 
     def __init__(self, model: nn.Module, tokenizer: Callable, card: Card, name: str, device: str, batch: int):
-        self.model, self.tokenizer, self.device, self.batch = model.to(device).eval(), tokenizer, device, batch
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.tokenizer, self.device, self.batch = tokenizer, device, batch
         self.names, self.card = (name,), card
 
     def readers(self) -> list[Reader]:
@@ -131,6 +132,9 @@ class Clip:
 
     @torch.no_grad()
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        return self.in_graph(images, prompts)
+
+    def in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         row = {text: i for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
         text = self.model.encode_text(self.tokenizer(list(row)).to(self.device), normalize=True)
         image = self.model.encode_image(self.prepared(images), normalize=True)

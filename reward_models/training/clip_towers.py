@@ -141,7 +141,7 @@ class Towers:
         self.aspects = nn.Parameter(torch.zeros(aspects, size, device=base.device)) if aspects else None
         trained = [*base.model.visual.parameters()] if method.towers == "image" else [*base.model.parameters()]
         trained += [base.model.logit_scale] + ([] if self.aspects is None else [self.aspects])
-        self.parameters = [*{id(p): p for p in trained}.values()]
+        self.parameters = [*{id(p): p.requires_grad_() for p in trained}.values()]
         self.start = {name: value.detach().clone() for name, value in self.tensors().items()}
 
     def tensors(self) -> dict[str, Tensor]:
