@@ -31,7 +31,7 @@ def test_a_pipeline_decodes_in_a_graph(family, recompute, folders):
     policy = load(folders(family))
     x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
     images = policy.decode_in_graph(x, recompute)
-    torch.testing.assert_close(images, policy.decode(x.detach()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(images, policy.decode(x.detach()), rtol=0, atol=1e-4)
     images[0].sum().backward()
     assert x.grad[0].abs().sum() > 0
     assert x.grad[1].eq(0).all()
