@@ -28,10 +28,11 @@ def test_the_gaussian_decodes_in_a_graph():
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pipeline_decodes_in_a_graph(family, recompute, folders):
-    policy = load(folders(family))
+    policy = load(folders(family), size=(64, 64))
     x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
     images = policy.decode_in_graph(x, recompute)
-    torch.testing.assert_close(images, policy.decode(x.detach()), rtol=0, atol=1e-4)
+    parts = x.detach().split(1) if recompute else [x.detach()]  # another batch takes other kernels
+    torch.testing.assert_close(images, torch.cat([policy.decode(part) for part in parts]), rtol=0, atol=1e-5)
     images[0].sum().backward()
     assert x.grad[0].abs().sum() > 0
     assert x.grad[1].eq(0).all()
