@@ -90,7 +90,12 @@ class Training:
                 while True:
                     last = self.done == c.iterations or watch.ended
                     if watch.ended:  # before all iterations
-                        work.to_do |= {"iterations": 0, "checkpoints": 0, "refreshes": 0, "images": _images(run, self.done, last)}
+                        work.to_do |= {
+                            "iterations": 0,
+                            "checkpoints": 0,
+                            "refreshes": 0,
+                            "images": _images(run, self.done, last),
+                        }
                     if run.held_out and (last or _shown(c, self.done)) and self.done not in evaluated:
                         watch.evaluations.append(_evaluate(run, out, self.done, last, trackers, console))
                         work.did("images", _images(run, self.done, last))

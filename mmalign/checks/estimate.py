@@ -62,6 +62,7 @@ def estimate(c: Config, gpus: int = 1) -> dict:
         "run": {name: sum(rank[name] for rank in totals) for name in COUNTS} | {"iterations": c.iterations},
         "run_ranks": totals,
         "evaluations": evaluations(c, held_out, policy.true_guidance),
+        "refreshes": refreshes(c, policy.true_guidance),
         "parameters": parts | {"adapter": sum(trained)},
         "memory": footprint.memory(c, policy, plans.values(), shares(c, gpus)[0], parts, sum(trained), len(prompts)),
         "disk": footprint.disk(c, len(held_out), policy.image_size, trained),
@@ -114,7 +115,8 @@ def bounds(c: Config) -> list[str]:
     at_most = "an iteration: the most over all positions of the plan; the run: each plan where it will be"
     selects = ["transitions, replay_forwards: fewer where too few images have a score"] if c.select else []
     drawn = "the run: windows move with the prompts, which `draw` takes by rewards that are not known yet"
-    return fewer + selects + ([at_most] if moves else []) + ([drawn] if c.draw.learns and c.plan.uneven else [])
+    fits = ["refreshes: their fits are neither counted nor timed"] if c.refresh else []
+    return fewer + selects + fits + ([at_most] if moves else []) + ([drawn] if c.draw.learns and c.plan.uneven else [])
 
 
 def evaluations(c: Config, held_out: list[Prompt], guided: bool) -> dict[str, int]:
@@ -130,4 +132,16 @@ def evaluations(c: Config, held_out: list[Prompt], guided: bool) -> dict[str, in
         "decodes": images,
         "forwards": images * c.eval_steps * (2 if guided else 1),
         "rewards": images * scorers,
+    }
+
+
+def refreshes(c: Config, guided: bool) -> dict[str, int]:
+    """All refreshes of a reward: their images, each shown to one judge. The fits are not counted."""
+    times = sum(c.refresh.due(done, c.iterations) for done in range(c.iterations)) if c.refresh else 0
+    images = times * c.refresh.prompts * c.refresh.seeds if times else 0
+    return {
+        "refreshes": times,
+        "decodes": images,
+        "forwards": images * c.eval_steps * (2 if guided else 1),
+        "rewards": images,
     }

@@ -29,7 +29,12 @@ from reward_models.combine import Ramp
 
 RESUMABLE = ("out", "max_skips", "max_failed", "patience")  # where a run is and when it stops: its resumption may say
 TRAINING, TRAINING_MOST = "training", 64  # `held_out` that means training prompts, and how many of them at most
-LATER = ("draw", "refresh", "scouts", "select")  # in a checkpoint only where they are not the default: older ones lack them
+LATER = (
+    "draw",
+    "refresh",
+    "scouts",
+    "select",
+)  # in a checkpoint only where they are not the default: older ones lack them
 
 
 class AtLeast(BaseModel):

@@ -121,7 +121,13 @@ def _made(run: Session, out: Path, done: int, say: Callable[[str], None]) -> Ref
     to_learn, to_compare = _sides(folder, learnt) if summary["pairs"] else ([], [])
     old = run.rewards.scorers[run.refit.name]
     counts = {"images": summary["images"], "failed": summary["unscored"]}
-    row = {"iteration": done, **counts, "pairs": len(to_learn), "held_out": len(to_compare), "version": old.card.version}
+    row = {
+        "iteration": done,
+        **counts,
+        "pairs": len(to_learn),
+        "held_out": len(to_compare),
+        "version": old.card.version,
+    }
     pairs = [*_earlier(run, out, done), *to_learn]
     row["reason"] = _reason(run, to_learn, to_compare, pairs)
     if not row["reason"]:
