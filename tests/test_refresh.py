@@ -1,14 +1,13 @@
 """A fitted reward that is refreshed during a run: what is learnt, what stays, what a resumed run goes on with."""
 
 import json
-from contextlib import contextmanager
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import kill_and_resume
 import pytest
 import torch
-from drawn_pairs import drawn_pairs
 from run_config import cut_off, rows, run
 
 from mmalign import policy as policies
@@ -19,7 +18,7 @@ from mmalign.errors import BadInput
 from mmalign.evaluation import collect as collecting
 from mmalign.evaluation.collect import Pairing, collect
 from mmalign.rewards.refresh import Refresh
-from mmalign.runs import alarms, checkpoint
+from mmalign.runs import alarms
 from mmalign.training import refit as refits, refreshing
 from reward_models import Card, Prompt, Scores, load, pairs as preferences
 from reward_models.meaning import meaning
@@ -97,7 +96,8 @@ def test_a_reward_that_prefers_the_opposite_learns_what_the_judge_prefers(refres
     first, second = rows(out / "refreshes.jsonl")
     assert [first["iteration"], second["iteration"]] == [2, 4]
     assert first["images"] == 48
-    assert first["before"] < 0.4 and first["after"] > 0.6
+    assert first["before"] < 0.4
+    assert first["after"] > 0.6
     assert first["kept"] == "new"
     assert first["fitted_to"] == first["pairs"]
     assert second["fitted_to"] == first["pairs"] + second["pairs"]
@@ -118,7 +118,8 @@ def test_a_judge_that_tells_no_images_apart_changes_nothing(refreshed, tmp_path)
         refreshed, refresh=None, iterations=3, out=str(tmp_path / "plain")
     )  # where the first reward chooses what is kept
     for row in rows(out / "refreshes.jsonl"):
-        assert row["kept"] == "old" and row["pairs"] == row["held_out"] == 0
+        assert row["kept"] == "old"
+        assert row["pairs"] == row["held_out"] == 0
         assert row["reason"] == "no two images of a prompt to learn from have unequal scores"
     ours, theirs = (kill_and_resume.outcome(folder) for folder in (out, plain))
     for part in ("adapter", "ema", "optimizer"):
@@ -134,8 +135,10 @@ def test_a_model_that_is_no_better_does_not_replace_the_old_one(refreshed):
     refresh = refreshed["refresh"] | {"by": "judge.score"}
     out = run(refreshed, scorers=scorers, refresh=refresh, iterations=3)
     [row] = rows(out / "refreshes.jsonl")
-    assert row["before"] == 1.0 and row["after"] <= 1.0
-    assert row["kept"] == "old" and row["reason"] == "the new model is no better on the held-out pairs"
+    assert row["before"] == 1.0
+    assert row["after"] <= 1.0
+    assert row["kept"] == "old"
+    assert row["reason"] == "the new model is no better on the held-out pairs"
     assert [row["refresh"] for row in rows(out / "metrics.jsonl")] == [0, 0, 0]
     assert not any("judge" in name for row in rows(out / "evaluations.jsonl") for name in row)
 
@@ -148,8 +151,8 @@ def test_images_that_the_judge_cannot_score_are_counted(refreshed):
 
 
 def test_a_run_that_is_interrupted_again_and_again_is_the_uninterrupted_one(refreshed, monkeypatch, tmp_path):
-    """While images are judged, before the model is fitted, once the row is written, and an iteration after that, which
-    no checkpoint has. No image is judged twice."""
+    """While images are judged, once the row is written, an iteration after that, which no checkpoint has, and before the
+    next model is fitted. No image is judged twice."""
     judged, collected = [], collecting._collected
 
     def counted(policy, prompt, *rest):
@@ -160,11 +163,13 @@ def test_a_run_that_is_interrupted_again_and_again_is_the_uninterrupted_one(refr
     monkeypatch.setattr(collecting, "_collected", counted)
     refreshed |= {"checkpoint_every": 100, "eval_every": 0}
     whole = run(refreshed, out=str(tmp_path / "whole"))
-    moments = [(collecting, "_collected", 5), (refits, "fit", 0), (refreshing, "_line", 0)]
-    for number, moment in enumerate(moments):
-        with interrupted(*moment):
-            run(refreshed, resume=number > 0)
+    with interrupted(collecting, "_collected", 5):
+        run(refreshed)
+    with interrupted(refreshing, "_line", 0):
+        run(refreshed, resume=True)
     with cut_off(3):
+        run(refreshed, resume=True)
+    with interrupted(refits, "fit", 0):
         run(refreshed, resume=True)
     out = run(refreshed, resume=True)
     assert kill_and_resume.outcome(out) == kill_and_resume.outcome(whole)
@@ -180,13 +185,15 @@ def test_prompts_are_drawn_from_two_groups_that_stay_apart():
     ]
     refresh = Refresh("judge.score", prompts=8, held_out=0.25)
     learnt, apart = refresh.groups(prompts, 3)
-    assert [*learnt, *apart] != prompts and {p.id for p in (*learnt, *apart)} == {p.id for p in prompts}
+    assert [*learnt, *apart] != prompts
+    assert {p.id for p in (*learnt, *apart)} == {p.id for p in prompts}
     assert not {meaning(p.text) for p in learnt} & {meaning(p.text) for p in apart}
     assert len({meaning(p.text) for p in apart}) == 3  # a quarter of 13 meanings
     for done in (50, 100):
         some, others = refresh.drawn(prompts, 3, done)
         assert (len({p.id for p in some}), len({p.id for p in others})) == (6, 2)
-        assert {p.id for p in some} <= {p.id for p in learnt} and {p.id for p in others} <= {p.id for p in apart}
+        assert {p.id for p in some} <= {p.id for p in learnt}
+        assert {p.id for p in others} <= {p.id for p in apart}
     assert refresh.drawn(prompts, 3, 50) == refresh.drawn(prompts, 3, 50) != refresh.drawn(prompts, 3, 100)
     with pytest.raises(ValueError, match="8 need 6 to learn from, and 3 of the 4 training prompts are"):
         refresh.groups(prompts[:4], 3)

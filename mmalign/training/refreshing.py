@@ -1,8 +1,8 @@
 """Refresh the fitted reward of a run (`mmalign.rewards.refresh`): new pairs of its images, a refit, a comparison.
 
-    OUT/refreshes.jsonl        a row for each refresh, written last: what it names is there
-    OUT/refreshed/000050/      the refresh after 50 iterations: images, their scores and pairs (`mmalign.evaluation.collect`)
-    OUT/refreshed/000050/model/    the model that was fitted, as `mmalign reward fit` writes it
+    OUT/refreshes.jsonl            a row for each refresh, written last: what it names is there
+    OUT/refreshed/000050/          the refresh after 50 iterations: its judged images and pairs, as of `mmalign collect`
+    OUT/refreshed/000050/model/    the model that was fitted, as of `mmalign reward fit`
 
 A refresh is a function of the config, the iteration, the averaged adapter and the refreshes before, so that a resumed
 run goes on with the same reward. One that was interrupted continues: no image is judged twice.
