@@ -8,6 +8,7 @@ from dataclasses import replace
 import kill_and_resume
 import pytest
 import torch
+from ranks_in_processes import launch
 from run_config import cut_off, rows, run
 
 from mmalign import policy as policies
@@ -151,8 +152,8 @@ def test_images_that_the_judge_cannot_score_are_counted(refreshed):
 
 
 def test_a_run_that_is_interrupted_again_and_again_is_the_uninterrupted_one(refreshed, monkeypatch, tmp_path):
-    """While images are judged, once the row is written, an iteration after that, which no checkpoint has, and before the
-    next model is fitted. No image is judged twice."""
+    """While images are judged, once the row is written, an iteration after that, which no checkpoint has, and before
+    the next model is fitted. No image is judged twice."""
     judged, collected = [], collecting._collected
 
     def counted(policy, prompt, *rest):
@@ -174,6 +175,23 @@ def test_a_run_that_is_interrupted_again_and_again_is_the_uninterrupted_one(refr
     out = run(refreshed, resume=True)
     assert kill_and_resume.outcome(out) == kill_and_resume.outcome(whole)
     assert sorted(judged) == sorted(2 * [*dict.fromkeys(judged)])
+
+
+@pytest.mark.slow
+def test_two_processes_refresh_as_one(refreshed, tmp_path):
+    """One of them draws, judges and fits; both go on with the model."""
+    settings = refreshed | {"batch": 1, "decode_batch": 1, "micro_batch": 1}
+    alone = run(settings, out=str(tmp_path / "alone"))
+    _, ended, *_ = launch(tmp_path, 2, {}, {"two": (settings, False)}, MMALIGN_ALLOW="smooth")
+    assert [job["two"][0] for job in ended] == ["done"] * 2
+    one, two = (rows(out / "refreshes.jsonl") for out in (alone, tmp_path / "run"))
+    for row, other in zip(one, two, strict=True):
+        same = ("iteration", "images", "pairs", "held_out", "fitted_to", "kept")
+        assert [row[key] for key in same] == [other[key] for key in same]
+        assert row["after"] == pytest.approx(other["after"], abs=0.1)
+    after = [[row["refresh"] for row in rows(out / "metrics.jsonl")] for out in (alone, tmp_path / "run")]
+    assert after[0] == after[1]
+    assert after[0][2] == 2
 
 
 # --------------------------------------------------------------------------------------------------- prompts, refusals
@@ -261,8 +279,9 @@ def test_a_folder_that_does_not_say_how_it_was_fitted_is_refused(refreshed, drif
     card = json.loads((folder / "card.json").read_text())
     change(card)
     (folder / "card.json").write_text(json.dumps(card))
+    c = configs.build(refreshed | {"scorers": {"fitted": {"folder": str(folder)}}}, "test")
     with pytest.raises(BadInput, match=words):
-        run(refreshed, scorers={"fitted": {"folder": str(folder)}})
+        refits.opened(c, {"smooth:Smooth": None}, print)
 
 
 # ------------------------------------------------------------------------------------------------------ what it changes
