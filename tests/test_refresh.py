@@ -1,4 +1,4 @@
-"""A fitted reward that is refreshed during a run: what is learnt, what stays, what a resumed run goes on with."""
+"""A fitted reward that is refreshed during a run: what is learnt, what stays, what a resumed run continues with."""
 
 import json
 import shutil
@@ -99,7 +99,7 @@ def test_a_reward_that_prefers_the_opposite_learns_what_the_judge_prefers(refres
     assert first["images"] == 48
     assert first["before"] < 0.4
     assert first["after"] > 0.6
-    assert first["kept"] == "new"
+    assert first["replaced"] is True
     assert first["fitted_to"] == first["pairs"]
     assert second["fitted_to"] == first["pairs"] + second["pairs"]
     old, new = (
@@ -107,7 +107,7 @@ def test_a_reward_that_prefers_the_opposite_learns_what_the_judge_prefers(refres
         for folder in (refreshed["scorers"]["fitted"]["folder"], out / "refreshed/000002/model")
     )
     assert first["version"] == new != old
-    after = 4 if second["kept"] == "new" else 2
+    after = 4 if second["replaced"] else 2
     assert [row["refresh"] for row in rows(out / "metrics.jsonl")] == [0, 0, 2, 2, after]
     assert [row["refresh"] for row in rows(out / "evaluations.jsonl")] == [0, 0, 2, after]
 
@@ -117,9 +117,9 @@ def test_a_judge_that_tells_no_images_apart_changes_nothing(refreshed, tmp_path)
     out = run(refreshed, refresh=refresh, iterations=3)
     plain = run(
         refreshed, refresh=None, iterations=3, out=str(tmp_path / "plain")
-    )  # where the first reward chooses what is kept
+    )  # the first reward chooses the best checkpoint
     for row in rows(out / "refreshes.jsonl"):
-        assert row["kept"] == "old"
+        assert row["replaced"] is False
         assert row["pairs"] == row["held_out"] == 0
         assert row["reason"] == "no two images of a prompt to learn from have unequal scores"
     ours, theirs = (kill_and_resume.outcome(folder) for folder in (out, plain))
@@ -138,7 +138,7 @@ def test_a_model_that_is_no_better_does_not_replace_the_old_one(refreshed):
     [row] = rows(out / "refreshes.jsonl")
     assert row["before"] == 1.0
     assert row["after"] <= 1.0
-    assert row["kept"] == "old"
+    assert row["replaced"] is False
     assert row["reason"] == "the new model is no better on the held-out pairs"
     assert [row["refresh"] for row in rows(out / "metrics.jsonl")] == [0, 0, 0]
     assert not any("judge" in name for row in rows(out / "evaluations.jsonl") for name in row)
@@ -148,7 +148,7 @@ def test_images_that_the_judge_cannot_score_are_counted(refreshed):
     scorers = refreshed["scorers"] | {"blind": {"scorer": "smooth:Smooth", "limit": -1.0}}
     refresh = refreshed["refresh"] | {"by": "blind.red"}
     [row] = rows(run(refreshed, scorers=scorers, refresh=refresh, iterations=3) / "refreshes.jsonl")
-    assert (row["images"], row["failed"], row["kept"]) == (48, 48, "old")
+    assert (row["images"], row["failed"], row["replaced"]) == (48, 48, False)
 
 
 def test_a_run_that_is_interrupted_again_and_again_is_the_uninterrupted_one(refreshed, monkeypatch, tmp_path):
@@ -179,14 +179,14 @@ def test_a_run_that_is_interrupted_again_and_again_is_the_uninterrupted_one(refr
 
 @pytest.mark.slow
 def test_two_processes_refresh_as_one(refreshed, tmp_path):
-    """One of them draws, judges and fits; both go on with the model."""
+    """One of them draws, judges and fits; both use the model."""
     settings = refreshed | {"batch": 1, "decode_batch": 1, "micro_batch": 1}
     alone = run(settings, out=str(tmp_path / "alone"))
     _, ended, *_ = launch(tmp_path, 2, {}, {"two": (settings, False)}, MMALIGN_ALLOW="smooth")
     assert [job["two"][0] for job in ended] == ["done"] * 2
     one, two = (rows(out / "refreshes.jsonl") for out in (alone, tmp_path / "run"))
     for row, other in zip(one, two, strict=True):
-        same = ("iteration", "images", "pairs", "held_out", "fitted_to", "kept")
+        same = ("iteration", "images", "pairs", "held_out", "fitted_to", "replaced")
         assert [row[key] for key in same] == [other[key] for key in same]
         assert row["after"] == pytest.approx(other["after"], abs=0.1)
     after = [[row["refresh"] for row in rows(out / "metrics.jsonl")] for out in (alone, tmp_path / "run")]
@@ -281,7 +281,7 @@ def test_a_folder_that_does_not_say_how_it_was_fitted_is_refused(refreshed, drif
     (folder / "card.json").write_text(json.dumps(card))
     c = configs.build(refreshed | {"scorers": {"fitted": {"folder": str(folder)}}}, "test")
     with pytest.raises(BadInput, match=words):
-        refits.opened(c, {"smooth:Smooth": None}, print)
+        refits.opened(c, {"smooth:Smooth": Constant()}, print)
 
 
 # ------------------------------------------------------------------------------------------------------ what it changes

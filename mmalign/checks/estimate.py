@@ -115,8 +115,7 @@ def bounds(c: Config) -> list[str]:
     at_most = "an iteration: the most over all positions of the plan; the run: each plan where it will be"
     selects = ["transitions, replay_forwards: fewer where too few images have a score"] if c.select else []
     drawn = "the run: windows move with the prompts, which `draw` takes by rewards that are not known yet"
-    fits = ["refreshes: their fits are neither counted nor timed"] if c.refresh else []
-    return fewer + selects + fits + ([at_most] if moves else []) + ([drawn] if c.draw.learns and c.plan.uneven else [])
+    return fewer + selects + ([at_most] if moves else []) + ([drawn] if c.draw.learns and c.plan.uneven else [])
 
 
 def evaluations(c: Config, held_out: list[Prompt], guided: bool) -> dict[str, int]:
@@ -137,7 +136,7 @@ def evaluations(c: Config, held_out: list[Prompt], guided: bool) -> dict[str, in
 
 def refreshes(c: Config, guided: bool) -> dict[str, int]:
     """All refreshes of a reward: their images, each shown to one judge. The fits are not counted."""
-    times = sum(c.refresh.due(done, c.iterations) for done in range(c.iterations)) if c.refresh else 0
+    times = c.refresh.times(c.iterations) if c.refresh else 0
     images = times * c.refresh.prompts * c.refresh.seeds if times else 0
     return {
         "refreshes": times,

@@ -56,6 +56,10 @@ class Refresh:
         """Whether the reward is refreshed after `done` of the iterations."""
         return 0 < done < iterations and done % self.every == 0
 
+    def times(self, iterations: int) -> int:
+        """How often a run of so many iterations refreshes the reward."""
+        return (iterations - 1) // self.every
+
     def groups(self, prompts: Sequence[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]:
         """The training prompts that refreshes may learn from, and those that they hold out, the same during a run of
         this seed. Prompts of one meaning are in one group. ValueError where a group is smaller than a refresh needs."""

@@ -1,4 +1,4 @@
-"""Fit a reward model again as it was fitted, to the pairs of a run."""
+"""Fit a reward model again, by the method and settings of its first fit, to the pairs of a run."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence

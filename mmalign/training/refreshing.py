@@ -5,13 +5,13 @@
     OUT/refreshed/000050/model/    the model that was fitted, as of `mmalign reward fit`
 
 A refresh is a function of the config, the iteration, the averaged adapter and the refreshes before, so that a resumed
-run goes on with the same reward. One that was interrupted continues: no image is judged twice.
+run continues with the same reward. One that was interrupted continues: no image is judged twice.
 """
 
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,8 +36,8 @@ class Refreshed(BaseModel):
 
     `images` were judged, `failed` of them without a score; `pairs` of them have unequal scores and are learnt from,
     `held_out` are not. `fitted_to`: all pairs of the refit. `before`, `after`: how many of the held-out pairs the old
-    and the new model agree with, ties counted half, None without a refit; `p` of McNemar's test. `kept`: which of the
-    two goes on, with its `version`; `reason`, why the old one does.
+    and the new model agree with, ties counted half, None without a refit; `p` of McNemar's test. `replaced`: whether
+    the new one is used from here on; `version`: of the one that is; `reason`: why the old one stays.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -51,7 +51,7 @@ class Refreshed(BaseModel):
     before: float | None = None
     after: float | None = None
     p: float | None = None
-    kept: Literal["old", "new"] = "old"
+    replaced: bool = False
     version: str
     reason: str = ""
 
@@ -99,8 +99,8 @@ def _rows(out: Path) -> list[Refreshed]:
 
 
 def _install(run: Session, out: Path, rows: Sequence[Refreshed]) -> None:
-    """Go on with the last new model of these refreshes. BadInput where it is another one than its row says."""
-    row = next((row for row in reversed(rows) if row.kept == "new"), None)
+    """Use the last new model of these refreshes. BadInput where it is another one than its row says."""
+    row = next((row for row in reversed(rows) if row.replaced), None)
     if row is None:
         return
     folder, name = _folder(out, row.iteration) / MODEL, run.refit.name
@@ -184,7 +184,7 @@ def _reason(run: Session, to_learn: Sequence[Pair], to_compare: Sequence[Pair], 
 
 
 def _compared(old: RewardModel, new: RewardModel, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """How many of the pairs each model agrees with, and which is kept."""
+    """How many of the pairs each model agrees with, and whether the new one replaces the old one."""
     result = evaluate(pairs, {"old": old, "new": new})
     before, after = (result["rewards"][f"{name}.score"]["with_ties"]["mean"] for name in ("old", "new"))
     row = {"before": before, "after": after, "p": result["compared"]["old.score ~ new.score"]["p"]}
@@ -192,7 +192,7 @@ def _compared(old: RewardModel, new: RewardModel, pairs: Sequence[Pair]) -> dict
         return row | {"reason": "no score for an image of the held-out pairs"}
     if after <= before:
         return row | {"reason": "the new model is no better on the held-out pairs"}
-    return row | {"kept": "new", "version": new.card.version}
+    return row | {"replaced": True, "version": new.card.version}
 
 
 def _line(run: Session, row: Refreshed) -> str:
