@@ -90,12 +90,7 @@ class Training:
                 while True:
                     last = self.done == c.iterations or watch.ended
                     if watch.ended:  # before all iterations
-                        work.to_do |= {
-                            "iterations": 0,
-                            "checkpoints": 0,
-                            "refreshes": 0,
-                            "images": _images(run, self.done, last),
-                        }
+                        work.to_do |= dict.fromkeys(work.to_do, 0) | {"images": _images(run, self.done, last)}
                     if run.held_out and (last or _shown(c, self.done)) and self.done not in evaluated:
                         watch.evaluations.append(_evaluate(run, out, self.done, last, trackers, console))
                         work.did("images", _images(run, self.done, last))
@@ -208,7 +203,8 @@ def _besides(run: Session, done: int, evaluated: Collection[int]) -> dict[str, i
     saved = [i for i in states if i > done and _saved(c, i)]
     refreshed = [i for i in states if _refreshed(c, i)]
     images = sum(_images(run, i, i == c.iterations) for i in shown)
-    return {"images": images, "checkpoints": len(saved), "refreshes": len(refreshed)}
+    besides = {"images": images, "checkpoints": len(saved)}
+    return besides | ({"refreshes": len(refreshed)} if c.refresh else {})
 
 
 def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers, console: Console) -> dict:
