@@ -53,7 +53,7 @@ def check_new(folder: Path) -> None:
     """Make the folder. ValueError where a finished model, or anything but an unfinished one, is there already."""
     if (folder / CARD).exists():
         raise ValueError(f"{folder}: a fitted model is there already; choose another folder or remove it")
-    if folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if path.name not in OURS)):
+    if folder.is_dir() and (others := sorted({path.name for path in folder.iterdir()} - OURS - REMAINS)):
         raise ValueError(f"{folder}: {others[0]} is there, which is not a fitted model's; choose an empty folder")
     files.make_folder(folder)
 
@@ -62,6 +62,7 @@ OURS = {
     WEIGHTS, CONFIG, CURVES, PROMPTS, CHECKPOINT, "open_clip_config.json", "open_clip_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
 }  # fmt: skip
+REMAINS = {f".{name}.partial" for name in (*OURS, CARD)}  # of a write that was cut off
 
 
 def write(folder: Path, method: str, model: Model) -> None:
