@@ -25,7 +25,7 @@ from mmalign.rewards.judge import silent, stop_if_failing
 from mmalign.runs import alarms, checkpoint, folder
 from mmalign.runs.signals import Stop, Stopped, stopping
 from mmalign.train import Row, iterate
-from mmalign.training import finite, planning, saving, snapshots
+from mmalign.training import finite, planning, refreshing, saving, snapshots
 from mmalign.training.session import Session
 from mmalign.training.setup import NOTHING, Given, open_session
 from reward_models import Prompt, files
@@ -66,6 +66,7 @@ class Training:
             if ranks.main:
                 files.replace(out / "config.yaml", configs.dump(c).encode())
                 folder.rewind(out, self.done, say)
+                refreshing.rewind(out, self.done)
                 saving.prune(c, out, self.done)
             ranks.barrier("the run's folder")
             try:
@@ -89,13 +90,16 @@ class Training:
                 while True:
                     last = self.done == c.iterations or watch.ended
                     if watch.ended:  # before all iterations
-                        work.to_do |= {"iterations": 0, "checkpoints": 0, "images": _images(run, self.done, last)}
+                        work.to_do |= dict.fromkeys(work.to_do, 0) | {"images": _images(run, self.done, last)}
                     if run.held_out and (last or _shown(c, self.done)) and self.done not in evaluated:
                         watch.evaluations.append(_evaluate(run, out, self.done, last, trackers, console))
                         work.did("images", _images(run, self.done, last))
                         self.show_progress()
                     if last:
                         break
+                    if _refreshed(c, self.done):
+                        refreshing.refresh(run, out, self.done, console.print)
+                        work.did("refreshes")
                     with stop.finishing():
                         row = self._step(trackers, stop, watch, work)
                     yield row
@@ -109,7 +113,7 @@ class Training:
         run, out = self.run, self.out
         c, clock, ranks = run.config, run.clock, run.ranks
         show = partial(snapshots.write, run, out, self.done) if _shown(c, self.done + 1) else None
-        row = iterate(run, self.done, show)
+        row = iterate(run, self.done, show) | refreshing.since(run)
         self.done += 1
         shown = _shown(c, self.done)
         with clock.of("io"):
@@ -122,7 +126,7 @@ class Training:
         work.notes = f"reward {row['reward']:.3f}", f"{row['nfe_per_second']:.0f} NFE/s"
         work.did("iterations")
         stop.share(ranks.all_gather_object(stop.received, "signals"))
-        if stop.received or watch.ended or shown or self.done % c.checkpoint_every == 0:
+        if stop.received or watch.ended or _saved(c, self.done):
             with clock.of("io"):
                 saving.save(run, out, self.done)
             work.did("checkpoints")
@@ -168,6 +172,16 @@ def _shown(c: Config, done: int) -> bool:
     return done in (0, c.iterations) or (c.eval_every > 0 and done % c.eval_every == 0)
 
 
+def _refreshed(c: Config, done: int) -> bool:
+    """Whether the reward is refreshed after `done` iterations."""
+    return c.refresh is not None and c.refresh.due(done, c.iterations)
+
+
+def _saved(c: Config, done: int) -> bool:
+    """Whether the state after `done` iterations is saved: before it is evaluated, or used to refresh the reward."""
+    return _shown(c, done) or _refreshed(c, done) or done % c.checkpoint_every == 0
+
+
 def in_between(c: Config, held_out: int) -> int:
     """Evaluations between the first and the last use every n-th held-out prompt; returns n."""
     return max(1, held_out // c.eval_prompts) if c.eval_prompts else 1
@@ -181,12 +195,16 @@ def _images(run: Session, done: int, last: bool) -> int:
 
 
 def _besides(run: Session, done: int, evaluated: Collection[int]) -> dict[str, int]:
-    """What a run still takes besides iterations, after `done` of them: checkpoints, and images of evaluations."""
+    """What a run still takes besides iterations, after `done` of them: checkpoints, refreshes, and images of
+    evaluations."""
     c = run.config
     states = range(done, c.iterations + 1)
     shown = [i for i in states if _shown(c, i) and i not in evaluated]
-    saved = [i for i in states if i > done and (_shown(c, i) or i % c.checkpoint_every == 0)]
-    return {"images": sum(_images(run, i, i == c.iterations) for i in shown), "checkpoints": len(saved)}
+    saved = [i for i in states if i > done and _saved(c, i)]
+    refreshed = [i for i in states if _refreshed(c, i)]
+    images = sum(_images(run, i, i == c.iterations) for i in shown)
+    besides = {"images": images, "checkpoints": len(saved)}
+    return besides | ({"refreshes": len(refreshed)} if c.refresh else {})
 
 
 def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers, console: Console) -> dict:
@@ -210,7 +228,7 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
     _stop_if_failing(run, done, result, prompts)
     means = result.means()
     seconds = time.perf_counter() - start
-    row = {"iteration": done, "name": name, "images": len(result.images), "seconds": seconds}
+    row = {"iteration": done, "name": name, "images": len(result.images), "seconds": seconds} | refreshing.since(run)
     if c.best_by:
         shared = (result.member == 0) & (result.prompt % (stride if name else 1) == 0)
         row["compared"] = float(result.parts[c.best_by][shared].nanmean())

@@ -3,8 +3,8 @@
 Every random number comes from a seed derived from (run seed, iteration, prompt id, member, step), so results depend
 neither on batch sizes nor on the number of ranks nor on whether the run was interrupted.
 
-Left out on purpose: a replay buffer (each iteration learns from its own images) and reward models that are trained
-along.
+Left out on purpose: a replay buffer (each iteration learns from its own images) and reward models that are trained in
+the same iteration (`mmalign.training.refreshing` fits one again between two of them).
 """
 
 from collections.abc import Callable

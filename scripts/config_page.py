@@ -19,6 +19,7 @@ from mmalign.objectives.forward_process import ForwardProcess
 from mmalign.objectives.masks import MASKS
 from mmalign.objectives.objective import Lag
 from mmalign.rewards.combination import COMBINATIONS
+from mmalign.rewards.refresh import Refresh
 from mmalign.sampling.kernels import KERNELS
 from mmalign.sampling.plans import PLANS
 from mmalign.selection import SELECTIONS
@@ -43,6 +44,8 @@ with `--allow my_module`.
 
 def shown(value: object) -> str:
     """A default as a file has it."""
+    if value is dataclasses.MISSING:
+        return "needed"
     if dataclasses.is_dataclass(value):
         return getattr(value, "type", None) or shown(dataclasses.asdict(value))
     if isinstance(value, dict):
@@ -79,7 +82,7 @@ def page() -> str:
         lines += ["", f"## `{key}`", ""]
         lines += [f"- **`{kind.type}`**: {settings(kind)}" for kind in table]
         lines += common(table) if key == "objective" else []
-    for key, kind in (("advantage", Advantage), ("scouts", Scouts)):
+    for key, kind in (("advantage", Advantage), ("scouts", Scouts), ("refresh", Refresh)):
         lines += ["", f"## `{key}`", "", settings(kind)]
     return "\n".join([*lines, ""])
 

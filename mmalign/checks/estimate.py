@@ -62,6 +62,7 @@ def estimate(c: Config, gpus: int = 1) -> dict:
         "run": {name: sum(rank[name] for rank in totals) for name in COUNTS} | {"iterations": c.iterations},
         "run_ranks": totals,
         "evaluations": evaluations(c, held_out, policy.true_guidance),
+        "refreshes": refreshes(c, policy.true_guidance),
         "parameters": parts | {"adapter": sum(trained)},
         "memory": footprint.memory(c, policy, plans.values(), shares(c, gpus)[0], parts, sum(trained), len(prompts)),
         "disk": footprint.disk(c, len(held_out), policy.image_size, trained),
@@ -130,4 +131,16 @@ def evaluations(c: Config, held_out: list[Prompt], guided: bool) -> dict[str, in
         "decodes": images,
         "forwards": images * c.eval_steps * (2 if guided else 1),
         "rewards": images * scorers,
+    }
+
+
+def refreshes(c: Config, guided: bool) -> dict[str, int]:
+    """All refreshes of a reward: their images, each shown to one judge. The fits are not counted."""
+    times = c.refresh.times(c.iterations) if c.refresh else 0
+    images = times * c.refresh.prompts * c.refresh.seeds if times else 0
+    return {
+        "refreshes": times,
+        "decodes": images,
+        "forwards": images * c.eval_steps * (2 if guided else 1),
+        "rewards": images,
     }

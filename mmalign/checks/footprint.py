@@ -88,5 +88,6 @@ def disk(c: Config, held_out: int, size: tuple[int, int], trained: list[int]) ->
     shown = c.iterations // c.eval_every + bool(c.iterations % c.eval_every) if c.eval_every else 1
     between = (c.iterations - 1) // c.eval_every if c.eval_every else 0
     sheets = SHEET * (2 + between) + STRIP * between if held_out else 0
-    images = 3 * prod(size) * (2 * held_out * c.eval_seeds + sheets + snapshots.COUNT * shown)
+    judged = c.refresh.times(c.iterations) * c.refresh.prompts * c.refresh.seeds if c.refresh else 0
+    images = 3 * prod(size) * (2 * held_out * c.eval_seeds + sheets + judged + snapshots.COUNT * shown)
     return {"checkpoint": checkpoint, "checkpoints": saved, "images": images, "total": saved * checkpoint + images}

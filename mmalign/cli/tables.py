@@ -51,6 +51,7 @@ def _counts(estimate: Mapping[str, Any]) -> Table:
     if len(ranks) > 1:
         columns |= {"largest rank": ranks[0], "smallest": ranks[-1]}
     columns |= {"run": estimate["run"], "evaluations": estimate["evaluations"]}
+    columns |= {"refreshes": estimate["refreshes"]} if estimate["refreshes"]["refreshes"] else {}
     table = _table("", *columns)
     for name in iteration:
         counts = (f"{column[name]:,}" if name in column else "" for column in columns.values())

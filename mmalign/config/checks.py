@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from mmalign.config.methods import named
 from mmalign.config.secrets import secret_in
+from mmalign.rewards.refresh import REFITTED
 from mmalign.sampling.kernels import FlowSde
 from reward_models.combine import Ramp
 
@@ -18,7 +19,7 @@ SMALLEST, LARGEST = 1e-12, 1e6  # of the numbers of a config that are not 0
 OPTIONAL = ("credit", "loss", "advantage", "mask", "max_kl", "region", "records")  # an objective `uses` some of them
 SAMPLING = (
     "region", "combine", "at_least", "reference", "steps", "seeds", "plan", "kernel", "max_forwards", "max_rewards",
-    "cache", "rollout_parts", "draw", "scouts", "select",
+    "cache", "rollout_parts", "draw", "refresh", "scouts", "select",
 )  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def component(reward: str) -> tuple[str, str]:
 
 def check(c: BaseModel) -> None:
     """ValueError, in one line that names the setting, unless the settings of a `Config` go together."""
-    for suits in (_numbers, _secrets, _settings_act, _rewards, _schedule, _plan):
+    for suits in (_numbers, _secrets, _settings_act, _rewards, _refresh, _schedule, _plan):
         suits(c)
 
 
@@ -127,6 +128,35 @@ def _rewards(c: BaseModel) -> None:
         raise ValueError(f"region: {c.region!r} is not among the scorers of rewards: {', '.join(c.trained)}")
     if c.keep_best and component(c.keep_best)[0] not in (*c.trained, *c.watch):
         raise ValueError(f"keep_best: {c.keep_best!r} is not a component of the scorers of rewards or watch")
+
+
+def _refresh(c: BaseModel) -> None:
+    """The scorer must be one that can be fitted again, and nothing may rest on the scores of its first fit."""
+    if c.refresh is None:
+        return
+    name, judge = c.refresh.scorer, component(c.refresh.by)
+    settings = c.scorers.get(name, {})
+    changing = [reward for reward in (*c.rewards, *c.at_least) if component(reward)[0] == name]
+    if not changing:
+        raise ValueError(f"refresh: scorer: {name!r} is not among the scorers of rewards: {', '.join(c.trained)}")
+    if settings.get("scorer", name) != "fitted" or not isinstance(settings.get("folder"), str):
+        raise ValueError(f"refresh: scorer: {name!r} is not a scorer of type fitted with a folder of its model")
+    if not all(judge) or judge[0] == name:
+        raise ValueError(f"refresh: by: {c.refresh.by!r}: the component of another scorer, scorer.component, is needed")
+    if c.refresh.every >= c.iterations:
+        raise ValueError(f"refresh: every: {c.refresh.every} of {c.iterations} iterations: it would never act")
+    if settings.get("better"):
+        raise ValueError(f"refresh: {name} gives `better`, which needs a calibration, and a refit has none")
+    for reward in changing:
+        if component(reward)[1] not in REFITTED:
+            raise ValueError(f"refresh: {reward}: a refit has the components {', '.join(REFITTED)} alone")
+    resting = {"reference": c.reference, "keep_best": c.keep_best and component(c.keep_best)[0] == name}
+    resting["at_least"] = any(component(reward)[0] == name for reward in c.at_least)
+    for setting, rests in resting.items():
+        if rests:
+            raise ValueError(
+                f"{setting}: it is in the units of the first fit, and refresh changes those of {name}; remove it"
+            )
 
 
 def _schedule(c: BaseModel) -> None:

@@ -19,6 +19,7 @@ from mmalign.objectives import OBJECTIVES, Grpo
 from mmalign.objectives.advantage import Advantage
 from mmalign.objectives.masks import MASKS
 from mmalign.rewards.combination import COMBINATIONS, Sum
+from mmalign.rewards.refresh import Refresh
 from mmalign.sampling.kernels import KERNELS, FlowSde
 from mmalign.sampling.plans import PLANS, Branch
 from mmalign.selection import SELECTIONS
@@ -28,7 +29,12 @@ from reward_models.combine import Ramp
 
 RESUMABLE = ("out", "max_skips", "max_failed", "patience")  # where a run is and when it stops: its resumption may say
 TRAINING, TRAINING_MOST = "training", 64  # `held_out` that means training prompts, and how many of them at most
-LATER = ("draw", "scouts", "select")  # in a checkpoint only where they are not the default: older ones lack them
+LATER = (
+    "draw",
+    "refresh",
+    "scouts",
+    "select",
+)  # in a checkpoint only where they are not the default: older ones lack them
 
 
 class AtLeast(BaseModel):
@@ -81,6 +87,9 @@ class Config(BaseModel):
     watch: list[str] = Field([], description="scorers shown at evaluation beside the rewards, never trained on")
     scorers: dict[str, dict[str, Any]] = Field(
         {}, description="settings of scorers by name; with `scorer: NAME` among them the name is your own"
+    )
+    refresh: settings(Refresh, optional=True) = Field(
+        None, description="fit a reward of type `fitted` again during the run, to images that a judge has scored"
     )
     cache: str | None = Field(None, description="file of cached scores, shared between runs; created if missing")
     records: str | None = Field(
@@ -245,14 +254,23 @@ class Config(BaseModel):
         return tuple({component(name)[0]: None for name in (*self.rewards, *self.at_least)})
 
     @property
+    def judging(self) -> tuple[str, ...]:
+        """All scorers: those that are trained on, watched, or needed for a refresh alone."""
+        judge = () if self.refresh is None else (component(self.refresh.by)[0],)
+        return tuple(dict.fromkeys((*self.trained, *self.watch, *judge)))
+
+    @property
     def measures_kl(self) -> bool:
         """Whether a replayed row takes a forward of the model without adapter, too."""
         return self.objective.reference or self.max_kl is not None
 
     @property
     def best_by(self) -> str | None:
-        """The component whose held-out mean chooses the best checkpoint."""
-        return self.keep_best or next(iter(self.rewards), None)
+        """The component whose held-out mean chooses the best checkpoint: none that a refresh changes."""
+        changing = None if self.refresh is None else self.refresh.scorer
+        watched = [self.refresh.by] if self.refresh is not None and component(self.refresh.by)[0] in self.watch else []
+        steady = (name for name in (*self.rewards, *watched) if component(name)[0] != changing)
+        return self.keep_best or next(steady, None)
 
     @model_validator(mode="after")
     def _check(self):

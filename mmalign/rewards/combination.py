@@ -136,6 +136,7 @@ class Experts(Rule):
     refuses = MappingProxyType({
         "reference": "the scores are in the units of the experts' file",
         "at_least": "the weights are those of the experts' file, and a constraint would change them",
+        "refresh": "the experts' file is for the first fit of its scorers",
     })  # fmt: skip
 
     def check(self, weights: Mapping[str, tuple[float, float]]) -> None:

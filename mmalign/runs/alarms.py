@@ -61,9 +61,11 @@ def _outgrown(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> 
 
 
 def _hacking(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
-    """Only evaluations between start and end use the same prompts and seeds."""
-    between = [row for row in evaluations if row["name"] is None]
-    ends = [0, *(row["iteration"] for row in between)][-EVALUATIONS - 1 :]
+    """Only evaluations between start and end use the same prompts and seeds, and only those since the last refresh of a
+    reward have its scores."""
+    since = evaluations[-1].get("refresh", 0) if evaluations else 0
+    between = [row for row in evaluations if row["name"] is None and row.get("refresh", 0) == since]
+    ends = [since, *(row["iteration"] for row in between)][-EVALUATIONS - 1 :]
     watched = [name for name in (between[-1] if between else ()) if component(name)[0] in c.watch]
     for trained in c.rewards:
         training = [_mean(f"part/{trained}", metrics[start:end]) for start, end in pairwise(ends)]

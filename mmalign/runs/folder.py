@@ -17,8 +17,10 @@ from mmalign.errors import BadInput, Failed
 from mmalign.runs import checkpoint, jsonl
 from reward_models import allowlist as trust, files
 
-RECORDS = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl", "alarms.jsonl")
-OUTPUTS = (*RECORDS, "config.yaml", "images", "checkpoints", "report.html", "votes.jsonl")  # what a run's folder holds
+RECORDS = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl", "alarms.jsonl", "refreshes.jsonl")
+OUTPUTS = (  # what a run's folder holds
+    *RECORDS, "config.yaml", "images", "checkpoints", "refreshed", "report.html", "votes.jsonl",
+)  # fmt: skip
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 UNWRITABLE += (errno.EEXIST, errno.EISDIR, errno.ENOTDIR)  # a file instead of a folder, or the reverse
 

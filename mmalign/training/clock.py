@@ -11,7 +11,7 @@ from mmalign.activity import doing
 
 PHASES = {  # what a phase is shown as while it lasts
     "rollout": "sampling", "decode": "decoding", "reward": "scoring", "learn": "learning", "evaluate": "evaluating",
-    "io": "saving",
+    "io": "saving", "refresh": "refreshing the reward",
 }  # fmt: skip
 
 

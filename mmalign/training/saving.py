@@ -16,7 +16,7 @@ from mmalign.config.schema import LATER, RESUMABLE, Config
 from mmalign.errors import BadInput
 from mmalign.runs import checkpoint, folder, jsonl, machine, optimizer_state, state as states
 from mmalign.seeds import gaussian, seed_of
-from mmalign.training import planning
+from mmalign.training import planning, refreshing
 from mmalign.training.learner import optimizer_class
 from mmalign.training.session import Session
 from reward_models.weights import fingerprint
@@ -96,6 +96,7 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
         say(f"--resume: {out} has no checkpoint yet; starting from the beginning")
         return 0
     tensors, state = states.read(path)
+    refreshing.reopen(run, out, state.iteration)
     done = _check_identity(run, path, state)
     states.check_adapter(path, tensors, run.learner.ema, ("adapter", *_averages(run)))
     optimizer_state.check(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_class(run.config))

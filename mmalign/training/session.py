@@ -14,6 +14,7 @@ from mmalign.training.clock import Clock
 from mmalign.training.learner import Learner
 from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.training.planning import Cost
+from mmalign.training.refit import Refit
 from reward_models import Prompt
 
 
@@ -24,7 +25,8 @@ class Session:
     `config` is the one after the planner has fitted it to the budget; `prompts(iteration)` are those of an iteration,
     until they are learnt from; `times` the schedule of the rollout; `cost` an iteration's. `records` are the judged
     images to learn from instead of rollouts, if any. `origin` names by hash what the run is made of, which must not
-    change under it. `fits` bounds the rows of the config's `batch` and `decode_batch` by what memory allows.
+    change under it. `fits` bounds the rows of the config's `batch` and `decode_batch` by what memory allows. `refit`
+    fits a reward again, if the config has a `refresh`.
     """
 
     config: Config
@@ -40,6 +42,7 @@ class Session:
     clock: Clock
     fits: dict[str, AdaptiveBatch]
     ranks: Ranks
+    refit: Refit | None = None
 
     def fitted(self) -> dict[str, int]:
         """The rows at once of the batches that memory has made smaller, as a row for the metrics."""

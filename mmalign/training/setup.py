@@ -1,6 +1,7 @@
 """Load and check everything that a config names, before anything is written."""
 
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from mmalign.policy.protocol import (
 )
 from mmalign.rewards.rewards import Rewards
 from mmalign.seeds import seed_of
-from mmalign.training import planning
+from mmalign.training import planning, refit as refits
 from mmalign.training.clock import Clock
 from mmalign.training.finite import Skips
 from mmalign.training.learner import Learner, optimizer_class
@@ -60,7 +61,7 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     _check_ranks(c, ranks)
     prompts = _prompts(None if c.records else c.prompts, given.prompts)
     with refusing(), doing("loading model and scorers"):
-        scorers = load_scorers(c, [*c.trained, *c.watch], given.scorers)
+        scorers = load_scorers(c, c.judging, given.scorers)
         policy, weights = load_policy(c, str(ranks.accelerator.device), given.policy)
         known = reference.load(c, weights, scorers) if c.reference else None
         rule = c.combine.opened([*c.rewards], {name: scorer.card.version for name, scorer in scorers.items()})
@@ -69,19 +70,33 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
         c, times, cost = planning.settled(c, policy)
     batches = PromptBatches(records.prompts if records else prompts, c.prompts_per_iteration, c.seed, c.draw)
     batches(0)
+    refit = _refit(c, scorers, batches.all)
     held_out = _held_out(c, given.held_out, batches.all)
     fits = {name: AdaptiveBatch(getattr(c, name), ranks.sharded) for name in ("batch", "micro_batch", "decode_batch")}
     learner = _learner(c, policy, fits.pop("micro_batch"), ranks)
     if c.cache:  # last, because it creates the file
         with refusing():
             scorers = {name: Cached(scorer, c.cache) for name, scorer in scorers.items()}
-    rewards = Rewards(c, scorers, dict.fromkeys(c.at_least, 0.0), known, rule)
+    shown = {name: scorers[name] for name in dict.fromkeys([*c.trained, *c.watch])}
+    rewards = Rewards(c, shown, dict.fromkeys(c.at_least, 0.0), known, rule)
     origin = _origin(weights, scorers, batches.all, held_out, [] if records is None else records.records)
     origin |= rule.origin()
+    if refit is not None:
+        refit.judge = scorers[component(c.refresh.by)[0]]
+        origin |= {"refit": refit.origin()}
     return Session(
         config=c, policy=policy, prompts=batches, held_out=held_out, times=times, cost=cost, rewards=rewards,
-        learner=learner, records=records, origin=origin, clock=Clock(), fits=fits, ranks=ranks,
+        learner=learner, records=records, origin=origin, clock=Clock(), fits=fits, ranks=ranks, refit=refit,
     )  # fmt: skip
+
+
+def _refit(c: Config, scorers: Mapping[str, RewardModel], prompts: Sequence[Prompt]) -> refits.Refit | None:
+    """What a refresh needs, and whether there are prompts for it."""
+    if c.refresh is None:
+        return None
+    with refusing():
+        c.refresh.groups(prompts, c.seed)
+        return refits.opened(c, scorers, lambda line: print(f"mmalign: {line}", file=sys.stderr))
 
 
 def _prompts(source: str | None, given: Sequence[Prompt] | None) -> list[Prompt]:
@@ -145,7 +160,7 @@ def load_scorers(
 ) -> dict[str, RewardModel]:
     """The scorers of a config by name, loaded unless `given`. BadInput for settings of others, and for components that
     they do not have."""
-    unused = sorted(set(c.scorers) - {*c.trained, *c.watch})
+    unused = sorted(set(c.scorers) - {*c.judging})
     if unused:
         raise BadInput(f"scorers: settings for {unused[0]!r}, which is neither in rewards nor in watch")
     scorers = {
@@ -155,6 +170,7 @@ def load_scorers(
     floor = [c.advantage.floor] if c.advantage is not None and isinstance(c.advantage.floor, str) else []
     components = {"rewards": c.rewards, "at_least": c.at_least, "advantage.floor": floor}
     components["keep_best"] = filter(None, [c.keep_best])
+    components["refresh.by"] = [] if c.refresh is None else [c.refresh.by]
     for key, rewards in components.items():
         for reward in rewards:
             name, part = component(reward)
@@ -214,6 +230,8 @@ def _check_ranks(c: Config, ranks: Ranks) -> None:
         raise BadInput(f"prompts_per_iteration: {c.prompts_per_iteration} for {ranks.size} processes; each needs one")
     memory = {name: bool(getattr(c, name)) for name in ("compile", "quantize", "offload")}
     if ranks.sharded:
+        if c.refresh is not None:
+            raise BadInput("refresh: one process draws its images, which a sharded network (FSDP2) cannot; remove it")
         if c.prompts_per_iteration % ranks.size:
             raise BadInput(
                 f"prompts_per_iteration: {c.prompts_per_iteration} does not divide among {ranks.size} processes, which "

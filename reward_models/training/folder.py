@@ -83,7 +83,9 @@ def check_new(folder: Path) -> None:
     """Make the folder. ValueError where a finished model, or anything but an unfinished one, is there already."""
     if (folder / CARD).exists():
         raise ValueError(f"{folder}: a fitted model is there already; choose another folder or remove it")
-    if folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if not ours(path))):
+    if folder.is_dir() and (
+        others := sorted(path.name for path in folder.iterdir() if not (ours(path) or path.name in REMAINS))
+    ):
         raise ValueError(f"{folder}: {others[0]} is there, which is not a fitted model's; choose an empty folder")
     files.make_folder(folder)
 
@@ -92,6 +94,7 @@ OURS = {
     WEIGHTS, CONFIG, CURVES, PROMPTS, CHECKPOINT, "open_clip_config.json", "open_clip_model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
 }  # fmt: skip
+REMAINS = {f".{name}.partial" for name in (*OURS, CARD)}  # of a write that was cut off
 
 
 def ours(path: Path) -> bool:

@@ -12,7 +12,7 @@ from drawn_pairs import drawn_pairs
 from safetensors.torch import load_file
 from tiny_scorers import open_clip_folder
 
-from reward_models import load
+from reward_models import files, load
 from reward_models.files import parsed
 from reward_models.training import FITS, base as bases, data, evaluate, finetuning, fit, heads
 from reward_models.training.clip_head import ClipHead
@@ -239,6 +239,26 @@ def test_pairs_that_cannot_be_used_are_refused(pairs, fitted, tmp_path):
     (tmp_path / "numbers/0").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"0 is there, which is not a fitted model's"):
         fit(pairs, tmp_path / "numbers")
+
+
+def test_a_fit_that_is_cut_off_in_any_of_its_writes_can_be_repeated(pairs, tmp_path, monkeypatch):
+    whole = fit(pairs[:12], tmp_path / "whole", epochs=2)
+    writes = []
+
+    def cut_off(path, data):
+        path.write_bytes(data[: len(data) // 2])
+        if path.name not in writes:
+            writes.append(path.name)
+            raise KeyboardInterrupt
+        path.write_bytes(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "put", cut_off)
+        for _ in range(5):
+            with pytest.raises(KeyboardInterrupt):
+                fit(pairs[:12], tmp_path / "parts", epochs=2)
+    assert ".card.json.partial" in writes
+    assert fit(pairs[:12], tmp_path / "parts", epochs=2) == whole
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
