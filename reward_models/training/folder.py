@@ -56,7 +56,8 @@ class Workplace:
 class Opened(Protocol):
     """A trained model that scores. `members`: models whose mean is the score. `trained`: the hash of what was trained;
     `checkpoint`: of that and its base. `size`: how images are resized. `settings`: what else changes a score.
-    `outputs`: the O numbers of the loss for each member, image and component, those of a component together."""
+    `outputs`: the O numbers of the loss for each member, image and component, those of a component together, in a graph
+    that reaches the pixels if the images are `exact`, that is, not to be rounded to 8 bits."""
 
     members: int
     trained: str
@@ -66,7 +67,7 @@ class Opened(Protocol):
 
     def readers(self) -> list[Reader]: ...
 
-    def outputs(self, images: Images, texts: Sequence[str]) -> Float[Tensor, "E N O"]: ...
+    def outputs(self, images: Images, texts: Sequence[str], exact: bool = False) -> Float[Tensor, "E N O"]: ...
 
 
 def of_member(folder: Path, member: int, members: int) -> Path:
