@@ -35,6 +35,7 @@ SCORERS: dict[str, str] = {
     "unified": "reward_models.scorers.unified:Unified",
     "visual_erm": "reward_models.scorers.visual_erm:VisualErm",
     "shapes_critic": "reward_models.scorers.shapes_critic:ShapesCritic",
+    "shapes_classifier": "reward_models.scorers.shapes_classifier:ShapesClassifier",
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
     "fitted": "reward_models.scorers.fitted:Fitted",
     "likeness": "reward_models.scorers.likeness:Likeness",
@@ -46,7 +47,7 @@ SCORERS: dict[str, str] = {
 # with `in_graph`: `vlm_yes_no` if its model is in this process, `zoomed` of one of the others at a grid
 GRADIENTS = (
     "clip", "pickscore", "hpsv2", "aesthetic", "image_reward", "hpsv3", "vqa", "vlm_yes_no", "fitted", "natural",
-    "image_stats", "zoomed",
+    "image_stats", "shapes_classifier", "zoomed",
 )  # fmt: skip
 
 HOME = re.compile(r"~[\w.-]*(/|\Z)")
