@@ -53,11 +53,12 @@ CELL = 4  # px
 
 @dataclass(frozen=True)
 class Parts:
-    """What the network says of `N` images. `counts`: logits of 0 ... `MOST` objects of each of `KINDS`, and of others.
-    Of the objects of each kind: logits of their colour, or of `MIXED`; centre (x, y) and longer side in px."""
+    """What the network says of `N` images. `counts`: logits of 0 ... `MOST` objects of each of `KINDS`, and of others
+    (`SURPLUS`). Of the objects of each kind: logits of their colour, or of `MIXED`; centre (x, y) and longer side in
+    px."""
 
-    counts: Float[Tensor, "N K+1 C"]
-    colours: Float[Tensor, "N K 9"]
+    counts: Float[Tensor, "N R C"]
+    colours: Float[Tensor, "N K M"]
     centres: Float[Tensor, "N K 2"]
     extents: Float[Tensor, "N K"]
 
@@ -161,9 +162,10 @@ class ShapesClassifier:
         place = Path(folder) if folder else TRAINED
         with loading("shapes_classifier", str(place)):
             weights = read(place / WEIGHTS)
-            self.network = Network().to(device)
+            self.network = Network()
             self.network.load_state_dict({name: value.float() for name, value in weights.items()})
-            self.network.eval().requires_grad_(False)
+            # double: an unbounded logit must not depend on which images are scored together
+            self.network.to(device, torch.float64).eval().requires_grad_(False)
         self.device, self.batch = device, batch
         self.card = Card(
             "shapes_classifier",
@@ -186,7 +188,8 @@ class ShapesClassifier:
         wants = [prompt.wants if "tag" in prompt.wants else understood(prompt.text) for prompt in prompts]
         if not all(wants):
             raise ValueError("prompt has no ground truth: `shapes_classifier` needs captions of the embedded world")
-        parts = self.network(resized(images.to(self.device), (SIDE, SIDE), "squash", "bicubic"))
+        images = images.to(self.device, torch.float64)
+        parts = self.network(resized(images, (SIDE, SIDE), "squash", "bicubic"))
         logits = [together(parts_of(self.network, parts, row, asked)) for row, asked in enumerate(wants)]
         logit = torch.stack(logits) if logits else parts.extents.new_zeros(0)
-        return torch.stack([logit.sigmoid(), logit], 1)
+        return torch.stack([logit.sigmoid(), logit], 1).float()
