@@ -111,8 +111,8 @@ def linear_chain(
     weights: Mapping[str, Tensor], prefix: str = "layers.", between: type[nn.Module] = nn.Identity
 ) -> nn.Sequential:
     """A chain of linear layers, as in the heads of many reward models, with the sizes of the weights
-    (`{prefix}{number}.weight`), frozen. `between` is the activation, if any; dropout is omitted. RuntimeError if there
-    are no layers or their sizes do not match."""
+    (`{prefix}{number}.weight`), frozen. `between` is the activation, if any; dropout is omitted. RuntimeError for no
+    layers, or sizes that do not match."""
     numbers = sorted(
         int(name.removeprefix(prefix).removesuffix(".weight"))
         for name in weights

@@ -1,7 +1,7 @@
 """Train the classifier of the embedded world and write it, with its card, to assets/shapes_classifier.
 
     python scripts/build_shapes_classifier.py                      # about ten minutes of one core
-    python scripts/build_shapes_classifier.py --steps 50 --drawings 2000 --sampled 100 --out /tmp/try
+    python scripts/build_shapes_classifier.py --steps 50 --drawings 2000 --samples 100 --out /tmp/try
 
 It learns what the verifier sees (`shapes.find_blobs`) on drawings and on images of the embedded model, of training
 captions alone. The result depends only on the arguments and the torch build. All figures on the card are of captions
@@ -52,13 +52,13 @@ LEARNING_RATE = 2e-3
 # ------------------------------------------------------------------------------------------------------------- labels
 
 
-def labels_of(found: list[list[Blob]]) -> tuple[Tensor, Tensor, Tensor]:
+def labels_of(rows: list[list[Blob]]) -> tuple[Tensor, Tensor, Tensor]:
     """What the verifier sees in `N` images: counts [N, K+1]; the colour of each kind, -1 if it is absent, [N, K]; its
     centre and longer side if it is there once, else NaN, [N, K, 3]."""
-    counts = torch.zeros(len(found), len(KINDS) + 1, dtype=torch.long)
-    colours = torch.full((len(found), len(KINDS)), -1)
-    places = torch.full((len(found), len(KINDS), 3), torch.nan)
-    for n, blobs in enumerate(found):
+    counts = torch.zeros(len(rows), len(KINDS) + 1, dtype=torch.long)
+    colours = torch.full((len(rows), len(KINDS)), -1)
+    places = torch.full((len(rows), len(KINDS), 3), torch.nan)
+    for n, blobs in enumerate(rows):
         for blob in blobs:
             kind = KINDS.index(blob.name) if blob.name in KINDS else SURPLUS
             counts[n, kind] += 1
@@ -128,10 +128,10 @@ def sampled(prompts: list[Prompt], seeds: list[list[int]]) -> Tensor:
 def trained(drawings: Tensor, images: Tensor, steps: int, batch: int) -> Network:
     """Half of each batch is drawings, half is images of the model; some noise on a part of both."""
     everything = torch.cat([drawings, (images * 255).round().to(torch.uint8)])
-    found = []
+    blobs = []
     for start in range(0, len(everything), 256):
-        found += find_blobs(everything[start : start + 256].numpy().astype(np.float32) / 255)
-    counts, colours, places = labels_of(found)
+        blobs += find_blobs(everything[start : start + 256].numpy().astype(np.float32) / 255)
+    counts, colours, places = labels_of(blobs)
     torch.manual_seed(0)
     network = Network()
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -248,9 +248,9 @@ by `shapes`.
 
 def main(
     out: Annotated[Path, typer.Option(help="folder the model is written to")] = TRAINED,
-    drawings: Annotated[int, typer.Option(help="drawings to learn from")] = 24_000,
-    samples: Annotated[int, typer.Option(help="images of the embedded model to learn from")] = 6_000,
-    steps: Annotated[int, typer.Option(help="training steps")] = 1200,
+    drawings: Annotated[int, typer.Option(help="drawings to learn from")] = 20_000,
+    samples: Annotated[int, typer.Option(help="images of the embedded model to learn from")] = 3_600,
+    steps: Annotated[int, typer.Option(help="training steps")] = 1500,
     batch: Annotated[int, typer.Option(help="images per step")] = 96,
     repeats: Annotated[int, typer.Option(help="drawings of each held-out caption")] = 4,
 ) -> None:

@@ -122,12 +122,12 @@ def odds_of(logits: Float[Tensor, "... C"], right: Int[Tensor, "..."]) -> Float[
 def parts_of(network: Network, parts: Parts, row: int, wants: Mapping[str, Any]) -> Float[Tensor, "P"]:
     """The log-odds of each thing that is asked for of image `row`."""
     counts = torch.zeros(len(KINDS) + 1, dtype=torch.long, device=parts.counts.device)
-    asked: list[Tensor] = []
+    odds: list[Tensor] = []
     centre = lambda name: parts.centres[row, KINDS.index(name)]  # noqa: E731
     if wants["tag"] == "text":
         for letter in wants["text"]:
             counts[KINDS.index(letter)] += 1
-        asked += [
+        odds += [
             network.ordered(centre(one), centre(two))
             for one, two in zip(wants["text"], wants["text"][1:], strict=False)
         ]
@@ -137,14 +137,14 @@ def parts_of(network: Network, parts: Parts, row: int, wants: Mapping[str, Any])
             counts[kind] += item["count"]
             if "color" in item:
                 colour = torch.tensor([*COLOURS].index(item["color"]), device=counts.device)
-                asked.append(odds_of(parts.colours[row, kind], colour))
+                odds.append(odds_of(parts.colours[row, kind], colour))
             if "size" in item:
-                asked.append({"small": network.small, "large": network.large}[item["size"]](parts.extents[row, kind]))
+                odds.append({"small": network.small, "large": network.large}[item["size"]](parts.extents[row, kind]))
         if wants["tag"] == "position":
             one, two = (centre(item["class"]) for item in wants["include"])
-            asked.append(network.related(wants["include"][0]["position"][0], one, two))
+            odds.append(network.related(wants["include"][0]["position"][0], one, two))
     present = odds_of(parts.counts[row], counts.clamp(max=MOST))
-    return torch.cat([present, torch.stack(asked)]) if asked else present
+    return torch.cat([present, torch.stack(odds)]) if odds else present
 
 
 def together(odds: Float[Tensor, "... P"]) -> Float[Tensor, "..."]:
@@ -190,6 +190,6 @@ class ShapesClassifier:
             raise ValueError("prompt has no ground truth: `shapes_classifier` needs captions of the embedded world")
         images = images.to(self.device, torch.float64)
         parts = self.network(resized(images, (SIDE, SIDE), "squash", "bicubic"))
-        logits = [together(parts_of(self.network, parts, row, asked)) for row, asked in enumerate(wants)]
+        logits = [together(parts_of(self.network, parts, row, request)) for row, request in enumerate(wants)]
         logit = torch.stack(logits) if logits else parts.extents.new_zeros(0)
         return torch.stack([logit.sigmoid(), logit], 1).float()

@@ -19,7 +19,16 @@ from reward_models.scorers.shapes_classifier import (
     parts_of,
     together,
 )
-from reward_models.shapes_world import COLOURS, KINDS as ASKED, RELATIONS, caption, changed, draw, requests, understood
+from reward_models.shapes_world import (
+    COLOURS,
+    KINDS as CHANGES,
+    RELATIONS,
+    caption,
+    changed,
+    draw,
+    requests,
+    understood,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +41,13 @@ def drawings():
     """Of 120 captions, and for each that has one, a caption in which one thing is wrong."""
     rng = np.random.default_rng(11)
     wants = [requests()[i] for i in rng.integers(len(requests()), size=120)]
-    images = rounded(torch.from_numpy(np.stack([draw(asked, rng) for asked in wants])))
-    wrong = [changed(asked, ASKED[rng.integers(4)], rng) for asked in wants]
+    images = rounded(torch.from_numpy(np.stack([draw(request, rng) for request in wants])))
+    wrong = [changed(request, CHANGES[rng.integers(4)], rng) for request in wants]
     return images, wants, wrong
 
 
 def prompts(wants) -> list[Prompt]:
-    return [Prompt(caption(asked), asked) for asked in wants]
+    return [Prompt(caption(request), request) for request in wants]
 
 
 def test_the_odds_of_a_class_are_those_of_its_probability():
@@ -63,7 +72,7 @@ def test_the_log_odds_do_not_saturate(level):
     assert value.sigmoid().item() in (0, 1)  # as a probability it has
 
 
-def test_what_is_asked_for_is_what_is_scored():
+def test_each_part_of_a_caption_is_scored():
     """A network that sees two objects for certain."""
     network = Network()
     counts = torch.zeros(1, len(KINDS) + 1, MOST + 1)
@@ -107,7 +116,7 @@ def test_a_relation_is_the_verifiers(relation):
 
 def test_the_embedded_weights_tell_right_from_wrong(scorer, drawings):
     images, wants, wrong = drawings
-    some = [i for i, asked in enumerate(wrong) if asked is not None]
+    some = [i for i, request in enumerate(wrong) if request is not None]
     good = scorer(images, prompts(wants))
     bad = scorer(images[some], prompts(wrong[i] for i in some))
     assert not good.failures
@@ -118,7 +127,7 @@ def test_the_embedded_weights_tell_right_from_wrong(scorer, drawings):
 
 def test_a_caption_without_ground_truth_is_understood(scorer, drawings):
     images, wants, _ = drawings
-    texts = [Prompt(caption(asked)) for asked in wants[:8]]
+    texts = [Prompt(caption(request)) for request in wants[:8]]
     assert torch.equal(scorer(images[:8], texts).values, scorer(images[:8], prompts(wants[:8])).values)
     scores = scorer(images[:2], [texts[0], Prompt("a dog")])
     assert list(scores.failures) == [1]
