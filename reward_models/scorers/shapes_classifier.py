@@ -54,7 +54,7 @@ CELL = 4  # px
 @dataclass(frozen=True)
 class Parts:
     """What the network says of `N` images. `counts`: logits of 0 ... `MOST` objects of each of `KINDS`, and of others
-    (`SURPLUS`). Of the objects of each kind: logits of their colour, or of `MIXED`; centre (x, y) and longer side in
+    (`SURPLUS`). `colours`: of those of a kind, or of `MIXED`. `centres`, `extents`: their (x, y) and longer side in
     px."""
 
     counts: Float[Tensor, "N R C"]
