@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from reward_models.allowlist import import_allowed
+from reward_models.cache import Cached
 from reward_models.files import home
 from reward_models.functions import FunctionScorer, is_function, name_of
-from reward_models.types import RewardModel
+from reward_models.types import Differentiable, RewardModel
 
 SCORERS: dict[str, str] = {
     "shapes": "reward_models.scorers.shapes:Shapes",
@@ -34,6 +35,7 @@ SCORERS: dict[str, str] = {
     "unified": "reward_models.scorers.unified:Unified",
     "visual_erm": "reward_models.scorers.visual_erm:VisualErm",
     "shapes_critic": "reward_models.scorers.shapes_critic:ShapesCritic",
+    "shapes_classifier": "reward_models.scorers.shapes_classifier:ShapesClassifier",
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
     "fitted": "reward_models.scorers.fitted:Fitted",
     "likeness": "reward_models.scorers.likeness:Likeness",
@@ -41,6 +43,12 @@ SCORERS: dict[str, str] = {
     "voted": "reward_models.scorers.voted:Voted",
     "zoomed": "reward_models.scorers.zoomed:Zoomed",
 }
+
+# with `in_graph`: `vlm_yes_no` if its model is in this process, `zoomed` of one of the others at a grid
+GRADIENTS = (
+    "clip", "pickscore", "hpsv2", "aesthetic", "image_reward", "hpsv3", "vqa", "vlm_yes_no", "fitted", "natural",
+    "image_stats", "shapes_classifier", "zoomed",
+)  # fmt: skip
 
 HOME = re.compile(r"~[\w.-]*(/|\Z)")
 
@@ -79,6 +87,14 @@ def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardMode
             raise
         reason = " ".join(str(error).split())
         raise ValueError(f"scorer {name!r}: not with these {', '.join(settings)}: {reason[:300]}") from error
+
+
+def differentiable(scorer: RewardModel) -> Differentiable:
+    """The scorer, without its cache, if it has gradients. ValueError, in one line, if not."""
+    scorer = scorer.scorer if isinstance(scorer, Cached) else scorer
+    if not isinstance(scorer, Differentiable):
+        raise ValueError(f"{scorer.card.scorer} has no gradients here; those that have: {', '.join(GRADIENTS)}")
+    return scorer
 
 
 def given(scorer: Any, setting: str) -> RewardModel:

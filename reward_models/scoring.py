@@ -166,6 +166,14 @@ def _reason(error: BaseException) -> str:
     return text if isinstance(error, ValueError | RuntimeError) else f"{kind}: {text}"
 
 
+def check(images: Images, prompts: Sequence[Prompt]) -> None:
+    """ValueError for images that no scorer can score, or another number of prompts."""
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+    for i, reason in unfit(images.detach()).items():
+        raise ValueError(f"image {i}: {reason}")
+
+
 def unfit(images: Images) -> dict[int, str]:
     """The images that no scorer can score: index -> reason."""
     failures = {}

@@ -54,7 +54,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def pretrained(kind: type, source: str, **settings) -> nn.Module:
-    """A transformers model of `kind` from a folder or hub id, in eval mode. RuntimeError if the checkpoint
+    """A transformers model of `kind` from a folder or hub id, in eval mode and frozen. RuntimeError if the checkpoint
     lacks weights, which transformers would initialise at random with only a warning."""
     from transformers import AutoConfig
 
@@ -69,7 +69,7 @@ def pretrained(kind: type, source: str, **settings) -> nn.Module:
             source, output_loading_info=True, trust_remote_code=False, **revision, **settings
         )
     model_folders.complete(model, info)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager
@@ -111,8 +111,8 @@ def linear_chain(
     weights: Mapping[str, Tensor], prefix: str = "layers.", between: type[nn.Module] = nn.Identity
 ) -> nn.Sequential:
     """A chain of linear layers, as in the heads of many reward models, with the sizes of the weights
-    (`{prefix}{number}.weight`). `between` is the activation, if any; dropout is omitted. RuntimeError if there are no
-    layers or their sizes do not match."""
+    (`{prefix}{number}.weight`), frozen. `between` is the activation, if any; dropout is omitted. RuntimeError for no
+    layers, or sizes that do not match."""
     numbers = sorted(
         int(name.removeprefix(prefix).removesuffix(".weight"))
         for name in weights
@@ -128,4 +128,4 @@ def linear_chain(
         layer = nn.Linear(wide, high, bias=f"{prefix}{number}.bias" in weights)
         layer.load_state_dict({name: weights[f"{prefix}{number}.{name}"] for name, _ in layer.named_parameters()})
         chain.append(layer)
-    return chain.eval()
+    return chain.eval().requires_grad_(False)

@@ -27,7 +27,7 @@ from transformers import CLIPTokenizer
 
 from reward_models import files
 from reward_models.scorers.clip import Clip, clip
-from reward_models.scorers.shapes import judge, look
+from reward_models.scorers.shapes import find_blobs, judge
 from reward_models.shapes_world import (
     COLOURS,
     COUNTS,
@@ -196,7 +196,7 @@ def measure(scorer: Clip, held_out: list[Prompt], repeats: int) -> dict[str, tup
     pictures, right, wrong = [], [], []
     for prompt in held_out * repeats:
         picture = to_uint8(draw(prompt.wants, rng)).astype(np.float32) / 255
-        (blobs,) = look(picture[None])
+        (blobs,) = find_blobs(picture[None])
         while True:
             other = held_out[rng.integers(len(held_out))].wants
             if not judge(Prompt(caption(other), other), blobs).strict:

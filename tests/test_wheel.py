@@ -79,14 +79,14 @@ def below(source: Path, folder: str) -> set[str]:
 
 def test_the_wheel_holds_the_packages_and_what_commands_name(source, wheel):
     assets, configs = below(source, "assets"), below(source, "configs")
-    clip = {name for name in assets if name.startswith("assets/tiny_clip/")}
+    models = {name for name in assets if name.startswith(("assets/tiny_clip/", "assets/shapes_classifier/"))}
     figures = {name for name in assets if name.startswith("assets/figures/")}  # of the README
     expected = below(source, "mmalign") | below(source, "reward_models")
-    expected |= {f"mmalign/{name}" for name in (assets - clip - figures) | configs}
-    expected |= {f"reward_models/{name}" for name in clip}
+    expected |= {f"mmalign/{name}" for name in (assets - models - figures) | configs}
+    expected |= {f"reward_models/{name}" for name in models}
     assert {name for name in names(wheel) if ".dist-info/" not in name} == expected
     assert figures
-    assert clip
+    assert models
     assert 14e6 < wheel.stat().st_size < 17e6
 
 

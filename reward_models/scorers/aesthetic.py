@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from reward_models import processors
 from reward_models.images import to_uint8
 from reward_models.model_folders import loading, pinned
-from reward_models.scoring import each
+from reward_models.scoring import check, each
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import check_on_grey_image, fingerprint, linear_chain, located, named, pretrained, read
 
@@ -68,6 +69,14 @@ class Aesthetic:
 
     @torch.no_grad()
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
-        pixels = self.image_processor(images=list(to_uint8(images)), return_tensors="pt").pixel_values
+        return self._scores(
+            self.image_processor(images=list(to_uint8(images)), return_tensors="pt").pixel_values, prompts
+        )
+
+    def in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        check(images, prompts)
+        return self._scores(processors.pixels(self.image_processor, images), prompts)
+
+    def _scores(self, pixels: Float[Tensor, "N 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         embedding = self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output
         return self.head(F.normalize(embedding, dim=-1))

@@ -24,7 +24,7 @@ from reward_models import files, limits, model_folders, shipped
 from reward_models.images import resized
 from reward_models.lengths import Reader
 from reward_models.model_folders import loading
-from reward_models.scoring import each
+from reward_models.scoring import check, each
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import check_on_grey_image, fingerprint, named
 
@@ -135,6 +135,7 @@ class Clip:
         return self.in_graph(images, prompts)
 
     def in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        check(images, prompts)
         row = {text: i for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
         text = self.model.encode_text(self.tokenizer(list(row)).to(self.device), normalize=True)
         image = self.model.encode_image(self.prepared(images), normalize=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from reward_models.lengths import Reader
 from reward_models.limits import LAYERS
 from reward_models.model_folders import loading
-from reward_models.scoring import each
+from reward_models.scoring import check, each
 from reward_models.training import FITS, calibration as calibrations, folder as folders
 from reward_models.training.base import SOURCE
 from reward_models.training.losses import LOSSES
@@ -102,7 +102,14 @@ class Fitted:
 
     @torch.no_grad()
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
-        outputs = self.model.outputs(images, [prompt.text for prompt in prompts])
+        return self._scores(images, prompts, exact=False)
+
+    def in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        check(images, prompts)
+        return self._scores(images, prompts, exact=True)
+
+    def _scores(self, images: Images, prompts: Sequence[Prompt], exact: bool) -> Float[Tensor, "N K"]:
+        outputs = self.model.outputs(images, [prompt.text for prompt in prompts], exact)
         outputs = outputs.unflatten(2, (len(self.components), self.loss.outputs))
         columns = [outputs[..., 0].mean(0)]
         if self.sigma:

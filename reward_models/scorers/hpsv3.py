@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from reward_models import files, limits
 from reward_models.model_folders import loading, pinned
-from reward_models.scoring import each
+from reward_models.scoring import check, each
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.vlm import transformers_model as vlm
 from reward_models.weights import fingerprint, linear_chain, located, named, quiet, read
@@ -80,7 +80,7 @@ def reward_model(weights: dict[str, Tensor], base: str, dtype: torch.dtype) -> t
     for kind in ("missing_keys", "unexpected_keys"):
         if keys := info[kind]:
             raise RuntimeError(f"{kind.replace('_', ' ')}: {len(keys)}, e.g. {sorted(keys)[0]}")
-    return model.eval(), head
+    return model.eval().requires_grad_(False), head
 
 
 class Hpsv3:
@@ -132,8 +132,16 @@ class Hpsv3:
 
     @torch.no_grad()
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        return self._scores(images, prompts, exact=False)
+
+    def in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        check(images, prompts)
+        return self._scores(images, prompts, exact=True)
+
+    def _scores(self, images: Images, prompts: Sequence[Prompt], exact: bool) -> Float[Tensor, "N K"]:
         texts = [self.instruction.replace("{prompt}", p.text.replace(TOKEN, "")) for p in prompts]
-        inputs = vlm.inputs_of(self.processor, vlm.image_questions(images, texts), self.device, answering=False)
+        questions = vlm.image_questions(images, texts)
+        inputs = vlm.inputs_of(self.processor, questions, self.device, answering=False, exact=exact)
         ids = positions(inputs.attention_mask)
         hidden = self.model.model(**inputs, position_ids=ids).last_hidden_state
         return self.head(hidden[inputs.input_ids == self.token].float())[:, :1]

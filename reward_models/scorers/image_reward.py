@@ -21,7 +21,7 @@ from reward_models import files
 from reward_models.images import resized
 from reward_models.lengths import Reader, reader
 from reward_models.model_folders import loading, pinned
-from reward_models.scoring import each
+from reward_models.scoring import check, each
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import check_on_grey_image, fingerprint, linear_chain, located, named, read
 
@@ -81,7 +81,7 @@ def image_encoder(weights: Mapping[str, Tensor], heads: int | None = None) -> nn
         )
     )
     model.load_state_dict(renamed(weights))
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def text_encoder(weights: Mapping[str, Tensor], config: Mapping, wide: int) -> nn.Module:
@@ -105,7 +105,7 @@ def text_encoder(weights: Mapping[str, Tensor], config: Mapping, wide: int) -> n
         add_pooling_layer=False,
     )
     model.load_state_dict(weights)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 class ImageReward:
@@ -155,6 +155,10 @@ class ImageReward:
 
     @torch.no_grad()
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        return self.in_graph(images, prompts)
+
+    def in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        check(images, prompts)
         pixels = resized(images.to(self.device), (self.side, self.side), "shortest", "bicubic")
         mean, std = (torch.tensor(numbers, device=self.device)[:, None, None] for numbers in (MEAN, STD))
         features = self.vision(pixel_values=(pixels - mean) / std).last_hidden_state

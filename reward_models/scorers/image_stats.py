@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from reward_models.scoring import each
+from reward_models.scoring import check, each
 from reward_models.types import Card, Images, Prompt, Scores
 
 LUMA = (0.299, 0.587, 0.114)
@@ -40,7 +40,12 @@ class ImageStats:
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._score_batch)
 
+    @torch.no_grad()
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        return self.in_graph(images, prompts)
+
+    def in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        check(images, prompts)
         luma = (images * torch.tensor(LUMA, device=images.device)[:, None, None]).sum(1, keepdim=True)
         high, low = images.amax(1), images.amin(1)
         laplace = torch.tensor(LAPLACE, device=images.device)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from reward_models import files, limits
 from reward_models.model_folders import loading
 from reward_models.scorers.clip import Clip, clip
-from reward_models.scoring import each
+from reward_models.scoring import check, each
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import check_on_grey_image, fingerprint, linear_chain, named, read
 
@@ -32,7 +32,6 @@ KIND = "natural"
 BETWEEN = nn.GELU
 
 
-@torch.no_grad()
 def features(base: Clip, images: Images) -> Float[Tensor, "N F"]:
     """The image embedding, and the mean and deviation over places of the output of each layer: textures and noise show
     in early layers, which the embedding has learnt to ignore."""
@@ -79,6 +78,10 @@ class Natural:
 
     @torch.no_grad()
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N 1"]:
+        return self.in_graph(images, prompts)
+
+    def in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N 1"]:
+        check(images, prompts)
         return self.head((features(self.base, images) - self.mean) / self.std).sigmoid()
 
 

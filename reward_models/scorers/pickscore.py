@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reward_models import processors
 from reward_models.images import to_uint8
 from reward_models.lengths import Reader, reader
 from reward_models.model_folders import loading, pinned
-from reward_models.scoring import each
+from reward_models.scoring import check, each
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import check_on_grey_image, fingerprint, named, pretrained
 
@@ -64,11 +65,19 @@ class PickScore:
 
     @torch.no_grad()
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        return self._scores(
+            self.image_processor(images=list(to_uint8(images)), return_tensors="pt").pixel_values, prompts
+        )
+
+    def in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        check(images, prompts)
+        return self._scores(processors.pixels(self.image_processor, images), prompts)
+
+    def _scores(self, pixels: Float[Tensor, "N 3 h w"], prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
         row = {text: i for i, text in enumerate(dict.fromkeys(p.text for p in prompts))}
         tokens = self.tokenizer(list(row), padding=True, truncation=True, max_length=self.length, return_tensors="pt")
         text = self.model.get_text_features(
             input_ids=tokens.input_ids.to(self.device), attention_mask=tokens.attention_mask.to(self.device)
         ).pooler_output[[row[p.text] for p in prompts]]
-        pixels = self.image_processor(images=list(to_uint8(images)), return_tensors="pt").pixel_values
         image = self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output
         return self.model.logit_scale.exp() * torch.cosine_similarity(image, text)[:, None]

@@ -3,7 +3,8 @@
 One component per question, log p(yes) - log p(no) of the answer's first word, unbounded, higher is better. Log-odds
 still distinguish two images when the probability is close to 0 or 1. Scores of one question are comparable between
 images, and roughly between prompts. On a server both words must be among the listed top words, or the score is missing.
-`vqa` gives the same as a probability. Licence: the model's own.
+A model in this process has gradients (`in_graph`), a server has none. `vqa` gives the same as a probability. Licence:
+the model's own.
 """
 
 import math
@@ -11,10 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from reward_models.scoring import each
+from reward_models.scoring import check, each
 from reward_models.types import Images, Prompt, Scores
 from reward_models.vlm import ask, templates, transformers_model as vlm
+from reward_models.vlm.types import Question
 
 QUESTIONS = {
     "content": "Does this picture show what the request asks for, all of it and nothing that contradicts it?",
@@ -50,6 +54,7 @@ class VlmYesNo:
         self.judge = ask.judge("vlm_yes_no", model, url, asking)
         if isinstance(self.judge, ask.Local):
             vlm.first_tokens(self.judge.processor.tokenizer, *self.answers)
+            self.in_graph = self._in_graph  # a server has no gradients
         settings = {"questions": dict(questions), "answers": list(answers), "words": WORDS}
         self.card = ask.card("vlm_yes_no", self.judge, -math.inf, math.inf, settings)
 
@@ -57,11 +62,7 @@ class VlmYesNo:
         return each(images, prompts, self.names, self._score_batch, batch=max(1, len(images)))
 
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        questions = [
-            template.fill(image=image, prompt=templates.quoted(prompt.text))
-            for image, prompt in zip(images, prompts, strict=True)
-            for template in self.templates
-        ]
+        questions = self._questions(images, prompts)
         values, failures = torch.full((len(images), len(self.names)), torch.nan), {}
         for number, odds in enumerate(self.judge.odds(questions, self.answers)):
             i, k = divmod(number, len(self.names))
@@ -70,3 +71,16 @@ class VlmYesNo:
             else:
                 values[i, k] = odds
         return Scores(self.names, values, failures=failures)
+
+    def _in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        check(images, prompts)
+        odds = self.judge.odds_in_graph(self._questions(images, prompts), self.answers)
+        return odds.unflatten(0, (len(images), len(self.names)))
+
+    def _questions(self, images: Images, prompts: Sequence[Prompt]) -> list[Question]:
+        """The questions about each image, one after another."""
+        return [
+            template.fill(image=image, prompt=templates.quoted(prompt.text))
+            for image, prompt in zip(images, prompts, strict=True)
+            for template in self.templates
+        ]

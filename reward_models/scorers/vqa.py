@@ -9,10 +9,11 @@ scores.
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_models.scoring import each
+from reward_models.scoring import check, each
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.vlm import transformers_model as vlm
 from reward_models.weights import fingerprint, named
@@ -59,7 +60,15 @@ class Vqa:
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._score_batch, self.batch)
 
+    @torch.no_grad()
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        return self._scores(images, prompts, exact=False)
+
+    def in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        check(images, prompts)
+        return self._scores(images, prompts, exact=True)
+
+    def _scores(self, images: Images, prompts: Sequence[Prompt], exact: bool) -> Float[Tensor, "N K"]:
         questions = [self.question.replace("{prompt}", prompt.text) for prompt in prompts]
-        inputs = vlm.inputs_of(self.processor, vlm.image_questions(images, questions), self.device)
+        inputs = vlm.inputs_of(self.processor, vlm.image_questions(images, questions), self.device, exact=exact)
         return vlm.log_odds(self.model, inputs, self.yes, self.no).sigmoid()[:, None]

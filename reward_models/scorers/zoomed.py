@@ -20,12 +20,14 @@ from math import ceil, floor, isfinite, isnan
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from reward_models.images import resized
 from reward_models.regions import Region
 from reward_models.registry import given
-from reward_models.scoring import each, score_isolated
-from reward_models.types import Images, ImageScores, Prompt, RewardModel, Scores
+from reward_models.scoring import check, each, score_isolated
+from reward_models.types import Differentiable, Images, ImageScores, Prompt, RewardModel, Scores
 
 MOST = 32  # regions of an image
 AT_ONCE = 64  # crops scored in one call
@@ -108,6 +110,8 @@ class Zoomed:
             raise ValueError(f"zoomed: {card.scorer} has no bounds; give span, the scores that mean -1 and 1")
         self.at, self.cells, self.value, self.margin, self.least, self.grid = at, cells, value, margin, least, grid
         self.names = self.scorer.names
+        if at == "grid" and isinstance(self.scorer, Differentiable):
+            self.in_graph = self._in_graph
         placed = at if self.placing is None else self.placing.card.version
         self.card = replace(
             card,
@@ -144,6 +148,13 @@ class Zoomed:
             )
             results.append(replace(row, critique=critique, request=request, reply=reply))
         return Scores.collect(self.names, results, size, self.grid)
+
+    def _in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        check(images, prompts)
+        boxes = [part.box for part in cells(self.cells, tuple(images.shape[2:]))]
+        views = [images, *(torch.cat([self._crop(image[None], box) for image in images]) for box in boxes)]
+        scores = torch.stack([self.scorer.in_graph(view, prompts) for view in views])
+        return scores.amin(0) if self.value == "min" else scores.mean(0)
 
     def _combined(
         self, whole: list[float], parts: Sequence[tuple[Part, list[float], str]], failure: str

@@ -81,12 +81,20 @@ class Calibration(BaseModel):
         return None if self.reference is None else len(self.reference.overall[0])
 
     def probabilities(self, log_odds: Column) -> Column:
+        """The monotone map of log-odds, in double precision."""
+        return self.mapped(torch.from_numpy(np.asarray(log_odds, np.float64))).numpy()
+
+    def mapped(self, log_odds: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
         """The monotone map: linear between the knots, and beyond them as steep as the temperature says."""
-        knots, values = np.array(self.log_odds), np.array(self.probability)
-        inside = np.interp(log_odds, knots, values)
-        beyond = log_odds - np.clip(log_odds, knots[0], knots[-1])
-        odds = np.log(inside / (1 - inside)) + beyond / self.temperature
-        return np.where(beyond == 0, inside, 1 / (1 + np.exp(-odds)))
+        knots, values = (torch.tensor(row, dtype=log_odds.dtype) for row in (self.log_odds, self.probability))
+        within = log_odds.clamp(knots[0], knots[-1])
+        # of a single knot, both ends are the same
+        high = torch.searchsorted(knots, within.detach().contiguous()).clamp(min(1, len(knots) - 1), len(knots) - 1)
+        low = (high - 1).clamp(min=0)
+        share = (within - knots[low]) / (knots[high] - knots[low]).where(high > low, torch.ones(()).to(knots))
+        inside = values[low].lerp(values[high], share)
+        beyond = log_odds - within
+        return torch.where(beyond == 0, inside, (torch.logit(inside) + beyond / self.temperature).sigmoid())
 
     def better(self, outputs: Float[Tensor, "N O"], prompts: Sequence[Prompt], log_odds: LogOdds) -> Float[Tensor, "N"]:
         """For each image the probability that it is preferred to an image of the base model for its prompt; where the
@@ -97,8 +105,8 @@ class Calibration(BaseModel):
             rows = [i for i, other in enumerate(names) if other == name]
             base = torch.tensor(self.reference.by_prompt.get(name, self.reference.overall), dtype=torch.float64)
             one = outputs[rows].repeat_interleave(len(base), 0)
-            odds = log_odds(one, base.repeat(len(rows), 1)).numpy()
-            result[rows] = torch.from_numpy(self.probabilities(odds)).view(len(rows), -1).mean(1)
+            odds = log_odds(one, base.repeat(len(rows), 1))
+            result[rows] = self.mapped(odds).view(len(rows), -1).mean(1)
         return result.float()
 
 

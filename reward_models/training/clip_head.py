@@ -60,8 +60,7 @@ class OnClip:
     def readers(self) -> list[Reader]:
         return self.clip.readers()
 
-    @torch.no_grad()
-    def outputs(self, images: Images, texts: Sequence[str]) -> Float[Tensor, "E N O"]:
+    def outputs(self, images: Images, texts: Sequence[str], exact: bool = False) -> Float[Tensor, "E N O"]:
         rows = bases.encode_distinct(self.clip, texts)
         features = bases.features(self.clip.model.encode_image(self.clip.prepared(images), normalize=True), rows)
         return torch.stack([head(features) for head in self.heads])

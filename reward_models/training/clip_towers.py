@@ -122,8 +122,7 @@ class Cosines:
     def readers(self) -> list[Reader]:
         return self.models[0].readers()
 
-    @torch.no_grad()
-    def outputs(self, images: Images, texts: Sequence[str]) -> Float[Tensor, "E N O"]:
+    def outputs(self, images: Images, texts: Sequence[str], exact: bool = False) -> Float[Tensor, "E N O"]:
         members = []
         for member, aspects in zip(self.models, self.aspects, strict=True):
             image = member.model.encode_image(member.prepared(images), normalize=True)

@@ -56,7 +56,8 @@ class Workplace:
 class Opened(Protocol):
     """A trained model that scores. `members`: models whose mean is the score. `trained`: the hash of what was trained;
     `checkpoint`: of that and its base. `size`: how images are resized. `settings`: what else changes a score.
-    `outputs`: the O numbers of the loss for each member, image and component, those of a component together."""
+    `outputs`: the O numbers of the loss for each member, image and component, those of a component together, in a graph
+    that reaches the pixels if the images are `exact`, that is, not to be rounded to 8 bits."""
 
     members: int
     trained: str
@@ -66,7 +67,7 @@ class Opened(Protocol):
 
     def readers(self) -> list[Reader]: ...
 
-    def outputs(self, images: Images, texts: Sequence[str]) -> Float[Tensor, "E N O"]: ...
+    def outputs(self, images: Images, texts: Sequence[str], exact: bool = False) -> Float[Tensor, "E N O"]: ...
 
 
 def of_member(folder: Path, member: int, members: int) -> Path:
@@ -83,9 +84,7 @@ def check_new(folder: Path) -> None:
     """Make the folder. ValueError where a finished model, or anything but an unfinished one, is there already."""
     if (folder / CARD).exists():
         raise ValueError(f"{folder}: a fitted model is there already; choose another folder or remove it")
-    if folder.is_dir() and (
-        others := sorted(path.name for path in folder.iterdir() if not (ours(path) or path.name in REMAINS))
-    ):
+    if folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if not ours(path))):
         raise ValueError(f"{folder}: {others[0]} is there, which is not a fitted model's; choose an empty folder")
     files.make_folder(folder)
 
@@ -99,7 +98,7 @@ REMAINS = {f".{name}.partial" for name in (*OURS, CARD)}  # of a write that was 
 
 def ours(path: Path) -> bool:
     """Whether an unfinished model has such a file, or beside its checkpoint a folder of a member."""
-    return path.name in OURS or (path.name.isdecimal() and (path.parent / CHECKPOINT).exists())
+    return path.name in OURS | REMAINS or (path.name.isdecimal() and (path.parent / CHECKPOINT).exists())
 
 
 def write(folder: Path, method: str, model: Model) -> None:

@@ -46,6 +46,15 @@ def attach(model: nn.Module, layers: Sequence[str], rank: int, alpha: float) -> 
     return matrices
 
 
+def use(model: nn.Module, matrices: Mapping[str, Tensor]) -> None:
+    """Let the adapter have these frozen matrices, named as `attach` does. They replace those before, which a graph may
+    still need."""
+    for name, value in matrices.items():
+        layer, _, letter = name.rpartition(".")
+        matrix = getattr(model.get_submodule(layer), f"lora_{letter}")[ADAPTER]
+        matrix.weight = nn.Parameter(value, requires_grad=False)
+
+
 @torch.no_grad()
 def begin(matrices: Mapping[str, Tensor], generator: torch.Generator) -> None:
     """Random A and zero B, which change no output."""

@@ -123,11 +123,11 @@ class Judges:
             raise ValueError(f"{folders.WEIGHTS}: no adapter of a rank from 1 to {lora.MOST} in it")
         shapes = heads.shapes_of(HEAD, base.width, hidden, outputs)
         hashes = [fingerprint(of_member) for of_member in weights]
-        self.matrices = lora.attach(base.model, layers, len(matrix), float(len(matrix)))
-        shapes |= {ADAPTER + name: tuple(value.shape) for name, value in self.matrices.items()}
+        matrices = lora.attach(base.model, layers, len(matrix), float(len(matrix)))
+        shapes |= {ADAPTER + name: tuple(value.shape) for name, value in matrices.items()}
         for of_member in weights:
             heads.check(of_member, shapes)
-        self.base, self.weights, self.members = base, weights, len(weights)
+        self.base, self.weights, self.members, self.names = base, weights, len(weights), [*matrices]
         self.heads = [heads.chain_of(of_member, HEAD).to(base.device) for of_member in weights]
         self.trained, self.size, self.settings = folders.joined(hashes), base.size, base.settings
         self.checkpoint = folders.joined([base.checkpoint, self.trained])
@@ -136,19 +136,17 @@ class Judges:
     def readers(self) -> list[Reader]:
         return []
 
-    @torch.no_grad()
-    def outputs(self, images: Images, texts: Sequence[str]) -> Float[Tensor, "E N O"]:
+    def outputs(self, images: Images, texts: Sequence[str], exact: bool = False) -> Float[Tensor, "E N O"]:
         members = []
         for member, head in enumerate(self.heads):
             if self.members > 1:
                 self._use(member)
-            members.append(head(self.base.features([*images], texts)))
+            members.append(head(self.base.features([*images], texts, exact)))
         return torch.stack(members)
 
-    @torch.no_grad()
     def _use(self, member: int) -> None:
-        for name, matrix in self.matrices.items():
-            matrix.copy_(self.weights[member][ADAPTER + name])
+        weights = self.weights[member]
+        lora.use(self.base.model, {name: weights[ADAPTER + name].to(self.base.device) for name in self.names})
 
 
 def _write(folder: Path, weights: Mapping[str, Tensor], strength: float) -> None:

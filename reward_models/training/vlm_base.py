@@ -53,10 +53,14 @@ class Base:
         self.settings = asdict(reading)
         self.width = int(self.model.config.get_text_config().hidden_size)
 
-    def features(self, pictures: Sequence[Float[Tensor, "3 _ _"]], texts: Sequence[str]) -> Float[Tensor, "N F"]:
-        """The pooled hidden states, float32. What pads a shorter row changes nothing."""
+    def features(
+        self, pictures: Sequence[Float[Tensor, "3 _ _"]], texts: Sequence[str], exact: bool = False
+    ) -> Float[Tensor, "N F"]:
+        """The pooled hidden states, float32. What pads a shorter row changes nothing. `exact`: the pictures stay in
+        their graph and are not rounded."""
         questions = [self.reading.instruction.replace("{prompt}", text) for text in texts]
-        inputs = vlm.inputs_of(self.processor, [*zip(pictures, questions, strict=True)], self.device)
+        pairs = [*zip(pictures, questions, strict=True)]
+        inputs = vlm.inputs_of(self.processor, pairs, self.device, exact=exact)
         hidden = self.model.base_model(**inputs).last_hidden_state.float()
         if self.reading.pool == "last":
             return hidden[:, -1]  # rows are padded on the left

@@ -61,9 +61,8 @@ class OnVlm:
     def readers(self) -> list[Reader]:
         return []
 
-    @torch.no_grad()
-    def outputs(self, images: Images, texts: Sequence[str]) -> Float[Tensor, "E N O"]:
-        features = self.base.features([*images], texts)
+    def outputs(self, images: Images, texts: Sequence[str], exact: bool = False) -> Float[Tensor, "E N O"]:
+        features = self.base.features([*images], texts, exact)
         return torch.stack([head(features) for head in self.heads])
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from reward_models.images import named_picture
 from reward_models.types import Card, ImageScores, Prompt, Scores
@@ -37,7 +39,15 @@ class Local:
 
     def odds(self, questions: Sequence[Question], answers: tuple[str, str]) -> list[float | str]:
         yes, no = vlm.first_tokens(self.processor.tokenizer, *answers)
-        return self._each(questions, lambda batch: vlm.log_odds(self.model, self._inputs(batch), yes, no).tolist(), str)
+        with torch.no_grad():
+            return self._each(
+                questions, lambda batch: vlm.log_odds(self.model, self._inputs(batch), yes, no).tolist(), str
+            )
+
+    def odds_in_graph(self, questions: Sequence[Question], answers: tuple[str, str]) -> Float[Tensor, "M"]:
+        """What `odds` gives, in a graph that reaches the pixels of the pictures, which are not rounded."""
+        yes, no = vlm.first_tokens(self.processor.tokenizer, *answers)
+        return vlm.log_odds(self.model, vlm.inputs_of(self.processor, questions, self.device, exact=True), yes, no)
 
     def _generate(self, questions: Sequence[Question], tokens: int) -> list[Reply]:
         inputs = self._inputs(questions)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from reward_models import processors
 from reward_models.images import to_pil
 from reward_models.model_folders import loading, pinned
 from reward_models.types import Images
@@ -52,14 +53,18 @@ def image_questions(images: Images, texts: Sequence[str]) -> list[tuple[Any, ...
     return [(image, text) for image, text in zip(images, texts, strict=True)]
 
 
-def inputs_of(processor: Any, questions: Sequence[Any], device: str, answering: bool = True) -> Any:
+def inputs_of(
+    processor: Any, questions: Sequence[Any], device: str, answering: bool = True, exact: bool = False
+) -> Any:
     """The model's inputs by its chat template: for each question the system message, if any, then a user message of
     texts and pictures [3, H, W] in order. `answering` adds the prompt for the model's reply. A question is a
-    `vlm.types.Question` or only its parts."""
-    messages = []
+    `vlm.types.Question` or only its parts. `exact`: the pictures are not rounded to 8 bits, and stay in their graph.
+    ValueError if the processor cannot do that."""
+    messages, tensors = [], []
     for question in questions:
         parts = [*getattr(question, "parts", question)]
-        pictures = iter(to_pil(part[None])[0] for part in parts if not isinstance(part, str))
+        tensors += [part for part in parts if not isinstance(part, str)]
+        pictures = iter(to_pil(part.detach()[None])[0] for part in parts if not isinstance(part, str))
         content = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": next(pictures)}
             for part in parts
@@ -68,9 +73,15 @@ def inputs_of(processor: Any, questions: Sequence[Any], device: str, answering: 
         instruction = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
         messages.append([*instruction, {"role": "user", "content": content}])
     settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return processor.apply_chat_template(
+    inputs = processor.apply_chat_template(
         messages, add_generation_prompt=answering, processor_kwargs={"padding": True}, **settings
     ).to(device)
+    if exact:
+        values = processors.pixels(processor.image_processor, tensors).to(inputs["pixel_values"])
+        if values.shape != inputs["pixel_values"].shape:
+            raise ValueError("no gradients: the processor prepares tensors in another form than pictures")
+        inputs["pixel_values"] = values
+    return inputs
 
 
 @torch.no_grad()
@@ -106,7 +117,6 @@ def spellings(word: str) -> set[str]:
     return {form for case in cases for form in (case, f" {case}")}
 
 
-@torch.no_grad()
 def log_odds(model: nn.Module, inputs: Mapping[str, Tensor], yes: list[int], no: list[int]) -> Float[Tensor, "N"]:
     """log p(yes) - log p(no) of each row's next token; the probability of an answer is the sum over its tokens."""
     logits = model(**inputs, logits_to_keep=1).logits[:, -1].float()

@@ -78,6 +78,18 @@ def test_better_is_the_mean_chance_against_the_images_of_the_prompt():
     assert values.tolist() == pytest.approx([(7 / 8 + 1 / 2) / 2, 11 / 16])
 
 
+def test_better_has_the_slope_of_the_map():
+    maps = fit_maps(np.array([1.0, 2.0, 3.0]), np.array([1.0, 0.0, 1.0]))
+    one = record(maps, reference=Reference(by_prompt={}, overall=[[1.5]]))
+    outputs = torch.tensor([[1.0], [3.2], [9.0]], dtype=torch.float64, requires_grad=True)  # below, between and beyond
+    better = lambda outputs: one.better(outputs, [Prompt("a")] * 3, lambda a, b: a[:, 0] - b[:, 0])  # noqa: E731
+    (slope,) = torch.autograd.grad(better(outputs).sum(), outputs)
+    with torch.no_grad():
+        rise = one.mapped(outputs[:, 0] - 1.5 + 1e-6) - one.mapped(outputs[:, 0] - 1.5 - 1e-6)
+    torch.testing.assert_close(slope[:, 0], rise / 2e-6, rtol=1e-5, atol=1e-9)
+    assert slope.min() > 0
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A head, pairs of other prompts, and images of a base model: two prompts with four images each."""
