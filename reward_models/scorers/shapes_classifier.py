@@ -53,9 +53,9 @@ CELL = 4  # px
 
 @dataclass(frozen=True)
 class Parts:
-    """What the network says of `N` images. `counts`: logits of 0 ... `MOST` objects of each of `KINDS`, and of others
-    (`SURPLUS`). `colours`: of those of a kind, or of `MIXED`. `centres`, `extents`: their (x, y) and longer side in
-    px."""
+    """What the network says of `N` images, for each of `KINDS`. `counts`: logits of 0 ... `MOST` objects, and in the
+    last row (`SURPLUS`) of other objects. `colours`: logits of each colour, and of `MIXED`. `centres`, `extents`: (x,
+    y) and longer side in px."""
 
     counts: Float[Tensor, "N R C"]
     colours: Float[Tensor, "N K M"]
