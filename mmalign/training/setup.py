@@ -22,12 +22,13 @@ from mmalign.policy.protocol import (
     Attributing,
     ChoosesAttention,
     Compiles,
+    DecodesInGraph,
     EncodesImages,
     Movable,
     SavesMemory,
     Trainable,
 )
-from mmalign.rewards.rewards import Rewards
+from mmalign.rewards.rewards import Rewards, differentiable
 from mmalign.seeds import seed_of
 from mmalign.training import planning
 from mmalign.training.clock import Clock
@@ -127,6 +128,7 @@ def load_policy(c: Config, device: str, policy: Trainable | None = None) -> tupl
         (ChoosesAttention, {"attention": c.attention}),
         (Compiles, {"compile": c.compile}),
         (EncodesImages, {"records": c.records}),
+        (DecodesInGraph, {"objective": c.objective.decoded > 0}),
         (Attributing, {"mask": c.mask is not None and c.mask.forwards > 0}),
     )
     for ability, acting in needs:
@@ -161,6 +163,11 @@ def load_scorers(
             if part not in scorers[name].names:
                 raise BadInput(f"{key}: no component {part!r}; {name} gives {', '.join(scorers[name].names)}")
     _check_factors(c, scorers)
+    for name in c.trained if c.objective.decoded else ():
+        try:
+            differentiable(scorers[name])
+        except ValueError as error:
+            raise BadInput(f"rewards: objective: {named(c.objective)}: {error}") from None
     if c.region and not scorers[c.region].card.has_map:
         raise BadInput(f"region: {c.region} has no map; regional credit needs a scorer with one")
     return scorers
