@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmalign.objectives.objective import Objective, Rollout, Run, TrainBatch, joined, name_of
@@ -105,7 +105,7 @@ class Backprop(Objective):
 
 def gap(
     reward: Float[Tensor, "M images"], ceiling: float | None
-) -> tuple[Float[Tensor, "M"], Float[Tensor, "M images"]]:
+) -> tuple[Float[Tensor, "M"], Bool[Tensor, "M images"]]:
     """The mean over a row's images of what reward they lack, and which of them have a gradient. One without a reward
     (NaN) counts as 0, without gradient."""
     known = ~reward.isnan()
