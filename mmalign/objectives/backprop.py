@@ -9,7 +9,7 @@ neither advantages nor siblings: one image of a prompt is enough. DRaFT (arXiv 2
 FlowBP (arXiv 2606.11075) differ in the way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, ClassVar
@@ -87,9 +87,7 @@ class Backprop(Objective):
     def replay(
         self, policy: Trainable, cond: Any, score: Score, rows: Picked
     ) -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
-        latents, visited = self.way.latents(
-            lambda x, t, index: policy.velocity(x, t, cond, index).float(), rows
-        )
+        latents, visited = self.way.latents(lambda x, t, index: policy.velocity(x, t, cond, index).float(), rows)
         count = latents.shape[1]
         images = policy.decode_in_graph(latents.flatten(0, 1), self.recompute)
         reward = score(images, rows.index.repeat_interleave(count)).to(latents.device).unflatten(0, (-1, count))
@@ -117,8 +115,7 @@ def gap(
 def pulled(policy: Trainable, cond: Any, index: Int[Tensor, "M"], visited: Visited) -> Float[Tensor, "M"]:
     """`mean (v - v_base)^2` over elements and visited states. States are fixed: the pull holds velocities, and has no
     gradient through the steps that led to a state."""
-    drift: Sequence[Float[Tensor, "M"]] = [_distance(policy, cond, index, *each) for each in visited]
-    return torch.stack([*drift]).mean(0)
+    return torch.stack([_distance(policy, cond, index, *each) for each in visited]).mean(0)
 
 
 def _distance(

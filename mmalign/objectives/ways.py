@@ -1,15 +1,15 @@
 """Ways from a differentiable reward back to the velocity: which steps of an ODE trajectory carry a gradient.
 
-A trajectory `x_{i+1} = x_i + h_i v(x_i, t_i)`, `h_i = t_{i+1} - t_i < 0`, ends in the clean latent `x_T`. With sg(y) for
-y without gradient, the latents that are decoded and scored are
+A trajectory `x_{i+1} = x_i + h_i v(x_i, t_i)`, `h_i = t_{i+1} - t_i < 0`, ends in the clean latent `x_T`. With sg(y) for y
+without gradient, the latents that are decoded and scored are
 
     sparse         x_T + sum over S of c h_i (v(sg x_i) - sg v(sg x_i))      K steps S, drawn; c near W_all / W_S
     last           the last K steps again, from sg x_{T-K}
     jump           x_k - t_k v(sg x_k)                                       k drawn in the later part
     low_variance   the same at the last state k, and n copies of it with new noise
 
-Sparse is FlowBP-Sparse (arXiv 2606.11075): no Jacobian of a step is multiplied by that of another, and memory is that of
-K velocities. Last is DRaFT-K, low_variance DRaFT-LV (arXiv 2309.17400), jump ReFL (arXiv 2304.05977).
+Sparse is FlowBP-Sparse (arXiv 2606.11075): no Jacobian of a step is multiplied by that of another, and memory is that
+of K velocities. Last is DRaFT-K, low_variance DRaFT-LV (arXiv 2309.17400), jump ReFL (arXiv 2304.05977).
 
 A way picks what a row holds (`picked`) and returns the latents of rows in a graph with the velocities on the way
 (`latents`). `width`: velocities of a row; `images`: its latents; `again`: of the velocities, those whose state has a

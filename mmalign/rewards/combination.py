@@ -27,8 +27,9 @@ class Rule:
     """Defaults of what a rule says of itself.
 
     `scale`: the unit that advantages must be measured in, because the rule has normalised within groups already (None:
-    any). `linear`: whether the reward is a sum of the scores. `below_0`: whether it works with scores below 0, and so with constraints and a reference. `weightless`:
-    whether it gives a reward while all weights are 0. `refuses`: settings that it does not go with, and the reason.
+    any). `linear`: whether the reward is a weighted sum of the scores. `below_0`: whether it works with scores below 0,
+    and so with constraints and a reference. `weightless`: whether it gives a reward while all weights are 0. `refuses`:
+    settings that it does not go with, and the reason.
     """
 
     scale: ClassVar[str | None] = None

@@ -1,6 +1,6 @@
 """Back-propagation of a reward: each way's gradient against closed forms, autograd and finite differences, and runs."""
 
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +50,13 @@ class Indifferent(Quadratic):
 
     def in_graph(self, images, prompts):
         return torch.ones(len(images), 1)
+
+
+class Inside(Quadratic):
+    """Pixels of 0 and 1, at which the decoder clamps, count for nothing, and so do small changes of them."""
+
+    def in_graph(self, images, prompts):
+        return -self.weight * ((images - TARGET) * images * (1 - images)).square().mean((1, 2, 3))[:, None]
 
 
 def context(objective, policy=None, scorer=None, texts=("0.5", "-0.5"), seeds=3, steps=4, **settings):
@@ -107,7 +114,7 @@ def test_all_last_steps_are_autograd_through_the_sampler(recompute):
     result, batch, _ = gradient(Backprop(Last(steps=4), pull=0.0, recompute=recompute))
     flow = GaussianFlow()
     cond, x, times = flow.encode(["0.5", "-0.5"]), batch.x[:, 0], flow.times(4)
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x = x + (s - t) * flow.velocity(x, t.expand(len(x)), cond, batch.index)
     (-Quadratic().in_graph(flow.decode_in_graph(x), [Prompt("")])).mean().backward()
     torch.testing.assert_close(result, flow.shift.grad.flatten(), rtol=1e-5, atol=1e-8)
@@ -215,7 +222,7 @@ def test_latents_in_the_graph_are_those_of_the_rollout(way):
 
 
 def test_images_above_the_ceiling_have_no_gradient():
-    run, rollout, judged = context(Backprop(Last(), pull=0.0))
+    run, rollout, _ = context(Backprop(Last(), pull=0.0))
     reward = Quadratic().in_graph(run.policy.decode(rollout.paths.finals), rollout.prompts[:1])[:, 0]
     ceiling = float(reward.sort().values[2:4].mean())  # three of six are above
     result, batch, statistics = gradient(Backprop(Last(), ceiling=ceiling, pull=0.0))
@@ -303,12 +310,11 @@ def test_a_pipelines_gradient_is_that_of_finite_differences(random_model):
 
     def changed():
         return context(
-            Backprop(Last(steps=3), pull=0.0), policy, Quadratic(1000.0), texts=("a red circle",), seeds=2, steps=3
+            Backprop(Last(steps=3), pull=0.0), policy, Inside(1e5), texts=("a red circle",), seeds=2, steps=3
         )
 
     whole, *_ = gradient(None, changed=changed())
-    flat = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    at = int(flat.abs().argmax())
+    at = int(whole.abs().argmax())
     element = next(
         p.view(-1)[at - before : at - before + 1]
         for p, before in zip(policy.parameters(), _before(policy.parameters()), strict=True)
@@ -320,8 +326,8 @@ def test_a_pipelines_gradient_is_that_of_finite_differences(random_model):
             element += step
         run, rollout, judged = changed()
         batch = run.config.objective.batch(run, rollout, judged, None, 0)
-        losses.append(float(batch.replay(batch.rows)[0].double().mean()))
-    assert (losses[0] - losses[1]) / 0.04 == pytest.approx(float(whole[at]), rel=0.02)
+        losses.append(float(batch.replay(batch.rows)[0].detach().double().mean()))
+    assert (losses[0] - losses[1]) / 0.04 == pytest.approx(float(whole[at]), rel=0.01)
 
 
 def _before(parameters):
@@ -377,7 +383,10 @@ def test_a_resumed_run_is_the_same_to_the_bit(settings, tmp_path):
         ({"credit": "terminal"}, "credit does not act with objective: backprop"),
         ({"objective": {"type": "backprop", "way": {"type": "last", "steps": 5}}}, "way: steps: 5 of the 4 steps"),
         ({"objective": {"type": "backprop", "way": "final"}}, "way: a name or .* of sparse, last, jump, low_variance"),
-        ({"objective": {"type": "backprop", "way": {"type": "sparse", "step": 3}}}, "way: sparse has no setting 'step'"),
+        (
+            {"objective": {"type": "backprop", "way": {"type": "sparse", "step": 3}}},
+            "way: sparse has no setting 'step'",
+        ),
         ({"objective": {"type": "backprop", "way": {"type": "jump", "after": 1.0}}}, "way: after: .* less than 1"),
         ({"objective": {"type": "backprop", "pull": -1.0}}, "pull: .* got -1.0"),
     ],
