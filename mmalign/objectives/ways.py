@@ -1,7 +1,7 @@
 """Ways from a differentiable reward back to the velocity: which steps of an ODE trajectory carry a gradient.
 
-A trajectory `x_{i+1} = x_i + h_i v(x_i, t_i)`, `h_i = t_{i+1} - t_i < 0`, ends in the clean latent `x_T`. With sg(y) for
-`y` without gradient, the latents that are decoded and scored are
+A trajectory `x_{i+1} = x_i + h_i v(x_i, t_i)`, `h_i = t_{i+1} - t_i < 0`, ends in the clean latent `x_T`. With sg(y)
+for y without gradient, the latents that are decoded and scored are
 
     sparse         x_T + sum over S of c h_i (v(sg x_i) - sg v(sg x_i))      K steps S, drawn; c near W_all / W_S
     last           the last K steps again, from sg x_{T-K}
