@@ -36,9 +36,12 @@ def settings(kind: type, optional: bool = False) -> Any:
 def described(method: Any) -> str:
     """A method and its settings in a line, e.g. `branch (steps 0 1 2, children 6)`."""
     words = []
-    for key, value in dataclasses.asdict(method).items():
-        if value is None:
+    for key in _fields(method):
+        value = getattr(method, key)
+        if value is None or key == "type":
             continue
+        if dataclasses.is_dataclass(value):
+            value = described(value) if hasattr(value, "type") else dataclasses.asdict(value)
         words.append(f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
     return named(method) + (f" ({', '.join(words)})" if words else "")
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from mmalign import policy as policies
 from mmalign.checks import estimate
 from mmalign.config import load as configs
+from mmalign.config.methods import described
 from mmalign.errors import BadInput
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
@@ -372,6 +373,13 @@ def test_a_resumed_run_is_the_same_to_the_bit(settings, tmp_path):
     one, two = (load_file(out / "checkpoints/000003/adapter.safetensors") for out in (whole, again))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(value.abs().max() > 0 for name, value in one.items() if "lora_B" in name)
+
+
+def test_a_way_is_described_with_its_settings():
+    way = {"type": "last", "steps": 2}
+    c = configs.build({"objective": {"type": "backprop", "way": way}, "plan": "ode", "held_out": None}, "test")
+    assert described(c.objective) == "backprop (way last (steps 2), pull 0.1, recompute False)"
+    assert configs.build({"objective": c.objective, "plan": "ode", "held_out": None}, "test").objective == c.objective
 
 
 @pytest.mark.parametrize(
