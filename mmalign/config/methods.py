@@ -36,7 +36,7 @@ def settings(kind: type, optional: bool = False) -> Any:
 def described(method: Any) -> str:
     """A method and its settings in a line, e.g. `branch (steps 0 1 2, children 6)`."""
     words = []
-    for key in _fields(method):
+    for key in _fields(type(method)):
         value = getattr(method, key)
         if value is None or key == "type":
             continue
