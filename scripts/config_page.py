@@ -18,6 +18,7 @@ from mmalign.objectives.advantage import Advantage
 from mmalign.objectives.forward_process import ForwardProcess
 from mmalign.objectives.masks import MASKS
 from mmalign.objectives.objective import Lag
+from mmalign.objectives.ways import WAYS
 from mmalign.rewards.combination import COMBINATIONS
 from mmalign.rewards.refresh import Refresh
 from mmalign.sampling.kernels import KERNELS
@@ -69,7 +70,8 @@ def docstring(kind: type) -> str:
 def common(table: tuple[type, ...]) -> list[str]:
     """What objectives on noised images have in common, below their list."""
     names = ", ".join(f"`{kind.type}`" for kind in table if issubclass(kind, ForwardProcess))
-    return ["", f"Settings that {names} share. {docstring(ForwardProcess)}", "", f"`lag`. {docstring(Lag)}"]
+    lines = ["", f"Settings that {names} share. {docstring(ForwardProcess)}", "", f"`lag`. {docstring(Lag)}", ""]
+    return [*lines, "The `way` of `backprop`:", "", *(f"- **`{kind.type}`**: {settings(kind)}" for kind in WAYS)]
 
 
 def page() -> str:

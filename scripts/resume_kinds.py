@@ -45,6 +45,7 @@ KINDS = {
     "advantage_flow": [*ODE, "objective=advantage_flow", "scouts={ratio: 2, steps: 3}", "draw=pass_rate"],
     "online_dpo": [*PLAIN, "objective=online_dpo"],
     "rft": [*PLAIN, "objective=rft"],
+    "backprop": [*PLAIN, "objective={type: backprop, way: sparse}", "rewards={clip.cosine: 1.0}"],
     "srum": [*PLAIN, "objective=srum", "region=shapes"],
     "rgdpo": [*PLAIN, "objective=rgdpo", "region=shapes"],
 }  # fmt: skip

@@ -187,3 +187,15 @@ def test_what_cannot_be_examined_is_said_in_a_line(arguments, reason, capsys, mo
 def test_nothing_is_left_behind(settings):
     bad(settings)
     assert not runs.Path(settings["out"]).exists()
+
+
+GRADED = dict(
+    objective={"type": "backprop", "way": "last"}, plan="ode", rewards={"smooth:Smooth.red": 1.0}, kernel="flow_sde"
+)
+
+
+def test_a_graph_through_the_reward_is_checked(settings, monkeypatch):
+    assert bad(settings, **GRADED) == set()
+    decode = SD3Policy.decode_in_graph
+    monkeypatch.setattr(SD3Policy, "decode_in_graph", lambda self, x, recompute=False: decode(self, 1.1 * x))
+    assert bad(settings, **GRADED) == {"graph"}

@@ -21,6 +21,7 @@ BETA = {"type": "grpo", "beta": 0.01}
 SDE = dict(plan="sde", seeds=3)
 ODE = dict(plan="ode", seeds=4, region="smooth:Smooth")
 PLAIN = dict(plan="ode", seeds=4)
+GRADED = dict(plan="ode", seeds=2)
 BRIGHT = {"scorers": {"smooth:Smooth": {"limit": 0.52}}, "max_failed": 1.0}  # some images are not scored
 FEW = {
     "terminal": SDE | dict(credit="terminal", prompts_per_iteration=3),
@@ -48,6 +49,8 @@ MORE = FEW | {
     "awm": PLAIN | dict(objective={"type": "awm", "weight": "error"}, prompts_per_iteration=4),
     "online_dpo": PLAIN | dict(objective="online_dpo"),
     "srum": ODE | dict(objective={"type": "srum", "draws": 2, "alpha": [0, 1], "anchor": 0.5, "margin": 1.0}),
+    "sparse": GRADED | dict(objective={"type": "backprop", "way": {"type": "sparse", "steps": 2}}),
+    "low_variance": GRADED | dict(objective={"type": "backprop", "way": {"type": "low_variance", "least": 0.3}}),
     "rgdpo": ODE | dict(objective={"type": "rgdpo", "draws": 2, "scale": 10.0, "intra": 1.0}),
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ nothing behind: neither the run's folder nor the model's files are touched. What
 | guidance | replay evaluates the network as often for a row as the rollout did, and gets the same velocity |
 | gradient | every adapter matrix that can act gets one, and nothing else |
 | KL gradient | the divergence to the reference pulls (where `beta` is not 0) |
+| graph | decoding in a graph gives the images of decoding, and the adapter a gradient (objective `backprop`) |
 | judged as shown | an image judged in its batch scores as it does alone with its own prompt |
 | a failure | an image that cannot be scored is NaN, neither a number nor an exception |
 | ... | and what `reward_models.tools.examine` asks of each scorer |
@@ -58,6 +59,7 @@ from reward_models.tools.examine import Check
 
 BOUND = 0.1  # of the clip range: what replay may be off by in log-density
 CLIP = 1e-4  # the clip range of a loss that has none
+GRAPH = {"float32": 1e-4, "bfloat16": 0.05}  # what pixels may be off by between decoding with and without a graph
 STOCK = {"float32": 1e-3, "bfloat16": 0.1}  # of the difference between images: what ODE sampling may be off by
 MOVED = 0.02  # size of the disturbance of the adapter's matrices
 GIB = 2**30
@@ -122,7 +124,7 @@ def _of_rollout(run: Session) -> Iterator[Check]:
     of_steps = (zero_noise, ratio, guidance, gradient, kl_gradient) if run.config.objective.stochastic else ()
     for check in (seeds, *of_steps):
         yield from check(bench)
-    for check in (pixels, judged_as_shown, rewards, group_spread):
+    for check in (graph, pixels, judged_as_shown, rewards, group_spread):
         yield from check(bench)
 
 
@@ -308,6 +310,24 @@ def kl_gradient(bench: Bench) -> Iterator[Check]:
     yield Check(
         "KL gradient", statistics["kl"] > 0 and pull > 0, f"KL {statistics['kl']:.3g}, gradient {pull:.3g}",
         "the divergence to the reference does not pull: is it detached?",
+    )  # fmt: skip
+
+
+def graph(bench: Bench) -> Iterator[Check]:
+    """For an objective whose gradient goes through the reward."""
+    run, c, parameters = bench.run, bench.run.config, bench.run.policy.parameters()
+    if not c.objective.decoded:
+        return
+    latents = bench.rollout.paths.finals[:2]
+    off = float((run.policy.decode_in_graph(latents).detach() - run.policy.decode(latents)).abs().max())
+    batch = c.objective.batch(run, bench.rollout, bench.judged, None, 0)
+    losses, _ = batch.replay(batch.rows[:2])
+    gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+    reached = sum(g is not None and bool(g.isfinite().all()) and bool(g.any()) for g in gradients)
+    yield Check(
+        "graph", off <= GRAPH[c.precision] and reached > 0,
+        f"images off those of decoding by {off:.2g}; gradient in {reached} of {len(gradients)} matrices",
+        "a part of decoder or scorer is detached, or rounds; or the ceiling is below all rewards",
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def component(reward: str) -> tuple[str, str]:
 
 def check(c: BaseModel) -> None:
     """ValueError, in one line that names the setting, unless the settings of a `Config` go together."""
-    for suits in (_numbers, _secrets, _settings_act, _rewards, _refresh, _schedule, _plan):
+    for suits in (_numbers, _secrets, _settings_act, _rewards, _refresh, _schedule, c.objective.check, _plan):
         suits(c)
 
 

@@ -36,9 +36,12 @@ def settings(kind: type, optional: bool = False) -> Any:
 def described(method: Any) -> str:
     """A method and its settings in a line, e.g. `branch (steps 0 1 2, children 6)`."""
     words = []
-    for key, value in dataclasses.asdict(method).items():
-        if value is None:
+    for key in _fields(type(method)):
+        value = getattr(method, key)
+        if value is None or key == "type":
             continue
+        if dataclasses.is_dataclass(value):
+            value = described(value) if hasattr(value, "type") else dataclasses.asdict(value)
         words.append(f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
     return named(method) + (f" ({', '.join(words)})" if words else "")
 
@@ -88,10 +91,26 @@ def _filled(kind: type, name: str | None, value: Any, info: Any = None, optional
         raise ValueError(f"a mapping of its settings is needed: {', '.join(_fields(kind))}")
     if "__pydantic_config__" not in vars(kind):
         kind.__pydantic_config__ = STRICT
+    tables = {f.name: f.metadata["one_of"] for f in dataclasses.fields(kind) if "one_of" in f.metadata}
+    parts = {key: _part(tables[key], key, value[key]) for key in value if key in tables}
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(value))
+        rest = {key: each for key, each in value.items() if key not in parts}
+        method = TypeAdapter(kind).validate_json(json.dumps(rest))
     except ValidationError as error:
         raise ValueError(_first(kind, name, error)) from None
+    return dataclasses.replace(method, **parts) if parts else method
+
+
+def _part(kinds: Sequence[type], key: str, value: Any) -> Any:
+    """One of `kinds`, in a setting of a method: its name, or a mapping of its settings with its `type`."""
+    table = {kind.type: kind for kind in kinds}
+    value = {"type": value} if isinstance(value, str) else value
+    if not isinstance(value, Mapping) or value.get("type") not in table:
+        raise ValueError(f"{key}: a name or {{type: NAME, ...}} is needed, of {', '.join(table)}; got {value}")
+    try:
+        return _filled(table[value["type"]], value["type"], value)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def _first(kind: type, name: str | None, error: ValidationError) -> str:

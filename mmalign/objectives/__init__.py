@@ -7,6 +7,7 @@ its name in the table.
 
 from mmalign.objectives.advantage_flow import AdvantageFlow
 from mmalign.objectives.awm import Awm
+from mmalign.objectives.backprop import Backprop
 from mmalign.objectives.dpo import Dpo, OnlineDpo
 from mmalign.objectives.grpo import Grpo
 from mmalign.objectives.nft import Nft
@@ -14,4 +15,4 @@ from mmalign.objectives.rft import Rft
 from mmalign.objectives.rgdpo import Rgdpo
 from mmalign.objectives.srum import Srum
 
-OBJECTIVES = (Grpo, Nft, Awm, AdvantageFlow, Rft, Dpo, OnlineDpo, Srum, Rgdpo)
+OBJECTIVES = (Grpo, Nft, Awm, AdvantageFlow, Rft, Dpo, OnlineDpo, Srum, Rgdpo, Backprop)

@@ -71,6 +71,7 @@ class Run(Protocol):
     policy: Trainable
     ranks: Any
     fits: Any
+    rewards: Any
 
 
 @runtime_checkable
@@ -88,21 +89,30 @@ class Objective:
     `uses`: the optional settings of a config that act with it, among credit, loss, advantage, mask, max_kl, region and
     records. `needs`: those of them that it cannot do without. `stochastic`: whether it trains on stochastic steps.
     `siblings`: the fewest images of a prompt. `lag`: how the policy that draws the images follows. `width`: latents of
-    one row in a forward; `reference`: whether the model without adapter is evaluated beside it.
+    one row in a forward; `reference`: whether the model without adapter is evaluated beside it; `decoded`: images of a
+    row that are decoded and scored in a graph.
     """
 
     uses: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset()
     stochastic: ClassVar[bool] = False
     siblings: ClassVar[int] = 1
-    width: ClassVar[int] = 1
+    width: int = 1
     reference: bool = False
+    decoded: int = 0
     lag: Lag = AT_ONCE
     fewer: str | None = None  # where it replays fewer rows than `rows` says, for an estimate
 
     def rows(self, plan: Plan, seeds: int) -> int:
         """How many rows the images or steps of one prompt give, at most."""
         raise NotImplementedError
+
+    def check(self, c: Any) -> None:
+        """ValueError, in one line, where other settings of a config do not suit it."""
+
+    def replayed(self, measured: bool) -> int:
+        """Forwards of a row in a replay; `measured`: the model without adapter is evaluated beside it."""
+        return self.width * (2 if measured else 1)
 
     def prepared(self, updates: int) -> int:
         """Forwards of a row that are taken once, before the first of so many optimiser steps."""

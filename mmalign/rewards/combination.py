@@ -27,11 +27,13 @@ class Rule:
     """Defaults of what a rule says of itself.
 
     `scale`: the unit that advantages must be measured in, because the rule has normalised within groups already (None:
-    any). `below_0`: whether it works with scores below 0, and so with constraints and a reference. `weightless`:
-    whether it gives a reward while all weights are 0. `refuses`: settings that it does not go with, and the reason.
+    any). `linear`: whether the reward is a weighted sum of the scores. `below_0`: whether it works with scores below 0,
+    and so with constraints and a reference. `weightless`: whether it gives a reward while all weights are 0. `refuses`:
+    settings that it does not go with, and the reason.
     """
 
     scale: ClassVar[str | None] = None
+    linear: ClassVar[bool] = False
     below_0: ClassVar[bool] = True
     weightless: ClassVar[bool] = False
     refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -62,7 +64,7 @@ class Rule:
 class Sum(Rule):
     """Sum of weight x score (Flow-GRPO). The widest range decides."""
 
-    type = "sum"
+    type, linear = "sum", True
 
     def __call__(self, values: Values, names: Sequence[str], group: Groups, weights: Weights, floor: float) -> Tensor:
         return combine.weighted(values, weights)

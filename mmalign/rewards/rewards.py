@@ -1,10 +1,11 @@
 """The rewards of a run: its scorers, their weights as they stand, and the constraints' multipliers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.rewards.combination import Combination, Rule
@@ -12,6 +13,8 @@ from mmalign.rewards.judge import Scored, judge
 from mmalign.types import Judgement, Trajectories
 from reward_models import Prompt, RewardModel, combine
 from reward_models.cache import Cached
+from reward_models.registry import differentiable
+from reward_models.types import Differentiable
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,23 @@ class Rewards:
         combination = self.combination(iteration, [prompt.text for prompt in prompts])
         return judge(paths, scored, size, combination, c.region, c.region_grid)
 
+    def in_graph(
+        self, prompts: Sequence[Prompt], iteration: int
+    ) -> Callable[[Float[Tensor, "M 3 H W"], Int[Tensor, "M"]], Float[Tensor, "M"]]:
+        """The reward of images in a graph that reaches their pixels, by the weights of the iteration as they stand now,
+        from the images and the row of each one's prompt. NaN where an image cannot be scored. On the CPU."""
+        scorers = {name: differentiable(scorer) for name, scorer in self.trained.items()}
+        combination = self.combination(iteration, [prompt.text for prompt in prompts])
+
+        def reward(images: Float[Tensor, "M 3 H W"], owner: Int[Tensor, "M"]) -> Float[Tensor, "M"]:
+            owner, parts = owner.cpu(), {}
+            for name, scorer in scorers.items():
+                values = _scored(scorer, images, [prompts[p] for p in owner.tolist()])
+                parts |= {f"{name}.{part}": values[:, k] for k, part in enumerate(scorer.names)}
+            return combination(parts, owner)
+
+        return reward
+
     def move_multipliers(self, judged: Judgement) -> dict[str, float]:
         """Move each constraint's multiplier by how far its mean score is from the bound; as a row for the metrics."""
         for name, limit in self.config.at_least.items():
@@ -66,6 +86,18 @@ class Rewards:
             judging = getattr(getattr(scorer, "scorer", scorer), "judge", None)
             row |= {f"judge/{name}/{key}": count for key, count in dict(judging.usage).items()} if judging else {}
         return row
+
+
+def _scored(
+    scorer: Differentiable, images: Float[Tensor, "M 3 H W"], prompts: Sequence[Prompt]
+) -> Float[Tensor, "M K"]:
+    """The scores in a graph; where they fail, image by image, with NaN for those that cannot be scored."""
+    try:
+        return scorer.in_graph(images, prompts).float().cpu()
+    except ValueError:
+        if len(images) == 1:
+            return torch.full((1, len(scorer.names)), torch.nan)
+    return torch.cat([_scored(scorer, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))])
 
 
 def shares(usage: dict[str, int | float]) -> dict[str, int | float]:

@@ -26,7 +26,7 @@ Times = Float[Tensor, "states"]
 @dataclass(frozen=True)
 class Cost:
     """Of one iteration: network forwards (rollout with completions; replay), rows trained on, images decoded, and
-    images scored, times reward scorers. At most: replay leaves out rows whose gradient is zero."""
+    images of the rollout scored, times reward scorers. At most: replay leaves out rows whose gradient is zero."""
 
     rollout: int
     replay: int
@@ -59,11 +59,12 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
         scouts = c.prompts_per_iteration * c.scouts.images(c.seeds)
         forwards, images = forwards + scouts * c.scouts.steps, images + scouts
     rows = c.prompts_per_iteration * rows_of(c, plan)
-    passes = c.objective.width * (2 if c.measures_kl else 1)
+    passes = c.objective.replayed(c.measures_kl)
     prepared = c.objective.prepared(c.epochs * c.minibatches) * halves
     before = prepared + (0 if c.mask is None else c.mask.forwards)
+    shown = images + rows * c.objective.decoded * c.epochs
     return Cost(
-        forwards * halves + before * rows, rows * passes * c.epochs * halves, rows, images, images * len(c.trained),
+        forwards * halves + before * rows, rows * passes * c.epochs * halves, rows, shown, images * len(c.trained),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from mmalign.policy.protocol import (
     Attributing,
     ChoosesAttention,
     Compiles,
+    DecodesInGraph,
     EncodesImages,
     Movable,
     SavesMemory,
@@ -39,6 +40,7 @@ from mmalign.training.session import Session
 from reward_models import Prompt, RewardModel, combine, load as load_scorer
 from reward_models.cache import Cached
 from reward_models.meaning import meaning
+from reward_models.registry import differentiable
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def load_policy(c: Config, device: str, policy: Trainable | None = None) -> tupl
         (ChoosesAttention, {"attention": c.attention}),
         (Compiles, {"compile": c.compile}),
         (EncodesImages, {"records": c.records}),
+        (DecodesInGraph, {"objective": c.objective.decoded > 0}),
         (Attributing, {"mask": c.mask is not None and c.mask.forwards > 0}),
     )
     for ability, acting in needs:
@@ -177,6 +180,11 @@ def load_scorers(
             if part not in scorers[name].names:
                 raise BadInput(f"{key}: no component {part!r}; {name} gives {', '.join(scorers[name].names)}")
     _check_factors(c, scorers)
+    for name in c.trained if c.objective.decoded else ():
+        try:
+            differentiable(scorers[name])
+        except ValueError as error:
+            raise BadInput(f"rewards: objective: {named(c.objective)}: {error}") from None
     if c.region and not scorers[c.region].card.has_map:
         raise BadInput(f"region: {c.region} has no map; regional credit needs a scorer with one")
     return scorers

@@ -25,15 +25,23 @@ class Smooth:
             if self.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise Unusable("the scorer broke")
-        # one by one, for a sum over a batch rounds by the images it has
-        red = torch.stack([(image[0, ::2, :3] - image[1, ::2, :3]).mean() for image in images])
-        values = torch.stack([red, torch.stack([-image.std() for image in images])], 1)
+        values = self._values(images)
         broken = images.mean((1, 2, 3)) > self.limit
         values[broken] = torch.nan
         places = F.adaptive_avg_pool2d(20 * (images[:, 0] - images[:, 2]), 2).clamp(-1, 1)
         places[places.abs() < 0.05] = torch.nan
         failures = dict.fromkeys(broken.nonzero()[:, 0].tolist(), "too bright")
         return Scores(self.names, values, regions=places, failures=failures)
+
+    def in_graph(self, images, prompts):
+        if bool((images.mean((1, 2, 3)) > self.limit).any()):
+            raise ValueError("too bright")
+        return self._values(images)
+
+    def _values(self, images):
+        # one by one, for a sum over a batch rounds by the images it has
+        red = torch.stack([(image[0, ::2, :3] - image[1, ::2, :3]).mean() for image in images])
+        return torch.stack([red, torch.stack([-image.std() for image in images])], 1)
 
 
 class Positive(Smooth):
@@ -44,3 +52,6 @@ class Positive(Smooth):
     def __call__(self, images, prompts):
         scores = super().__call__(images, prompts)
         return Scores(self.names, scores.values + 1, regions=scores.regions)
+
+    def in_graph(self, images, prompts):
+        return super().in_graph(images, prompts) + 1
