@@ -45,8 +45,8 @@ class Toward:
 
     scorer: RewardModel
     component: str = ""
-    push: float = 0.1
-    since: float = 0.6
+    push: float = 0.05
+    since: float = 0.9
     batch: int = 8
     name: str = field(default="")
 
