@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python scripts/compare_toward.py --prompts assets/prompts/validation.jsonl --grid
     OMP_NUM_THREADS=1 python scripts/compare_toward.py --push 0.05 --since 0.9
 
-An image of each caption from one seed (the best of two: from two), 6 ODE steps, no classifier-free guidance. Seconds are
-of processor time for one image, scoring for the choice included, scoring for the table not. The interval is that of the
-mean rise of `shapes.strict` over the plain ODE.
+An image of each caption from one seed (the best of two: from two), 6 ODE steps, no classifier-free guidance. Seconds
+are of processor time for one image, scoring for the choice included, scoring for the table not. The interval is that of
+the mean rise of `shapes.strict` over the plain ODE.
 """
 
 import time

@@ -1,19 +1,26 @@
 """Guidance at sampling by the gradient of a scorer: the closed form of a linear reward, and no guidance to the bit."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import mmalign
 from mmalign import policy as policies
+from mmalign.cli.app import app
 from mmalign.errors import BadInput, Failed
+from mmalign.evaluation.evaluate import noise_seed
 from mmalign.evaluation.generate import generate
 from mmalign.evaluation.toward import Toward, moved
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import sample
 from mmalign.policy.gaussian import GaussianFlow
+from mmalign.refinement.redraw import Attempt, Base, draw
 from mmalign.seeds import gaussian
 from reward_models import Card, Prompt, Scores, load
+from reward_models.images import from_file, to_uint8
 
 CAPTIONS = ["a red circle left of a green square", "two blue triangles", "a purple cross", "a yellow circle"]
 
@@ -141,11 +148,87 @@ def drawn(policy, prompts, toward=None, batch=64):
 def test_clip_rises_by_its_guidance_and_the_batch_changes_no_image(embedded, prompts):
     clip = load("clip")
     repeated = [prompt for prompt in prompts for _ in range(2)]
-    plain = clip(drawn(embedded, prompts), repeated).values[:, 0]
-    toward = Toward(clip, push=0.1, since=0.6)
-    images = drawn(embedded, prompts, toward)
-    rise = clip(images, repeated).values[:, 0] - plain
-    assert rise.min() > 0
-    assert torch.equal(images, drawn(embedded, prompts, toward))
-    torch.testing.assert_close(images, drawn(embedded, prompts, Toward(clip, push=0.1, batch=1), 3), rtol=0, atol=1e-5)
-    assert torch.equal(drawn(embedded, prompts, Toward(clip, push=0.0)), drawn(embedded, prompts))
+    plain = drawn(embedded, prompts)
+    images = drawn(embedded, prompts, Toward(clip))
+    assert (clip(images, repeated).values - clip(plain, repeated).values).mean() > 0.01
+    assert torch.equal(images, drawn(embedded, prompts, Toward(clip)))
+    torch.testing.assert_close(images, drawn(embedded, prompts, Toward(clip, batch=1), 3), rtol=0, atol=1e-5)
+    assert torch.equal(drawn(embedded, prompts, Toward(clip, push=0.0)), plain)
+
+
+def test_on_the_command_line(tmp_path):
+    def sampled(*options):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        line = ["sample", CAPTIONS[0], "--steps", "4", "--out", str(out), "--json", *options]
+        result = CliRunner().invoke(app, line)
+        assert result.exit_code == 0, result.output
+        return (out / "00000-0.png").read_bytes()
+
+    plain = sampled()
+    assert sampled("--toward", "clip", "--push", "0") == plain
+    guided = sampled("--toward", "clip.cosine")
+    assert guided != plain
+    assert sampled("--toward", "clip", "--set", "clip.batch=1", "--from", "0.9", "--best", "shapes_critic.overall") == (
+        guided
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["sample", "a circle", "--push", "1"], "--push and --from belong to --toward"),
+        (["sample", "a circle", "--toward", "clip", "--from", "2"], "from 2.0: a time"),
+        (["sample", "a circle", "--toward", "clip.beauty"], "toward clip.beauty: that scorer gives cosine"),
+        (["sample", "a circle", "--toward", "jpeg_size"], "toward jpeg_size: this scorer has no gradients"),
+        (["refine", "a circle", "--toward", "clip"], "moves: toward goes along the gradient of a scorer"),
+        (["refine", "a circle", "--moves", "toward"], "moves: toward goes along the gradient of a scorer"),
+        (["evaluate", "--toward", "clip", "--reference", "r.json"], "leave out --toward"),
+    ],
+)
+def test_mistakes_on_the_command_line(line, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, line)
+    assert isinstance(result.exception, BadInput)
+    assert says in str(result.exception)
+
+
+def test_every_python_function_takes_it(embedded, prompts):
+    toward = mmalign.toward("clip")
+    images = drawn(embedded, prompts[:1], toward)
+    best = mmalign.best_of_n(embedded, prompts[:1], "clip.cosine", [0, 1], 6, toward=toward)
+    assert torch.equal(best.images[0], images[best.member[0]])
+    result = mmalign.evaluate(embedded, prompts[:1], "clip", seeds=1, steps=6, toward=mmalign.toward(load("clip")))
+    seed = noise_seed(prompts[0], 0)
+    assert torch.equal(result.images, generate(embedded, prompts[:1], [[seed]], 6, 1, toward=toward)[0])
+    with pytest.raises(BadInput, match="toward redness: this scorer has no gradients"):
+        mmalign.toward(redness)
+
+
+def redness(images, prompts):
+    return [0.0] * len(images)
+
+
+def test_a_move_of_refine_goes_toward_the_first_prompt(embedded, prompts, tmp_path):
+    toward = mmalign.toward("clip", push=0.1)
+    moves = {"moves": ["toward"], "good": 2.0, "rounds": 2, "steps": 6, "by": "overall", "toward": toward}
+    result = mmalign.refine(embedded, prompts[:2], out=tmp_path / "out", **moves)
+    for row, prompt in zip(result.rows, prompts[:2], strict=True):
+        first, second = row["rounds"]
+        assert [*second["moves"]] == ["toward"]
+        assert (first["attempt"]["toward"], second["attempt"]["toward"]) == (False, True)
+        assert second["forwards"] == first["forwards"] == 6
+        images = generate(embedded, [prompt], [[second["attempt"]["seed"]]], 6, 1, toward=toward)[0]
+        assert torch.equal(to_uint8(images)[0], to_uint8(from_file(tmp_path / "out" / second["image"]))[0])
+    with pytest.raises(BadInput, match="toward"):
+        mmalign.refine(embedded, prompts[:2], out=tmp_path / "out", **moves | {"toward": mmalign.toward("clip")})
+
+
+def test_only_what_is_redrawn_moves(embedded, prompts):
+    known = torch.randn(embedded.latent_shape, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(embedded.latent_shape[1:])
+    mask[:4] = 1
+    attempt = Attempt(prompts[0].text, 1, 1.0, toward=True)
+    latents, _ = draw(embedded, [attempt], [Base(known, mask)], 6, 1, mmalign.toward("clip", 0.1), prompts[:1])
+    plain, _ = draw(embedded, [replace(attempt, toward=False)], [Base(known, mask)], 6, 1)
+    torch.testing.assert_close(latents[0, :, 4:], known[:, 4:])
+    assert (latents - plain)[0, :, :4].abs().mean() > 0.01

@@ -15,12 +15,10 @@ of the move is ours: a gradient's size says nothing about how far to go.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from mmalign.errors import BadInput, Failed, non_finite
 from mmalign.flow.sample import chunks
@@ -38,17 +36,17 @@ def moved(x0: Latents, gradient: Latents, push: float) -> Latents:
 
 @dataclass(frozen=True)
 class Toward:
-    """Guidance toward a `component` of a `scorer`, its first for "", at the steps from time `since` on, which falls from
-    1 (noise) to 0. `push` and `since` 0 are no guidance. `batch`: latents of one backward pass; it bounds memory and
-    changes no result. `name` of the scorer stands in errors. BadInput for numbers out of range, for a component that
-    the scorer does not give, and for a scorer without gradients."""
+    """Guidance toward a `component` of a `scorer`, its first for "", at the steps from time `since` on: 1 is noise, 0
+    the image. With `push` 0 or `since` 0 there is none. `batch`: most latents of one backward pass; it bounds memory
+    and changes no result. `name` of the scorer stands in errors. BadInput for numbers out of range, for a component
+    that the scorer does not give, and for a scorer without gradients."""
 
     scorer: RewardModel
     component: str = ""
     push: float = 0.05
     since: float = 0.9
     batch: int = 8
-    name: str = field(default="")
+    name: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "name", self.name or self.scorer.card.scorer)
@@ -58,7 +56,7 @@ class Toward:
         if not 0 <= self.since <= 1:
             raise BadInput(f"from {self.since}: a time from 1 (noise) to 0 (image, no guidance) is needed")
         if self.batch < 1:
-            raise BadInput(f"toward_batch {self.batch}: at least one latent is needed")
+            raise BadInput(f"batch {self.batch}: at least one latent is needed")
         if self.component not in self.scorer.names:
             raise BadInput(f"toward {self.name}.{self.component}: that scorer gives {', '.join(self.scorer.names)}")
         if not isinstance(self.scorer, Differentiable):
@@ -95,7 +93,7 @@ class Toward:
         with torch.enable_grad():
             x0 = x0.detach().requires_grad_()
             try:
-                score: Float[Tensor, "M"] = self.scorer.in_graph(policy.decode_in_graph(x0), prompts)[:, column]
+                score = self.scorer.in_graph(policy.decode_in_graph(x0), prompts)[:, column]
             except ValueError as error:
                 raise Failed(f"toward {self.name}: {' '.join(str(error).split())}") from error
             [gradient] = torch.autograd.grad(score.sum(), x0, allow_unused=True)
