@@ -36,6 +36,7 @@ SCORERS: dict[str, str] = {
     "shapes_critic": "reward_models.scorers.shapes_critic:ShapesCritic",
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
     "fitted": "reward_models.scorers.fitted:Fitted",
+    "context": "reward_models.scorers.context:Context",
     "likeness": "reward_models.scorers.likeness:Likeness",
     "natural": "reward_models.scorers.natural:Natural",
     "voted": "reward_models.scorers.voted:Voted",
