@@ -41,23 +41,23 @@ def main(
     torch.set_flush_denormal(True)
     policies.quiet()
     policy = policies.load(locate("assets/tiny_sd3"), dtype="float32", device="cpu", guidance=1.0)
-    asked = prompt_files.read(locate(prompts))
-    clip, shapes, group = load("clip"), load("shapes"), clusters(prompt.text for prompt in asked)
-    seeds = [[noise_seed(prompt, member) for member in range(2)] for prompt in asked]
+    wanted = prompt_files.read(locate(prompts))
+    clip, shapes, group = load("clip"), load("shapes"), clusters(prompt.text for prompt in wanted)
+    seeds = [[noise_seed(prompt, member) for member in range(2)] for prompt in wanted]
     first = [pair[:1] for pair in seeds]
 
     def plain() -> Tensor:
-        return generate(policy, asked, first, steps, BATCH)[0]
+        return generate(policy, wanted, first, steps, BATCH)[0]
 
     def best() -> Tensor:
-        return best_of(policy, asked, seeds, steps, clip, "cosine", BATCH).images
+        return best_of(policy, wanted, seeds, steps, clip, "cosine", BATCH).images
 
     def guided(push: float, since: float) -> Callable[[], Tensor]:
-        return lambda: generate(policy, asked, first, steps, BATCH, toward=Toward(clip, "", push, since, BATCH))[0]
+        return lambda: generate(policy, wanted, first, steps, BATCH, toward=Toward(clip, "", push, since, BATCH))[0]
 
     ways = {"plain ODE": plain, "best of 2 by clip": best}
     ways |= {f"push {p:g} from {s:g}": guided(p, s) for p, s in (GRID if grid else [(push, since)])}
-    print(f"{len(asked)} captions of {prompts}, {steps} steps, times {policy.times(steps).tolist()}\n")
+    print(f"{len(wanted)} captions of {prompts}, {steps} steps, times {policy.times(steps).tolist()}\n")
     print("| images | clip.cosine | strict | rise of strict | 95 % | forwards | decodes | seconds an image |")
     print("|---|---|---|---|---|---|---|---|")
     before = None
@@ -65,12 +65,12 @@ def main(
         policy.counts.clear()
         start = time.process_time()
         images = draw()
-        seconds = (time.process_time() - start) / len(asked)
-        parts = {"clip": clip(images, asked).values[:, 0], "strict": shapes(images, asked).values[:, 0]}
+        seconds = (time.process_time() - start) / len(wanted)
+        parts = {"clip": clip(images, wanted).values[:, 0], "strict": shapes(images, wanted).values[:, 0]}
         before = before or parts
         rows = rises(before, parts, group)
         rise = rows["strict"]
-        counts = [policy.counts[key] / len(asked) for key in ("forwards", "decodes")]
+        counts = [policy.counts[key] / len(wanted) for key in ("forwards", "decodes")]
         print(
             f"| {name} | {rows['clip']['after']:.3f} | {rise['after']:.3f} | {rise['rise']:+.3f} | "
             f"{rise['low']:+.3f} to {rise['high']:+.3f} | {counts[0]:g} | {counts[1]:g} | {seconds:.4f} |",

@@ -99,20 +99,20 @@ def sample(
     """Sample images by ODE; a seed gives the image the stock pipeline gives for it."""
     from mmalign.api import best_of_n
 
-    asked = read_prompts(prompt, prompts)
+    wanted = read_prompts(prompt, prompts)
     _check(adapter, strength, boxes, edge, best, len(seeds), keep, after, steps)
     scorers, guide = _best_and_toward(best, toward, push, since, settings)
     with output.progressing():
         policy = load_policy(model, guidance, adapter)
         make_folder(out)
         if best is None:
-            rows = _sample(policy, asked, seeds, steps, out, batch, _velocity(policy, strength, boxes, edge), guide)
+            rows = _sample(policy, wanted, seeds, steps, out, batch, _velocity(policy, strength, boxes, edge), guide)
         else:
-            kept = best_of_n(policy, asked, best, seeds, steps, keep, after, scorers=scorers, batch=batch, toward=guide)
+            top = best_of_n(policy, wanted, best, seeds, steps, keep, after, scorers=scorers, batch=batch, toward=guide)
     if best is None:
         output.show(rows, as_json, f"{len(rows)} images in {out}")
     else:
-        _show_best(kept, kept.save(asked, seeds, out), best, keep, out, as_json)
+        _show_best(top, top.save(wanted, seeds, out), best, keep, out, as_json)
 
 
 def _sample(policy: Any, prompts: list[Prompt], *settings: Any) -> list[dict[str, Any]]:

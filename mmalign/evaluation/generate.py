@@ -84,8 +84,8 @@ def trajectories(
     with doing("sampling", "images", len(noise)) as work:
         for rows in chunks(len(noise), batch):
             used, index = owner[rows].unique(return_inverse=True)
-            asked = [prompts[p] for p in used.tolist()]
-            cond, index = policy.encode([prompt.text for prompt in asked]), index.to(policy.device)
-            guided = toward.guided(policy, velocity, asked) if toward else velocity
+            requests = [prompts[p] for p in used.tolist()]
+            cond, index = policy.encode([prompt.text for prompt in requests]), index.to(policy.device)
+            guided = toward.guided(policy, velocity, requests) if toward else velocity
             yield sample(guided, noise[rows], cond, index, ode(times), batch=batch)
             work.did("images", len(index))

@@ -80,8 +80,8 @@ class Toward:
                 return v
             v, time = v.float().clone(), t[late, None, None, None]
             x0 = x[late].float() - time * v[late]
-            asked = [prompts[i] for i in index[late].tolist()]
-            parts = [self.gradient(policy, x0[rows], asked[rows]) for rows in chunks(len(late), self.batch)]
+            requests = [prompts[i] for i in index[late].tolist()]
+            parts = [self.gradient(policy, x0[rows], requests[rows]) for rows in chunks(len(late), self.batch)]
             v[late] -= (moved(x0, torch.cat(parts), self.push) - x0) / time
             return v
 

@@ -110,10 +110,10 @@ class Context:
         mask: Int[Tensor, "N L"],
     ) -> Float[Tensor, "N"]:
         model = self.model
-        asked = model.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
-        words = model.embeddings(input_ids=ids)
-        text = model.qformer(query_embeds=words, query_length=0, attention_mask=mask).last_hidden_state[:, 0]
-        image = F.normalize(model.vision_projection(asked), dim=-1)
+        hidden = model.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+        embedded = model.embeddings(input_ids=ids)
+        text = model.qformer(query_embeds=embedded, query_length=0, attention_mask=mask).last_hidden_state[:, 0]
+        image = F.normalize(model.vision_projection(hidden), dim=-1)
         text = F.normalize(model.text_projection(text), dim=-1)
         return (image * text[:, None]).sum(-1).amax(1)
 

@@ -41,7 +41,7 @@ def test_it_is_the_two_heads_of_the_stock_model(scorer, made):
     assert scores.names == ("global", "fine")
     torch.testing.assert_close(scores.column("global"), cosines.diagonal(), rtol=0, atol=1e-6)
     torch.testing.assert_close(scores.column("fine"), logits.softmax(1)[:, 1], rtol=0, atol=1e-6)
-    assert cosines.diagonal().std() > 1e-3  # the pictures and texts are told apart
+    assert cosines.diagonal().std() > 1e-3  # the pictures and texts are distinguished
     assert logits.std() > 1e-3
 
 
