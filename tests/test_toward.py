@@ -108,6 +108,24 @@ def test_states_before_the_guidance_are_unchanged_and_the_last_step_ends_at_the_
     torch.testing.assert_close(late.finals, moved(plain.finals, reward.a.expand_as(plain.finals), 0.2))
 
 
+class Signed(Linear):
+    """Up or down the direction, as the ground truth of the prompt says."""
+
+    def in_graph(self, images, prompts):
+        signs = torch.tensor([float(prompt.wants["sign"]) for prompt in prompts])
+        return super().in_graph(images, prompts) * signs[:, None]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_each_image_goes_toward_the_score_for_its_prompt(batch):
+    flow, reward, signs = GaussianFlow(), Signed(), (1, -1, 0)
+    prompts = [Prompt("0.5", {"sign": sign}, number) for number, sign in enumerate(signs)]
+    plain, owner = generate(flow, prompts, [[0, 1]] * 3, 6, batch)
+    images, _ = generate(flow, prompts, [[0, 1]] * 3, 6, batch, toward=Toward(reward, push=0.1, since=0.2))
+    rise = ((images - plain) * reward.a).flatten(1).sum(1)
+    assert rise.sign().tolist() == [signs[i] for i in owner.tolist()]
+
+
 def test_bad_guidance_is_one_line():
     for settings, line in (
         ({"push": -1.0}, "push -1.0: a number from 0"),

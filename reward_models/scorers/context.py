@@ -92,7 +92,7 @@ class Context:
         return torch.stack([self._global(features, queries, ids, mask), self._fine(features, queries, ids, mask)], 1)
 
     def description(self, prompt: Prompt) -> str:
-        """The text that the image is compared with. ValueError for a context that is no text, or too long."""
+        """The text that the image is compared with. ValueError for a context that is not a text, or too long."""
         if "context" not in prompt.wants:
             return prompt.text
         text = prompt.wants["context"]
