@@ -1,5 +1,5 @@
 """What Python users call: `align` fine-tunes a model, `open` does so iteration by iteration; `evaluate`, `best_of_n`,
-`refine` and `collect` need no training. The command line calls the same functions.
+`refine` and `collect` need no training, and `toward` guides their images. The command line calls the same functions.
 
 - `model`: the hub id or the folder of a diffusers pipeline, or a loaded pipeline
 - `prompts`: a list of texts, of objects with `prompt` and ground truth, a `datasets.Dataset`, or the name of a file or
@@ -34,6 +34,7 @@ from mmalign.evaluation import Choose, best_of_n as best, collect as collection,
 from mmalign.evaluation.best_of_n import Best
 from mmalign.evaluation.collect import Collected, Pairing
 from mmalign.evaluation.evaluate import Evaluation
+from mmalign.evaluation.toward import Toward
 from mmalign.policy.protocol import Policy
 from mmalign.refinement import trace
 from mmalign.refinement.loop import Settings
@@ -223,15 +224,18 @@ class Run:
             return evaluate(self._policy, wanted, scorers, seeds=seeds, steps=steps or self.config.eval_steps)
 
     def sample(
-        self, prompts: Any, *, seeds: Sequence[int] = (0,), steps: int | None = None, base: bool = False
-    ) -> list[Image.Image]:
+        self, prompts: Any, *, seeds: Sequence[int] = (0,), steps: int | None = None, base: bool = False,
+        toward: Toward | None = None,
+    ) -> list[Image.Image]:  # fmt: skip
         """An image of each prompt from each seed, prompt by prompt, by the averaged adapter or with `base` by the model
-        without adapter. A seed gives the noise that a stock pipeline draws from a CPU generator with it."""
+        without adapter. A seed gives the noise that a stock pipeline draws from a CPU generator with it. `toward`
+        guides the images (`mmalign.toward`)."""
         wanted = given.prompts_of(prompts)
         with self._policy.reference() if base else self._learner.averaged():
             images, _ = generate.generate(
-                self._policy, wanted, [seeds] * len(wanted), steps or self.config.eval_steps, self.config.batch
-            )
+                self._policy, wanted, [seeds] * len(wanted), steps or self.config.eval_steps, self.config.batch,
+                toward=toward,
+            )  # fmt: skip
         return to_pil(images)
 
     def save_lora(self, folder: str | Path, format: Form = "diffusers") -> Path:
@@ -266,10 +270,11 @@ class Run:
 
 def evaluate(
     model: Any, prompts: Any, rewards: Any, *, adapter: str | Path | None = None, seeds: int = 2, steps: int = 10,
-    guidance: float | None = None, batch: int = 256,
+    guidance: float | None = None, batch: int = 256, toward: Toward | None = None,
 ) -> Evaluation:  # fmt: skip
     """Draw `seeds` images of each prompt by ODE and score them. `rewards` are scorers by name, functions or objects:
     one or a list, or a dict by name; all components of each are given. `adapter` is a run, or a LoRA file or folder.
+    `toward` guides the images (`mmalign.toward`).
 
         result = mmalign.evaluate("assets/tiny_sd3", ["a red circle", "a blue square"], "clip")
         result.means()  # {"clip.cosine": ..., "diversity": ...}; result.images [N, 3, H, W] float32 in [0, 1]
@@ -277,17 +282,17 @@ def evaluate(
     wanted, scorers = given.prompts_of(prompts), given.loaded(given.scorers_of(rewards))
     with given.drawing(model, guidance, adapter) as policy:
         given.warn_cut(wanted, policy, *scorers.values())
-        return evaluation.evaluate(policy, wanted, seeds, steps, scorers, batch)
+        return evaluation.evaluate(policy, wanted, seeds, steps, scorers, batch, toward)
 
 
 def best_of_n(
     model: Any, prompts: Any, reward: Any, seeds: Sequence[int] = (0, 1, 2, 3), steps: int = 10,
     keep: int | None = None, after: int | None = None, *, scorers: Mapping[str, Any] = NOTHING,
-    adapter: str | Path | None = None, guidance: float | None = None, batch: int = 64,
+    adapter: str | Path | None = None, guidance: float | None = None, batch: int = 64, toward: Toward | None = None,
 ) -> Best:  # fmt: skip
     """The image of each prompt with the best reward, of one from each seed. With `keep` only that many of a prompt's
     images, those that look best `after` so many steps, are continued. `scorers` has objects or settings by name, for a
-    reward that is named.
+    reward that is named. `toward` guides the images (`mmalign.toward`).
 
         result = mmalign.best_of_n("assets/tiny_sd3", ["a red circle"], "clip.cosine", seeds=range(8))
         result.images, result.member, result.score  # [P, 3, H, W]; the index of the seed; its score
@@ -305,7 +310,26 @@ def best_of_n(
         raise BadInput(f"reward {name}.{part}: that scorer gives {', '.join(scorer.names)}")
     with given.drawing(model, guidance, adapter) as policy:
         given.warn_cut(wanted, policy, scorer)
-        return best.best_of(policy, wanted, [[*seeds]] * len(wanted), steps, scorer, part, batch, keep, after)
+        return best.best_of(policy, wanted, [[*seeds]] * len(wanted), steps, scorer, part, batch, keep, after, toward)
+
+
+def toward(
+    reward: Any, push: float = 0.05, since: float = 0.9, *, batch: int = 8, scorers: Mapping[str, Any] = NOTHING
+) -> Toward:
+    """Guidance of images by the gradient of a reward, for `evaluate`, `best_of_n`, `refine` and `Run.sample`
+    (`mmalign.evaluation.toward.Toward`). The `reward` is a scorer with gradients by name or as an object, which stands
+    for its first component, or a component by name. `push`: the length of each move in units of the latent's root mean
+    square; `since`: the time from which images are guided, from 1 (noise) to 0; `batch`: images of one backward pass.
+    `scorers` has objects or settings by name.
+
+        mmalign.evaluate("assets/tiny_sd3", ["a red circle"], "clip", toward=mmalign.toward("clip.cosine", push=0.05))
+    """
+    if isinstance(reward, str):
+        name, part = component(reward)
+        scorer = given.scorers_of(scorers).get(name, given.Named())
+    else:
+        [(name, scorer)], part = given.scorers_of([reward]).items(), ""
+    return Toward(scorer.loaded(name), part, push, since, batch, name)
 
 
 def refine(
@@ -313,12 +337,12 @@ def refine(
     images: str | Path | None = None, moves: Sequence[str] = ("request", "seed"), by: str = "", good: float = 1.0,
     rounds: int = 4, forwards: float | None = None, patience: int | None = None, cut: float = 0.9,
     strength: float = 1.5, steps: int = 10, guidance: float | None = None, seed: int = 0,
-    adapter: str | Path | None = None, batch: int = 64,
+    adapter: str | Path | None = None, batch: int = 64, toward: Toward | None = None,
 ) -> Refined:  # fmt: skip
     """Draw an image of each prompt, have it criticised, draw again, and keep the best one; nothing is trained. The
     settings are those of `mmalign.refinement.loop.Settings`; `rounds` counts all images of a prompt. Prompts that are
     done in the folder `out` are not done again. With `images`, a folder or table of pictures and their prompts, the
-    first images are those.
+    first images are those. `toward` is the guidance of the move of that name (`mmalign.toward`).
 
         result = mmalign.refine("assets/tiny_sd3", ["a purple circle and a square"], out="refined")
         result.rows[0]["rounds"], result.summary  # every image with its scores and critique; refined/best has the best
@@ -333,10 +357,11 @@ def refine(
     if by not in scorer.names:
         raise BadInput(f"by {by!r}: {name} gives {', '.join(scorer.names)}")
     rules = Settings(tuple(moves), by, good, rounds, forwards, patience, cut, strength, 1.0, steps, seed)
-    rules.check(adapter is not None)
+    rules.check(adapter is not None, toward is not None)
     wanted, pictures = (None if prompts is None else given.prompts_of(prompts)), None
     about = {"critic": name, "version": scorer.card.version, "adapter": str(adapter or "")}
     about |= {"model": model if isinstance(model, str) else given.GIVEN, "images_from": str(images or "")}
+    about |= {"toward": str(toward)} if toward else {}
     with given.drawing(model, guidance, adapter) as policy:
         if images is not None:
             with refusing():
@@ -344,7 +369,9 @@ def refine(
         given.warn_cut(wanted, policy, scorer)
         rules = replace(rules, guidance=policy.guidance)
         shown = partial(counted, name="refining", unit="prompts")
-        return trace.refine_prompts(policy, scorer, wanted, rules, Path(out), batch, pictures, name, about, shown)
+        return trace.refine_prompts(
+            policy, scorer, wanted, rules, Path(out), batch, pictures, name, about, shown, toward
+        )
 
 
 def collect(

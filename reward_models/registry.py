@@ -38,6 +38,7 @@ SCORERS: dict[str, str] = {
     "shapes_classifier": "reward_models.scorers.shapes_classifier:ShapesClassifier",
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
     "fitted": "reward_models.scorers.fitted:Fitted",
+    "context": "reward_models.scorers.context:Context",
     "likeness": "reward_models.scorers.likeness:Likeness",
     "natural": "reward_models.scorers.natural:Natural",
     "voted": "reward_models.scorers.voted:Voted",
@@ -47,7 +48,7 @@ SCORERS: dict[str, str] = {
 # with `in_graph`: `vlm_yes_no` if its model is in this process, `zoomed` of one of the others at a grid
 GRADIENTS = (
     "clip", "pickscore", "hpsv2", "aesthetic", "image_reward", "hpsv3", "vqa", "vlm_yes_no", "fitted", "natural",
-    "image_stats", "shapes_classifier", "zoomed",
+    "image_stats", "shapes_classifier", "zoomed", "context",
 )  # fmt: skip
 
 HOME = re.compile(r"~[\w.-]*(/|\Z)")

@@ -55,7 +55,7 @@ def test_clip_reads_77_tokens_with_its_marks(clip, words):
     assert reader.cuts("red " * words) == (words + 2 > 77)
 
 
-@pytest.mark.parametrize("name", ["pickscore", "image_reward", "hpsv2"])
+@pytest.mark.parametrize("name", ["pickscore", "image_reward", "hpsv2", "context"])
 def test_what_a_scorer_cuts_changes_nothing(tmp_path, name):
     """The longest text that is read whole is output apart from the same with one word more, which scores the same."""
     (tmp_path / name).mkdir()

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 from run_config import cut_off, rows, run
 from torchvision.utils import save_image
@@ -18,6 +19,7 @@ from mmalign import run as runs
 from mmalign.evaluation import evaluate
 from mmalign.evaluation.evaluate import Evaluation
 from mmalign.reporting import report
+from mmalign.runs import reader
 
 ROW = {"reward": 0.25, "forwards": 4, "replay_forwards": 2, "decodes": 1, "rewards": 1}
 
@@ -225,3 +227,42 @@ def test_large_images_are_reduced_and_small_ones_embedded_unchanged(tmp_path):
     pictures = [base64.b64decode(source.partition(",")[2]) for source, _ in shown]
     assert Image.open(io.BytesIO(pictures[0])).size == (512, 512)
     assert pictures[2] == small.read_bytes()
+
+
+def costing(tmp_path, watch=("jpeg_size",), distance=None):
+    """A run of three evaluations; before training the spread between images is 0.1 of one score and 2 of the other."""
+    out = tmp_path / "run"
+    (out / "images/before").mkdir(parents=True)
+    settings = {"iterations": 2, "plan": "sde", "credit": "terminal", "seeds": 2, "rewards": {"clip.cosine": 1.0}}
+    (out / "config.yaml").write_text(yaml.safe_dump(settings | {"watch": [*watch]}))
+    names = ("clip.cosine", "jpeg_size.kilobytes")
+    images = [dict(zip(names, pair, strict=True)) for pair in ((0.4, -2.0), (0.5, -4.0), (0.6, -6.0))]
+    rows = [{"image": f"{k:05d}-0.png", "prompt": "a", "id": k, "scores": scores} for k, scores in enumerate(images)]
+    (out / "images/before/scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    means = [(0.5, -4.0), (0.55, -3.0), (0.7, -6.0)]
+    with (out / "evaluations.jsonl").open("w") as file:
+        for k, (name, pair) in enumerate(zip(("before", None, "after"), means, strict=True)):
+            row = {"iteration": k, "name": name, "images": 3, "seconds": 1.0} | dict(zip(names, pair, strict=True))
+            file.write(json.dumps(row) + "\n")
+    metrics = [{"iteration": k} | ROW | ({distance: 0.5 * k} if distance else {}) for k in (1, 2)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    return out
+
+
+@pytest.mark.parametrize("distance", [None, "kl", "drift"])
+def test_one_panel_shows_what_a_reward_costs(tmp_path, distance):
+    out = costing(tmp_path, distance=distance)
+    [(title, draw)] = report._cost(reader.read(out)).items()
+    assert ("distance" in title) == bool(distance)
+    figure = Figure()
+    draw(figure.subplots())
+    lines = {line.get_label(): [*line.get_ydata()] for axis in figure.axes for line in axis.lines}
+    assert lines["clip.cosine, trained"] == pytest.approx([0, 0.5, 2])
+    assert lines["jpeg_size.kilobytes, watched"] == pytest.approx([0, 0.5, -1])
+    if distance:
+        assert [[*line.get_ydata()] for line in figure.axes[1].lines] == [[0.5, 1.0]]
+    assert "<svg" in report.write(out).read_text()
+
+
+def test_a_run_that_watches_nothing_has_no_such_panel(tmp_path):
+    assert report._cost(reader.read(costing(tmp_path, watch=()))) == {}

@@ -1,10 +1,11 @@
 """The commands `sample` and `evaluate`: images of a model, and their scores."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from mmalign.cli import output, tables
-from mmalign.cli.inputs import load_scorers, read_prompts
+from mmalign.cli.inputs import load_scorers, load_toward, read_prompts, scorers_of
 from mmalign.cli.options import (
     PROMPTS,
     Adapter,
@@ -16,11 +17,14 @@ from mmalign.cli.options import (
     Model,
     Prompts,
     PromptTexts,
+    Push,
     Rewards,
     ScorerSettings,
     Seeds,
     Setting,
+    Since,
     Steps,
+    TowardReward,
     output_option,
     parse_boxes,
     prompt_option,
@@ -80,6 +84,9 @@ def sample(
     strength: Strength = None,
     boxes: Boxes = None,
     edge: Edge = 0.0,
+    toward: TowardReward = None,
+    push: Push = None,
+    since: Since = None,
     best: BestBy = None,
     settings: ScorerSettings = None,
     keep: Keep = None,
@@ -90,25 +97,29 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Sample images by ODE; a seed gives the image the stock pipeline gives for it."""
-    from mmalign import api
-    from mmalign.evaluation import generate
+    from mmalign.api import best_of_n
 
     wanted = read_prompts(prompt, prompts)
-    _check_adapter(adapter, strength, boxes, edge)
-    scorers = _best_scorer(best, len(seeds), keep, after, steps, settings, strength is not None or bool(boxes))
+    _check(adapter, strength, boxes, edge, best, len(seeds), keep, after, steps)
+    scorers, guide = _best_and_toward(best, toward, push, since, settings)
     with output.progressing():
         policy = load_policy(model, guidance, adapter)
         make_folder(out)
-        if scorers:
-            result = api.best_of_n(policy, wanted, best, seeds, steps, keep, after, scorers=scorers, batch=batch)
+        if best is None:
+            rows = _sample(policy, wanted, seeds, steps, out, batch, _velocity(policy, strength, boxes, edge), guide)
         else:
-            output.warn_cut((one.text for one in wanted), policy)
-            velocity = _velocity(policy, strength, boxes, edge)
-            rows = generate.sample_images(policy, wanted, seeds, steps, out, batch, velocity)
-    if scorers:
-        _show_best(result, result.save(wanted, seeds, out), best, keep, out, as_json)
-    else:
+            top = best_of_n(policy, wanted, best, seeds, steps, keep, after, scorers=scorers, batch=batch, toward=guide)
+    if best is None:
         output.show(rows, as_json, f"{len(rows)} images in {out}")
+    else:
+        _show_best(top, top.save(wanted, seeds, out), best, keep, out, as_json)
+
+
+def _sample(policy: Any, prompts: list[Prompt], *settings: Any) -> list[dict[str, Any]]:
+    from mmalign.evaluation.generate import sample_images
+
+    output.warn_cut((prompt.text for prompt in prompts), policy)
+    return sample_images(policy, prompts, *settings)
 
 
 def _velocity(policy: Any, strength: float | None, boxes: list[Box] | None, edge: float) -> Any:
@@ -119,43 +130,44 @@ def _velocity(policy: Any, strength: float | None, boxes: list[Box] | None, edge
         return guided_in_boxes(policy, 1.0 if strength is None else strength, boxes or [], edge)
 
 
-def _check_adapter(adapter: Path | None, strength: float | None, boxes: list[Box] | None, edge: float) -> None:
+def _check(
+    adapter: Path | None, strength: float | None, boxes: list[Box] | None, edge: float,
+    best: str | None, seeds: int, keep: int | None, after: int | None, steps: int,
+) -> None:  # fmt: skip
+    """BadInput for options that do not go together."""
     if adapter is None and (strength is not None or boxes):
         raise BadInput("--strength and --box set how much of an adapter acts, and where; give --adapter RUN")
     if edge and not boxes:
         raise BadInput("--edge softens boxes; give --box left,top,right,bottom")
-
-
-def _best_scorer(
-    best: str | None,
-    seeds: int,
-    keep: int | None,
-    after: int | None,
-    steps: int,
-    settings: list[Setting] | None,
-    guided: bool,
-) -> dict[str, Any] | None:
-    """The scorer of --best by name, None without it. BadInput for options that do not go together."""
-    from mmalign.config.checks import component
-
     if best is None:
-        if keep or after or settings:
-            raise BadInput("--keep, --after and --set belong to --best scorer.component")
-        return None
+        if keep or after:
+            raise BadInput("--keep and --after belong to --best scorer.component")
+        return
     if "." not in best:
         raise BadInput(f"--best {best!r}: scorer.component is needed, e.g. clip.cosine")
     if (keep is None) != (after is None):
         raise BadInput("--keep N --after STEPS: both or neither")
     if keep is not None and not (keep < seeds and after < steps):
         raise BadInput(f"--keep {keep} --after {after}: fewer than the {seeds} seeds and the {steps} steps are needed")
-    if guided:
+    if strength is not None or boxes:
         raise BadInput("--best does not go with --strength or --box")
-    with refusing():
-        name, output_name = component(best)
-    scorers = load_scorers([name], settings)
-    if output_name not in scorers[name].names:
-        raise BadInput(f"--best {best!r}: that scorer gives {', '.join(scorers[name].names)}")
-    return scorers
+
+
+def _best_and_toward(
+    best: str | None, toward: str | None, push: float | None, since: float | None, settings: list[Setting] | None
+) -> tuple[dict[str, Any], Any]:
+    """The scorers of --best and --toward by name, and the guidance. BadInput."""
+    from mmalign.config.checks import component
+
+    names = scorers_of(best, toward)
+    if settings and not names:
+        raise BadInput("--set belongs to --best or --toward scorer.component")
+    scorers = load_scorers(names, settings)
+    if best is not None:
+        name, part = component(best)
+        if part not in scorers[name].names:
+            raise BadInput(f"--best {best!r}: that scorer gives {', '.join(scorers[name].names)}")
+    return scorers, load_toward(toward, push, since, scorers)
 
 
 def _show_best(result: Any, rows: list[dict[str, Any]], best: str, keep: int | None, out: Path, as_json: bool) -> None:
@@ -183,6 +195,9 @@ def evaluate(
     members: SeedCount = 2,
     steps: Steps = 10,
     guidance: Guidance = None,
+    toward: TowardReward = None,
+    push: Push = None,
+    since: Since = None,
     out: ScoresFolder = None,
     layout: FolderLayout = "mmalign",
     reference: Reference = None,
@@ -193,40 +208,52 @@ def evaluate(
 ) -> None:
     """Score a model on prompts with fixed seeds, overall and by kind of prompt."""
     from mmalign import api
-    from mmalign.evaluation import evaluate as evaluation, layouts, reference as references
+    from mmalign.evaluation import evaluate as evaluation
 
-    _check_base(adapter, reference, compare)
+    _check_base(adapter, reference, compare, toward)
     wanted = read_prompts(None, prompts)
     _check_out(out, layout, wanted)
-    check_file(reference, "--reference", references.ours)
     with output.progressing():
         scorers, policy = load_scorers(rewards), load_policy(model, guidance, adapter)
-        result = api.evaluate(policy, wanted, scorers, seeds=members, steps=steps, batch=batch)
-    if out is not None:
-        layouts.write(result, wanted, out, layout)
-    if reference is not None:
-        _save_reference(reference, result, policy, scorers)
+        guide = load_toward(toward, push, since, scorers)
+        drawn = partial(api.evaluate, policy, wanted, scorers, seeds=members, steps=steps, batch=batch, toward=guide)
+        result = drawn()
+    _write(result, wanted, out, layout)
+    _save_reference(reference, result, policy, scorers)
     row = {"images": len(result.images), "means": evaluation.means_by_tag(result, wanted)}
     shown = [tables.means(row["means"], f"{row['images']} images, {steps} steps")]
     if compare:
         with output.progressing(), policy.reference():
-            before = api.evaluate(policy, wanted, scorers, seeds=members, steps=steps, batch=batch)
-        row["rises"] = evaluation.compared(before, result, wanted)
+            row["rises"] = evaluation.compared(drawn(), result, wanted)
         shown.append(tables.rises(row))
     output.show(row, as_json, *shown)
 
 
-def _save_reference(file: Path, result: Any, policy: Any, scorers: dict[str, Any]) -> None:
+def _write(result: Any, prompts: list[Prompt], out: Path | None, layout: Layout) -> None:
+    from mmalign.evaluation import layouts
+
+    if out is not None:
+        layouts.write(result, prompts, out, layout)
+
+
+def _save_reference(file: Path | None, result: Any, policy: Any, scorers: dict[str, Any]) -> None:
     from mmalign.evaluation import reference as references
 
+    if file is None:
+        return
     references.RewardStats.measure(result, policy.fingerprint(), scorers).save(file)
     if len(result.images) < references.ENOUGH:
         output.warn(f"{file} rests on {len(result.images)} images; {references.ENOUGH} are better")
 
 
-def _check_base(adapter: Path | None, reference: Path | None, compare: bool) -> None:
+def _check_base(adapter: Path | None, reference: Path | None, compare: bool, toward: str | None) -> None:
+    from mmalign.evaluation import reference as references
+
+    check_file(reference, "--reference", references.ours)
     if reference is not None and adapter is not None:
         raise BadInput("--reference is of the base model; leave out --adapter")
+    if reference is not None and toward is not None:
+        raise BadInput("--reference is of the base model's images; leave out --toward")
     if compare and adapter is None:
         raise BadInput("--compare is of an adapter with its base model; give --adapter RUN")
 

@@ -1,6 +1,6 @@
 """Read the prompts and load the scorers that the options of a command name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +38,28 @@ def load_scorers(
     with refusing(), doing("loading scorers"):
         scorers = {name: load(name, **given) for name, given in of_scorer.items()}
         return {name: Cached(scorer, cache) for name, scorer in scorers.items()} if cache else scorers
+
+
+def scorers_of(*rewards: str | None) -> list[str]:
+    """The scorers of rewards like scorer.component, each once; a reward that is None has none."""
+    from mmalign.config.checks import component
+
+    return [*dict.fromkeys(component(reward)[0] for reward in rewards if reward is not None)]
+
+
+def load_toward(reward: str | None, push: float | None, since: float | None, scorers: Mapping[str, Any]) -> Any:
+    """The guidance of --toward, None without it. Its scorer is the one in `scorers`, without its cache, or else loaded.
+    BadInput."""
+    from mmalign.config.checks import component
+    from mmalign.evaluation.toward import Toward
+    from reward_models.cache import Cached
+
+    chosen = {"push": push, "since": since}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if reward is None:
+        if chosen:
+            raise BadInput("--push and --from belong to --toward scorer.component")
+        return None
+    name, part = component(reward)
+    scorer = scorers[name] if name in scorers else load_scorers([name])[name]
+    return Toward(scorer.scorer if isinstance(scorer, Cached) else scorer, part, name=name, **chosen)

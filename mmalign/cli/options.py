@@ -195,6 +195,23 @@ Seeds = Annotated[
 Steps = Annotated[int, sampling_option(min=1, max=1000, help="ODE steps")]
 Batch = Annotated[int, sampling_option(min=1, help="images per forward")]
 
+TowardReward = Annotated[
+    str | None,
+    sampling_option(
+        "--toward",
+        metavar="SCORER[.COMPONENT]",
+        help="guide images by the gradient of this reward; a scorer alone: its first component",
+    ),
+]
+Push = Annotated[
+    float | None,
+    sampling_option(help="--toward: length of each move in units of the latent's root mean square, 0 for none [0.05]"),
+]
+Since = Annotated[
+    float | None,
+    sampling_option("--from", help="--toward: time from which images are guided, from 1 (noise) to 0 (never) [0.9]"),
+]
+
 Rewards = Annotated[
     Sequence[str],
     reward_option(parser=str, callback=parse_names, metavar="NAME,...", help="comma-separated scorers"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mmalign.cli import output, tables
-from mmalign.cli.inputs import load_scorers, read_prompts
+from mmalign.cli.inputs import load_scorers, load_toward, read_prompts, scorers_of
 from mmalign.cli.options import (
     Adapter,
     Allow,
@@ -16,8 +16,12 @@ from mmalign.cli.options import (
     Model,
     Prompts,
     PromptTexts,
+    Push,
     ScorerSettings,
+    Setting,
+    Since,
     Steps,
+    TowardReward,
     model_option,
     output_option,
     prompt_option,
@@ -26,6 +30,7 @@ from mmalign.cli.options import (
 )  # fmt: skip
 from mmalign.errors import BadInput, Failed
 from mmalign.runs.outputs import check_file, has_rows
+from reward_models import Prompt
 
 
 def parse_moves(text: str) -> tuple[str, ...]:
@@ -45,7 +50,7 @@ Moves = Annotated[
         parser=str,
         callback=parse_moves,
         metavar="NAME,...",
-        help="what a round may do, comma-separated: request, seed, guidance, region, keep, cut, strength",
+        help="what a round may do, comma-separated: request, seed, guidance, region, keep, cut, strength, toward",
     ),
 ]
 Rounds = Annotated[int, sampling_option(min=1, help="most images of a prompt, the first included")]
@@ -75,6 +80,9 @@ def refine(
     patience: Patience = None,
     cut: Cut = 0.9,
     strength: Strength = 1.5,
+    toward: TowardReward = None,
+    push: Push = None,
+    since: Since = None,
     model: Model = "assets/tiny_sd3",
     adapter: Adapter = None,
     steps: Steps = 10,
@@ -90,17 +98,28 @@ def refine(
     as_json: Json = False,
 ) -> None:
     """Draw, have it criticised, draw again; keep the best image of each prompt. No training."""
+    _check((prompt, prompts, images), page, pairs, requests)
+    rules = dict(
+        out=out, images=images, moves=moves, by=by, good=good, rounds=rounds, forwards=forwards, patience=patience,
+        cut=cut, strength=strength, steps=steps, guidance=guidance, seed=seed, adapter=adapter, batch=batch,
+    )  # fmt: skip
+    wanted = None if images else read_prompts(prompt, prompts)
+    result, by = _refined(model, wanted, rules, critic, settings, cache, (toward, push, since))
+    _report(result, by, out, page, pairs, requests, as_json)
+
+
+def _refined(
+    model: str, prompts: list[Prompt] | None, rules: dict[str, Any], critic: str, settings: list[Setting] | None,
+    cache: Path | None, toward: tuple[str | None, float | None, float | None],
+) -> tuple[Any, str]:  # fmt: skip
+    """What `mmalign.refine` returns by these rules, and the component that decided."""
     from mmalign import api
 
-    _check((prompt, prompts, images), page, pairs, requests)
     with output.progressing():
-        scorers = load_scorers([critic], settings, cache)
-        result = api.refine(
-            model, None if images else read_prompts(prompt, prompts), scorers, out=out, images=images, moves=moves,
-            by=by, good=good, rounds=rounds, forwards=forwards, patience=patience, cut=cut, strength=strength,
-            steps=steps, guidance=guidance, seed=seed, adapter=adapter, batch=batch,
-        )  # fmt: skip
-    _report(result, by or scorers[critic].names[0], out, page, pairs, requests, as_json)
+        scorers = load_scorers([*dict.fromkeys([critic, *scorers_of(toward[0])])], settings, cache)
+        guide = load_toward(*toward, scorers)
+        result = api.refine(model, prompts, {critic: scorers[critic]}, toward=guide, **rules)
+    return result, rules["by"] or scorers[critic].names[0]
 
 
 def _check(sources: tuple[Any, ...], page: Path | None, pairs: Path | None, requests: Path | None) -> None:

@@ -7,6 +7,7 @@ velocity points at; the images that score worst there are not continued. With S 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from mmalign.evaluation.generate import image_file, initial_noise, trajectories
+from mmalign.evaluation.toward import Toward
 from mmalign.policy.protocol import Policy
 from mmalign.rewards.judge import score
 from reward_models import Prompt, RewardModel
@@ -73,23 +75,25 @@ def best_of(
     batch: int = 64,
     survivors: int | None = None,
     after: int | None = None,
+    toward: Toward | None = None,
 ) -> Best:
     """The best of each prompt's N seeds by a component of the scorer. With `survivors`, only that many continue after
-    step `after`. The image of a seed does not depend on the other seeds."""
+    step `after`; with `toward`, all are guided. The image of a seed does not depend on the other seeds."""
+    drawn = partial(trajectories, policy, prompts, batch=batch, toward=toward)
     count, forwards = len(seeds[0]), policy.counts["forwards"]
     x, owner = initial_noise(policy, seeds)
     times, judgements = policy.times(steps), 0
     alive = torch.arange(len(x)).view(-1, count)
     if survivors is not None and survivors < count:
         peek = torch.cat([times[: after + 1], torch.zeros(1)])
-        parts = [(paths.finals, paths.x[:, after]) for paths in trajectories(policy, prompts, x, owner, peek, batch)]
+        parts = [(paths.finals, paths.x[:, after]) for paths in drawn(x, owner, peek)]
         predicted, x = (torch.cat(column) for column in zip(*parts, strict=True))
         _, scores, _ = _scored(policy, predicted, owner, prompts, scorer, component, batch)
         judgements += len(x)
         alive = alive.gather(1, _ranked(scores.view(-1, count))[:, :survivors].sort(1).values)
         x, times = x[alive.flatten()], times[after:]
     rows = alive.flatten()
-    finals = torch.cat([paths.finals for paths in trajectories(policy, prompts, x, owner[rows], times, batch)])
+    finals = torch.cat([paths.finals for paths in drawn(x, owner[rows], times)])
     images, values, failures = _scored(policy, finals, owner[rows], prompts, scorer, component, batch)
     scores = torch.full((len(owner),), torch.nan)
     scores[rows] = values

@@ -14,6 +14,7 @@ from mmalign.config.checks import component
 from mmalign.distributed.processes import Ranks
 from mmalign.evaluation.comparison import rises
 from mmalign.evaluation.generate import generate
+from mmalign.evaluation.toward import Toward
 from mmalign.flow.sample import chunks
 from mmalign.policy.protocol import Policy
 from mmalign.rewards.judge import Scorers, score
@@ -83,11 +84,12 @@ def noise_seed(prompt: Prompt, member: int) -> int:
 
 
 def evaluate(
-    policy: Policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Scorers, batch: int
-) -> Evaluation:
+    policy: Policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Scorers, batch: int,
+    toward: Toward | None = None,
+) -> Evaluation:  # fmt: skip
     """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same."""
     seeds = [[noise_seed(p, m) for m in range(members)] for p in prompts]
-    images, prompt = generate(policy, prompts, seeds, steps, batch)
+    images, prompt = generate(policy, prompts, seeds, steps, batch, toward=toward)
     scored = score(images, [prompts[i] for i in prompt], scorers)
     places = {
         name: overlay.records(scored.maps.get(name), scored.boxes.get(name, ()), tuple(images.shape[2:]), len(images))

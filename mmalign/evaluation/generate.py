@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from mmalign.activity import doing
+from mmalign.evaluation.toward import Toward
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import chunks, sample
 from mmalign.policy.protocol import Policy
@@ -26,10 +27,11 @@ def sample_images(
     out: Path,
     batch: int = 64,
     velocity: Velocity | None = None,
+    toward: Toward | None = None,
 ) -> list[dict[str, Any]]:
     """Sample an image of each prompt from each seed (`generate`) and write it as a PNG into the folder `out`, which is
     there. Returns for each image its file `image`, its `prompt` and its `seed`."""
-    images, owner = generate(policy, prompts, [seeds] * len(prompts), steps, batch, velocity)
+    images, owner = generate(policy, prompts, [seeds] * len(prompts), steps, batch, velocity, toward)
     rows = []
     for image, p, seed in zip(images, owner.tolist(), [*seeds] * len(prompts), strict=True):
         rows.append({"image": str(image_file(out, prompts[p], seed)), "prompt": prompts[p].text, "seed": seed})
@@ -48,14 +50,15 @@ def generate(
     steps: int,
     batch: int,
     velocity: Velocity | None = None,
+    toward: Toward | None = None,
 ) -> tuple[Float[Tensor, "N 3 H W"], Int[Tensor, "N"]]:
-    """Images of each prompt from each of its seeds, by ODE along `velocity`, by default the policy's; and the prompt of
-    each image.
+    """Images of each prompt from each of its seeds, by ODE along `velocity`, by default the policy's, with guidance
+    `toward` a scorer if it is given; and the prompt of each image.
 
     A seed gives the initial noise that a stock pipeline draws from a CPU generator with that seed.
     """
     noise, owner = initial_noise(policy, seeds)
-    parts = trajectories(policy, prompts, noise, owner, policy.times(steps), batch, velocity)
+    parts = trajectories(policy, prompts, noise, owner, policy.times(steps), batch, velocity, toward)
     return torch.cat([policy.decode(paths.finals).cpu() for paths in parts]), owner
 
 
@@ -74,12 +77,15 @@ def trajectories(
     times: Float[Tensor, "states"],
     batch: int,
     velocity: Velocity | None = None,
+    toward: Toward | None = None,
 ) -> Iterator[Trajectories]:
     """ODE trajectories from each initial noise, for the prompt `owner` of each row, `batch` at a time."""
+    velocity = velocity or policy.velocity
     with doing("sampling", "images", len(noise)) as work:
         for rows in chunks(len(noise), batch):
             used, index = owner[rows].unique(return_inverse=True)
-            cond = policy.encode([prompts[p].text for p in used.tolist()])
-            index = index.to(policy.device)
-            yield sample(velocity or policy.velocity, noise[rows], cond, index, ode(times), batch=batch)
+            requests = [prompts[p] for p in used.tolist()]
+            cond, index = policy.encode([prompt.text for prompt in requests]), index.to(policy.device)
+            guided = toward.guided(policy, velocity, requests) if toward else velocity
+            yield sample(guided, noise[rows], cond, index, ode(times), batch=batch)
             work.did("images", len(index))

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.errors import BadInput
+from mmalign.evaluation.toward import Toward
 from mmalign.policy.protocol import Policy
 from mmalign.refinement.redraw import Attempt, Base, cost, draw
 from mmalign.rewards.judge import score
@@ -32,6 +33,7 @@ MOVES = {
     "keep": "keep only what the critic praises (boxes of full credit), redraw the rest",
     "cut": "begin from the image, noised to the time `cut`",
     "strength": "more of the adapter than was trained: `strength` times its change",
+    "toward": "along the gradient of a scorer at late steps (`mmalign.evaluation.toward`)",
 }
 FULL = 1 - 1e-6  # credit of a region with which nothing is wrong
 
@@ -55,13 +57,15 @@ class Settings:
     steps: int = 10
     seed: int = 0
 
-    def check(self, adapter: bool) -> None:
-        """BadInput for moves that are not known or cannot be made, with or without an adapter."""
+    def check(self, adapter: bool, toward: bool = False) -> None:
+        """BadInput for moves that are not known or cannot be made, with or without an adapter and guidance."""
         unknown = [move for move in self.moves if move not in MOVES]
         if unknown or not self.moves:
             raise BadInput(f"moves: {', '.join(unknown) or 'none'}; known are {', '.join(MOVES)}")
         if "strength" in self.moves and not adapter:
             raise BadInput("moves: strength makes more of an adapter; give one")
+        if toward != ("toward" in self.moves):
+            raise BadInput("moves: toward goes along the gradient of a scorer; give both, or neither")
         if "cut" in self.moves and not 0 < self.cut < 1:
             raise BadInput(f"cut {self.cut}: a time between 0 (the image) and 1 (noise) is needed")
         if {"region", "keep"} & {*self.moves} and self.steps < 3:
@@ -124,11 +128,12 @@ def refine(
     batch: int = 64,
     images: Float[Tensor, "N 3 H W"] | None = None,
     name: str = "critic",
+    toward: Toward | None = None,
 ) -> list[Refinement]:
     """A refinement of each prompt. Round 0 is drawn, or is one of `images`, which the policy's autoencoder encodes.
-    `name` of the critic stands before the reasons of failures. BadInput where drawing round 0 takes more than
-    `settings.forwards`."""
-    loop = _Loop(policy, critic, settings, batch, name)
+    `name` of the critic stands before the reasons of failures; `toward` is the guidance of the move of that name.
+    BadInput where drawing round 0 takes more than `settings.forwards`."""
+    loop = _Loop(policy, critic, settings, batch, name, toward)
     refinements = [Refinement(prompt) for prompt in prompts]
     first = [Attempt(p.text, seed_of("refine", settings.seed, p.id), settings.guidance) for p in prompts]
     if images is None:
@@ -158,6 +163,7 @@ class _Loop:
     settings: Settings
     batch: int
     name: str
+    toward: Toward | None
 
     def check_cost(self, attempts: Sequence[Attempt]) -> None:
         most = self.settings.forwards
@@ -186,7 +192,8 @@ class _Loop:
             mask = _mask(self.policy, refinement, move)
             bases.append(None if mask is None else Base(refinement.rounds[move.parent].latent, mask))
         attempts = [move.attempt for move in moves]
-        latents, forwards = draw(self.policy, attempts, bases, self.settings.steps, self.batch)
+        prompts = [refinement.prompt for refinement in refinements]
+        latents, forwards = draw(self.policy, attempts, bases, self.settings.steps, self.batch, self.toward, prompts)
         images = torch.cat([self.policy.decode(part).cpu() for part in latents.split(self.batch)])
         self.judge(refinements, moves, images, latents, forwards)
 
@@ -241,6 +248,8 @@ def propose(refinement: Refinement, first: Attempt, settings: Settings) -> Move:
             attempt, parent = replace(attempt, start=settings.cut), refinement.best
         elif name == "strength":
             attempt = replace(attempt, strength=settings.strength)
+        elif name == "toward":
+            attempt = replace(attempt, toward=True)
         elif name in ("region", "keep") and _boxes(best, name):
             parent = refinement.best
         else:

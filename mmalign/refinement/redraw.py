@@ -14,25 +14,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmalign.evaluation.toward import Toward
 from mmalign.flow.plan import ode, sde
 from mmalign.flow.sample import sample
 from mmalign.policy.protocol import Policy, two_forwards
 from mmalign.refinement.velocity import inpaint, regional_guidance
 from mmalign.sampling.kernels import Ddim
 from mmalign.seeds import gaussian, seed_of
-from mmalign.types import Latents
+from mmalign.types import Latents, Velocity
+from reward_models import Prompt
 
 
 @dataclass(frozen=True)
 class Attempt:
     """How an image is made. `start`: the time the trajectory begins at, below 1 from an earlier image, noised to that
-    time. `strength`: how much of the adapter acts."""
+    time. `strength`: how much of the adapter acts. `toward`: with guidance toward a scorer."""
 
     request: str
     seed: int
     guidance: float
     start: float = 1.0
     strength: float = 1.0
+    toward: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def _guidance(policy: Policy, guidance: int | float) -> Iterator[None]:
 
 def cost(policy: Policy, attempt: Attempt, steps: int) -> int:
     """The most network forwards an attempt takes: one a step, twice as many with true guidance, and twice as many where
-    the model without adapter is evaluated too."""
+    the model without adapter is evaluated too. Guidance toward a scorer takes none."""
     with _guidance(policy, attempt.guidance):
         halves = 2 if two_forwards(policy, attempt.guidance) else 1
     models = 1 if attempt.strength in (0, 1) else 2
@@ -74,22 +77,27 @@ def cost(policy: Policy, attempt: Attempt, steps: int) -> int:
 
 
 def draw(
-    policy: Policy, attempts: Sequence[Attempt], bases: Sequence[Base | None], steps: int, batch: int
-) -> tuple[Latents, list[float]]:
+    policy: Policy, attempts: Sequence[Attempt], bases: Sequence[Base | None], steps: int, batch: int,
+    toward: Toward | None = None, prompts: Sequence[Prompt] = (),
+) -> tuple[Latents, list[float]]:  # fmt: skip
     """The latents of the attempts, and the network forwards each took. Attempts with equal settings share a batch. An
-    attempt with a base that preserves nothing, and start 1, is drawn from noise alone."""
+    attempt with a base that preserves nothing, and start 1, is drawn from noise alone. `toward` is the guidance of
+    attempts that have it, for the `prompts` of all attempts."""
     groups = defaultdict(list)
     for i, (attempt, base) in enumerate(zip(attempts, bases, strict=True)):
         inpainted = base is not None and base.preserves
-        groups[attempt.guidance, attempt.start, attempt.strength, inpainted].append(i)
+        groups[attempt.guidance, attempt.start, attempt.strength, inpainted, attempt.toward].append(i)
     latents = torch.empty(len(attempts), *policy.latent_shape, device=policy.device)
     forwards = [0.0] * len(attempts)
-    for (guidance, start, strength, inpainted), members in groups.items():
+    for (guidance, start, strength, inpainted, guided), members in groups.items():
         for first in range(0, len(members), batch):
             rows, before = members[first : first + batch], policy.counts["forwards"]
             with _guidance(policy, guidance):
+                velocity = _velocity(policy, strength)
+                if guided:
+                    velocity = toward.guided(policy, velocity, [prompts[i] for i in rows])
                 latents[rows] = _sample(
-                    policy, [attempts[i] for i in rows], [bases[i] for i in rows], steps, start, strength, inpainted
+                    policy, velocity, [attempts[i] for i in rows], [bases[i] for i in rows], steps, start, inpainted
                 )
             share = (policy.counts["forwards"] - before) / len(rows)
             for i in rows:
@@ -97,21 +105,25 @@ def draw(
     return latents, forwards
 
 
+def _velocity(policy: Policy, strength: float) -> Velocity:
+    """The velocity with so much of the adapter."""
+    if strength == 1:
+        return policy.velocity
+    return regional_guidance(policy, torch.ones(policy.latent_shape[1:], device=policy.device), strength)
+
+
 def _sample(
     policy: Policy,
+    velocity: Velocity,
     attempts: Sequence[Attempt],
     bases: Sequence[Base | None],
     steps: int,
     start: float,
-    strength: float,
     inpainted: bool,
 ) -> Latents:
     """The latents of attempts with equal settings."""
     noise = torch.stack([gaussian(policy.latent_shape, attempt.seed) for attempt in attempts]).to(policy.device)
-    velocity, x = policy.velocity, noise
-    if strength != 1:
-        mask = torch.ones(policy.latent_shape[1:], device=noise.device)
-        velocity = regional_guidance(policy, mask, strength)
+    x = noise
     if start < 1 or inpainted:
         known = torch.stack([base.latent for base in bases]).to(noise)
         x = (1 - start) * known + start * noise

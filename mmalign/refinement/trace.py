@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmalign.evaluation.toward import Toward
 from mmalign.policy.protocol import Policy
 from mmalign.refinement.loop import Refinement, Settings, refine
 from mmalign.runs import resumable
@@ -50,13 +51,15 @@ def refine_prompts(
     name: str = "critic",
     about: Mapping[str, Any] | None = None,
     progress: Callable[[Iterable[Row], int, int], Iterable[Row]] = lambda rows, done, total: rows,
+    toward: Toward | None = None,
 ) -> Refined:
     """Refine prompts (`mmalign.refinement.loop.refine`) into the folder `out`, `batch` at a time. Prompts that are done
     there are not done again.
 
     `images` by prompt id are begun from, where given. `about` are facts that must be those of the folder too, such as
     the model. `progress` wraps the rows while they are made and gets how many prompts were done before, and how many
-    there are. BadInput where the folder holds the work of other settings or prompts; Failed where it cannot be written.
+    there are. `toward` is the guidance of the move of that name. BadInput where the folder holds the work of other
+    settings or prompts; Failed where it cannot be written.
     """
     make_folder(out)
     with failing(out, ROWS_ARE_WHOLE):
@@ -65,7 +68,7 @@ def refine_prompts(
 
     def refined(some: Sequence[Prompt]) -> list[Refinement]:
         first = None if images is None else torch.cat([images[prompt.id] for prompt in some])
-        return refine(policy, critic, some, settings, batch, first, name)
+        return refine(policy, critic, some, settings, batch, first, name, toward)
 
     for row in progress(_run(left, batch, refined, out), len(rows), len(prompts)):
         rows[row["id"]] = row

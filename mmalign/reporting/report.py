@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib
@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mmalign.config.checks import component
 from mmalign.config.schema import TRAINING
 from mmalign.evaluation import layouts
 from mmalign.evaluation.comparison import cells, rises
@@ -40,6 +41,7 @@ BY_STEP = (
     "std", "gain", "gain_std", "balance", "ratio", "clipped_low", "clipped_high", "divergence", "kl"
 )  # fmt: skip
 CLIPPED = ("clipped_low", "clipped_high")
+DISTANCES = ("kl", "drift")  # metrics of how far the model is from the one without adapter
 CARDS = 20  # held-out prompts shown
 SMALL = 128  # pixels a side below which an image is enlarged without smoothing
 COLUMNS = 8  # evaluations shown of the same prompts
@@ -128,7 +130,7 @@ def _values(run: Path, source: Source) -> dict[str, Any]:
         return values
     last = record.metrics[-1]
     return values | {
-        "curves": _curves(record.metrics, record.evaluations),
+        "curves": _curves(record),
         "steps": _by_step(record.metrics),
         "last": {
             "iteration": last["iteration"],
@@ -282,8 +284,10 @@ def _svg(figure: Figure) -> str:
 
 
 @matplotlib.rc_context(dict.fromkeys(INKED, INK) | {"legend.framealpha": 0.0})
-def _curves(metrics: list[Row], evaluations: list[Row]) -> str:
-    """Training reward, diversity, each held-out score, clipping and gradient norm against iterations, as an SVG."""
+def _curves(record: RunRecord) -> str:
+    """Training reward, diversity, each held-out score, what the reward costs, clipping and gradient norm against
+    iterations, as an SVG."""
+    metrics, evaluations = record.metrics, record.evaluations
     skip = {"iteration", "name", "images", "seconds", "diversity"}
     first = evaluations[0] if evaluations else {}
     names = [name for name in first if name not in skip and not name.startswith("pairs/")]
@@ -291,6 +295,7 @@ def _curves(metrics: list[Row], evaluations: list[Row]) -> str:
         "training reward": partial(_smoothed, metrics, "reward"),
         "diversity": partial(_diversities, metrics, evaluations),
         **{f"held-out {name}": partial(_marked, evaluations, name) for name in names},
+        **_cost(record),
         "clipped share": partial(_clipped, metrics),
         "gradient norm": partial(_line, metrics, "grad_norm"),
     }
@@ -309,6 +314,40 @@ def _curves(metrics: list[Row], evaluations: list[Row]) -> str:
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     return _svg(figure)
+
+
+def _cost(record: RunRecord) -> dict[str, Callable[[Axes], None]]:
+    """The panel that shows the trained rewards, the watched scores and the distance to the base together, where a run
+    has a trained reward and one of the others. Scores are rises of held-out means in units of the spread between
+    images before training, which makes scores of any range comparable."""
+    if record.config is None or not record.evaluations:
+        return {}
+    before, spread = record.evaluations[0], {}
+    for name in before:
+        values = [row["scores"].get(name) for row in record.scores["before"]]
+        values = [value for value in values if value is not None]
+        if len(values) > 1 and (deviation := stdev(values)) > 0:
+            spread[name] = deviation
+    trained = [name for name in spread if name in record.config.rewards]
+    others = [name for name in spread if name not in trained]
+    watched = [name for name in others if component(name)[0] in record.config.watch]
+    distances = [name for name in DISTANCES if any(name in row for row in record.metrics)]
+    if not trained or not (watched or distances):
+        return {}
+
+    def draw(axis: Axes) -> None:
+        for name in (*trained, *watched):
+            rows = [row for row in record.evaluations if name in row]
+            rises = [{**row, name: (row[name] - before[name]) / spread[name]} for row in rows]
+            look = "-" if name in trained else "--"
+            _marked(rises, name, axis, ls=look, label=f"{name}, {'trained' if name in trained else 'watched'}")
+        for name in distances:
+            beside = axis.twinx()
+            _line(record.metrics, name, beside, alpha=0.5, color=INK, ls=":")
+            axis.plot([], [], color=INK, ls=":", label=f"{name}, right")
+        axis.legend(fontsize=7)
+
+    return {"rise in spreads, and distance" if distances else "rise in spreads": draw}
 
 
 def _line(rows: list[Row], name: str, axis: Axes, **look: Any) -> None:

@@ -16,7 +16,7 @@ from reward_models import Prompt, limits, load, model_folders
 
 LOADERS = (
     "clip", "pickscore", "hpsv2", "aesthetic", "image_reward", "hpsv3", "grounded", "geneval", "vqa", "vlm_yes_no",
-    "rational",
+    "rational", "context",
 )  # fmt: skip
 PROMPTS = [Prompt("a cross", {"include": [{"class": "cross", "count": 1}]})] * 2
 

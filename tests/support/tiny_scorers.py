@@ -15,6 +15,9 @@ from torch import nn
 from transformers import (
     AutoTokenizer,
     BertTokenizer,
+    Blip2Config,
+    Blip2ForImageTextRetrieval,
+    BlipImageProcessor,
     BlipTextConfig,
     BlipVisionConfig,
     CLIPConfig,
@@ -157,6 +160,30 @@ def image_reward(folder: Path) -> dict:
     return {"weights": str(folder), "tokenizer": str(folder), "heads": 3}
 
 
+def context(folder: Path) -> dict:
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + letter for letter in LETTERS)]
+    side = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Blip2Config(
+        vision_config=side | {"image_size": 24, "patch_size": 8},
+        qformer_config=side
+        | {
+            "vocab_size": len(words), "max_position_embeddings": 40, "encoder_hidden_size": 16,
+            "cross_attention_frequency": 1, "use_qformer_text_input": True,
+        },
+        text_config={"model_type": "opt", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        num_query_tokens=4,
+        image_text_hidden_size=8,
+    )  # fmt: skip
+    model = Blip2ForImageTextRetrieval(config)
+    for parameter in model.parameters():  # the library's initialisation is too small to tell one picture from another
+        nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    BlipImageProcessor(size={"height": 24, "width": 24}).save_pretrained(folder)
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    return {"model": str(folder), "tokens": 40}
+
+
 LAYERS = {
     "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_attention_heads": 2,
     "decoder_ffn_dim": 16, "num_queries": 6,
@@ -278,6 +305,7 @@ def natural(folder: Path) -> dict:
 
 
 BUILDERS = {
+    "context": context,
     "natural": natural,
     "fitted": fitted,
     "geneval": geneval,
