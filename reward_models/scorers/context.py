@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from reward_models.images import resized
 from reward_models.lengths import Reader, reader
 from reward_models.model_folders import loading, pinned
-from reward_models.scoring import each
+from reward_models.scoring import check, each
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import check_on_grey_image, fingerprint, named, pretrained
 
@@ -81,6 +81,7 @@ class Context:
         return self.in_graph(images, prompts)
 
     def in_graph(self, images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, "N K"]:
+        check(images, prompts)
         pixels = resized(images.to(self.device, torch.float32), (self.side, self.side), "squash", "bicubic")
         words = self.tokenizer(
             [self.description(prompt) for prompt in prompts],

@@ -165,7 +165,7 @@ def images_of(flow, count, seed, reward):
 
 def run_of(flow, epochs=1):
     config = SimpleNamespace(seed=0, epochs=epochs, minibatches=1)
-    return SimpleNamespace(config=config, policy=flow, ranks=None, fits={"batch": AdaptiveBatch(64)})
+    return SimpleNamespace(config=config, policy=flow, ranks=None, fits={"batch": AdaptiveBatch(64)}, rewards=None)
 
 
 def learn(flow, objective, images, iteration, rate, epochs=1):

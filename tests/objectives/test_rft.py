@@ -26,7 +26,9 @@ def finished(reward, prompt=None):
 
 def chosen(images, draws=2, prompts=1):
     """The numbers of the images that rows were made of, and each row's prompt."""
-    context = SimpleNamespace(config=SimpleNamespace(seed=0), policy=GaussianFlow(), ranks=None, fits=None)
+    context = SimpleNamespace(
+        config=SimpleNamespace(seed=0), policy=GaussianFlow(), ranks=None, fits=None, rewards=None
+    )
     texts = [SimpleNamespace(id=p) for p in range(prompts)]
     batch = Rft(draws).of_images(context, texts, torch.zeros(prompts), images, iteration=0).rows
     return batch.x[:, 0, 0, 0].int().tolist(), batch.index.tolist()

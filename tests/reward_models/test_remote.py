@@ -59,6 +59,7 @@ def test_remote_scores_are_the_local_ones(name):
 def test_regions_requests_and_replies_are_those_of_the_scorer(batch):
     images, prompts = drawings(9)
     prompts = [*prompts[1:], Prompt("without truth", {}, 8)]  # each image is of another prompt
+    prompts[0] = Prompt("a circle and a square", {}, 0)  # which leaves colours and the relation open
     local = load("shapes_critic")
     with running({"jpeg_size": load("jpeg_size"), "critic": local}) as url:
         remote, scores = Remote(url), Remote(url, scorers=["critic"], batch=batch)(images, prompts)
