@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,11 @@ def agreements(result: Evaluation, trained: Iterable[str], watched: Sequence[str
     prompt: `agrees/one~other`, the share of the pairs that both decide, and their number, `pairs/one~other`. Empty
     without siblings. Trained rewards that leave what others value drift apart from them (JarvisEvo, arXiv 2511.23002).
     """
-    of_prompt = result.prompt[:, None] == result.prompt
-    first, second = of_prompt.triu(1).nonzero(as_tuple=True)
+    siblings: dict[int, list[int]] = {}
+    for i, prompt in enumerate(result.prompt.tolist()):
+        siblings.setdefault(prompt, []).append(i)
+    pairs = [pair for rows in siblings.values() for pair in combinations(rows, 2)]
+    first, second = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T
     others = [name for name in result.parts if component(name)[0] in watched]
     row = {}
     for one, other in ((one, other) for one in trained for other in others if one != other):

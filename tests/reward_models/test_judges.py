@@ -242,7 +242,7 @@ def test_a_review_replaces_criteria_that_no_longer_tell_images_apart(tmp_path):
     assert after.column("share").tolist() == [1, 0]
     again, _ = judged("checklist", reply, written=str(file), review=4)
     assert again.known == made.known
-    assert Cached(made, tmp_path / "cache.sqlite")(IMAGES[:1], prompts[:1]) is not None
+    Cached(made, tmp_path / "cache.sqlite")(IMAGES[:1], prompts[:1])
     assert not sqlite3.connect(tmp_path / "cache.sqlite").execute("SELECT * FROM scores").fetchall()
 
 

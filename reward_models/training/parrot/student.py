@@ -70,8 +70,9 @@ def trained(model: nn.Module, rank: int | None, seed: int) -> nn.Module:
 
     inside = {id(module) for module in language.modules()}
     names = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and id(one) in inside]
-    torch.manual_seed(seed)  # of the matrices that LoRA begins with
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names))
+    with torch.random.fork_rng():  # leaves the caller's random numbers alone
+        torch.manual_seed(seed)  # of the matrices that LoRA begins with
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names))
 
 
 def save(model: nn.Module, processor: Any, folder: Path) -> None:
