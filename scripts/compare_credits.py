@@ -45,7 +45,19 @@ IMAGES = (
     "plan=ode kernel=flow_sde kernel.noise=0.7 credit=null loss=null steps=4 seeds=8 prompts_per_iteration=8 ema=0.9 "
     "learning_rate=1.2e-3"
 )
+GRADIENTS = (
+    "plan=ode credit=null loss=null advantage=null seeds=2 prompts_per_iteration=8 ema=0.9 learning_rate=3e-4 "
+    "watch=[shapes,clip]"
+)
+SPARSE = {"type": "sparse", "steps": 3}
 NOISED = "objective.span=[0,0.6] objective.draws=1 objective.pull=0.1"
+
+
+def back(way: Mapping = SPARSE, pull: float = 0.1) -> str:
+    """The objective `backprop`, as a word of the command line."""
+    return json.dumps({"type": "backprop", "way": way, "pull": pull}, separators=(",", ":"))
+
+
 METHODS = {
     "terminal": SDE,
     "terminal, steps 0 to 2": f"{EARLY} credit=terminal",
@@ -62,6 +74,7 @@ METHODS = {
     "advantage_flow": f"{IMAGES} objective=advantage_flow {NOISED}",
     "online_dpo": f"{IMAGES} advantage=null objective=online_dpo",
     "rft": f"{IMAGES} advantage=null objective=rft objective.draws=16 learning_rate=3e-4",
+    "backprop, classifier": f'{GRADIENTS} rewards={{"shapes_classifier.logit":1}} objective={back()}',
 }
 TRIALS = ("", "learning_rate=2.4e-3", "learning_rate=3e-4")  # beside the rate of each
 TUNING = {  # where something else matters more than the rate
@@ -70,6 +83,11 @@ TUNING = {  # where something else matters more than the rate
     "masked, 2 updates": ("", "loss.clip=1e-6", "loss.clip=1e-4"),
     "online_dpo": ("", "objective.scale=1", "learning_rate=3e-4"),
     "rft": ("", "learning_rate=1e-4", "learning_rate=1e-4 seeds=4 prompts_per_iteration=16"),
+    "backprop, classifier": (
+        "", "learning_rate=1e-3", "learning_rate=1e-4", f"objective={back(way={'type': 'last', 'steps': 1})}",
+        f"objective={back(way={'type': 'jump'})}", f"objective={back(pull=0.0)}", f"objective={back(pull=0.5)}",
+        "steps=4 seeds=4", "seeds=1 prompts_per_iteration=32", "seeds=4 prompts_per_iteration=8 learning_rate=1e-3",
+    ),
 }
 POINTS = 4  # evaluations, without the first
 SHOWN = ("shapes.partial", "clip.cosine")
