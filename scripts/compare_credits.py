@@ -46,7 +46,7 @@ IMAGES = (
     "learning_rate=1.2e-3"
 )
 GRADIENTS = (
-    "plan=ode credit=null loss=null advantage=null seeds=2 prompts_per_iteration=8 ema=0.9 learning_rate=3e-4 "
+    "plan=ode kernel=flow_sde kernel.noise=0.7 credit=null loss=null advantage=null seeds=2 prompts_per_iteration=8 ema=0.9 learning_rate=3e-4 "
     "watch=[shapes,clip]"
 )
 SPARSE = {"type": "sparse", "steps": 3}
@@ -84,9 +84,16 @@ TUNING = {  # where something else matters more than the rate
     "online_dpo": ("", "objective.scale=1", "learning_rate=3e-4"),
     "rft": ("", "learning_rate=1e-4", "learning_rate=1e-4 seeds=4 prompts_per_iteration=16"),
     "backprop, classifier": (
-        "", "learning_rate=1e-3", "learning_rate=1e-4", f"objective={back(way={'type': 'last', 'steps': 1})}",
-        f"objective={back(way={'type': 'jump'})}", f"objective={back(pull=0.0)}", f"objective={back(pull=0.5)}",
-        "steps=4 seeds=4", "seeds=1 prompts_per_iteration=32", "seeds=4 prompts_per_iteration=8 learning_rate=1e-3",
+        "",
+        "learning_rate=1e-3",
+        "learning_rate=1e-4",
+        f"objective={back(way={'type': 'last', 'steps': 1})}",
+        f"objective={back(way={'type': 'jump'})}",
+        f"objective={back(pull=0.0)}",
+        f"objective={back(pull=0.5)}",
+        "steps=4 seeds=4",
+        "seeds=1 prompts_per_iteration=32",
+        "seeds=4 prompts_per_iteration=8 learning_rate=1e-3",
     ),
 }
 POINTS = 4  # evaluations, without the first
