@@ -237,6 +237,7 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
         evaluate.contact_sheet(result.images, sheet)
         layouts.write(result if name else evaluate.few(result), prompts, out / "images" / (name or f"{done:06d}"))
         row |= means | evaluate.agreements(result, c.rewards, c.watch)
+        row |= {} if name else layouts.changes(out / "images" / "before", result, prompts)
         files.append(out / "evaluations.jsonl", row)
         logged = {key: value for key, value in row.items() if key not in ("iteration", "name")}
         trackers.log({f"held_out/{key}": value for key, value in logged.items()}, done)

@@ -46,8 +46,8 @@ IMAGES = (
     "learning_rate=1.2e-3"
 )
 GRADIENTS = (
-    "plan=ode kernel=flow_sde kernel.noise=0.7 credit=null loss=null advantage=null seeds=2 prompts_per_iteration=8 ema=0.9 learning_rate=3e-4 "
-    "watch=[shapes,clip]"
+    "plan=ode kernel=flow_sde kernel.noise=0.7 credit=null loss=null advantage=null seeds=2 prompts_per_iteration=8 "
+    "ema=0.9 learning_rate=3e-4 watch=[shapes,clip]"
 )
 SPARSE = {"type": "sparse", "steps": 3}
 NOISED = "objective.span=[0,0.6] objective.draws=1 objective.pull=0.1"

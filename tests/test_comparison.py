@@ -6,9 +6,10 @@ import pytest
 import torch
 from scipy import stats
 
-from mmalign.evaluation import evaluate
+from mmalign.evaluation import evaluate, layouts
 from mmalign.evaluation.comparison import over_runs, paired, rises
 from mmalign.reporting import report
+from reward_models import Prompt
 
 
 def test_paired_is_the_t_test_over_clusters():
@@ -185,3 +186,19 @@ def test_agreement_counts_the_pairs_of_a_prompt_that_both_decide():
     }
     alone = evaluate.Evaluation(images, parts, torch.arange(6), torch.zeros_like(prompt), {})
     assert evaluate.agreements(alone, ["clip.cosine"], ["shapes"]) == {}
+
+
+def test_an_evaluation_is_compared_with_the_images_of_the_same_noises_in_a_folder(tmp_path):
+    """The folder has two images of three prompts; the later evaluation one image of the last two."""
+    prompts = [Prompt(text, id=k) for k, text in enumerate(("a cat", "a dog", "a red car"))]
+    prompt, member = torch.arange(3).repeat_interleave(2), torch.arange(2).repeat(3)
+    score = torch.tensor([9.0, 9.0, 1.0, 9.0, nan, 9.0])
+    before = {"a.b": score, "a.c": torch.tensor([9.0, 9.0, 2.0, 9.0, 5.0, 9.0])}
+    layouts.write(evaluate.Evaluation(torch.zeros(6, 3, 2, 2), before, prompt, member, {}), prompts, tmp_path)
+    parts = {"a.b": torch.tensor([3.0, 4.0]), "a.c": torch.tensor([3.0, 8.0]), "a.d": torch.tensor([1.0, 2.0])}
+    later = evaluate.Evaluation(torch.zeros(2, 3, 2, 2), parts, torch.arange(2), torch.zeros(2, dtype=torch.long), {})
+    row = layouts.changes(tmp_path, later, prompts[1:])
+    assert row == {
+        "rise/a.c": pytest.approx(2.0),
+        "p/a.c": pytest.approx(stats.ttest_1samp([1.0, 3.0], 0).pvalue),
+    }  # a.b rises in one image alone, which gives no p; a.d was not measured

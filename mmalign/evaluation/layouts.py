@@ -5,12 +5,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torchvision.utils import save_image
 
 from mmalign.errors import BadInput
 from mmalign.evaluation import Layout
+from mmalign.evaluation.comparison import rises
 from mmalign.evaluation.evaluate import Evaluation, noise_seed
+from mmalign.runs import jsonl
 from reward_models import Prompt, files
+from reward_models.meaning import clusters
 
 NAMES: dict[Layout, str] = {  # of an image: `row` counts the prompts, `member` a prompt's images, `image` all of them
     "mmalign": "{prompt.id:05d}-{member}.png",
@@ -75,3 +79,18 @@ def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path, layout: L
                 "places": {key: rows[i] for key, rows in result.places.items() if rows[i] is not None},
             }
             file.write((json.dumps(row) + "\n").encode())
+
+
+def changes(folder: Path, result: Evaluation, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """`rise/NAME`, the mean rise of each component over the images that `write` has put into a folder, on the prompts
+    and noises of `result`, and `p/NAME` of a paired t-test. Components without a p-value are left out."""
+    scores = {row["noise_seed"]: row["scores"] for row in jsonl.rows(folder / "scores.jsonl")}
+    images = zip(result.prompt.tolist(), result.member.tolist(), strict=True)
+    earlier = [scores.get(noise_seed(prompts[p], member), {}) for p, member in images]
+    names = [name for name in result.parts if any(row.get(name) is not None for row in earlier)]
+    before = {name: torch.tensor([float("nan") if (v := row.get(name)) is None else v for row in earlier])
+              for name in names}  # fmt: skip
+    cluster = clusters(prompts[p].text for p in result.prompt.tolist())
+    compared = rises(before, {name: result.parts[name] for name in names}, cluster, ROUNDING)
+    known = {name: row for name, row in compared.items() if row["p"] == row["p"]}
+    return {f"{key}/{name}": row[key] for key in ("rise", "p") for name, row in known.items()}

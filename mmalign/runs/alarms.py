@@ -20,7 +20,7 @@ IN_A_ROW = 5  # iterations without gradient, or with a constant reward; and thos
 DIVERSITY = 0.5  # ratio to its first values below which diversity has collapsed
 GROWTH = 6.0  # ratio of the gradient's norm to its first values above which the adapter outgrows the model
 EVALUATIONS = 8  # the number of last evaluations in which trends are tested for reward hacking
-TREND = 0.01  # p, one-sided, of a rise or a fall: by Kendall's rank correlation with time, or between two shares
+TREND = 0.01  # p, one-sided, of a rise or a fall: Kendall's correlation with time, of images' scores, or of two shares
 DRIFT = 0.1  # by how much the agreement of a trained and a watched scorer falls before it is reported
 
 Row = Mapping[str, Any]
@@ -79,6 +79,26 @@ def _hacking(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> s
     return None
 
 
+def _traded(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
+    """A reward that was fitted again since the start has no comparable rise."""
+    last = evaluations[-1] if evaluations else {}
+    risen = [name for name in c.rewards if not last.get("refresh") and _changes(last, name) > 0]
+    names = [key.removeprefix("rise/") for key in last if key.startswith("rise/")]
+    fallen = [name for name in names if component(name)[0] in c.watch and _changes(last, name) < 0]
+    for trained, name in ((trained, name) for trained in risen for name in fallen):
+        return (
+            f"since the start {trained} has risen by {last[f'rise/{trained}']:.3g} on held-out prompts, and {name} has "
+            f"fallen by {-last[f'rise/{name}']:.3g}: the reward may be hacked"
+        )
+    return None
+
+
+def _changes(row: Row, name: str) -> int:
+    """1 where a component has risen since the start beyond chance, -1 where it has fallen, else 0."""
+    rise = row.get(f"rise/{name}", 0.0)
+    return (rise > 0) - (rise < 0) if row.get(f"p/{name}", 1.0) / 2 < TREND else 0
+
+
 def _disagreement(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
     """A fall that other images of the same kind would hardly give either."""
     for name in (name for name in (evaluations[-1] if evaluations else ()) if name.startswith("agrees/")):
@@ -102,6 +122,7 @@ ALARMS: dict[str, Alarm] = {
     "lost_diversity": _lost_diversity,
     "outgrown": _outgrown,
     "hacking": _hacking,
+    "traded": _traded,
     "disagreement": _disagreement,
 }
 
