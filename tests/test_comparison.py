@@ -201,4 +201,5 @@ def test_an_evaluation_is_compared_with_the_images_of_the_same_noises_in_a_folde
     assert row == {
         "rise/a.c": pytest.approx(2.0),
         "p/a.c": pytest.approx(stats.ttest_1samp([1.0, 3.0], 0).pvalue),
+        "size/a.c": pytest.approx(2.0 / 1.5 / 2**0.5),  # of 2 and 5
     }  # a.b rises in one image alone, which gives no p; a.d was not measured

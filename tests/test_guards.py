@@ -345,11 +345,12 @@ def test_each_alarm_fires_on_its_own_series_alone():
     assert fired(healthy(), evaluated([*falling[:4], *rising[4:]])) == set()
     with_a_step_back = [2.0, 1.9, 1.8, 1.7, 1.75, 1.6, 1.5, 1.4]
     assert fired(healthy(), evaluated(with_a_step_back)) == {"hacking"}
-    fallen = {"rise/jpeg_size.kilobytes": -0.1, "p/jpeg_size.kilobytes": 0.019}
+    fallen = {"rise/jpeg_size.kilobytes": -0.1, "p/jpeg_size.kilobytes": 0.019, "size/jpeg_size.kilobytes": -0.25}
     risen = {"rise/shapes.strict": 0.1, "p/shapes.strict": 0.019}
     assert fired(healthy(), traded(risen | fallen)) == {"traded"}
     assert fired(healthy(), traded(risen | fallen | {"refresh": 20})) == set()  # scores of another reward
     assert fired(healthy(), traded(risen | fallen | {"p/jpeg_size.kilobytes": 0.021})) == set()  # that may be chance
+    assert fired(healthy(), traded(risen | fallen | {"size/jpeg_size.kilobytes": -0.24})) == set()
     assert fired(healthy(), traded(risen | fallen | {"rise/shapes.strict": -0.1})) == set()  # a bad run, not a trade
     assert fired(healthy(), agreeing(0.8, 0.75, 0.65)) == {"disagreement"}
     assert fired(healthy(), agreeing(0.8, 0.65, 0.72)) == set()  # less than 0.1 below

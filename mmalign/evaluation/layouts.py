@@ -82,8 +82,9 @@ def write(result: Evaluation, prompts: Sequence[Prompt], folder: Path, layout: L
 
 
 def changes(folder: Path, result: Evaluation, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """`rise/NAME`, the mean rise of each component over the images that `write` has put into a folder, on the prompts
-    and noises of `result`, and `p/NAME` of a paired t-test. Components without a p-value are left out."""
+    """Of each component the mean rise over the images that `write` has put into a folder, on the prompts and noises of
+    `result`: `rise/NAME`; `size/NAME`, in standard deviations between those images; `p/NAME`, of a paired t-test.
+    Components without a p-value are left out."""
     scores = {row["noise_seed"]: row["scores"] for row in jsonl.rows(folder / "scores.jsonl")}
     images = zip(result.prompt.tolist(), result.member.tolist(), strict=True)
     earlier = [scores.get(noise_seed(prompts[p], member), {}) for p, member in images]
@@ -92,5 +93,10 @@ def changes(folder: Path, result: Evaluation, prompts: Sequence[Prompt]) -> dict
               for name in names}  # fmt: skip
     cluster = clusters(prompts[p].text for p in result.prompt.tolist())
     compared = rises(before, {name: result.parts[name] for name in names}, cluster, ROUNDING)
-    known = {name: row for name, row in compared.items() if row["p"] == row["p"]}
-    return {f"{key}/{name}": row[key] for key in ("rise", "p") for name, row in known.items()}
+    row = {}
+    for name, rise in compared.items():
+        if rise["p"] == rise["p"]:
+            spread = float(before[name][~before[name].isnan()].std())
+            row |= {f"rise/{name}": rise["rise"], f"p/{name}": rise["p"]}
+            row |= {f"size/{name}": rise["rise"] / spread} if spread > ROUNDING else {}
+    return row

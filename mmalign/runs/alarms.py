@@ -21,6 +21,7 @@ DIVERSITY = 0.5  # ratio to its first values below which diversity has collapsed
 GROWTH = 6.0  # ratio of the gradient's norm to its first values above which the adapter outgrows the model
 EVALUATIONS = 8  # the number of last evaluations in which trends are tested for reward hacking
 TREND = 0.01  # p, one-sided, of a rise or a fall: Kendall's correlation with time, of images' scores, or of two shares
+FALL = 0.25  # of a watched score since the start, in standard deviations between images, before it is reported
 DRIFT = 0.1  # by how much the agreement of a trained and a watched scorer falls before it is reported
 
 Row = Mapping[str, Any]
@@ -80,11 +81,13 @@ def _hacking(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> s
 
 
 def _traded(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row]) -> str | None:
-    """A reward that was fitted again since the start has no comparable rise."""
+    """A reward that was fitted again since the start has no comparable rise. Falls of little size happen in good runs,
+    such as that of an image statistic of which more is not better."""
     last = evaluations[-1] if evaluations else {}
     risen = [name for name in c.rewards if not last.get("refresh") and _changes(last, name) > 0]
     names = [key.removeprefix("rise/") for key in last if key.startswith("rise/")]
     fallen = [name for name in names if component(name)[0] in c.watch and _changes(last, name) < 0]
+    fallen = [name for name in fallen if last.get(f"size/{name}", 0.0) <= -FALL]
     for trained, name in ((trained, name) for trained in risen for name in fallen):
         return (
             f"since the start {trained} has risen by {last[f'rise/{trained}']:.3g} on held-out prompts, and {name} has "
