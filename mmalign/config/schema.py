@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validato
 from mmalign.config import checks
 from mmalign.config.checks import component
 from mmalign.config.methods import one_of, settings
-from mmalign.credit import CREDITS, Branch as BranchCredit
+from mmalign.credit import CREDITS, Branch as BranchCredit, Mix
 from mmalign.data.draws import DRAWS, Epochs
 from mmalign.learn.loss import LOSSES, Clipped
 from mmalign.objectives import OBJECTIVES, Grpo
@@ -46,6 +46,16 @@ class AtLeast(BaseModel):
     rate: PositiveFloat = 0.1
 
 
+class Reward(BaseModel):
+    """A reward with its weight. With `density` "end" it is that of finished images alone: its scorer is not shown the
+    images of other states, unless another of its components is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    weight: float | Ramp = 1.0
+    density: Literal["step", "end"] = "step"
+
+
 def _used(name: str, default: Any, text: str) -> Any:
     """A field that has its default where the objective uses it, and null elsewhere."""
     return Field(default_factory=lambda data: default if name in data["objective"].uses else None, description=text)
@@ -70,10 +80,10 @@ class Config(BaseModel):
         description="prompts for evaluation, named in the same way; training: 64 at most of the training prompts, "
         "evenly spaced, which shows learning but not how far it carries; null for none",
     )
-    rewards: dict[str, float | Ramp] = Field(
+    rewards: dict[str, float | Ramp | Reward] = Field(
         {"shapes.strict": 0.5, "shapes.partial": 0.5},
-        description="scorer.component: weight, or {start, end, over: linear or cosine} to move it over the run; "
-        "with records only shown at evaluation",
+        description="scorer.component: weight, or {start, end, over: linear or cosine} to move it over the run, or "
+        "{weight, density: step or end}, where end scores finished images alone; with records only shown at evaluation",
     )
     combine: one_of(COMBINATIONS, "combination") = Field(
         Sum(), description="how rewards become one: sum, product, gate, mrn, gdpo, experts"
@@ -140,8 +150,11 @@ class Config(BaseModel):
         description="what is learnt from a rollout: grpo (policy gradient), or from its images: nft, awm, "
         "advantage_flow, rft, dpo, online_dpo, srum, rgdpo; or from a differentiable reward: backprop",
     )
-    credit: one_of(CREDITS, "credit", optional=True) = _used(
-        "credit", BranchCredit(), "how rewards become advantages of steps: terminal, branch, gain"
+    credit: one_of(CREDITS, "credit", optional=True, total=Mix) = _used(
+        "credit",
+        BranchCredit(),
+        "how rewards become advantages of steps: terminal, branch, gain, renorm, prl; or a list of them, each with a "
+        "`weight` as in rewards, which are added",
     )
     loss: one_of(LOSSES, "loss", optional=True) = _used(
         "loss", Clipped(), "clipped (PPO), guard or masked, and its clip"
@@ -247,6 +260,22 @@ class Config(BaseModel):
     @classmethod
     def _expand_home(cls, value: Any) -> Any:
         return files.home(value) if isinstance(value, str) else value
+
+    @property
+    def weights(self) -> dict[str, float | Ramp]:
+        """Those of the rewards."""
+        return {name: each.weight if isinstance(each, Reward) else each for name, each in self.rewards.items()}
+
+    @property
+    def at_end(self) -> tuple[str, ...]:
+        """The rewards of finished images alone."""
+        return tuple(name for name, each in self.rewards.items() if isinstance(each, Reward) and each.density == "end")
+
+    @property
+    def late(self) -> tuple[str, ...]:
+        """The scorers that are shown finished images alone."""
+        others = {component(name)[0] for name in (*self.rewards, *self.at_least) if name not in self.at_end}
+        return tuple(name for name in self.trained if name not in others)
 
     @property
     def trained(self) -> tuple[str, ...]:
