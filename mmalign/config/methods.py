@@ -54,10 +54,14 @@ def described(method: Any) -> str:
 
 
 def _written(table: Mapping[str, type] | None, method: Any) -> dict[str, Any] | None:
-    """A method as a file has it: `type` is its name in the table, or its import path."""
+    """A method as a file has it: `type` is its name in the table, or its import path. Settings that came `later` are
+    left out while they have their defaults, as files and checkpoints from before leave them out."""
     if method is None:
         return None
-    values = json.loads(json.dumps(dataclasses.asdict(method)))
+    later = {f.name: f.default for f in dataclasses.fields(method) if f.metadata.get("later")}
+    values = dataclasses.asdict(method)
+    values = {key: value for key, value in values.items() if key not in later or value != later[key]}
+    values = json.loads(json.dumps(values))
     if table is None:
         return values
     known = table.get(getattr(method, "type", None)) is type(method)
@@ -71,17 +75,16 @@ def _added(total: type, chosen: Callable, value: Any, info: Any) -> Any:
     if isinstance(value, total):
         items = [*zip(value.parts, value.weights, strict=True)]
     elif isinstance(value, list):
-        weighed = ({"type": item} if isinstance(item, str) else item for item in value)
-        items = [
-            (_without_weight(item), item.get("weight", 1.0) if isinstance(item, Mapping) else 1.0) for item in weighed
-        ]
+        items = [_weighed(item) for item in value]
     else:
         return chosen(value, info)
     return total(tuple(chosen(item, info) for item, _ in items), tuple(_weight(weight) for _, weight in items))
 
 
-def _without_weight(item: Any) -> Any:
-    return {key: value for key, value in item.items() if key != "weight"} if isinstance(item, Mapping) else item
+def _weighed(item: Any) -> tuple[Any, Any]:
+    if not isinstance(item, Mapping):
+        return item, 1.0
+    return {key: value for key, value in item.items() if key != "weight"}, item.get("weight", 1.0)
 
 
 def _weight(value: Any) -> Any:

@@ -6,7 +6,7 @@ noise. The gains of a trajectory add up to its reward less the value of its firs
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -82,9 +82,9 @@ class Gain(Credit):
     completion: Length | tuple[Length, ...] | None = None
     compare: Literal["step", "trajectory"] = "step"
     control: Annotated[float, Ge(0), Le(1)] | Literal["fit"] = 1.0
-    returns: Literal["own", "to_go"] = "own"
-    saturate: float | None = None
-    damping: Annotated[float, Ge(0), Le(1)] = 1.0
+    returns: Literal["own", "to_go"] = field(default="own", metadata={"later": True})
+    saturate: float | None = field(default=None, metadata={"later": True})
+    damping: Annotated[float, Ge(0), Le(1)] = field(default=1.0, metadata={"later": True})
     type, dense = "gain", True
 
     def __post_init__(self):

@@ -162,7 +162,8 @@ def judge(
     at_end: Combination | None = None,
 ) -> Judgement:
     """The reward of the image that stands for each state; `scored` are the raw scores of the images of `size` (height,
-    width). Finished images have that of `at_end` beside it. The map of the scorer `region` is laid on `grid` cells, by default those of the latent. On the CPU."""
+    width). Finished images have that of `at_end` beside it. The map of the scorer `region` is laid on `grid` cells, by
+    default those of the latent. On the CPU."""
     tree = paths.tree
     parts = {name: values[tree.final[:, -1]] for name, values in scored.parts.items()}
     reward = combination(scored.parts, tree.owner)
