@@ -134,7 +134,7 @@ def _credit(c: BaseModel) -> None:
     """A sum of credits must have a weight at all times, rewards of finished images a credit for each of two kinds, and
     the unit of advantages a credit that has it."""
     parts = [] if c.credit is None else [*getattr(c.credit, "parts", (c.credit,))]
-    weights = dict(enumerate(getattr(c.credit, "weights", ())))
+    weights = {str(number): weight for number, weight in enumerate(getattr(c.credit, "weights", ()))}
     idle = first_without_weight(weights, c.iterations) if weights else None
     if idle is not None:
         raise ValueError(f"credit: all weights are 0 in iteration {idle + 1}, which could not train anything")

@@ -8,20 +8,18 @@ from torch import Tensor
 
 from mmalign.flow.kernels import log_ratio
 from mmalign.flow.sample import distinct
-from mmalign.training.session import Session
+from mmalign.policy.protocol import Trainable
 from mmalign.types import Trajectories
 
 
 @torch.no_grad()
-def from_reference(run: Session, paths: Trajectories, cond: Any) -> Float[Tensor, "N T"]:
+def from_reference(policy: Trainable, paths: Trajectories, cond: Any, batch: int) -> Float[Tensor, "N T"]:
     """Log of the density of each stochastic step under the policy that drew it less that under the model without
-    adapter, in nats per latent element; 0 at deterministic steps. A forward of each distinct step. On the CPU."""
-    policy, tree = run.policy, paths.tree
+    adapter, in nats per latent element; 0 at deterministic steps. A forward of each distinct step, `batch` at once. On
+    the CPU."""
+    tree = paths.tree
     rows, cols = (tree.std > 0).nonzero(as_tuple=True)
     number, first = distinct(torch.stack([cols, tree.node[rows, cols + 1]], 1))
-
-    def work(size: int) -> Tensor:
-        return torch.cat([each(part) for part in first.split(size)])
 
     def each(part: Tensor) -> Tensor:
         i, k = rows[part], cols[part]
@@ -35,5 +33,5 @@ def from_reference(run: Session, paths: Trajectories, cond: Any) -> Float[Tensor
         return -log_ratio(paths.x[i, k + 1], mean, paths.mean[i, k], std).mean((1, 2)).cpu()
 
     result = torch.zeros_like(tree.std)
-    result[rows, cols] = run.fits["batch"](work)[number]
+    result[rows, cols] = torch.cat([each(part) for part in first.split(batch)])[number]
     return result

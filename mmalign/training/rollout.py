@@ -8,6 +8,7 @@ the global batch, so that nothing changes but time, and the rounding of forwards
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -113,7 +114,8 @@ def rolled_out(
     if c.credit is None or not c.credit.forwards or plan is not None:
         return rollout
     with clock.of("rollout"):
-        return replace(rollout, log_ratio=drift.from_reference(run, rollout.paths, cond))
+        from_reference = partial(drift.from_reference, run.policy, rollout.paths, cond)
+        return replace(rollout, log_ratio=run.fits["batch"](from_reference))
 
 
 def _now(work: Callable[..., Scored], *args: Any) -> Future:

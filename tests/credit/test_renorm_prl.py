@@ -1,7 +1,5 @@
 """Credits without a group mean, and with log-ratios: corners, equalities and a gradient in closed form."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from trajectories import judged as judged_by, judged_as, sampled
@@ -27,10 +25,8 @@ def reward(x):
     return (x.flatten(1)[:, :5] ** 2).sum(1).sin()
 
 
-def drift(flow, paths):
-    """The log-ratios as a run has them."""
-    run = SimpleNamespace(policy=flow, fits={"batch": lambda work: work(7)})
-    return from_reference(run, paths, flow.encode(["0.0"]))
+def drift(flow, paths, batch=10_000):
+    return from_reference(flow, paths, flow.encode(["0.0"]), batch)
 
 
 @pytest.mark.parametrize(("value", "outcome", "advantage"), [(1, 1, 1), (0, 0, -1), (1, 0, 0), (0, 1, 0), (3, 1, 1)])
@@ -83,7 +79,7 @@ def test_log_ratios_are_0_at_the_start_and_sum_to_the_divergence():
     plan = plans.branch(torch.linspace(1, 0, T + 1), FlowSde(0.7), [0, 1], 3)
     paths = sampled(plan, 200, flow=flow)
     before = flow.counts["forwards"]
-    ratios = drift(flow, paths)
+    ratios = drift(flow, paths, 100)
     assert flow.counts["forwards"] - before == 200 * plan.cost[2]
     assert ratios[paths.tree.std == 0].eq(0).all()
     rows = transitions(paths, torch.zeros(*paths.tree.std.shape, 1, 1))
@@ -112,7 +108,7 @@ def test_its_gradient_is_that_of_the_reward_less_the_divergence():
     flow, beta = GaussianFlow((2, 2, 2)), 0.5
     with torch.no_grad():
         flow.shift.copy_(torch.linspace(-0.5, 1.5, 8).view(2, 2, 2))
-    paths = sampled(SDE, 20_000, flow=flow)
+    paths = sampled(SDE, 8_000, flow=flow)
     report = judged_by(paths, lambda x: x.flatten(1)[:, 0])
     report = Judgement(report.reward, {}, log_ratio=drift(flow, paths))
     credited = gradient(flow, paths, Prl(beta * 8)(paths.tree, report, NONE), 0.0)

@@ -1,7 +1,6 @@
 """The surrogate, the replay and the update: known gradients, and a bandit that must improve."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import gradient_variance
 import pytest
@@ -328,8 +327,7 @@ def test_bandit_improves(credit):
         paths = rollout(flow, plan, 48 // plan.trained, iteration)
         report = judged(paths, lambda x: -((x - 1) ** 2).mean((1, 2, 3)))
         rewards.append(float(report.reward[:, -1].mean()))
-        run = SimpleNamespace(policy=flow, fits={"batch": lambda work: work(64)})
-        report = replace(report, log_ratio=from_reference(run, paths, flow.encode(["0.0"])))
+        report = replace(report, log_ratio=from_reference(flow, paths, flow.encode(["0.0"]), 64))
         advance(flow, optimizer, paths, CREDIT[credit](paths.tree, report))
     quarters = torch.tensor(rewards).view(4, 10).mean(1)
     assert (quarters.diff() > 0).all()
