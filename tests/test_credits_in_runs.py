@@ -28,7 +28,9 @@ COUNTED = {
     "renorm": SDE | {"credit": {"type": "renorm", "low": -1.0}},
     "prl": SDE | {"credit": "prl"},
     "prl, branches, guided": {"objective": BETA, "credit": ["prl", "branch"], "guidance": 2.0},
-    "to go, damped": SDE | {"credit": [{"type": "gain", "returns": "to_go"}, {"type": "gain", "saturate": 0.1, "damping": 0.5}]},
+    "to go, damped": SDE
+    | {"credit": [{"type": "gain", "returns": "to_go"}, {"type": "gain", "saturate": 0.1, "damping": 0.5}]},
+    "prof": SDE | {"credit": "gain", "seeds": 4, "select": {"type": "prof", "keep": 2}},
 }  # fmt: skip
 
 
@@ -113,5 +115,9 @@ def test_prl_sees_how_far_the_policy_has_moved(base):
 
 @pytest.mark.parametrize("name", ["sum", "prl"])
 def test_the_doctor_still_finds_the_run_sound(base, name):
-    checks = [*doctor.examine(configs.build(base | COUNTED[name], "test"))]
-    assert {check.name for check in checks if not check.passed} == set(), checks
+    plain, changed = (
+        {check.check: check.good for check in doctor.examine(configs.build(base | settings, "test"))}
+        for settings in (SDE | {"credit": "terminal"}, COUNTED[name])
+    )
+    assert changed == plain
+    assert {"ratio", "gradient"} <= changed.keys()

@@ -218,6 +218,8 @@ def _plan(c: BaseModel) -> None:
         if c.credit is not None:
             c.credit.check(table)
             states, _ = c.credit.completions(table)
+            if c.select is not None and c.select.dense and len(states) < 2:
+                raise ValueError(f"select: {named(c.select)} needs a credit that completes at least two states")
             if states and not 0 <= min(states) <= max(states) < c.steps:
                 raise ValueError(f"credit: states {states} must lie within 0 to {c.steps - 1}")
             _size(c, c.steps if states else 1)
@@ -234,6 +236,8 @@ def _select(c: BaseModel) -> None:
         )
     if keep < needed:
         raise ValueError(f"select: keep: {keep}; objective: {named(c.objective)} compares at least {needed} images")
+    if c.select.dense and c.credit is None:
+        raise ValueError(f"select: {named(c.select)} needs a credit that completes states, such as gain")
 
 
 def _size(c: BaseModel, completions: int) -> None:

@@ -161,7 +161,9 @@ class Config(BaseModel):
     )
     advantage: settings(Advantage, optional=True) = _used("advantage", Advantage(), "unit and bounds of advantages")
     select: one_of(SELECTIONS, "selection", optional=True) = Field(
-        None, description="which of a prompt's images are learnt from: extremes, the most contrastive; null: all"
+        None,
+        description="which of a prompt's images are learnt from: extremes, the most contrastive; prof, those "
+        "whose process and outcome agree; null: all",
     )
     mask: one_of(MASKS, "mask", optional=True) = Field(
         None, description="train only where the region's map has an opinion (map), or where the prompt acts (prompt)"

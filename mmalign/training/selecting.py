@@ -20,7 +20,7 @@ def choose(c: Config, tree: Tree, judged: Judgement) -> Bool[Tensor, "N"]:
     """Whether each trajectory of all ranks is learnt from: without a selection every one."""
     if c.select is None:
         return torch.ones_like(tree.prompt, dtype=torch.bool)
-    return c.select(judged.reward[:, -1], tree.prompt)
+    return c.select.choose(tree, judged)
 
 
 def advantages(
