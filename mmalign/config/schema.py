@@ -73,7 +73,9 @@ class Config(BaseModel):
         "ground truth; with :COLUMN after it that is read alone, each text once",
     )
     draw: one_of(DRAWS, "draw") = Field(
-        Epochs(), description="which prompts an iteration takes: epochs, shuffled, or by pass_rate, mixed ones most"
+        Epochs(),
+        description="which prompts an iteration takes: epochs, shuffled; by pass_rate, mixed ones most; or in stages, "
+        "easy ones first",
     )
     held_out: str | None = Field(
         "assets/prompts/validation.jsonl",
