@@ -19,6 +19,7 @@ from mmalign.objectives import OBJECTIVES, Grpo
 from mmalign.objectives.advantage import Advantage
 from mmalign.objectives.masks import MASKS
 from mmalign.rewards.combination import COMBINATIONS, Sum
+from mmalign.rewards.density import Reward
 from mmalign.rewards.refresh import Refresh
 from mmalign.sampling.kernels import KERNELS, FlowSde
 from mmalign.sampling.plans import PLANS, Branch
@@ -44,16 +45,6 @@ class AtLeast(BaseModel):
 
     bound: float
     rate: PositiveFloat = 0.1
-
-
-class Reward(BaseModel):
-    """A reward with its weight. With `density` "end" it is that of finished images alone: its scorer is not shown the
-    images of other states, unless another of its components is."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-    weight: float | Ramp = 1.0
-    density: Literal["step", "end"] = "step"
 
 
 def _used(name: str, default: Any, text: str) -> Any:
@@ -153,11 +144,9 @@ class Config(BaseModel):
         "advantage_flow, rft, dpo, online_dpo, srum, rgdpo; or from a differentiable reward: backprop",
     )
     credit: one_of(CREDITS, "credit", optional=True, total=Mix) = _used(
-        "credit",
-        BranchCredit(),
-        "how rewards become advantages of steps: terminal, branch, gain, renorm, prl; or a list of them, each with a "
-        "`weight` as in rewards, which are added",
-    )
+        "credit", BranchCredit(), "how rewards become advantages: terminal, branch, gain, renorm, prl; or a list of "
+        "these, each with a `weight` as in rewards, which are added",
+    )  # fmt: skip
     loss: one_of(LOSSES, "loss", optional=True) = _used(
         "loss", Clipped(), "clipped (PPO), guard or masked, and its clip"
     )
@@ -273,12 +262,12 @@ class Config(BaseModel):
     @property
     def at_end(self) -> tuple[str, ...]:
         """The rewards of finished images alone."""
-        return tuple(name for name, each in self.rewards.items() if isinstance(each, Reward) and each.density == "end")
+        return tuple(k for k, each in self.rewards.items() if isinstance(each, Reward) and each.density == "end")
 
     @property
     def late(self) -> tuple[str, ...]:
         """The scorers that are shown finished images alone."""
-        others = {component(name)[0] for name in (*self.rewards, *self.at_least) if name not in self.at_end}
+        others = {component(name)[0] for name in {*self.rewards, *self.at_least} - {*self.at_end}}
         return tuple(name for name in self.trained if name not in others)
 
     @property

@@ -75,7 +75,7 @@ class Gain(Credit):
     value before does not depend on the step's noise; a fitted one is estimated on the same trajectories, and nearly so.
     `returns` "own" credits a step with its gain, "to_go" with the sum of the gains from it on, the reward less the
     value before it. Where the value before a step exceeds `saturate`, a gain above 0 counts `damping` times, and a drop
-    as it is (SPAE).
+    in full (SPAE).
     """
 
     states: Literal["all"] | Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(1)] = "all"

@@ -12,9 +12,9 @@ reading): with its credit c in [-1, 1],
 
     single = -log sigmoid( -scale c D(x, m) )
 
-so that regions without a partner teach too. The errors of a pair share noise and time. A region counts the same
-whatever its size. With one region, the whole image, inter is Diffusion-DPO (arXiv 2311.12908). The equations are our
-reading; the paper was not available.
+so that regions without a partner train the policy too. The errors of a pair share noise and time. A region counts the
+same whatever its size. With one region, the whole image, inter is Diffusion-DPO (arXiv 2311.12908). The equations are
+our reading; the paper was not available.
 
 Pairs are made of the images of a prompt: best with worst, second with second to last, and so on.
 """

@@ -37,8 +37,8 @@ class Prof(Selection):
 
 
 def rising(tree: Tree, judged: Judgement) -> Float[Tensor, "N"]:
-    """The share of stochastic steps that raise the value, one half of a step that leaves it as it is; NaN where a value
-    is missing."""
+    """The share of stochastic steps that raise the value, one half of a step without a change; NaN where a value is
+    missing."""
     noisy = tree.std > 0
     gain = gains(tree, judged.of_states())
     share = torch.where(gain.isnan(), torch.nan, (gain.sign() + 1) / 2)  # the sign of NaN is 0
