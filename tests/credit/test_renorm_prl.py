@@ -108,7 +108,7 @@ def test_its_gradient_is_that_of_the_reward_less_the_divergence():
     flow, beta = GaussianFlow((2, 2, 2)), 0.5
     with torch.no_grad():
         flow.shift.copy_(torch.linspace(-0.5, 1.5, 8).view(2, 2, 2))
-    paths = sampled(SDE, 8_000, flow=flow)
+    paths = sampled(SDE, 3_000, flow=flow)
     report = judged_by(paths, lambda x: x.flatten(1)[:, 0])
     report = Judgement(report.reward, {}, log_ratio=drift(flow, paths))
     credited = gradient(flow, paths, Prl(beta * 8)(paths.tree, report, NONE), 0.0)
