@@ -48,7 +48,9 @@ class Named:
             return load_scorer(name, **self.settings) if self.scorer is None else self.scorer
 
 
-def rewards_of(reward: Any, scorers: Mapping[str, Named]) -> tuple[dict[str, float | Ramp], dict[str, Named]]:
+def rewards_of(
+    reward: Any, scorers: Mapping[str, Named]
+) -> tuple[dict[str, float | Ramp | Mapping[str, Any]], dict[str, Named]]:
     """The weight of each component by name, and its scorers."""
     weighted = [*reward.items()] if isinstance(reward, Mapping) else [(one, 1.0) for one in _listed(reward)]
     if not weighted:

@@ -59,7 +59,7 @@ def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show
     stop_if_failing(unscored(tree, judgement), len(tree.owner), c.max_failed)
     with clock.of("learn"):
         selected = selecting.choose(c, tree, judgement)
-        advantage = selecting.advantages(c, tree, judgement, selected)
+        advantage = selecting.advantages(c, tree, judgement, selected, iteration)
         here = run.ranks.is_local(tree.prompt)
         mine = None if advantage is None else advantage[here]
         batch = c.objective.batch(run, *selecting.part(rollout, local, mine, selected[here]), iteration)

@@ -9,7 +9,7 @@ Time runs from 1 (noise) to 0 (image): `x_t = (1 - t) x_0 + t e`, the velocity i
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -164,13 +164,33 @@ class Judgement:
     does or scoring failed; the last column is the finished image. It may be a map, `[N, T+1, a, b]`: a reward per
     position, NaN without an opinion. `parts` holds each component's raw score of the finished images; `regions [E, a,
     b]` the credit in [-1, 1] per position of each image, `marks` the regions behind it. `failures`: reasons by
-    image."""
+    image. `rest`: the part of the finished image's reward that other states do not have, because its scorers are shown
+    finished images alone; None without such a part. `log_ratio [N, T]`: log of the density of each stochastic step that
+    was drawn, less that of the model without adapter, in nats per latent element; 0 at deterministic steps, None unless
+    the credit needs it."""
 
     reward: Float[Tensor, "N states *cells"]
     parts: dict[str, Float[Tensor, "N"]]
     regions: Float[Tensor, "E a b"] | None = None
     marks: "Marks | None" = None
     failures: Mapping[int, str] = field(default_factory=dict)
+    rest: Float[Tensor, "N"] | None = None
+    log_ratio: Float[Tensor, "N T"] | None = None
+
+    def of_states(self) -> "Judgement":
+        """The rewards that every state has, without `rest`."""
+        if self.rest is None:
+            return self
+        last = self.reward[:, -1:] - self.rest[:, None]
+        return replace(self, reward=torch.cat([self.reward[:, :-1], last], 1), rest=None)
+
+    def of_ends(self) -> "Judgement":
+        """`rest` alone where there is one, at the finished image; otherwise all rewards."""
+        if self.rest is None:
+            return self
+        reward = torch.full_like(self.reward, torch.nan)
+        reward[:, -1] = torch.where(self.reward[:, -1].isnan(), torch.nan, self.rest)
+        return replace(self, reward=reward, rest=None)
 
 
 @dataclass(frozen=True)

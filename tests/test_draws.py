@@ -11,7 +11,7 @@ from corpus import checkpoints as corpus
 from run_config import cut_off, rows, run
 
 from mmalign.config import load as configs
-from mmalign.data.draws import Epochs, PassRate
+from mmalign.data.draws import Epochs, PassRate, Stages
 from mmalign.data.prompts import PromptBatches
 from mmalign.errors import BadInput
 from mmalign.runs import checkpoint
@@ -182,3 +182,36 @@ def test_rates_in_a_run_that_does_not_learn_are_refused(finished, tmp_path):
 def test_settings_that_cannot_work_are_refused(settings, draw, says):
     with pytest.raises(BadInput, match=says):
         configs.build(settings | {"draw": draw}, "test")
+
+
+STAGED = [Prompt(f"prompt {i}", {"tag": tag}, i) for i, tag in enumerate("bacabb")]
+
+
+def test_stages_add_prompts_by_difficulty():
+    """Two iterations on tag a, two on a and b, then all; in epochs within a stage."""
+    batches = PromptBatches(STAGED, 1, 3, Stages(("a", "b", "c"), 2))
+    drawn = [batches(i)[0].wants["tag"] for i in range(16)]
+    assert drawn[:2] == ["a", "a"]
+    assert {*drawn[2:4]} <= {"a", "b"}
+    assert sorted(p.id for i in range(4, 10) for p in batches(i)) == [0, 1, 2, 3, 4, 5]
+    assert {batches(i)[0].id for i in (0, 1)} == {1, 3}
+    assert [batches(i)[0].id for i in range(16)] == [
+        PromptBatches(STAGED, 1, 3, Stages(("a", "b", "c"), 2))(i)[0].id for i in range(16)
+    ]
+
+
+def test_one_stage_of_all_prompts_is_the_draw_by_epochs():
+    plain = PromptBatches(STAGED, 2, 3)
+    one = [Prompt(p.text, {"tag": "a"}, p.id) for p in STAGED]
+    staged = PromptBatches(one, 2, 3, Stages(("a",)))
+    assert all([p.id for p in plain(i)] == [p.id for p in staged(i)] for i in range(9))
+
+
+def test_prompts_that_do_not_suit_the_stages_are_refused():
+    with pytest.raises(BadInput, match="prompt 2 has tag 'c'"):
+        PromptBatches(STAGED, 1, 3, Stages(("a", "b")))(0)
+    with pytest.raises(BadInput, match="3 requested, stage 1 has 2"):
+        PromptBatches(STAGED, 3, 3, Stages(("a", "b", "c")))(0)
+    for draw in ("stages", {"type": "stages", "tags": ["a", "a"]}, {"type": "stages", "tags": ["a"], "every": 0}):
+        with pytest.raises(BadInput, match=r"tags|every"):
+            configs.build({"draw": draw}, "test")

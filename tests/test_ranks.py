@@ -33,6 +33,12 @@ FEW = {
         credit="terminal", seeds=4, select={"type": "extremes", "keep": 3}, scouts={"ratio": 2, "steps": 2},
         draw={"type": "pass_rate", "low": 0.4, "high": 0.6},
     ),
+    "credits": SDE
+    | dict(
+        credit=["gain", {"type": "terminal", "weight": {"start": 0.5, "end": 1.0}}, {"type": "prl", "weight": 0.5}],
+        rewards={"smooth:Smooth.red": 1.0, "smooth:Positive.even": {"weight": 0.5, "density": "end"}},
+        seeds=4, select={"type": "prof", "keep": 2},
+    ),
     "region": BRIGHT
     | dict(region="smooth:Smooth", region_grid=[2, 2], advantage={"scale": "batch", "regional": 1.0}),
     "nft": PLAIN | dict(objective={"type": "nft", "lag": {"most": 0.5, "rate": 0.2}, "pull": 0.1}),

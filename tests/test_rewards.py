@@ -13,15 +13,17 @@ from typer.testing import CliRunner
 
 from mmalign.cli.app import app
 from mmalign.config import load as configs
+from mmalign.credit.gain import gains
 from mmalign.credit.groups import Units
 from mmalign.credit.terminal import Terminal
 from mmalign.errors import BadInput, Failed
 from mmalign.evaluation import reference as references
 from mmalign.flow import plan as plans
-from mmalign.rewards.combination import Combination, Experts, Gate, Gdpo, Mrn, Product
+from mmalign.rewards.combination import Combination, Experts, Gate, Gdpo, Mrn, Potential, Product
 from mmalign.rewards.judge import judge, score
 from mmalign.sampling.kernels import FlowSde
 from mmalign.training import setup
+from mmalign.types import Judgement
 from reward_models import Prompt, Scores, combine, load
 from reward_models.training import experts as mixtures
 from reward_models.training.fitting_experts import fit_experts
@@ -348,3 +350,46 @@ def test_a_run_with_credit_by_place(settings, tmp_path, monkeypatch):
 def test_credit_by_place_needs_a_scorer_that_says_where(settings, change, says):
     with pytest.raises(BadInput, match=says):
         run(settings, **change)
+
+
+POTENTIAL = Potential("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("correct", "yes", "potential"), [(0, 0.5, 0), (0, 1, -1), (1, 0.5, 0.5), (1, 1, 1), (1, 0, 1), (0.5, 0.75, 0.125)]
+)
+def test_the_corners_of_the_potential(correct, yes, potential):
+    values = torch.tensor([[yes, correct]]).float()
+    result = POTENTIAL(values, ["two", "one"], torch.zeros(1, dtype=torch.long), torch.ones(2), 0.0)
+    assert result.tolist() == [potential]
+
+
+def test_differences_of_the_potential_add_up_to_that_of_the_ends():
+    """Of the end less the start, whatever lies between."""
+    tree = sampled(plans.complete(plans.sde(torch.linspace(1, 0, 5), FlowSde(0.7)), range(4)), 3).tree
+    one, two = torch.rand(2, len(tree.owner), generator=torch.Generator().manual_seed(0))
+    parts = {"one": one, "two": two}
+    reward = tree.at_states(Combination({"one": 1.0, "two": 1.0}, POTENTIAL)(parts, tree.owner))
+    total = gains(tree, Judgement(reward, {})).sum(1)
+    torch.testing.assert_close(total, reward[:, -1] - reward[:, 0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.2])
+def test_a_potential_of_scores_outside_the_unit_interval_is_refused(value):
+    parts = {"one": torch.tensor([0.5, value]), "two": torch.tensor([torch.nan, 0.5])}
+    with pytest.raises(Failed, match=f"potential.*got {value:.3g}"):
+        Combination({"one": 1.0, "two": 1.0}, POTENTIAL)(parts, torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("rewards", "correct", "says"),
+    [
+        ({"shapes.strict": 1.0, "clip.cosine": 1.0}, "clip.cosine", "two components are needed"),
+        ({"shapes.strict": 1.0}, "shapes.strict", "two components are needed"),
+        ({"shapes.strict": 0.5, "clip.cosine": 1.0}, "shapes.strict", "give 1, got 0.5"),
+    ],
+)
+def test_a_potential_needs_two_rewards(rewards, correct, says):
+    combine = {"type": "potential", "correct": correct, "confidence": "clip.cosine"}
+    with pytest.raises(BadInput, match=says):
+        configs.build({"rewards": rewards, "combine": combine}, "test")

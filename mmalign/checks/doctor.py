@@ -236,7 +236,7 @@ def zero_noise(bench: Bench) -> Iterator[Check]:
 def _replayed(bench: Bench, batch: Transitions) -> tuple[dict[str, float], list[Tensor | None]]:
     """Statistics and gradients of one replay, in the run's batches; nothing is stepped."""
     run, c, parameters = bench.run, bench.run.config, bench.run.policy.parameters()
-    advantage = c.advantage(bench.tree, bench.judged, c.credit, c.mask, c.dead_spread)
+    advantage = c.advantage(bench.tree, bench.judged, c.credit.at(0.0), c.mask, c.dead_spread)
     replay = c.objective.batch(run, bench.rollout, bench.judged, advantage, 0).replay
     statistics = update(
         parameters, torch.optim.SGD(parameters, 0.0), batch, replay, epochs=1, minibatches=1,

@@ -33,7 +33,7 @@ def component(reward: str) -> tuple[str, str]:
 
 def check(c: BaseModel) -> None:
     """ValueError, in one line that names the setting, unless the settings of a `Config` go together."""
-    for suits in (_numbers, _secrets, _settings_act, _rewards, _refresh, _schedule, c.objective.check, _plan):
+    for suits in (_numbers, _secrets, _settings_act, _rewards, _credit, _refresh, _schedule, c.objective.check, _plan):
         suits(c)
 
 
@@ -105,17 +105,17 @@ def _rewards(c: BaseModel) -> None:
         raise ValueError(f"{name} needs advantage: {{scale: {rule.scale}}}; it has normalised in groups already")
     if c.at_least and not rule.below_0:
         raise ValueError(f"at_least adds to a sum; with {name} it cannot act")
-    idle = first_without_weight(c.rewards, c.iterations) if c.rewards else None
+    idle = first_without_weight(c.weights, c.iterations) if c.rewards else None
     if idle is not None and not (rule.weightless or c.at_least or c.records):
         raise ValueError(
             f"rewards: all weights are 0 in iteration {idle + 1}, which could not train anything; give one a "
             "weight, or let a ramp begin, end and pass elsewhere than at 0"
         )
     if c.rewards:
-        ends = {k: (w.start, w.end) if isinstance(w, Ramp) else (w, w) for k, w in c.rewards.items()}
+        ends = {k: (w.start, w.end) if isinstance(w, Ramp) else (w, w) for k, w in c.weights.items()}
         rule.check({k: (float(start), float(end)) for k, (start, end) in ends.items()})
     floor = c.advantage.floor if c.advantage is not None else 0.0
-    if isinstance(floor, str) and (list(c.rewards.values()) != [1] or rule.scale or c.reference or c.at_least):
+    if isinstance(floor, str) and (list(c.weights.values()) != [1] or rule.scale or c.reference or c.at_least):
         raise ValueError(
             f"advantage: floor: {floor!r} is in the unit of one score; it needs a single reward of weight 1, without "
             "reference, at_least or a rule that normalises"
@@ -128,6 +128,31 @@ def _rewards(c: BaseModel) -> None:
         raise ValueError(f"region: {c.region!r} is not among the scorers of rewards: {', '.join(c.trained)}")
     if c.keep_best and component(c.keep_best)[0] not in (*c.trained, *c.watch):
         raise ValueError(f"keep_best: {c.keep_best!r} is not a component of the scorers of rewards or watch")
+
+
+def _credit(c: BaseModel) -> None:
+    """A sum of credits must have a weight at all times, rewards of finished images a credit for each of two kinds, and
+    the unit of advantages a credit that has it."""
+    parts = [] if c.credit is None else [*getattr(c.credit, "parts", (c.credit,))]
+    weights = {str(number): weight for number, weight in enumerate(getattr(c.credit, "weights", ()))}
+    idle = first_without_weight(weights, c.iterations) if weights else None
+    if idle is not None:
+        raise ValueError(f"credit: all weights are 0 in iteration {idle + 1}, which could not train anything")
+    if parts and not c.credit.normalises and (c.advantage.scale, c.advantage.floor) != ("group", 0):
+        raise ValueError(f"advantage: scale and floor do not act with credit: {named(c.credit)}; remove them")
+    if not c.at_end:
+        return
+    name = c.at_end[0]
+    if {part.dense for part in parts} != {True, False}:
+        raise ValueError(
+            f"rewards: {name}: density: end needs a sum of credits, one that reads states and one that does not, such "
+            "as credit: [gain, terminal]"
+        )
+    if len(c.at_end) == len(c.rewards):
+        raise ValueError(f"rewards: {name}: density: end; at least one reward must have density: step")
+    if not c.combine.linear or c.region is not None:
+        what = "region" if c.combine.linear else f"combine: {named(c.combine)}"
+        raise ValueError(f"rewards: {name}: density: end does not go with {what}")
 
 
 def _refresh(c: BaseModel) -> None:
@@ -193,6 +218,8 @@ def _plan(c: BaseModel) -> None:
         if c.credit is not None:
             c.credit.check(table)
             states, _ = c.credit.completions(table)
+            if c.select is not None and c.select.dense and len(states) < 2:
+                raise ValueError(f"select: {named(c.select)} needs a credit that completes at least two states")
             if states and not 0 <= min(states) <= max(states) < c.steps:
                 raise ValueError(f"credit: states {states} must lie within 0 to {c.steps - 1}")
             _size(c, c.steps if states else 1)
@@ -209,6 +236,8 @@ def _select(c: BaseModel) -> None:
         )
     if keep < needed:
         raise ValueError(f"select: keep: {keep}; objective: {named(c.objective)} compares at least {needed} images")
+    if c.select.dense and c.credit is None:
+        raise ValueError(f"select: {named(c.select)} needs a credit that completes states, such as gain")
 
 
 def _size(c: BaseModel, completions: int) -> None:

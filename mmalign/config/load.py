@@ -60,6 +60,8 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
         values[key] = value
         return
     known = values.get(method) or getattr(Config(), method)
+    if isinstance(known, list):
+        raise BadInput(f"override {key}: {method} is a list; give all of it, {method}=[...]")
     if is_dataclass(known):
         known = {"type": known.type} if hasattr(known, "type") else {}
     elif isinstance(known, str):

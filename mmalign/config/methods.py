@@ -8,7 +8,7 @@ will do. A setting that a method does not have is refused, and so it cannot be w
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -16,14 +16,18 @@ from pydantic import ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, V
 
 from mmalign.objectives.objective import name_of as named
 from reward_models.allowlist import import_allowed
+from reward_models.combine import Ramp
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def one_of(kinds: Sequence[type], what: str, optional: bool = False) -> Any:
-    """The type of a config's field that takes one of `kinds`, or a dataclass from elsewhere, or null if `optional`."""
+def one_of(kinds: Sequence[type], what: str, optional: bool = False, total: type | None = None) -> Any:
+    """The type of a config's field that takes one of `kinds`, or a dataclass from elsewhere, or null if `optional`; or
+    a list of them, each with a `weight`, which stands for their sum: a `total(parts, weights)`."""
     table = {kind.type: kind for kind in kinds}
     chosen, written = partial(_chosen, table, what, optional), partial(_written, table)
+    if total is not None:
+        chosen, written = partial(_added, total, chosen), partial(_listed, total, written)
     return Annotated[Any, PlainValidator(chosen), PlainSerializer(written)]
 
 
@@ -35,6 +39,9 @@ def settings(kind: type, optional: bool = False) -> Any:
 
 def described(method: Any) -> str:
     """A method and its settings in a line, e.g. `branch (steps 0 1 2, children 6)`."""
+    if hasattr(method, "parts"):
+        weights = (f"{w.start:g} to {w.end:g}" if isinstance(w, Ramp) else f"{w:g}" for w in method.weights)
+        return " + ".join(f"{w} x {described(part)}" for part, w in zip(method.parts, weights, strict=True))
     words = []
     for key in _fields(type(method)):
         value = getattr(method, key)
@@ -47,14 +54,53 @@ def described(method: Any) -> str:
 
 
 def _written(table: Mapping[str, type] | None, method: Any) -> dict[str, Any] | None:
-    """A method as a file has it: `type` is its name in the table, or its import path."""
+    """A method as a file has it: `type` is its name in the table, or its import path. Settings that came `later` are
+    left out while they have their defaults, as files and checkpoints from before leave them out."""
     if method is None:
         return None
-    values = json.loads(json.dumps(dataclasses.asdict(method)))
+    later = {f.name: f.default for f in dataclasses.fields(method) if f.metadata.get("later")}
+    values = dataclasses.asdict(method)
+    values = {key: value for key, value in values.items() if key not in later or value != later[key]}
+    values = json.loads(json.dumps(values))
     if table is None:
         return values
     known = table.get(getattr(method, "type", None)) is type(method)
     return {"type": method.type if known else f"{type(method).__module__}:{type(method).__qualname__}"} | values
+
+
+def _added(total: type, chosen: Callable, value: Any, info: Any) -> Any:
+    """A list of methods with weights (1 where none is given) as their sum; anything else as one method."""
+    if isinstance(value, str):
+        value = (info.context or {}).get(value, value)
+    if isinstance(value, total):
+        items = [*zip(value.parts, value.weights, strict=True)]
+    elif isinstance(value, list):
+        items = [_weighed(item) for item in value]
+    else:
+        return chosen(value, info)
+    return total(tuple(chosen(item, info) for item, _ in items), tuple(_weight(weight) for _, weight in items))
+
+
+def _weighed(item: Any) -> tuple[Any, Any]:
+    if not isinstance(item, Mapping):
+        return item, 1.0
+    return {key: value for key, value in item.items() if key != "weight"}, item.get("weight", 1.0)
+
+
+def _weight(value: Any) -> Any:
+    value = dataclasses.asdict(value) if isinstance(value, Ramp) else value
+    try:
+        return TypeAdapter(float | Ramp, config=STRICT).validate_json(json.dumps(value))
+    except ValidationError:
+        needed = "a number, or {start, end, over: linear or cosine}"
+        raise ValueError(f"weight: {needed} is needed, got {json.dumps(value)}") from None
+
+
+def _listed(total: type, written: Callable, method: Any) -> Any:
+    if not isinstance(method, total):
+        return written(method)
+    weights = (dataclasses.asdict(w) if isinstance(w, Ramp) else w for w in method.weights)
+    return [written(part) | {"weight": w} for part, w in zip(method.parts, weights, strict=True)]
 
 
 def _chosen(table: Mapping[str, type], what: str, optional: bool, value: Any, info: Any) -> Any:

@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validato
 from mmalign.config import checks
 from mmalign.config.checks import component
 from mmalign.config.methods import one_of, settings
-from mmalign.credit import CREDITS, Branch as BranchCredit
+from mmalign.credit import CREDITS, Branch as BranchCredit, Mix
 from mmalign.data.draws import DRAWS, Epochs
 from mmalign.learn.loss import LOSSES, Clipped
 from mmalign.objectives import OBJECTIVES, Grpo
 from mmalign.objectives.advantage import Advantage
 from mmalign.objectives.masks import MASKS
 from mmalign.rewards.combination import COMBINATIONS, Sum
+from mmalign.rewards.density import Reward
 from mmalign.rewards.refresh import Refresh
 from mmalign.sampling.kernels import KERNELS, FlowSde
 from mmalign.sampling.plans import PLANS, Branch
@@ -63,20 +64,22 @@ class Config(BaseModel):
         "ground truth; with :COLUMN after it that is read alone, each text once",
     )
     draw: one_of(DRAWS, "draw") = Field(
-        Epochs(), description="which prompts an iteration takes: epochs, shuffled, or by pass_rate, mixed ones most"
+        Epochs(),
+        description="which prompts an iteration takes: epochs, shuffled; by pass_rate, mixed ones most; or in stages, "
+        "easy ones first",
     )
     held_out: str | None = Field(
         "assets/prompts/validation.jsonl",
         description="prompts for evaluation, named in the same way; training: 64 at most of the training prompts, "
         "evenly spaced, which shows learning but not how far it carries; null for none",
     )
-    rewards: dict[str, float | Ramp] = Field(
+    rewards: dict[str, float | Ramp | Reward] = Field(
         {"shapes.strict": 0.5, "shapes.partial": 0.5},
-        description="scorer.component: weight, or {start, end, over: linear or cosine} to move it over the run; "
-        "with records only shown at evaluation",
+        description="scorer.component: weight, or {start, end, over: linear or cosine} to move it over the run, or "
+        "{weight, density: step or end}, where end scores finished images alone; with records only shown at evaluation",
     )
     combine: one_of(COMBINATIONS, "combination") = Field(
-        Sum(), description="how rewards become one: sum, product, gate, mrn, gdpo, experts"
+        Sum(), description="how rewards become one: sum, product, gate, mrn, gdpo, potential, experts"
     )
     reference: str | None = Field(
         None, description="file of `mmalign evaluate --reference`: rewards in its standard deviations above its means"
@@ -140,15 +143,18 @@ class Config(BaseModel):
         description="what is learnt from a rollout: grpo (policy gradient), or from its images: nft, awm, "
         "advantage_flow, rft, dpo, online_dpo, srum, rgdpo; or from a differentiable reward: backprop",
     )
-    credit: one_of(CREDITS, "credit", optional=True) = _used(
-        "credit", BranchCredit(), "how rewards become advantages of steps: terminal, branch, gain"
-    )
+    credit: one_of(CREDITS, "credit", optional=True, total=Mix) = _used(
+        "credit", BranchCredit(), "how rewards become advantages: terminal, branch, gain, renorm, prl; or a list of "
+        "these, each with a `weight` as in rewards, which are added",
+    )  # fmt: skip
     loss: one_of(LOSSES, "loss", optional=True) = _used(
         "loss", Clipped(), "clipped (PPO), guard or masked, and its clip"
     )
     advantage: settings(Advantage, optional=True) = _used("advantage", Advantage(), "unit and bounds of advantages")
     select: one_of(SELECTIONS, "selection", optional=True) = Field(
-        None, description="which of a prompt's images are learnt from: extremes, the most contrastive; null: all"
+        None,
+        description="which of a prompt's images are learnt from: extremes, the most contrastive; prof, those "
+        "whose process and outcome agree; null: all",
     )
     mask: one_of(MASKS, "mask", optional=True) = Field(
         None, description="train only where the region's map has an opinion (map), or where the prompt acts (prompt)"
@@ -247,6 +253,22 @@ class Config(BaseModel):
     @classmethod
     def _expand_home(cls, value: Any) -> Any:
         return files.home(value) if isinstance(value, str) else value
+
+    @property
+    def weights(self) -> dict[str, float | Ramp]:
+        """Those of the rewards."""
+        return {name: each.weight if isinstance(each, Reward) else each for name, each in self.rewards.items()}
+
+    @property
+    def at_end(self) -> tuple[str, ...]:
+        """The rewards of finished images alone."""
+        return tuple(k for k, each in self.rewards.items() if isinstance(each, Reward) and each.density == "end")
+
+    @property
+    def late(self) -> tuple[str, ...]:
+        """The scorers that are shown finished images alone."""
+        others = {component(name)[0] for name in {*self.rewards, *self.at_least} - {*self.at_end}}
+        return tuple(name for name in self.trained if name not in others)
 
     @property
     def trained(self) -> tuple[str, ...]:

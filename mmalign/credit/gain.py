@@ -6,7 +6,7 @@ noise. The gains of a trajectory add up to its reward less the value of its firs
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -73,13 +73,19 @@ class Gain(Credit):
     normalisation), which does not inflate late steps where gains hardly differ. `control`: how much of the value before
     is subtracted, 1 (DenseGRPO) to 0, or "fit" for each step's `fitted` share. A fixed share is unbiased, because the
     value before does not depend on the step's noise; a fitted one is estimated on the same trajectories, and nearly so.
+    `returns` "own" credits a step with its gain, "to_go" with the sum of the gains from it on, the reward less the
+    value before it. Where the value before a step exceeds `saturate`, a gain above 0 counts `damping` times, and a drop
+    in full (SPAE).
     """
 
     states: Literal["all"] | Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(1)] = "all"
     completion: Length | tuple[Length, ...] | None = None
     compare: Literal["step", "trajectory"] = "step"
     control: Annotated[float, Ge(0), Le(1)] | Literal["fit"] = 1.0
-    type = "gain"
+    returns: Literal["own", "to_go"] = field(default="own", metadata={"later": True})
+    saturate: float | None = field(default=None, metadata={"later": True})
+    damping: Annotated[float, Ge(0), Le(1)] = field(default=1.0, metadata={"later": True})
+    type, dense = "gain", True
 
     def __post_init__(self):
         if self.states != "all" and len(set(self.states)) < len(self.states):
@@ -88,6 +94,12 @@ class Gain(Credit):
             raise ValueError(f"no comparison called {self.compare!r}; known: step, trajectory")
         if isinstance(self.completion, tuple) and (self.states == "all" or len(self.completion) != len(self.states)):
             raise ValueError(f"completion: {list(self.completion)} needs as many states, got {self.states}")
+        if self.returns not in ("own", "to_go"):
+            raise ValueError(f"no returns called {self.returns!r}; known: own, to_go")
+        if (self.saturate is None) != (self.damping == 1):
+            raise ValueError(f"saturate: {self.saturate} and damping: {self.damping:g} act together; set both")
+        if self.saturate is not None and (self.control != 1 or self.returns != "own"):
+            raise ValueError("saturate acts on gains; it needs control: 1 and returns: own")
 
     def completions(self, plan: Plan) -> tuple[list[int], int | tuple[int, ...] | None]:
         if self.states != "all":
@@ -105,7 +117,9 @@ class Gain(Credit):
                 yield replace(self, states=states, completion=n)
 
     def __call__(self, tree: Tree, judged: Judgement, units: Units = GRPO) -> Float[Tensor, "N T a b"]:
-        before, after = values(tree, judged)
+        before, after = values(self._shown(tree), judged)
+        if self.returns == "to_go":
+            after = judged.reward[:, -1:].expand_as(before)
         stochastic, group = tree.std > 0, tree.prompt[:, None].repeat(1, tree.steps)
         value = torch.stack([self._residual(tree, before, after, k) for k in range(tree.steps)], 1)
         if self.compare == "step":
@@ -121,10 +135,21 @@ class Gain(Credit):
         if share == "fit":
             group = tree.prompt[rows].repeat_interleave(before[0, 0].numel())
             share = fitted(before[rows, k].flatten(), after[rows, k].flatten(), group)
-        return after[:, k] - share * before[:, k]
+        residual = after[:, k] - share * before[:, k]
+        if self.saturate is None:
+            return residual
+        return torch.where((before[:, k] > self.saturate) & (residual > 0), self.damping * residual, residual)
+
+    def _shown(self, tree: Tree) -> Tree:
+        """Without states that only another credit has completed."""
+        if self.states == "all":
+            return tree
+        mine = torch.zeros_like(tree.final[0], dtype=torch.bool)
+        mine[[*self.states]] = True
+        return replace(tree, final=torch.where(mine | (tree.final == tree.final[:, -1:]), tree.final, -1))
 
     def statistics(self, tree: Tree, judged: Judgement) -> dict[str, float]:
-        return balance(tree, judged)
+        return balance(self._shown(tree), judged.of_states())
 
 
 def balance(tree: Tree, judged: Judgement) -> dict[str, float]:

@@ -7,7 +7,7 @@ gradient. The rule is that of `reward_models.combine`: no more spread than round
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -65,7 +65,20 @@ GRPO = Units()
 
 
 class Credit:
-    """What a credit may say of itself; only the call is required."""
+    """What a credit may say of itself; only the call is required.
+
+    `dense`: whether it reads the rewards of states before the last one. `normalises`: whether its advantages are in the
+    `Units` that it is called with. `forwards`: network evaluations of a stochastic step that it needs at the rollout,
+    for `Judgement.log_ratio`.
+    """
+
+    dense: ClassVar[bool] = False
+    normalises: ClassVar[bool] = True
+    forwards: ClassVar[int] = 0
+
+    def at(self, progress: float) -> "Credit":
+        """The credit at `progress`, from 0 at the beginning of the run to 1 at its end."""
+        return self
 
     def completions(self, plan: Plan) -> tuple[list[int], int | tuple[int, ...] | None]:
         """The states it needs completed, and in how many ODE steps (`mmalign.flow.plan.complete`)."""

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from mmalign.errors import BadInput
 from mmalign.seeds import seed_of
+from reward_models import Prompt
 
 Rates = Mapping[int, float]  # of prompts by id, in [0, 1]
 
@@ -21,6 +23,14 @@ class Draw:
     """Defaults. `learns`: whether it depends on the rewards of iterations before, which a checkpoint then holds."""
 
     learns: ClassVar[bool] = False
+
+    def order(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The rows of the prompts by stage, in one stage. BadInput where they do not suit the draw."""
+        return [[*range(len(prompts))]]
+
+    def stage(self, iteration: int) -> tuple[int, int]:
+        """The stage that an iteration belongs to, and the iterations before it."""
+        return 0, 0
 
     def __call__(self, ids: Sequence[int], size: int, iteration: int, seed: int, rates: Rates) -> list[int]:
         """The rows of `size` different prompts of those with these `ids`; `size` is at most their number."""
@@ -76,4 +86,38 @@ class PassRate(Draw):
             rates[id_] = self.memory * rates.get(id_, 0.5) + (1 - self.memory) * passed
 
 
-DRAWS = (Epochs, PassRate)
+@dataclass(frozen=True)
+class Stages(Draw):
+    """Prompts by difficulty: `every` iterations on those of the first of `tags`, as many on those of the first two, and
+    so on; from then on on all. Within a stage they are drawn in epochs. A tag is the field `by` of a prompt's row,
+    `tag` in GenEval's metadata; a prompt with another tag, or none, is refused."""
+
+    tags: Annotated[tuple[str, ...], MinLen(1)] = ()
+    every: Annotated[int, Ge(1)] = 25
+    by: str = "tag"
+    type = "stages"
+
+    def __post_init__(self):
+        if len({*self.tags}) < max(1, len(self.tags)):
+            raise ValueError(
+                f"tags: the tags of the prompts are needed, the easiest first, each once; got {[*self.tags]}"
+            )
+
+    def order(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        stages = [[] for _ in self.tags]
+        for row, prompt in enumerate(prompts):
+            tag = prompt.wants.get(self.by)
+            if tag not in self.tags:
+                raise BadInput(f"draw: stages: prompt {prompt.id} has {self.by} {tag!r}, which is not among the tags")
+            stages[self.tags.index(tag)].append(row)
+        return stages
+
+    def stage(self, iteration: int) -> tuple[int, int]:
+        stage = min(iteration // self.every, len(self.tags) - 1)
+        return stage, stage * self.every
+
+    def __call__(self, ids: Sequence[int], size: int, iteration: int, seed: int, rates: Rates) -> list[int]:
+        return Epochs()(ids, size, iteration, seed, rates)
+
+
+DRAWS = (Epochs, PassRate, Stages)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,17 @@ class PromptBatches:
         """The prompts of an iteration, none twice. BadInput where the file has too few."""
         if self.size > len(self.all):
             raise BadInput(f"prompts_per_iteration: {self.size} requested, the file has {len(self.all)}")
-        return [self.all[i] for i in self.draw([p.id for p in self.all], self.size, iteration, self.seed, self.rates)]
+        stage, before = self.draw.stage(iteration)
+        rows = [row for rows in self.stages[: stage + 1] for row in rows]
+        if self.size > len(rows):
+            raise BadInput(f"prompts_per_iteration: {self.size} requested, stage {stage + 1} has {len(rows)}")
+        drawn = self.draw([self.all[i].id for i in rows], self.size, iteration - before, self.seed, self.rates)
+        return [self.all[rows[i]] for i in drawn]
+
+    @cached_property
+    def stages(self) -> list[list[int]]:
+        """The rows of the prompts, by the stage from which on they are drawn."""
+        return self.draw.order(self.all)
 
     def learn(self, iteration: int, reward: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> dict[str, float]:
         """Let the draw learn from the rewards of an iteration, after which it can no longer be drawn again; as a row

@@ -6,14 +6,20 @@ For an image x, a region m of it, and the flow-matching error e of the policy an
     inter   = -log sigmoid( -scale (D(x_w, m_w) - D(x_l, m_l)) )    one region, better in image w than in image l
     intra   = -log sigmoid( -scale (D(x, m_right) - D(x, m_wrong)) )    right and wrong regions of one image
 
-and the loss of a pair of images is the mean of its inter terms plus `intra` times the mean of its intra terms. The
-errors of a pair share noise and time. A region counts the same whatever its size. With one region, the whole image,
-inter is Diffusion-DPO (arXiv 2311.12908). The equations are our reading; the paper was not available.
+and the loss of a pair of images is the mean of its inter terms plus `intra` times the mean of its intra terms. With
+`single` each region also counts by itself, against the model without adapter (the unpaired term of FDPO, by our
+reading): with its credit c in [-1, 1],
+
+    single = -log sigmoid( -scale c D(x, m) )
+
+so that regions without a partner train the policy too. The errors of a pair share noise and time. A region counts the
+same whatever its size. With one region, the whole image, inter is Diffusion-DPO (arXiv 2311.12908). The equations are
+our reading; the paper was not available.
 
 Pairs are made of the images of a prompt: best with worst, second with second to last, and so on.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
@@ -48,11 +54,13 @@ class Pairs(Rows):
 @dataclass(frozen=True)
 class Rgdpo(OnImages):
     """`draws`: noises and times of each pair. `scale`: that of the error's change (DPO's beta). `intra`: weight of
-    right against wrong regions of one image."""
+    right against wrong regions of one image. `single`: weight of the mean over all regions of a pair that have a
+    credit, each against the model without adapter."""
 
     draws: Draws = 2
     scale: Annotated[float, Gt(0)] = 10.0
     intra: Annotated[float, Ge(0)] = 1.0
+    single: Annotated[float, Ge(0)] = field(default=0.0, metadata={"later": True})
     type = "rgdpo"
     uses = frozenset({"region", "records"})
     needs = frozenset({"region"})
@@ -63,7 +71,7 @@ class Rgdpo(OnImages):
         return seeds * plan.trained // 2 * self.draws
 
     def examples(self, policy: Trainable, images: Finished, generator: torch.Generator) -> "Pairs":
-        return pairs(policy, images, self.draws, generator)
+        return pairs(policy, images, self.draws, generator, self.single > 0)
 
     def replay(self, policy: Trainable, cond: Any, rows: "Pairs") -> tuple[Float[Tensor, "M"], dict[str, Tensor]]:
         noise, t, index = (column.repeat_interleave(2, 0) for column in (rows.noise, rows.t, rows.index))
@@ -72,7 +80,7 @@ class Rgdpo(OnImages):
         with torch.no_grad(), policy.reference():
             anchor = error(policy, x, noise, t, cond, index)
         moved = regional((err - anchor).unflatten(0, (-1, 2)), rows.share)
-        value, statistics = loss(moved, rows.credit, rows.named, self.scale, self.intra)
+        value, statistics = loss(moved, rows.credit, rows.named, self.scale, self.intra, self.single)
         return value, statistics | {"error": err.detach().mean((1, 2)).view(-1, 2).mean(1)}
 
 
@@ -94,18 +102,26 @@ def extremes(prompt: Int[Tensor, "N"], reward: Float[Tensor, "N"]) -> Int[Tensor
     return torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
 
 
-def matched(prompt: Int[Tensor, "N"], reward: Float[Tensor, "N"], marks: Marks) -> Int[Tensor, "Q 2"]:
-    """Rows of images to compare; pairs that would give no term are left out."""
+def matched(
+    prompt: Int[Tensor, "N"], reward: Float[Tensor, "N"], marks: Marks, single: bool = False
+) -> Int[Tensor, "Q 2"]:
+    """Rows of images to compare; pairs that would give no term are left out. With `single` a region is enough."""
     matches = extremes(prompt, reward)
     credit = marks.credit[matches]
     inter = better(credit, marks.named[matches]).ne(0).any(1)
     intra = ((credit > 0).any(2) & (credit < 0).any(2)).any(1)
-    return matches[inter | intra]
+    alone = counted(credit).flatten(1).any(1) & single
+    return matches[inter | intra | alone]
 
 
-def pairs(policy: Policy, images: Finished, draws: int, generator: torch.Generator) -> Pairs:
+def counted(credit: Float[Tensor, "M 2 R"]) -> Bool[Tensor, "M 2 R"]:
+    """Whether there is a region, with a credit that is not 0."""
+    return ~credit.isnan() & (credit != 0)
+
+
+def pairs(policy: Policy, images: Finished, draws: int, generator: torch.Generator, single: bool = False) -> Pairs:
     """The matched images, each pair at `draws` times. There may be none."""
-    matches = matched(images.prompt, images.reward, images.marks)
+    matches = matched(images.prompt, images.reward, images.marks, single)
     left, marks = matches[:, 0], vars(images.marks)
     noise = noise_like(images.x[left].repeat_interleave(draws, 0), generator)
     columns = {"x": images.x[matches]} | {name: values[matches] for name, values in marks.items()}
@@ -130,6 +146,7 @@ def loss(
     named: Bool[Tensor, "M 2 R"],
     scale: float,
     intra: float = 1.0,
+    single: float = 0.0,
 ) -> tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]:
     """The loss of each pair from `D`, and statistics: `agrees` is the share of regions of which the better one has the
     smaller D, NaN where there are no two."""
@@ -141,6 +158,9 @@ def loss(
     both = right.any(2) & wrong.any(2)
     within = _mean(-F.logsigmoid(-scale * (_mean(moved, right) - _mean(moved, wrong))), both.float())
     value = between + intra * within
+    if single:
+        alone = -F.logsigmoid(-scale * credit.nan_to_num(0.0) * moved)
+        value = value + single * _mean(alone.flatten(1), counted(credit).float().flatten(1))
     return value, {
         "loss": value.detach(),
         "agrees": ((ahead.detach() > 0).float() * compared).sum(1) / compared.sum(1),

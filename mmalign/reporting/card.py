@@ -152,7 +152,7 @@ def _rewards(c: Config) -> list[tuple[str, str]]:
     evaluated = [*(c.rewards if c.records else ()), *c.watch]
     weights = {
         name: f"{weight.start:g} to {weight.end:g}, {weight.over}" if isinstance(weight, Ramp) else f"{weight:g}"
-        for name, weight in c.rewards.items()
+        for name, weight in c.weights.items()
         if name not in evaluated
     }
     bounds = [(name, f"constraint: at least {limit.bound:g}") for name, limit in c.at_least.items()]

@@ -127,6 +127,37 @@ class Gdpo(Mrn):
 
 
 @dataclass(frozen=True)
+class Potential(Rule):
+    """The potential `1.5 a c + 0.5 a - c` in [-1, 1] of a state (SPAE), where `a` is the component `correct`, and `c =
+    |2 p - 1|` how sure a judge is whose probability of yes `p` is the component `confidence`; both in [0, 1]. Sure and
+    right is 1, unsure and right 1/2, unsure and wrong 0, sure and wrong -1. With credit gain a step is credited with
+    its difference."""
+
+    correct: str = ""
+    confidence: str = ""
+    type, below_0 = "potential", False
+
+    def check(self, weights: Mapping[str, tuple[float, float]]) -> None:
+        names = (self.correct, self.confidence)
+        if self.correct == self.confidence or {*names} != {*weights}:
+            raise ValueError(
+                "combine: potential: correct and confidence: two components are needed, which are the rewards, "
+                f"{', '.join(weights)}; got {self.correct!r}, {self.confidence!r}"
+            )
+        for name, ends in weights.items():
+            if ends != (1, 1):
+                raise ValueError(f"rewards: {name}: combine: potential has no weights; give 1, got {ends[0]:g}")
+
+    def __call__(self, values: Values, names: Sequence[str], group: Groups, weights: Weights, floor: float) -> Tensor:
+        correct, p = (values[:, [*names].index(name)] for name in (self.correct, self.confidence))
+        outside = values[(values < 0) | (values > 1)]
+        if len(outside):
+            raise ValueError(f"scores in [0, 1] are needed, got {float(outside[0]):.3g}")
+        sure = (2 * p - 1).abs()
+        return 1.5 * correct * sure + 0.5 * correct - sure
+
+
+@dataclass(frozen=True)
 class Experts(Rule):
     """Weights that depend on the prompt, from a `file` that `mmalign reward experts` has fitted to preferences
     (MJ-VIDEO, arXiv 2502.01719). Scores are in the units of the file. `base`: the folder of its CLIP model, if it is
@@ -194,7 +225,7 @@ class OpenExperts(Rule):
         return self.mixture.score(ordered, embedding, present)
 
 
-COMBINATIONS = (Sum, Product, Gate, Mrn, Gdpo, Experts)
+COMBINATIONS = (Sum, Product, Gate, Mrn, Gdpo, Potential, Experts)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Show images to reward models, once each, and bring the scores back to the trajectories."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign import errors
@@ -36,9 +36,20 @@ class Scored:
     requests: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def score(images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: Scorers) -> Scored:
-    """The scores of all images by each scorer. An exception of a scorer fails the image, and so does a region outside
-    it. NonFinite where a score is infinite; Failed where a scorer can give none at all, whatever the image."""
+def score(
+    images: Float[Tensor, "N 3 H W"],
+    prompts: Sequence[Prompt],
+    scorers: Scorers,
+    late: Collection[str] = (),
+    finished: Int[Tensor, "F"] | None = None,
+) -> Scored:
+    """The scores of all images by each scorer; scorers in `late` are shown the images `finished` alone. An exception of
+    a scorer fails the image, and so does a region outside it. NonFinite where a score is infinite; Failed where a
+    scorer can give none at all, whatever the image."""
+    if late:
+        some = score(images[finished], [prompts[i] for i in finished.tolist()], {name: scorers[name] for name in late})
+        rest = score(images, prompts, {name: scorer for name, scorer in scorers.items() if name not in late})
+        return _together(rest, _among(some, finished.tolist(), len(images)))
     scored = Scored({}, {}, {}, {})
     for name, scorer in scorers.items():
         try:
@@ -60,6 +71,33 @@ def score(images: Float[Tensor, "N 3 H W"], prompts: Sequence[Prompt], scorers: 
             if given:
                 texts[name] = given
     return scored
+
+
+def _among(scored: Scored, rows: Sequence[int], count: int) -> Scored:
+    """The scores of the images `rows` among `count`, of which the others have none."""
+
+    def values(each: Tensor) -> Tensor:
+        wide = each.new_full((count, *each.shape[1:]), torch.nan)
+        wide[[*rows]] = each
+        return wide
+
+    def texts(each: tuple, blank: Any) -> tuple:
+        by_row = dict(zip(rows, each, strict=True))
+        return tuple(by_row.get(row, blank) for row in range(count))
+
+    return Scored(
+        {name: values(each) for name, each in scored.parts.items()},
+        {name: values(each) for name, each in scored.maps.items()},
+        {name: texts(each, ()) for name, each in scored.boxes.items()},
+        {rows[i]: reason for i, reason in scored.failures.items()},
+        {name: texts(each, "") for name, each in scored.critiques.items()},
+        {name: texts(each, "") for name, each in scored.requests.items()},
+    )
+
+
+def _together(one: Scored, two: Scored) -> Scored:
+    """The scores of the same images by different scorers."""
+    return Scored(**{field.name: getattr(one, field.name) | getattr(two, field.name) for field in fields(Scored)})
 
 
 def joined(parts: Sequence[Scored]) -> Scored:
@@ -121,9 +159,11 @@ def judge(
     combination: Combination,
     region: str | None = None,
     grid: tuple[int, int] | None = None,
+    at_end: Combination | None = None,
 ) -> Judgement:
     """The reward of the image that stands for each state; `scored` are the raw scores of the images of `size` (height,
-    width). The map of the scorer `region` is laid on `grid` cells, by default those of the latent. On the CPU."""
+    width). Finished images have that of `at_end` beside it. The map of the scorer `region` is laid on `grid` cells, by
+    default those of the latent. On the CPU."""
     tree = paths.tree
     parts = {name: values[tree.final[:, -1]] for name, values in scored.parts.items()}
     reward = combination(scored.parts, tree.owner)
@@ -134,7 +174,11 @@ def judge(
         regions = resampled(scored.maps.get(region, missing), grid)
         boxes = scored.boxes.get(region)
         marks = marked(boxes, tree.owner.tolist(), size, grid) if boxes else signs(regions)
-    return Judgement(tree.at_states(reward), parts, regions, marks, scored.failures)
+    rewards, rest = tree.at_states(reward), None
+    if at_end is not None:
+        rest = at_end(scored.parts, tree.owner)[tree.final[:, -1]]
+        rewards[:, -1] += rest
+    return Judgement(rewards, parts, regions, marks, scored.failures, rest)
 
 
 def unscored(tree: Tree, judged: Judgement) -> dict[int, str]:

@@ -1,7 +1,7 @@
 """The rewards of a run: its scorers, their weights as they stand, and the constraints' multipliers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Rewards:
         """The weights as they stand: ramps by how much of the run is done, constraints by their multipliers; for
         prompts with these texts, by row."""
         c, progress = self.config, iteration / max(1, self.config.iterations - 1)
-        weights = {name: w.at(progress) if isinstance(w, combine.Ramp) else w for name, w in c.rewards.items()}
+        weights = {name: w.at(progress) if isinstance(w, combine.Ramp) else w for name, w in c.weights.items()}
         weights |= {name: weights.get(name, 0.0) + u for name, u in self.multipliers.items()}
         return Combination(weights, self.rule, self.reference, c.dead_spread, texts)
 
@@ -50,8 +50,11 @@ class Rewards:
     ) -> Judgement:
         """The rewards of a rollout of these prompts by the weights of the iteration."""
         c, size = self.config, tuple(images.shape[2:])
-        combination = self.combination(iteration, [prompt.text for prompt in prompts])
-        return judge(paths, scored, size, combination, c.region, c.region_grid)
+        whole, at_end = self.combination(iteration, [prompt.text for prompt in prompts]), None
+        if c.at_end:
+            at_end = replace(whole, weights={name: whole.weights[name] for name in c.at_end})
+            whole = replace(whole, weights={name: w for name, w in whole.weights.items() if name not in c.at_end})
+        return judge(paths, scored, size, whole, c.region, c.region_grid, at_end)
 
     def in_graph(
         self, prompts: Sequence[Prompt], iteration: int

@@ -42,6 +42,7 @@ def metrics(
     """A row over the trajectories of all ranks."""
     c, reward = run.config, judged.reward[:, -1]
     scouts = 0 if c.scouts is None else c.prompts_per_iteration * c.scouts.images(c.seeds)
+    finished = len(tree.final[:, -1].unique())
     row = {"reward": float(level(run, judged, iteration).nanmean())}
     row |= {f"part/{name}": float(values.nanmean()) for name, values in judged.parts.items()}
     row |= combine.health(torch.stack([*judged.parts.values()], 1), [*judged.parts], tree.prompt, c.dead_spread)
@@ -52,7 +53,7 @@ def metrics(
         "dead_groups": float(dead(reward, tree.prompt, c.dead_spread).mean()),
         "diversity": float(deviation.nanmean().sqrt()),
         "failed": len(unscored(tree, judged)),
-        "rewards": (len(tree.owner) + scouts) * len(c.trained),
+        "rewards": (len(tree.owner) + scouts) * (len(c.trained) - len(c.late)) + (finished + scouts) * len(c.late),
     }
     if c.credit is not None:
         row |= c.credit.statistics(tree, judged)

@@ -62,10 +62,11 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     passes = c.objective.replayed(c.measures_kl)
     prepared = c.objective.prepared(c.epochs * c.minibatches) * halves
     before = prepared + (0 if c.mask is None else c.mask.forwards)
+    forwards += 0 if c.credit is None else starts * plan.cost[2] * c.credit.forwards
     shown = images + rows * c.objective.decoded * c.epochs
-    return Cost(
-        forwards * halves + before * rows, rows * passes * c.epochs * halves, rows, shown, images * len(c.trained),
-    )  # fmt: skip
+    finished = images - starts * (plan.routes - plan.trained)
+    rewards = images * (len(c.trained) - len(c.late)) + finished * len(c.late)
+    return Cost(forwards * halves + before * rows, rows * passes * c.epochs * halves, rows, shown, rewards)
 
 
 def rows_of(c: Config, plan: Plan) -> int:

@@ -8,6 +8,7 @@ the global batch, so that nothing changes but time, and the rounding of forwards
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -21,7 +22,7 @@ from mmalign.flow.sample import sample
 from mmalign.rewards.judge import Scored, joined, score, unscored
 from mmalign.seeds import gaussian, seed_of
 from mmalign.selection.scouts import chosen
-from mmalign.training import finite, planning
+from mmalign.training import drift, finite, planning
 from mmalign.training.session import Session
 from mmalign.types import Judgement, Plan, Trajectories, Tree
 from reward_models import Prompt
@@ -31,8 +32,8 @@ AHEAD = 2  # parts in flight without scores, at most: sampling blocks when scori
 
 @dataclass(frozen=True)
 class Rollout:
-    """This rank's prompts, their conditioning, trajectories, finished images (on the CPU) and their raw scores; and the
-    scouts that chose their starting noises, if any."""
+    """This rank's prompts, their conditioning, trajectories, finished images (on the CPU) and their raw scores; the
+    scouts that chose their starting noises, if any; and the log-ratios of `Judgement`, if the credit needs them."""
 
     prompts: list[Prompt]
     cond: Any
@@ -40,6 +41,7 @@ class Rollout:
     images: Float[Tensor, "E 3 H W"]
     scored: Scored
     scouts: "Scouted | None" = None
+    log_ratio: Float[Tensor, "N T"] | None = None
 
     @property
     def tree(self) -> Tree:
@@ -90,7 +92,8 @@ def rolled_out(
 
     def check_and_score(paths: Trajectories, images: Tensor) -> Scored:
         finite.check_trajectories(paths, images, prompts)
-        return timed_score(images, [prompts[i] for i in paths.tree.owner.tolist()], run.rewards.trained)
+        owners, finished = [prompts[i] for i in paths.tree.owner.tolist()], paths.tree.final[:, -1].unique()
+        return timed_score(images, owners, run.rewards.trained, c.late, finished)
 
     sampled, scores = [], []
     parts = torch.arange(len(prompts)).tensor_split(min(c.rollout_parts, len(prompts)))
@@ -107,7 +110,12 @@ def rolled_out(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     paths, images = zip(*sampled, strict=True)
-    return Rollout(prompts, cond, stacked(paths), torch.cat(images), scored)
+    rollout = Rollout(prompts, cond, stacked(paths), torch.cat(images), scored)
+    if c.credit is None or not c.credit.forwards or plan is not None:
+        return rollout
+    with clock.of("rollout"):
+        from_reference = partial(drift.from_reference, run.policy, rollout.paths, cond)
+        return replace(rollout, log_ratio=run.fits["batch"](from_reference))
 
 
 def _now(work: Callable[..., Scored], *args: Any) -> Future:
@@ -177,7 +185,7 @@ def judged(run: Session, rollout: Rollout, iteration: int) -> Judgement:
     """Raw scores as rewards, by the weights of the iteration. Raises NonFinite where one is not finite."""
     result = run.rewards.judge(rollout.paths, rollout.scored, rollout.images, iteration, rollout.prompts)
     finite.check_rewards(result, rollout.tree, rollout.prompts)
-    return result
+    return replace(result, log_ratio=rollout.log_ratio)
 
 
 def step_gains(run: Session, levels: Float[Tensor, "T"], number: int) -> Float[Tensor, "N T"]:
@@ -185,5 +193,5 @@ def step_gains(run: Session, levels: Float[Tensor, "T"], number: int) -> Float[T
     kernel = replace(run.config.kernel, noise=tuple(levels.tolist()))
     noisy = replace(run, config=run.config.model_copy(update={"kernel": kernel, "scouts": None}))
     rollout = sample_and_score(noisy, run.prompts(number), number)
-    gain = gains(rollout.tree, judged(run, rollout, 0))
+    gain = gains(rollout.tree, judged(run, rollout, 0).of_states())
     return torch.where(rollout.tree.std > 0, gain, torch.nan)[:, : run.config.steps]

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmalign.config.schema import Config
-from mmalign.credit.groups import group_std
+from mmalign.credit.groups import Credit, group_std
 from mmalign.credit.terminal import Terminal
 from mmalign.selection.selection import compared
 from mmalign.training.rollout import Rollout
@@ -20,18 +20,23 @@ def choose(c: Config, tree: Tree, judged: Judgement) -> Bool[Tensor, "N"]:
     """Whether each trajectory of all ranks is learnt from: without a selection every one."""
     if c.select is None:
         return torch.ones_like(tree.prompt, dtype=torch.bool)
-    return c.select(judged.reward[:, -1], tree.prompt)
+    return c.select.choose(tree, judged)
 
 
 def advantages(
-    c: Config, tree: Tree, judged: Judgement, selected: Bool[Tensor, "N"]
+    c: Config, tree: Tree, judged: Judgement, selected: Bool[Tensor, "N"], iteration: int = 0
 ) -> Float[Tensor, "N T a b"] | None:
-    """The advantages of all trajectories, 0 for those that are not learnt from; None where the objective has none."""
+    """The advantages of all trajectories, 0 for those that are not learnt from, by the credit as it stands in the
+    iteration; None where the objective has none."""
     if c.advantage is None:
         return None
     measured = judged if c.select is None else compared(judged, c.select, selected)
-    advantage = c.advantage(tree, measured, c.credit or IMAGE, c.mask, c.dead_spread)
+    advantage = c.advantage(tree, measured, credit_at(c, iteration), c.mask, c.dead_spread)
     return advantage * over(selected, advantage)
+
+
+def credit_at(c: Config, iteration: int) -> Credit:
+    return (c.credit or IMAGE).at(iteration / max(1, c.iterations - 1))
 
 
 def part(
@@ -49,9 +54,10 @@ def part(
     paths = rollout.paths
     paths = replace(paths, tree=Tree(**columns, owner=tree.owner), x=rows(paths.x), mean=rows(paths.mean))
     parts = {name: rows(values) for name, values in judged.parts.items()}
+    rest, log_ratio = (None if each is None else rows(each) for each in (judged.rest, judged.log_ratio))
     return (
-        replace(rollout, paths=paths),
-        replace(judged, reward=rows(judged.reward), parts=parts),
+        replace(rollout, paths=paths, log_ratio=log_ratio),
+        replace(judged, reward=rows(judged.reward), parts=parts, rest=rest, log_ratio=log_ratio),
         None if advantage is None else rows(advantage),
     )
 

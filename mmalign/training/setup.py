@@ -199,7 +199,7 @@ def _check_factors(c: Config, scorers: dict[str, RewardModel]) -> None:
         return float(min(end * bound for end in ends for bound in (card.low, card.high) if end)) if any(ends) else 0.0
 
     low = {name: least(name, 1.0) for name in c.rewards}
-    factors = c.combine.factors(low, {name: least(name, weight) for name, weight in c.rewards.items()})
+    factors = c.combine.factors(low, {name: least(name, weight) for name, weight in c.weights.items()})
     for what, bound in factors.items():
         if bound < 0:
             raise BadInput(

@@ -184,3 +184,22 @@ def test_balance_of_signs_by_hand():
 def test_unknown_comparisons_are_named():
     with pytest.raises(ValueError, match="compare: Input should be 'step' or 'trajectory', got \"group\""):
         Config(credit={"type": "gain", "compare": "group"})
+
+
+def test_returns_to_go_are_the_reward_less_the_value_of_the_state():
+    paths = dense(states=[0, 2])
+    report, units = judged(paths), Units("none")
+    to_go = Gain(returns="to_go")(paths.tree, report, units)[:, :, 0, 0]
+    for k, shown in enumerate([0, 0, 2, 2, 2]):
+        value = report.reward[:, -1] - report.reward[:, shown]
+        expected = value - value.view(2, 3).mean(1).repeat_interleave(3)
+        torch.testing.assert_close(to_go[:, k], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gains_above_saturation_count_less_and_drops_as_they_are():
+    tree = sampled(plans.complete(plans.sde(TIMES, KERNEL), range(T)), 2).tree
+    table = torch.tensor([[0.0, 0.8, 0.95, 0.99, 0.5, 0.5, 0.5], [0.0] * 7])
+    damped = Gain(saturate=0.9, damping=0.25)(tree, Judgement(table, {}), Units("none"))[:, :, 0, 0]
+    by_hand = torch.tensor([0.8, 0.15, 0.01, -0.49, 0.0, 0.0])
+    torch.testing.assert_close(damped[0], by_hand / 2, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(damped[1], -by_hand / 2, atol=1e-6, rtol=1e-5)

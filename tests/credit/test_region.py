@@ -28,13 +28,16 @@ PLANS = {
     "terminal": plans.sde(TIMES, KERNEL),
     "gain": plans.complete(plans.sde(TIMES, KERNEL), range(5)),
     "branch": plans.branch(TIMES, KERNEL, [0, 2], 3),
+    "renorm": plans.complete(plans.sde(TIMES, KERNEL), range(1, 5)),
+    "prl": plans.sde(TIMES, KERNEL),
 }
 
 
 def judged(paths, grid=(2, 2), of=lambda x: x.mean((1, 2, 3))):
     """The same value for the whole image and for every position."""
     value = of(paths.finals)
-    return Judgement(paths.tree.at_states(value), {}, value[:, None, None].repeat(1, *grid))
+    drawn = torch.arange(paths.tree.std.numel()).view_as(paths.tree.std).cos() * (paths.tree.std > 0)
+    return Judgement(paths.tree.at_states(value), {}, value[:, None, None].repeat(1, *grid), log_ratio=drawn)
 
 
 @pytest.mark.parametrize("name", CREDIT)

@@ -1,11 +1,13 @@
 """The surrogate, the replay and the update: known gradients, and a bandit that must improve."""
 
+from dataclasses import replace
+
 import gradient_variance
 import pytest
 import torch
 from trajectories import judged, plan_by_hand
 
-from mmalign.credit import CREDITS
+from mmalign.credit import CREDITS, Renorm
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import sample
 from mmalign.learn.loss import LOSSES, Clipped, Step, by_credit, pool
@@ -14,12 +16,13 @@ from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.sampling.kernels import KERNELS, FlowSde
 from mmalign.seeds import gaussian, seed_of
+from mmalign.training.drift import from_reference
 from mmalign.training.microbatch import AdaptiveBatch
 
 LEVELS = {"flow_sde": 0.7, "dance_sde": 0.5, "cps": 0.8, "ddim": 1.0, "scheduled": 0.8}
 KINDS = {kind.type: kind for kind in KERNELS}
 LOSS = {kind.type: kind for kind in LOSSES}
-CREDIT = {kind.type: kind() for kind in CREDITS}
+CREDIT = {kind.type: kind() for kind in CREDITS} | {"renorm": Renorm(-2.5, 0.0)}
 KERNEL, CLIPPED = FlowSde(0.7), Clipped(1e-4)
 SETTINGS = dict(epochs=1, minibatches=1, micro_batch=AdaptiveBatch(64), max_grad_norm=1e9)
 
@@ -317,13 +320,14 @@ def test_bandit_improves(credit):
     optimizer = torch.optim.AdamW(flow.parameters(), 0.025, weight_decay=0.0)
     t = flow.times(5)
     plan = plans.branch(t, KERNEL, [0, 1, 2], 4) if credit == "branch" else plans.sde(t, KERNEL)
-    if credit == "gain":
+    if credit in ("gain", "renorm"):
         plan = plans.complete(plan, range(5))
     rewards = []
     for iteration in range(40):
         paths = rollout(flow, plan, 48 // plan.trained, iteration)
         report = judged(paths, lambda x: -((x - 1) ** 2).mean((1, 2, 3)))
         rewards.append(float(report.reward[:, -1].mean()))
+        report = replace(report, log_ratio=from_reference(flow, paths, flow.encode(["0.0"]), 64))
         advance(flow, optimizer, paths, CREDIT[credit](paths.tree, report))
     quarters = torch.tensor(rewards).view(4, 10).mean(1)
     assert (quarters.diff() > 0).all()

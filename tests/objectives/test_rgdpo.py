@@ -166,3 +166,42 @@ def test_the_push_fades_once_the_policy_agrees(scale):
     assert statistics["agrees"] == 1
     expected = scale * torch.sigmoid(torch.tensor(-2 * scale))
     torch.testing.assert_close(ahead.grad[0, :, 0], torch.stack([expected, -expected]))
+
+
+SINGLE = 0.5
+
+
+def test_regions_by_themselves_count_log_two_at_the_reference_and_pull_by_their_credit():
+    moved = torch.zeros(1, 2, 3, requires_grad=True)
+    credit = torch.tensor([[[1.0, -0.5, nan], [nan, nan, 0.0]]])
+    value, _ = rgdpo.loss(moved, credit, named(credit), 10.0, 0.0, SINGLE)
+    assert float(value.detach()) == pytest.approx(SINGLE * LOG2)
+    value.sum().backward()
+    # the derivative of -log sigmoid at 0 is -1/2; the error falls where the credit is positive; two regions count
+    expected = torch.tensor([[[SINGLE * 10 / 2 / 2, -SINGLE * 0.5 * 10 / 2 / 2, 0.0], [0.0, 0.0, 0.0]]])
+    torch.testing.assert_close(moved.grad, expected)
+
+
+def test_without_a_weight_nothing_changes():
+    moved = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
+    credit = torch.tensor([[[1.0, -1.0, nan], [-1.0, 1.0, 1.0]]]).expand(4, -1, -1)
+    plain, alone = (rgdpo.loss(moved, credit, named(credit), 2.0, 1.0, *single)[0] for single in ((), (0.0,)))
+    assert torch.equal(plain, alone)
+    weighed = rgdpo.loss(moved, credit, named(credit), 2.0, 1.0, 1.0)[0]
+    assert (weighed > plain).all()
+
+
+def test_a_region_whose_partner_stays_at_the_reference_is_one_by_itself():
+    moved = torch.tensor([[[-0.3], [0.0]]])
+    both = torch.tensor([[[1.0], [-1.0]]])
+    alone = torch.tensor([[[1.0], [nan]]])
+    inter, _ = rgdpo.loss(moved, both, named(both), 3.0, 0.0)
+    single, _ = rgdpo.loss(moved, alone, named(alone), 3.0, 0.0, 1.0)
+    torch.testing.assert_close(inter, single)
+
+
+def test_images_without_two_regions_to_compare_are_taken():
+    marks = whole([1.0, 1.0, nan, nan])
+    prompt, reward = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    assert rgdpo.matched(prompt, reward, marks).tolist() == []
+    assert rgdpo.matched(prompt, reward, marks, single=True).tolist() == [[0, 1]]

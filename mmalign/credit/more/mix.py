@@ -1,0 +1,82 @@
+"""A sum of credits, with weights that may move over the run (MatchTIR's two levels, Atom-Searcher's schedule).
+
+Each part has its own groups, is normalised and clipped there, and is then weighted and added.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmalign.credit.groups import GRPO, Credit, Units
+from mmalign.types import Judgement, Plan, Tree
+from reward_models.combine import Ramp
+
+
+@dataclass(frozen=True)
+class Mix(Credit):
+    """`weights`: one for each of the `parts`, a number or a ramp over the run, which `at` turns into a number. Where
+    some rewards are those of finished images alone, parts that read states measure the others, and parts that do not
+    measure these."""
+
+    parts: tuple[Credit, ...]
+    weights: tuple[float | Ramp, ...]
+    type = "mix"
+
+    def __post_init__(self):
+        if not self.parts or len(self.parts) != len(self.weights):
+            raise ValueError(f"a sum needs credits and a weight for each, got {len(self.parts)}, {len(self.weights)}")
+
+    @property
+    def dense(self) -> bool:
+        return any(part.dense for part in self.parts)
+
+    @property
+    def normalises(self) -> bool:
+        return any(part.normalises for part in self.parts)
+
+    @property
+    def forwards(self) -> int:
+        return max(part.forwards for part in self.parts)
+
+    def at(self, progress: float) -> "Mix":
+        parts = tuple(part.at(progress) for part in self.parts)
+        weights = tuple(w.at(progress) if isinstance(w, Ramp) else w for w in self.weights)
+        return Mix(parts, weights)
+
+    def completions(self, plan: Plan) -> tuple[list[int], int | tuple[int, ...] | None]:
+        """All states that a part wants, each in the most steps that one of them asks for."""
+        longest: dict[int, int] = {}
+        for part in self.parts:
+            states, lengths = part.completions(plan)
+            for k, n in zip(states, lengths if isinstance(lengths, tuple) else [lengths] * len(states), strict=True):
+                remaining = plan.steps - k
+                n = n if isinstance(lengths, tuple) else min(n or remaining, remaining)
+                longest[k] = max(longest.get(k, 1), n)
+        states = sorted(longest)
+        return states, tuple(longest[k] for k in states)
+
+    def check(self, plan: Plan) -> None:
+        for part in self.parts:
+            part.check(plan)
+
+    def thinner(self, plan: Plan | None, steps: int) -> Iterator["Mix"]:
+        """All parts at once, each in its own order."""
+        parts, rest = self.parts, [part.thinner(plan, steps) for part in self.parts]
+        while any(thinner := [next(candidates, None) for candidates in rest]):
+            parts = tuple(new or old for new, old in zip(thinner, parts, strict=True))
+            yield replace(self, parts=parts)
+
+    def __call__(self, tree: Tree, judged: Judgement, units: Units = GRPO) -> Float[Tensor, "N T a b"]:
+        each = [part(tree, _of(part, judged), units) for part in self.parts]
+        return torch.stack([w * a for a, w in zip(each, self.weights, strict=True)]).sum(0)
+
+    def statistics(self, tree: Tree, judged: Judgement) -> dict[str, float]:
+        rows = (part.statistics(tree, _of(part, judged)) for part in self.parts)
+        return {name: value for row in rows for name, value in row.items()}
+
+
+def _of(part: Credit, judged: Judgement) -> Judgement:
+    return judged.of_states() if part.dense else judged.of_ends()
