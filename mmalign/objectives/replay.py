@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmalign.credit.groups import group_mean
 from mmalign.flow.kernels import gaussian_kl, log_ratio
 from mmalign.flow.sample import distinct
 from mmalign.learn.loss import Loss, Step, by_credit
@@ -21,14 +22,17 @@ def transitions(
     weighting: Literal["none", "noise"] = "none",
     mean: Callable[[Tensor], Tensor] = torch.mean,
 ) -> Transitions:
-    """Every distinct stochastic step, in order; routes that share one give one row.
+    """Every distinct stochastic step, in order; routes that share one give one row, with the mean of their advantages.
 
     `weighting` "noise" weighs each by its standard deviation over the `mean` of all (TempFlow-GRPO,
     arXiv 2508.04324), which evens out gradients that grow towards low noise; "none" by 1.
     """
     tree = paths.tree
     rows, cols = (tree.std > 0).nonzero(as_tuple=True)
-    _, first = distinct(torch.stack([cols, tree.node[rows, cols + 1]], 1))
+    shared, first = distinct(torch.stack([cols, tree.node[rows, cols + 1]], 1))
+    credit = advantage[rows, cols]
+    if len(first) < len(rows):
+        credit = group_mean(credit, shared)
     first = first.sort().values
     rows, cols = rows[first], cols[first]
     std = tree.std[rows, cols]
@@ -39,7 +43,7 @@ def transitions(
         t=tree.t[rows, cols],
         s=tree.t[rows, cols + 1],
         noise=tree.noise[rows, cols],
-        advantage=advantage[rows, cols],
+        advantage=credit[first],
         weight=std / mean(std) if weighting == "noise" else torch.ones_like(std),
         index=tree.prompt[rows],
         step=cols,
