@@ -11,7 +11,7 @@ from torch import Tensor
 from mmalign.credit.groups import group_mean
 from mmalign.flow.kernels import gaussian_kl, log_ratio
 from mmalign.flow.sample import distinct
-from mmalign.learn.loss import Loss, Step, by_credit
+from mmalign.learn.loss import Loss, Step, by_credit, chosen
 from mmalign.policy.protocol import Trainable
 from mmalign.types import Kernel, Trajectories, Transitions
 
@@ -47,6 +47,7 @@ def transitions(
         weight=std / mean(std) if weighting == "noise" else torch.ones_like(std),
         index=tree.prompt[rows],
         step=cols,
+        off=None if paths.off is None else paths.off[rows],
     ).to(paths.x.device)
 
 
@@ -54,7 +55,8 @@ def transitions(
 class Surrogate:
     """The loss of transitions under the current policy: `loss`, plus `beta` times the exact KL divergence to the
     reference, which `measure` reports even with `beta` 0. Ratios are per `cell` of the advantage's grid, or per
-    `credit`: one for all cells with the same advantage (`mmalign.learn.loss.by_credit`)."""
+    `credit`: one for all cells with the same advantage (`mmalign.learn.loss.by_credit`). Steps drawn under another text
+    take the loss `off`: their ratio is not 1 at first, and the bound of the others would leave them out."""
 
     policy: Trainable
     cond: Any
@@ -64,13 +66,17 @@ class Surrogate:
     beta: float = 0.0
     ratio: Literal["cell", "credit"] = "cell"
     measure: bool = False
+    off: Callable[[Step], Loss] | None = None
 
     def __call__(self, batch: Transitions) -> tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]:
         mean, std = self._step(batch)
         change, moved = log_ratio(batch.y, mean, batch.mean, std), gaussian_kl(mean, batch.mean, std)
         if self.ratio == "credit":
             change, moved = by_credit(change, batch.advantage), by_credit(moved, batch.advantage)
-        result = self.loss(Step(change, moved, batch.advantage, std, batch.t - batch.s))
+        step = Step(change, moved, batch.advantage, std, batch.t - batch.s)
+        result = self.loss(step)
+        if self.off is not None and batch.off is not None:
+            result = chosen(batch.off, self.off(step), result)
         loss = batch.weight * result.value
         averages = {"log_ratio": change.detach().mean((1, 2)), "divergence": moved.detach().mean((1, 2))}
         statistics = result.statistics | averages
