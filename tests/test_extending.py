@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ranks_in_processes import launch, learn
 from run_config import cut_off, rows, run
 
 from mmalign.checks import estimate
@@ -139,3 +140,16 @@ def test_a_revision_is_judged_and_learnt_from_as_an_image_of_the_prompt(base):
         ratio = batch.replay(batch.rows)[1]["ratio"]
         assert torch.allclose(ratio[~batch.rows.off], torch.ones(()), atol=1e-5)
         assert torch.allclose(ratio[batch.rows.off], torch.ones(()), atol=1e-5) == same
+
+
+@pytest.mark.slow
+def test_two_processes_extend_as_one(base, tmp_path):
+    settings = base | dict(prompts_per_iteration=3, batch=1, decode_batch=1, micro_batch=1)
+    jobs = {name: settings | ALL[name] for name in ("salvage", "frontier")}
+    both, *_ = launch(tmp_path, 2, jobs, {})
+    for name, job in jobs.items():
+        alone = learn(job)
+        assert set(alone) == set(both[name])
+        assert alone["row/0/extend/drawn"] > 0
+        for key, value in alone.items():
+            assert torch.allclose(both[name][key], value, rtol=1e-4, atol=1e-4, equal_nan=True), (name, key)

@@ -23,19 +23,18 @@ Counts = dict[str, int | float]
 def extend(run: Session, rollout: Rollout, judgement: Judgement, iteration: int) -> tuple[Rollout, Judgement, Counts]:
     """The rollout with the trajectories that the run's extension adds, its judgement, and the sums of what was drawn,
     kept, and gained by what was kept. Trajectories stay sorted by prompt. Raises NonFinite as a rollout does."""
-    extension, counts = run.config.extend, {"drawn": 0, "kept": 0, "rise": 0.0}
-    before = [len(rollout.tree.owner)]
+    extension, counts, rounds = run.config.extend, {"drawn": 0, "kept": 0, "rise": 0.0}, 0
     drawn = torch.zeros(len(rollout.prompts), dtype=torch.long)  # of each prompt so far, which numbers its noise
-    while extension.rounds is None or len(before) <= extension.rounds:
+    while extension.rounds is None or rounds < extension.rounds:
         draws = extension(rollout.tree, judgement, requests(rollout))
         if not draws.row:
             break
-        row, reward = torch.tensor(draws.row), judgement.reward[:, -1]
+        row, count = torch.tensor(draws.row), len(rollout.tree.prompt)
         prompt = rollout.tree.prompt[row]
-        best = torch.stack([reward[rollout.tree.prompt == p].nan_to_num(-torch.inf).max() for p in prompt])
         wider = with_rests(run, rollout, draws, numbers(drawn, prompt), iteration)
         verdict = judged(run, wider, iteration)
-        new = verdict.reward[len(reward) :, -1]
+        reward, new = verdict.reward[:, -1].tensor_split([count])
+        best = torch.stack([reward[rollout.tree.prompt == p].nan_to_num(-torch.inf).max() for p in prompt])
         kept = extension.kept(new, reward[row], best)
         rows = torch.cat([torch.ones_like(reward, dtype=torch.bool), kept]).nonzero()[:, 0]
         rows = rows[wider.tree.prompt[rows].argsort(stable=True)]
@@ -45,7 +44,7 @@ def extend(run: Session, rollout: Rollout, judgement: Judgement, iteration: int)
         counts["drawn"] += len(row)
         counts["kept"] += int(kept.sum())
         counts["rise"] += float((new - reward[row])[kept].nansum())
-        before.append(len(rollout.tree.owner))
+        rounds += 1
     return rollout, judgement, counts
 
 
