@@ -124,8 +124,8 @@ def test_gathered_it_is_the_batch_itself(base):
 def test_a_revision_is_judged_and_learnt_from_as_an_image_of_the_prompt(base):
     """A critic that asks for the prompt itself gives ratio 1; one that asks for something else another."""
     session, before, verdict, _ = extended(base, **REVISE)
-    asked = [session.prompts(0)[int(p)].text for p in before.tree.prompt]
-    for text, same in ((asked, True), (["a very different thing"] * len(asked), False)):
+    texts = [session.prompts(0)[int(p)].text for p in before.tree.prompt]
+    for text, same in ((texts, True), (["a very different thing"] * len(texts), False)):
         scored = replace(before.scored, requests={"shapes_critic": tuple(text)})
         lower = replace(verdict, reward=verdict.reward - 2)  # so that the revision is above them all
         low = replace(before, scored=replace(scored, parts={k: v - 2 for k, v in scored.parts.items()}))

@@ -30,7 +30,7 @@ class Extension:
         """What to draw; `requests` has the revised request of each trajectory's image, empty where there is none."""
         raise NotImplementedError
 
-    def kept(
+    def accepted(
         self, reward: Float[Tensor, "n"], before: Float[Tensor, "n"], best: Float[Tensor, "n"]
     ) -> Bool[Tensor, "n"]:
         """Which of the new trajectories join their groups, by their `reward`, that of the trajectory each starts from,

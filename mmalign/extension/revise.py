@@ -43,7 +43,7 @@ class Revise(Extension):
                 rows.append(row)
         return Draws(rows, [0] * len(rows), [requests[row] for row in rows])
 
-    def kept(
+    def accepted(
         self, reward: Float[Tensor, "n"], before: Float[Tensor, "n"], best: Float[Tensor, "n"]
     ) -> Bool[Tensor, "n"]:
         return reward > best

@@ -20,9 +20,9 @@ from mmalign.types import Judgement, Plan, Tree
 
 @dataclass(frozen=True)
 class Salvage(Extension):
-    """Of the images below the mean of their prompt, the `per_group` worst that fell: each is cut before the first step
-    that lowered the value of the state by more than `drop`, and joins its group again with another rest, unless that
-    raises the reward by no more than `gain`."""
+    """The `per_group` worst images below the mean of their prompt whose value fell are cut, each before the first step
+    that lowered the value of the state by more than `drop`. Drawn again from there, a trajectory joins its group if its
+    reward has risen by more than `gain`."""
 
     drop: Annotated[float, Ge(0)] = 0.1
     per_group: Annotated[int, Ge(1)] = 2
@@ -39,7 +39,7 @@ class Salvage(Extension):
             rows += worst[reward[worst].argsort(stable=True)][: self.per_group].tolist()
         return Draws(rows, [int(fell[row].int().argmax()) for row in rows])
 
-    def kept(
+    def accepted(
         self, reward: Float[Tensor, "n"], before: Float[Tensor, "n"], best: Float[Tensor, "n"]
     ) -> Bool[Tensor, "n"]:
         return reward > before + self.gain

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmalign.extension.extension import Draws
-from mmalign.flow.rest import grafted, rest, taken
+from mmalign.extension.rest import grafted, rest, taken
 from mmalign.flow.sample import sample
 from mmalign.rewards.judge import joined, score
 from mmalign.seeds import gaussian, seed_of
@@ -35,15 +35,15 @@ def extend(run: Session, rollout: Rollout, judgement: Judgement, iteration: int)
         verdict = judged(run, wider, iteration)
         reward, new = verdict.reward[:, -1].tensor_split([count])
         best = torch.stack([reward[rollout.tree.prompt == p].nan_to_num(-torch.inf).max() for p in prompt])
-        kept = extension.kept(new, reward[row], best)
-        rows = torch.cat([torch.ones_like(reward, dtype=torch.bool), kept]).nonzero()[:, 0]
+        accepted = extension.accepted(new, reward[row], best)
+        rows = torch.cat([torch.ones_like(reward, dtype=torch.bool), accepted]).nonzero()[:, 0]
         rows = rows[wider.tree.prompt[rows].argsort(stable=True)]
         rollout = replace(wider, paths=taken(wider.paths, rows))
         parts = {name: values[rows] for name, values in verdict.parts.items()}
         judgement = replace(verdict, reward=verdict.reward[rows], parts=parts)
         counts["drawn"] += len(row)
-        counts["kept"] += int(kept.sum())
-        counts["rise"] += float((new - reward[row])[kept].nansum())
+        counts["kept"] += int(accepted.sum())
+        counts["rise"] += float((new - reward[row])[accepted].nansum())
         rounds += 1
     return rollout, judgement, counts
 

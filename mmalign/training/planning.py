@@ -11,8 +11,8 @@ from mmalign.config.methods import described, named
 from mmalign.config.paths import locate
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
+from mmalign.extension.rest import rest
 from mmalign.flow import plan as plans
-from mmalign.flow.rest import rest
 from mmalign.policy.protocol import Policy, two_forwards
 from mmalign.seeds import seed_of
 from mmalign.training import noise_calibration

@@ -9,7 +9,7 @@ from torch import Tensor
 from mmalign.config.schema import Config
 from mmalign.credit.groups import group_std
 from mmalign.credit.terminal import Terminal
-from mmalign.flow.rest import taken
+from mmalign.extension.rest import taken
 from mmalign.selection.selection import compared
 from mmalign.training.rollout import Rollout
 from mmalign.types import Judgement, Tree, over

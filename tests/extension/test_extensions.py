@@ -44,8 +44,8 @@ def test_salvage_never_cuts_at_a_step_without_noise():
 
 def test_what_salvage_keeps_has_gained():
     new, before, best = torch.tensor([0.5, 0.25, 0.25, NAN]), torch.full((4,), 0.25), torch.ones(4)
-    assert Salvage().kept(new, before, best).tolist() == [True, False, False, False]
-    assert Salvage(gain=0.25).kept(new, before, best).tolist() == [False] * 4
+    assert Salvage().accepted(new, before, best).tolist() == [True, False, False, False]
+    assert Salvage(gain=0.25).accepted(new, before, best).tolist() == [False] * 4
 
 
 def test_revision_draws_the_best_image_of_a_group_that_has_no_good_one():
@@ -59,11 +59,11 @@ def test_revision_draws_the_best_image_of_a_group_that_has_no_good_one():
 
 def test_a_revision_is_kept_only_above_the_best():
     new, before, best = torch.tensor([0.7, 0.6, NAN]), torch.full((3,), 0.1), torch.full((3,), 0.6)
-    assert Revise().kept(new, before, best).tolist() == [True, False, False]
+    assert Revise().accepted(new, before, best).tolist() == [True, False, False]
 
 
 def of_window(reward):
-    """One start; two children of its first step, which go on with noise at steps 1 and 2."""
+    """One start; two children of its first step, which continue with noise at steps 1 and 2."""
     tree = sampled(plans.window(TIMES, KERNEL, 0, 3, 2), 1).tree
     return tree, judged_as(tree, torch.tensor(reward))
 

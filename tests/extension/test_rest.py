@@ -5,8 +5,8 @@ import torch
 from trajectories import judged, sampled
 
 from mmalign.credit import Terminal
+from mmalign.extension.rest import grafted, rest, taken
 from mmalign.flow import plan as plans
-from mmalign.flow.rest import grafted, rest, taken
 from mmalign.flow.sample import sample
 from mmalign.learn.loss import Clipped
 from mmalign.objectives.replay import Surrogate, transitions
@@ -91,12 +91,12 @@ def test_importance_weights_of_another_text_average_one():
 
 def test_a_row_drawn_under_the_prompt_itself_has_ratio_one_and_the_loss_of_today_to_the_bit():
     plan = plans.sde(TIMES, KERNEL)
-    own = again(sampled(plan, 3), [1], [0], fresh)
-    asked = again(sampled(plan, 3), [1], [0], fresh, (), "0.0", True)
-    assert own.off is None
-    advantage = Terminal()(own.tree, judged(own, lambda x: x.mean((1, 2, 3))))
-    replay = Surrogate(FLOW, FLOW.encode(["0.0"]), KERNEL, own.t_max, Clipped(1e-4), off=Clipped(0.2))
-    today, other = replay(transitions(own, advantage)), replay(transitions(asked, advantage))
+    plain = again(sampled(plan, 3), [1], [0], fresh)
+    other_text = again(sampled(plan, 3), [1], [0], fresh, (), "0.0", True)
+    assert plain.off is None
+    advantage = Terminal()(plain.tree, judged(plain, lambda x: x.mean((1, 2, 3))))
+    replay = Surrogate(FLOW, FLOW.encode(["0.0"]), KERNEL, plain.t_max, Clipped(1e-4), off=Clipped(0.2))
+    today, other = replay(transitions(plain, advantage)), replay(transitions(other_text, advantage))
     assert torch.equal(today[0], other[0])
     assert today[1]["ratio"].eq(1).all()
     for loss, _ in (today, other):
@@ -109,9 +109,9 @@ def test_a_row_drawn_under_the_prompt_itself_has_ratio_one_and_the_loss_of_today
 
 def test_only_rows_of_another_text_take_their_wider_bound():
     """Log-ratios far beyond 1e-4: under the prompt itself they would be clipped, under another text they learn."""
-    asked = again(sampled(plans.sde(TIMES, KERNEL), 1), [0], [0], fresh, (), "0.5", True)
-    batch = transitions(asked, torch.ones(2, 5, 1, 1))
-    kinds = [Surrogate(FLOW, FLOW.encode(["0.0"]), KERNEL, asked.t_max, Clipped(1e-4), off=off) for off in
+    other_text = again(sampled(plans.sde(TIMES, KERNEL), 1), [0], [0], fresh, (), "0.5", True)
+    batch = transitions(other_text, torch.ones(2, 5, 1, 1))
+    kinds = [Surrogate(FLOW, FLOW.encode(["0.0"]), KERNEL, other_text.t_max, Clipped(1e-4), off=off) for off in
              (None, Clipped(0.2))]  # fmt: skip
     narrow, wide = (kind(batch)[1] for kind in kinds)
     ratio = wide["ratio"]
