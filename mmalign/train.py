@@ -15,7 +15,7 @@ from mmalign.errors import NonFinite
 from mmalign.objectives.objective import TrainBatch
 from mmalign.rewards.judge import stop_if_failing, unscored
 from mmalign.rewards.rewards import shares
-from mmalign.training import finite, selecting
+from mmalign.training import extending, finite, selecting
 from mmalign.training.metrics import deviations, level, metrics, scout_metrics
 from mmalign.training.rollout import Rollout, judged, sample_and_score
 from mmalign.training.session import Session
@@ -54,7 +54,7 @@ def iterate(run: Session, iteration: int, show: Show | None = None) -> Row:
 def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show | None) -> tuple[TrainBatch, Row]:
     """Sample, score and judge on each rank; credit over all ranks; train on this rank's trajectories."""
     c, clock = run.config, run.clock
-    rollout, local = finite.on_all_ranks(run.ranks, partial(sample_and_judge, run, prompts, iteration))
+    rollout, local, extended = finite.on_all_ranks(run.ranks, partial(sample_and_judge, run, prompts, iteration))
     tree, judgement = gather(run.ranks, rollout.tree, local)
     stop_if_failing(unscored(tree, judgement), len(tree.owner), c.max_failed)
     with clock.of("learn"):
@@ -68,13 +68,20 @@ def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show
     deviation = deviations(run.ranks, rollout.tree, rollout.images)
     row = metrics(run, tree, judgement, deviation, iteration) | selecting.statistics(c, tree, judgement, selected)
     row |= scout_metrics(run, rollout, tree, judgement)
+    row |= {} if c.extend is None else extending.metrics(run, extended)
     row |= run.prompts.learn(iteration, level(run, judgement, iteration), tree.prompt)
     return batch, row | run.rewards.move_multipliers(judgement)
 
 
-def sample_and_judge(run: Session, prompts: list[Prompt], iteration: int) -> tuple[Rollout, Judgement]:
+def sample_and_judge(
+    run: Session, prompts: list[Prompt], iteration: int
+) -> tuple[Rollout, Judgement, extending.Counts]:
+    """A judged rollout with what an extension adds to it, and how much that is."""
     rollout = sample_and_score(run, prompts, iteration)
-    return rollout, judged(run, rollout, iteration)
+    judgement = judged(run, rollout, iteration)
+    if run.config.extend is None:
+        return rollout, judgement, {}
+    return extending.extend(run, rollout, judgement, iteration)
 
 
 def from_records(run: Session, prompts: list[Prompt], iteration: int, show: Show | None) -> tuple[TrainBatch, Row]:

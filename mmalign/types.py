@@ -143,6 +143,9 @@ class Trajectories:
     `mean [N, T, C, h, w]` the mean of the Gaussian that each next state was drawn from; `finals [E, C, h, w]` the
     finished latents. Means instead of log-densities, because a ratio of nearly equal densities is exact in the
     difference of their means and mostly rounding in the difference of their logarithms.
+
+    `off [N]`: drawn under another text than that of its prompt (None: none is). Its `mean` is that of whoever drew it,
+    so that its ratio is the importance weight.
     """
 
     tree: Tree
@@ -151,6 +154,7 @@ class Trajectories:
     x: Float[Tensor, "N states C h w"]
     mean: Float[Tensor, "N T C h w"]
     finals: Float[Tensor, "E C h w"]
+    off: Bool[Tensor, "N"] | None = None
 
 
 def over(mask: Shaped[Tensor, "*rows"], values: Shaped[Tensor, "*rows_and_cells"]) -> Shaped[Tensor, "*rows_and_ones"]:
@@ -222,7 +226,8 @@ class Marks(Rows):
 class Transitions(Rows):
     """Steps to train on, one a row: state, next state, the old mean it was drawn around, times, advantage, weight.
 
-    `index [M]` is the row of the prompt in the conditioning; `step [M]` the column in the plan.
+    `index [M]` is the row of the prompt in the conditioning; `step [M]` the column in the plan; `off [M]` whether
+    another text was drawn under (None: nowhere).
     """
 
     x: Latents
@@ -235,3 +240,4 @@ class Transitions(Rows):
     weight: Float[Tensor, "M"]
     index: Int[Tensor, "M"]
     step: Int[Tensor, "M"]
+    off: Bool[Tensor, "M"] | None = None

@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 from mmalign.config.schema import Config
 from mmalign.credit import CREDITS
 from mmalign.data.draws import DRAWS
+from mmalign.extension import EXTENSIONS
 from mmalign.learn.loss import LOSSES
 from mmalign.objectives import OBJECTIVES
 from mmalign.objectives.advantage import Advantage
@@ -30,7 +31,7 @@ from reward_models import files
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 TABLES = {
     "plan": PLANS, "kernel": KERNELS, "objective": OBJECTIVES, "credit": CREDITS, "loss": LOSSES,
-    "select": SELECTIONS, "combine": COMBINATIONS, "mask": MASKS, "draw": DRAWS,
+    "select": SELECTIONS, "extend": EXTENSIONS, "combine": COMBINATIONS, "mask": MASKS, "draw": DRAWS,
 }  # fmt: skip
 HEAD = """# The settings of a config
 

@@ -19,6 +19,7 @@ from mmalign.runs import checkpoint
 PLANS = {
     "branch": {},
     "sde": {"plan": "sde"},
+    "tree": {"plan": {"type": "tree", "steps": (0, 1), "children": 2}, "credit": "branch"},
     "window": {"plan": {"type": "window", "steps": (1, 3), "children": 2}},
     "moving": {"plan": {"type": "window", "steps": (0, 1), "children": 3, "moves": "progressive"}},
     "random": {"plan": {"type": "window", "steps": (0, 1), "children": 2, "moves": "random"}, "steps": 8},
@@ -37,7 +38,7 @@ def estimated(settings, gpus=1, **changed):
 def test_counts_are_those_of_the_run(settings, name):
     """With beta > 0 every row is replayed, so that all counts are known before."""
     changed = PLANS[name] | {"objective": {"type": "grpo", "beta": 0.1}, "iterations": 3, "eval_every": 0}
-    changed |= {"credit": "terminal"} if name not in ("branch", "gain", "guided", "attended", "budget") else {}
+    changed |= {"credit": "terminal"} if name not in ("branch", "tree", "gain", "guided", "attended", "budget") else {}
     figures, out = estimated(settings, **changed), run(settings, **changed)
     metrics = rows(out / "metrics.jsonl")
     for count in estimate.COUNTS:

@@ -111,11 +111,13 @@ def total(costs: Mapping[int, Cost], groups: Mapping[int, int]) -> dict[str, int
 def bounds(c: Config) -> list[str]:
     """Where a run may take less than the estimate, and why."""
     fewer = [c.objective.fewer] if c.objective.fewer else []
+    extends = ["all counts: fewer where `extend` draws less than it may"] if c.extend else []
     moves = len(c.plan.positions(c.steps)) > 1
     at_most = "an iteration: the most over all positions of the plan; the run: each plan where it will be"
     selects = ["transitions, replay_forwards: fewer where too few images have a score"] if c.select else []
     drawn = "the run: windows move with the prompts, which `draw` takes by rewards that are not known yet"
-    return fewer + selects + ([at_most] if moves else []) + ([drawn] if c.draw.learns and c.plan.uneven else [])
+    fewer += selects + extends + ([at_most] if moves else [])
+    return fewer + ([drawn] if c.draw.learns and c.plan.uneven else [])
 
 
 def evaluations(c: Config, held_out: list[Prompt], guided: bool) -> dict[str, int]:

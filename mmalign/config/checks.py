@@ -19,7 +19,7 @@ SMALLEST, LARGEST = 1e-12, 1e6  # of the numbers of a config that are not 0
 OPTIONAL = ("credit", "loss", "advantage", "mask", "max_kl", "region", "records")  # an objective `uses` some of them
 SAMPLING = (
     "region", "combine", "at_least", "reference", "steps", "seeds", "plan", "kernel", "max_forwards", "max_rewards",
-    "cache", "rollout_parts", "draw", "refresh", "scouts", "select",
+    "cache", "rollout_parts", "draw", "refresh", "scouts", "select", "extend",
 )  # fmt: skip
 
 
@@ -208,6 +208,10 @@ def _plan(c: BaseModel) -> None:
         )
     if c.select is not None:
         _select(c)
+    if c.extend is not None and not c.objective.stochastic:
+        raise ValueError(f"extend adds stochastic steps, and objective: {named(c.objective)} does not learn from those")
+    if c.extend is not None and c.scouts is not None:
+        raise ValueError("extend does not go with scouts, whose correlation is of the images they chose; remove one")
     even = torch.linspace(1, 0, c.steps + 1)
     kernel = FlowSde() if isinstance(c.kernel.noise, str) else c.kernel
     for position in c.plan.positions(c.steps):
@@ -223,6 +227,8 @@ def _plan(c: BaseModel) -> None:
             if states and not 0 <= min(states) <= max(states) < c.steps:
                 raise ValueError(f"credit: states {states} must lie within 0 to {c.steps - 1}")
             _size(c, c.steps if states else 1)
+            if c.extend is not None:
+                c.extend.check(table, c.seeds, c.credit)
 
 
 def _select(c: BaseModel) -> None:

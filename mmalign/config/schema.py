@@ -14,6 +14,7 @@ from mmalign.config.checks import component
 from mmalign.config.methods import one_of, settings
 from mmalign.credit import CREDITS, Branch as BranchCredit, Mix
 from mmalign.data.draws import DRAWS, Epochs
+from mmalign.extension import EXTENSIONS
 from mmalign.learn.loss import LOSSES, Clipped
 from mmalign.objectives import OBJECTIVES, Grpo
 from mmalign.objectives.advantage import Advantage
@@ -32,6 +33,7 @@ RESUMABLE = ("out", "max_skips", "max_failed", "patience")  # where a run is and
 TRAINING, TRAINING_MOST = "training", 64  # `held_out` that means training prompts, and how many of them at most
 LATER = (
     "draw",
+    "extend",
     "refresh",
     "scouts",
     "select",
@@ -111,7 +113,9 @@ class Config(BaseModel):
         1.0, ge=0, description="classifier-free guidance in rollout, replay and evaluation; 1 = none"
     )
     steps: int = Field(8, ge=2, le=1000, description="T, denoising steps of the rollout")
-    plan: one_of(PLANS, "plan") = Field(Branch(), description="which steps are stochastic: ode, sde, window, branch")
+    plan: one_of(PLANS, "plan") = Field(
+        Branch(), description="which steps are stochastic: ode, sde, window, branch, tree"
+    )
     kernel: one_of(KERNELS, "kernel") = Field(
         FlowSde(), description="how a stochastic step draws: flow_sde, dance_sde, cps, ddim, scheduled, and its noise"
     )
@@ -126,6 +130,11 @@ class Config(BaseModel):
     )
     scouts: settings(Scouts, optional=True) = Field(
         None, description="sample only the most contrastive of many starting noises in full; null: all of `seeds`"
+    )
+    extend: one_of(EXTENSIONS, "extension", optional=True) = Field(
+        None,
+        description="further trajectories by what the judged ones show: frontier branches again, salvage cuts and "
+        "draws the rest again, revise draws under a critic's request; null: none",
     )
     batch: int = Field(
         128,

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.credit.groups import GRPO, Credit, Units, as_grid, group_mean, normalise
+from mmalign.flow.sample import distinct
 from mmalign.types import Judgement, Plan, Tree
 
 
@@ -40,6 +41,10 @@ class Branch(Credit):
             rows = (tree.std[:, k] > 0).nonzero()[:, 0]
             if len(rows):
                 value = group_mean(reward[rows], tree.node[rows, k + 1])
-                group = tree.node[rows, k] if self.baseline == "state" else tree.prompt[rows]
-                advantage[rows, k] = normalise(value, group, units.of(rows))
+                child, first = distinct(tree.node[rows, k + 1])
+                order = first.sort()  # each child counts once, however many images are below it
+                once = rows[order.values]
+                group = tree.node[once, k] if self.baseline == "state" else tree.prompt[once]
+                each = normalise(value[order.values], group, units.of(once))
+                advantage[rows, k] = each[order.indices.argsort()[child]]
         return as_grid(advantage)

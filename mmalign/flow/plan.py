@@ -9,6 +9,7 @@ and a completion starts from the velocity its state already has.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 from jaxtyping import Float
@@ -79,6 +80,18 @@ def branch(t: Times, kernel: Kernel, steps: Sequence[int], children: int) -> Pla
     if len(set(steps)) < len(steps):
         raise ValueError(f"branch steps repeat: {list(steps)}")
     return table(t, kernel, [{k: j} for k in steps for j in range(children)])
+
+
+def tree(t: Times, kernel: Kernel, steps: Sequence[int], children: int) -> Plan:
+    """Branches of branches: at each of `steps` every state gets `children` by one stochastic step, with ODE between
+    and after them (TreeGRPO, arXiv 2512.08153; DeepSearch, arXiv 2509.25454). With L steps one start has `children`^L
+    leaves. Of one step it is `branch`."""
+    if not steps or children < 1 or len(set(steps)) < len(steps):
+        raise ValueError(
+            f"a tree needs at least one step, each once, and one child, got steps {list(steps)}, children {children}"
+        )
+    paths = product(range(children), repeat=len(steps))
+    return table(t, kernel, [dict(zip(sorted(steps), path, strict=True)) for path in paths])
 
 
 def alone(plan: Plan) -> Plan:

@@ -66,7 +66,8 @@ def sample(
         moving = (routes.t[:, k] > 0).nonzero()[:, 0]  # rows that have not reached t = 0
         inverse, representative = distinct(routes.node[moving, k])
         rows = moving[representative]  # one row per distinct state
-        v = torch.cat([velocity(x[i], routes.t[i, k], cond, prompt[i]).float() for i in rows.split(batch)])
+        parts = [velocity(x[i], routes.t[i, k], cond, prompt[i]).float() for i in rows.split(batch) if len(i)]
+        v = torch.cat(parts) if parts else x[:0]  # every route may have reached t = 0 before the last column
         t, s, noise = routes.t[moving, k], routes.t[moving, k + 1], routes.noise[moving, k]
         mean = x.clone()
         mean[moving], std[moving, k] = kernel.step(x[moving], v[inverse], t, s, noise, routes.t_max)

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 from annotated_types import Gt
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -80,6 +80,12 @@ def _pessimistic(ratio: Grid, advantage: Grid, bound: float) -> Loss:
 def _statistics(ratio: Grid, low: Tensor, high: Tensor) -> dict[str, Float[Tensor, "M"]]:
     shares = {"ratio": ratio.detach(), "clipped_low": low.float(), "clipped_high": high.float()}
     return {name: value.mean((1, 2)) for name, value in shares.items()}
+
+
+def chosen(where: Bool[Tensor, "M"], one: Loss, other: Loss) -> Loss:
+    """The loss `one` of some rows and the `other` of the rest."""
+    statistics = {name: torch.where(where, one.statistics[name], value) for name, value in other.statistics.items()}
+    return Loss(torch.where(where, one.value, other.value), statistics)
 
 
 Clip = Annotated[float, Gt(0)]

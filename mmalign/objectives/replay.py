@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmalign.credit.groups import group_mean
 from mmalign.flow.kernels import gaussian_kl, log_ratio
 from mmalign.flow.sample import distinct
-from mmalign.learn.loss import Loss, Step, by_credit
+from mmalign.learn.loss import Loss, Step, by_credit, chosen
 from mmalign.policy.protocol import Trainable
 from mmalign.types import Kernel, Trajectories, Transitions
 
@@ -21,14 +22,17 @@ def transitions(
     weighting: Literal["none", "noise"] = "none",
     mean: Callable[[Tensor], Tensor] = torch.mean,
 ) -> Transitions:
-    """Every distinct stochastic step, in order; routes that share one give one row.
+    """Every distinct stochastic step, in order; routes that share one give one row, with the mean of their advantages.
 
     `weighting` "noise" weighs each by its standard deviation over the `mean` of all (TempFlow-GRPO,
     arXiv 2508.04324), which evens out gradients that grow towards low noise; "none" by 1.
     """
     tree = paths.tree
     rows, cols = (tree.std > 0).nonzero(as_tuple=True)
-    _, first = distinct(torch.stack([cols, tree.node[rows, cols + 1]], 1))
+    shared, first = distinct(torch.stack([cols, tree.node[rows, cols + 1]], 1))
+    credit = advantage[rows, cols]
+    if len(first) < len(rows):
+        credit = group_mean(credit, shared)
     first = first.sort().values
     rows, cols = rows[first], cols[first]
     std = tree.std[rows, cols]
@@ -39,10 +43,11 @@ def transitions(
         t=tree.t[rows, cols],
         s=tree.t[rows, cols + 1],
         noise=tree.noise[rows, cols],
-        advantage=advantage[rows, cols],
+        advantage=credit[first],
         weight=std / mean(std) if weighting == "noise" else torch.ones_like(std),
         index=tree.prompt[rows],
         step=cols,
+        off=None if paths.off is None else paths.off[rows],
     ).to(paths.x.device)
 
 
@@ -50,7 +55,8 @@ def transitions(
 class Surrogate:
     """The loss of transitions under the current policy: `loss`, plus `beta` times the exact KL divergence to the
     reference, which `measure` reports even with `beta` 0. Ratios are per `cell` of the advantage's grid, or per
-    `credit`: one for all cells with the same advantage (`mmalign.learn.loss.by_credit`)."""
+    `credit`: one for all cells with the same advantage (`mmalign.learn.loss.by_credit`). Steps drawn under another text
+    take the loss `off`: their ratio is not 1 at first, and the bound of the others would leave them out."""
 
     policy: Trainable
     cond: Any
@@ -60,13 +66,17 @@ class Surrogate:
     beta: float = 0.0
     ratio: Literal["cell", "credit"] = "cell"
     measure: bool = False
+    off: Callable[[Step], Loss] | None = None
 
     def __call__(self, batch: Transitions) -> tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]:
         mean, std = self._step(batch)
         change, moved = log_ratio(batch.y, mean, batch.mean, std), gaussian_kl(mean, batch.mean, std)
         if self.ratio == "credit":
             change, moved = by_credit(change, batch.advantage), by_credit(moved, batch.advantage)
-        result = self.loss(Step(change, moved, batch.advantage, std, batch.t - batch.s))
+        step = Step(change, moved, batch.advantage, std, batch.t - batch.s)
+        result = self.loss(step)
+        if self.off is not None and batch.off is not None:
+            result = chosen(batch.off, self.off(step), result)
         loss = batch.weight * result.value
         averages = {"log_ratio": change.detach().mean((1, 2)), "divergence": moved.detach().mean((1, 2))}
         statistics = result.statistics | averages

@@ -130,4 +130,31 @@ class Branch(Fixed):
         yield from (replace(self, steps=early[:1], children=n) for n in range(self.children - 1, 1, -1))
 
 
-PLANS = (Ode, Sde, Window, Branch)
+@dataclass(frozen=True)
+class Tree(Fixed):
+    """At each of `steps` every state branches into `children` (TreeGRPO, DeepSearch): children^len(steps) images of a
+    starting noise."""
+
+    steps: Annotated[tuple[Step, ...], MinLen(1)] = (0, 2)
+    children: Annotated[int, Ge(2), Le(1000)] = 3
+    type = "tree"
+
+    def __post_init__(self):
+        if len(set(self.steps)) < len(self.steps):
+            raise ValueError(f"steps: {list(self.steps)}; a step is there twice")
+
+    @property
+    def routes(self) -> int:
+        return self.children ** len(self.steps)
+
+    def __call__(self, t: Times, kernel: Kernel, position: int = 0) -> Plan:
+        return plan.tree(t, kernel, self.steps, self.children)
+
+    def thinner(self) -> Iterator["Tree"]:
+        """Fewer steps, the latest first, because the layout is decided early; then fewer children, down to two."""
+        early = tuple(sorted(self.steps))
+        yield from (replace(self, steps=early[:n]) for n in range(len(early) - 1, 0, -1))
+        yield from (replace(self, steps=early[:1], children=n) for n in range(self.children - 1, 1, -1))
+
+
+PLANS = (Ode, Sde, Window, Branch, Tree)

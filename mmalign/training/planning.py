@@ -11,6 +11,7 @@ from mmalign.config.methods import described, named
 from mmalign.config.paths import locate
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
+from mmalign.extension.rest import rest
 from mmalign.flow import plan as plans
 from mmalign.policy.protocol import Policy, two_forwards
 from mmalign.seeds import seed_of
@@ -41,9 +42,14 @@ class Cost:
 
 def plan_for(c: Config, times: Times, position: int | None = None) -> Plan:
     """The plan of a prompt's group at a position (None: its first), with the states that the credit needs completed."""
-    plan = c.plan(times, c.kernel, c.plan.positions(c.steps)[0] if position is None else position)
-    states, lengths = ([], None) if c.credit is None else c.credit.completions(plan)
+    position = c.plan.positions(c.steps)[0] if position is None else position
+    plan, (states, lengths) = c.plan(times, c.kernel, position), completed(c, times, position)
     return plans.complete(plan, states, lengths) if states else plan
+
+
+def completed(c: Config, times: Times, position: int) -> tuple[list[int], int | tuple[int, ...] | None]:
+    """The states that the credit needs completed, and the lengths of their completions."""
+    return ([], None) if c.credit is None else c.credit.completions(c.plan(times, c.kernel, position))
 
 
 def position_of(c: Config, iteration: int, prompt_id: int) -> int:
@@ -59,6 +65,9 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
         scouts = c.prompts_per_iteration * c.scouts.images(c.seeds)
         forwards, images = forwards + scouts * c.scouts.steps, images + scouts
     rows = c.prompts_per_iteration * rows_of(c, plan)
+    if c.extend is not None:
+        more = [c.prompts_per_iteration * each for each in extended(c, plan)]
+        forwards, images, rows = forwards + more[0], images + more[1], rows + (more[2] if c.select is None else 0)
     passes = c.objective.replayed(c.measures_kl)
     prepared = c.objective.prepared(c.epochs * c.minibatches) * halves
     before = prepared + (0 if c.mask is None else c.mask.forwards)
@@ -73,6 +82,18 @@ def rows_of(c: Config, plan: Plan) -> int:
     """The rows of one prompt to learn from, at most: the selected images count as as many starts of one route."""
     rows = c.objective.rows(plan, c.seeds)
     return rows if c.select is None else min(rows, c.objective.rows(plans.alone(plan), c.select.keep))
+
+
+def extended(c: Config, plan: Plan) -> tuple[int, int, int]:
+    """What an extension adds to one prompt, at most: forwards, images, rows. A rest costs most from its earliest state,
+    on the trajectory with most stochastic steps; its states are completed as those of the plan."""
+    number, k = c.extend.most(plan, c.seeds)
+    row = int((plan.noise[: plan.trained] > 0).sum(1).argmax())
+    shown = plan.finished_by[row, : plan.steps]
+    states = [s for s in range(k + 1, plan.steps) if shown[s] >= 0 and plan.t[row, s] > 0]
+    lengths = [int((plan.t[shown[s], s:] > 0).sum()) for s in states]
+    each = rest(plan.t[row], plan.noise[row], k, plan.kernel, plan.t_max, states, lengths).cost
+    return number * each[0], number * each[1], number * each[2]
 
 
 def cost(c: Config, times: Times, guided: bool) -> Cost:

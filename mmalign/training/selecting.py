@@ -1,6 +1,6 @@
 """What is learnt from a rollout: the trajectories that a config selects, and their advantages."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,6 +9,7 @@ from torch import Tensor
 from mmalign.config.schema import Config
 from mmalign.credit.groups import Credit, group_std
 from mmalign.credit.terminal import Terminal
+from mmalign.extension.rest import taken
 from mmalign.selection.selection import compared
 from mmalign.training.rollout import Rollout
 from mmalign.types import Judgement, Tree, over
@@ -49,10 +50,7 @@ def part(
     def rows(values: Tensor) -> Tensor:
         return values[selected]
 
-    tree = rollout.tree
-    columns = {field.name: rows(getattr(tree, field.name)) for field in fields(Tree) if field.name != "owner"}
-    paths = rollout.paths
-    paths = replace(paths, tree=Tree(**columns, owner=tree.owner), x=rows(paths.x), mean=rows(paths.mean))
+    paths = taken(rollout.paths, selected.nonzero()[:, 0])
     parts = {name: rows(values) for name, values in judged.parts.items()}
     rest, log_ratio = (None if each is None else rows(each) for each in (judged.rest, judged.log_ratio))
     return (

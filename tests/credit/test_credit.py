@@ -131,6 +131,28 @@ def test_value_of_a_shared_state_is_the_mean_below_it():
     assert advantage[:, 2:].eq(0).all()
 
 
+def test_edges_of_a_tree_add_up_to_the_reward_less_the_value_of_the_start():
+    """Of two starts; siblings' advantages add up to 0, those of a path to how far its image is above the mean."""
+    tree = sampled(plans.tree(torch.linspace(1, 0, 7), KERNEL, [0, 2, 3], 3), starts=2).tree
+    reward = torch.randn(54, generator=torch.Generator().manual_seed(0))
+    advantage = Branch()(tree, judged_as(tree, reward), Units("none"))[..., 0, 0]
+    for k in (0, 2, 3):
+        for node in tree.node[:, k].unique():
+            assert advantage[tree.node[:, k] == node, k].sum().abs() < 1e-5
+    start = torch.stack([reward[:27].mean(), reward[27:].mean()]).repeat_interleave(27)
+    assert torch.allclose(advantage.sum(1), reward - start, atol=1e-5)
+
+
+def test_each_child_counts_once_however_many_images_are_below_it():
+    """Of three children one has two images, of mean 4: values 1, 4 and 1 have mean 2, not 2.5."""
+    noise, draw = torch.zeros(4, 4), torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [2, 0, 0, 0]])
+    noise[:, :2] = 0.7
+    tree = sampled(plan_by_hand(torch.linspace(1, 0, 5), noise, draw), starts=1).tree
+    advantage = Branch()(tree, judged_as(tree, torch.tensor([1.0, 3, 5, 1])), Units("none"))[..., 0, 0]
+    assert advantage[:, 0].tolist() == [-1, 2, 2, -1]
+    assert advantage[:, 1].tolist() == [0, -1, 1, 0]
+
+
 def test_seeds_may_be_permuted():
     plan = plans.branch(torch.linspace(1, 0, 6), KERNEL, [0, 2], 3)
     tree = sampled(plan, starts=2).tree

@@ -159,3 +159,32 @@ def test_noise_left_by_the_stock_schedules_dangerous_step():
         left = noise_after(kernel, STOCK, kernel.noise, 8)[0] / float(STOCK[9])
         assert left == pytest.approx(factor, rel=0.01)
     assert noise_after(KERNEL, STOCK, 0.7, 0)[0] / float(STOCK[1]) == pytest.approx(1.04, abs=0.01)
+
+
+@pytest.mark.parametrize(("steps", "children"), [((0, 2), 3), ((1, 3, 4), 2), ((2,), 4)])
+def test_a_trees_cost_and_leaves_in_closed_form(steps, children):
+    """Of T = 8: a step is evaluated in each of the states that the branchings before it have made."""
+    flow, t = GaussianFlow(), GaussianFlow().times(8)
+    plan = plans.tree(t, KERNEL, steps, children)
+    forwards = sum(children ** sum(k < step for k in steps) for step in range(8))
+    edges = sum(children**level for level in range(1, len(steps) + 1))
+    assert plan.cost == (forwards, children ** len(steps), edges)
+    paths = rollout(plan, 2, flow=flow)
+    assert flow.counts["forwards"] == 2 * forwards
+    assert len(paths.finals) == len(paths.finals.flatten(1).unique(dim=0)) == 2 * children ** len(steps)
+    assert paths.tree.final[:, -1].tolist() == list(range(2 * children ** len(steps)))
+
+
+def test_a_tree_of_one_step_is_a_branch_to_the_bit():
+    t = GaussianFlow().times(6)
+    one, other = rollout(plans.tree(t, KERNEL, [1], 3)), rollout(plans.branch(t, KERNEL, [1], 3))
+    for name in ("x", "mean", "finals"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    for name, column in vars(one.tree).items():
+        assert torch.equal(column, getattr(other.tree, name)), name
+
+
+def test_a_tree_is_refused_without_steps_or_with_one_twice():
+    for steps in ((), (1, 1)):
+        with pytest.raises(ValueError, match="a tree needs at least one step, each once"):
+            plans.tree(GaussianFlow().times(6), KERNEL, steps, 2)

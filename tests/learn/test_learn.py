@@ -1,5 +1,6 @@
 """The surrogate, the replay and the update: known gradients, and a bandit that must improve."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import gradient_variance
@@ -8,6 +9,7 @@ import torch
 from trajectories import judged, plan_by_hand
 
 from mmalign.credit import CREDITS, Renorm
+from mmalign.credit.groups import Units
 from mmalign.flow import kernels, plan as plans
 from mmalign.flow.sample import sample
 from mmalign.learn.loss import LOSSES, Clipped, Step, by_credit, pool
@@ -302,6 +304,39 @@ def test_the_estimated_policy_gradient_is_the_exact_one(name):
     mean, _, _ = gradient_variance.measure(plan, credit, starts, repeats=60)
     for goal in (what, "ode"):
         assert torch.cosine_similarity(mean, gradient_variance.exact(goal, TIMES, 4000), dim=0) > 0.95
+
+
+def test_each_level_of_a_tree_estimates_the_gradient_of_its_steps():
+    """In direction and length: with n children a mean over siblings leaves 1 - 1/n of it, and a ratio per element 1/D.
+    The exact one shifts the mean at step k alone, with noise at both branching steps."""
+    shape, steps, children, starts = (2, 2, 2), (0, 2), 4, 1000
+    flow, times = GaussianFlow(shape), GaussianFlow(shape).times(5)
+    cond, index = flow.encode(["0.0"]), torch.zeros(starts, dtype=torch.long)
+    paths = rollout(flow, plans.tree(times, KERNEL, steps, children), starts)
+    advantage = CREDIT["branch"](paths.tree, judged(paths, gradient_variance.reward), Units("none"))
+    batch = transitions(paths, advantage)
+    for k in steps:
+        rows = batch[batch.step == k]
+        loss, _ = Surrogate(flow, cond, paths.kernel, paths.t_max, Clipped(0.5))(rows)
+        estimated = -torch.autograd.grad(loss.mean(), flow.shift)[0].flatten()
+        g, x = torch.Generator().manual_seed(1), torch.randn(starts, *shape, generator=torch.Generator().manual_seed(2))
+        for j in range(5):
+            with nullcontext() if j == k else flow.reference():
+                v = flow.velocity(x, times[j].expand(starts), cond, index)
+            mean, std = kernels.flow_sde(x, v, times[j], times[j + 1], 0.7 if j in steps else 0.0, float(times[1]))
+            x = mean + std[:, None, None, None] * torch.randn(x.shape, generator=g)
+        exact = torch.autograd.grad(gradient_variance.reward(x).mean(), flow.shift)[0].flatten()
+        expected = exact * (1 - 1 / children) / 8
+        assert torch.cosine_similarity(estimated, expected, dim=0) > 0.98
+        assert float(estimated @ expected / expected.square().sum()) == pytest.approx(1, abs=0.08)
+
+
+def test_shared_steps_have_the_mean_of_the_advantages_below_them():
+    flow = GaussianFlow()
+    paths = rollout(flow, plans.tree(flow.times(4), KERNEL, [0, 1], 2), 1)
+    advantage = torch.tensor([1.0, 2.0, 5.0, -1.0])[:, None, None, None].expand(4, 4, 1, 1)
+    batch = transitions(paths, advantage)
+    assert batch.advantage.flatten().tolist() == [1.5, 1, 2, 2, 5, -1]
 
 
 def test_step_wise_gains_take_the_luck_of_the_start_out():
