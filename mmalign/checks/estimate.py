@@ -110,7 +110,7 @@ def total(costs: Mapping[int, Cost], groups: Mapping[int, int]) -> dict[str, int
 
 def bounds(c: Config) -> list[str]:
     """Where a run may take less than the estimate, and why."""
-    fewer = [c.objective.fewer] if c.objective.fewer else []
+    fewer = [part.fewer for part in c.objective.summands if part.fewer]
     moves = len(c.plan.positions(c.steps)) > 1
     at_most = "an iteration: the most over all positions of the plan; the run: each plan where it will be"
     selects = ["transitions, replay_forwards: fewer where too few images have a score"] if c.select else []

@@ -12,6 +12,7 @@ from mmalign.config.paths import locate
 from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.flow import plan as plans
+from mmalign.objectives.objective import Objective
 from mmalign.policy.protocol import Policy, two_forwards
 from mmalign.seeds import seed_of
 from mmalign.training import noise_calibration
@@ -26,7 +27,7 @@ Times = Float[Tensor, "states"]
 @dataclass(frozen=True)
 class Cost:
     """Of one iteration: network forwards (rollout with completions; replay), rows trained on, images decoded, and
-    images of the rollout scored, times reward scorers. At most: replay leaves out rows whose gradient is zero."""
+    images scored, times reward scorers. At most: replay leaves out rows whose gradient is zero."""
 
     rollout: int
     replay: int
@@ -58,20 +59,22 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     if c.scouts is not None:
         scouts = c.prompts_per_iteration * c.scouts.images(c.seeds)
         forwards, images = forwards + scouts * c.scouts.steps, images + scouts
-    rows = c.prompts_per_iteration * rows_of(c, plan)
-    passes = c.objective.replayed(c.measures_kl)
-    prepared = c.objective.prepared(c.epochs * c.minibatches) * halves
-    before = prepared + (0 if c.mask is None else c.mask.forwards)
-    shown = images + rows * c.objective.decoded * c.epochs
-    return Cost(
-        forwards * halves + before * rows, rows * passes * c.epochs * halves, rows, shown, images * len(c.trained),
-    )  # fmt: skip
+    before, replay, rows, shown = forwards * halves, 0, 0, images
+    for part in c.objective.summands:
+        learnt = c.prompts_per_iteration * rows_of(c, plan, part)
+        masked = c.mask.forwards if c.mask is not None and "mask" in part.uses else 0
+        before += learnt * (part.prepared(c.epochs * c.minibatches) * halves + masked)
+        replay += learnt * part.replayed(part.measures(c)) * c.epochs * halves
+        shown += learnt * part.decoded * c.epochs
+        rows += learnt
+    return Cost(before, replay, rows, shown, shown * len(c.trained))
 
 
-def rows_of(c: Config, plan: Plan) -> int:
-    """The rows of one prompt to learn from, at most: the selected images count as as many starts of one route."""
-    rows = c.objective.rows(plan, c.seeds)
-    return rows if c.select is None else min(rows, c.objective.rows(plans.alone(plan), c.select.keep))
+def rows_of(c: Config, plan: Plan, part: Objective) -> int:
+    """The rows of one prompt that a part of the objective learns from, at most: the selected images count as as many
+    starts of one route."""
+    rows = part.rows(plan, c.seeds)
+    return rows if c.select is None else min(rows, part.rows(plans.alone(plan), c.select.keep))
 
 
 def cost(c: Config, times: Times, guided: bool) -> Cost:

@@ -245,7 +245,7 @@ def _check_ranks(c: Config, ranks: Ranks) -> None:
                 f"prompts_per_iteration: {c.prompts_per_iteration} does not divide among {ranks.size} processes, which "
                 "must all call a sharded network (FSDP2) equally often"
             )
-        uneven = {"plan": c.plan.uneven, "objective": not c.objective.stochastic, "records": bool(c.records)}
+        uneven = {"plan": c.plan.uneven, "objective": not c.objective.even, "records": bool(c.records)}
         _refuse(c, uneven | memory, "a sharded network (FSDP2)")
     if ranks.zero:
         _refuse(c, memory | {"optimizer": c.optimizer != "adamw"}, "DeepSpeed")
