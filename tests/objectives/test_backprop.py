@@ -12,7 +12,7 @@ from mmalign import policy as policies
 from mmalign.checks import estimate
 from mmalign.config import load as configs
 from mmalign.config.methods import described
-from mmalign.errors import BadInput
+from mmalign.errors import BadInput, Failed
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
 from mmalign.learn.update import update
@@ -21,6 +21,7 @@ from mmalign.objectives.backprop import Backprop, gap
 from mmalign.objectives.ways import Jump, Last, LowVariance, Sparse
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.rewards.rewards import Rewards
+from mmalign.training.metrics import graph_metrics
 from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.types import Judgement
 from reward_models import Card, Prompt, Scores
@@ -126,7 +127,7 @@ def test_all_steps_without_chained_jacobians(correct):
     """With all steps c is 1, whatever its share."""
     result, batch, _ = gradient(Backprop(Sparse(steps=4, correct=correct), pull=0.0))
     assert batch.weight.tolist() == [1.0] * 6
-    factor = ((batch.s - batch.t) * slope(batch.t)).sum(1)
+    factor = (batch.b * slope(batch.t)).sum(1)
     expected = (towards(batch.end) * factor[:, None, None, None]).mean(0)
     torch.testing.assert_close(result, expected.flatten(), rtol=1e-5, atol=1e-8)
 
@@ -259,10 +260,26 @@ def test_the_pull_is_that_of_fixed_states(way):
 
 def test_an_image_that_cannot_be_scored_in_the_graph_is_left_out():
     alone, *_ = gradient(Backprop(Last(), pull=0.0), texts=("0.5",))
-    both, batch, statistics = gradient(Backprop(Last(), pull=0.0), scorer=Quadratic(unknown=1))
-    assert len(batch) == 6
+    changed = context(Backprop(Last(), pull=0.0), scorer=Quadratic(unknown=1))
+    both, batch, statistics = gradient(None, changed=changed)
+    graph = changed[0].rewards.graph
+    assert (len(batch), graph.images, graph.scores, len(graph.failures)) == (6, 6, 6, 3)
+    assert {*graph.failures.values()} == {"a:Quadratic: an unknown prompt"}
     torch.testing.assert_close(both, alone / 2, rtol=1e-5, atol=1e-9)
     assert statistics["graded"] == 0.5
+
+
+def test_too_many_failures_in_the_graph_end_the_run_with_a_reason():
+    run, *_ = context(Backprop(Last(), pull=0.0), max_failed=0.5)
+    run.ranks = SimpleNamespace(all_gather_object=lambda v, _: [v], all_reduce_sum=lambda counts, _: counts)
+    run.rewards.graph.images, run.rewards.graph.scores = 4, 8
+    run.rewards.graph.failures.update({0: "a: dark", 3: "b: bright"})
+    assert graph_metrics(run) == {"rewards_in_graph": 8, "failed_in_graph": 2}
+    run.rewards.graph.failures[1] = "a: dark"
+    with pytest.raises(Failed, match=r"3 of 4 images could not be scored \(limit 50%\): a: dark"):
+        graph_metrics(run)
+    run.rewards.graph.clear()
+    assert graph_metrics(run) == {"rewards_in_graph": 0, "failed_in_graph": 0}
 
 
 def test_an_image_without_a_score_gives_no_row():
@@ -386,7 +403,6 @@ def test_a_way_is_described_with_its_settings():
     ("changed", "reason"),
     [
         ({"rewards": {"jpeg_size.kilobytes": 1.0}}, "rewards: objective: backprop: jpeg_size has no gradients"),
-        ({"plan": "sde"}, "plan: sde draws noise; objective: backprop needs plan: ode"),
         ({"combine": "mrn"}, "combine: mrn: objective: backprop needs combine: sum"),
         ({"credit": "terminal"}, "credit does not act with objective: backprop"),
         ({"objective": {"type": "backprop", "way": {"type": "last", "steps": 5}}}, "way: steps: 5 of the 4 steps"),
