@@ -1,12 +1,15 @@
 """Back-propagation of a reward: each way's gradient against closed forms, autograd and finite differences, and runs."""
 
+import json
 from itertools import combinations, pairwise, permutations
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from run_config import cut_off, rows, run
 from safetensors.torch import load_file
+from smooth import Smooth
 
 from mmalign import policy as policies
 from mmalign.checks import estimate
@@ -21,7 +24,6 @@ from mmalign.objectives.backprop import Backprop, gap
 from mmalign.objectives.ways import Jump, Last, LowVariance, Sparse
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.rewards.rewards import Rewards
-from mmalign.training.metrics import graph_metrics
 from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.types import Judgement
 from reward_models import Card, Prompt, Scores
@@ -269,17 +271,19 @@ def test_an_image_that_cannot_be_scored_in_the_graph_is_left_out():
     assert statistics["graded"] == 0.5
 
 
-def test_too_many_failures_in_the_graph_end_the_run_with_a_reason():
-    run, *_ = context(Backprop(Last(), pull=0.0), max_failed=0.5)
-    run.ranks = SimpleNamespace(all_gather_object=lambda v, _: [v], all_reduce_sum=lambda counts, _: counts)
-    run.rewards.graph.images, run.rewards.graph.scores = 4, 8
-    run.rewards.graph.failures.update({0: "a: dark", 3: "b: bright"})
-    assert graph_metrics(run) == {"rewards_in_graph": 8, "failed_in_graph": 2}
-    run.rewards.graph.failures[1] = "a: dark"
-    with pytest.raises(Failed, match=r"3 of 4 images could not be scored \(limit 50%\): a: dark"):
-        graph_metrics(run)
-    run.rewards.graph.clear()
-    assert graph_metrics(run) == {"rewards_in_graph": 0, "failed_in_graph": 0}
+def test_failures_in_the_graph_are_counted_and_too_many_end_the_run_with_a_reason(settings, monkeypatch):
+    def unread(self, images, prompts):
+        if prompts[0].text != first:
+            raise ValueError("it cannot\nbe read")
+        return self._values(images)
+
+    first = json.loads(Path(settings["prompts"]).read_text().splitlines()[0])["prompt"]
+    monkeypatch.setattr(Smooth, "in_graph", unread)
+    settings = backprop(settings, "jump", prompts_per_iteration=4, iterations=1, micro_batch=1)
+    [row] = rows(run(settings, max_failed=0.75) / "metrics.jsonl")
+    assert (row["failed"], row["rewards_in_graph"], row["failed_in_graph"], row["graded"]) == (0, 8, 6, 0.25)
+    with pytest.raises(Failed, match="6 of 8 images could not be scored .*: smooth:Smooth: it cannot be read"):
+        run(settings, out=settings["out"] + "2")
 
 
 def test_an_image_without_a_score_gives_no_row():
