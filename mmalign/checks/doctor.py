@@ -147,8 +147,8 @@ def many_steps(run: Session, prompts: list[Prompt]) -> Iterator[Check]:
     if reason is not None:
         yield Check(
             "many steps", False, f"distilled to a few steps, by {reason}",
-            "train the model that it was distilled from; of the objectives, only backprop (way: last or jump, plan: ode) "
-            "adds no noise of its own, and it was not tried on such a model",
+            "train the model that it was distilled from; of the objectives only backprop (way: last, plan: ode) "
+            "adds no noise, and it was not tried there",
         )  # fmt: skip
 
 

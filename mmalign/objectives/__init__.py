@@ -1,8 +1,8 @@
 """Objectives: what the policy learns from a judged rollout.
 
-An objective gives rows to train on and their loss; the update is the same for all, and for a sum of them. Add one: a file with a frozen
-dataclass that derives from `mmalign.objectives.objective.OnImages` (it learns from finished images) or `Objective`, and
-its name in the table.
+An objective gives rows to train on and their loss; the update is the same for all, and for a sum of them. Add one: a
+file with a frozen dataclass that derives from `mmalign.objectives.objective.OnImages` (it learns from finished images)
+or `Objective`, and its name in the table.
 """
 
 from mmalign.objectives.advantage_flow import AdvantageFlow

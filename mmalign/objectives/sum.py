@@ -1,4 +1,4 @@
-"""A weighted sum of objectives that learn from one rollout, such as a policy gradient and a gradient through the reward.
+"""A weighted sum of objectives that learn from one rollout, such as a policy gradient and a gradient of the reward.
 
 With M_i the rows of part i over all ranks, and l the loss of a row,
 
@@ -59,11 +59,13 @@ class Sum(Objective):
         for part in self.summands:
             if "credit" in part.uses and len(using) > 1:
                 raise ValueError(
-                    f"objective: sum: parts: {' and '.join(using)}: the advantages of {name_of(part)} are of steps, and "
-                    "other parts cannot share them; use one of these alone"
+                    f"objective: sum: parts: {' and '.join(using)}: the advantages of {name_of(part)} are of steps, "
+                    "and other parts cannot share them; use one of these alone"
                 )
         if len(lags := self._lags()) > 1:
-            raise ValueError(f"objective: sum: parts: {len(lags)} different settings `lag`; one policy draws the images")
+            raise ValueError(
+                f"objective: sum: parts: {len(lags)} different settings `lag`; one policy draws the images"
+            )
         for part in self.summands:
             part.check(c)
 

@@ -1,9 +1,9 @@
 """Ways from a differentiable reward back to the velocity: which steps of a trajectory carry a gradient.
 
 A trajectory `x_{i+1} = a_i x_i + b_i v(x_i, t_i) + q_i e_i` ends in the clean latent `x_T`. A step of the ODE has
-`a = 1`, `b = t_{i+1} - t_i = h_i < 0` and `q = 0`; a stochastic one the `a` and `b` of its kernel's mean, which is linear in
-both, and the noise that the rollout drew, which is held fixed. With sg(y) for y without gradient, the latents that are
-decoded and scored are
+`a = 1`, `b = t_{i+1} - t_i = h_i < 0` and `q = 0`; a stochastic one has those of its kernel, whose mean is linear in
+state and velocity, and the noise that the rollout drew, which is held fixed. With sg(y) for y without gradient, the
+latents that are decoded and scored are
 
     sparse         x_T + sum over S of c b_i (v(sg x_i) - sg v(sg x_i))      K steps S, drawn; c near W_all / W_S
     last           the last K steps again, from sg x_{T-K}

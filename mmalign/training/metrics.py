@@ -37,8 +37,8 @@ def scout_metrics(run: Session, rollout: Rollout, tree: Tree, judged: Judgement)
 
 
 def graph_metrics(run: Session) -> dict[str, int]:
-    """How many images all ranks have scored in a graph, times scorers, and how many of them failed there. Raises Failed,
-    with a reason, where too many did."""
+    """How many images all ranks have scored in a graph, times scorers, and how many of them failed there. Raises
+    Failed, with a reason, where too many did."""
     if not run.config.objective.decoded:
         return {}
     graph, ranks = run.rewards.graph, run.ranks

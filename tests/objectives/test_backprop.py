@@ -282,7 +282,7 @@ def test_failures_in_the_graph_are_counted_and_too_many_end_the_run_with_a_reaso
     settings = backprop(settings, "jump", prompts_per_iteration=4, iterations=1, micro_batch=1)
     [row] = rows(run(settings, max_failed=0.75) / "metrics.jsonl")
     assert (row["failed"], row["rewards_in_graph"], row["failed_in_graph"], row["graded"]) == (0, 8, 6, 0.25)
-    with pytest.raises(Failed, match="6 of 8 images could not be scored .*: smooth:Smooth: it cannot be read"):
+    with pytest.raises(Failed, match=r"6 of 8 images could not be scored .*: smooth:Smooth: it cannot be read"):
         run(settings, out=settings["out"] + "2")
 
 

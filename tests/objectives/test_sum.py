@@ -1,4 +1,4 @@
-"""Sums of objectives: the gradient is the weighted sum of the parts' gradients, and a run counts, resumes and reports."""
+"""Sums of objectives: the gradient is the weighted sum of the parts' gradients; a run counts, resumes and reports."""
 
 from types import SimpleNamespace
 
@@ -52,8 +52,8 @@ def gradient(objective, micro=64, plan="ode", ranks=ALONE, unscored=()):
     flow.counts["forwards"] = 0
     settings = {} if plan == "ode" or "credit" not in objective.uses else {"credit": "terminal"}
     c = configs.build(
-        {"objective": objective, "plan": plan, "steps": STEPS, "seeds": SEEDS, "held_out": None, "prompts_per_iteration": 2,
-         "rewards": {"a:Quadratic.value": 1.0}} | settings, "test",
+        {"objective": objective, "plan": plan, "steps": STEPS, "seeds": SEEDS, "held_out": None,
+         "prompts_per_iteration": 2, "rewards": {"a:Quadratic.value": 1.0}} | settings, "test",
     )  # fmt: skip
     rewards = Rewards(c, {"a:Quadratic": Quadratic()}, {}, None, c.combine)
     cond, index = flow.encode(TEXTS), torch.arange(2).repeat_interleave(SEEDS)
@@ -94,7 +94,7 @@ def test_a_sum_of_one_is_that_objective_to_the_bit(objective, plan):
 
 
 def test_a_part_of_weight_0_is_absent():
-    one, batch, statistics, forwards = gradient(NFT)
+    one, batch, _, forwards = gradient(NFT)
     summed, rows_of_sum, both, again = gradient(Sum((NFT, BACK), (1.0, 0.0)))
     assert torch.equal(summed, one)
     assert (len(rows_of_sum.rows), again) == (len(batch.rows), forwards)
@@ -134,7 +134,7 @@ def test_the_gradient_is_the_weighted_sum(parts, plan):
 
 
 def test_rows_of_all_ranks_count():
-    """As many rows of each part on another rank change no scale; six more of one lower its own and raise the other's."""
+    """As many rows of each part on another rank change no scale; six more of one part change those of both."""
     twice = replace_ranks(lambda counts, what: {name: 2 * n for name, n in counts.items()})
     _, alone, *_ = gradient(Sum((NFT, BACK), (1.0, 0.5)))
     _, shared, *_ = gradient(Sum((NFT, BACK), (1.0, 0.5)), ranks=twice)
@@ -156,10 +156,12 @@ def test_rows_are_picked_with_their_place():
 
 @pytest.mark.parametrize("kernel", ["flow_sde", "dance_sde", "cps", "ddim"])
 def test_steps_with_noise_end_where_the_rollout_did(kernel):
-    """The noise is held fixed: the steps taken again give the rollout's images, and their gradient is autograd's through
-    the kernel."""
+    """The noise is held fixed: the steps taken again give the rollout's images, and their gradient is autograd's
+    through the kernel."""
     flow = GaussianFlow()
-    made = configs.build({"kernel": kernel, "plan": "sde", "seeds": 2, "held_out": None, "credit": "terminal"}, "t").kernel
+    made = configs.build(
+        {"kernel": kernel, "plan": "sde", "seeds": 2, "held_out": None, "credit": "terminal"}, "t"
+    ).kernel
     cond, index = flow.encode(["0.5"]), torch.zeros(3, dtype=torch.long)
     generator = torch.Generator().manual_seed(1)
     start, table = torch.randn(3, *flow.latent_shape, generator=generator), plans.sde(flow.times(STEPS), made)
@@ -184,7 +186,11 @@ def test_steps_with_noise_end_where_the_rollout_did(kernel):
 
 
 def test_a_sum_is_read_written_and_described():
-    text = {"type": "sum", "parts": ["nft", {"type": "backprop", "way": {"type": "last", "steps": 2}}], "weights": [1, 0.5]}
+    text = {
+        "type": "sum",
+        "parts": ["nft", {"type": "backprop", "way": {"type": "last", "steps": 2}}],
+        "weights": [1, 0.5],
+    }
     c = configs.build({"objective": text, "plan": "ode", "seeds": 2, "held_out": None}, "test")
     assert c.objective == Sum((Nft(), Backprop(Last(steps=2))), (1.0, 0.5))
     assert configs.build(c.model_dump(mode="json"), "test") == c
@@ -205,7 +211,10 @@ def test_a_sum_is_read_written_and_described():
         ({"type": "sum", "parts": ["nft", "rft"], "weights": [1, -1]}, "weights: .* got -1"),
         ({"type": "sum", "parts": ["nft", {"type": "rft", "draw": 1}]}, "parts: rft has no setting 'draw'"),
         ({"type": "sum", "parts": ["nft", {"type": "awm", "lag": {"most": 0.5}}]}, "2 different settings `lag`"),
-        ({"type": "sum", "parts": ["nft", {"type": "backprop", "way": {"type": "last", "steps": 99}}]}, "way: steps: 99"),
+        (
+            {"type": "sum", "parts": ["nft", {"type": "backprop", "way": {"type": "last", "steps": 99}}]},
+            "way: steps: 99",
+        ),
     ],
 )
 def test_what_does_not_suit_is_refused_in_a_line(objective, reason):
@@ -241,7 +250,8 @@ SUM = {"type": "sum", "parts": ["nft", {"type": "backprop", "way": "sparse"}], "
 NOISY = {
     "plan": {"type": "window", "steps": [0, 2]}, "credit": "terminal", "loss": "clipped", "kernel": "flow_sde",
     "objective": {
-        "type": "sum", "parts": [{"type": "grpo", "beta": 0.01}, {"type": "backprop", "way": {"type": "last", "steps": 3}}]
+        "type": "sum",
+        "parts": [{"type": "grpo", "beta": 0.01}, {"type": "backprop", "way": {"type": "last", "steps": 3}}],
     },
 }  # fmt: skip
 RUN = {"plan": "ode", "rewards": {"smooth:Smooth.red": 1.0}, "iterations": 2, "eval_every": 0, "held_out": None}
