@@ -115,7 +115,7 @@ def _scored(
         if len(images) == 1:
             return torch.full((1, len(scorer.names)), torch.nan), {0: " ".join(str(error).split())}
     each = [_scored(scorer, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))]
-    return torch.cat([values for values, _ in each]), {i: why[0] for i, (_, why) in enumerate(each) if why}
+    return torch.cat([values for values, _ in each]), {i: reasons[0] for i, (_, reasons) in enumerate(each) if reasons}
 
 
 def shares(usage: dict[str, int | float]) -> dict[str, int | float]:

@@ -42,7 +42,8 @@ def graph_metrics(run: Session) -> dict[str, int]:
     if not run.config.objective.decoded:
         return {}
     graph, ranks = run.rewards.graph, run.ranks
-    reasons = [why for each in ranks.all_gather_object([*graph.failures.values()], "failed scores") for why in each]
+    gathered = ranks.all_gather_object([*graph.failures.values()], "failed scores")
+    reasons = [reason for each in gathered for reason in each]
     counts = ranks.all_reduce_sum({"images": graph.images, "scores": graph.scores}, "counts")
     stop_if_failing(dict(enumerate(reasons)), counts["images"], run.config.max_failed)
     return {"rewards_in_graph": counts["scores"], "failed_in_graph": len(reasons)}

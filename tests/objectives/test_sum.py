@@ -115,7 +115,7 @@ def test_a_part_of_weight_0_is_absent():
     ids=["nft+last", "nft+sparse+rft", "grpo+sparse", "grpo+last", "grpo+low_variance", "grpo+jump+dpo"],
 )
 def test_the_gradient_is_the_weighted_sum(parts, plan):
-    """Of parts with different numbers of rows, whatever the micro-batch; an image without a score is no row."""
+    """Of parts with different numbers of rows, whatever the micro-batch; an image without a score gives none."""
     weights = (1.0, 0.5, 2.0)[: len(parts)]
     each = [gradient(part, plan=plan, unscored=[1]) for part in parts]
     counts = [len(batch.rows) for _, batch, *_ in each]
