@@ -34,7 +34,7 @@ from mmalign.evaluation import Choose, best_of_n as best, collect as collection,
 from mmalign.evaluation.best_of_n import Best
 from mmalign.evaluation.collect import Collected, Pairing
 from mmalign.evaluation.evaluate import Evaluation
-from mmalign.evaluation.toward import Toward
+from mmalign.evaluation.toward import Term, Toward
 from mmalign.policy.protocol import Policy
 from mmalign.refinement import trace
 from mmalign.refinement.loop import Settings
@@ -318,18 +318,22 @@ def toward(
 ) -> Toward:
     """Guidance of images by the gradient of a reward, for `evaluate`, `best_of_n`, `refine` and `Run.sample`
     (`mmalign.evaluation.toward.Toward`). The `reward` is a scorer with gradients by name or as an object, which stands
-    for its first component, or a component by name. `push`: the length of each move in units of the latent's root mean
-    square; `since`: the time from which images are guided, from 1 (noise) to 0; `batch`: images of one backward pass.
-    `scorers` has objects or settings by name.
+    for its first component, or a component by name; or a mapping of such names to weights, for their sum. `push`: the
+    length of each move in units of the latent's root mean square; `since`: the time from which images are guided, from
+    1 (noise) to 0; `batch`: images of one backward pass. `scorers` has objects or settings by name.
 
         mmalign.evaluate("assets/tiny_sd3", ["a red circle"], "clip", toward=mmalign.toward("clip.cosine", push=0.05))
     """
-    if isinstance(reward, str):
-        name, part = component(reward)
-        scorer = given.scorers_of(scorers).get(name, given.Named())
+    weights = {reward: 1.0} if isinstance(reward, str) else reward
+    if isinstance(weights, Mapping):
+        known, loaded = given.scorers_of(scorers), {}
+        for name in dict.fromkeys(component(each)[0] for each in weights):
+            loaded[name] = known.get(name, given.Named()).loaded(name)
+        parts = [(*component(each), weight) for each, weight in weights.items()]
+        terms = [Term(loaded[name], part, weight, name) for name, part, weight in parts]
     else:
-        [(name, scorer)], part = given.scorers_of([reward]).items(), ""
-    return Toward(scorer.loaded(name), part, push, since, batch, name)
+        terms = [Term(scorer.loaded(name), "", 1.0, name) for name, scorer in given.scorers_of([reward]).items()]
+    return Toward(tuple(terms), push, since, batch)
 
 
 def refine(

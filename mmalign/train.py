@@ -16,7 +16,7 @@ from mmalign.objectives.objective import TrainBatch
 from mmalign.rewards.judge import stop_if_failing, unscored
 from mmalign.rewards.rewards import shares
 from mmalign.training import extending, finite, selecting
-from mmalign.training.metrics import deviations, level, metrics, scout_metrics
+from mmalign.training.metrics import deviations, graph_metrics, level, metrics, scout_metrics
 from mmalign.training.rollout import Rollout, judged, sample_and_score
 from mmalign.training.session import Session
 from mmalign.training.snapshots import Snapshot
@@ -31,6 +31,7 @@ def iterate(run: Session, iteration: int, show: Show | None = None) -> Row:
     """One iteration; returns its row for metrics.jsonl. `show` gets the rollout with its advantages, to log it."""
     policy, learner, clock = run.policy, run.learner, run.clock
     policy.counts.clear()
+    run.rewards.graph.clear()
     learner.skips.reasons.clear()
     learner.set_rate(iteration)
     prompts = run.ranks.local(run.prompts(iteration))
@@ -47,6 +48,8 @@ def iterate(run: Session, iteration: int, show: Show | None = None) -> Row:
     counts = {"forwards": forwards, "replay_forwards": replayed, "decodes": policy.counts["decodes"]}
     row = {"iteration": iteration + 1} | row | run.ranks.all_reduce_sum(counts, "counts")
     row |= shares(run.ranks.all_reduce_sum(run.rewards.usage(), "counts"))
+    row |= (graph := graph_metrics(run))
+    row["rewards"] += graph.get("rewards_in_graph", 0)
     row |= {"skipped": len(learner.skips.reasons), "lr": learner.rate} | run.fitted()
     return row | statistics | clock.pace(row["forwards"] + row["replay_forwards"])
 

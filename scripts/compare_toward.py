@@ -23,7 +23,7 @@ from mmalign.evaluation.best_of_n import best_of
 from mmalign.evaluation.comparison import rises
 from mmalign.evaluation.evaluate import noise_seed
 from mmalign.evaluation.generate import generate
-from mmalign.evaluation.toward import Toward
+from mmalign.evaluation.toward import Term, Toward
 from reward_models import load
 from reward_models.meaning import clusters
 
@@ -53,7 +53,8 @@ def main(
         return best_of(policy, wanted, seeds, steps, clip, "cosine", BATCH).images
 
     def guided(push: float, since: float) -> Callable[[], Tensor]:
-        return lambda: generate(policy, wanted, first, steps, BATCH, toward=Toward(clip, "", push, since, BATCH))[0]
+        toward = Toward((Term(clip),), push, since, BATCH)
+        return lambda: generate(policy, wanted, first, steps, BATCH, toward=toward)[0]
 
     ways = {"plain ODE": plain, "best of 2 by clip": best}
     ways |= {f"push {p:g} from {s:g}": guided(p, s) for p, s in (GRID if grid else [(push, since)])}

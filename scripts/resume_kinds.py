@@ -46,6 +46,7 @@ KINDS = {
     "online_dpo": [*PLAIN, "objective=online_dpo"],
     "rft": [*PLAIN, "objective=rft"],
     "backprop": [*PLAIN, "objective={type: backprop, way: sparse}", "rewards={clip.cosine: 1.0}"],
+    "sum": [*PLAIN, "objective={type: sum, parts: [rft, backprop]}", "rewards={clip.cosine: 1.0}"],
     "srum": [*PLAIN, "objective=srum", "region=shapes"],
     "rgdpo": [*PLAIN, "objective=rgdpo", "region=shapes"],
 }  # fmt: skip

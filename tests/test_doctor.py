@@ -194,8 +194,15 @@ GRADED = dict(
 )
 
 
-def test_a_graph_through_the_reward_is_checked(settings, monkeypatch):
-    assert bad(settings, **GRADED) == set()
+SUMMED = GRADED | dict(
+    objective={"type": "sum", "parts": [{"type": "grpo", "beta": 0.01}, GRADED["objective"]]},
+    plan={"type": "branch", "steps": [0, 1], "children": 2},
+)
+
+
+@pytest.mark.parametrize("changed", [GRADED, SUMMED], ids=["backprop", "sum"])
+def test_a_graph_through_the_reward_is_checked(settings, monkeypatch, changed):
+    assert bad(settings, **changed) == set()
     decode = SD3Policy.decode_in_graph
     monkeypatch.setattr(SD3Policy, "decode_in_graph", lambda self, x, recompute=False: decode(self, 1.1 * x))
-    assert bad(settings, **GRADED) == {"graph"}
+    assert bad(settings, **changed) == {"graph"}

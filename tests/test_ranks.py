@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from mmalign.config.schema import Config
 
 BETA = {"type": "grpo", "beta": 0.01}
+LAST = {"type": "backprop", "way": {"type": "last", "steps": 2}}
 SDE = dict(plan="sde", seeds=3)
 ODE = dict(plan="ode", seeds=4, region="smooth:Smooth")
 PLAIN = dict(plan="ode", seeds=4)
@@ -57,6 +58,8 @@ MORE = FEW | {
     "srum": ODE | dict(objective={"type": "srum", "draws": 2, "alpha": [0, 1], "anchor": 0.5, "margin": 1.0}),
     "sparse": GRADED | dict(objective={"type": "backprop", "way": {"type": "sparse", "steps": 2}}),
     "low_variance": GRADED | dict(objective={"type": "backprop", "way": {"type": "low_variance", "least": 0.3}}),
+    "nft and sparse": GRADED | dict(objective={"type": "sum", "parts": ["nft", "backprop"], "weights": [1.0, 0.5]}),
+    "grpo and last": SDE | dict(credit="terminal", objective={"type": "sum", "parts": [BETA, LAST]}),
     "rgdpo": ODE | dict(objective={"type": "rgdpo", "draws": 2, "scale": 10.0, "intra": 1.0}),
 }  # fmt: skip
 

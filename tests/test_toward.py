@@ -13,13 +13,14 @@ from mmalign.cli.app import app
 from mmalign.errors import BadInput, Failed
 from mmalign.evaluation.evaluate import noise_seed
 from mmalign.evaluation.generate import generate
-from mmalign.evaluation.toward import Toward, moved
+from mmalign.evaluation.toward import Term, Toward, moved
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import sample
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.refinement.redraw import Attempt, Base, draw
 from mmalign.seeds import gaussian
 from reward_models import Card, Prompt, Scores, load
+from reward_models.cache import Cached
 from reward_models.images import from_file, to_uint8
 
 CAPTIONS = ["a red circle left of a green square", "two blue triangles", "a purple cross", "a yellow circle"]
@@ -50,7 +51,7 @@ def walked(flow, velocity, steps=6):
 
 
 def guided(flow, **settings):
-    toward = Toward(settings.pop("scorer", Linear()), settings.pop("component", ""), **settings)
+    toward = Toward((Term(settings.pop("scorer", Linear()), settings.pop("component", "")),), **settings)
     return walked(flow, toward.guided(flow, flow.velocity, [Prompt("0.5")]))
 
 
@@ -73,7 +74,7 @@ def test_a_latent_moves_along_its_gradient_by_its_length():
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_a_linear_reward_moves_the_prediction_along_its_direction(batch):
     flow, reward, t = GaussianFlow(), Linear(), [0.5, 0.6, 0.61, 0.9]
-    toward = Toward(reward, push=0.3, since=0.6, batch=batch)
+    toward = Toward((Term(reward),), push=0.3, since=0.6, batch=batch)
     x, plain = at(flow, flow.velocity, t)
     _, v = at(flow, toward.guided(flow, flow.velocity, [Prompt("0.5")]), t)
     time = torch.tensor(t)[:, None, None, None]
@@ -83,6 +84,26 @@ def test_a_linear_reward_moves_the_prediction_along_its_direction(batch):
     torch.testing.assert_close(after[:2], wanted, rtol=0, atol=1e-5)
     assert torch.equal(v[2:], plain[2:])  # earlier than 0.6
     assert flow.counts["decodes"] == 2
+
+
+def test_a_sum_moves_along_the_weighted_sum_of_the_directions():
+    """Each scorer sees an image once, however many of its components act; a cache does not hide gradients."""
+    one, two = Linear(), Linear(torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(8)))
+    flow, calls = GaussianFlow(), []
+    two.in_graph = lambda images, prompts: calls.append(len(images)) or Linear.in_graph(two, images, prompts)
+    terms = (Term(one, "linear", 2.0, "one"), Term(two, "linear", -0.5, "two"), Term(two, "other", 3.0, "two"))
+    toward = Toward(terms, push=0.3, since=1.0)
+    gradient = toward.gradient(flow, torch.zeros(2, *flow.latent_shape), [Prompt("0.5")] * 2)
+    torch.testing.assert_close(gradient * 8, (2 * one.a - 0.5 * two.a).expand(2, -1, -1, -1), rtol=1e-5, atol=1e-6)
+    assert calls == [2]
+    assert str(toward) == f"2 one.linear {one.card.version} + -0.5 two.linear {two.card.version} + " + (
+        f"3 two.other {two.card.version}, push 0.3, from 1"
+    )
+
+
+def test_gradients_behind_a_cache_are_taken(tmp_path):
+    scorer = Linear()
+    assert Term(Cached(scorer, tmp_path / "scores.db")).scorer is scorer
 
 
 @pytest.mark.parametrize("none", [{"push": 0.0}, {"since": 0.0}, {"since": 0.1}])
@@ -121,9 +142,16 @@ def test_each_image_goes_toward_the_score_for_its_prompt(batch):
     flow, reward, signs = GaussianFlow(), Signed(), (1, -1, 0)
     prompts = [Prompt("0.5", {"sign": sign}, number) for number, sign in enumerate(signs)]
     plain, owner = generate(flow, prompts, [[0, 1]] * 3, 6, batch)
-    images, _ = generate(flow, prompts, [[0, 1]] * 3, 6, batch, toward=Toward(reward, push=0.1, since=0.2))
+    images, _ = generate(flow, prompts, [[0, 1]] * 3, 6, batch, toward=Toward((Term(reward),), push=0.1, since=0.2))
     rise = ((images - plain) * reward.a).flatten(1).sum(1)
     assert rise.sign().tolist() == [signs[i] for i in owner.tolist()]
+
+
+TERM = {"scorer": Linear(), "component": "", "weight": 1.0}
+
+
+def terms_of(settings):
+    return (Term(*settings),)
 
 
 def test_bad_guidance_is_one_line():
@@ -133,10 +161,14 @@ def test_bad_guidance_is_one_line():
         ({"since": 1.5}, "from 1.5: a time from 1"),
         ({"component": "nothing"}, "linear.nothing: that scorer gives linear, other"),
         ({"batch": 0}, "at least one latent"),
-        ({"scorer": load("jpeg_size")}, "toward jpeg_size: this scorer has no gradients"),
+        ({"scorer": load("jpeg_size")}, "toward jpeg_size: jpeg_size has no gradients"),
+        ({"weight": 0.0}, "linear.linear: weight 0.0: a number other than 0"),
+        ({"weight": math.nan}, "weight nan: a number other than 0"),
+        ({"terms": (Term(Linear()), Term(Linear(), "linear", 2.0))}, "a component is there twice"),
     ):
+        term = [settings.pop(key, default) for key, default in TERM.items()]
         with pytest.raises(BadInput, match=line):
-            Toward(settings.pop("scorer", Linear()), **settings)
+            Toward(settings.pop("terms", None) or terms_of(term), **settings)
 
 
 def test_a_prompt_that_cannot_be_scored_ends_the_sampling_in_one_line():
@@ -167,11 +199,11 @@ def test_clip_rises_by_its_guidance_and_the_batch_changes_no_image(embedded, pro
     clip = load("clip")
     repeated = [prompt for prompt in prompts for _ in range(2)]
     plain = drawn(embedded, prompts)
-    images = drawn(embedded, prompts, Toward(clip))
+    images = drawn(embedded, prompts, Toward((Term(clip),)))
     assert (clip(images, repeated).values - clip(plain, repeated).values).mean() > 0.01
-    assert torch.equal(images, drawn(embedded, prompts, Toward(clip)))
-    torch.testing.assert_close(images, drawn(embedded, prompts, Toward(clip, batch=1), 3), rtol=0, atol=1e-5)
-    assert torch.equal(drawn(embedded, prompts, Toward(clip, push=0.0)), plain)
+    assert torch.equal(images, drawn(embedded, prompts, Toward((Term(clip),))))
+    torch.testing.assert_close(images, drawn(embedded, prompts, Toward((Term(clip),), batch=1), 3), rtol=0, atol=1e-5)
+    assert torch.equal(drawn(embedded, prompts, Toward((Term(clip),), push=0.0)), plain)
 
 
 def test_on_the_command_line(tmp_path):
@@ -186,6 +218,7 @@ def test_on_the_command_line(tmp_path):
     assert sampled("--toward", "clip", "--push", "0") == plain
     guided = sampled("--toward", "clip.cosine")
     assert guided != plain
+    assert sampled("--toward", "clip=1", "--toward", "image_stats.brightness=0.5") not in (plain, guided)
     assert sampled("--toward", "clip", "--set", "clip.batch=1", "--from", "0.9", "--best", "shapes_critic.overall") == (
         guided
     )
@@ -197,7 +230,9 @@ def test_on_the_command_line(tmp_path):
         (["sample", "a circle", "--push", "1"], "--push and --from belong to --toward"),
         (["sample", "a circle", "--toward", "clip", "--from", "2"], "from 2.0: a time"),
         (["sample", "a circle", "--toward", "clip.beauty"], "toward clip.beauty: that scorer gives cosine"),
-        (["sample", "a circle", "--toward", "jpeg_size"], "toward jpeg_size: this scorer has no gradients"),
+        (["sample", "a circle", "--toward", "jpeg_size"], "toward jpeg_size: jpeg_size has no gradients"),
+        (["sample", "a circle", "--toward", "clip=much"], "--toward 'clip=much' must look like scorer.component"),
+        (["sample", "a circle", "--toward", "clip", "--toward", "clip.cosine=2"], "a component is there twice"),
         (["refine", "a circle", "--toward", "clip"], "moves: toward goes along the gradient of a scorer"),
         (["refine", "a circle", "--moves", "toward"], "moves: toward goes along the gradient of a scorer"),
         (["evaluate", "--toward", "clip", "--reference", "r.json"], "leave out --toward"),
@@ -215,10 +250,12 @@ def test_every_python_function_takes_it(embedded, prompts):
     images = drawn(embedded, prompts[:1], toward)
     best = mmalign.best_of_n(embedded, prompts[:1], "clip.cosine", [0, 1], 6, toward=toward)
     assert torch.equal(best.images[0], images[best.member[0]])
+    both = mmalign.toward({"clip.cosine": 1.0, "image_stats.brightness": 0.5})
+    assert not torch.equal(drawn(embedded, prompts[:1], both), images)
     result = mmalign.evaluate(embedded, prompts[:1], "clip", seeds=1, steps=6, toward=mmalign.toward(load("clip")))
     seed = noise_seed(prompts[0], 0)
     assert torch.equal(result.images, generate(embedded, prompts[:1], [[seed]], 6, 1, toward=toward)[0])
-    with pytest.raises(BadInput, match="toward redness: this scorer has no gradients"):
+    with pytest.raises(BadInput, match=r"toward redness: .* has no gradients"):
         mmalign.toward(redness)
 
 

@@ -110,7 +110,7 @@ def total(costs: Mapping[int, Cost], groups: Mapping[int, int]) -> dict[str, int
 
 def bounds(c: Config) -> list[str]:
     """Where a run may take less than the estimate, and why."""
-    fewer = [c.objective.fewer] if c.objective.fewer else []
+    fewer = [part.fewer for part in c.objective.summands if part.fewer]
     extends = ["all counts: fewer where `extend` draws less than it may"] if c.extend else []
     moves = len(c.plan.positions(c.steps)) > 1
     at_most = "an iteration: the most over all positions of the plan; the run: each plan where it will be"

@@ -46,8 +46,10 @@ def memory(
     shape, starts = prod(policy.latent_shape), prompts * c.seeds
     trained_routes, routes = (max(values) for values in zip(*((p.trained, p.routes) for p in plans), strict=True))
     steps = max(plan.steps for plan in plans)
-    rows = max(planning.cost_of(c.model_copy(update={"prompts_per_iteration": prompts}), p, False).rows for p in plans)
-    held = starts * (trained_routes * (2 * steps + 1) + routes) + c.objective.stored(c.epochs * c.minibatches) * rows
+    learnt = {part: prompts * max(planning.rows_of(c, p, part) for p in plans) for part in c.objective.summands}
+    rows = sum(learnt.values())
+    held = starts * (trained_routes * (2 * steps + 1) + routes)
+    held += sum(part.stored(c.epochs * c.minibatches) * count for part, count in learnt.items())
     scouts = 0 if c.scouts is None else prompts * c.scouts.images(c.seeds)
     held = max(held, 0 if c.scouts is None else scouts * (2 * c.scouts.steps + 2))
 

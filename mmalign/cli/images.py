@@ -24,7 +24,8 @@ from mmalign.cli.options import (
     Setting,
     Since,
     Steps,
-    TowardReward,
+    TowardRewards,
+    Weighted,
     output_option,
     parse_boxes,
     prompt_option,
@@ -84,7 +85,7 @@ def sample(
     strength: Strength = None,
     boxes: Boxes = None,
     edge: Edge = 0.0,
-    toward: TowardReward = None,
+    toward: TowardRewards = None,
     push: Push = None,
     since: Since = None,
     best: BestBy = None,
@@ -154,12 +155,16 @@ def _check(
 
 
 def _best_and_toward(
-    best: str | None, toward: str | None, push: float | None, since: float | None, settings: list[Setting] | None
+    best: str | None,
+    toward: list[Weighted] | None,
+    push: float | None,
+    since: float | None,
+    settings: list[Setting] | None,
 ) -> tuple[dict[str, Any], Any]:
     """The scorers of --best and --toward by name, and the guidance. BadInput."""
     from mmalign.config.checks import component
 
-    names = scorers_of(best, toward)
+    names = scorers_of(best, *(term.reward for term in toward or []))
     if settings and not names:
         raise BadInput("--set belongs to --best or --toward scorer.component")
     scorers = load_scorers(names, settings)
@@ -195,7 +200,7 @@ def evaluate(
     members: SeedCount = 2,
     steps: Steps = 10,
     guidance: Guidance = None,
-    toward: TowardReward = None,
+    toward: TowardRewards = None,
     push: Push = None,
     since: Since = None,
     out: ScoresFolder = None,
@@ -246,13 +251,13 @@ def _save_reference(file: Path | None, result: Any, policy: Any, scorers: dict[s
         output.warn(f"{file} rests on {len(result.images)} images; {references.ENOUGH} are better")
 
 
-def _check_base(adapter: Path | None, reference: Path | None, compare: bool, toward: str | None) -> None:
+def _check_base(adapter: Path | None, reference: Path | None, compare: bool, toward: list[Weighted] | None) -> None:
     from mmalign.evaluation import reference as references
 
     check_file(reference, "--reference", references.ours)
     if reference is not None and adapter is not None:
         raise BadInput("--reference is of the base model; leave out --adapter")
-    if reference is not None and toward is not None:
+    if reference is not None and toward:
         raise BadInput("--reference is of the base model's images; leave out --toward")
     if compare and adapter is None:
         raise BadInput("--compare is of an adapter with its base model; give --adapter RUN")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.activity import doing
-from mmalign.cli.options import Setting
+from mmalign.cli.options import Setting, Weighted
 from mmalign.errors import BadInput, refusing
 from reward_models import Prompt
 
@@ -47,19 +47,20 @@ def scorers_of(*rewards: str | None) -> list[str]:
     return [*dict.fromkeys(component(reward)[0] for reward in rewards if reward is not None)]
 
 
-def load_toward(reward: str | None, push: float | None, since: float | None, scorers: Mapping[str, Any]) -> Any:
-    """The guidance of --toward, None without it. Its scorer is the one in `scorers`, without its cache, or else loaded.
-    BadInput."""
+def load_toward(
+    rewards: Sequence[Weighted] | None, push: float | None, since: float | None, scorers: Mapping[str, Any]
+) -> Any:
+    """The guidance of --toward, None without it. Its scorers are those in `scorers`, or else loaded. BadInput."""
     from mmalign.config.checks import component
-    from mmalign.evaluation.toward import Toward
-    from reward_models.cache import Cached
+    from mmalign.evaluation.toward import Term, Toward
 
     chosen = {"push": push, "since": since}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    if reward is None:
+    if not rewards:
         if chosen:
             raise BadInput("--push and --from belong to --toward scorer.component")
         return None
-    name, part = component(reward)
-    scorer = scorers[name] if name in scorers else load_scorers([name])[name]
-    return Toward(scorer.scorer if isinstance(scorer, Cached) else scorer, part, name=name, **chosen)
+    missing = [name for name in scorers_of(*(term.reward for term in rewards)) if name not in scorers]
+    known = {**scorers, **load_scorers(missing)}
+    parts = [(*component(term.reward), term.weight) for term in rewards]
+    return Toward(tuple(Term(known[name], part, weight, name) for name, part, weight in parts), **chosen)

@@ -56,6 +56,13 @@ class MethodSetting(NamedTuple):
     value: Any
 
 
+class Weighted(NamedTuple):
+    """A reward with a weight."""
+
+    reward: str
+    weight: float
+
+
 class Aspect(NamedTuple):
     """An aspect and its components."""
 
@@ -112,6 +119,19 @@ def parse_setting(text: str) -> Setting:
     if not (equals and dot):
         raise BadInput(f"--set {text!r} must look like scorer.key=value")
     return Setting(text, scorer, key, parse(value, f"--set {text!r}"))
+
+
+def parse_weighted(texts: list[str] | None) -> list[Weighted]:
+    from mmalign.config.load import parse
+
+    terms = []
+    for text in texts or []:
+        reward, equals, number = text.partition("=")
+        weight = parse(number, f"--toward {text!r}") if equals else 1.0
+        if not reward or isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise BadInput(f"--toward {text!r} must look like scorer.component or scorer.component=weight")
+        terms.append(Weighted(reward, float(weight)))
+    return terms
 
 
 def parse_method_settings(texts: list[str] | None) -> list[MethodSetting]:
@@ -195,12 +215,14 @@ Seeds = Annotated[
 Steps = Annotated[int, sampling_option(min=1, max=1000, help="ODE steps")]
 Batch = Annotated[int, sampling_option(min=1, help="images per forward")]
 
-TowardReward = Annotated[
-    str | None,
+TowardRewards = Annotated[
+    list[Weighted] | None,
     sampling_option(
         "--toward",
-        metavar="SCORER[.COMPONENT]",
-        help="guide images by the gradient of this reward; a scorer alone: its first component",
+        parser=str,
+        callback=parse_weighted,
+        metavar="SCORER[.COMPONENT][=WEIGHT]",
+        help="guide images by the gradient of this reward; a scorer alone: its first component; may repeat: their sum",
     ),
 ]
 Push = Annotated[

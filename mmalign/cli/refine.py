@@ -21,7 +21,8 @@ from mmalign.cli.options import (
     Setting,
     Since,
     Steps,
-    TowardReward,
+    TowardRewards,
+    Weighted,
     model_option,
     output_option,
     prompt_option,
@@ -80,7 +81,7 @@ def refine(
     patience: Patience = None,
     cut: Cut = 0.9,
     strength: Strength = 1.5,
-    toward: TowardReward = None,
+    toward: TowardRewards = None,
     push: Push = None,
     since: Since = None,
     model: Model = "assets/tiny_sd3",
@@ -110,13 +111,14 @@ def refine(
 
 def _refined(
     model: str, prompts: list[Prompt] | None, rules: dict[str, Any], critic: str, settings: list[Setting] | None,
-    cache: Path | None, toward: tuple[str | None, float | None, float | None],
+    cache: Path | None, toward: tuple[list[Weighted] | None, float | None, float | None],
 ) -> tuple[Any, str]:  # fmt: skip
     """What `mmalign.refine` returns by these rules, and the component that decided."""
     from mmalign import api
 
     with output.progressing():
-        scorers = load_scorers([*dict.fromkeys([critic, *scorers_of(toward[0])])], settings, cache)
+        guiding = scorers_of(*(term.reward for term in toward[0] or []))
+        scorers = load_scorers([*dict.fromkeys([critic, *guiding])], settings, cache)
         guide = load_toward(*toward, scorers)
         result = api.refine(model, prompts, {critic: scorers[critic]}, toward=guide, **rules)
     return result, rules["by"] or scorers[critic].names[0]

@@ -208,7 +208,7 @@ def _plan(c: BaseModel) -> None:
         )
     if c.select is not None:
         _select(c)
-    if c.extend is not None and not c.objective.stochastic:
+    if c.extend is not None and not all(part.stochastic for part in c.objective.summands):
         raise ValueError(f"extend adds stochastic steps, and objective: {named(c.objective)} does not learn from those")
     if c.extend is not None and c.scouts is not None:
         raise ValueError("extend does not go with scouts, whose correlation is of the images they chose; remove one")

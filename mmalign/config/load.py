@@ -54,19 +54,38 @@ def load(path: str | Path, overrides: Sequence[str] = (), objects: Mapping[str, 
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key, or one setting of a method by `method.setting`; the names of scorers have dots of their own."""
-    method, dot, setting = key.partition(".")
-    if not dot or method not in METHODS:
+    """Set a key, or one setting of a method by `method.setting`, or of a method in one by `method.setting.setting`; the
+    items of a list are numbered from 0. The names of scorers have dots of their own."""
+    method, *path = key.split(".")
+    if not path or method not in METHODS:
         values[key] = value
         return
-    known = values.get(method) or getattr(Config(), method)
-    if isinstance(known, list):
-        raise BadInput(f"override {key}: {method} is a list; give all of it, {method}=[...]")
+    at: Any = values
+    values[method] = values.get(method) or getattr(Config(), method)
+    for name in (method, *path[:-1]):
+        place = _place(at, name, key)
+        inner = _settings(at[place] if isinstance(at, list) else at.get(place))
+        at[place] = inner
+        at = inner
+    at[_place(at, path[-1], key)] = value
+
+
+def _settings(known: Any) -> dict[str, Any] | list[Any]:
+    """The settings of a method in a config, as a mapping of its own to change; a list as a list."""
     if is_dataclass(known):
-        known = {"type": known.type} if hasattr(known, "type") else {}
-    elif isinstance(known, str):
-        known = {"type": known}
-    values[method] = {**known, setting: value} if isinstance(known, dict) else {setting: value}
+        return {"type": known.type} if hasattr(known, "type") else {}
+    if isinstance(known, list):
+        return [*known]
+    return {"type": known} if isinstance(known, str) else {**known} if isinstance(known, dict) else {}
+
+
+def _place(at: dict[str, Any] | list[Any], name: str, key: str) -> Any:
+    """A key of a mapping, or the number of an item of a list. BadInput where there is no such item."""
+    if isinstance(at, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(at):
+        raise BadInput(f"override {key}: {name!r}: a number from 0 to {len(at) - 1} is needed, of a list's item")
+    return int(name)
 
 
 def build(values: dict[str, Any], source: str) -> Config:

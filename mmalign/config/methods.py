@@ -2,7 +2,8 @@
 
 `credit: gain` is the method with its defaults, `credit: {type: gain, control: fit}` changes some. `type` may be an
 import path, `my_module:MyCredit`, of a module that is allowed (`reward_models.allowlist`); in Python the object itself
-will do. A setting that a method does not have is refused, and so it cannot be without effect.
+will do. A setting that a method does not have is refused, and so it cannot be without effect. A field with the metadata
+`one_of` takes a method of that table, one with `methods` a list of methods of the table that its owner is from.
 """
 
 import dataclasses
@@ -39,14 +40,16 @@ def settings(kind: type, optional: bool = False) -> Any:
 
 def described(method: Any) -> str:
     """A method and its settings in a line, e.g. `branch (steps 0 1 2, children 6)`."""
-    if hasattr(method, "parts"):
-        weights = (f"{w.start:g} to {w.end:g}" if isinstance(w, Ramp) else f"{w:g}" for w in method.weights)
-        return " + ".join(f"{w} x {described(part)}" for part, w in zip(method.parts, weights, strict=True))
+    if hasattr(method, "weighted"):  # a sum
+        each = ((part, f"{w.start:g} to {w.end:g}" if isinstance(w, Ramp) else f"{w:g}") for part, w in method.weighted)
+        return " + ".join(f"{w} x {described(part)}" for part, w in each)
     words = []
     for key in _fields(type(method)):
         value = getattr(method, key)
         if value is None or key == "type":
             continue
+        if key in _several(type(method)):
+            value = tuple(map(described, value))
         if dataclasses.is_dataclass(value):
             value = described(value) if hasattr(value, "type") else dataclasses.asdict(value)
         words.append(f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
@@ -64,6 +67,7 @@ def _written(table: Mapping[str, type] | None, method: Any) -> dict[str, Any] | 
     values = json.loads(json.dumps(values))
     if table is None:
         return values
+    values |= {key: [_written(table, part) for part in getattr(method, key)] for key in _several(type(method))}
     known = table.get(getattr(method, "type", None)) is type(method)
     return {"type": method.type if known else f"{type(method).__module__}:{type(method).__qualname__}"} | values
 
@@ -109,7 +113,8 @@ def _chosen(table: Mapping[str, type], what: str, optional: bool, value: Any, in
     if value is None and optional:
         return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):  # an object is held to the same bounds
-        return _filled(type(value), what, dataclasses.asdict(value))
+        parts = {key: getattr(value, key) for key in _several(type(value))}
+        return _filled(type(value), what, dataclasses.asdict(value) | parts, info, within=(table, what))
     name = value.get("type") if isinstance(value, Mapping) else value
     if not isinstance(name, str):
         raise ValueError(f"a name or {{type: NAME, ...}} is needed; known: {', '.join(table)}")
@@ -123,11 +128,16 @@ def _chosen(table: Mapping[str, type], what: str, optional: bool, value: Any, in
         near = difflib.get_close_matches(name, table, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no {what} called {name!r}{hint}; known: {', '.join(table)}, or my_module:MyClass")
-    return _filled(kind, name, {k: v for k, v in value.items() if k != "type"} if isinstance(value, Mapping) else {})
+    values = {k: v for k, v in value.items() if k != "type"} if isinstance(value, Mapping) else {}
+    return _filled(kind, name, values, info, within=(table, what))
 
 
-def _filled(kind: type, name: str | None, value: Any, info: Any = None, optional: bool = False) -> Any:
-    """An instance of the dataclass with the settings of a mapping. ValueError with the first problem."""
+def _filled(
+    kind: type, name: str | None, value: Any, info: Any = None, optional: bool = False,
+    within: tuple[Mapping[str, type], str] | None = None,
+) -> Any:  # fmt: skip
+    """An instance of the dataclass with the settings of a mapping; `within` is the table that it is from, and what is
+    in it. ValueError with the first problem."""
     if info is not None and isinstance(value, str) and value in (info.context or {}):
         value = info.context[value]
     if value is None and optional:
@@ -139,6 +149,7 @@ def _filled(kind: type, name: str | None, value: Any, info: Any = None, optional
         kind.__pydantic_config__ = STRICT
     tables = {f.name: f.metadata["one_of"] for f in dataclasses.fields(kind) if "one_of" in f.metadata}
     parts = {key: _part(tables[key], key, value[key]) for key in value if key in tables}
+    parts |= {key: _parts(kind, within, key, value[key], info) for key in _several(kind) if key in value and within}
     try:
         rest = {key: each for key, each in value.items() if key not in parts}
         method = TypeAdapter(kind).validate_json(json.dumps(rest))
@@ -159,6 +170,18 @@ def _part(kinds: Sequence[type], key: str, value: Any) -> Any:
         raise ValueError(f"{key}: {error}") from None
 
 
+def _parts(kind: type, within: tuple[Mapping[str, type], str], key: str, value: Any, info: Any) -> tuple[Any, ...]:
+    """Several methods of the table that `kind` is from, in a setting of it; none is a `kind` itself."""
+    table, what = within
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{key}: a list of methods is needed, each a name or {{type: NAME, ...}}; got {value}")
+    others = {name: other for name, other in table.items() if other is not kind}
+    try:
+        return tuple(_chosen(others, what, False, part, info) for part in value)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
 def _first(kind: type, name: str | None, error: ValidationError) -> str:
     problem = error.errors()[0]
     key = str(problem["loc"][0]) if problem["loc"] else ""
@@ -171,6 +194,11 @@ def _first(kind: type, name: str | None, error: ValidationError) -> str:
         return message
     messages = dict.fromkeys(p["msg"] for p in error.errors() if p["loc"][:1] == problem["loc"][:1])
     return f"{key}: {' or '.join(messages)}, got {json.dumps(problem['input'])}"
+
+
+def _several(kind: type) -> list[str]:
+    """The settings that are lists of methods of the same table."""
+    return [field.name for field in dataclasses.fields(kind) if field.metadata.get("methods")]
 
 
 def _fields(kind: type) -> list[str]:

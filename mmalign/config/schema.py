@@ -150,7 +150,7 @@ class Config(BaseModel):
     objective: one_of(OBJECTIVES, "objective") = Field(
         Grpo(),
         description="what is learnt from a rollout: grpo (policy gradient), or from its images: nft, awm, "
-        "advantage_flow, rft, dpo, online_dpo, srum, rgdpo; or from a differentiable reward: backprop",
+        "advantage_flow, rft, dpo, online_dpo, srum, rgdpo; or from a differentiable reward: backprop; or a sum",
     )
     credit: one_of(CREDITS, "credit", optional=True, total=Mix) = _used(
         "credit", BranchCredit(), "how rewards become advantages: terminal, branch, gain, renorm, prl; or a list of "
@@ -293,7 +293,7 @@ class Config(BaseModel):
     @property
     def measures_kl(self) -> bool:
         """Whether a replayed row takes a forward of the model without adapter, too."""
-        return self.objective.reference or self.max_kl is not None
+        return any(part.measures(self) for part in self.objective.summands)
 
     @property
     def best_by(self) -> str | None:

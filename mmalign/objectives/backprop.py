@@ -43,8 +43,6 @@ class Backprop(Objective):
     fewer = "replay_forwards, transitions, decodes: fewer where an image has no score"
 
     def check(self, c: Any) -> None:
-        if c.plan.stochastic:
-            raise ValueError(f"plan: {name_of(c.plan)} draws noise; objective: {self.type} needs plan: ode")
         if not c.combine.linear:
             raise ValueError(f"combine: {name_of(c.combine)}: objective: {self.type} needs combine: sum")
         self.way.check(c.steps)
@@ -78,7 +76,7 @@ class Backprop(Objective):
         def rows(p: int) -> Picked:
             mine = (scored & (tree.prompt == p)).nonzero()[:, 0]
             seed = seed_of(run.config.seed, name_of(self), iteration, rollout.prompts[p].id)
-            return self.way.picked(paths.x[mine], tree.t[mine], tree.prompt[mine], torch.Generator().manual_seed(seed))
+            return self.way.picked(paths, mine, run.config.steps, torch.Generator().manual_seed(seed))
 
         score = run.rewards.in_graph(rollout.prompts, iteration)
         batch = joined([rows(p) for p in range(len(rollout.prompts))])

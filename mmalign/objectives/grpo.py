@@ -23,7 +23,7 @@ class Grpo(Objective):
     ratio: Literal["cell", "credit"] = "cell"
     type = "grpo"
     uses = frozenset({"credit", "loss", "advantage", "mask", "max_kl", "region"})
-    stochastic, siblings = True, 2
+    stochastic, siblings, even = True, 2, True
 
     @property
     def reference(self) -> bool:
@@ -47,7 +47,7 @@ class Grpo(Objective):
         if c.mask is not None:
             batch = run.fits["batch"](lambda rows: c.mask.masked(run.policy, rollout.cond, batch, rows))
         replay = Surrogate(
-            run.policy, rollout.cond, paths.kernel, paths.t_max, c.loss, self.beta, self.ratio, c.measures_kl,
+            run.policy, rollout.cond, paths.kernel, paths.t_max, c.loss, self.beta, self.ratio, self.measures(c),
             None if c.extend is None else c.extend.off_loss,
         )  # fmt: skip
         return TrainBatch(batch, replay, None if self.beta else batch.advantage.abs().amax((1, 2)) > 0)

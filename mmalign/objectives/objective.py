@@ -90,18 +90,24 @@ class Objective:
     records. `needs`: those of them that it cannot do without. `stochastic`: whether it trains on stochastic steps.
     `siblings`: the fewest images of a prompt. `lag`: how the policy that draws the images follows. `width`: latents of
     one row in a forward; `reference`: whether the model without adapter is evaluated beside it; `decoded`: images of a
-    row that are decoded and scored in a graph.
+    row that are decoded and scored in a graph. `even`: whether as many prompts give as many forwards, whatever their
+    rewards. `summands`: the objectives that it consists of.
     """
 
     uses: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset()
     stochastic: ClassVar[bool] = False
     siblings: ClassVar[int] = 1
+    even: ClassVar[bool] = False
     width: int = 1
     reference: bool = False
     decoded: int = 0
     lag: Lag = AT_ONCE
     fewer: str | None = None  # where it replays fewer rows than `rows` says, for an estimate
+
+    @property
+    def summands(self) -> tuple["Objective", ...]:
+        return (self,)
 
     def rows(self, plan: Plan, seeds: int) -> int:
         """How many rows the images or steps of one prompt give, at most."""
@@ -109,6 +115,10 @@ class Objective:
 
     def check(self, c: Any) -> None:
         """ValueError, in one line, where other settings of a config do not suit it."""
+
+    def measures(self, c: Any) -> bool:
+        """Whether the model without adapter is evaluated beside a replayed row."""
+        return self.reference or ("max_kl" in self.uses and c.max_kl is not None)
 
     def replayed(self, measured: bool) -> int:
         """Forwards of a row in a replay; `measured`: the model without adapter is evaluated beside it."""

@@ -1,9 +1,11 @@
-"""Ways from a differentiable reward back to the velocity: which steps of an ODE trajectory carry a gradient.
+"""Ways from a differentiable reward back to the velocity: which steps of a trajectory carry a gradient.
 
-A trajectory `x_{i+1} = x_i + h_i v(x_i, t_i)`, `h_i = t_{i+1} - t_i < 0`, ends in the clean latent `x_T`. With sg(y)
-for y without gradient, the latents that are decoded and scored are
+A trajectory `x_{i+1} = a_i x_i + b_i v(x_i, t_i) + q_i e_i` ends in the clean latent `x_T`. A step of the ODE has
+`a = 1`, `b = t_{i+1} - t_i = h_i < 0` and `q = 0`; a stochastic one has those of its kernel, whose mean is linear in
+state and velocity, and the noise that the rollout drew, which is held fixed. With sg(y) for y without gradient, the
+latents that are decoded and scored are
 
-    sparse         x_T + sum over S of c h_i (v(sg x_i) - sg v(sg x_i))      K steps S, drawn; c near W_all / W_S
+    sparse         x_T + sum over S of c b_i (v(sg x_i) - sg v(sg x_i))      K steps S, drawn; c near W_all / W_S
     last           the last K steps again, from sg x_{T-K}
     jump           x_k - t_k v(sg x_k)                                       k drawn in the later part
     low_variance   the same at the last state k, and n copies of it with new noise
@@ -18,14 +20,14 @@ gradient. Add one: a frozen dataclass here, and its name in `WAYS`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.types import Latents, Rows
+from mmalign.types import Latents, Rows, Trajectories
 
 Count = Annotated[int, Ge(1), Le(1000)]
 Velocity = Callable[[Latents, Float[Tensor, "M"], Int[Tensor, "M"]], Latents]  # (x, t, index) -> v
@@ -34,25 +36,29 @@ Visited = list[tuple[Latents, Float[Tensor, "M"], Latents]]  # (x, t, v): one ve
 
 @dataclass(frozen=True)
 class Picked(Rows):
-    """`k` states of each trajectory with the times before and after their steps, and its finished latent. `weight` is
-    c; `noise` that of copies; `index` the row of the prompt, `step` that of the trajectory's first picked step."""
+    """`k` states of each trajectory with their times and the a and b of their steps, and its finished latent. `weight`
+    is c; `noise` that of copies; `drawn` what a step added to its mean, None where nothing did or it is not asked for;
+    `index` the row of the prompt, `step` that of the trajectory's first picked step."""
 
     x: Float[Tensor, "M k C h w"]
     t: Float[Tensor, "M k"]
-    s: Float[Tensor, "M k"]
+    a: Float[Tensor, "M k"]
+    b: Float[Tensor, "M k"]
     end: Latents
     weight: Float[Tensor, "M"]
     index: Int[Tensor, "M"]
     step: Int[Tensor, "M"]
     noise: Float[Tensor, "M n C h w"] | None = None
+    drawn: Float[Tensor, "M k C h w"] | None = None
 
 
 class Way:
-    """Defaults of what a way says of itself."""
+    """Defaults of what a way says of itself. `walks`: whether it takes the picked steps again, one after the other."""
 
     images: int = 1
     again: int = 0
     copies: int = 0
+    walks: ClassVar[bool] = False
 
     @property
     def width(self) -> int:
@@ -71,21 +77,21 @@ class Way:
     def latents(self, velocity: Velocity, rows: Picked) -> tuple[Float[Tensor, "M images C h w"], Visited]:
         raise NotImplementedError
 
-    def picked(
-        self,
-        x: Float[Tensor, "M states C h w"],
-        t: Float[Tensor, "M states"],
-        index: Int[Tensor, "M"],
-        generator: torch.Generator,
-    ) -> Picked:
-        """The rows of trajectories; times `t` and `index` on the CPU, as a `Tree` has them."""
+    def picked(self, paths: Trajectories, which: Int[Tensor, "M"], count: int, generator: torch.Generator) -> Picked:
+        """The rows of these trajectories, of `count` steps each."""
+        tree, x = paths.tree, paths.x
+        t, noise, drawn = tree.t[which, : count + 1], None, None
         steps = self.chosen(t, generator)
-        states = x[torch.arange(len(x))[:, None], steps]
-        noise = None
+        at, states = which[:, None], x[which[:, None], steps]
         if self.copies:
-            noise = torch.randn(len(x), self.copies, *x.shape[2:], generator=generator)
-        before, after = t.gather(1, steps), t.gather(1, steps + 1)
-        rows = Picked(states, before, after, x[:, -1], self.weights(t, steps), index, steps.amin(1), noise)
+            noise = torch.randn(len(which), self.copies, *x.shape[2:], generator=generator)
+        if self.walks and bool((tree.noise > 0).any()):
+            drawn = x[at, steps + 1] - paths.mean[at, steps]
+        a, b = linear(paths, tree.t[at, steps], tree.t[at, steps + 1], tree.noise[at, steps])
+        rows = Picked(
+            states, tree.t[at, steps], a, b, x[which, count], self.weights(t, steps), tree.prompt[which],
+            steps.amin(1), noise, drawn,
+        )  # fmt: skip
         return rows.to(x.device)
 
 
@@ -117,7 +123,7 @@ class Sparse(Way):
         count = rows.x.shape[1]
         x, t = rows.x.flatten(0, 1), rows.t.flatten()
         v = velocity(x, t, rows.index.repeat_interleave(count)).unflatten(0, (-1, count))
-        share = (rows.weight[:, None] * (rows.s - rows.t))[:, :, None, None, None]
+        share = (rows.weight[:, None] * rows.b)[:, :, None, None, None]
         moved = (share * (v - v.detach())).sum(1)
         return (rows.end + moved)[:, None], [(rows.x[:, i], rows.t[:, i], v[:, i]) for i in range(count)]
 
@@ -129,6 +135,7 @@ class Last(Way):
 
     type: Literal["last"] = "last"
     steps: Count = 1
+    walks = True
 
     @property
     def width(self) -> int:
@@ -147,10 +154,12 @@ class Last(Way):
 
     def latents(self, velocity: Velocity, rows: Picked) -> tuple[Float[Tensor, "M 1 C h w"], Visited]:
         x, visited = rows.x[:, 0], []
-        for t, s in zip(rows.t.unbind(1), rows.s.unbind(1), strict=True):
+        for k, t in enumerate(rows.t.unbind(1)):
             v = velocity(x, t, rows.index)
             visited.append((x, t, v))
-            x = x + (s - t)[:, None, None, None] * v
+            a, b = rows.a[:, k, None, None, None], rows.b[:, k, None, None, None]
+            x = a * x + b * v
+            x = x if rows.drawn is None else x + rows.drawn[:, k]
         return x[:, None], visited
 
 
@@ -212,6 +221,19 @@ WAYS = (Sparse, Last, Jump, LowVariance)
 def at_most(picked: int, steps: int) -> None:
     if picked > steps:
         raise ValueError(f"way: steps: {picked} of the {steps} steps of a trajectory; at most {steps} are there")
+
+
+def linear(
+    paths: Trajectories, t: Float[Tensor, "M k"], s: Float[Tensor, "M k"], noise: Float[Tensor, "M k"]
+) -> tuple[Float[Tensor, "M k"], Float[Tensor, "M k"]]:
+    """a and b of steps from t to s at these levels of noise: the mean of each is `a x + b v`."""
+    one = torch.ones(t.numel(), 1, 1, 1)
+
+    def mean(x: float, v: float) -> Tensor:
+        step = paths.kernel.step(x * one, v * one, t.flatten(), s.flatten(), noise.flatten(), paths.t_max)
+        return step[0].view_as(t)
+
+    return mean(1.0, 0.0), mean(0.0, 1.0)
 
 
 def clean(x: Latents, t: Float[Tensor, "M"], v: Latents) -> Latents:

@@ -1,7 +1,7 @@
 """The rewards of a run: its scorers, their weights as they stand, and the constraints' multipliers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,16 +17,31 @@ from reward_models.registry import differentiable
 from reward_models.types import Differentiable
 
 
+@dataclass
+class InGraph:
+    """What an iteration has scored in a graph so far, on this rank: `images`, `scores` (images times scorers), and
+    the reasons of the images that failed, by number."""
+
+    images: int = 0
+    scores: int = 0
+    failures: dict[int, str] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.images, self.scores = 0, 0
+        self.failures.clear()
+
+
 @dataclass(frozen=True)
 class Rewards:
     """`scorers` by name, trained and watched; `multipliers` of the constraints, the frozen `reference`'s mean and
-    standard deviation by component, and the `rule` of combination, opened."""
+    standard deviation by component, and the `rule` of combination, opened. `graph` counts what is scored in a graph."""
 
     config: Any
     scorers: dict[str, RewardModel]
     multipliers: dict[str, float]
     reference: dict[str, tuple[float, float]] | None
     rule: Rule
+    graph: InGraph = field(default_factory=InGraph)
 
     @property
     def trained(self) -> dict[str, RewardModel]:
@@ -65,10 +80,12 @@ class Rewards:
         combination = self.combination(iteration, [prompt.text for prompt in prompts])
 
         def reward(images: Float[Tensor, "M 3 H W"], owner: Int[Tensor, "M"]) -> Float[Tensor, "M"]:
-            owner, parts = owner.cpu(), {}
+            owner, parts, graph = owner.cpu(), {}, self.graph
             for name, scorer in scorers.items():
-                values = _scored(scorer, images, [prompts[p] for p in owner.tolist()])
+                values, failures = _scored(scorer, images, [prompts[p] for p in owner.tolist()])
+                graph.failures |= {graph.images + i: f"{name}: {reason}" for i, reason in failures.items()}
                 parts |= {f"{name}.{part}": values[:, k] for k, part in enumerate(scorer.names)}
+            graph.images, graph.scores = graph.images + len(images), graph.scores + len(images) * len(scorers)
             return combination(parts, owner)
 
         return reward
@@ -93,14 +110,15 @@ class Rewards:
 
 def _scored(
     scorer: Differentiable, images: Float[Tensor, "M 3 H W"], prompts: Sequence[Prompt]
-) -> Float[Tensor, "M K"]:
-    """The scores in a graph; where they fail, image by image, with NaN for those that cannot be scored."""
+) -> tuple[Float[Tensor, "M K"], dict[int, str]]:
+    """The scores in a graph; where they fail, image by image, with NaN for those that cannot be scored, and why."""
     try:
-        return scorer.in_graph(images, prompts).float().cpu()
-    except ValueError:
+        return scorer.in_graph(images, prompts).float().cpu(), {}
+    except ValueError as error:
         if len(images) == 1:
-            return torch.full((1, len(scorer.names)), torch.nan)
-    return torch.cat([_scored(scorer, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))])
+            return torch.full((1, len(scorer.names)), torch.nan), {0: " ".join(str(error).split())}
+    each = [_scored(scorer, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))]
+    return torch.cat([values for values, _ in each]), {i: reasons[0] for i, (_, reasons) in enumerate(each) if reasons}
 
 
 def shares(usage: dict[str, int | float]) -> dict[str, int | float]:

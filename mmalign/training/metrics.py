@@ -7,7 +7,7 @@ from torch import Tensor
 from mmalign.credit.groups import dead, group_std
 from mmalign.distributed.processes import Ranks
 from mmalign.evaluation.evaluate import deviation
-from mmalign.rewards.judge import unscored
+from mmalign.rewards.judge import stop_if_failing, unscored
 from mmalign.selection.scouts import correlation
 from mmalign.training.rollout import Rollout
 from mmalign.training.session import Session
@@ -34,6 +34,19 @@ def scout_metrics(run: Session, rollout: Rollout, tree: Tree, judged: Judgement)
     within = correlation(scouted, judged.reward[:, -1], tree.prompt)
     failed = run.ranks.all_reduce_sum({"scouts/failed": rollout.scouts.failed}, "counts")
     return {"scouts/correlation": within} | failed
+
+
+def graph_metrics(run: Session) -> dict[str, int]:
+    """How many images all ranks have scored in a graph, times scorers, and how many of them failed there. Raises
+    Failed, with a reason, where too many did."""
+    if not run.config.objective.decoded:
+        return {}
+    graph, ranks = run.rewards.graph, run.ranks
+    gathered = ranks.all_gather_object([*graph.failures.values()], "failed scores")
+    reasons = [reason for each in gathered for reason in each]
+    counts = ranks.all_reduce_sum({"images": graph.images, "scores": graph.scores}, "counts")
+    stop_if_failing(dict(enumerate(reasons)), counts["images"], run.config.max_failed)
+    return {"rewards_in_graph": counts["scores"], "failed_in_graph": len(reasons)}
 
 
 def metrics(

@@ -13,6 +13,7 @@ from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.extension.rest import rest
 from mmalign.flow import plan as plans
+from mmalign.objectives.objective import Objective
 from mmalign.policy.protocol import Policy, two_forwards
 from mmalign.seeds import seed_of
 from mmalign.training import noise_calibration
@@ -27,7 +28,7 @@ Times = Float[Tensor, "states"]
 @dataclass(frozen=True)
 class Cost:
     """Of one iteration: network forwards (rollout with completions; replay), rows trained on, images decoded, and
-    images of the rollout scored, times reward scorers. At most: replay leaves out rows whose gradient is zero."""
+    images scored, times reward scorers. At most: replay leaves out rows whose gradient is zero."""
 
     rollout: int
     replay: int
@@ -64,24 +65,29 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     if c.scouts is not None:
         scouts = c.prompts_per_iteration * c.scouts.images(c.seeds)
         forwards, images = forwards + scouts * c.scouts.steps, images + scouts
-    rows = c.prompts_per_iteration * rows_of(c, plan)
+    extra = 0
     if c.extend is not None:
         more = [c.prompts_per_iteration * each for each in extended(c, plan)]
-        forwards, images, rows = forwards + more[0], images + more[1], rows + (more[2] if c.select is None else 0)
-    passes = c.objective.replayed(c.measures_kl)
-    prepared = c.objective.prepared(c.epochs * c.minibatches) * halves
-    before = prepared + (0 if c.mask is None else c.mask.forwards)
-    forwards += 0 if c.credit is None else starts * plan.cost[2] * c.credit.forwards
-    shown = images + rows * c.objective.decoded * c.epochs
+        forwards, images, extra = forwards + more[0], images + more[1], more[2] if c.select is None else 0
     finished = images - starts * (plan.routes - plan.trained)
     rewards = images * (len(c.trained) - len(c.late)) + finished * len(c.late)
-    return Cost(forwards * halves + before * rows, rows * passes * c.epochs * halves, rows, shown, rewards)
+    forwards += 0 if c.credit is None else starts * plan.cost[2] * c.credit.forwards
+    before, replay, rows, in_graph = forwards * halves, 0, 0, 0
+    for part in c.objective.summands:
+        learnt = c.prompts_per_iteration * rows_of(c, plan, part) + extra
+        masked = c.mask.forwards if c.mask is not None and "mask" in part.uses else 0
+        before += learnt * (part.prepared(c.epochs * c.minibatches) * halves + masked)
+        replay += learnt * part.replayed(part.measures(c)) * c.epochs * halves
+        in_graph += learnt * part.decoded * c.epochs
+        rows += learnt
+    return Cost(before, replay, rows, images + in_graph, rewards + in_graph * len(c.trained))
 
 
-def rows_of(c: Config, plan: Plan) -> int:
-    """The rows of one prompt to learn from, at most: the selected images count as as many starts of one route."""
-    rows = c.objective.rows(plan, c.seeds)
-    return rows if c.select is None else min(rows, c.objective.rows(plans.alone(plan), c.select.keep))
+def rows_of(c: Config, plan: Plan, part: Objective) -> int:
+    """The rows of one prompt that a part of the objective learns from, at most: the selected images count as as many
+    starts of one route."""
+    rows = part.rows(plan, c.seeds)
+    return rows if c.select is None else min(rows, part.rows(plans.alone(plan), c.select.keep))
 
 
 def extended(c: Config, plan: Plan) -> tuple[int, int, int]:

@@ -248,7 +248,7 @@ def _check_ranks(c: Config, ranks: Ranks) -> None:
         uneven = {
             "extend": c.extend is not None,
             "plan": c.plan.uneven,
-            "objective": not c.objective.stochastic,
+            "objective": not c.objective.even,
             "records": bool(c.records),
         }
         _refuse(c, uneven | memory, "a sharded network (FSDP2)")

@@ -61,7 +61,29 @@ def drawn(number: int, files: Files) -> dict[str, Any]:
     _learning(c, r, may, mostly)
     _record(c, r, may, mostly)
     _spending(c, random.Random(number + 0.5))  # of another seed, so that all else stays
+    _graded(c, random.Random(number + 0.25))
     return c
+
+
+def _graded(c, r) -> None:
+    """Some learn through the reward, alone or in a sum."""
+    if "records" in c or r.random() > 0.15:
+        return
+    ways = ["sparse", {"type": "last", "steps": r.choice([1, 2, 9])}, {"type": "jump", "after": 0.5}, "low_variance"]
+    part = {"type": "backprop", "way": r.choice([{"type": "sparse", "steps": 2}, *ways]), "pull": r.choice([0.0, 0.1])}
+    part |= {"recompute": r.random() < 0.3} | ({"ceiling": r.choice([0.1, -1.0, 9.0])} if r.random() < 0.3 else {})
+    if r.random() < 0.6:
+        parts = r.choice([[c["objective"], part], [part, c["objective"]], [c["objective"], part, "rft"]])
+        c["objective"] = {"type": "sum", "parts": parts, "weights": r.choice([[1.0, 0.5], [0.0, 1.0], [1.0] * 3, []])}
+    else:
+        c["objective"] = part
+        for name in ("credit", "loss", "advantage", "mask", "max_kl", "region", "region_grid"):
+            c.pop(name, None)
+    if r.random() < 0.9:
+        c |= {"rewards": {"smooth:Smooth.red": 1.0}, "combine": "sum"}
+        c.pop("at_least", None)
+        c.pop("keep_best", None)
+    _settings(c)
 
 
 def _spending(c, r) -> None:

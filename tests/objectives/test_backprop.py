@@ -1,18 +1,21 @@
 """Back-propagation of a reward: each way's gradient against closed forms, autograd and finite differences, and runs."""
 
+import json
 from itertools import combinations, pairwise, permutations
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from run_config import cut_off, rows, run
 from safetensors.torch import load_file
+from smooth import Smooth
 
 from mmalign import policy as policies
 from mmalign.checks import estimate
 from mmalign.config import load as configs
 from mmalign.config.methods import described
-from mmalign.errors import BadInput
+from mmalign.errors import BadInput, Failed
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
 from mmalign.learn.update import update
@@ -126,7 +129,7 @@ def test_all_steps_without_chained_jacobians(correct):
     """With all steps c is 1, whatever its share."""
     result, batch, _ = gradient(Backprop(Sparse(steps=4, correct=correct), pull=0.0))
     assert batch.weight.tolist() == [1.0] * 6
-    factor = ((batch.s - batch.t) * slope(batch.t)).sum(1)
+    factor = (batch.b * slope(batch.t)).sum(1)
     expected = (towards(batch.end) * factor[:, None, None, None]).mean(0)
     torch.testing.assert_close(result, expected.flatten(), rtol=1e-5, atol=1e-8)
 
@@ -259,10 +262,28 @@ def test_the_pull_is_that_of_fixed_states(way):
 
 def test_an_image_that_cannot_be_scored_in_the_graph_is_left_out():
     alone, *_ = gradient(Backprop(Last(), pull=0.0), texts=("0.5",))
-    both, batch, statistics = gradient(Backprop(Last(), pull=0.0), scorer=Quadratic(unknown=1))
-    assert len(batch) == 6
+    changed = context(Backprop(Last(), pull=0.0), scorer=Quadratic(unknown=1))
+    both, batch, statistics = gradient(None, changed=changed)
+    graph = changed[0].rewards.graph
+    assert (len(batch), graph.images, graph.scores, len(graph.failures)) == (6, 6, 6, 3)
+    assert {*graph.failures.values()} == {"a:Quadratic: an unknown prompt"}
     torch.testing.assert_close(both, alone / 2, rtol=1e-5, atol=1e-9)
     assert statistics["graded"] == 0.5
+
+
+def test_failures_in_the_graph_are_counted_and_too_many_end_the_run_with_a_reason(settings, monkeypatch):
+    def unread(self, images, prompts):
+        if prompts[0].text != first:
+            raise ValueError("it cannot\nbe read")
+        return self._values(images)
+
+    first = json.loads(Path(settings["prompts"]).read_text().splitlines()[0])["prompt"]
+    monkeypatch.setattr(Smooth, "in_graph", unread)
+    settings = backprop(settings, "jump", prompts_per_iteration=4, iterations=1, micro_batch=1)
+    [row] = rows(run(settings, max_failed=0.75) / "metrics.jsonl")
+    assert (row["failed"], row["rewards_in_graph"], row["failed_in_graph"], row["graded"]) == (0, 8, 6, 0.25)
+    with pytest.raises(Failed, match=r"6 of 8 images could not be scored .*: smooth:Smooth: it cannot be read"):
+        run(settings, out=settings["out"] + "2")
 
 
 def test_an_image_without_a_score_gives_no_row():
@@ -386,7 +407,6 @@ def test_a_way_is_described_with_its_settings():
     ("changed", "reason"),
     [
         ({"rewards": {"jpeg_size.kilobytes": 1.0}}, "rewards: objective: backprop: jpeg_size has no gradients"),
-        ({"plan": "sde"}, "plan: sde draws noise; objective: backprop needs plan: ode"),
         ({"combine": "mrn"}, "combine: mrn: objective: backprop needs combine: sum"),
         ({"credit": "terminal"}, "credit does not act with objective: backprop"),
         ({"objective": {"type": "backprop", "way": {"type": "last", "steps": 5}}}, "way: steps: 5 of the 4 steps"),

@@ -30,6 +30,11 @@ class Mix(Credit):
             raise ValueError(f"a sum needs credits and a weight for each, got {len(self.parts)}, {len(self.weights)}")
 
     @property
+    def weighted(self) -> list[tuple[Credit, float | Ramp]]:
+        """The parts with their weights."""
+        return [*zip(self.parts, self.weights, strict=True)]
+
+    @property
     def dense(self) -> bool:
         return any(part.dense for part in self.parts)
 
