@@ -141,7 +141,9 @@ class Trajectories:
 
     `x [N, T+1, C, h, w]` are the states, fp32, rounded to the storage type before anything is computed from them;
     `mean [N, T, C, h, w]` the mean of the Gaussian that each next state was drawn from; `finals [E, C, h, w]` the
-    finished latents. Means instead of log-densities, because a ratio of nearly equal densities is exact in the
+    finished latents. `features [N, T, F]`, on the CPU, are what the network made of each state but the last, where they
+    were asked for; 0 once a trajectory is finished.
+    Means instead of log-densities, because a ratio of nearly equal densities is exact in the
     difference of their means and mostly rounding in the difference of their logarithms.
     """
 
@@ -151,6 +153,7 @@ class Trajectories:
     x: Float[Tensor, "N states C h w"]
     mean: Float[Tensor, "N T C h w"]
     finals: Float[Tensor, "E C h w"]
+    features: Float[Tensor, "N T F"] | None = None
 
 
 def over(mask: Shaped[Tensor, "*rows"], values: Shaped[Tensor, "*rows_and_cells"]) -> Shaped[Tensor, "*rows_and_ones"]:
@@ -164,13 +167,15 @@ class Judgement:
     does or scoring failed; the last column is the finished image. It may be a map, `[N, T+1, a, b]`: a reward per
     position, NaN without an opinion. `parts` holds each component's raw score of the finished images; `regions [E, a,
     b]` the credit in [-1, 1] per position of each image, `marks` the regions behind it. `failures`: reasons by
-    image."""
+    image. `values`: what a value head expects of each state but the last, as a difference from the mean reward of its
+    group; NaN at steps where it is not to be trusted."""
 
     reward: Float[Tensor, "N states *cells"]
     parts: dict[str, Float[Tensor, "N"]]
     regions: Float[Tensor, "E a b"] | None = None
     marks: "Marks | None" = None
     failures: Mapping[int, str] = field(default_factory=dict)
+    values: Float[Tensor, "N T"] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,5 +8,6 @@ frozen dataclass with its settings that derives from `mmalign.credit.groups.Cred
 from mmalign.credit.branch import Branch
 from mmalign.credit.gain import Gain
 from mmalign.credit.terminal import Terminal
+from mmalign.credit.value import Value
 
-CREDITS = (Terminal, Branch, Gain)
+CREDITS = (Terminal, Branch, Gain, Value)

@@ -55,6 +55,14 @@ class ZImagePolicy(PipelinePolicy):
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"tokens": (LENGTH, self.pipe.transformer.config.cap_feat_dim), "mask": (LENGTH,)}
 
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.pipe.transformer.layers
+
+    def tokens(self, output: Tensor) -> list[Tensor]:
+        """The image's tokens are before the text's, in one sequence."""
+        _, high, wide = self.latent_shape
+        return [output[:, : high * wide // 4]]
+
     def network(self, x: Tensor, t: Tensor, embeds: dict[str, Tensor]) -> Tensor:
         tokens, mask = embeds["tokens"], embeds["mask"].bool()
         rows = [row[valid] for row, valid in zip(tokens, mask, strict=True)]
