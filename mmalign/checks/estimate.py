@@ -51,6 +51,7 @@ def estimate(c: Config, gpus: int = 1) -> dict:
     steps = c.epochs * min(c.minibatches, whole.rows)
     totals = [total(costs, groups) for groups in groups_at(c, batches, gpus)]
     trained = [p.numel() for p in policy.parameters()]
+    head = footprint.values(c, policy, plans.values())
     return {
         "model": c.model,
         "plan": planning.describe(c, whole),
@@ -65,7 +66,7 @@ def estimate(c: Config, gpus: int = 1) -> dict:
         "refreshes": refreshes(c, policy.true_guidance),
         "parameters": parts | {"adapter": sum(trained)},
         "memory": footprint.memory(c, policy, plans.values(), shares(c, gpus)[0], parts, sum(trained), len(prompts)),
-        "disk": footprint.disk(c, len(held_out), policy.image_size, trained),
+        "disk": footprint.disk(c, len(held_out), policy.image_size, trained, head),
     }
 
 

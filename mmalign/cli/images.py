@@ -58,6 +58,10 @@ Keep = Annotated[
     int | None, reward_option(min=1, help="with --best: how many seeds of a prompt continue after --after steps")
 ]
 After = Annotated[int | None, reward_option(min=1, help="with --keep: steps before the other seeds are pruned")]
+Value = Annotated[
+    Path | None,
+    reward_option(help="with --keep: a run with credit value, whose value head chooses instead of predicted images"),
+]
 Folder = Annotated[Path, output_option(help="folder for the PNG files")]
 
 HeldOut = Annotated[str, prompt_option(help=PROMPTS)]
@@ -91,6 +95,7 @@ def sample(
     settings: ScorerSettings = None,
     keep: Keep = None,
     after: After = None,
+    value: Value = None,
     out: Folder = Path("samples"),
     batch: Batch = 64,
     allow: Allow = None,
@@ -101,6 +106,8 @@ def sample(
 
     wanted = read_prompts(prompt, prompts)
     _check(adapter, strength, boxes, edge, best, len(seeds), keep, after, steps)
+    if value is not None and keep is None:
+        raise BadInput("--value chooses which seeds continue; give --best scorer.component --keep N --after STEPS")
     scorers, guide = _best_and_toward(best, toward, push, since, settings)
     with output.progressing():
         policy = load_policy(model, guidance, adapter)
@@ -108,7 +115,9 @@ def sample(
         if best is None:
             rows = _sample(policy, wanted, seeds, steps, out, batch, _velocity(policy, strength, boxes, edge), guide)
         else:
-            top = best_of_n(policy, wanted, best, seeds, steps, keep, after, scorers=scorers, batch=batch, toward=guide)
+            top = best_of_n(
+                policy, wanted, best, seeds, steps, keep, after, scorers=scorers, batch=batch, toward=guide, value=value
+            )
     if best is None:
         output.show(rows, as_json, f"{len(rows)} images in {out}")
     else:

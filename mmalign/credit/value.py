@@ -47,7 +47,7 @@ class Value(Credit):
     blocks: Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(1)] | None = None
     width: Annotated[int, Ge(1), Le(4096)] = 64
     replay: Annotated[int, Ge(0), Le(1000)] = 8
-    passes: Annotated[int, Ge(1), Le(1000)] = 2
+    passes: Annotated[int, Ge(1), Le(1000)] = 1
     learning_rate: Annotated[float, Gt(0)] = 1e-3
     type = "value"
     observes = True
@@ -65,7 +65,7 @@ class Value(Credit):
             if not bool(rows.any()):
                 continue
             advantage[rows, k] = normalise(credit[rows, k], tree.prompt[rows], units.of(rows.nonzero()[:, 0]))
-        return torch.where(as_grid(valued), as_grid(advantage), terminal)
+        return torch.where(valued[:, :, None, None], as_grid(advantage), terminal)
 
 
 def traced(tree: Tree, judged: Judgement, trace: float) -> tuple[Float[Tensor, "N T"], Bool[Tensor, "N T"]]:

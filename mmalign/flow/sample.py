@@ -73,7 +73,7 @@ def sample(
         velocities, noted = [], []
         for i in rows.split(batch):
             velocities.append(velocity(x[i], routes.t[i, k], cond, prompt[i]).float())
-            noted += [] if features is None else [features(len(i))]
+            noted += [] if features is None else [features(len(i)).cpu()]
         v = torch.cat(velocities)
         if features is not None:
             each = torch.cat(noted)

@@ -123,7 +123,7 @@ class Family(ABC):
     def network(self, x: Tensor, t: Tensor, embeds: dict[str, Tensor]) -> Tensor:
         """The velocity at latents `x [M, C, h, w]` and times `t [M]` in [0, 1], with a row of embeddings each."""
 
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> nn.ModuleList:
         """The blocks of the network whose output has tokens of the image."""
         return self.pipe.transformer.transformer_blocks
 

@@ -166,7 +166,7 @@ class PipelinePolicy(Family):
 
         hooks = [every[number].register_forward_hook(partial(note, number)) for number in numbers]
         try:
-            yield lambda rows: torch.cat([pooled[number][-rows:] for number in numbers], 1).cpu()
+            yield lambda rows: torch.cat([pooled[number][-rows:] for number in numbers], 1)
         finally:
             for hook in hooks:
                 hook.remove()

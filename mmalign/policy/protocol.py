@@ -112,7 +112,7 @@ class Attributing(Protocol):
 @runtime_checkable
 class Observable(Protocol):
     """Shows what its network makes of states, at no forward more: within the block, `features(M)` are those of the `M`
-    rows of the last velocity, on the CPU. They depend on a row's latent, time and prompt alone. `blocks` numbers the
+    rows of the last velocity. They depend on a row's latent, time and prompt alone. `blocks` numbers the
     blocks of the network that they come from, None for the middle one. ValueError where there is no such block."""
 
     def observed(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmalign.policy.family import chat, ragged
 from mmalign.policy.pipeline import PipelinePolicy
@@ -55,7 +55,7 @@ class ZImagePolicy(PipelinePolicy):
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"tokens": (LENGTH, self.pipe.transformer.config.cap_feat_dim), "mask": (LENGTH,)}
 
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> nn.ModuleList:
         return self.pipe.transformer.layers
 
     def tokens(self, output: Tensor) -> list[Tensor]:

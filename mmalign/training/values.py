@@ -1,33 +1,39 @@
 """A value head: what image a state will become, by features that the rollout's forwards compute anyway.
 
-The head regresses the reward of the finished image, centred in its group, on the features of each state on the way to
-it, with a spread that depends on the time: `L = (R - u)^2 / (2 s^2) + log s` with `s^2 = a t + b`, a and b learnt
-(DiNa-LRM's noise-dependent variance, arXiv 2602.11146). Early states say little, and so count little.
+The head regresses the reward of the finished image on the features of each state on the way to it, both as differences
+from the mean of their group at that step, with a spread that depends on the time: `L = (R - u)^2 / (2 s^2) + log s`,
+`s^2 = a t + b`, a and b learnt (DiNa-LRM's noise-dependent variance, arXiv 2602.11146). Early states say little, and so
+count little. Centred, a prompt's features, which all of its images share, can explain nothing; uncentred, the head
+learns training prompts by heart. A third of the features is hidden from it at random while it learns.
 
 Each iteration is judged before the head learns from it: what it explains of rewards is measured on trajectories that it
-has not seen, all of them. The global batch is gathered, and every rank fits the same head to it.
+has not learnt from, all of them, so that no group has to be held out. The global batch is gathered, and every rank fits
+the same head to it.
 """
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmalign.credit.groups import dead, group_mean
 from mmalign.credit.value import Value
 from mmalign.distributed.processes import Ranks
+from mmalign.errors import BadInput
 from mmalign.policy.protocol import Observable
-from mmalign.runs import optimizer_state
+from mmalign.runs import adapters, optimizer_state, state as states
 from mmalign.seeds import seed_of
-from mmalign.types import Judgement, Trajectories, Tree
+from mmalign.types import Judgement, Rows, Trajectories, Tree
 
 KEPT = 0.9  # of the running sums of explained variance, per iteration
 LEAST = 1e-3  # of s^2, in units of the reward's variance within groups
-BATCH = 256  # states of an optimiser step
-NONNEGATIVE = ("count", "square", "variance", "left", "total", "t", "exp_avg_sq", "step")
+BATCH = 24  # groups of states of an optimiser step: siblings at one step
+HIDDEN = 0.3  # share of the features, and of the hidden layer, that is hidden in a fit
+NONNEGATIVE = ("count", "square", "variance", "left", "total", "t", "group", "exp_avg_sq", "step")
 DECAY = 0.1  # weight decay
 
 
@@ -57,6 +63,14 @@ class Head(nn.Module):
         """The features that it reads (`mmalign.policy.protocol.Observable`)."""
         return policy.observed(self.blocks)
 
+    def check(self, policy: Any) -> None:
+        """ValueError unless the policy shows the features that it reads."""
+        if not isinstance(policy, Observable):
+            raise ValueError(f"a {type(policy).__name__} shows no features (observed), which a value head reads")
+        width = width_of(policy, self.blocks)
+        if width != len(self.mean):
+            raise ValueError(f"the value head reads {len(self.mean)} features, and this model shows {width}")
+
     def standardise(self, features: Float[Tensor, "M F"], target: Float[Tensor, "M"]) -> None:
         """Move mean and spread of features, and the spread of rewards, to those of all states so far."""
         count = self.count + len(features)
@@ -68,31 +82,45 @@ class Head(nn.Module):
             kept.mul_(self.count / count).add_(values / count)
         self.count.copy_(count)
 
-    def forward(self, features: Float[Tensor, "M F"], t: Float[Tensor, "M"]) -> Float[Tensor, "M"]:
-        """The expected difference from the group's mean reward, in units of `unit`."""
+    def forward(
+        self, features: Float[Tensor, "M F"], t: Float[Tensor, "M"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "M"]:
+        """What is expected, in units of `unit`; with a generator some features are hidden at random."""
         spread = (self.square - self.mean**2).clamp(min=1e-12).sqrt()
-        x = ((features.double() - self.mean) / spread).float().clamp(-10, 10)
-        return self.out(nn.functional.silu(self.hidden(torch.cat([x, t[:, None]], 1))))[:, 0]
+        x = hidden(((features.double() - self.mean) / spread).float().clamp(-10, 10), generator)
+        y = nn.functional.silu(self.hidden(torch.cat([x, t[:, None]], 1)))
+        return self.out(hidden(y, generator))[:, 0]
 
     @torch.no_grad()
     def value(self, features: Float[Tensor, "M F"], t: Float[Tensor, "M"]) -> Float[Tensor, "M"]:
-        """The expected difference from the group's mean reward."""
+        """What is expected, in the reward's unit, up to a number that the images of a prompt share."""
         return self(features, t) * self.unit
 
-    def loss(self, features: Float[Tensor, "M F"], t: Float[Tensor, "M"], target: Float[Tensor, "M"]) -> Tensor:
+    def loss(self, states: "States", generator: torch.Generator) -> Tensor:
         """The mean negative log-likelihood of rewards in units of `unit`."""
         a, b = nn.functional.softplus(self.spread)
-        variance = a * t + b + LEAST
-        return ((target - self(features, t)).square() / variance + variance.log()).mean() / 2
+        variance = a * states.t + b + LEAST
+        u = self(states.features, states.t, generator)
+        u = u - group_mean(u, states.group)
+        return ((states.target / self.unit - u).square() / variance + variance.log()).mean() / 2
+
+
+def hidden(x: Float[Tensor, "M F"], generator: torch.Generator | None) -> Float[Tensor, "M F"]:
+    """Numbers of which a share is hidden (dropout)."""
+    if generator is None:
+        return x
+    return x * (torch.rand(x.shape, generator=generator) >= HIDDEN) / (1 - HIDDEN)
 
 
 @dataclass(frozen=True)
-class States:
-    """States on the way to images with a reward: features, times, and the reward's difference from its group's mean."""
+class States(Rows):
+    """States on the way to images with a reward: features, times, the reward's difference from its group's mean, and
+    the `group`, whose members are siblings at one step."""
 
     features: Float[Tensor, "M F"]
     t: Float[Tensor, "M"]
     target: Float[Tensor, "M"]
+    group: Int[Tensor, "M"]
 
 
 class Values:
@@ -119,11 +147,11 @@ class Values:
     ) -> tuple[Float[Tensor, "N T"], dict[str, float]]:
         """The values of an iteration's trajectories, NaN where they are not to be trusted, and a row for the metrics;
         then learn from them."""
-        values = self._values(tree, features)
+        reward = judged.reward[:, -1]
+        values = self._values(tree, features, reward)
         trusted = self.explained > self.settings.floor
         if iteration < self.settings.warmup:
             trusted = torch.zeros_like(trusted)
-        reward = judged.reward[:, -1]
         target = reward - group_mean(reward, tree.prompt)
         self._measure(tree, values, target)
         row = {f"value/explained/{k}": float(share) for k, share in enumerate(self.explained)}
@@ -135,12 +163,16 @@ class Values:
         shown[:, :width] = torch.where(trusted, values[:, :width], torch.nan)
         return shown, row
 
-    def _values(self, tree: Tree, features: Float[Tensor, "N T F"]) -> Float[Tensor, "N T"]:
-        return self.head.value(features.flatten(0, 1), tree.t[:, :-1].flatten()).view(features.shape[:2])
+    def _values(self, tree: Tree, features: Float[Tensor, "N T F"], reward: Float[Tensor, "N"]) -> Float[Tensor, "N T"]:
+        """What the head expects of each state, as a difference from its group's mean at that step."""
+        t = tree.t[:, :-1]
+        values = self.head.value(features.flatten(0, 1), t.flatten()).view(t.shape)
+        values = values.masked_fill(reward.isnan()[:, None] | (t == 0), torch.nan)
+        return values - group_mean(values, tree.prompt)
 
     def _measure(self, tree: Tree, values: Float[Tensor, "N T"], target: Float[Tensor, "N"]) -> None:
         for k in range(len(self.total)):
-            rows = (tree.t[:, k] > 0) & ~target.isnan()
+            rows = ~values[:, k].isnan()
             for sums, off in ((self.left, target[rows] - values[rows, k]), (self.total, target[rows])):
                 sums[k] = KEPT * sums[k] + off.double().square().sum()
 
@@ -149,16 +181,16 @@ class Values:
     ) -> dict[str, float]:
         """Fit the head to the states of this iteration and of those before."""
         rows, steps = ((tree.t[:, :-1] > 0) & ~target[:, None].isnan()).nonzero(as_tuple=True)
-        states = States(features[rows, steps], tree.t[rows, steps], target[rows])
-        self.head.standardise(states.features, states.target)
-        every = [*self.past, states]
-        x, t, y = (torch.cat([getattr(each, name) for each in every]) for name in ("features", "t", "target"))
-        y = y / self.head.unit
+        group = tree.prompt[rows] * tree.steps + steps
+        now = States(features[rows, steps], tree.t[rows, steps], target[rows], group)
+        self.head.standardise(now.features, now.target)
+        every = [*self.past, now]
+        blocks = [(states, number) for states in every for number in states.group.unique().tolist()]
         generator = torch.Generator().manual_seed(seed_of(self.seed, "value head", iteration))
         losses = []
         for _ in range(self.settings.passes):
-            for part in torch.randperm(len(y), generator=generator).split(BATCH):
-                loss = self.head.loss(x[part], t[part], y[part])
+            for part in torch.randperm(len(blocks), generator=generator).split(BATCH):
+                loss = self.head.loss(_together([blocks[i] for i in part.tolist()]), generator)
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
@@ -172,8 +204,8 @@ class Values:
         """All of its state, by name."""
         row = {f"head.{name}": value for name, value in self.head.state_dict().items()}
         row |= {f"optimizer.{name}": value for name, value in optimizer_state.tensors(self.optimizer).items()}
-        for i, states in enumerate(self.past):
-            row |= {f"past.{i}.{name}": value for name, value in vars(states).items()}
+        for i, past in enumerate(self.past):
+            row |= {f"past.{i}.{name}": value for name, value in vars(past).items()}
         return row | {"left": self.left, "total": self.total}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -189,12 +221,20 @@ class Values:
             rows = len(tensors.get(f"past.{i}.t", torch.zeros(0)).flatten())
             shapes = {"features": (rows, len(self.head.mean)), "t": (rows,), "target": (rows,)}
             expected |= {f"past.{i}.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+            expected[f"past.{i}.group"] = torch.zeros(rows, dtype=torch.long)
         check(tensors, expected)
         self.head.load_state_dict(_under("head.", tensors))
         optimizer_state.load(self.optimizer, _under("optimizer.", tensors))
-        names = ("features", "t", "target")
+        names = ("features", "t", "target", "group")
         self.past = [States(*(tensors[f"past.{i}.{name}"].clone() for name in names)) for i in range(past)]
         self.left, self.total = tensors["left"].clone(), tensors["total"].clone()
+
+
+def _together(blocks: list[tuple[States, int]]) -> States:
+    """The states of some groups, numbered anew."""
+    parts = [states[states.group == number] for states, number in blocks]
+    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("features", "t", "target")}
+    return States(**columns, group=torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts])))
 
 
 def _moments(values: Values) -> dict[str, Tensor]:
@@ -231,6 +271,18 @@ def saved_head(tensors: dict[str, Tensor], settings: Value) -> Head:
     check(state, head.state_dict())
     head.load_state_dict(state)
     return head
+
+
+def read(run: Path) -> Head:
+    """The head of a run's newest checkpoint, or of one of its checkpoints. BadInput where it has none."""
+    c, path = adapters.saved(run)
+    if c.credit is None or not c.credit.observes:
+        raise BadInput(f"{run}: a run with credit: value is needed, whose checkpoints have a value head")
+    tensors, _ = states.read(path)
+    try:
+        return saved_head(tensors.get("values", {}), c.credit)
+    except ValueError as error:
+        raise states.refused(path / "values.safetensors", str(error)) from None
 
 
 def opened(c: Any, policy: Any) -> Values | None:
