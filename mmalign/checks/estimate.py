@@ -15,6 +15,7 @@ from mmalign.data import prompts as prompt_files
 from mmalign.data.prompts import PromptBatches
 from mmalign.errors import BadInput
 from mmalign.policy import meta
+from mmalign.rewards import self_reward
 from mmalign.run import in_between
 from mmalign.training import planning
 from mmalign.training.planning import Cost
@@ -130,7 +131,7 @@ def evaluations(c: Config, held_out: list[Prompt], guided: bool) -> dict[str, in
     return {
         "evaluations": between + (2 if held_out else 0),
         "decodes": images,
-        "forwards": images * c.eval_steps * (2 if guided else 1),
+        "forwards": images * (c.eval_steps * (2 if guided else 1) + self_reward.forwards(c, (*c.trained, *c.watch))),
         "rewards": images * scorers,
     }
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from mmalign.config.methods import named
 from mmalign.config.secrets import secret_in
+from mmalign.rewards import self_reward
 from mmalign.rewards.refresh import REFITTED
 from mmalign.sampling.kernels import FlowSde
 from reward_models.combine import Ramp
@@ -160,6 +161,8 @@ def _refresh(c: BaseModel) -> None:
 
 
 def _schedule(c: BaseModel) -> None:
+    if c.rollout_parts > 1 and self_reward.opened(c):
+        raise ValueError("rollout_parts: scorer self takes the network that samples meanwhile; remove rollout_parts")
     if c.rollout_parts > c.prompts_per_iteration:
         raise ValueError(f"rollout_parts: {c.rollout_parts} of {c.prompts_per_iteration} prompts; each part needs one")
     if c.warmup + c.cooldown > c.iterations:

@@ -66,8 +66,13 @@ class GaussianFlow:
         self, x: Latents, t: Float[Tensor, "M"], cond: Float[Tensor, "P"], index: Int[Tensor, "M"]
     ) -> Float[Tensor, "M h w"]:
         """The empty prompt stands for a mean of 0; a prompt moves all positions by the same amount."""
-        empty = self.velocity(x, t, torch.zeros_like(cond), index)
-        return (self.velocity(x, t, cond, index) - empty).norm(dim=1)
+        empty, wanted = self.velocities(x, t, cond, index)
+        return (wanted - empty).norm(dim=1)
+
+    def velocities(
+        self, x: Latents, t: Float[Tensor, "M"], cond: Float[Tensor, "P"], index: Int[Tensor, "M"]
+    ) -> tuple[Latents, Latents]:
+        return self.velocity(x, t, torch.zeros_like(cond), index), self.velocity(x, t, cond, index)
 
     @contextmanager
     def observed(self, blocks: Sequence[int] | None = None) -> Iterator[Callable[[int], Float[Tensor, "M F"]]]:
@@ -92,8 +97,8 @@ class GaussianFlow:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        self.enabled = False
+        before, self.enabled = self.enabled, False
         try:
             yield
         finally:
-            self.enabled = True
+            self.enabled = before

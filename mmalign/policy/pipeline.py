@@ -138,14 +138,14 @@ class PipelinePolicy(Family):
         if not self.true_guidance:
             self.counts["forwards"] += len(x)
             return self.network(x, t, {name: value[index] for name, value in cond.prompts.items()})
-        return self.guided(*self._both(x, t, cond, index))
+        return self.guided(*self.velocities(x, t, cond, index))
 
     @torch.no_grad()
     def prompt_effect(
         self, x: Latents, t: Float[Tensor, "M"], cond: Conditioning, index: Int[Tensor, "M"]
     ) -> Float[Tensor, "M h w"]:
         """How far the prompt moves the velocity at each position: its distance from that of the empty prompt."""
-        empty, wanted = self._both(x, t, cond, index)
+        empty, wanted = self.velocities(x, t, cond, index)
         return (wanted - empty).float().norm(dim=1)
 
     @contextmanager
@@ -171,7 +171,7 @@ class PipelinePolicy(Family):
             for hook in hooks:
                 hook.remove()
 
-    def _both(self, x: Latents, t: Tensor, cond: Conditioning, index: Tensor) -> tuple[Tensor, Tensor]:
+    def velocities(self, x: Latents, t: Tensor, cond: Conditioning, index: Tensor) -> tuple[Tensor, Tensor]:
         """The velocities of the empty prompt and of the prompt, at two forwards a row."""
         self.counts["forwards"] += 2 * len(x)
         rows = {name: value[index] for name, value in cond.prompts.items()}

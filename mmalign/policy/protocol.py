@@ -121,6 +121,15 @@ class Observable(Protocol):
 
 
 @runtime_checkable
+class Contrasting(Protocol):
+    """Gives the velocities of the empty prompt and of the prompt, without guidance, at two forwards a row."""
+
+    def velocities(
+        self, x: Latents, t: Float[Tensor, "M"], cond: Any, index: Int[Tensor, "M"]
+    ) -> tuple[Latents, Latents]: ...
+
+
+@runtime_checkable
 class MayBeDistilled(Protocol):
     """Says by what it is known that the model was distilled to a few steps, None where nothing says so."""
 

@@ -13,6 +13,7 @@ from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.flow import plan as plans
 from mmalign.policy.protocol import Policy, two_forwards
+from mmalign.rewards import self_reward
 from mmalign.seeds import seed_of
 from mmalign.training import noise_calibration
 from mmalign.types import Kernel, Plan
@@ -63,8 +64,9 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     prepared = c.objective.prepared(c.epochs * c.minibatches) * halves
     before = prepared + (0 if c.mask is None else c.mask.forwards)
     shown = images + rows * c.objective.decoded * c.epochs
+    forwards = forwards * halves + images * self_reward.forwards(c, c.trained)
     return Cost(
-        forwards * halves + before * rows, rows * passes * c.epochs * halves, rows, shown, images * len(c.trained),
+        forwards + before * rows, rows * passes * c.epochs * halves, rows, shown, images * len(c.trained),
     )  # fmt: skip
 
 

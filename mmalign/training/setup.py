@@ -29,6 +29,7 @@ from mmalign.policy.protocol import (
     SavesMemory,
     Trainable,
 )
+from mmalign.rewards import self_reward
 from mmalign.rewards.rewards import Rewards
 from mmalign.seeds import seed_of
 from mmalign.training import planning, refit as refits, values
@@ -65,8 +66,11 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
         raise BadInput(f"compile: credit: {named(c.credit)} reads features, which a compiled network does not show")
     prompts = _prompts(None if c.records else c.prompts, given.prompts)
     with refusing(), doing("loading model and scorers"):
-        scorers = load_scorers(c, c.judging, given.scorers)
+        by_policy = self_reward.opened(c)
+        scorers = load_scorers(c, c.judging, {**by_policy, **given.scorers})
         policy, weights = load_policy(c, str(ranks.accelerator.device), given.policy)
+        for scorer in by_policy.values():
+            scorer.bind(policy)
         known = reference.load(c, weights, scorers) if c.reference else None
         rule = c.combine.opened([*c.rewards], {name: scorer.card.version for name, scorer in scorers.items()})
         records = judged_images.read(locate(c.records), policy.image_size) if c.records else None
@@ -251,6 +255,8 @@ def _check_ranks(c: Config, ranks: Ranks) -> None:
             )
         uneven = {"plan": c.plan.uneven, "objective": not c.objective.stochastic, "records": bool(c.records)}
         uneven["credit"] = c.credit is not None and c.credit.observes
+        if self_reward.opened(c):
+            raise BadInput("rewards: self does not go with a sharded network (FSDP2)")
         _refuse(c, uneven | memory, "a sharded network (FSDP2)")
     if ranks.zero:
         _refuse(c, memory | {"optimizer": c.optimizer != "adamw"}, "DeepSpeed")

@@ -133,9 +133,9 @@ def fitted(iterations=12, seed=0, reward=None, **settings):
 
 
 def test_the_head_learns_to_tell_the_reward_and_late_states_best():
-    values, judged = fitted()
+    values, judged = fitted(20, passes=4)
     explained = values.explained
-    assert float(explained[-1]) > 0.8
+    assert float(explained[-1]) > 0.5  # of 0.96, what the state at t = 1/6 tells of the mean of its image
     assert bool((explained[1:] > explained[:-1]).all())
     assert bool(judged[0][0].isnan().all())  # warm-up
     trusted = ~judged[-1][0].isnan()
@@ -211,16 +211,6 @@ def test_a_saved_head_is_that_head_and_a_forged_one_is_refused():
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-class Even:
-    """Every image is as good as any other."""
-
-    names = ("same",)
-    card = Card("even")
-
-    def __call__(self, images, prompts):
-        return Scores(self.names, torch.zeros(len(images), 1))
-
-
 def test_a_run_takes_no_more_than_terminal_credit_and_resumes_to_the_bit(settings, tmp_path):
     out = run(settings, **RUN, iterations=4, checkpoint_every=2, out=str(tmp_path / "whole"))
     plain = rows(
@@ -246,7 +236,9 @@ def test_a_run_takes_no_more_than_terminal_credit_and_resumes_to_the_bit(setting
 
 
 def test_a_run_whose_rewards_are_constant_is_that_of_terminal_credit(settings, tmp_path):
-    same = dict(rewards={"test_value:Even.same": 1.0}, held_out=None, iterations=2, checkpoint_every=2, max_failed=1.0)
+    same = dict(
+        rewards={"odd_scorers:Constant.mean": 1.0}, held_out=None, iterations=2, checkpoint_every=2, max_failed=1.0
+    )
     one, two = (
         checkpoint.read(run(settings, **RUN | same | {"credit": c}, out=str(tmp_path / n)) / "checkpoints/000002")[0]
         for n, c in (("value", RUN["credit"]), ("terminal", "terminal"))
