@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python scripts/value_head.py --iterations 40 --out runs/value_head.json
 
 The embedded model draws SDE trajectories of training captions, and the head of `credit: value` learns from them as in a
-run, but for the adapter, which stays as it is. Then trajectories of held-out captions are judged at every state: by the
+run; the adapter is not trained. Then trajectories of held-out captions are judged at every state: by the
 head, and by the image that the velocity points at, which is decoded and scored by `shapes` and `clip.cosine`.
 
 - explained: 1 - sum (R - u)^2 / sum R^2, of R and u the differences from their means over the caption's images; of a
@@ -28,7 +28,7 @@ from mmalign.rewards.judge import score
 from mmalign.training import setup
 from mmalign.training.rollout import Rollout, judged, rolled_out, sample_and_score
 from mmalign.training.session import Session
-from reward_models import Prompt
+from reward_models import Prompt, files
 
 SETTINGS = [
     "objective=grpo",
@@ -113,7 +113,7 @@ def main(
         print(json.dumps({key: round(value, 3) for key, value in row.items()}), flush=True)
     print(f"{len(rollout.prompts)} captions, {len(reward)} trajectories, seed {seed}")
     if out is not None:
-        out.write_text(json.dumps(rows, indent=1) + "\n")
+        files.replace(out, (json.dumps(rows, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -74,12 +74,12 @@ class Head(nn.Module):
     def standardise(self, features: Float[Tensor, "M F"], target: Float[Tensor, "M"]) -> None:
         """Move mean and spread of features, and the spread of rewards, to those of all states so far."""
         count = self.count + len(features)
-        for kept, values in (
+        for running, values in (
             (self.mean, features.double().sum(0)),
             (self.square, features.double().square().sum(0)),
             (self.variance, target.double().square().sum()),
         ):
-            kept.mul_(self.count / count).add_(values / count)
+            running.mul_(self.count / count).add_(values / count)
         self.count.copy_(count)
 
     def forward(
@@ -124,7 +124,7 @@ class States(Rows):
 
 
 class Values:
-    """The head of a run, its optimiser, the `past` states that it learns from again, and by step the running sums of
+    """The head of a run, its optimiser, the `past` states that are learnt from again, and by step the running sums of
     squares that it has left unexplained and that there were."""
 
     def __init__(self, settings: Value, features: int, steps: int, seed: int):
@@ -231,7 +231,7 @@ class Values:
 
 
 def _together(blocks: list[tuple[States, int]]) -> States:
-    """The states of some groups, numbered anew."""
+    """The states of some groups, numbered through."""
     parts = [states[states.group == number] for states, number in blocks]
     columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("features", "t", "target")}
     return States(**columns, group=torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts])))
