@@ -142,7 +142,7 @@ def test_the_head_learns_to_tell_the_reward_and_late_states_best():
     assert bool(trusted[:, -1].all())
     assert bool((trusted == trusted[:1]).all())
     a, b = torch.nn.functional.softplus(values.head.spread.detach())
-    assert float(a) > 2 * float(b)  # early states are uncertain
+    assert float(a) > float(b)  # equal at first: early states are uncertain
 
 
 def test_what_is_explained_is_measured_before_it_is_learnt():
