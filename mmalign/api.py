@@ -45,6 +45,7 @@ from mmalign.run import Training
 from mmalign.runs import Form, jsonl, machine
 from mmalign.runs.signals import Stop, Stopped, stopping
 from mmalign.train import Row
+from mmalign.training import values
 from mmalign.training.setup import Given
 from reward_models.images import to_pil
 
@@ -289,9 +290,11 @@ def best_of_n(
     model: Any, prompts: Any, reward: Any, seeds: Sequence[int] = (0, 1, 2, 3), steps: int = 10,
     keep: int | None = None, after: int | None = None, *, scorers: Mapping[str, Any] = NOTHING,
     adapter: str | Path | None = None, guidance: float | None = None, batch: int = 64, toward: Toward | None = None,
+    value: str | Path | None = None,
 ) -> Best:  # fmt: skip
     """The image of each prompt with the best reward, of one from each seed. With `keep` only that many of a prompt's
-    images, those that look best `after` so many steps, are continued. `scorers` has objects or settings by name, for a
+    images, those that look best `after` so many steps, are continued, or those that the value head of a run expects
+    most of: `value` is the folder of a run with `credit: value`. `scorers` has objects or settings by name, for a
     reward that is named. `toward` guides the images (`mmalign.toward`).
 
         result = mmalign.best_of_n("assets/tiny_sd3", ["a red circle"], "clip.cosine", seeds=range(8))
@@ -304,13 +307,20 @@ def best_of_n(
         raise BadInput(
             f"keep {keep}, after {after}: both or neither, fewer than the {len(seeds)} seeds and the {steps} steps"
         )
+    if value is not None and keep is None:
+        raise BadInput("value: a value head chooses which images are continued; give keep and after")
+    head = None if value is None else values.read(Path(value))
     name, part = component(next(iter(weights)))
     scorer = chosen[name].loaded(name)
     if part not in scorer.names:
         raise BadInput(f"reward {name}.{part}: that scorer gives {', '.join(scorer.names)}")
     with given.drawing(model, guidance, adapter) as policy:
         given.warn_cut(wanted, policy, scorer)
-        return best.best_of(policy, wanted, [[*seeds]] * len(wanted), steps, scorer, part, batch, keep, after, toward)
+        if head is not None:
+            with refusing():
+                head.check(policy)
+        numbers = [[*seeds]] * len(wanted)
+        return best.best_of(policy, wanted, numbers, steps, scorer, part, batch, keep, after, toward, head)
 
 
 def toward(

@@ -141,7 +141,9 @@ class Trajectories:
 
     `x [N, T+1, C, h, w]` are the states, fp32, rounded to the storage type before anything is computed from them;
     `mean [N, T, C, h, w]` the mean of the Gaussian that each next state was drawn from; `finals [E, C, h, w]` the
-    finished latents. Means instead of log-densities, because a ratio of nearly equal densities is exact in the
+    finished latents. `features [N, T, F]`, on the CPU, are what the network made of each state but the last, where they
+    were asked for; 0 once a trajectory is finished.
+    Means instead of log-densities, because a ratio of nearly equal densities is exact in the
     difference of their means and mostly rounding in the difference of their logarithms.
 
     `off [N]`: drawn under another text than that of its prompt (None: none is). Its `mean` is that of whoever drew it,
@@ -155,6 +157,7 @@ class Trajectories:
     mean: Float[Tensor, "N T C h w"]
     finals: Float[Tensor, "E C h w"]
     off: Bool[Tensor, "N"] | None = None
+    features: Float[Tensor, "N T F"] | None = None
 
 
 def over(mask: Shaped[Tensor, "*rows"], values: Shaped[Tensor, "*rows_and_cells"]) -> Shaped[Tensor, "*rows_and_ones"]:
@@ -171,7 +174,8 @@ class Judgement:
     image. `rest`: the part of the finished image's reward that other states do not have, because its scorers are shown
     finished images alone; None without such a part. `log_ratio [N, T]`: log of the density of each stochastic step that
     was drawn, less that of the model without adapter, in nats per latent element; 0 at deterministic steps, None unless
-    the credit needs it."""
+    the credit needs it. `values`: what a value head expects of each state but the last, as a difference from the mean
+    reward of its group; NaN at steps where it is not to be trusted."""
 
     reward: Float[Tensor, "N states *cells"]
     parts: dict[str, Float[Tensor, "N"]]
@@ -180,6 +184,7 @@ class Judgement:
     failures: Mapping[int, str] = field(default_factory=dict)
     rest: Float[Tensor, "N"] | None = None
     log_ratio: Float[Tensor, "N T"] | None = None
+    values: Float[Tensor, "N T"] | None = None
 
     def of_states(self) -> "Judgement":
         """The rewards that every state has, without `rest`."""

@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES
 
 from mmalign.config import secrets
-from mmalign.config.schema import AtLeast
 from mmalign.evaluation.generate import generate
 from mmalign.pages import markdown
 from mmalign.policy import export as exports
 from mmalign.reporting import base_model, card, report
 from mmalign.reporting.export import export_run
+from mmalign.rewards.terms import AtLeast
 from mmalign.runs import adapters
 from mmalign.runs.inference import load_policy
 from reward_models import Prompt

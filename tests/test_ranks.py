@@ -53,6 +53,7 @@ MORE = FEW | {
         plan={"type": "window", "steps": [0, 1], "children": 2, "moves": "random"}, credit="terminal", steps=6,
         rollout_parts=2,
     ),
+    "value": SDE | dict(credit={"type": "value", "warmup": 1, "floor": 0.0}, prompts_per_iteration=4),
     "awm": PLAIN | dict(objective={"type": "awm", "weight": "error"}, prompts_per_iteration=4),
     "online_dpo": PLAIN | dict(objective="online_dpo"),
     "srum": ODE | dict(objective={"type": "srum", "draws": 2, "alpha": [0, 1], "anchor": 0.5, "margin": 1.0}),

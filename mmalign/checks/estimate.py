@@ -15,6 +15,7 @@ from mmalign.data import prompts as prompt_files
 from mmalign.data.prompts import PromptBatches
 from mmalign.errors import BadInput
 from mmalign.policy import meta
+from mmalign.rewards import self_reward
 from mmalign.run import in_between
 from mmalign.training import planning
 from mmalign.training.planning import Cost
@@ -51,6 +52,7 @@ def estimate(c: Config, gpus: int = 1) -> dict:
     steps = c.epochs * min(c.minibatches, whole.rows)
     totals = [total(costs, groups) for groups in groups_at(c, batches, gpus)]
     trained = [p.numel() for p in policy.parameters()]
+    head = footprint.values(c, policy, plans.values())
     return {
         "model": c.model,
         "plan": planning.describe(c, whole),
@@ -65,7 +67,7 @@ def estimate(c: Config, gpus: int = 1) -> dict:
         "refreshes": refreshes(c, policy.true_guidance),
         "parameters": parts | {"adapter": sum(trained)},
         "memory": footprint.memory(c, policy, plans.values(), shares(c, gpus)[0], parts, sum(trained), len(prompts)),
-        "disk": footprint.disk(c, len(held_out), policy.image_size, trained),
+        "disk": footprint.disk(c, len(held_out), policy.image_size, trained, head),
     }
 
 
@@ -131,7 +133,7 @@ def evaluations(c: Config, held_out: list[Prompt], guided: bool) -> dict[str, in
     return {
         "evaluations": between + (2 if held_out else 0),
         "decodes": images,
-        "forwards": images * c.eval_steps * (2 if guided else 1),
+        "forwards": images * (c.eval_steps * (2 if guided else 1) + self_reward.forwards(c, (*c.trained, *c.watch))),
         "rewards": images * scorers,
     }
 

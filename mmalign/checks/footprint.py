@@ -40,8 +40,9 @@ def memory(
     - replay: the peak of one row's velocity and gradients, with gradient checkpointing if it is on, x rows of a
       micro-batch; and that of rollout once more where the model without adapter is evaluated beside it.
 
-    `total` has the larger of rollout and replay. Main memory: the finished images, float32, and the embeddings
-    cached of the run's `texts` prompts.
+    `total` has the larger of rollout and replay. Main memory: the finished images, float32, the embeddings cached of
+    the run's `texts` prompts, and with a value head the features of all ranks' states, of this iteration and of those
+    that it learns from again, twice: they are joined for a fit.
     """
     shape, starts = prod(policy.latent_shape), prompts * c.seeds
     trained_routes, routes = (max(values) for values in zip(*((p.trained, p.routes) for p in plans), strict=True))
@@ -75,17 +76,36 @@ def memory(
     total = sum(device.values()) + max(rollout, replay)
     images = 4 * max(starts * routes, scouts) * 3 * prod(policy.image_size)
     main = idle | {"images": images, "texts": min(c.text_cache, texts + 1) * text}
+    if observer := c.credit and c.credit.observer:
+        main["features"] = 2 * (1 + observer.replay) * observed(c, plans, meta.features(policy, observer.blocks))
     return {"device": device | {"rollout": rollout, "replay": replay, "total": total}, "main": main}
+
+
+def observed(c: Config, plans: Collection[Plan], width: int) -> int:
+    """Bytes of an iteration's states as a value head keeps them, on all ranks: features, time, reward and group."""
+    states = max(plan.trained * plan.steps for plan in plans) * c.prompts_per_iteration * c.seeds
+    return 4 * (width + 4) * states
+
+
+def values(c: Config, policy: Family, plans: Collection[Plan]) -> int:
+    """Bytes of a value head in a checkpoint: its weights with two moments each, and the states it learns from again."""
+    observer = c.credit and c.credit.observer
+    if observer is None:
+        return 0
+    width = meta.features(policy, observer.blocks)
+    weights = 12 * (observer.width * (width + 3) + 3)
+    return weights + 16 * width + min(c.iterations, observer.replay) * observed(c, plans, width)
 
 
 def size_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def disk(c: Config, held_out: int, size: tuple[int, int], trained: list[int]) -> dict[str, int]:
-    """Bytes of a run's folder. A checkpoint has the adapter, its average (4 bytes a parameter each) and the optimiser's
-    moments; the newest are kept, and the best. Images are counted as if PNG did not compress: at most."""
-    checkpoint = (8 + MOMENTS[c.optimizer]) * sum(trained) + HEADERS * len(trained)
+def disk(c: Config, held_out: int, size: tuple[int, int], trained: list[int], values: int = 0) -> dict[str, int]:
+    """Bytes of a run's folder. A checkpoint has the adapter, its average (4 bytes a parameter each), the optimiser's
+    moments, and the `values` bytes of a value head; the newest are kept, and the best. Images are counted as if PNG did
+    not compress: at most."""
+    checkpoint = (8 + MOMENTS[c.optimizer]) * sum(trained) + HEADERS * len(trained) + values
     saved = min(ceil(c.iterations / c.checkpoint_every), c.keep_checkpoints + 1)
     shown = c.iterations // c.eval_every + bool(c.iterations % c.eval_every) if c.eval_every else 1
     between = (c.iterations - 1) // c.eval_every if c.eval_every else 0

@@ -59,6 +59,10 @@ Keep = Annotated[
     int | None, reward_option(min=1, help="with --best: how many seeds of a prompt continue after --after steps")
 ]
 After = Annotated[int | None, reward_option(min=1, help="with --keep: steps before the other seeds are pruned")]
+Value = Annotated[
+    Path | None,
+    reward_option(help="with --keep: a run with credit value, whose value head chooses instead of predicted images"),
+]
 Folder = Annotated[Path, output_option(help="folder for the PNG files")]
 
 HeldOut = Annotated[str, prompt_option(help=PROMPTS)]
@@ -90,18 +94,17 @@ def sample(
     since: Since = None,
     best: BestBy = None,
     settings: ScorerSettings = None,
-    keep: Keep = None,
-    after: After = None,
+    keep: Keep = None, after: After = None, value: Value = None,
     out: Folder = Path("samples"),
     batch: Batch = 64,
     allow: Allow = None,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Sample images by ODE; a seed gives the image the stock pipeline gives for it."""
     from mmalign.api import best_of_n
 
     wanted = read_prompts(prompt, prompts)
-    _check(adapter, strength, boxes, edge, best, len(seeds), keep, after, steps)
+    _check(adapter, strength, boxes, edge, best, len(seeds), keep, after, steps, value)
     scorers, guide = _best_and_toward(best, toward, push, since, settings)
     with output.progressing():
         policy = load_policy(model, guidance, adapter)
@@ -109,7 +112,8 @@ def sample(
         if best is None:
             rows = _sample(policy, wanted, seeds, steps, out, batch, _velocity(policy, strength, boxes, edge), guide)
         else:
-            top = best_of_n(policy, wanted, best, seeds, steps, keep, after, scorers=scorers, batch=batch, toward=guide)
+            more = {"scorers": scorers, "batch": batch, "toward": guide, "value": value}
+            top = best_of_n(policy, wanted, best, seeds, steps, keep, after, **more)
     if best is None:
         output.show(rows, as_json, f"{len(rows)} images in {out}")
     else:
@@ -134,8 +138,11 @@ def _velocity(policy: Any, strength: float | None, boxes: list[Box] | None, edge
 def _check(
     adapter: Path | None, strength: float | None, boxes: list[Box] | None, edge: float,
     best: str | None, seeds: int, keep: int | None, after: int | None, steps: int,
+    value: Path | None,
 ) -> None:  # fmt: skip
     """BadInput for options that do not go together."""
+    if value is not None and keep is None:
+        raise BadInput("--value chooses which seeds continue; give --best scorer.component --keep N --after STEPS")
     if adapter is None and (strength is not None or boxes):
         raise BadInput("--strength and --box set how much of an adapter acts, and where; give --adapter RUN")
     if edge and not boxes:

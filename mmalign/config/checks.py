@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from mmalign.config.methods import named
 from mmalign.config.secrets import secret_in
+from mmalign.rewards import self_reward
 from mmalign.rewards.refresh import REFITTED
 from mmalign.sampling.kernels import FlowSde
 from reward_models.combine import Ramp
@@ -185,6 +186,8 @@ def _refresh(c: BaseModel) -> None:
 
 
 def _schedule(c: BaseModel) -> None:
+    if c.rollout_parts > 1 and self_reward.opened(c):
+        raise ValueError("rollout_parts: scorer self takes the network that samples meanwhile; remove rollout_parts")
     if c.rollout_parts > c.prompts_per_iteration:
         raise ValueError(f"rollout_parts: {c.rollout_parts} of {c.prompts_per_iteration} prompts; each part needs one")
     if c.warmup + c.cooldown > c.iterations:
@@ -212,6 +215,8 @@ def _plan(c: BaseModel) -> None:
         raise ValueError(f"extend adds stochastic steps, and objective: {named(c.objective)} does not learn from those")
     if c.extend is not None and c.scouts is not None:
         raise ValueError("extend does not go with scouts, whose correlation is of the images they chose; remove one")
+    if c.extend is not None and c.credit is not None and c.credit.observer is not None:
+        raise ValueError(f"extend: its trajectories have no features for credit: {named(c.credit)}; remove one")
     even = torch.linspace(1, 0, c.steps + 1)
     kernel = FlowSde() if isinstance(c.kernel.noise, str) else c.kernel
     for position in c.plan.positions(c.steps):

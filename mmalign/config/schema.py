@@ -20,8 +20,8 @@ from mmalign.objectives import OBJECTIVES, Grpo
 from mmalign.objectives.advantage import Advantage
 from mmalign.objectives.masks import MASKS
 from mmalign.rewards.combination import COMBINATIONS, Sum
-from mmalign.rewards.density import Reward
 from mmalign.rewards.refresh import Refresh
+from mmalign.rewards.terms import AtLeast, Reward
 from mmalign.sampling.kernels import KERNELS, FlowSde
 from mmalign.sampling.plans import PLANS, Branch
 from mmalign.selection import SELECTIONS
@@ -31,22 +31,8 @@ from reward_models.combine import Ramp
 
 RESUMABLE = ("out", "max_skips", "max_failed", "patience")  # where a run is and when it stops: its resumption may say
 TRAINING, TRAINING_MOST = "training", 64  # `held_out` that means training prompts, and how many of them at most
-LATER = (
-    "draw",
-    "extend",
-    "refresh",
-    "scouts",
-    "select",
-)  # in a checkpoint only where they are not the default: older ones lack them
-
-
-class AtLeast(BaseModel):
-    """A constraint: mean score at least `bound`, in raw units; `rate` of the multiplier per iteration and unit."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-    bound: float
-    rate: PositiveFloat = 0.1
+# in a checkpoint only where they are not the default: older ones lack them
+LATER = ("draw", "extend", "refresh", "scouts", "select")
 
 
 def _used(name: str, default: Any, text: str) -> Any:
@@ -153,8 +139,8 @@ class Config(BaseModel):
         "advantage_flow, rft, dpo, online_dpo, srum, rgdpo; or from a differentiable reward: backprop; or a sum",
     )
     credit: one_of(CREDITS, "credit", optional=True, total=Mix) = _used(
-        "credit", BranchCredit(), "how rewards become advantages: terminal, branch, gain, renorm, prl; or a list of "
-        "these, each with a `weight` as in rewards, which are added",
+        "credit", BranchCredit(), "rewards to advantages: terminal, branch, gain, value, renorm, prl, implicit; or a "
+        "list of these, each with a `weight` as in rewards, which are added",
     )  # fmt: skip
     loss: one_of(LOSSES, "loss", optional=True) = _used(
         "loss", Clipped(), "clipped (PPO), guard or masked, and its clip"

@@ -76,6 +76,12 @@ class Credit:
     normalises: ClassVar[bool] = True
     forwards: ClassVar[int] = 0
 
+    @property
+    def observer(self) -> "Credit | None":
+        """The credit, itself or a part of it, whose settings are those of the value head that it reads
+        (`mmalign.training.values`); None without a head."""
+        return None
+
     def at(self, progress: float) -> "Credit":
         """The credit at `progress`, from 0 at the beginning of the run to 1 at its end."""
         return self

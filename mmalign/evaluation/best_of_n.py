@@ -2,15 +2,17 @@
 
 Early pruning looks at one-step predictions: each trajectory takes a few steps and jumps to the clean latent that its
 velocity points at; the images that score worst there are not continued. With S survivors it costs
-`N (after + 1) + S (steps - after)` forwards a prompt instead of `N steps`, and N + S judgements instead of N.
+`N (after + 1) + S (steps - after)` forwards a prompt instead of `N steps`, and N + S judgements instead of N. A value
+head (`mmalign.training.values`) looks at the features of the same forwards instead: S judgements, and nothing decoded.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from math import comb
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +21,7 @@ from torchvision.utils import save_image
 
 from mmalign.evaluation.generate import image_file, initial_noise, trajectories
 from mmalign.evaluation.toward import Toward
+from mmalign.flow.sample import Features
 from mmalign.policy.protocol import Policy
 from mmalign.rewards.judge import score
 from reward_models import Prompt, RewardModel
@@ -36,6 +39,15 @@ def curve(scores: Float[Tensor, "P N"]) -> list[float]:
     """`expected_best`, averaged over the prompts that have a score, up to the least number of scores of one of them."""
     curves = [values for values in map(expected_best, scores) if values]
     return [sum(column) / len(curves) for column in zip(*curves, strict=False)]
+
+
+@runtime_checkable
+class ValueHead(Protocol):
+    """What it expects of states, from features of their forward: the difference from the mean reward of the prompt."""
+
+    def observed(self, policy: Any) -> AbstractContextManager[Features]: ...
+
+    def value(self, features: Float[Tensor, "M F"], t: Float[Tensor, "M"]) -> Float[Tensor, "M"]: ...
 
 
 @dataclass(frozen=True)
@@ -76,9 +88,11 @@ def best_of(
     survivors: int | None = None,
     after: int | None = None,
     toward: Toward | None = None,
+    head: ValueHead | None = None,
 ) -> Best:
     """The best of each prompt's N seeds by a component of the scorer. With `survivors`, only that many continue after
-    step `after`; with `toward`, all are guided. The image of a seed does not depend on the other seeds."""
+    step `after`, chosen by their predicted images, or by a value `head`; with `toward`, all are guided. The image of a
+    seed does not depend on the other seeds."""
     drawn = partial(trajectories, policy, prompts, batch=batch, toward=toward)
     count, forwards = len(seeds[0]), policy.counts["forwards"]
     x, owner = initial_noise(policy, seeds)
@@ -86,10 +100,16 @@ def best_of(
     alive = torch.arange(len(x)).view(-1, count)
     if survivors is not None and survivors < count:
         peek = torch.cat([times[: after + 1], torch.zeros(1)])
-        parts = [(paths.finals, paths.x[:, after]) for paths in drawn(x, owner, peek)]
-        predicted, x = (torch.cat(column) for column in zip(*parts, strict=True))
-        _, scores, _ = _scored(policy, predicted, owner, prompts, scorer, component, batch)
-        judgements += len(x)
+        if head is None:
+            parts = [(paths.finals, paths.x[:, after]) for paths in drawn(x, owner, peek)]
+            predicted, x = (torch.cat(column) for column in zip(*parts, strict=True))
+            _, scores, _ = _scored(policy, predicted, owner, prompts, scorer, component, batch)
+            judgements += len(x)
+        else:
+            with head.observed(policy) as features:
+                peeks = [*drawn(x, owner, peek, features=features)]
+            noted, x = torch.cat([p.features[:, after] for p in peeks]), torch.cat([p.x[:, after] for p in peeks])
+            scores = head.value(noted, times[after].expand(len(noted)))
         alive = alive.gather(1, _ranked(scores.view(-1, count))[:, :survivors].sort(1).values)
         x, times = x[alive.flatten()], times[after:]
     rows = alive.flatten()

@@ -12,7 +12,7 @@ from torchvision.utils import save_image
 from mmalign.activity import doing
 from mmalign.evaluation.toward import Toward
 from mmalign.flow.plan import ode
-from mmalign.flow.sample import chunks, sample
+from mmalign.flow.sample import Features, chunks, sample
 from mmalign.policy.protocol import Policy
 from mmalign.seeds import gaussian
 from mmalign.types import Trajectories, Velocity
@@ -78,8 +78,10 @@ def trajectories(
     batch: int,
     velocity: Velocity | None = None,
     toward: Toward | None = None,
+    features: Features | None = None,
 ) -> Iterator[Trajectories]:
-    """ODE trajectories from each initial noise, for the prompt `owner` of each row, `batch` at a time."""
+    """ODE trajectories from each initial noise, for the prompt `owner` of each row, `batch` at a time; with `features`
+    those of their states are kept (`mmalign.flow.sample.sample`)."""
     velocity = velocity or policy.velocity
     with doing("sampling", "images", len(noise)) as work:
         for rows in chunks(len(noise), batch):
@@ -87,5 +89,5 @@ def trajectories(
             requests = [prompts[p] for p in used.tolist()]
             cond, index = policy.encode([prompt.text for prompt in requests]), index.to(policy.device)
             guided = toward.guided(policy, velocity, requests) if toward else velocity
-            yield sample(guided, noise[rows], cond, index, ode(times), batch=batch)
+            yield sample(guided, noise[rows], cond, index, ode(times), batch=batch, features=features)
             work.did("images", len(index))

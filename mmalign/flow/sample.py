@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmalign.types import Kernel, Plan, Trajectories, Tree, Velocity
 
+Features = Callable[[int], Float[Tensor, "M F"]]  # how many rows the last velocity had -> what the network made of each
 Draw = Callable[[int, int, tuple[int, ...]], Float[Tensor, "C h w"]]  # (start, step, path of draws) -> noise
 
 
@@ -41,6 +42,7 @@ def sample(
     draw: Draw | None = None,
     batch: int = 128,
     storage: torch.dtype = torch.float32,
+    features: Features | None = None,
 ) -> Trajectories:
     """Integrate each of the `B` initial noises along every route of its plan (one for all, or one each): `N`
     trajectories of trained routes, those of a start together, and the `E` finished latents of all routes.
@@ -49,7 +51,8 @@ def sample(
     needs none); `path` holds the draws taken so far (-1 for a deterministic step), so adding routes to a plan changes
     none of the others. Rows of one forward may be at different times. `batch` bounds the rows of one forward and
     changes no result. States are rounded to `storage` before anything is computed from them, as they will be when they
-    are replayed.
+    are replayed. With `features` (`mmalign.policy.protocol.Observable`) those of all states of trained routes but the
+    last are kept.
 
     Example, one deterministic trajectory of ten steps:
 
@@ -62,12 +65,21 @@ def sample(
     kernel, prompt, steps = routes.kernel, prompt[routes.start], routes.noise.shape[1]
     x = start.to(storage).float()[routes.start]
     states, means, std = [x[routes.trained]], [], torch.zeros_like(routes.noise)
+    pooled = []
     for k in range(steps):
         moving = (routes.t[:, k] > 0).nonzero()[:, 0]  # rows that have not reached t = 0
         inverse, representative = distinct(routes.node[moving, k])
         rows = moving[representative]  # one row per distinct state
-        parts = [velocity(x[i], routes.t[i, k], cond, prompt[i]).float() for i in rows.split(batch) if len(i)]
-        v = torch.cat(parts) if parts else x[:0]  # every route may have reached t = 0 before the last column
+        velocities, noted = [x[:0]], []  # every route may have reached t = 0 before the last column
+        for i in rows.split(batch) if len(rows) else ():
+            velocities.append(velocity(x[i], routes.t[i, k], cond, prompt[i]).float())
+            noted += [] if features is None else [features(len(i)).cpu()]
+        v = torch.cat(velocities)
+        if features is not None:
+            each = torch.cat(noted)
+            of_rows = each.new_zeros(len(x), each.shape[1])
+            of_rows[moving.cpu()] = each[inverse.cpu()]
+            pooled.append(of_rows[routes.trained.cpu()])
         t, s, noise = routes.t[moving, k], routes.t[moving, k + 1], routes.noise[moving, k]
         mean = x.clone()
         mean[moving], std[moving, k] = kernel.step(x[moving], v[inverse], t, s, noise, routes.t_max)
@@ -85,7 +97,10 @@ def sample(
     trained = routes.trained
     columns = (routes.t, routes.noise, std, routes.node, prompt, routes.start)
     tree = Tree(*(column[trained].cpu() for column in columns), prompt.cpu(), routes.finished_by.cpu())
-    return Trajectories(tree, kernel, routes.t_max, torch.stack(states, 1), torch.stack(means, 1), finals=x)
+    return Trajectories(
+        tree, kernel, routes.t_max, torch.stack(states, 1), torch.stack(means, 1), finals=x,
+        features=torch.stack(pooled, 1) if pooled else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,17 @@ class Family(ABC):
     def network(self, x: Tensor, t: Tensor, embeds: dict[str, Tensor]) -> Tensor:
         """The velocity at latents `x [M, C, h, w]` and times `t [M]` in [0, 1], with a row of embeddings each."""
 
+    def blocks(self) -> nn.ModuleList:
+        """The blocks of the network whose output has tokens of the image."""
+        return self.pipe.transformer.transformer_blocks
+
+    def tokens(self, output: Any) -> list[Float[Tensor, "M L D"]]:
+        """The image's tokens in a block's output, then the text's where all texts have one length: a mean over padding
+        would depend on the other texts."""
+        text, image = output
+        padded = "mask" in self.text_shapes()
+        return [image] if text is None or padded else [image, text]
+
     @property
     def true_guidance(self) -> bool:
         """Whether guidance evaluates the network twice."""

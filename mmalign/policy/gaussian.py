@@ -7,7 +7,7 @@ with `m = mean + shift`. Samplers can be held to the data's mean and variance, a
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,7 @@ class GaussianFlow:
         self.shift = torch.nn.Parameter(torch.zeros(shape))
         self.enabled = True
         self.counts: Counter[str] = Counter()
+        self.last: Latents | None = None  # the latents of the last velocity
 
     @classmethod
     def load(cls, model: str, **settings: Any) -> "GaussianFlow":
@@ -43,6 +44,7 @@ class GaussianFlow:
 
     def velocity(self, x: Latents, t: Float[Tensor, "M"], cond: Float[Tensor, "P"], index: Int[Tensor, "M"]) -> Latents:
         self.counts["forwards"] += len(x)
+        self.last = x.detach()
         t = t[:, None, None, None]
         mean = cond[index][:, None, None, None] + (self.shift if self.enabled else self.shift.detach() * 0)
         variance = (1 - t) ** 2 * self.spread**2 + t**2
@@ -64,8 +66,18 @@ class GaussianFlow:
         self, x: Latents, t: Float[Tensor, "M"], cond: Float[Tensor, "P"], index: Int[Tensor, "M"]
     ) -> Float[Tensor, "M h w"]:
         """The empty prompt stands for a mean of 0; a prompt moves all positions by the same amount."""
-        empty = self.velocity(x, t, torch.zeros_like(cond), index)
-        return (self.velocity(x, t, cond, index) - empty).norm(dim=1)
+        empty, wanted = self.velocities(x, t, cond, index)
+        return (wanted - empty).norm(dim=1)
+
+    def velocities(
+        self, x: Latents, t: Float[Tensor, "M"], cond: Float[Tensor, "P"], index: Int[Tensor, "M"]
+    ) -> tuple[Latents, Latents]:
+        return self.velocity(x, t, torch.zeros_like(cond), index), self.velocity(x, t, cond, index)
+
+    @contextmanager
+    def observed(self, blocks: Sequence[int] | None = None) -> Iterator[Callable[[int], Float[Tensor, "M F"]]]:
+        """There are no blocks: the features are the latents themselves."""
+        yield lambda rows: self.last[-rows:].flatten(1)
 
     def fingerprint(self) -> str:
         return fingerprint({"shape": torch.tensor(self.latent_shape), "spread": torch.tensor(self.spread)}, digits=16)
@@ -85,8 +97,8 @@ class GaussianFlow:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        self.enabled = False
+        before, self.enabled = self.enabled, False
         try:
             yield
         finally:
-            self.enabled = True
+            self.enabled = before

@@ -209,9 +209,11 @@ def changed(module: nn.Module, changes: dict[str, Tensor]) -> nn.Module:
 
 @contextmanager
 def disabled(module: nn.Module) -> Iterator[None]:
-    """Within this block the network has its base weights, to the bit."""
+    """Within this block the network has its base weights, to the bit; a block within a block changes nothing."""
+    already = any(m.disable_adapters for m in module.modules() if isinstance(m, BaseTunerLayer))
     module.disable_adapters()
     try:
         yield
     finally:
-        module.enable_adapters()
+        if not already:
+            module.enable_adapters()

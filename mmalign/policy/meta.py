@@ -73,6 +73,16 @@ def peak(policy: PipelinePolicy, learn: bool) -> int:
     return live.most
 
 
+@torch.no_grad()
+def features(policy: PipelinePolicy, blocks: Sequence[int] | None) -> int:
+    """The number of features of a state (`mmalign.policy.protocol.Observable`)."""
+    x, t = (torch.ones(1, *shape, device=policy.device) for shape in (policy.latent_shape, ()))
+    texts, index = loading.placeholder_texts(policy, 1), torch.zeros(1, dtype=torch.long)
+    with policy.observed(blocks) as rows:
+        policy.velocity(x, t, Conditioning(texts, texts), index)
+        return rows(1).shape[1]
+
+
 class _Live(TorchDispatchMode):
     """Bytes of the storages that operations have allocated and that still exist, beside those of `known`."""
 

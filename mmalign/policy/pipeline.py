@@ -1,10 +1,12 @@
 """A stock diffusers pipeline as a policy: what all model families share. Nothing of a pipeline's own loop is copied."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,17 +138,40 @@ class PipelinePolicy(Family):
         if not self.true_guidance:
             self.counts["forwards"] += len(x)
             return self.network(x, t, {name: value[index] for name, value in cond.prompts.items()})
-        return self.guided(*self._both(x, t, cond, index))
+        return self.guided(*self.velocities(x, t, cond, index))
 
     @torch.no_grad()
     def prompt_effect(
         self, x: Latents, t: Float[Tensor, "M"], cond: Conditioning, index: Int[Tensor, "M"]
     ) -> Float[Tensor, "M h w"]:
         """How far the prompt moves the velocity at each position: its distance from that of the empty prompt."""
-        empty, wanted = self._both(x, t, cond, index)
+        empty, wanted = self.velocities(x, t, cond, index)
         return (wanted - empty).float().norm(dim=1)
 
-    def _both(self, x: Latents, t: Tensor, cond: Conditioning, index: Tensor) -> tuple[Tensor, Tensor]:
+    @contextmanager
+    def observed(self, blocks: Sequence[int] | None = None) -> Iterator[Callable[[int], Float[Tensor, "M F"]]]:
+        """Within the block, the features of the rows of the last velocity: mean and standard deviation of the image's
+        tokens, and the mean of the text's, after these `blocks` of the network (the middle one by default). With true
+        guidance they are those of the forward with the prompt."""
+        every = self.blocks()
+        numbers = [len(every) // 2] if blocks is None else [*blocks]
+        if not numbers or not all(0 <= number < len(every) for number in numbers):
+            raise ValueError(f"blocks: {numbers}; the network has blocks 0 to {len(every) - 1}")
+        pooled: dict[int, Tensor] = {}
+
+        def note(number: int, _: nn.Module, __: Any, output: Any) -> None:
+            image, *text = (tokens.float() for tokens in self.tokens(output))
+            parts = [image.mean(1), image.std(1, correction=0), *(tokens.mean(1) for tokens in text)]
+            pooled[number] = torch.cat(parts, 1)
+
+        hooks = [every[number].register_forward_hook(partial(note, number)) for number in numbers]
+        try:
+            yield lambda rows: torch.cat([pooled[number][-rows:] for number in numbers], 1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def velocities(self, x: Latents, t: Tensor, cond: Conditioning, index: Tensor) -> tuple[Tensor, Tensor]:
         """The velocities of the empty prompt and of the prompt, at two forwards a row."""
         self.counts["forwards"] += 2 * len(x)
         rows = {name: value[index] for name, value in cond.prompts.items()}

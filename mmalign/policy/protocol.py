@@ -2,7 +2,7 @@
 abilities."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -107,6 +107,26 @@ class Attributing(Protocol):
     def prompt_effect(
         self, x: Latents, t: Float[Tensor, "M"], cond: Any, index: Int[Tensor, "M"]
     ) -> Float[Tensor, "M h w"]: ...
+
+
+@runtime_checkable
+class Observable(Protocol):
+    """Shows what its network makes of states, at no forward more: within the block, `features(M)` are those of the `M`
+    rows of the last velocity. They depend on a row's latent, time and prompt alone. `blocks` numbers the
+    blocks of the network that they come from, None for the middle one. ValueError where there is no such block."""
+
+    def observed(
+        self, blocks: Sequence[int] | None = None
+    ) -> AbstractContextManager[Callable[[int], Float[Tensor, "M F"]]]: ...
+
+
+@runtime_checkable
+class Contrasting(Protocol):
+    """Gives the velocities of the empty prompt and of the prompt, without guidance, at two forwards a row."""
+
+    def velocities(
+        self, x: Latents, t: Float[Tensor, "M"], cond: Any, index: Int[Tensor, "M"]
+    ) -> tuple[Latents, Latents]: ...
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmalign.policy.family import chat, ragged
 from mmalign.policy.pipeline import PipelinePolicy
@@ -54,6 +54,14 @@ class ZImagePolicy(PipelinePolicy):
 
     def text_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"tokens": (LENGTH, self.pipe.transformer.config.cap_feat_dim), "mask": (LENGTH,)}
+
+    def blocks(self) -> nn.ModuleList:
+        return self.pipe.transformer.layers
+
+    def tokens(self, output: Tensor) -> list[Tensor]:
+        """The image's tokens are before the text's, in one sequence."""
+        _, high, wide = self.latent_shape
+        return [output[:, : high * wide // 4]]
 
     def network(self, x: Tensor, t: Tensor, embeds: dict[str, Tensor]) -> Tensor:
         tokens, mask = embeds["tokens"], embeds["mask"].bool()

@@ -15,6 +15,7 @@ from mmalign.extension.rest import rest
 from mmalign.flow import plan as plans
 from mmalign.objectives.objective import Objective
 from mmalign.policy.protocol import Policy, two_forwards
+from mmalign.rewards import self_reward
 from mmalign.seeds import seed_of
 from mmalign.training import noise_calibration
 from mmalign.types import Kernel, Plan
@@ -72,7 +73,9 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     finished = images - starts * (plan.routes - plan.trained)
     rewards = images * (len(c.trained) - len(c.late)) + finished * len(c.late)
     forwards += 0 if c.credit is None else starts * plan.cost[2] * c.credit.forwards
-    before, replay, rows, in_graph = forwards * halves, 0, 0, 0
+    early = [name for name in c.trained if name not in c.late]
+    scoring = images * self_reward.forwards(c, early) + finished * self_reward.forwards(c, c.late)
+    before, replay, rows, in_graph = forwards * halves + scoring, 0, 0, 0
     for part in c.objective.summands:
         learnt = c.prompts_per_iteration * rows_of(c, plan, part) + extra
         masked = c.mask.forwards if c.mask is not None and "mask" in part.uses else 0

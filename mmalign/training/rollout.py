@@ -7,6 +7,7 @@ the global batch, so that nothing changes but time, and the rounding of forwards
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import accumulate
@@ -146,7 +147,11 @@ def trajectories(
     index = torch.tensor([p for p, _ in starts], device=policy.device)
     start = torch.stack([noise(i) for i in range(len(starts))]).to(policy.device)
     plans = [plan_at[position[p]] for p, _ in starts]
-    return run.fits["batch"](lambda size: sample(policy.velocity, start, cond, index, plans, noise, size))
+    observed = nullcontext() if run.values is None or plan is not None else run.values.head.observed(policy)
+    with observed as features:
+        return run.fits["batch"](
+            lambda size: sample(policy.velocity, start, cond, index, plans, noise, size, features=features)
+        )
 
 
 def stacked(parts: Sequence[Trajectories]) -> Trajectories:
@@ -167,7 +172,8 @@ def stacked(parts: Sequence[Trajectories]) -> Trajectories:
         for tree, before, starts in zip(trees, finals, members, strict=False)
     ]
     tree = Tree(**{field.name: torch.cat([getattr(each, field.name) for each in moved]) for field in fields(Tree)})
-    latents = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("x", "mean", "finals")}
+    names = ("x", "mean", "finals", *(() if parts[0].features is None else ("features",)))
+    latents = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return replace(parts[0], tree=tree, **latents)
 
 

@@ -65,10 +65,15 @@ def save(run: Session, out: Path, iteration: int) -> None:
     adapter = run.policy.adapter()
     adapter_hash = fingerprint(adapter, digits=16)
     run.ranks.assert_equal(adapter_hash, f"the adapter after iteration {iteration}")
+    if run.values is not None:
+        run.ranks.assert_equal(
+            fingerprint(run.values.tensors(), digits=16), f"the value head after iteration {iteration}"
+        )
     optimizer = optimizer_state.tensors(run.learner.optimizer)  # of which each process may have a part
     if not run.ranks.main:
         return
     tensors = {"adapter": adapter, "optimizer": optimizer} | _averages(run)
+    tensors |= {} if run.values is None else {"values": run.values.tensors()}
     state = {"adapter_hash": adapter_hash, "multipliers": run.rewards.multipliers, "machine": _machine(run)}
     state |= {"learnt": optimizer_state.trained(optimizer)} | _identity(run, iteration)
     if run.config.draw.learns:
@@ -100,6 +105,7 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
     done = _check_identity(run, path, state)
     states.check_adapter(path, tensors, run.learner.ema, ("adapter", *_averages(run)))
     optimizer_state.check(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_class(run.config))
+    _restore_values(run, path, tensors)
     run.policy.load_adapter(tensors["adapter"])
     optimizer_state.load(run.learner.optimizer, tensors["optimizer"])
     run.rewards.multipliers.update(state.multipliers)
@@ -110,6 +116,19 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
     if changed and run.ranks.main:
         print(f"mmalign: {changed}", file=sys.stderr)
     return done
+
+
+def _restore_values(run: Session, path: Path, tensors: checkpoint.Tensors) -> None:
+    """Load the value head. BadInput where it is missing, or is another."""
+    if run.values is None:
+        return
+    file = path / "values.safetensors"
+    if "values" not in tensors:
+        raise states.refused(file, f"not in {checkpoint.MANIFEST}")
+    try:
+        run.values.load(tensors["values"])
+    except ValueError as error:
+        raise states.refused(file, str(error)) from None
 
 
 def _restore_rates(run: Session, file: Path, state: states.State) -> None:

@@ -29,9 +29,10 @@ from mmalign.policy.protocol import (
     SavesMemory,
     Trainable,
 )
+from mmalign.rewards import self_reward
 from mmalign.rewards.rewards import Rewards
 from mmalign.seeds import seed_of
-from mmalign.training import planning, refit as refits
+from mmalign.training import planning, refit as refits, values
 from mmalign.training.clock import Clock
 from mmalign.training.finite import Skips
 from mmalign.training.learner import Learner, optimizer_class
@@ -61,15 +62,21 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     """Load and check everything a config names and nobody has `given`, before anything is written. Raises BadInput."""
     ranks = ranks or join(c.patience)
     _check_ranks(c, ranks)
+    if c.compile and c.credit is not None and c.credit.observer is not None:
+        raise BadInput(f"compile: credit: {named(c.credit)} reads features, which a compiled network does not show")
     prompts = _prompts(None if c.records else c.prompts, given.prompts)
     with refusing(), doing("loading model and scorers"):
-        scorers = load_scorers(c, c.judging, given.scorers)
+        by_policy = self_reward.opened(c)
+        scorers = load_scorers(c, c.judging, {**by_policy, **given.scorers})
         policy, weights = load_policy(c, str(ranks.accelerator.device), given.policy)
+        for scorer in by_policy.values():
+            scorer.bind(policy)
         known = reference.load(c, weights, scorers) if c.reference else None
         rule = c.combine.opened([*c.rewards], {name: scorer.card.version for name, scorer in scorers.items()})
         records = judged_images.read(locate(c.records), policy.image_size) if c.records else None
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
         c, times, cost = planning.settled(c, policy)
+        head = values.opened(c, policy)
     batches = PromptBatches(records.prompts if records else prompts, c.prompts_per_iteration, c.seed, c.draw)
     batches(0)
     refit = _refit(c, scorers, batches.all)
@@ -89,6 +96,7 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     return Session(
         config=c, policy=policy, prompts=batches, held_out=held_out, times=times, cost=cost, rewards=rewards,
         learner=learner, records=records, origin=origin, clock=Clock(), fits=fits, ranks=ranks, refit=refit,
+        values=head,
     )  # fmt: skip
 
 
@@ -250,7 +258,10 @@ def _check_ranks(c: Config, ranks: Ranks) -> None:
             "plan": c.plan.uneven,
             "objective": not c.objective.even,
             "records": bool(c.records),
+            "credit": c.credit is not None and c.credit.observer is not None,
         }
+        if self_reward.opened(c):
+            raise BadInput("rewards: self does not go with a sharded network (FSDP2)")
         _refuse(c, uneven | memory, "a sharded network (FSDP2)")
     if ranks.zero:
         _refuse(c, memory | {"optimizer": c.optimizer != "adamw"}, "DeepSpeed")

@@ -127,7 +127,7 @@ def test_what_does_not_go_together_is_refused(changed, says):
 
 def test_an_override_reaches_an_item_of_a_list(tmp_path):
     (tmp_path / "c.yaml").write_text("plan: sde\nseeds: 2\ncredit: [gain, terminal]\n")
-    with pytest.raises(BadInput, match="credit.control: 'control': a number from 0 to 1 is needed"):
+    with pytest.raises(BadInput, match="a number from 0 to 1 is needed"):
         configs.load(tmp_path / "c.yaml", ["credit.control=fit"])
     fitted = configs.load(tmp_path / "c.yaml", ["credit.0.control=fit"])
     assert fitted.credit == Mix((Gain(control="fit"), Terminal()), (1.0, 1.0))

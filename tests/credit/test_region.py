@@ -26,6 +26,7 @@ KERNEL = FlowSde(0.7)
 CREDIT = {kind.type: kind() for kind in CREDITS}
 PLANS = {
     "terminal": plans.sde(TIMES, KERNEL),
+    "value": plans.sde(TIMES, KERNEL),
     "gain": plans.complete(plans.sde(TIMES, KERNEL), range(5)),
     "branch": plans.branch(TIMES, KERNEL, [0, 2], 3),
     "renorm": plans.complete(plans.sde(TIMES, KERNEL), range(1, 5)),

@@ -35,6 +35,10 @@ class Mix(Credit):
         return [*zip(self.parts, self.weights, strict=True)]
 
     @property
+    def observer(self) -> Credit | None:
+        return next((part.observer for part in self.parts if part.observer is not None), None)
+
+    @property
     def dense(self) -> bool:
         return any(part.dense for part in self.parts)
 
