@@ -84,9 +84,16 @@ TUNING = {  # where something else matters more than the rate
     "online_dpo": ("", "objective.scale=1", "learning_rate=3e-4"),
     "rft": ("", "learning_rate=1e-4", "learning_rate=1e-4 seeds=4 prompts_per_iteration=16"),
     "backprop, classifier": (
-        "", "learning_rate=1e-3", "learning_rate=1e-4", f"objective={back(way={'type': 'last', 'steps': 1})}",
-        f"objective={back(way={'type': 'jump'})}", f"objective={back(pull=0.0)}", f"objective={back(pull=0.5)}",
-        "steps=4 seeds=4", "seeds=1 prompts_per_iteration=32", "seeds=4 prompts_per_iteration=8 learning_rate=1e-3",
+        "",
+        "learning_rate=1e-3",
+        "learning_rate=1e-4",
+        f"objective={back(way={'type': 'last', 'steps': 1})}",
+        f"objective={back(way={'type': 'jump'})}",
+        f"objective={back(pull=0.0)}",
+        f"objective={back(pull=0.5)}",
+        "steps=4 seeds=4",
+        "seeds=1 prompts_per_iteration=32",
+        "seeds=4 prompts_per_iteration=8 learning_rate=1e-3",
     ),
 }
 POINTS = 4  # evaluations, without the first

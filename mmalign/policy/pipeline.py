@@ -201,12 +201,14 @@ class PipelinePolicy(Family):
         plain = {f"{name}{k or ''}": w for name, value in weights.items() for k, w in enumerate(stored(value))}
         return fingerprint(plain, digits=16)
 
-    def attach_lora(self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> None:
-        lora.attach(self.pipe.transformer, rank, alpha, targets or self.targets, seed)
+    def attach_lora(
+        self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int, name: str = lora.DEFAULT
+    ) -> None:
+        lora.attach(self.pipe.transformer, rank, alpha, targets or self.targets, seed, name)
 
-    def insert_lora(self, matrices: lora.Matrices) -> None:
+    def insert_lora(self, matrices: lora.Matrices, name: str = lora.DEFAULT) -> None:
         """An adapter of these matrices. ValueError where they do not fit the model."""
-        lora.insert(self.pipe.transformer, matrices)
+        lora.insert(self.pipe.transformer, matrices, name)
 
     def save_memory(self, gradients: bool = False, tiling: bool = False, texts: int = 1000) -> None:
         """With `gradients` (gradient checkpointing), activations are recomputed in the backward pass; with `tiling`
@@ -242,8 +244,11 @@ class PipelinePolicy(Family):
         """Compile the transformer in place; worth it for long runs only (a minute or more at the first batch)."""
         self.pipe.transformer.compile()
 
-    def parameters(self) -> list[nn.Parameter]:
-        return lora.parameters(self.pipe.transformer)
+    def adapters(self) -> list[str]:
+        return lora.adapters(self.pipe.transformer)
+
+    def parameters(self, name: str = lora.DEFAULT) -> list[nn.Parameter]:
+        return lora.parameters(self.pipe.transformer, name)
 
     def adapter_names(self) -> list[str]:
         """Names of `parameters()`, in their order; each begins with the layer's."""
@@ -267,14 +272,17 @@ class PipelinePolicy(Family):
             or (p.grad is not None and id(p) not in adapter)
         ]
 
+    def acting(self, name: str | None) -> AbstractContextManager:
+        return lora.acting(self.pipe.transformer, name)
+
     def reference(self) -> AbstractContextManager:
-        return lora.disabled(self.pipe.transformer)
+        return self.acting(None)
 
-    def adapter(self) -> dict[str, Tensor]:
-        return lora.state(self.pipe.transformer)
+    def adapter(self, name: str = lora.DEFAULT) -> dict[str, Tensor]:
+        return lora.state(self.pipe.transformer, name)
 
-    def load_adapter(self, values: dict[str, Tensor]) -> None:
-        lora.load_state(self.pipe.transformer, values)
+    def load_adapter(self, values: dict[str, Tensor], name: str = lora.DEFAULT) -> None:
+        lora.load_state(self.pipe.transformer, values, name)
 
     def export(self, folder: Path, form: str = "diffusers", about: Mapping[str, str] | None = None) -> Path:
         """Write the adapter, or the merged model, for other programs (`mmalign.policy.export`)."""

@@ -58,6 +58,17 @@ class Trainable(Policy, Protocol):
 
 
 @runtime_checkable
+class HoldsAdapters(Trainable, Protocol):
+    """Has several adapters on one network, by name; that of `Trainable` is "default". `attach_lora`, `parameters`,
+    `adapter` and `load_adapter` then take a `name`. Within `acting(name)` that adapter acts and takes gradients; None:
+    as within `reference()`."""
+
+    def adapters(self) -> list[str]: ...
+
+    def acting(self, name: str | None) -> AbstractContextManager: ...
+
+
+@runtime_checkable
 class SavesMemory(Protocol):
     """Recomputes activations (`gradients`), decodes in tiles, and bounds the cached embeddings of `texts`."""
 
