@@ -57,7 +57,10 @@ def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show
     rollout, local = finite.on_all_ranks(run.ranks, partial(sample_and_judge, run, prompts, iteration))
     tree, judgement = gather(run.ranks, rollout.tree, local)
     stop_if_failing(unscored(tree, judgement), len(tree.owner), c.max_failed)
+    learnt = {}
     with clock.of("learn"):
+        if run.step_rewards is not None:
+            judgement, learnt = run.step_rewards(run, rollout, local, judgement, iteration)
         selected = selecting.choose(c, tree, judgement)
         advantage = selecting.advantages(c, tree, judgement, selected)
         here = run.ranks.is_local(tree.prompt)
@@ -67,7 +70,7 @@ def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show
         clock.timed("io", show)(Snapshot(rollout, tree, judgement, advantage))
     deviation = deviations(run.ranks, rollout.tree, rollout.images)
     row = metrics(run, tree, judgement, deviation, iteration) | selecting.statistics(c, tree, judgement, selected)
-    row |= scout_metrics(run, rollout, tree, judgement)
+    row |= scout_metrics(run, rollout, tree, judgement) | learnt
     row |= run.prompts.learn(iteration, level(run, judgement, iteration), tree.prompt)
     return batch, row | run.rewards.move_multipliers(judgement)
 

@@ -164,13 +164,14 @@ class Judgement:
     does or scoring failed; the last column is the finished image. It may be a map, `[N, T+1, a, b]`: a reward per
     position, NaN without an opinion. `parts` holds each component's raw score of the finished images; `regions [E, a,
     b]` the credit in [-1, 1] per position of each image, `marks` the regions behind it. `failures`: reasons by
-    image."""
+    image. `process`: rewards of the steps themselves, 0 at deterministic ones, where a credit learns them."""
 
     reward: Float[Tensor, "N states *cells"]
     parts: dict[str, Float[Tensor, "N"]]
     regions: Float[Tensor, "E a b"] | None = None
     marks: "Marks | None" = None
     failures: Mapping[int, str] = field(default_factory=dict)
+    process: Float[Tensor, "N T a b"] | None = None
 
 
 @dataclass(frozen=True)

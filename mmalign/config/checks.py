@@ -33,7 +33,17 @@ def component(reward: str) -> tuple[str, str]:
 
 def check(c: BaseModel) -> None:
     """ValueError, in one line that names the setting, unless the settings of a `Config` go together."""
-    for suits in (_numbers, _secrets, _settings_act, _rewards, _refresh, _schedule, c.objective.check, _plan):
+    for suits in (
+        _numbers,
+        _secrets,
+        _settings_act,
+        _rewards,
+        _learnt_rewards,
+        _refresh,
+        _schedule,
+        c.objective.check,
+        _plan,
+    ):
         suits(c)
 
 
@@ -89,6 +99,16 @@ def _settings_act(c: BaseModel) -> None:
         raise ValueError("advantage: whole and regional act only with region; remove them")
     if not c.rewards and not c.records:
         raise ValueError("rewards: at least one is needed; only training on records does without")
+
+
+def _learnt_rewards(c: BaseModel) -> None:
+    """A credit that learns rewards of steps has its map from them, and its labels from a trained component."""
+    if c.credit is None or not c.credit.learns:
+        return
+    if c.region is not None:
+        raise ValueError(f"region: credit: {named(c.credit)} has a map of its rewards (grid); remove one of the two")
+    if c.credit.label is not None and c.credit.label not in c.rewards:
+        raise ValueError(f"credit: label: {c.credit.label!r} is not among the rewards: {', '.join(c.rewards)}")
 
 
 def _rewards(c: BaseModel) -> None:

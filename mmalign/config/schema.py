@@ -141,7 +141,7 @@ class Config(BaseModel):
         "advantage_flow, rft, dpo, online_dpo, srum, rgdpo; or from a differentiable reward: backprop",
     )
     credit: one_of(CREDITS, "credit", optional=True) = _used(
-        "credit", BranchCredit(), "how rewards become advantages of steps: terminal, branch, gain"
+        "credit", BranchCredit(), "how rewards become advantages of steps: terminal, branch, gain, implicit"
     )
     loss: one_of(LOSSES, "loss", optional=True) = _used(
         "loss", Clipped(), "clipped (PPO), guard or masked, and its clip"

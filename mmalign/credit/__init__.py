@@ -7,6 +7,7 @@ frozen dataclass with its settings that derives from `mmalign.credit.groups.Cred
 
 from mmalign.credit.branch import Branch
 from mmalign.credit.gain import Gain
+from mmalign.credit.implicit import Implicit
 from mmalign.credit.terminal import Terminal
 
-CREDITS = (Terminal, Branch, Gain)
+CREDITS = (Terminal, Branch, Gain, Implicit)

@@ -7,7 +7,7 @@ gradient. The rule is that of `reward_models.combine`: no more spread than round
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -65,7 +65,11 @@ GRPO = Units()
 
 
 class Credit:
-    """What a credit may say of itself; only the call is required."""
+    """What a credit may say of itself; only the call is required. `learns`: whether an adapter learns the rewards of
+    steps that it reads (`mmalign.training.step_rewards`); `forwards`: evaluations of a stochastic step for it."""
+
+    learns: ClassVar[bool] = False
+    forwards: int = 0
 
     def completions(self, plan: Plan) -> tuple[list[int], int | tuple[int, ...] | None]:
         """The states it needs completed, and in how many ODE steps (`mmalign.flow.plan.complete`)."""

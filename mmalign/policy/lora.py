@@ -159,7 +159,8 @@ def folded(module: nn.Module, name: str = DEFAULT) -> dict[str, tuple[Tensor, Te
 
 
 def config(module: nn.Module) -> dict[str, Any]:
-    """peft's settings of the policy's adapter with the matrices of `folded`: each layer by its name, alpha equal to the rank."""
+    """peft's settings of the policy's adapter with the matrices of `folded`: each layer by its name, alpha equal to the
+    rank."""
     used, adapted = module.peft_config[DEFAULT], layers(state(module))
     settings = used.to_dict() | {"target_modules": adapted, "lora_alpha": used.r, "alpha_pattern": used.rank_pattern}
     return settings | {"peft_type": used.peft_type.value}

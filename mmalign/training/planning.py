@@ -62,6 +62,7 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     passes = c.objective.replayed(c.measures_kl)
     prepared = c.objective.prepared(c.epochs * c.minibatches) * halves
     before = prepared + (0 if c.mask is None else c.mask.forwards)
+    forwards += starts * plan.cost[2] * (0 if c.credit is None else c.credit.forwards)
     shown = images + rows * c.objective.decoded * c.epochs
     return Cost(
         forwards * halves + before * rows, rows * passes * c.epochs * halves, rows, shown, images * len(c.trained),

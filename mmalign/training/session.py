@@ -15,6 +15,7 @@ from mmalign.training.learner import Learner
 from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.training.planning import Cost
 from mmalign.training.refit import Refit
+from mmalign.training.step_rewards import StepRewards
 from reward_models import Prompt
 
 
@@ -26,7 +27,7 @@ class Session:
     until they are learnt from; `times` the schedule of the rollout; `cost` an iteration's. `records` are the judged
     images to learn from instead of rollouts, if any. `origin` names by hash what the run is made of, which must not
     change under it. `fits` bounds the rows of the config's `batch` and `decode_batch` by what memory allows. `refit`
-    fits a reward again, if the config has a `refresh`.
+    fits a reward again, if the config has a `refresh`; `step_rewards` are those that the credit learns, if it does.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class Session:
     fits: dict[str, AdaptiveBatch]
     ranks: Ranks
     refit: Refit | None = None
+    step_rewards: StepRewards | None = None
 
     def fitted(self) -> dict[str, int]:
         """The rows at once of the batches that memory has made smaller, as a row for the metrics."""

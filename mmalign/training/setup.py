@@ -31,7 +31,7 @@ from mmalign.policy.protocol import (
 )
 from mmalign.rewards.rewards import Rewards
 from mmalign.seeds import seed_of
-from mmalign.training import planning, refit as refits
+from mmalign.training import planning, refit as refits, step_rewards
 from mmalign.training.clock import Clock
 from mmalign.training.finite import Skips
 from mmalign.training.learner import Learner, optimizer_class
@@ -75,6 +75,8 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     refit = _refit(c, scorers, batches.all)
     held_out = _held_out(c, given.held_out, batches.all)
     fits = {name: AdaptiveBatch(getattr(c, name), ranks.sharded) for name in ("batch", "micro_batch", "decode_batch")}
+    with refusing():
+        rewards_of_steps = step_rewards.opened(c, policy)
     learner = _learner(c, policy, fits.pop("micro_batch"), ranks)
     if c.cache:  # last, because it creates the file
         with refusing():
@@ -89,6 +91,7 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     return Session(
         config=c, policy=policy, prompts=batches, held_out=held_out, times=times, cost=cost, rewards=rewards,
         learner=learner, records=records, origin=origin, clock=Clock(), fits=fits, ranks=ranks, refit=refit,
+        step_rewards=rewards_of_steps,
     )  # fmt: skip
 
 
@@ -237,6 +240,7 @@ def _check_ranks(c: Config, ranks: Ranks) -> None:
     if c.prompts_per_iteration < ranks.size:
         raise BadInput(f"prompts_per_iteration: {c.prompts_per_iteration} for {ranks.size} processes; each needs one")
     memory = {name: bool(getattr(c, name)) for name in ("compile", "quantize", "offload")}
+    learns = c.credit is not None and c.credit.learns
     if ranks.sharded:
         if c.refresh is not None:
             raise BadInput("refresh: one process draws its images, which a sharded network (FSDP2) cannot; remove it")
@@ -245,10 +249,15 @@ def _check_ranks(c: Config, ranks: Ranks) -> None:
                 f"prompts_per_iteration: {c.prompts_per_iteration} does not divide among {ranks.size} processes, which "
                 "must all call a sharded network (FSDP2) equally often"
             )
-        uneven = {"plan": c.plan.uneven, "objective": not c.objective.stochastic, "records": bool(c.records)}
+        uneven = {
+            "credit": learns,
+            "plan": c.plan.uneven,
+            "objective": not c.objective.stochastic,
+            "records": bool(c.records),
+        }
         _refuse(c, uneven | memory, "a sharded network (FSDP2)")
     if ranks.zero:
-        _refuse(c, memory | {"optimizer": c.optimizer != "adamw"}, "DeepSpeed")
+        _refuse(c, memory | {"credit": learns, "optimizer": c.optimizer != "adamw"}, "DeepSpeed")
 
 
 def _refuse(c: Config, acting: dict[str, bool], what: str) -> None:
