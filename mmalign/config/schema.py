@@ -138,7 +138,8 @@ class Config(BaseModel):
     objective: one_of(OBJECTIVES, "objective") = Field(
         Grpo(),
         description="what is learnt from a rollout: grpo (policy gradient), or from its images: nft, awm, "
-        "advantage_flow, rft, dpo, online_dpo, srum, rgdpo; or from a differentiable reward: backprop",
+        "advantage_flow, rft, dpo, online_dpo, srum, rgdpo; or from a differentiable reward: backprop; outcome makes a "
+        "reward model of the adapter",
     )
     credit: one_of(CREDITS, "credit", optional=True) = _used(
         "credit", BranchCredit(), "how rewards become advantages of steps: terminal, branch, gain, implicit"

@@ -11,8 +11,9 @@ from mmalign.objectives.backprop import Backprop
 from mmalign.objectives.dpo import Dpo, OnlineDpo
 from mmalign.objectives.grpo import Grpo
 from mmalign.objectives.nft import Nft
+from mmalign.objectives.outcome import Outcome
 from mmalign.objectives.rft import Rft
 from mmalign.objectives.rgdpo import Rgdpo
 from mmalign.objectives.srum import Srum
 
-OBJECTIVES = (Grpo, Nft, Awm, AdvantageFlow, Rft, Dpo, OnlineDpo, Srum, Rgdpo, Backprop)
+OBJECTIVES = (Grpo, Nft, Awm, AdvantageFlow, Rft, Dpo, OnlineDpo, Srum, Rgdpo, Backprop, Outcome)

@@ -53,10 +53,9 @@ class StepRewards:
     credit: Credit
     optimizer: torch.optim.Optimizer
 
-    def learn(self, run: Run, rollout: Rollout, judged: Judgement, iteration: int) -> dict[str, float]:
+    def learn(self, run: Run, rollout: Rollout, steps: Steps, judged: Judgement, iteration: int) -> dict[str, float]:
         """Train the adapter on the outcomes of all ranks' trajectories; `rollout` and `judged` are this rank's."""
         c, paths, ranks = run.config, rollout.paths, run.ranks
-        steps = self._steps(run, rollout)
         local = ranks.local_rows(steps.rows.index, "steps to learn rewards from")
         for number in range(self.credit.updates):
             score = self._process(run, rollout, steps).sum(1).mean((1, 2)).requires_grad_()
@@ -77,17 +76,17 @@ class StepRewards:
         agrees = torch.where(label == 0.5, torch.nan, ((score.detach() > 0) == (label > 0.5)).float())
         agrees = torch.where(label.isnan(), torch.nan, agrees)
         known = ~agrees.isnan()
-        sums = {"loss": float(loss.sum()), "agrees": float(agrees[known].sum()), "known": int(known.sum())}
+        sums = {"loss": float(loss.detach().sum()), "agrees": float(agrees[known].sum()), "known": int(known.sum())}
         sums = ranks.all_reduce_sum(sums | {"all": len(loss)}, "statistics of the rewards of steps")
         return {
             "process/loss": sums["loss"] / sums["all"],
             "process/agrees": sums["agrees"] / sums["known"] if sums["known"] else float("nan"),
         }
 
-    def of(self, run: Run, rollout: Rollout) -> Float[Tensor, "n T a b"]:
+    def of(self, run: Run, rollout: Rollout, steps: Steps) -> Float[Tensor, "n T a b"]:
         """The rewards of the steps of this rank's trajectories, on the CPU, 0 at deterministic ones. Raises
         NonFinite."""
-        values = self._process(run, rollout, self._steps(run, rollout))
+        values = self._process(run, rollout, steps)
         good = values.isfinite().flatten(1).all(1)
         if not bool(good.all()):
             raise non_finite("rewards of steps", rollout.prompts, rollout.paths.tree.prompt[~good].tolist())
@@ -97,12 +96,14 @@ class StepRewards:
         self, run: Run, rollout: Rollout, local: Judgement, judged: Judgement, iteration: int
     ) -> tuple[Judgement, dict[str, float]]:
         """Train, then the judgement of all ranks with the rewards of all steps, and statistics."""
-        statistics = self.learn(run, rollout, local, iteration)
-        process = finite.on_all_ranks(run.ranks, partial(self.of, run, rollout))
+        steps = self.steps(run, rollout)
+        statistics = self.learn(run, rollout, steps, local, iteration)
+        process = finite.on_all_ranks(run.ranks, partial(self.of, run, rollout, steps))
         process = run.ranks.in_order(process, rollout.paths.tree.prompt, "rewards of steps")
         return replace(judged, process=process), statistics
 
-    def _steps(self, run: Run, rollout: Rollout) -> Steps:
+    def steps(self, run: Run, rollout: Rollout) -> Steps:
+        """The steps of this rank's trajectories, with the means of the model without adapter."""
         tree = rollout.paths.tree
         trajectory, column = (tree.std > 0).nonzero(as_tuple=True)
         inverse, first = distinct(torch.stack([column, tree.node[trajectory, column + 1]], 1))
