@@ -22,6 +22,7 @@ from mmalign.cli.options import (
     Since,
     Steps,
     TowardReward,
+    adapter_of,
     model_option,
     output_option,
     prompt_option,
@@ -101,7 +102,7 @@ def refine(
     _check((prompt, prompts, images), page, pairs, requests)
     rules = dict(
         out=out, images=images, moves=moves, by=by, good=good, rounds=rounds, forwards=forwards, patience=patience,
-        cut=cut, strength=strength, steps=steps, guidance=guidance, seed=seed, adapter=adapter, batch=batch,
+        cut=cut, strength=strength, steps=steps, guidance=guidance, seed=seed, adapter=adapter_of(adapter), batch=batch,
     )  # fmt: skip
     wanted = None if images else read_prompts(prompt, prompts)
     result, by = _refined(model, wanted, rules, critic, settings, cache, (toward, push, since))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ class PipelinePolicy(Family):
         super().__init__(pipe, guidance, size)
         self.counts: Counter[str] = Counter()
         self.offload = False
+        self._mixture: dict[str, float] | None = None  # weights of adapters; None: one acts
         self._embedded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # embeddings by text, in order of last use
         self._embedded_most = 1000
 
@@ -133,6 +135,8 @@ class PipelinePolicy(Family):
                 module.to("cpu")
 
     def velocity(self, x: Latents, t: Float[Tensor, "M"], cond: Conditioning, index: Int[Tensor, "M"]) -> Latents:
+        if self._mixture is not None:
+            return self._mixed(self._mixture, x, t, cond, index)
         if not self.true_guidance:
             self.counts["forwards"] += len(x)
             return self.network(x, t, {name: value[index] for name, value in cond.prompts.items()})
@@ -272,8 +276,41 @@ class PipelinePolicy(Family):
             or (p.grad is not None and id(p) not in adapter)
         ]
 
-    def acting(self, name: str | None) -> AbstractContextManager:
-        return lora.acting(self.pipe.transformer, name)
+    @contextmanager
+    def acting(self, name: str | None) -> Iterator[None]:
+        mixture, self._mixture = self._mixture, None
+        try:
+            with lora.acting(self.pipe.transformer, name):
+                yield
+        finally:
+            self._mixture = mixture
+
+    def mix(self, weights: Mapping[str, float]) -> None:
+        """From now on its velocity is `v_base + sum_k w_k (v_k - v_base)` over the adapters of these names (MAH-DPO):
+        exactly linear in the weights. To the bit the base at weights of 0, and one adapter at its 1 and others' 0."""
+        self._mixture = {name: float(weight) for name, weight in weights.items() if weight}
+
+    @property
+    def evaluations(self) -> int:
+        """How often a velocity evaluates the network, as one adapter or a mixture."""
+        weights = [] if self._mixture is None else [*self._mixture.values()]
+        return 1 if weights in ([], [1.0]) else 1 + len(weights)
+
+    def _mixed(self, weights: Mapping[str, float], *row: Any) -> Latents:
+        def of(name: str | None) -> Latents:
+            with self.acting(name):
+                return self.velocity(*row)
+
+        if [*weights.values()] == [1.0]:
+            return of(next(iter(weights)))
+        base = of(None)
+        if not weights:
+            return base
+        base, each = base.float(), {name: of(name).float() for name in weights}
+        if len(each) == 1:
+            [(name, v)] = each.items()
+            return torch.lerp(base, v, weights[name])
+        return base + sum(weights[name] * (v - base) for name, v in each.items())
 
     def reference(self) -> AbstractContextManager:
         return self.acting(None)

@@ -142,6 +142,16 @@ class TakesLora(Protocol):
 
 
 @runtime_checkable
+class Mixes(Protocol):
+    """Acts as a mixture of adapters, by name and weight; a velocity then takes several `evaluations` of the network."""
+
+    @property
+    def evaluations(self) -> int: ...
+
+    def mix(self, weights: Mapping[str, float]) -> None: ...
+
+
+@runtime_checkable
 class Inspectable(Protocol):
     """Knows its adapter's matrices by name, which layers do nothing, and what else would be trained."""
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from mmalign.policy import lora, meta
 from mmalign.policy.protocol import HoldsAdapters
+from mmalign.refinement.velocity import regional_guidance
 from reward_models import shipped
 
 SIDES = "to_q|to_k|to_v|add_q_proj|add_k_proj|add_v_proj|to_qkv_mlp_proj"
@@ -157,3 +158,39 @@ def test_an_export_has_the_policy_s_adapter_alone(folders, tmp_path):
     assert both.keys() == alone.keys()
     assert all(torch.equal(both[name], alone[name]) for name in both)
     policy.check_export(tmp_path / "both")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_mixture_is_linear_in_its_weights(folders, guidance):
+    policy = opened(folders, "Stable Diffusion 3", guidance)
+    for number, name in enumerate(("default", "b")):
+        policy.attach_lora(2 + number, 4.0, None, seed=number, name=name)
+        changed(policy.pipe.transformer, name, number)
+    x, t = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(1)), torch.tensor([0.9, 0.4])
+    cond, index = policy.encode(["a circle", "a square"]), torch.tensor([0, 1])
+
+    @torch.no_grad()
+    def velocity(**weights: float) -> torch.Tensor:
+        policy.mix(weights)
+        return policy.velocity(x, t, cond, index)
+
+    with torch.no_grad(), policy.acting("b"):
+        alone = policy.velocity(x, t, cond, index)
+    base, a, b = velocity(default=0.0, b=0.0), velocity(default=1.0, b=0.0), velocity(default=0.0, b=1.0)
+    with torch.no_grad():
+        before = policy.counts["forwards"]
+        assert torch.equal(a, velocity(default=1.0))
+        one = policy.counts["forwards"] - before
+        assert torch.equal(b, alone)
+        with policy.reference():
+            assert torch.equal(policy.velocity(x, t, cond, index), base)
+    assert policy.evaluations == 1
+    torch.testing.assert_close(velocity(default=1.0, b=0.5), a + 0.5 * (b - base))
+    torch.testing.assert_close(velocity(default=-1.0, b=2.0), base - (a - base) + 2 * (b - base))
+    assert policy.evaluations == 3
+    assert policy.counts["forwards"] > one > 0
+    halved = regional_guidance(policy, torch.ones(policy.latent_shape[1:]), 0.5)
+    assert torch.equal(velocity(default=0.5), torch.lerp(base.float(), a.float(), 0.5))
+    policy.mix({"default": 1.0})
+    with torch.no_grad():
+        assert torch.equal(halved(x, t, cond, index), torch.lerp(base.float(), a.float(), 0.5))  # as --strength has it
