@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 python scripts/implicit_reward.py steps --seed 0
 
 `places` draws pictures of the shapes world, plants a patch of speckle in half of them, at one of 16 places, and trains
-an adapter on the outcome alone, clean or not (`objective: outcome`). Of the new pictures with a patch, the map's lowest
-cells, as many as the patch has, are compared with the cells of the patch (intersection over union), and the whole
-reward orders clean and spoilt pictures.
+an adapter on the outcome alone, clean or not (`objective: outcome`). In new pictures with a patch the map's lowest
+cells, as many as the patch has, are compared with the cells of the patch (intersection over union), and so is the
+lowest of the 16 blocks; the whole reward orders clean and spoilt pictures.
 
 `steps` trains an adapter on the outcomes of trajectories (`credit: implicit`), without training the policy. On prompts
 that it was not trained on, the partial sums of its rewards order siblings before each step, and so do the shapes
@@ -144,8 +144,8 @@ def steps(
     held_out = held_out[:: len(held_out) // prompts][:prompts]
     rollout = sample_and_score(run, held_out, iterations)
     tree, reward = rollout.tree, judged(run, rollout, 0).reward[:, -1]
-    own = run.step_rewards
-    process = own.of(run, rollout, own.steps(run, rollout)).mean((2, 3))
+    learnt = run.step_rewards
+    process = learnt.of(run, rollout, learnt.steps(run, rollout)).mean((2, 3))
     scorers = {"shapes.partial": (load("shapes"), 1), "clip.cosine": (load("clip"), 0)}
     print(
         "| state before step | time | implicit, partial sum | " + " | ".join(f"{n}, one step" for n in scorers) + " |"

@@ -68,7 +68,7 @@ def reward_map(
     batch: int = 128,
 ) -> Float[Tensor, "M h w"]:
     """The reward of each latent position of finished latents, by the policy's adapter: the mean over `draws` noises and
-    times, the same for all rows. Of a state of a trajectory it is the value of the clean latent that it predicts."""
+    times, the same for all rows. The value of a state is that of the clean latent that it predicts."""
     noise = noise_like(x[:1].expand(draws, *x.shape[1:]), generator)
     t = times(policy, draws, 1, generator)[0].to(x)
     total = torch.zeros(len(x), *x.shape[2:], device=x.device)
