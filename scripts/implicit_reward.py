@@ -167,7 +167,7 @@ def steps(
 
 
 def agreement(value: Float[Tensor, "N"], reward: Float[Tensor, "N"], group: Int[Tensor, "N"]) -> float:
-    """The share of pairs of a group with unequal rewards that the value orders alike; a tie counts half."""
+    """The share of pairs of a group with unequal rewards that the value orders in the same way; a tie counts half."""
     right, count = 0.0, 0
     for g in group.unique():
         rows = (group == g).nonzero()[:, 0]
