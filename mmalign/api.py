@@ -270,11 +270,12 @@ class Run:
 
 
 def evaluate(
-    model: Any, prompts: Any, rewards: Any, *, adapter: str | Path | None = None, seeds: int = 2, steps: int = 10,
+    model: Any, prompts: Any, rewards: Any, *, adapter: given.Adapter = None, seeds: int = 2, steps: int = 10,
     guidance: float | None = None, batch: int = 256, toward: Toward | None = None,
 ) -> Evaluation:  # fmt: skip
     """Draw `seeds` images of each prompt by ODE and score them. `rewards` are scorers by name, functions or objects:
-    one or a list, or a dict by name; all components of each are given. `adapter` is a run, or a LoRA file or folder.
+    one or a list, or a dict by name; all components of each are given. `adapter` is a run, or a LoRA file or folder;
+    several by weight, `{path: weight}`, act as a mixture.
     `toward` guides the images (`mmalign.toward`).
 
         result = mmalign.evaluate("assets/tiny_sd3", ["a red circle", "a blue square"], "clip")
@@ -289,7 +290,7 @@ def evaluate(
 def best_of_n(
     model: Any, prompts: Any, reward: Any, seeds: Sequence[int] = (0, 1, 2, 3), steps: int = 10,
     keep: int | None = None, after: int | None = None, *, scorers: Mapping[str, Any] = NOTHING,
-    adapter: str | Path | None = None, guidance: float | None = None, batch: int = 64, toward: Toward | None = None,
+    adapter: given.Adapter = None, guidance: float | None = None, batch: int = 64, toward: Toward | None = None,
     value: str | Path | None = None,
 ) -> Best:  # fmt: skip
     """The image of each prompt with the best reward, of one from each seed. With `keep` only that many of a prompt's
@@ -351,7 +352,7 @@ def refine(
     images: str | Path | None = None, moves: Sequence[str] = ("request", "seed"), by: str = "", good: float = 1.0,
     rounds: int = 4, forwards: float | None = None, patience: int | None = None, cut: float = 0.9,
     strength: float = 1.5, steps: int = 10, guidance: float | None = None, seed: int = 0,
-    adapter: str | Path | None = None, batch: int = 64, toward: Toward | None = None,
+    adapter: given.Adapter = None, batch: int = 64, toward: Toward | None = None,
 ) -> Refined:  # fmt: skip
     """Draw an image of each prompt, have it criticised, draw again, and keep the best one; nothing is trained. The
     settings are those of `mmalign.refinement.loop.Settings`; `rounds` counts all images of a prompt. Prompts that are
@@ -391,7 +392,7 @@ def refine(
 def collect(
     model: Any, prompts: Any, rewards: Any, *, seeds: Sequence[int] = (0, 1, 2, 3), by: str = "",
     out: str | Path = "collected", pairs: Choose = "extremes", margin: int | float = 0.0, ties: bool = False,
-    steps: int = 10, guidance: float | None = None, adapter: str | Path | None = None, batch: int = 64,
+    steps: int = 10, guidance: float | None = None, adapter: given.Adapter = None, batch: int = 64,
 ) -> Collected:  # fmt: skip
     """Draw an image of each prompt from each seed, score all, and pair the images of a prompt by the score `by`,
     "scorer.component", by default the first of the `rewards`, which are those of `evaluate`. `pairs`: the best image

@@ -19,6 +19,7 @@ from reward_models.functions import FunctionScorer
 from reward_models.lengths import cut
 
 GIVEN = "given in Python"  # in a config, in place of a name
+Adapter = str | Path | Mapping[str, float] | None  # a run or file, or several with their weights
 
 
 def prompts_of(prompts: Any, what: str = "prompts") -> list[Prompt]:
@@ -151,10 +152,10 @@ def without_adapter(pipe: Any) -> None:
 
 
 @contextmanager
-def drawing(model: Any, guidance: float | None, adapter: str | Path | None) -> Iterator[Any]:
+def drawing(model: Any, guidance: float | None, adapter: Adapter) -> Iterator[Any]:
     """A policy to draw images with."""
     if isinstance(model, str | Path):
-        yield load_policy(str(model), guidance, None if adapter is None else Path(adapter))
+        yield load_policy(str(model), guidance, Path(adapter) if isinstance(adapter, str) else adapter)
         return
     if adapter is not None:
         raise BadInput("adapter: the model is loaded already; load the adapter into it")

@@ -15,7 +15,7 @@ from mmalign.errors import NonFinite
 from mmalign.objectives.objective import TrainBatch
 from mmalign.rewards.judge import stop_if_failing, unscored
 from mmalign.rewards.rewards import shares
-from mmalign.training import extending, finite, selecting, values
+from mmalign.training import extending, finite, selecting, step_rewards, values
 from mmalign.training.metrics import deviations, graph_metrics, level, metrics, scout_metrics
 from mmalign.training.rollout import Rollout, judged, sample_and_score
 from mmalign.training.session import Session
@@ -62,6 +62,7 @@ def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show
     stop_if_failing(unscored(tree, judgement), len(tree.owner), c.max_failed)
     with clock.of("learn"):
         judgement, valued = values.judged(run.ranks, run.values, rollout.paths, tree, judgement, iteration)
+        judgement, learnt = step_rewards.judged(run, rollout, local, judgement, iteration)
         selected = selecting.choose(c, tree, judgement)
         advantage = selecting.advantages(c, tree, judgement, selected, iteration)
         here = run.ranks.is_local(tree.prompt)
@@ -71,8 +72,7 @@ def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show
         clock.timed("io", show)(Snapshot(rollout, tree, judgement, advantage))
     deviation = deviations(run.ranks, rollout.tree, rollout.images)
     row = metrics(run, tree, judgement, deviation, iteration) | selecting.statistics(c, tree, judgement, selected)
-    row |= scout_metrics(run, rollout, tree, judgement) | valued
-    row |= {} if c.extend is None else extending.metrics(run, extended)
+    row |= scout_metrics(run, rollout, tree, judgement) | valued | learnt | extending.metrics(run, extended)
     row |= run.prompts.learn(iteration, level(run, judgement, iteration), tree.prompt)
     return batch, row | run.rewards.move_multipliers(judgement)
 
@@ -82,10 +82,7 @@ def sample_and_judge(
 ) -> tuple[Rollout, Judgement, extending.Counts]:
     """A judged rollout with what an extension adds to it, and how much that is."""
     rollout = sample_and_score(run, prompts, iteration)
-    judgement = judged(run, rollout, iteration)
-    if run.config.extend is None:
-        return rollout, judgement, {}
-    return extending.extend(run, rollout, judgement, iteration)
+    return extending.extend(run, rollout, judged(run, rollout, iteration), iteration)
 
 
 def from_records(run: Session, prompts: list[Prompt], iteration: int, show: Show | None) -> tuple[TrainBatch, Row]:

@@ -9,7 +9,7 @@ Time runs from 1 (noise) to 0 (image): `x_t = (1 - t) x_0 + t e`, the velocity i
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -175,7 +175,8 @@ class Judgement:
     finished images alone; None without such a part. `log_ratio [N, T]`: log of the density of each stochastic step that
     was drawn, less that of the model without adapter, in nats per latent element; 0 at deterministic steps, None unless
     the credit needs it. `values`: what a value head expects of each state but the last, as a difference from the mean
-    reward of its group; NaN at steps where it is not to be trusted."""
+    reward of its group; NaN at steps where it is not to be trusted. `process`: rewards of the steps themselves, 0 at
+    deterministic ones, where a credit learns them."""
 
     reward: Float[Tensor, "N states *cells"]
     parts: dict[str, Float[Tensor, "N"]]
@@ -185,21 +186,7 @@ class Judgement:
     rest: Float[Tensor, "N"] | None = None
     log_ratio: Float[Tensor, "N T"] | None = None
     values: Float[Tensor, "N T"] | None = None
-
-    def of_states(self) -> "Judgement":
-        """The rewards that every state has, without `rest`."""
-        if self.rest is None:
-            return self
-        last = self.reward[:, -1:] - self.rest[:, None]
-        return replace(self, reward=torch.cat([self.reward[:, :-1], last], 1), rest=None)
-
-    def of_ends(self) -> "Judgement":
-        """`rest` alone where there is one, at the finished image; otherwise all rewards."""
-        if self.rest is None:
-            return self
-        reward = torch.full_like(self.reward, torch.nan)
-        reward[:, -1] = torch.where(self.reward[:, -1].isnan(), torch.nan, self.rest)
-        return replace(self, reward=reward, rest=None)
+    process: Float[Tensor, "N T a b"] | None = None
 
 
 @dataclass(frozen=True)

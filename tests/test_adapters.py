@@ -52,6 +52,25 @@ def images(folder: Path, *more) -> np.ndarray:
     return np.stack([np.asarray(Image.open(file), dtype=float) for file in sorted(folder.glob("*.png"))])
 
 
+def test_several_adapters_act_as_a_mixture(made, random_model, tmp_path):
+    run_of, other = made / "run", made / "peft"
+    alone = images(tmp_path / "alone", "--adapter", run_of)
+    both = ["--adapter", f"{run_of}=1.0", "--adapter", f"{other}=0"]
+    assert np.array_equal(images(tmp_path / "both", *both), alone)
+    base = images(tmp_path / "base", "--adapter", run_of, "--strength", "0")
+    none = ["--adapter", f"{run_of}=0", "--adapter", f"{other}=0"]
+    assert np.array_equal(images(tmp_path / "none", *none), base)
+    less = images(tmp_path / "less", "--adapter", run_of, "--strength", "0.5")
+    assert np.array_equal(images(tmp_path / "half", "--adapter", f"{run_of}=0.5"), less)
+    halves = images(tmp_path / "halves", "--adapter", f"{run_of}=0.25", "--adapter", f"{made / 'comfyui'}=0.25")
+    assert np.abs(halves - less).max() <= 1  # the same adapter twice
+    refused = {"weight": ["--adapter", run_of, "--adapter", other], "twice": both[:2] * 2}
+    for word, options in refused.items():
+        ended = mmalign("sample", "a", "--out", tmp_path / "no", *options)
+        assert ended.returncode == 2
+        assert word in ended.stderr
+
+
 def test_each_way_to_name_an_adapter_draws_the_same_images(made, random_model, tmp_path):
     expected = images(tmp_path / "run", "--adapter", made / "run")
     assert expected.shape == (2, 32, 48, 3)

@@ -8,6 +8,7 @@ from run_config import rows, run
 
 from mmalign.checks import doctor, estimate
 from mmalign.config import load as configs
+from mmalign.credit.more.density import of_ends, of_states
 from mmalign.runs import checkpoint
 from mmalign.training.rollout import judged, sample_and_score
 from mmalign.training.setup import open_session
@@ -93,8 +94,8 @@ def test_a_scorer_of_finished_images_is_shown_no_others(base):
     even = 0.5 * rollout.scored.parts["smooth:Positive.even"]
     assert torch.equal(report.reward[:, 0], red[tree.final[:, 0]])
     assert torch.equal(report.reward[:, -1], red[ends] + even[ends])
-    assert torch.equal(report.of_ends().reward[:, -1], even[ends])
-    torch.testing.assert_close(report.of_states().reward[:, -1], red[ends])
+    assert torch.equal(of_ends(report).reward[:, -1], even[ends])
+    torch.testing.assert_close(of_states(report).reward[:, -1], red[ends])
     assert int(even.isnan().sum()) == starts * states
 
 

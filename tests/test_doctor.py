@@ -36,6 +36,7 @@ def bad(settings, **changed):
         {},
         dict(guidance=1.0, objective="grpo", kernel="cps"),
         dict(plan="sde", credit="gain", objective="grpo", kernel="ddim"),
+        dict(plan="sde", credit="implicit", objective="grpo", kernel="ddim"),
         dict(precision="bfloat16", loss={"type": "clipped", "clip": 1.0}),
     ],
 )

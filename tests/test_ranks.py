@@ -54,6 +54,9 @@ MORE = FEW | {
         rollout_parts=2,
     ),
     "value": SDE | dict(credit={"type": "value", "warmup": 1, "floor": 0.0}, prompts_per_iteration=4),
+    "implicit": SDE
+    | dict(credit={"type": "implicit", "grid": [2, 2], "scale": 1000.0, "updates": 2}, objective=BETA),
+    "outcome": PLAIN | dict(objective={"type": "outcome", "scale": 100.0}),
     "awm": PLAIN | dict(objective={"type": "awm", "weight": "error"}, prompts_per_iteration=4),
     "online_dpo": PLAIN | dict(objective="online_dpo"),
     "srum": ODE | dict(objective={"type": "srum", "draws": 2, "alpha": [0, 1], "anchor": 0.5, "margin": 1.0}),

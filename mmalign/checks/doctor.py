@@ -120,7 +120,10 @@ def disturb(run: Session) -> None:
 
 def _of_rollout(run: Session) -> Iterator[Check]:
     rollout = sample_and_score(run, run.prompts(0), 0)
-    bench = Bench(run, rollout, judged(run, rollout, 0))
+    verdict = judged(run, rollout, 0)
+    if run.step_rewards is not None:
+        verdict = replace(verdict, process=run.step_rewards.of(run, rollout, run.step_rewards.steps(run, rollout)))
+    bench = Bench(run, rollout, verdict)
     of_steps = (zero_noise, ratio, guidance, gradient, kl_gradient) if run.config.objective.stochastic else ()
     for check in (seeds, *of_steps):
         yield from check(bench)

@@ -31,7 +31,8 @@ def memory(
     - each part of the pipeline: parameters x bytes of the precision, the transformer's as `quantize` says, and its
       buffers, such as a table of positions; with `offload` only the transformer is on the device;
     - adapter, gradients, ema: 4 bytes a trained parameter each, and so `old`, the adapter that draws the images where
-      it lags behind; moments: 8 (AdamW), or 2 in 8 bits;
+      it lags behind; moments: 8 (AdamW), or 2 in 8 bits; adapter, gradients and moments twice with a credit that
+      learns rewards of steps;
     - texts: the embeddings of the prompts and of the empty one, at the greatest length;
     - latents, float32: trajectories x (states + means of their steps) and finished ones, and those of each row trained
       on: state, next state and mean, or images, noise and the velocities they are compared with;
@@ -64,7 +65,9 @@ def memory(
     weights = {name: int(count * widths[name]) + size_of(modules[name].buffers()) for name, count in parts.items()}
     idle = {name: size for name, size in weights.items() if c.offload and name != "transformer"}
     device = {name: size for name, size in weights.items() if name not in idle}
-    device |= {"adapter": 4 * trained, "gradients": 4 * trained, "moments": MOMENTS[c.optimizer] * trained}
+    adapters = 2 if c.credit is not None and c.credit.learner is not None else 1
+    sizes = {"adapter": 4, "gradients": 4, "moments": MOMENTS[c.optimizer]}
+    device |= {name: size * adapters * trained for name, size in sizes.items()}
     text = size_of(loading.placeholder_texts(policy, 1).values())
     device |= {"old": 4 * trained} if c.objective.lag.most else {}
     device |= {
@@ -106,6 +109,8 @@ def disk(c: Config, held_out: int, size: tuple[int, int], trained: list[int], va
     moments, and the `values` bytes of a value head; the newest are kept, and the best. Images are counted as if PNG did
     not compress: at most."""
     checkpoint = (8 + MOMENTS[c.optimizer]) * sum(trained) + HEADERS * len(trained) + values
+    if c.credit is not None and c.credit.learner is not None:  # another adapter and its moments
+        checkpoint += (4 + MOMENTS[c.optimizer]) * sum(trained) + HEADERS * len(trained) * 2 // 3
     saved = min(ceil(c.iterations / c.checkpoint_every), c.keep_checkpoints + 1)
     shown = c.iterations // c.eval_every + bool(c.iterations % c.eval_every) if c.eval_every else 1
     between = (c.iterations - 1) // c.eval_every if c.eval_every else 0

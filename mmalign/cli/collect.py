@@ -19,6 +19,7 @@ from mmalign.cli.options import (
     ScorerSettings,
     Seeds,
     Steps,
+    adapter_of,
     output_option,
     reward_option,
 )  # fmt: skip
@@ -60,7 +61,7 @@ def collect(
         scorers = load_scorers(rewards, settings, cache)
         result = api.collect(
             model, wanted, scorers, seeds=seeds, by=by, out=out, pairs=pairs, margin=margin, ties=ties, steps=steps,
-            guidance=guidance, adapter=adapter, batch=batch,
+            guidance=guidance, adapter=adapter_of(adapter), batch=batch,
         )  # fmt: skip
     summary = result.summary
     output.show(summary, as_json, tables.collected(summary, by or next(iter(result.rows[0]["scores"]))))

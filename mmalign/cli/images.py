@@ -26,6 +26,7 @@ from mmalign.cli.options import (
     Steps,
     TowardRewards,
     Weighted,
+    adapter_of,
     output_option,
     parse_boxes,
     prompt_option,
@@ -107,7 +108,7 @@ def sample(
     _check(adapter, strength, boxes, edge, best, len(seeds), keep, after, steps, value)
     scorers, guide = _best_and_toward(best, toward, push, since, settings)
     with output.progressing():
-        policy = load_policy(model, guidance, adapter)
+        policy = load_policy(model, guidance, adapter_of(adapter))
         make_folder(out)
         if best is None:
             rows = _sample(policy, wanted, seeds, steps, out, batch, _velocity(policy, strength, boxes, edge), guide)
@@ -136,7 +137,7 @@ def _velocity(policy: Any, strength: float | None, boxes: list[Box] | None, edge
 
 
 def _check(
-    adapter: Path | None, strength: float | None, boxes: list[Box] | None, edge: float,
+    adapter: list[Weighted] | None, strength: float | None, boxes: list[Box] | None, edge: float,
     best: str | None, seeds: int, keep: int | None, after: int | None, steps: int,
     value: Path | None,
 ) -> None:  # fmt: skip
@@ -171,7 +172,7 @@ def _best_and_toward(
     """The scorers of --best and --toward by name, and the guidance. BadInput."""
     from mmalign.config.checks import component
 
-    names = scorers_of(best, *(term.reward for term in toward or []))
+    names = scorers_of(best, *(term.name for term in toward or []))
     if settings and not names:
         raise BadInput("--set belongs to --best or --toward scorer.component")
     scorers = load_scorers(names, settings)
@@ -226,7 +227,7 @@ def evaluate(
     wanted = read_prompts(None, prompts)
     _check_out(out, layout, wanted)
     with output.progressing():
-        scorers, policy = load_scorers(rewards), load_policy(model, guidance, adapter)
+        scorers, policy = load_scorers(rewards), load_policy(model, guidance, adapter_of(adapter))
         guide = load_toward(toward, push, since, scorers)
         drawn = partial(api.evaluate, policy, wanted, scorers, seeds=members, steps=steps, batch=batch, toward=guide)
         result = drawn()
@@ -258,7 +259,9 @@ def _save_reference(file: Path | None, result: Any, policy: Any, scorers: dict[s
         output.warn(f"{file} rests on {len(result.images)} images; {references.ENOUGH} are better")
 
 
-def _check_base(adapter: Path | None, reference: Path | None, compare: bool, toward: list[Weighted] | None) -> None:
+def _check_base(
+    adapter: list[Weighted] | None, reference: Path | None, compare: bool, toward: list[Weighted] | None
+) -> None:
     from mmalign.evaluation import reference as references
 
     check_file(reference, "--reference", references.ours)

@@ -60,7 +60,7 @@ def load_toward(
         if chosen:
             raise BadInput("--push and --from belong to --toward scorer.component")
         return None
-    missing = [name for name in scorers_of(*(term.reward for term in rewards)) if name not in scorers]
+    missing = [name for name in scorers_of(*(term.name for term in rewards)) if name not in scorers]
     known = {**scorers, **load_scorers(missing)}
-    parts = [(*component(term.reward), term.weight) for term in rewards]
+    parts = [(*component(term.name), term.weight) for term in rewards]
     return Toward(tuple(Term(known[name], part, weight, name) for name, part, weight in parts), **chosen)

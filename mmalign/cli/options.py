@@ -57,10 +57,10 @@ class MethodSetting(NamedTuple):
 
 
 class Weighted(NamedTuple):
-    """A reward with a weight."""
+    """A reward or an adapter by its name, and its weight; None for an adapter alone."""
 
-    reward: str
-    weight: float
+    name: str
+    weight: float | None
 
 
 class Aspect(NamedTuple):
@@ -105,6 +105,33 @@ def parse_boxes(texts: list[str] | None) -> list[Box]:
         return [Box(*map(float, text.split(","))) for text in texts]
     except (TypeError, ValueError):
         raise BadInput(f"--box {' '.join(texts)!r}: left,top,right,bottom in pixels are needed") from None
+
+
+def parse_adapters(texts: list[str] | None) -> list[Weighted] | None:
+    """One adapter, or several with the weight of each."""
+    if not texts:
+        return None
+    if len(texts) == 1 and not _weighted(texts[0]):
+        return [Weighted(texts[0], None)]
+    for text in texts:
+        if not _weighted(text):
+            raise BadInput(f"--adapter {text!r}: of several each needs its weight, as in RUN=0.5")
+    parts = [text.rpartition("=") for text in texts]
+    if len({path for path, *_ in parts}) < len(parts):
+        raise BadInput(f"--adapter {' '.join(texts)}: an adapter is there twice")
+    return [Weighted(path, float(weight)) for path, _, weight in parts]
+
+
+def adapter_of(adapters: list[Weighted] | None) -> Path | dict[str, float] | None:
+    """The adapter, or several with their weights, as Python has them."""
+    if adapters and adapters[0].weight is None:
+        return Path(adapters[0].name)
+    return {each.name: each.weight for each in adapters} if adapters else None
+
+
+def _weighted(text: str) -> bool:
+    """Whether it ends in a weight, and is not the path of something that has such a name."""
+    return re.fullmatch(r".+=-?[0-9]{1,6}(\.[0-9]{1,9})?", text) is not None and not os.path.lexists(text)
 
 
 def parse_settings(texts: list[str] | None) -> list[Setting]:
@@ -198,10 +225,13 @@ Prompts = Annotated[str | None, prompt_option(help=PROMPTS)]
 
 Model = Annotated[str, model_option(help="folder or hub id of a diffusers pipeline")]
 Adapter = Annotated[
-    Path | None,
+    list[Weighted] | None,
     model_option(
+        parser=str,
+        callback=parse_adapters,
+        metavar="PATH[=WEIGHT]",
         help="folder of a run or of one of its checkpoints, whose model and averaged adapter are used; or a LoRA file, "
-        "or folder of one, of diffusers, ComfyUI or peft, for --model"
+        "or folder of one, of diffusers, ComfyUI or peft, for --model; several, with weights, act as a mixture",
     ),
 ]
 Guidance = Annotated[float | None, model_option(help="classifier-free guidance; default: that of the run, or none")]

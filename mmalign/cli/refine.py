@@ -23,6 +23,7 @@ from mmalign.cli.options import (
     Steps,
     TowardRewards,
     Weighted,
+    adapter_of,
     model_option,
     output_option,
     prompt_option,
@@ -102,7 +103,7 @@ def refine(
     _check((prompt, prompts, images), page, pairs, requests)
     rules = dict(
         out=out, images=images, moves=moves, by=by, good=good, rounds=rounds, forwards=forwards, patience=patience,
-        cut=cut, strength=strength, steps=steps, guidance=guidance, seed=seed, adapter=adapter, batch=batch,
+        cut=cut, strength=strength, steps=steps, guidance=guidance, seed=seed, adapter=adapter_of(adapter), batch=batch,
     )  # fmt: skip
     wanted = None if images else read_prompts(prompt, prompts)
     result, by = _refined(model, wanted, rules, critic, settings, cache, (toward, push, since))
@@ -117,7 +118,7 @@ def _refined(
     from mmalign import api
 
     with output.progressing():
-        guiding = scorers_of(*(term.reward for term in toward[0] or []))
+        guiding = scorers_of(*(term.name for term in toward[0] or []))
         scorers = load_scorers([*dict.fromkeys([critic, *guiding])], settings, cache)
         guide = load_toward(*toward, scorers)
         result = api.refine(model, prompts, {critic: scorers[critic]}, toward=guide, **rules)

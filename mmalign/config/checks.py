@@ -34,7 +34,10 @@ def component(reward: str) -> tuple[str, str]:
 
 def check(c: BaseModel) -> None:
     """ValueError, in one line that names the setting, unless the settings of a `Config` go together."""
-    for suits in (_numbers, _secrets, _settings_act, _rewards, _credit, _refresh, _schedule, c.objective.check, _plan):
+    for suits in (
+        _numbers, _secrets, _settings_act, _rewards, _credit, _learnt_rewards, _refresh, _schedule, c.objective.check,
+        _plan,
+    ):  # fmt: skip
         suits(c)
 
 
@@ -90,6 +93,17 @@ def _settings_act(c: BaseModel) -> None:
         raise ValueError("advantage: whole and regional act only with region; remove them")
     if not c.rewards and not c.records:
         raise ValueError("rewards: at least one is needed; only training on records does without")
+
+
+def _learnt_rewards(c: BaseModel) -> None:
+    """A credit that learns rewards of steps has its map from them, and its labels from a trained component."""
+    learner = c.credit and c.credit.learner
+    if learner is None:
+        return
+    if c.region is not None:
+        raise ValueError(f"region: credit: {named(c.credit)} has a map of its rewards (grid); remove one of the two")
+    if learner.label is not None and learner.label not in c.rewards:
+        raise ValueError(f"credit: label: {learner.label!r} is not among the rewards: {', '.join(c.rewards)}")
 
 
 def _rewards(c: BaseModel) -> None:
@@ -215,8 +229,8 @@ def _plan(c: BaseModel) -> None:
         raise ValueError(f"extend adds stochastic steps, and objective: {named(c.objective)} does not learn from those")
     if c.extend is not None and c.scouts is not None:
         raise ValueError("extend does not go with scouts, whose correlation is of the images they chose; remove one")
-    if c.extend is not None and c.credit is not None and c.credit.observer is not None:
-        raise ValueError(f"extend: its trajectories have no features for credit: {named(c.credit)}; remove one")
+    if c.extend is not None and c.credit is not None and (c.credit.forwards or c.credit.observer):
+        raise ValueError(f"extend: its trajectories lack what credit: {named(c.credit)} measures; remove one")
     even = torch.linspace(1, 0, c.steps + 1)
     kernel = FlowSde() if isinstance(c.kernel.noise, str) else c.kernel
     for position in c.plan.positions(c.steps):

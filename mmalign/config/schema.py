@@ -136,7 +136,8 @@ class Config(BaseModel):
     objective: one_of(OBJECTIVES, "objective") = Field(
         Grpo(),
         description="what is learnt from a rollout: grpo (policy gradient), or from its images: nft, awm, "
-        "advantage_flow, rft, dpo, online_dpo, srum, rgdpo; or from a differentiable reward: backprop; or a sum",
+        "advantage_flow, rft, dpo, online_dpo, srum, rgdpo; or from a differentiable reward: backprop; or a sum; "
+        "outcome makes a reward model of the adapter",
     )
     credit: one_of(CREDITS, "credit", optional=True, total=Mix) = _used(
         "credit", BranchCredit(), "rewards to advantages: terminal, branch, gain, value, renorm, prl, implicit; or a "

@@ -7,10 +7,11 @@ frozen dataclass with its settings that derives from `mmalign.credit.groups.Cred
 
 from mmalign.credit.branch import Branch
 from mmalign.credit.gain import Gain
+from mmalign.credit.more.implicit import Implicit
 from mmalign.credit.more.mix import Mix as Mix  # a list of credits in a config
 from mmalign.credit.more.prl import Prl
 from mmalign.credit.more.renorm import Renorm
 from mmalign.credit.more.value import Value
 from mmalign.credit.terminal import Terminal
 
-CREDITS = (Terminal, Branch, Gain, Value, Renorm, Prl)
+CREDITS = (Terminal, Branch, Gain, Value, Implicit, Renorm, Prl)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.credit.groups import GRPO, Credit, Units, as_grid, normalise
+from mmalign.credit.more.density import of_states
 from mmalign.types import Judgement, Plan, Tree, over
 from reward_models.combine import alive, mean_and_std
 
@@ -149,7 +150,7 @@ class Gain(Credit):
         return replace(tree, final=torch.where(mine | (tree.final == tree.final[:, -1:]), tree.final, -1))
 
     def statistics(self, tree: Tree, judged: Judgement) -> dict[str, float]:
-        return balance(self._shown(tree), judged.of_states())
+        return balance(self._shown(tree), of_states(judged))
 
 
 def balance(tree: Tree, judged: Judgement) -> dict[str, float]:

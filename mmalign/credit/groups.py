@@ -68,19 +68,19 @@ class Credit:
     """What a credit may say of itself; only the call is required.
 
     `dense`: whether it reads the rewards of states before the last one. `normalises`: whether its advantages are in the
-    `Units` that it is called with. `forwards`: network evaluations of a stochastic step that it needs at the rollout,
-    for `Judgement.log_ratio`.
+    `Units` that it is called with. `drifts`: whether it needs `Judgement.log_ratio`.
     """
 
     dense: ClassVar[bool] = False
     normalises: ClassVar[bool] = True
-    forwards: ClassVar[int] = 0
+    drifts: ClassVar[bool] = False
+    observer: "Credit | None" = None  # it or its part that reads a value head, whose settings it has
+    learner: "Credit | None" = None  # it or its part that an adapter learns rewards of steps for
 
     @property
-    def observer(self) -> "Credit | None":
-        """The credit, itself or a part of it, whose settings are those of the value head that it reads
-        (`mmalign.training.values`); None without a head."""
-        return None
+    def forwards(self) -> int:
+        """Network evaluations of each stochastic step at the rollout."""
+        return int(self.drifts)
 
     def at(self, progress: float) -> "Credit":
         """The credit at `progress`, from 0 at the beginning of the run to 1 at its end."""

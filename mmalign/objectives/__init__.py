@@ -11,9 +11,10 @@ from mmalign.objectives.backprop import Backprop
 from mmalign.objectives.dpo import Dpo, OnlineDpo
 from mmalign.objectives.grpo import Grpo
 from mmalign.objectives.nft import Nft
+from mmalign.objectives.outcome import Outcome
 from mmalign.objectives.rft import Rft
 from mmalign.objectives.rgdpo import Rgdpo
 from mmalign.objectives.srum import Srum
 from mmalign.objectives.sum import Sum
 
-OBJECTIVES = (Grpo, Nft, Awm, AdvantageFlow, Rft, Dpo, OnlineDpo, Srum, Rgdpo, Backprop, Sum)
+OBJECTIVES = (Grpo, Nft, Awm, AdvantageFlow, Rft, Dpo, OnlineDpo, Srum, Rgdpo, Backprop, Outcome, Sum)

@@ -8,7 +8,7 @@ with `m = mean + shift`. Samplers can be held to the data's mean and variance, a
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,15 +21,20 @@ from reward_models.weights import fingerprint
 
 
 class GaussianFlow:
-    """`mean` is one number per prompt text, parsed from it ("0.5"); the adapter is `shift [C, h, w]`, 0 at first."""
+    """`mean` is one number per prompt text, parsed from it ("0.5"); the adapter is `shift [C, h, w]`, 0 at first, and
+    so is every other one that is attached by name."""
 
     def __init__(self, shape: tuple[int, int, int] = (3, 4, 4), spread: float = 1.0):
         self.latent_shape, self.image_size, self.spread = shape, shape[1:], spread
         self.device = torch.device("cpu")
-        self.shift = torch.nn.Parameter(torch.zeros(shape))
-        self.enabled = True
+        self.shifts = {"default": torch.nn.Parameter(torch.zeros(shape))}
+        self.acts: str | None = "default"
         self.counts: Counter[str] = Counter()
         self.last: Latents | None = None  # the latents of the last velocity
+
+    @property
+    def shift(self) -> torch.nn.Parameter:
+        return self.shifts["default"]
 
     @classmethod
     def load(cls, model: str, **settings: Any) -> "GaussianFlow":
@@ -46,7 +51,8 @@ class GaussianFlow:
         self.counts["forwards"] += len(x)
         self.last = x.detach()
         t = t[:, None, None, None]
-        mean = cond[index][:, None, None, None] + (self.shift if self.enabled else self.shift.detach() * 0)
+        shift = torch.zeros_like(self.shift) if self.acts is None else self.shifts[self.acts]
+        mean = cond[index][:, None, None, None] + shift
         variance = (1 - t) ** 2 * self.spread**2 + t**2
         return (t - (1 - t) * self.spread**2) / variance * (x - (1 - t) * mean) - mean
 
@@ -82,23 +88,32 @@ class GaussianFlow:
     def fingerprint(self) -> str:
         return fingerprint({"shape": torch.tensor(self.latent_shape), "spread": torch.tensor(self.spread)}, digits=16)
 
-    def attach_lora(self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> None:
-        """The shift is the adapter, and is the identity at first."""
+    def attach_lora(
+        self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int, name: str = "default"
+    ) -> None:
+        """A shift is an adapter, and is the identity at first."""
+        self.shifts.setdefault(name, torch.nn.Parameter(torch.zeros(self.latent_shape)))
 
-    def adapter(self) -> dict[str, Tensor]:
-        return {"shift": self.shift.detach().clone()}
+    def adapters(self) -> list[str]:
+        return [*self.shifts]
 
-    def load_adapter(self, tensors: Mapping[str, Tensor]) -> None:
+    def adapter(self, name: str = "default") -> dict[str, Tensor]:
+        return {"shift": self.shifts[name].detach().clone()}
+
+    def load_adapter(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:
         with torch.no_grad():
-            self.shift.copy_(tensors["shift"])
+            self.shifts[name].copy_(tensors["shift"])
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [self.shift]
+    def parameters(self, name: str = "default") -> list[torch.nn.Parameter]:
+        return [self.shifts[name]]
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
-        before, self.enabled = self.enabled, False
+    def acting(self, name: str | None) -> Iterator[None]:
+        before, self.acts = self.acts, name
         try:
             yield
         finally:
-            self.enabled = before
+            self.acts = before
+
+    def reference(self) -> AbstractContextManager:
+        return self.acting(None)

@@ -69,9 +69,9 @@ def precision(pipe: Any) -> str:
 
 @contextmanager
 def restored(pipe: Any) -> Iterator[None]:
-    """At the end of the block the pipeline is as before it, but for an adapter and its device: which parameters need
-    gradients, modes, schedule, attention and memory settings."""
-    modules = _modules(pipe)
+    """At the end of the block the pipeline is as before it, but for the policy's adapter and its device: which
+    parameters need gradients, modes, schedule, attention and memory settings."""
+    modules, adapters = _modules(pipe), {*lora.adapters(pipe.transformer), lora.DEFAULT}
     needs = {p: p.requires_grad for module in modules for p in module.parameters()}
     flags = [
         (each, name, vars(each).get(name, MISSING))
@@ -86,6 +86,9 @@ def restored(pipe: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        for name in lora.adapters(pipe.transformer):
+            if name not in adapters:
+                lora.remove(pipe.transformer, name)
         for p in lora.parameters(pipe.transformer):
             if p not in needs:
                 p.requires_grad_(False)

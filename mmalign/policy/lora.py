@@ -1,6 +1,11 @@
-"""LoRA on a diffusers transformer, by peft. The reference policy is the same network with the adapter disabled."""
+"""LoRA on a diffusers transformer, by peft. The reference policy is the same network with the adapter disabled.
+
+One network may have several adapters, by name. One of them acts at a time, and only its matrices take gradients:
+`DEFAULT`, the policy's, except within `acting`.
+"""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,14 +19,15 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 Matrices = Mapping[str, tuple[Tensor, Tensor]]  # by layer, A [rank, in] and B [out, rank]; B A is added to its weight
+DEFAULT = "default"  # the name of the policy's adapter
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def attach(module: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
+def attach(module: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int, name: str = DEFAULT) -> None:
     """Freeze `module` and add a float32 adapter to every linear layer whose name ends with one of `targets`.
 
-    The new matrices depend on `seed` alone and leave the output unchanged (B = 0). Raises ValueError for targets that
-    match nothing.
+    The new matrices depend on `seed` alone and leave the output unchanged (B = 0). Another adapter that acts keeps
+    acting. Raises ValueError for targets that match nothing.
     """
     module.requires_grad_(False)
     layers = linear(module)
@@ -32,10 +38,10 @@ def attach(module: nn.Module, rank: int, alpha: float, targets: Sequence[str], s
             )
     # full names: a target may also be the end of the name of another kind of module, which peft would refuse
     adapted = [layer for layer in layers if any(_ends(layer, target) for target in targets)]
-    _add(module, seed, r=rank, lora_alpha=alpha, target_modules=adapted)
+    _add(module, name, seed, r=rank, lora_alpha=alpha, target_modules=adapted)
 
 
-def insert(module: nn.Module, matrices: Matrices) -> None:
+def insert(module: nn.Module, matrices: Matrices, name: str = DEFAULT) -> None:
     """Freeze `module` and add an adapter of these matrices; layers may differ in rank. Raises ValueError for a layer
     that does not exist or has another shape."""
     module.requires_grad_(False)
@@ -51,35 +57,50 @@ def insert(module: nn.Module, matrices: Matrices) -> None:
     ranks = {layer: len(a) for layer, (a, _) in matrices.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{re.escape(layer)}": other for layer, other in ranks.items() if other != rank}
-    _add(module, 0, r=rank, lora_alpha=rank, target_modules=[*matrices], rank_pattern=others, alpha_pattern=others)
-    load_state(module, named(matrices))
+    targets = [*matrices]
+    _add(module, name, 0, r=rank, lora_alpha=rank, target_modules=targets, rank_pattern=others, alpha_pattern=others)
+    load_state(module, named(matrices), name)
 
 
 def linear(module: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a network by name."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    """The linear layers of a network by the names they have without an adapter."""
+    layers = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    return {name.removesuffix(".base_layer"): child for name, child in layers.items() if ".lora_" not in name}
 
 
 def _ends(layer: str, target: str) -> bool:
     return layer == target or layer.endswith("." + target)
 
 
-def _add(module: nn.Module, seed: int, **settings: Any) -> None:
-    with torch.random.fork_rng():
+def _add(module: nn.Module, name: str, seed: int, **settings: Any) -> None:
+    before = module.active_adapters() if adapters(module) else name
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # a second adapter is meant
         torch.manual_seed(seed)
-        module.add_adapter(LoraConfig(init_lora_weights="gaussian", **settings))
-    for p in parameters(module):
+        module.add_adapter(LoraConfig(init_lora_weights="gaussian", **settings), name)
+    for p in parameters(module, name):
         p.data = p.data.float()
+    module.set_adapter(before)
 
 
-def parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The trainable parameters, in a fixed order."""
-    return [p for p in module.parameters() if p.requires_grad]
+def adapters(module: nn.Module) -> list[str]:
+    """The names of the adapters, in the order they came in."""
+    return [*getattr(module, "peft_config", {})]
 
 
-def names(module: nn.Module) -> list[str]:
+def parameters(module: nn.Module, name: str = DEFAULT) -> list[nn.Parameter]:
+    """The matrices of one adapter, in a fixed order."""
+    return [p for _, p in _matrices(module, name)]
+
+
+def names(module: nn.Module, name: str = DEFAULT) -> list[str]:
     """Their names, in the order of `parameters`."""
-    return [name for name, p in module.named_parameters() if p.requires_grad]
+    return [each for each, _ in _matrices(module, name)]
+
+
+def _matrices(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    end = re.compile(rf"\.lora_[AB]\.{re.escape(name)}\.weight")
+    return ((each, p) for each, p in module.named_parameters() if end.search(each))
 
 
 def unused(module: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
@@ -100,21 +121,22 @@ def unused(module: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
     return [name for name, g in zip(nudges, gradients, strict=True) if g is None or not bool(g)]
 
 
-def state(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the adapter's matrices, by name."""
-    return {name: value.detach().clone() for name, value in sorted(get_peft_model_state_dict(module).items())}
+def state(module: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
+    """A copy of one adapter's matrices, by names without the adapter's."""
+    tensors = get_peft_model_state_dict(module, adapter_name=name)
+    return {each: value.detach().clone() for each, value in sorted(tensors.items())}
 
 
-def load_state(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Set the adapter's matrices. ValueError unless they are those of `state`, by name and shape."""
+def load_state(module: nn.Module, values: dict[str, Tensor], name: str = DEFAULT) -> None:
+    """Set one adapter's matrices. ValueError unless they are those of `state`, by name and shape."""
     expected, given = (
-        {(name, *value.shape) for name, value in matrices.items()}
-        for matrices in (get_peft_model_state_dict(module), values)
+        {(each, *value.shape) for each, value in matrices.items()}
+        for matrices in (get_peft_model_state_dict(module, adapter_name=name), values)
     )
     if expected != given:
-        odd = sorted({name for name, *_ in expected ^ given})
+        odd = sorted({each for each, *_ in expected ^ given})
         raise ValueError(f"the adapter does not fit this model and rank: {len(odd)} matrices differ, e.g. {odd[0]}")
-    set_peft_model_state_dict(module, values)
+    set_peft_model_state_dict(module, values, adapter_name=name)
 
 
 def base(module: nn.Module) -> dict[str, Tensor]:
@@ -123,23 +145,23 @@ def base(module: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): value for name, value in weights if ".lora_" not in name}
 
 
-def folded(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """The adapter's matrices with its strength, alpha over rank, in B."""
-    adapted = {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
-    tensors = state(module)
+def folded(module: nn.Module, name: str = DEFAULT) -> dict[str, tuple[Tensor, Tensor]]:
+    """One adapter's matrices with its strength, alpha over rank, in B."""
+    adapted = {each: layer for each, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+    tensors = state(module, name)
     return {
         layer: (
             tensors[f"{layer}.lora_A.weight"],
-            adapted[layer].scaling["default"] * tensors[f"{layer}.lora_B.weight"],
+            adapted[layer].scaling[name] * tensors[f"{layer}.lora_B.weight"],
         )
         for layer in layers(tensors)
     }
 
 
 def config(module: nn.Module) -> dict[str, Any]:
-    """peft's settings of the adapter with the matrices of `folded`: each layer by its name, alpha equal to the rank."""
-    used = module.peft_config["default"]
-    adapted = sorted(name for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer))
+    """peft's settings of the policy's adapter with the matrices of `folded`: each layer by its name, alpha equal to the
+    rank."""
+    used, adapted = module.peft_config[DEFAULT], layers(state(module))
     settings = used.to_dict() | {"target_modules": adapted, "lora_alpha": used.r, "alpha_pattern": used.rank_pattern}
     return settings | {"peft_type": used.peft_type.value}
 
@@ -208,12 +230,25 @@ def changed(module: nn.Module, changes: dict[str, Tensor]) -> nn.Module:
 
 
 @contextmanager
-def disabled(module: nn.Module) -> Iterator[None]:
-    """Within this block the network has its base weights, to the bit; a block within a block changes nothing."""
-    already = any(m.disable_adapters for m in module.modules() if isinstance(m, BaseTunerLayer))
-    module.disable_adapters()
+def acting(module: nn.Module, name: str | None) -> Iterator[None]:
+    """Within this block one adapter acts and takes gradients, or with None the base weights alone, to the bit."""
+    layer = next((each for each in module.modules() if isinstance(each, BaseTunerLayer)), None)
+    before = None if layer is None or layer.disable_adapters else [*layer.active_adapters]
+    _act(module, name)
     try:
         yield
     finally:
-        if not already:
-            module.enable_adapters()
+        _act(module, before)
+
+
+def _act(module: nn.Module, names: str | list[str] | None) -> None:
+    if names is None:
+        module.disable_adapters()
+    else:
+        module.enable_adapters()
+        module.set_adapter(names)
+
+
+def remove(module: nn.Module, name: str) -> None:
+    """Take an adapter off the network."""
+    module.delete_adapters(name)

@@ -41,6 +41,7 @@ class PipelinePolicy(Family):
         super().__init__(pipe, guidance, size)
         self.counts: Counter[str] = Counter()
         self.offload = False
+        self._mixture: dict[str, float] | None = None  # weights of adapters; None: one acts
         self._embedded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # embeddings by text, in order of last use
         self._embedded_most = 1000
 
@@ -135,6 +136,8 @@ class PipelinePolicy(Family):
                 module.to("cpu")
 
     def velocity(self, x: Latents, t: Float[Tensor, "M"], cond: Conditioning, index: Int[Tensor, "M"]) -> Latents:
+        if self._mixture is not None:
+            return self._mixed(self._mixture, x, t, cond, index)
         if not self.true_guidance:
             self.counts["forwards"] += len(x)
             return self.network(x, t, {name: value[index] for name, value in cond.prompts.items()})
@@ -226,12 +229,14 @@ class PipelinePolicy(Family):
         plain = {f"{name}{k or ''}": w for name, value in weights.items() for k, w in enumerate(stored(value))}
         return fingerprint(plain, digits=16)
 
-    def attach_lora(self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> None:
-        lora.attach(self.pipe.transformer, rank, alpha, targets or self.targets, seed)
+    def attach_lora(
+        self, rank: int, alpha: float, targets: Sequence[str] | None, seed: int, name: str = lora.DEFAULT
+    ) -> None:
+        lora.attach(self.pipe.transformer, rank, alpha, targets or self.targets, seed, name)
 
-    def insert_lora(self, matrices: lora.Matrices) -> None:
+    def insert_lora(self, matrices: lora.Matrices, name: str = lora.DEFAULT) -> None:
         """An adapter of these matrices. ValueError where they do not fit the model."""
-        lora.insert(self.pipe.transformer, matrices)
+        lora.insert(self.pipe.transformer, matrices, name)
 
     def save_memory(self, gradients: bool = False, tiling: bool = False, texts: int = 1000) -> None:
         """With `gradients` (gradient checkpointing), activations are recomputed in the backward pass; with `tiling`
@@ -267,8 +272,11 @@ class PipelinePolicy(Family):
         """Compile the transformer in place; worth it for long runs only (a minute or more at the first batch)."""
         self.pipe.transformer.compile()
 
-    def parameters(self) -> list[nn.Parameter]:
-        return lora.parameters(self.pipe.transformer)
+    def adapters(self) -> list[str]:
+        return lora.adapters(self.pipe.transformer)
+
+    def parameters(self, name: str = lora.DEFAULT) -> list[nn.Parameter]:
+        return lora.parameters(self.pipe.transformer, name)
 
     def adapter_names(self) -> list[str]:
         """Names of `parameters()`, in their order; each begins with the layer's."""
@@ -292,14 +300,50 @@ class PipelinePolicy(Family):
             or (p.grad is not None and id(p) not in adapter)
         ]
 
+    @contextmanager
+    def acting(self, name: str | None) -> Iterator[None]:
+        mixture, self._mixture = self._mixture, None
+        try:
+            with lora.acting(self.pipe.transformer, name):
+                yield
+        finally:
+            self._mixture = mixture
+
+    def mix(self, weights: Mapping[str, float]) -> None:
+        """From now on its velocity is `v_base + sum_k w_k (v_k - v_base)` over the adapters of these names (MAH-DPO):
+        exactly linear in the weights. To the bit the base at weights of 0, and one adapter at its 1 and others' 0."""
+        self._mixture = {name: float(weight) for name, weight in weights.items() if weight}
+
+    @property
+    def evaluations(self) -> int:
+        """How often a velocity evaluates the network, as one adapter or a mixture."""
+        weights = [] if self._mixture is None else [*self._mixture.values()]
+        return 1 if weights in ([], [1.0]) else 1 + len(weights)
+
+    def _mixed(self, weights: Mapping[str, float], *row: Any) -> Latents:
+        def of(name: str | None) -> Latents:
+            with self.acting(name):
+                return self.velocity(*row)
+
+        if [*weights.values()] == [1.0]:
+            return of(next(iter(weights)))
+        base = of(None)
+        if not weights:
+            return base
+        base, each = base.float(), {name: of(name).float() for name in weights}
+        if len(each) == 1:
+            [(name, v)] = each.items()
+            return torch.lerp(base, v, weights[name])
+        return base + sum(weights[name] * (v - base) for name, v in each.items())
+
     def reference(self) -> AbstractContextManager:
-        return lora.disabled(self.pipe.transformer)
+        return self.acting(None)
 
-    def adapter(self) -> dict[str, Tensor]:
-        return lora.state(self.pipe.transformer)
+    def adapter(self, name: str = lora.DEFAULT) -> dict[str, Tensor]:
+        return lora.state(self.pipe.transformer, name)
 
-    def load_adapter(self, values: dict[str, Tensor]) -> None:
-        lora.load_state(self.pipe.transformer, values)
+    def load_adapter(self, values: dict[str, Tensor], name: str = lora.DEFAULT) -> None:
+        lora.load_state(self.pipe.transformer, values, name)
 
     def export(self, folder: Path, form: str = "diffusers", about: Mapping[str, str] | None = None) -> Path:
         """Write the adapter, or the merged model, for other programs (`mmalign.policy.export`)."""

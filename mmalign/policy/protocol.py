@@ -58,6 +58,17 @@ class Trainable(Policy, Protocol):
 
 
 @runtime_checkable
+class HoldsAdapters(Trainable, Protocol):
+    """Has several adapters on one network, by name; that of `Trainable` is "default". `attach_lora`, `parameters`,
+    `adapter` and `load_adapter` then take a `name`. Within `acting(name)` that adapter acts and takes gradients; None:
+    as within `reference()`."""
+
+    def adapters(self) -> list[str]: ...
+
+    def acting(self, name: str | None) -> AbstractContextManager: ...
+
+
+@runtime_checkable
 class SavesMemory(Protocol):
     """Recomputes activations (`gradients`), decodes in tiles, and bounds the cached embeddings of `texts`."""
 
@@ -148,6 +159,16 @@ class TakesLora(Protocol):
     """Takes the matrices of a LoRA file."""
 
     def insert_lora(self, matrices: Any) -> None: ...
+
+
+@runtime_checkable
+class Mixes(Protocol):
+    """Acts as a mixture of adapters, by name and weight; a velocity then takes several `evaluations` of the network."""
+
+    @property
+    def evaluations(self) -> int: ...
+
+    def mix(self, weights: Mapping[str, float]) -> None: ...
 
 
 @runtime_checkable

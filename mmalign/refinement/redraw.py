@@ -17,7 +17,7 @@ from torch import Tensor
 from mmalign.evaluation.toward import Toward
 from mmalign.flow.plan import ode, sde
 from mmalign.flow.sample import sample
-from mmalign.policy.protocol import Policy, two_forwards
+from mmalign.policy.protocol import Mixes, Policy, two_forwards
 from mmalign.refinement.velocity import inpaint, regional_guidance
 from mmalign.sampling.kernels import Ddim
 from mmalign.seeds import gaussian, seed_of
@@ -68,11 +68,12 @@ def _guidance(policy: Policy, guidance: int | float) -> Iterator[None]:
 
 
 def cost(policy: Policy, attempt: Attempt, steps: int) -> int:
-    """The most network forwards an attempt takes: one a step, twice as many with true guidance, and twice as many where
-    the model without adapter is evaluated too. Guidance toward a scorer takes none."""
+    """The most network forwards an attempt takes: one a step, twice as many with true guidance, and more for a mixture
+    of adapters and where the model without adapter is evaluated too. Guidance toward a scorer takes none."""
     with _guidance(policy, attempt.guidance):
         halves = 2 if two_forwards(policy, attempt.guidance) else 1
-    models = 1 if attempt.strength in (0, 1) else 2
+    acting = policy.evaluations if isinstance(policy, Mixes) else 1
+    models = {0: 1, 1: acting}.get(attempt.strength, 1 + acting)
     return (len(times_from(policy.times(steps), attempt.start)) - 1) * halves * models
 
 

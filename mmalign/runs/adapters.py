@@ -21,13 +21,14 @@ NAMES = ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors", "adapte
 @dataclass(frozen=True)
 class Adapter:
     """An adapter and its settings: `model` (None: the file names none), `precision`, `guidance` and `size` ((height,
-    width) in pixels, None: the model's default). `attach(policy)` adds it; ValueError where it does not fit."""
+    width) in pixels, None: the model's default). `attach(policy, name)` adds it by a name; ValueError where it does not
+    fit."""
 
     model: str | None
     precision: str
     guidance: float
     size: tuple[int, int] | None
-    attach: Callable[[Any], None]
+    attach: Callable[..., None]
 
 
 def read(path: Path) -> Adapter:
@@ -65,11 +66,11 @@ def of_run(c: Config, path: Path) -> Adapter:
     """The averaged adapter of a run's checkpoint."""
     tensors, state = states.read(path)
 
-    def attach(policy: Any) -> None:
-        policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, 0)
-        states.check_adapter(path, tensors, policy.adapter())
+    def attach(policy: Any, *name: str) -> None:
+        policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, 0, *name)
+        states.check_adapter(path, tensors, policy.adapter(*name))
         states.check_config(path, state, c.model_dump(mode="json"))
-        policy.load_adapter(tensors["ema"])
+        policy.load_adapter(tensors["ema"], *name)
 
     return Adapter(c.model, c.precision, c.guidance, c.size, attach)
 
@@ -85,11 +86,11 @@ def of_file(file: Path) -> Adapter:
     """The adapter in a safetensors file. ValueError, in one line, for anything else in it."""
     matrices, header = lora_file.read(file)
 
-    def attach(policy: Any) -> None:
+    def attach(policy: Any, *name: str) -> None:
         if not isinstance(policy, TakesLora):
             raise ValueError(f"{file}: a {type(policy).__name__} takes no adapter from a file (insert_lora)")
         try:
-            policy.insert_lora(matrices)
+            policy.insert_lora(matrices, *name)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
         if header.base_hash not in (None, policy.fingerprint()):

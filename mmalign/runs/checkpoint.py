@@ -21,7 +21,9 @@ from mmalign.runs import tensors as safetensors_files
 from reward_models import files, limits
 
 MANIFEST, STATE = "manifest.json", "state.json"
-FILES = re.compile(r"(adapter|ema|old|optimizer|values)\.safetensors|state\.json")  # what a manifest may name
+FILES = re.compile(  # what a manifest may name
+    r"(adapter|ema|old|optimizer|reward|reward_optimizer|values)\.safetensors|state\.json"
+)
 Tensors = dict[str, dict[str, Tensor]]  # by file and name
 
 

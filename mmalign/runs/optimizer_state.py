@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmalign.runs.state import State, refused
+from mmalign.runs.state import refused
 
 NONNEGATIVE = ("exp_avg_sq", "state2", "step")  # entries of an optimiser's state that are never below 0
 
@@ -38,17 +38,21 @@ def load(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
-def check(path: Path, state: State, saved: Mapping[str, Tensor], adapter: Sequence[nn.Parameter], kind: type) -> None:
-    """BadInput unless `saved`, an optimiser's state by name from the checkpoint at `path`, has finite moments of each
-    matrix of the `adapter` that was trained: all those that an optimiser of the class `kind` has."""
-    file, by_matrix, expected = path / "optimizer.safetensors", defaultdict(dict), {}
+def check(
+    path: Path, learnt: Sequence[int] | None, saved: Mapping[str, Tensor], adapter: Sequence[nn.Parameter], kind: type,
+    name: str = "optimizer",
+) -> None:  # fmt: skip
+    """BadInput unless `saved`, an optimiser's state by name from the file `name` of the checkpoint at `path`, has
+    finite moments of each matrix of the `adapter` that was trained, those of the numbers `learnt` (None: not known):
+    all that an optimiser of the class `kind` has."""
+    file, by_matrix, expected = path / f"{name}.safetensors", defaultdict(dict), {}
     for key, value in saved.items():
         by_matrix[_number(key)][key.partition(".")[2]] = value
     if odd := by_matrix.keys() - {*range(len(adapter))}:
         raise refused(file, f"moments of {len(odd)} matrices that the adapter, of {len(adapter)}, does not have")
-    if state.learnt is not None and (odd := by_matrix.keys() ^ {*state.learnt}):
+    if learnt is not None and (odd := by_matrix.keys() ^ {*learnt}):
         count = len(by_matrix)
-        raise refused(file, f"{count} matrices have moments, and {len(state.learnt)} were trained, e.g. {min(odd)}")
+        raise refused(file, f"{count} matrices have moments, and {len(learnt)} were trained, e.g. {min(odd)}")
     for i, moments in sorted(by_matrix.items()):
         shape = adapter[i].shape
         if shape not in expected:

@@ -25,7 +25,8 @@ TENSORS = {"adapter", "ema", "optimizer"}
 class State(BaseModel):
     """`state.json`. With `config` and `made` the run must continue (`mmalign.run`); `machine` is what the bits of
     results depend on besides; `learnt` holds the numbers of the matrices that the optimiser has moments of. Older
-    checkpoints have neither of these two. `rates` is what a `draw` that learns knows of the prompts, by id."""
+    checkpoints have neither of these two. `learnt_reward` is `learnt` of an adapter that learns rewards of steps.
+    `rates` is what a `draw` that learns knows of the prompts, by id."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -36,6 +37,7 @@ class State(BaseModel):
     made: dict[str, Any]
     machine: dict[str, int | str] | None = None
     learnt: list[int] | None = None
+    learnt_reward: list[int] | None = None
     rates: dict[str, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]] | None = None
 
     @model_validator(mode="after")

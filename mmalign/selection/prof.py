@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmalign.credit.gain import gains
 from mmalign.credit.groups import group_mean
+from mmalign.credit.more.density import of_states
 from mmalign.selection.selection import Selection
 from mmalign.types import Judgement, Tree
 
@@ -40,7 +41,7 @@ def rising(tree: Tree, judged: Judgement) -> Float[Tensor, "N"]:
     """The share of stochastic steps that raise the value, one half of a step without a change; NaN where a value is
     missing."""
     noisy = tree.std > 0
-    gain = gains(tree, judged.of_states())
+    gain = gains(tree, of_states(judged))
     share = torch.where(gain.isnan(), torch.nan, (gain.sign() + 1) / 2)  # the sign of NaN is 0
     return torch.where(noisy, share, 0.0).sum(1) / noisy.sum(1)
 

@@ -24,6 +24,8 @@ def extend(run: Session, rollout: Rollout, judgement: Judgement, iteration: int)
     """The rollout with the trajectories that the run's extension adds, its judgement, and the sums of what was drawn,
     kept, and gained by what was kept. Trajectories stay sorted by prompt. Raises NonFinite as a rollout does."""
     extension, counts, rounds = run.config.extend, {"drawn": 0, "kept": 0, "rise": 0.0}, 0
+    if extension is None:
+        return rollout, judgement, counts
     drawn = torch.zeros(len(rollout.prompts), dtype=torch.long)  # of each prompt so far, which numbers its noise
     while extension.rounds is None or rounds < extension.rounds:
         draws = extension(rollout.tree, judgement, requests(rollout))
@@ -40,7 +42,8 @@ def extend(run: Session, rollout: Rollout, judgement: Judgement, iteration: int)
         rows = rows[wider.tree.prompt[rows].argsort(stable=True)]
         rollout = replace(wider, paths=taken(wider.paths, rows))
         parts = {name: values[rows] for name, values in verdict.parts.items()}
-        judgement = replace(verdict, reward=verdict.reward[rows], parts=parts)
+        ends = None if verdict.rest is None else verdict.rest[rows]
+        judgement = replace(verdict, reward=verdict.reward[rows], parts=parts, rest=ends)
         counts["drawn"] += len(row)
         counts["kept"] += int(accepted.sum())
         counts["rise"] += float((new - reward[row])[accepted].nansum())
@@ -106,6 +109,8 @@ def _plan(run: Session, paths: Trajectories, row: int, k: int, prompt: int, iter
 
 def metrics(run: Session, counts: Counts) -> Counts:
     """What an extension adds to the metrics of an iteration, from the counts of all ranks."""
+    if run.config.extend is None:
+        return {}
     total = run.ranks.all_reduce_sum(counts, "counts")
     rise = total["rise"] / total["kept"] if total.get("kept") else float("nan")
     return {"extend/drawn": total["drawn"], "extend/kept": total["kept"], "extend/rise": rise}

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.credit.gain import gains
+from mmalign.credit.more.density import of_states
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
 from mmalign.rewards.judge import Scored, joined, score, unscored
@@ -112,7 +113,7 @@ def rolled_out(
         pool.shutdown(wait=False, cancel_futures=True)
     paths, images = zip(*sampled, strict=True)
     rollout = Rollout(prompts, cond, stacked(paths), torch.cat(images), scored)
-    if c.credit is None or not c.credit.forwards or plan is not None:
+    if c.credit is None or not c.credit.drifts or plan is not None:
         return rollout
     with clock.of("rollout"):
         from_reference = partial(drift.from_reference, run.policy, rollout.paths, cond)
@@ -199,5 +200,5 @@ def step_gains(run: Session, levels: Float[Tensor, "T"], number: int) -> Float[T
     kernel = replace(run.config.kernel, noise=tuple(levels.tolist()))
     noisy = replace(run, config=run.config.model_copy(update={"kernel": kernel, "scouts": None}))
     rollout = sample_and_score(noisy, run.prompts(number), number)
-    gain = gains(rollout.tree, judged(run, rollout, 0).of_states())
+    gain = gains(rollout.tree, of_states(judged(run, rollout, 0)))
     return torch.where(rollout.tree.std > 0, gain, torch.nan)[:, : run.config.steps]

@@ -16,15 +16,19 @@ from mmalign.config.schema import LATER, RESUMABLE, Config
 from mmalign.errors import BadInput
 from mmalign.runs import checkpoint, folder, jsonl, machine, optimizer_state, state as states
 from mmalign.seeds import gaussian, seed_of
-from mmalign.training import planning, refreshing
+from mmalign.training import planning, refreshing, step_rewards
 from mmalign.training.learner import optimizer_class
 from mmalign.training.session import Session
 from reward_models.weights import fingerprint
 
 
 def size(run: Session) -> int:
-    """About the bytes of a checkpoint: adapter, averages and two moments."""
-    return 4 * (4 + (run.learner.old is not None)) * sum(p.numel() for p in run.policy.parameters())
+    """About the bytes of a checkpoint: adapter, averages and two moments; those of an adapter that learns rewards."""
+    return (
+        4
+        * (4 + (run.learner.old is not None) + 3 * (run.step_rewards is not None))
+        * sum(p.numel() for p in run.policy.parameters())
+    )
 
 
 def best(out: Path, name: str | None) -> int | None:
@@ -70,12 +74,19 @@ def save(run: Session, out: Path, iteration: int) -> None:
             fingerprint(run.values.tensors(), digits=16), f"the value head after iteration {iteration}"
         )
     optimizer = optimizer_state.tensors(run.learner.optimizer)  # of which each process may have a part
+    learns, reward = run.step_rewards is not None, {}
+    if learns:
+        reward = {"reward": run.policy.adapter(step_rewards.NAME)}
+        run.ranks.assert_equal(fingerprint(reward["reward"], digits=16), f"the rewards after iteration {iteration}")
+        reward["reward_optimizer"] = optimizer_state.tensors(run.step_rewards.optimizer)
     if not run.ranks.main:
         return
-    tensors = {"adapter": adapter, "optimizer": optimizer} | _averages(run)
+    tensors = {"adapter": adapter, "optimizer": optimizer} | _averages(run) | reward
     tensors |= {} if run.values is None else {"values": run.values.tensors()}
     state = {"adapter_hash": adapter_hash, "multipliers": run.rewards.multipliers, "machine": _machine(run)}
     state |= {"learnt": optimizer_state.trained(optimizer)} | _identity(run, iteration)
+    if learns:
+        state["learnt_reward"] = optimizer_state.trained(reward["reward_optimizer"])
     if run.config.draw.learns:
         state["rates"] = {str(id_): rate for id_, rate in run.prompts.rates.items()}
     folder.sync(out)
@@ -104,8 +115,11 @@ def restore(run: Session, out: Path, say: Callable[[str], None]) -> int:
     refreshing.reopen(run, out, state.iteration)
     done = _check_identity(run, path, state)
     states.check_adapter(path, tensors, run.learner.ema, ("adapter", *_averages(run)))
-    optimizer_state.check(path, state, tensors["optimizer"], run.policy.parameters(), optimizer_class(run.config))
+    kind = optimizer_class(run.config)
+    optimizer_state.check(path, state.learnt, tensors["optimizer"], run.policy.parameters(), kind)
     _restore_values(run, path, tensors)
+    if run.step_rewards is not None:
+        _restore_rewards(run, path, tensors, state, kind)
     run.policy.load_adapter(tensors["adapter"])
     optimizer_state.load(run.learner.optimizer, tensors["optimizer"])
     run.rewards.multipliers.update(state.multipliers)
@@ -129,6 +143,20 @@ def _restore_values(run: Session, path: Path, tensors: checkpoint.Tensors) -> No
         run.values.load(tensors["values"])
     except ValueError as error:
         raise states.refused(file, str(error)) from None
+
+
+def _restore_rewards(run: Session, path: Path, tensors: checkpoint.Tensors, state: states.State, kind: type) -> None:
+    """Load the adapter that learns rewards of steps, and its optimiser. BadInput where they do not fit."""
+    name = step_rewards.NAME
+    states.check_adapter(path, tensors, run.policy.adapter(name), ("reward",))
+    if "reward_optimizer" not in tensors or state.learnt_reward is None:
+        raise states.refused(
+            path / "reward_optimizer.safetensors", "the moments of the rewards, or their list, are missing"
+        )
+    moments, parameters = tensors["reward_optimizer"], run.policy.parameters(name)
+    optimizer_state.check(path, state.learnt_reward, moments, parameters, kind, "reward_optimizer")
+    run.policy.load_adapter(tensors["reward"], name)
+    optimizer_state.load(run.step_rewards.optimizer, moments)
 
 
 def _restore_rates(run: Session, file: Path, state: states.State) -> None:

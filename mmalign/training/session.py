@@ -15,6 +15,7 @@ from mmalign.training.learner import Learner
 from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.training.planning import Cost
 from mmalign.training.refit import Refit
+from mmalign.training.step_rewards import StepRewards
 from mmalign.training.values import Values
 from reward_models import Prompt
 
@@ -27,7 +28,8 @@ class Session:
     until they are learnt from; `times` the schedule of the rollout; `cost` an iteration's. `records` are the judged
     images to learn from instead of rollouts, if any. `origin` names by hash what the run is made of, which must not
     change under it. `fits` bounds the rows of the config's `batch` and `decode_batch` by what memory allows. `refit`
-    fits a reward again, if the config has a `refresh`; `values` is the value head, if its credit has one.
+    fits a reward again, if the config has a `refresh`. Where the credit has them: `values`, the value head;
+    `step_rewards`, those of steps that an adapter learns.
     """
 
     config: Config
@@ -45,6 +47,7 @@ class Session:
     ranks: Ranks
     refit: Refit | None = None
     values: Values | None = None
+    step_rewards: StepRewards | None = None
 
     def fitted(self) -> dict[str, int]:
         """The rows at once of the batches that memory has made smaller, as a row for the metrics."""

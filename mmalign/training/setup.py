@@ -32,7 +32,7 @@ from mmalign.policy.protocol import (
 from mmalign.rewards import self_reward
 from mmalign.rewards.rewards import Rewards
 from mmalign.seeds import seed_of
-from mmalign.training import planning, refit as refits, values
+from mmalign.training import planning, refit as refits, step_rewards, values
 from mmalign.training.clock import Clock
 from mmalign.training.finite import Skips
 from mmalign.training.learner import Learner, optimizer_class
@@ -82,6 +82,8 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     refit = _refit(c, scorers, batches.all)
     held_out = _held_out(c, given.held_out, batches.all)
     fits = {name: AdaptiveBatch(getattr(c, name), ranks.sharded) for name in ("batch", "micro_batch", "decode_batch")}
+    with refusing():
+        rewards_of_steps = step_rewards.opened(c, policy)
     learner = _learner(c, policy, fits.pop("micro_batch"), ranks)
     if c.cache:  # last, because it creates the file
         with refusing():
@@ -96,7 +98,7 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     return Session(
         config=c, policy=policy, prompts=batches, held_out=held_out, times=times, cost=cost, rewards=rewards,
         learner=learner, records=records, origin=origin, clock=Clock(), fits=fits, ranks=ranks, refit=refit,
-        values=head,
+        values=head, step_rewards=rewards_of_steps,
     )  # fmt: skip
 
 
@@ -245,6 +247,7 @@ def _check_ranks(c: Config, ranks: Ranks) -> None:
     if c.prompts_per_iteration < ranks.size:
         raise BadInput(f"prompts_per_iteration: {c.prompts_per_iteration} for {ranks.size} processes; each needs one")
     memory = {name: bool(getattr(c, name)) for name in ("compile", "quantize", "offload")}
+    learns = c.credit is not None and c.credit.learner is not None
     if ranks.sharded:
         if c.refresh is not None:
             raise BadInput("refresh: one process draws its images, which a sharded network (FSDP2) cannot; remove it")
@@ -258,13 +261,13 @@ def _check_ranks(c: Config, ranks: Ranks) -> None:
             "plan": c.plan.uneven,
             "objective": not c.objective.even,
             "records": bool(c.records),
-            "credit": c.credit is not None and c.credit.observer is not None,
+            "credit": learns or (c.credit is not None and c.credit.observer is not None),
         }
         if self_reward.opened(c):
             raise BadInput("rewards: self does not go with a sharded network (FSDP2)")
         _refuse(c, uneven | memory, "a sharded network (FSDP2)")
     if ranks.zero:
-        _refuse(c, memory | {"optimizer": c.optimizer != "adamw"}, "DeepSpeed")
+        _refuse(c, memory | {"credit": learns, "optimizer": c.optimizer != "adamw"}, "DeepSpeed")
 
 
 def _refuse(c: Config, acting: dict[str, bool], what: str) -> None:

@@ -9,6 +9,7 @@ from trajectories import judged as judged_by, judged_as, sampled
 from mmalign.config import load as configs
 from mmalign.credit import Gain, Mix, Terminal
 from mmalign.credit.groups import Units
+from mmalign.credit.more.density import of_ends
 from mmalign.errors import BadInput
 from mmalign.flow import plan as plans
 from mmalign.sampling.kernels import FlowSde
@@ -83,7 +84,7 @@ def test_rewards_of_finished_images_alone_go_to_parts_that_read_no_states():
     expected = Gain()(tree, report) + 0.5 * Terminal()(tree, judged_as(tree, rest))
     torch.testing.assert_close(mix(tree, both), expected, atol=1e-4, rtol=1e-4)
     missing = replace(both, reward=torch.where(torch.arange(6)[:, None] == 0, torch.nan, total))
-    assert Terminal()(tree, missing.of_ends())[0].eq(0).all()  # without a reward it is in no group
+    assert Terminal()(tree, of_ends(missing))[0].eq(0).all()  # without a reward it is in no group
 
 
 def test_a_ramp_moves_over_the_run_and_a_config_holds_it():

@@ -6,11 +6,11 @@ Each part has its own groups, is normalised and clipped there, and is then weigh
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.credit.groups import GRPO, Credit, Units
+from mmalign.credit.more.density import of_ends, of_states
 from mmalign.types import Judgement, Plan, Tree
 from reward_models.combine import Ramp
 
@@ -47,8 +47,16 @@ class Mix(Credit):
         return any(part.normalises for part in self.parts)
 
     @property
+    def drifts(self) -> bool:
+        return any(part.drifts for part in self.parts)
+
+    @property
+    def learner(self) -> Credit | None:
+        return next((part.learner for part in self.parts if part.learner is not None), None)
+
+    @property
     def forwards(self) -> int:
-        return max(part.forwards for part in self.parts)
+        return int(self.drifts) + (0 if self.learner is None else self.learner.forwards)
 
     def at(self, progress: float) -> "Mix":
         parts = tuple(part.at(progress) for part in self.parts)
@@ -80,7 +88,7 @@ class Mix(Credit):
 
     def __call__(self, tree: Tree, judged: Judgement, units: Units = GRPO) -> Float[Tensor, "N T a b"]:
         each = [part(tree, _of(part, judged), units) for part in self.parts]
-        return torch.stack([w * a for a, w in zip(each, self.weights, strict=True)]).sum(0)
+        return sum(w * a for a, w in zip(each, self.weights, strict=True))  # of one cell each, or of a map's
 
     def statistics(self, tree: Tree, judged: Judgement) -> dict[str, float]:
         rows = (part.statistics(tree, _of(part, judged)) for part in self.parts)
@@ -88,4 +96,4 @@ class Mix(Credit):
 
 
 def _of(part: Credit, judged: Judgement) -> Judgement:
-    return judged.of_states() if part.dense else judged.of_ends()
+    return of_states(judged) if part.dense else of_ends(judged)

@@ -23,7 +23,7 @@ class Prl(Credit):
     element. A forward of each stochastic step measures it at the rollout. `beta` 0 is terminal credit."""
 
     beta: Annotated[float, Ge(0)] = 0.01
-    type, forwards = "prl", 1
+    type, drifts = "prl", True
 
     def __call__(self, tree: Tree, judged: Judgement, units: Units = GRPO) -> Float[Tensor, "N T a b"]:
         if judged.log_ratio is None:
