@@ -49,6 +49,10 @@ GRADIENTS = (
     "plan=ode kernel=flow_sde kernel.noise=0.7 credit=null loss=null advantage=null seeds=2 prompts_per_iteration=8 "
     "ema=0.9 learning_rate=3e-4 watch=[shapes,clip]"
 )
+GROWN = 'extend={"type":"frontier","leaves":14}'
+EASY_FIRST = (
+    '{"type":"stages","every":3,"tags":["one_object","colors","position","two_objects","color_attr","counting","text"]}'
+)
 SPARSE = {"type": "sparse", "steps": 3}
 NOISED = "objective.span=[0,0.6] objective.draws=1 objective.pull=0.1"
 
@@ -56,6 +60,12 @@ NOISED = "objective.span=[0,0.6] objective.draws=1 objective.pull=0.1"
 def back(way: Mapping = SPARSE, pull: float = 0.1) -> str:
     """The objective `backprop`, as a word of the command line."""
     return json.dumps({"type": "backprop", "way": way, "pull": pull}, separators=(",", ":"))
+
+
+def added(kind: str, ramp: bool = False) -> str:
+    """A credit of steps added to that of finished images, whose weight rises from 0 with `ramp`, as a word."""
+    terms = [{"type": kind, "completion": 2}, {"type": "terminal", "weight": {"start": 0, "end": 1} if ramp else 1}]
+    return json.dumps(terms, separators=(",", ":"))
 
 
 METHODS = {
@@ -74,6 +84,18 @@ METHODS = {
     "advantage_flow": f"{IMAGES} objective=advantage_flow {NOISED}",
     "online_dpo": f"{IMAGES} advantage=null objective=online_dpo",
     "rft": f"{IMAGES} advantage=null objective=rft objective.draws=16 learning_rate=3e-4",
+    "gain and terminal": f"{DENSE} prompts_per_iteration=6 credit={added('gain')}",
+    "gain, then terminal": f"{DENSE} prompts_per_iteration=6 credit={added('gain', ramp=True)}",
+    "renorm": f"{EARLY} prompts_per_iteration=5 credit=renorm advantage.scale=group",
+    "prl": f"{EARLY} credit=prl",
+    "value": f"{EARLY} credit=value credit.warmup=3",
+    "implicit": f"{EARLY} prompts_per_iteration=7 credit=implicit",
+    "prof": f"{EARLY} prompts_per_iteration=5 credit=gain select=prof",
+    "salvage": f"{EARLY} prompts_per_iteration=5 credit=gain extend=salvage",
+    "tree": "plan=tree plan.steps=[0,2] plan.children=4 prompts_per_iteration=6",
+    "frontier": f"plan=window plan.steps=[0,3] seeds=4 prompts_per_iteration=7 credit=branch credit.baseline=prompt {GROWN}",
+    "stages": f"{EARLY} credit=terminal draw={EASY_FIRST}",
+    "self.gap": f'{EARLY} prompts_per_iteration=7 credit=terminal rewards={{"self.gap":1}} watch=[shapes,clip]',
     "backprop, classifier": f'{GRADIENTS} rewards={{"shapes_classifier.logit":1}} objective={back()}',
 }
 TRIALS = ("", "learning_rate=2.4e-3", "learning_rate=3e-4")  # beside the rate of each
@@ -83,6 +105,18 @@ TUNING = {  # where something else matters more than the rate
     "masked, 2 updates": ("", "loss.clip=1e-6", "loss.clip=1e-4"),
     "online_dpo": ("", "objective.scale=1", "learning_rate=3e-4"),
     "rft": ("", "learning_rate=1e-4", "learning_rate=1e-4 seeds=4 prompts_per_iteration=16"),
+    "gain and terminal": ("", "learning_rate=1.2e-3"),
+    "gain, then terminal": ("", "learning_rate=1.2e-3"),
+    "renorm": ("", "learning_rate=3e-4"),
+    "prl": ("", "credit.beta=0.1"),
+    "value": ("", "credit.trace=0.9"),
+    "implicit": ("", "credit.process=0.3"),
+    "prof": ("", "select.process=mean"),
+    "salvage": ("", "extend.per_group=4"),
+    "tree": ("", "plan.steps=[0,1] plan.children=5 prompts_per_iteration=4"),
+    "frontier": ("", "learning_rate=1.2e-3"),
+    "stages": ("", "learning_rate=1.2e-3"),
+    "self.gap": ("", "learning_rate=3e-4"),
     "backprop, classifier": (
         "",
         "learning_rate=1e-3",

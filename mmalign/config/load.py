@@ -16,7 +16,7 @@ from mmalign.errors import BadInput
 from reward_models import files
 
 LONGEST = 2**20  # bytes of a config
-METHODS = ("plan", "kernel", "credit", "objective", "loss", "combine", "advantage", "mask")
+METHODS = ("plan", "kernel", "credit", "objective", "loss", "combine", "advantage", "mask", "draw", "select", "extend")
 
 
 def parse(text: str, source: str) -> Any:
