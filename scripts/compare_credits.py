@@ -93,7 +93,7 @@ METHODS = {
     "prof": f"{EARLY} prompts_per_iteration=5 credit=gain select=prof",
     "salvage": f"{EARLY} prompts_per_iteration=5 credit=gain extend=salvage",
     "tree": "plan=tree plan.steps=[0,2] plan.children=4 prompts_per_iteration=6",
-    "frontier": f"plan=window plan.steps=[0,3] seeds=4 prompts_per_iteration=7 credit=branch credit.baseline=prompt {GROWN}",
+    "frontier": f"{EARLY} seeds=4 prompts_per_iteration=7 credit=branch credit.baseline=prompt {GROWN}",
     "stages": f"{EARLY} credit=terminal draw={EASY_FIRST}",
     "self.gap": f'{EARLY} prompts_per_iteration=7 credit=terminal rewards={{"self.gap":1}} watch=[shapes,clip]',
     "backprop, classifier": f'{GRADIENTS} rewards={{"shapes_classifier.logit":1}} objective={back()}',
