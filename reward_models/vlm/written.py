@@ -124,6 +124,8 @@ class Written(Generic[Value]):
                 if line.strip():
                     row = files.parsed(line)
                     key, value = (row["prompt"], row.get("picture", "")), self.read(row[self.what])
+                    if not all(isinstance(part, str) for part in key):
+                        raise ValueError("prompt and picture: texts are needed")
                     fresh[key] = value if self.revised else fresh.get(key, value)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
