@@ -159,20 +159,20 @@ def test_the_judge_sees_the_reference_picture(made, tmp_path):
     files = [tmp_path / name for name in ("a.png", "b.png", "same.png")]
     for file, picture in zip(files, to_pil(pictures()[[0, 1, 0]]), strict=True):
         picture.save(file)
-    seen = []
+    shown = []
 
     def reply(question):
-        seen.append([part for part in question.parts if not isinstance(part, str)])
-        return f"number {len(seen)}"
+        shown.append([part for part in question.parts if not isinstance(part, str)])
+        return f"number {len(shown)}"
 
     writing, judge = described(made, tmp_path, reply)
     wants = [{"source": str(files[1])}, {"source": str(files[1]), "reference": str(files[0])}, {}]
     wants += [{"source": str(files[2])}, {"context": "x", "source": str(tmp_path / "gone.png")}]
     scores = writing(pictures()[[0, 0, 0, 0, 0]], [Prompt("owls", want) for want in wants])
     assert not scores.failures
-    assert [len(shown) for shown in seen] == [1, 1, 0]  # the same picture in another file is the same subject
-    assert torch.equal(seen[0][0], pictures()[1])
-    assert torch.equal(seen[1][0], pictures()[0])  # the reference before the source, as in `likeness`
+    assert [len(pictures) for pictures in shown] == [1, 1, 0]  # the same picture in another file is the same subject
+    assert torch.equal(shown[0][0], pictures()[1])
+    assert torch.equal(shown[1][0], pictures()[0])  # the reference before the source, as in `likeness`
     assert [question.text.count("reference picture: none\n") for question in judge.questions] == [0, 0, 1]
     assert [row["description"] for row in rows(tmp_path)] == ["number 1", "number 2", "number 3"]
     assert [len(row.get("picture", "")) for row in rows(tmp_path)] == [64, 64, 0]
