@@ -232,8 +232,8 @@ def test_its_version_has_the_judge_and_the_instructions_but_not_what_is_written(
     writing(pictures(), PROMPTS)
     assert described(made, tmp_path)[0].card.version == version == writing.card.version
     others = [scorer, described(made, tmp_path, writing=str(tmp_path / "other.txt"))[0]]
-    asked = {"judge": ELSEWHERE | {"model": "another"}, "written": str(tmp_path / "written.jsonl")}
-    others.append(load("context", **made, **asked))
+    other = {"judge": ELSEWHERE | {"model": "another"}, "written": str(tmp_path / "written.jsonl")}
+    others.append(load("context", **made, **other))
     assert len({version, *(other.card.version for other in others)}) == 4
     assert scorer.card.settings == {"tokens": 40}
 
