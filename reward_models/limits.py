@@ -29,6 +29,7 @@ CONNECTIONS = 512  # simultaneous
 # clients of services and judges
 ANSWER = 2**22  # bytes of an answer
 REPLY = 2**18  # characters of a judge's reply
+WRITTEN = 10**6  # prompts whose criteria or descriptions, which a judge has written, are kept
 
 # adapters and checkpoints
 TENSORS = 2**33  # bytes of a safetensors file: an adapter, its average, its optimiser's state

@@ -38,6 +38,24 @@ def test_every_paper_is_in_the_index_of_papers():
     assert sorted({paper for text in texts for paper in PAPER.findall(text)} - {*index}) == []
 
 
+def test_every_paper_says_what_was_measured():
+    """A figure with a link to the page that has it, or that there is none."""
+    text = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
+    tables = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    rows = [row for row in tables if row[0] != "paper"]
+    assert {row[-1] for row in tables if row[0] == "paper"} == {"measured"}
+    assert len(rows) > 70
+    assert [row[0] for row in rows if len(row) != 6 or not (row[5] == "not run" or "](" in row[5])] == []
+
+
+def test_the_figures_of_papers_are_on_the_pages_that_they_link_to():
+    text = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
+    for line in filter(lambda line: line.startswith("| "), text.splitlines()):
+        for words, page in re.findall(r"\[([^\]]*)\]\(([^)#\s]+)[^)]*\)", line.split("|")[-2]):
+            there = (ROOT / "docs" / page).read_text(encoding="utf-8")
+            assert [number for number in re.findall(r"\d\.\d+", words) if number not in there] == [], words
+
+
 def test_the_layout_lists_every_module_and_package():
     page = (ROOT / "docs/code.md").read_text(encoding="utf-8")
     tree = re.search(r"^## Layout\n\n```text\n(.*?)```", page, re.M | re.S)

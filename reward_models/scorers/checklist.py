@@ -20,19 +20,17 @@ different quantities; they are not cached, and a run that is resumed counts agai
 After RubiCap, CM2 and DSG; the instructions and rules are ours. Licence: the model's own.
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from reward_models import files
 from reward_models.regions import Region, inside
 from reward_models.scoring import each
 from reward_models.types import Images, ImageScores, Prompt, Scores
 from reward_models.vlm import ask, replies, scales, templates, types
 from reward_models.vlm.criteria import KINDS, Criterion, Tally, by_rule, criteria_of, without
+from reward_models.vlm.written import Subject, Written
 
 MOST_NEW = 3  # criteria that a review adds
 VERDICTS = {
@@ -194,8 +192,9 @@ class Checklist:
         self.coordinates, self.tokens, self.grid, self.review = coordinates, tokens, grid, review
         self.changes = review is not None
         self.tallies: dict[str, Tally] = {}
-        self.file = Path(written) if written else None
-        self.known: dict[str, list[Criterion] | str] = dict(_stored(self.file)) if self.file else {}
+        self.written: Written[list[Criterion]] = Written(
+            "checklist", "criteria", written, _read_criteria, criteria_of, _shown, revised=True
+        )
         self.judge = ask.judge("checklist", model, url, asking)
         settings = {"coordinates": coordinates, "tokens": tokens, "grid": grid}
         settings |= {"instruction": self.template.source, "writing": self.writing.source}
@@ -211,8 +210,8 @@ class Checklist:
         lists = self.criteria(prompts)
 
         def question(i: int) -> types.Question:
-            if isinstance(lists[i], str):
-                raise ValueError(lists[i])
+            if isinstance(lists[i], ValueError):
+                raise lists[i]
             numbered = "\n".join(
                 f"{k}. {templates.quoted(criterion.question)}" for k, criterion in enumerate(lists[i], 1)
             )
@@ -223,7 +222,7 @@ class Checklist:
         def parse(i: int, reply: types.Reply) -> ImageScores:
             verdicts = read(reply.text, len(lists[i]), size, self.coordinates, reply.cut)
             row = combined(lists[i], verdicts)
-            if self.review is not None and self.known.get(_key(prompts[i].text)) is lists[i]:
+            if self.review is not None and self.written.known.get(Subject(prompts[i].text).key) is lists[i]:
                 self.tallies.setdefault(prompts[i].text, Tally()).add(passed(lists[i], verdicts), row.critique)
             return replace(row, request=f"{prompts[i].text}; {row.request}" if row.request else "")
 
@@ -240,7 +239,11 @@ class Checklist:
             del self.tallies[text]
         questions, left = (
             [],
-            {text: without(self.known[_key(text)], numbers) for text, numbers in retired.items() if numbers},
+            {
+                text: without(self.written.known[Subject(text).key], numbers)
+                for text, numbers in retired.items()
+                if numbers
+            },
         )
         for text, criteria in left.items():
             numbered = "\n".join(f"- {templates.quoted(criterion.question)}" for criterion in criteria) or "(none)"
@@ -250,53 +253,42 @@ class Checklist:
         answers = self.judge.ask(questions, self.tokens) if questions else []
         for (text, criteria), reply in zip(left.items(), answers, strict=True):
             try:
-                new = criteria_of(_criteria_rows(reply.text))[:MOST_NEW] if not reply.failure else []
+                new = _read_criteria(reply)[:MOST_NEW] if not reply.failure else []
             except ValueError:  # the rest of the criteria still stand
                 new = []
             new = [replace(criterion, depends=()) for criterion in new]
             if criteria or new:
-                self._store(text, [*criteria, *new])
+                self.written.revise(Subject(text), [*criteria, *new])
 
-    def _store(self, text: str, criteria: list[Criterion]) -> None:
-        self.known[_key(text)] = criteria
-        if self.file:
-            files.append(self.file, {"prompt": text, "criteria": [asdict(criterion) for criterion in criteria]})
-
-    def criteria(self, prompts: Sequence[Prompt]) -> list[list[Criterion] | str]:
+    def criteria(self, prompts: Sequence[Prompt]) -> list[list[Criterion] | ValueError]:
         """The criteria of each prompt, or the reason why it has none. The model writes those of each text at most
         once."""
-        lists: list[list[Criterion] | str | None] = []
+        lists: list[list[Criterion] | ValueError] = []
         for prompt in prompts:
             try:
                 given = prompt.wants.get("criteria")
-                criteria = criteria_of(given) if given is not None else by_rule(prompt.wants)
-                lists.append(criteria or self.known.get(_key(prompt.text)))
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                lists.append(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error))
-        missing = [*dict.fromkeys(prompt.text for prompt, known in zip(prompts, lists, strict=True) if known is None)]
-        if missing:
-            new = dict(zip(missing, self._write(missing), strict=True))
-            lists = [new[prompt.text] if known is None else known for prompt, known in zip(prompts, lists, strict=True)]
+                lists.append(criteria_of(given) if given is not None else by_rule(prompt.wants))
+            except ValueError as error:
+                lists.append(error)
+            except (KeyError, TypeError, IndexError) as error:
+                lists.append(ValueError(f"{type(error).__name__}: {error}"))
+        missing = [i for i, criteria in enumerate(lists) if criteria == []]
+        new = self.written.of([Subject(prompts[i].text) for i in missing], self._write)
+        for i, criteria in zip(missing, new, strict=True):
+            lists[i] = criteria
         return lists
 
-    def _write(self, texts: Sequence[str]) -> list[list[Criterion] | str]:
-        questions = [self.writing.fill(prompt=templates.quoted(text)) for text in texts]
-        lists: list[list[Criterion] | str] = []
-        for text, reply in zip(texts, self.judge.ask(questions, self.tokens), strict=True):
-            try:
-                if reply.failure:
-                    raise ValueError(reply.failure)
-                criteria = criteria_of(_criteria_rows(reply.text))
-            except ValueError as error:  # not stored, so that it is tried again
-                lists.append(f"no criteria could be written: {error}")
-                continue
-            lists.append(criteria)
-            self._store(text, criteria)
-        return lists
+    def _write(self, subjects: Sequence[Subject]) -> list[types.Reply]:
+        questions = [self.writing.fill(prompt=templates.quoted(subject.text)) for subject in subjects]
+        return self.judge.ask(questions, self.tokens)
 
 
-def _key(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _shown(criteria: Sequence[Criterion]) -> list[dict[str, Any]]:
+    return [asdict(criterion) for criterion in criteria]
+
+
+def _read_criteria(reply: types.Reply) -> list[Criterion]:
+    return criteria_of(_criteria_rows(reply.text))
 
 
 def _criteria_rows(text: str) -> Any:
@@ -304,13 +296,4 @@ def _criteria_rows(text: str) -> Any:
         rows = replies.one_of(replies.plain(value), ("criteria", "checklist")) if isinstance(value, dict) else value
         if isinstance(rows, list):
             return rows
-    raise ValueError(f"the reply contains no list; it begins {replies.excerpt(text)}")
-
-
-def _stored(file: Path) -> list[tuple[str, list[Criterion]]]:
-    try:
-        lines = files.lines(files.text(file)) if file.exists() else []
-        rows = [files.parsed(line) for line in lines if line.strip()]
-        return [(_key(row["prompt"]), criteria_of(row["criteria"])) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checklist: {file}: {' '.join(str(error).split())}") from None
+    raise ValueError("the reply contains no list")

@@ -236,12 +236,12 @@ def test_a_review_replaces_criteria_that_no_longer_tell_images_apart(tmp_path):
     calls = judge.usage["calls"]
     after = made(IMAGES[:2], prompts[:2])
     assert judge.usage["calls"] == calls + 2  # retired criteria cost no question of their own
-    assert [c.question for c in made.known[next(iter(made.known))]] == [
+    assert [c.question for c in made.written.known[next(iter(made.written.known))]] == [
         "Is it red?", "Is it new 0?", "Is it new 1?", "Is it new 2?",
     ]  # fmt: skip
     assert after.column("share").tolist() == [1, 0]
     again, _ = judged("checklist", reply, written=str(file), review=4)
-    assert again.known == made.known
+    assert again.written.known == made.written.known
     Cached(made, tmp_path / "cache.sqlite")(IMAGES[:1], prompts[:1])
     assert not sqlite3.connect(tmp_path / "cache.sqlite").execute("SELECT * FROM scores").fetchall()
 
@@ -257,7 +257,7 @@ def test_a_review_without_new_criteria_leaves_the_rest_or_all():
 
     made, _ = judged("checklist", reply, review=2)
     made(IMAGES[:2], [Prompt("a red cat")] * 2)
-    assert [c.question for c in next(iter(made.known.values()))] == ["Is it red?"]
+    assert [c.question for c in next(iter(made.written.known.values()))] == ["Is it red?"]
     with pytest.raises(ValueError, match="review is at least 2 images"):
         judged("checklist", reply, review=1)
 
