@@ -122,9 +122,17 @@ def needs_prompts(scorers: Mapping[str, RewardModel]) -> list[str]:
 def score(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int) -> Iterator[dict[str, Any]]:
     """One row per item: `image`, `prompt`, `id`, the row of `score_pictures`, and the digests `made_of`. In the
     order of the items, except with groupwise scorers, which get all images of a prompt at once."""
+    return score_blocks([items], scorers, batch)
+
+
+def score_blocks(
+    blocks: Iterable[Sequence[Item]], scorers: Mapping[str, RewardModel], batch: int
+) -> Iterator[dict[str, Any]]:
+    """`score` of several lists of items, one list after another: no image is scored together with one of another."""
     versions = {name: scorer.card.version for name, scorer in scorers.items()}
     with ThreadPoolExecutor(READERS) as readers:  # they read the next batch while this one is scored
-        batches = ((some, [readers.submit(_load, item) for item in some]) for some in _batches(items, scorers, batch))
+        lists = (some for items in blocks for some in _batches(items, scorers, batch))
+        batches = ((some, [readers.submit(_load, item) for item in some]) for some in lists)
         some, reading = next(batches, ([], []))
         while some:
             pictures, made_of = zip(*(loaded.result() for loaded in reading), strict=True)
@@ -138,23 +146,29 @@ def score(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int)
             some, reading = following
 
 
-def _group(item: Item) -> tuple:
-    return (item.prompt.id, item.prompt.text) if item.prompt else (0, None)
+def group_of(prompt: Prompt | None) -> tuple[int, str | None]:
+    """What the images of one prompt share."""
+    return (prompt.id, prompt.text) if prompt else (0, None)
+
+
+def compares(scorers: Mapping[str, RewardModel]) -> bool:
+    """Whether a scorer compares the images of a prompt."""
+    return any(scorer.card.groupwise for scorer in scorers.values())
 
 
 def _batches(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int) -> Iterator[list[Item]]:
     """The items that are scored together: at most `batch` images and `limits.TOGETHER` pixels, or one larger image.
     With a groupwise scorer the images of a prompt are never separated, even if they exceed these bounds."""
     groups = [[item] for item in items]
-    if any(scorer.card.groupwise for scorer in scorers.values()):
+    if compares(scorers):
         by_prompt = defaultdict(list)
         for item in items:
-            by_prompt[_group(item)].append(item)
+            by_prompt[group_of(item.prompt)].append(item)
         groups = [*by_prompt.values()]
     some: list[Item] = []
     pixels = 0
     for group in groups:
-        more = sum(images.promised(None if item.data else item.path, item.data) for item in group)
+        more = sum(images.promised(item.file, item.data) for item in group)
         if some and (len(some) + len(group) > batch or pixels + more > limits.TOGETHER):
             yield some
             some, pixels = [], 0
@@ -210,9 +224,9 @@ def resume(
             if done[item.key].get("made_of") != made_of | versions:
                 done.pop(item.key)
     left = [item for item in items if item.key not in done]
-    if any(scorer.card.groupwise for scorer in scorers.values()):
-        open_ = {_group(item) for item in left}
-        left = [item for item in items if _group(item) in open_]
+    if compares(scorers):
+        open_ = {group_of(item.prompt) for item in left}
+        left = [item for item in items if group_of(item.prompt) in open_]
     for item in left:
         done.pop(item.key, None)
     files.replace(out, "".join(json.dumps(row) + "\n" for row in done.values()).encode())
