@@ -71,12 +71,12 @@ def shards(folder: Path, count: int, each: int = 100_000) -> None:
 
 
 def start(source: Path, out: Path, size: int, count: int) -> list[subprocess.Popen]:
-    workers = []
+    workers, made = [], out.with_name(f"{out.name}.parts") / "settings.json"
     for rank in range(size):
         arguments = [source, out, rank, size, count // 10]
         command = [sys.executable, "-c", WORKER, *map(str, arguments)]
         workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        while rank == 0 and not out.exists() and not out.with_name(f"{out.name}.parts").joinpath("settings.json").exists():
+        while not made.exists():
             time.sleep(0.05)
     return workers
 

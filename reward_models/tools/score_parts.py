@@ -24,14 +24,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from reward_models import files, images, tables
 from reward_models.pictures import worded
-from reward_models.tools.picture_files import Item
-from reward_models.tools.score_files import OUTPUTS, Row, compares, flat, group_of, needs_prompts, score_blocks
-from reward_models.tools.streams import Place, Stream, of_files
+from reward_models.tools.picture_files import Item, read
+from reward_models.tools.score_files import (
+    OUTPUTS,
+    Row,
+    check_prompts,
+    compares,
+    flat,
+    group_of,
+    left,
+    needs_prompts,
+    record_of,
+    score_blocks,
+)
+from reward_models.tools.streams import Place, Stream, of_files, of_items
 from reward_models.types import RewardModel
 
 SETTINGS, LOCK = "settings.json", "lock"
@@ -185,13 +197,13 @@ class Statistics:
 
     count: int = 0
     missing: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-    low: float = math.inf
-    high: float = -math.inf
+    mean: int | float = 0.0
+    squares: int | float = 0.0
+    low: int | float = math.inf
+    high: int | float = -math.inf
 
     @classmethod
-    def of(cls, values: list[float | None]) -> "Statistics":
+    def of(cls, values: Sequence[int | float | None]) -> "Statistics":
         there = [value for value in values if value is not None]
         if not there:
             return cls(0, len(values))
@@ -209,7 +221,7 @@ class Statistics:
         squares = self.squares + other.squares + apart**2 * self.count * other.count / count
         return Statistics(count, missing, mean, squares, min(self.low, other.low), max(self.high, other.high))
 
-    def listed(self) -> list[float]:
+    def listed(self) -> list[int | float]:
         """The fields as JSON; those of no values have 0 for their bounds."""
         bounds = [self.low, self.high] if self.count else [0.0, 0.0]
         return [self.count, self.missing, self.mean, self.squares, *bounds]
@@ -230,7 +242,6 @@ def fill(
     stream: Stream,
     source: str | Path,
     scorers: Mapping[str, RewardModel],
-    batch: int,
     shown: Callable[[int], None] = lambda images: None,
 ) -> int:
     """Score the blocks of a stream that no process has done or holds, and write their parts; process 0 stays until all
@@ -239,7 +250,7 @@ def fill(
     scored, complete = 0, False
     while not complete:
         rest = _Rest(parts, stream, source, scorers)
-        scored = _score(parts, rest.blocks(), scorers, batch, scored, shown)
+        scored = _score(parts, rest.blocks(), scorers, scored, shown)
         complete = not rest.held or parts.processes.rank > 0
         if not complete:
             time.sleep(PAUSE)
@@ -247,7 +258,7 @@ def fill(
 
 
 def _score(
-    parts: Parts, blocks: Iterator[Block], scorers: Mapping[str, RewardModel], batch: int, scored: int,
+    parts: Parts, blocks: Iterator[Block], scorers: Mapping[str, RewardModel], scored: int,
     shown: Callable[[int], None],
 ) -> int:  # fmt: skip
     taken: deque[Block] = deque()
@@ -257,7 +268,7 @@ def _score(
             taken.append(block)
             yield block.items
 
-    for row in score_blocks(items(), scorers, batch):
+    for row in score_blocks(items(), scorers):
         block = taken[0]
         block.rows.append(row)
         if len(block.rows) == len(block.items):
@@ -442,12 +453,14 @@ def score_stream(
     if out.exists():
         raise ValueError(f"--out {out} is there already; choose another name or remove it")
     stream = of_files(source, prompt if prompt is None else worded(prompt, "--prompt"))
+    if count := stream.others:
+        warn(f"left out of {source}: {count} files of other kinds")
     scorers = scorers() if callable(scorers) else scorers
     files.make_folder(out.parent)
     names = [f"{name}.{component}" for name, scorer in scorers.items() for component in scorer.names]
     settings = settings_of(stream, scorers) | {"prompt": prompt}
     with opened(out, settings, batch, processes) as parts:
-        scored = fill(parts, stream, source, scorers, batch, shown)
+        scored = fill(parts, stream, source, scorers, shown)
         if processes.rank > 0:
             return ScoredStream({}, scored)
         summary = join(parts, partial(write, names, out))
@@ -458,6 +471,37 @@ def score_stream(
     if count := summary.pop("animated"):
         warn(f"{count} of {summary['images']} pictures are animated; the first frame is scored")
     return ScoredStream(summary, scored)
+
+
+def score_together(
+    source: str | Path,
+    scorers: Mapping[str, RewardModel],
+    out: str | Path,
+    prompt: str | None,
+    batch: int,
+    shown: Callable[[int], None],
+    processes: Processes,
+) -> int:
+    """Score by several processes what `score_files` would still have to score into `out`, of a folder or table that is
+    read as a whole; it then finds all rows there. Returns the number of images that this process scored."""
+    source, record = Path(source), record_of(Path(out))
+    items, _ = read(source, prompt, Path(out))
+    check_prompts(source, items, scorers)
+    files.make_folder(record.parent)
+    done, rest = left(record, items, scorers)
+    if compares(scorers):
+        first: dict[tuple, int] = {}
+        for number, item in enumerate(rest):
+            first.setdefault(group_of(item.prompt), number)
+        rest.sort(key=lambda item: first[group_of(item.prompt)])
+    stream = of_items(rest)
+    with opened(record, settings_of(stream, scorers), batch, processes) as parts:
+        scored = fill(parts, stream, source, scorers, shown)
+        if processes.rank == 0:
+            before = "".join(json.dumps(row) + "\n" for row in done.values()).encode()
+            join(parts, lambda data: write([], record, chain([before], data)))
+    processes.meet("the rows of all processes")
+    return scored
 
 
 def settings_of(stream: Stream, scorers: Mapping[str, RewardModel]) -> dict[str, Any]:

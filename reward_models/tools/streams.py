@@ -42,11 +42,12 @@ class Sample(NamedTuple):
 @dataclass(frozen=True)
 class Stream:
     """The images of `parts`, files or lists of items, in order. `samples(part, place)` are those of one from a place
-    on; `identity` is the name and size of each part."""
+    on; `identity` is the name and size of each part; `others` is the number of other files in the folder."""
 
     parts: Sequence[Any]
     of_part: Callable[[Any, Place], Iterator[Sample]]
     identity: Sequence[Sequence[Any]]
+    others: int = 0
 
     def samples(self, place: Place) -> Iterator[Sample]:
         """The images from a place on."""
@@ -95,6 +96,7 @@ def of_files(source: Path, prompt: str | None = None) -> Stream:
             raise ValueError(f"{source}: a tar, a folder of tars or a table ({', '.join(TABLES)}) is needed")
     try:
         sizes = [os.stat(path).st_size for path in parts]
+        others = len(os.listdir(source)) - len(parts) if source.is_dir() else 0
     except OSError as error:
         raise ValueError(f"{source}: {error.strerror}") from None
 
@@ -104,7 +106,7 @@ def of_files(source: Path, prompt: str | None = None) -> Stream:
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror or error}") from None
 
-    return Stream(parts, samples, [[path.name, size] for path, size in zip(parts, sizes, strict=True)])
+    return Stream(parts, samples, [[path.name, size] for path, size in zip(parts, sizes, strict=True)], others)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tars
