@@ -39,11 +39,11 @@ def sources(tmp_path_factory):
 
 def commands(sources: Path, out: Path) -> dict[str, list[str]]:
     prompts = ["--prompts", str(sources / "prompts.jsonl"), "--steps", "2", "--batch", "1"]
-    pictures, scorers = str(sources / "pictures"), ["--rewards", "ranked:Ranked,image_stats"]
+    pictures, scorers = str(sources / "pictures"), ["--rewards", "ranked:Ranked,image_stats", "--batch", "4"]
     return {
-        "folder": ["score", pictures, *scorers, "--out", f"{out}/folder.jsonl", "--html", f"{out}/page.html", "--batch", "4"],
-        "table": ["score", pictures, *scorers, "--out", f"{out}/table.csv", "--batch", "4"],
-        "tar": ["score", f"{pictures}.tar", *scorers, "--out", f"{out}/tar.jsonl", "--batch", "4", "--json"],
+        "folder": ["score", pictures, *scorers, "--out", f"{out}/folder.jsonl", "--html", f"{out}/page.html"],
+        "table": ["score", pictures, *scorers, "--out", f"{out}/table.csv"],
+        "tar": ["score", f"{pictures}.tar", *scorers, "--out", f"{out}/tar.jsonl", "--json"],
         "evaluate": ["evaluate", *prompts, "--out", f"{out}/evaluated", "--json"],
         "collect": ["collect", *prompts, "--seeds", "1,2", "--out", f"{out}/collected"],
         "refine": ["refine", *prompts, "--rounds", "2", "--out", f"{out}/refined"],

@@ -186,14 +186,14 @@ def _batches(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: i
 
 def _load(item: Item) -> tuple[Picture | str, dict[str, str]]:
     """The picture or the reason why it cannot be read, and the digests of the picture and its prompt."""
-    made_of = _made_of(item)
+    made_of = digests(item)
     try:
         return picture(item), made_of
     except ValueError as error:
         return str(error), made_of
 
 
-def _made_of(item: Item) -> dict[str, str]:
+def digests(item: Item) -> dict[str, str]:
     """The SHA-256 of a picture's file, and of its prompt and ground truth, including the pictures in it."""
     wants = item.prompt.wants if item.prompt else {}
     of_pictures = [_digest(wants[name]) for name in images.PICTURES if isinstance(wants.get(name), str)]
@@ -236,7 +236,7 @@ def left(
     done = {(row["image"], row["prompt"]): row for row in _earlier(out, names) if not (again and row["failures"])}
     with ThreadPoolExecutor(READERS) as readers:
         known = [item for item in items if item.key in done]
-        for item, made_of in zip(known, readers.map(_made_of, known), strict=True):
+        for item, made_of in zip(known, readers.map(digests, known), strict=True):
             if done[item.key].get("made_of") != made_of | versions:
                 done.pop(item.key)
     rest = [item for item in items if item.key not in done]

@@ -19,16 +19,18 @@ import math
 import os
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from reward_models import files, images, tables
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from reward_models import files, images, limits, tables
 from reward_models.pictures import worded
 from reward_models.tools.picture_files import Item, read
 from reward_models.tools.score_files import (
@@ -36,6 +38,7 @@ from reward_models.tools.score_files import (
     Row,
     check_prompts,
     compares,
+    digests,
     flat,
     group_of,
     left,
@@ -49,7 +52,6 @@ from reward_models.types import RewardModel
 SETTINGS, LOCK = "settings.json", "lock"
 PROCESS = 2**40  # the byte of process 0 in the lock file; those before are of blocks
 PAUSE = 0.2  # seconds between two looks at what other processes do
-KEYS = ("begin", "end", "rows", "bytes", "failed", "animated", "cut", "groups", "scores")  # of the first line of a part
 BUSY = (errno.EAGAIN, errno.EACCES)
 
 
@@ -77,7 +79,66 @@ class Block:
     rows: list[Row] = field(default_factory=list)
 
 
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+class Statistics(NamedTuple):
+    """The number of values and of missing ones, and of the values the mean, the sum of squared deviations, the minimum
+    and the maximum, 0 without values."""
+
+    count: int = 0
+    missing: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> "Statistics":
+        there = [float(value) for value in values if value is not None]
+        if not there:
+            return cls(0, len(values))
+        mean = math.fsum(there) / len(there)
+        squares = math.fsum((value - mean) ** 2 for value in there)
+        return cls(len(there), len(values) - len(there), mean, squares, min(there), max(there))
+
+    def joined(self, other: "Statistics") -> "Statistics":
+        """Those of the values of both."""
+        count, missing = self.count + other.count, self.missing + other.missing
+        if not self.count or not other.count:
+            return (self if self.count else other)._replace(missing=missing)
+        apart = other.mean - self.mean
+        mean = self.mean + apart * other.count / count
+        squares = self.squares + other.squares + apart**2 * self.count * other.count / count
+        return Statistics(count, missing, mean, squares, min(self.low, other.low), max(self.high, other.high))
+
+    def row(self) -> dict[str, Any]:
+        row = {"count": self.count, "missing": self.missing}
+        if not self.count:
+            return row
+        deviation = math.sqrt(self.squares / self.count)
+        return row | {"mean": self.mean, "std": deviation, "min": self.low, "max": self.high}
+
+
 # ------------------------------------------------------------------------------------------------------ the folder
+
+
+class About(BaseModel):
+    """What the first line of a part says of its block: the places where it begins and ends, the digests of its first
+    image, the numbers of its rows, of their bytes, of rows with failures and of animated pictures, how many prompts
+    each reader truncates, the numbers of its prompts (`Block.groups`), and the statistics of each score."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    begin: Place
+    end: Place
+    first: dict[str, str]
+    rows: PositiveInt
+    bytes: PositiveInt
+    failed: NonNegativeInt
+    animated: NonNegativeInt
+    cut: dict[str, NonNegativeInt]
+    groups: list[int]
+    scores: dict[str, Statistics]
 
 
 @dataclass(frozen=True)
@@ -113,13 +174,14 @@ class Parts:
             if error.errno in BUSY:
                 raise
 
-    def about(self, number: int) -> dict[str, Any]:
+    def about(self, number: int) -> "About":
         """The first line of a part. ValueError if it is none."""
         with files.opened(self.path(number)) as file:
-            line = file.readline(2**20)
-        if not files.is_record(line.decode("utf-8", "replace"), *KEYS):
-            raise ValueError(f"{self.path(number)}: not a part of scores; remove it, and its block is scored again")
-        return files.parsed(line)
+            line = file.readline(limits.JSON)
+        try:
+            return About.model_validate_json(line)
+        except ValidationError:
+            raise ValueError(f"{self.path(number)}: not a part of scores; remove it to score its block again") from None
 
     def rows(self, number: int, size: int) -> bytes:
         """The rows of a part, which are `size` bytes. ValueError if they are not."""
@@ -127,21 +189,21 @@ class Parts:
             file.readline()
             rows = file.read(size + 1)
         if len(rows) != size:
-            raise ValueError(f"{self.path(number)}: damaged; remove it, and its block is scored again")
+            raise ValueError(f"{self.path(number)}: damaged; remove it to score its block again")
         return rows
 
     def put(self, block: Block, cut: Mapping[str, int]) -> None:
         """Write the part of a block."""
         data = "".join(json.dumps(row) + "\n" for row in block.rows).encode()
         moving = sum(images.animated(i.file, i.data) for i in block.items)
-        about = {
-            "begin": block.begin, "end": block.end, "rows": len(block.rows), "bytes": len(data),
-            "failed": sum(bool(row["failures"]) for row in block.rows), "animated": moving, "cut": dict(cut),
-            "groups": block.groups,
-            "scores": {name: Statistics.of([row["scores"][name] for row in block.rows]).listed()
-                       for name in block.rows[0]["scores"]},
-        }  # fmt: skip
-        files.replace(self.path(block.number), (json.dumps(about) + "\n").encode() + data)
+        about = About(
+            begin=block.begin, end=block.end, first=digests(block.items[0]), rows=len(block.rows), bytes=len(data),
+            failed=sum(bool(row["failures"]) for row in block.rows), animated=moving, cut=dict(cut),
+            groups=block.groups,
+            scores={name: Statistics.of([row["scores"][name] for row in block.rows])
+                    for name in block.rows[0]["scores"]},
+        )  # fmt: skip
+        files.replace(self.path(block.number), about.model_dump_json().encode() + b"\n" + data)
 
 
 @contextmanager
@@ -186,52 +248,6 @@ def _begin(folder: Path, settings: Mapping[str, Any], size: int) -> int:
                 f"{folder} holds scores of another {key}; choose another --out, or remove the folder to begin anew"
             )
     return before["block"]
-
-
-# ------------------------------------------------------------------------------------------------------- statistics
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """The number of values and of missing ones, their mean, sum of squared deviations, minimum and maximum."""
-
-    count: int = 0
-    missing: int = 0
-    mean: int | float = 0.0
-    squares: int | float = 0.0
-    low: int | float = math.inf
-    high: int | float = -math.inf
-
-    @classmethod
-    def of(cls, values: Sequence[int | float | None]) -> "Statistics":
-        there = [value for value in values if value is not None]
-        if not there:
-            return cls(0, len(values))
-        mean = math.fsum(there) / len(there)
-        squares = math.fsum((value - mean) ** 2 for value in there)
-        return cls(len(there), len(values) - len(there), mean, squares, min(there), max(there))
-
-    def __add__(self, other: "Statistics") -> "Statistics":
-        count, missing = self.count + other.count, self.missing + other.missing
-        if not self.count or not other.count:
-            one = self if self.count else other
-            return Statistics(count, missing, one.mean, one.squares, one.low, one.high)
-        apart = other.mean - self.mean
-        mean = self.mean + apart * other.count / count
-        squares = self.squares + other.squares + apart**2 * self.count * other.count / count
-        return Statistics(count, missing, mean, squares, min(self.low, other.low), max(self.high, other.high))
-
-    def listed(self) -> list[int | float]:
-        """The fields as JSON; those of no values have 0 for their bounds."""
-        bounds = [self.low, self.high] if self.count else [0.0, 0.0]
-        return [self.count, self.missing, self.mean, self.squares, *bounds]
-
-    def row(self) -> dict[str, Any]:
-        row = {"count": self.count, "missing": self.missing}
-        if not self.count:
-            return row
-        deviation = math.sqrt(self.squares / self.count)
-        return row | {"mean": self.mean, "std": deviation, "min": self.low, "max": self.high}
 
 
 # --------------------------------------------------------------------------------------------------------- scoring
@@ -309,8 +325,10 @@ class _Rest:
                     number += 1
             if number in done or self.parts.path(number).exists():
                 about = self.parts.about(number)
-                self._enter(about["groups"])
-                place, number, samples = Place(*about["end"]), number + 1, None
+                if number in done and number + 1 not in done:
+                    self._compare(number, about)
+                self._enter(about.groups)
+                place, number, samples = about.end, number + 1, None
                 continue
             mine = self.parts.take(number)
             if mine and self.parts.path(number).exists():  # done in between
@@ -346,6 +364,16 @@ class _Rest:
             block.end, count = sample.after, count + 1
             samples.drop()
         return block
+
+    def _compare(self, number: int, about: About) -> None:
+        """ValueError unless the first image of a block that is done is still there."""
+        samples = self.stream.samples(about.begin)  # the file of a sample is open as long as these are
+        sample = next(samples, None)
+        if sample is None or digests(sample.item()) != about.first:
+            raise ValueError(
+                f"{self.source} has changed since {self.parts.path(number)} was scored from it; choose another --out, "
+                f"or remove {self.parts.folder} to begin anew"
+            )
 
     def _enter(self, numbers: Sequence[int], group: tuple[int, str | None] = (0, None)) -> None:
         """Note the prompts of a block. ValueError for one that was in an earlier block."""
@@ -399,25 +427,22 @@ def join(parts: Parts, write: Callable[[Iterator[bytes]], None]) -> dict[str, An
         for rank in range(1, parts.processes.size):
             fcntl.lockf(parts.lock, fcntl.LOCK_EX, 1, PROCESS + rank)
     totals: dict[str, Statistics] = {}
-    counts = dict.fromkeys(("rows", "failed", "animated"), 0)
-    cut: dict[str, int] = {}
+    counts, cut = Counter(), Counter()
 
     def data() -> Iterator[bytes]:
         for number in range(len(parts.numbers())):
             about = parts.about(number)
-            for name, values in about["scores"].items():
-                totals[name] = totals.get(name, Statistics()) + Statistics(*values)
-            for name in counts:
-                counts[name] += about[name]
-            for name, count in about["cut"].items():
-                cut[name] = cut.get(name, 0) + count
-            yield parts.rows(number, about["bytes"])
+            for name, values in about.scores.items():
+                totals[name] = totals.get(name, Statistics()).joined(values)
+            counts.update(images=about.rows, failed=about.failed, animated=about.animated)
+            cut.update(about.cut)
+            yield parts.rows(number, about.bytes)
 
     write(data())
     shutil.rmtree(parts.folder)
+    summary = {name: counts[name] for name in ("images", "failed", "animated")}
     scores = {name: total.row() for name, total in totals.items()}
-    images = counts.pop("rows")
-    return {"images": images, **counts, "scores": scores, "correlation": {}, "cut": cut}
+    return summary | {"scores": scores, "correlation": {}, "cut": dict(cut)}
 
 
 @dataclass(frozen=True)

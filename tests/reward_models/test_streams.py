@@ -304,9 +304,15 @@ def test_other_work_in_the_folder_is_refused(shards, tmp_path):
     with pytest.raises(ValueError, match="scores of another source"):
         score_stream(shards, {"own": Level()}, out, batch=8)
     (shards / "2.tar").unlink()
+    data = (shards / "0.tar").read_bytes()
+    (shards / "0.tar").write_bytes(data.replace(picture(56), picture(57)))  # of block 1, the last that is done
+    with pytest.raises(ValueError, match="has changed since"):
+        score_stream(shards, {"own": Level()}, out, batch=8)
+    (shards / "0.tar").write_bytes(data)
     (parts_of(out) / "000000.jsonl").write_bytes(b"")
     with pytest.raises(ValueError, match=r"000000\.jsonl: not a part of scores; remove it"):
         score_stream(shards, {"own": Level()}, out, batch=8)
+    assert not out.exists()
     (parts_of(out) / "000000.jsonl").unlink()
     assert score_stream(shards, {"own": Level()}, out, batch=8).summary["images"] == 37
     with pytest.raises(ValueError, match="is there already"):
@@ -340,7 +346,7 @@ import fcntl, os, sys, time
 lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
 fcntl.lockf(lock, fcntl.LOCK_EX, 1, int(sys.argv[2]))
 print("held", flush=True)
-time.sleep(60)
+time.sleep(20)
 """
 
 
