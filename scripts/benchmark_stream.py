@@ -58,7 +58,7 @@ def shards(folder: Path, count: int, each: int = 100_000) -> None:
     """Tars of pictures of 8 x 8 pixels, all different, each with a caption."""
     folder.mkdir()
     for first in range(0, count, each):
-        with tarfile.open(folder / f"{first // each:04d}.tar", "w") as archive:
+        with tarfile.TarFile(folder / f"{first // each:04d}.tar", "w") as archive:
             for i in range(first, min(first + each, count)):
                 pixels = np.full((8, 8, 3), (i % 256, i // 256 % 256, i // 65536), np.uint8)
                 file = io.BytesIO()

@@ -160,7 +160,7 @@ class Parts:
         return {int(stem) for stem, _, ending in names if ending == "jsonl" and stem.isdecimal()}
 
     def take(self, number: int) -> bool:
-        """Take a block, unless another process holds it. Where the disk has no locks, blocks are dealt by number."""
+        """Take a block, unless another process holds it. Where the disk has no locks, blocks are distributed by number."""
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except OSError as error:
@@ -245,7 +245,7 @@ def _begin(folder: Path, settings: Mapping[str, Any], size: int) -> int:
     for key in wanted:
         if before.get(key) != wanted[key]:
             raise ValueError(
-                f"{folder} holds scores of another {key}; choose another --out, or remove the folder to begin anew"
+                f"{folder} holds scores of another {key}; choose another --out, or remove the folder to begin again"
             )
     return before["block"]
 
@@ -372,7 +372,7 @@ class _Rest:
         if sample is None or digests(sample.item()) != about.first:
             raise ValueError(
                 f"{self.source} has changed since {self.parts.path(number)} was scored from it; choose another --out, "
-                f"or remove {self.parts.folder} to begin anew"
+                f"or remove {self.parts.folder} to begin again"
             )
 
     def _enter(self, numbers: Sequence[int], group: tuple[int, str | None] = (0, None)) -> None:
