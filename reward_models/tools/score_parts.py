@@ -160,7 +160,7 @@ class Parts:
         return {int(stem) for stem, _, ending in names if ending == "jsonl" and stem.isdecimal()}
 
     def take(self, number: int) -> bool:
-        """Take a block, unless another process holds it. Where the disk has no locks, blocks are distributed by number."""
+        """Take a block, unless another process holds it. On a disk without locks blocks are distributed by number."""
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except OSError as error:
