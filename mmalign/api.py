@@ -29,6 +29,7 @@ from mmalign.config import load as configs
 from mmalign.config.checks import component
 from mmalign.config.paths import locate
 from mmalign.data import prompts as prompt_sources
+from mmalign.distributed.launched import launched
 from mmalign.errors import BadInput, refusing
 from mmalign.evaluation import Choose, best_of_n as best, collect as collection, evaluate as evaluation, generate
 from mmalign.evaluation.best_of_n import Best
@@ -357,7 +358,8 @@ def refine(
     """Draw an image of each prompt, have it criticised, draw again, and keep the best one; nothing is trained. The
     settings are those of `mmalign.refinement.loop.Settings`; `rounds` counts all images of a prompt. Prompts that are
     done in the folder `out` are not done again. With `images`, a folder or table of pictures and their prompts, the
-    first images are those. `toward` is the guidance of the move of that name (`mmalign.toward`).
+    first images are those. `toward` is the guidance of the move of that name (`mmalign.toward`). Under a launcher each
+    process refines its share of the prompts, and all return the whole.
 
         result = mmalign.refine("assets/tiny_sd3", ["a purple circle and a square"], out="refined")
         result.rows[0]["rounds"], result.summary  # every image with its scores and critique; refined/best has the best
@@ -377,7 +379,7 @@ def refine(
     about = {"critic": name, "version": scorer.card.version, "adapter": str(adapter or "")}
     about |= {"model": model if isinstance(model, str) else given.GIVEN, "images_from": str(images or "")}
     about |= {"toward": str(toward)} if toward else {}
-    with given.drawing(model, guidance, adapter) as policy:
+    with launched() as ranks, given.drawing(model, guidance, adapter) as policy:
         if images is not None:
             with refusing():
                 wanted, pictures = read_pictures(Path(locate(str(images))), policy.image_size)
@@ -385,7 +387,7 @@ def refine(
         rules = replace(rules, guidance=policy.guidance)
         shown = partial(counted, name="refining", unit="prompts")
         return trace.refine_prompts(
-            policy, scorer, wanted, rules, Path(out), batch, pictures, name, about, shown, toward
+            policy, scorer, wanted, rules, Path(out), batch, pictures, name, about, shown, toward, ranks
         )
 
 
@@ -398,7 +400,7 @@ def collect(
     "scorer.component", by default the first of the `rewards`, which are those of `evaluate`. `pairs`: the best image
     with the worst, or all; images whose scores differ by at most `margin` are left out, or with `ties` are a tie. The
     folder `out` gets the images, `judged_images.jsonl` to train on, and `pairs.jsonl`; prompts that are done there are
-    not done again.
+    not done again. Under a launcher each process draws its share of the prompts, and all return the whole.
 
         result = mmalign.collect("assets/tiny_sd3", ["a red circle", "a blue square"], "shapes", by="shapes.partial")
         result.pairs, result.rows, result.summary  # as in the files; collected/images has the images
@@ -411,12 +413,12 @@ def collect(
         raise BadInput(f"seeds {[*seeds]}: at least one is needed, and none twice")
     about = {"model": model if isinstance(model, str) else given.GIVEN, "adapter": str(adapter or "")}
     pairing = Pairing(pairs, margin, ties)
-    with given.drawing(model, guidance, adapter) as policy:
+    with launched() as ranks, given.drawing(model, guidance, adapter) as policy:
         given.warn_cut(wanted, policy, *scorers.values())
         about |= {"guidance": getattr(policy, "guidance", 1.0)}
         shown = partial(counted, name="collecting", unit="prompts")
         return collection.collect(
-            policy, wanted, scorers, seeds, by or names[0], steps, Path(out), pairing, batch, about, shown
+            policy, wanted, scorers, seeds, by or names[0], steps, Path(out), pairing, batch, about, shown, ranks
         )
 
 

@@ -12,6 +12,8 @@ import os
 import stat
 import tempfile
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -139,11 +141,21 @@ def sync(path: Path) -> None:
 
 def replace(path: Path, data: bytes) -> None:
     """Replace a file atomically: readers see either the old or the new one. The old one remains after an OSError."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which replaces the one at `path` at the end, as `replace`; after any error the old one stays."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        put(partial, data)
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)

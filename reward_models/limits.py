@@ -8,6 +8,9 @@ JSON = 2**26  # bytes of JSON parsed at once: a table .json, a line of a .jsonl;
 ROWS = 10**7  # rows of a table, and lines of a list of prompts
 PAIRS = 10**6  # preference pairs of one source: about 1 GB of records
 PICTURE = 2**28  # bytes of a picture file
+HEADER = 2**20  # bytes of a header of a tar's member
+MEMBERS = 64  # members of a sample in a tar
+CAPTION = 2**20  # bytes of a text or JSON in a tar
 PIXELS = 2**25  # pixels of a picture on disk: 8192 x 4096, 384 MiB as float32
 
 # the reward service

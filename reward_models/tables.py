@@ -114,7 +114,7 @@ def row_in(line: str) -> Row:
 def _row(value: Any) -> Row:
     if not isinstance(value, dict):
         raise ValueError(f"not a JSON object, but {type(value).__name__}")
-    return dict(zip(_headings(list(value)), map(given, value.values()), strict=True))
+    return dict(zip(headings(list(value)), map(given, value.values()), strict=True))
 
 
 def given(value: Any) -> Any:
@@ -132,7 +132,8 @@ def _chosen(rows: Iterator[tuple[int, Row]], only: Sequence[str] | None) -> Iter
         yield number, {name: cell for name, cell in row.items() if cell is not None and (only is None or name in only)}
 
 
-def _headings(names: Sequence[Any]) -> list[str]:
+def headings(names: Sequence[Any]) -> list[str]:
+    """Headings without spaces around them. ValueError for two that are equal."""
     stripped = [str(name).strip() for name in names]
     for index, name in enumerate(stripped):
         if name in stripped[:index]:
@@ -145,25 +146,29 @@ def _headings(names: Sequence[Any]) -> list[str]:
 
 def _separated(text: str, mark: str) -> Table:
     def parts() -> Iterator[list[str]]:
-        return _parts(csv.reader(StringIO(text, newline="\n"), delimiter=mark, strict=True))
+        return parts_of(csv.reader(StringIO(text, newline="\n"), delimiter=mark, strict=True))
 
-    names = _headings([plain(name) for name in next(parts(), [])])
+    names = headings([plain(name) for name in next(parts(), [])])
 
     def rows() -> Iterator[tuple[int, Row]]:
         for number, part in enumerate(islice(parts(), 1, None)):
-            if len(part) != len(names):
-                raise ValueError(
-                    f"row {number + 1}: {len(part)} cells under {len(names)} headings; a text with "
-                    f"{'a comma' if mark == ',' else 'a tab'} in it stands in double quotes"
-                )
-            yield number, {name: plain(cell) or None for name, cell in zip(names, part, strict=True)}
+            yield number, under(names, part, number, mark)
 
     return Table(names, "row", lambda only: _chosen(rows(), only))
 
 
-def _parts(reader) -> Iterator[list[str]]:
-    """The cells of each row, the headings first. Blank lines are skipped."""
-    number = 0
+def under(names: Sequence[str], cells: Sequence[str], number: int, mark: str) -> Row:
+    """The row with these cells under the headings. ValueError for another number of cells."""
+    if len(cells) != len(names):
+        raise ValueError(
+            f"row {number + 1}: {len(cells)} cells under {len(names)} headings; a text with "
+            f"{'a comma' if mark == ',' else 'a tab'} in it stands in double quotes"
+        )
+    return {name: plain(cell) or None for name, cell in zip(names, cells, strict=True)}
+
+
+def parts_of(reader: Iterator[list[str]], number: int = 0) -> Iterator[list[str]]:
+    """The cells of each row from a number on; 0 is the row of headings. Blank lines are skipped."""
     while True:
         try:
             cells = next(reader)
@@ -199,37 +204,71 @@ def plain(cell: str) -> str:
 
 
 def _parquet(path: Path) -> Table:
+    stored = parquet(path)
+    names = headings(stored.schema_arrow.names)
+
+    def rows(only: Sequence[str] | None) -> Iterator[tuple[int, Row]]:
+        size = 0
+        for number, part in _batches(stored, 0, only):
+            size += part.nbytes
+            if size > limits.TEXT:
+                raise ValueError(f"row {number + 1}: more than {limits.TEXT} bytes so far; split the table")
+            yield from _cells(number, part)
+
+    return Table(names, "row", lambda only: _chosen(rows(only), only))
+
+
+def parquet(path: Path) -> Any:
+    """The file as pyarrow's `ParquetFile`. OSError if it cannot be read, ValueError if it is invalid."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError("Parquet needs pyarrow: pip install 'mmalign[parquet]'") from None
-
-    def refused(error: BaseException) -> ValueError:
-        return ValueError(f"no Parquet that can be read: {' '.join(str(error).split())[:300]}")
-
     try:
         stored = ParquetFile(files.opened(path))
-        columns = stored.schema_arrow.names
+        headings(stored.schema_arrow.names)
     except (ArrowException, EOFError, UnicodeError) as error:
-        raise refused(error) from None
-    names = _headings(columns)
+        raise _refused(error) from None
+    return stored
 
-    def rows(only: Sequence[str] | None) -> Iterator[tuple[int, Row]]:
-        wanted = [column for column, name in zip(columns, names, strict=True) if only is None or name in only]
-        number = size = 0
-        try:
-            for part in stored.iter_batches(MANY, columns=wanted):
-                size += part.nbytes
-                if size > limits.TEXT:
-                    raise ValueError(f"row {number + 1}: more than {limits.TEXT} bytes so far; split the table")
-                for row in part.to_pylist():
-                    yield number, {name.strip(): given(cell) for name, cell in row.items()}
-                    number += 1
-        except (ArrowException, EOFError, UnicodeError, OverflowError) as error:
-            raise refused(error) from None
 
-    return Table(names, "row", lambda only: _chosen(rows(only), only))
+def rows_of_parquet(stored: Any, begin: int) -> Iterator[tuple[int, Row]]:
+    """The numbered rows of a `ParquetFile` from one on, `MANY` in memory at a time. ValueError."""
+    for number, part in _batches(stored, begin, None):
+        if part.nbytes > limits.TEXT:
+            raise ValueError(f"row {number + 1}: {MANY} rows of more than {limits.TEXT} bytes")
+        yield from _cells(number, part)
+
+
+def _batches(stored: Any, begin: int, only: Sequence[str] | None) -> Iterator[tuple[int, Any]]:
+    """Record batches with the number of their first row, from the row `begin` on; row groups before it are not read."""
+    from pyarrow import ArrowException
+
+    columns = [column for column in stored.schema_arrow.names if only is None or column.strip() in only]
+    first = number = 0
+    try:
+        while first < stored.num_row_groups and number + (rows := stored.metadata.row_group(first).num_rows) <= begin:
+            first, number = first + 1, number + rows
+        for part in stored.iter_batches(MANY, row_groups=[*range(first, stored.num_row_groups)], columns=columns):
+            skipped = min(max(begin - number, 0), part.num_rows)
+            yield number + skipped, part.slice(skipped)
+            number += part.num_rows
+    except (ArrowException, EOFError, UnicodeError, OverflowError) as error:
+        raise _refused(error) from None
+
+
+def _cells(number: int, part: Any) -> Iterator[tuple[int, Row]]:
+    try:
+        rows = part.to_pylist()
+    except (EOFError, UnicodeError, OverflowError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise _refused(error) from None
+    for offset, row in enumerate(rows):
+        yield number + offset, {name.strip(): given(cell) for name, cell in row.items()}
+
+
+def _refused(error: BaseException) -> ValueError:
+    return ValueError(f"no Parquet that can be read: {' '.join(str(error).split())[:300]}")
 
 
 # -------------------------------------------------------------------------------------------------------------- cells

@@ -36,9 +36,11 @@ class _Command(typer.core.TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         import torch
 
+        from mmalign.distributed.launched import use_device
         from mmalign.policy import quiet_imports
 
         quiet_imports()
+        use_device()
         torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower
         with refusing():
             ctx.params |= {

@@ -33,6 +33,7 @@ from mmalign.cli.options import (
     reward_option,
     sampling_option,
 )  # fmt: skip
+from mmalign.distributed.launched import launched
 from mmalign.errors import BadInput, Failed, refusing
 from mmalign.evaluation import Layout
 from mmalign.runs.inference import load_policy
@@ -220,24 +221,35 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model on prompts with fixed seeds, overall and by kind of prompt."""
-    from mmalign import api
     from mmalign.evaluation import evaluate as evaluation
 
     _check_base(adapter, reference, compare, toward)
     wanted = read_prompts(None, prompts)
     _check_out(out, layout, wanted)
-    with output.progressing():
+    with output.progressing(), launched() as ranks:
         scorers, policy = load_scorers(rewards), load_policy(model, guidance, adapter_of(adapter))
         guide = load_toward(toward, push, since, scorers)
-        drawn = partial(api.evaluate, policy, wanted, scorers, seeds=members, steps=steps, batch=batch, toward=guide)
-        result = drawn()
-    _write(result, wanted, out, layout)
-    _save_reference(reference, result, policy, scorers)
-    row = {"images": len(result.images), "means": evaluation.means_by_tag(result, wanted)}
+        output.warn_cut((prompt.text for prompt in wanted), policy, *scorers.values())
+        drawn = partial(evaluation.evaluate, policy, wanted, members, steps, scorers, batch, guide)
+        if ranks is not None:
+            drawn = partial(evaluation.evaluate_distributed, ranks, *drawn.args)
+        result, base = drawn(), None
+        if compare:
+            with policy.reference():
+                base = drawn()
+    if result is not None:  # the main process has it
+        _write(result, wanted, out, layout)
+        _save_reference(reference, result, policy, scorers)
+        _show(result, base, wanted, steps, as_json)
+
+
+def _show(result: Any, base: Any, prompts: list[Prompt], steps: int, as_json: bool) -> None:
+    from mmalign.evaluation import evaluate as evaluation
+
+    row = {"images": len(result.images), "means": evaluation.means_by_tag(result, prompts)}
     shown = [tables.means(row["means"], f"{row['images']} images, {steps} steps")]
-    if compare:
-        with output.progressing(), policy.reference():
-            row["rises"] = evaluation.compared(drawn(), result, wanted)
+    if base is not None:
+        row["rises"] = evaluation.compared(base, result, prompts)
         shown.append(tables.rises(row))
     output.show(row, as_json, *shown)
 

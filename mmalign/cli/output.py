@@ -5,11 +5,12 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 from rich.console import Console, RenderableType
 
+from mmalign.distributed.launched import is_main
 from mmalign.errors import Failed
 from mmalign.reporting import progress
 
@@ -18,16 +19,16 @@ LONGEST = 2000  # characters of the line that ends a command
 
 
 def print_lines(*lines: RenderableType) -> None:
-    """Print lines and tables."""
-    for line in lines:
+    """Print lines and tables; of several processes the main one does."""
+    for line in lines if is_main() else ():
         console.print(line, highlight=False, soft_wrap=isinstance(line, str))
 
 
 def show(result: Any, as_json: bool, *lines: RenderableType) -> None:
     """Print a result as JSON, or else the lines and tables that describe it."""
-    if as_json:
+    if as_json and is_main():
         print(json.dumps(result))
-    else:
+    elif not as_json:
         print_lines(*lines)
 
 
@@ -40,7 +41,7 @@ def warn_cut(texts: Iterable[str], *models: Any) -> None:
     """Report how many prompts are longer than what a policy or scorer reads."""
     from reward_models.lengths import cut
 
-    for line in cut(models, [*texts]):
+    for line in cut(models, [*texts]) if is_main() else ():
         warn(line)
 
 
@@ -57,8 +58,8 @@ def printable(text: str) -> str:
 
 
 def progressing() -> AbstractContextManager:
-    """Shows inside on standard error what the command is doing."""
-    return progress.shown(Console(stderr=True))
+    """Shows inside on standard error what the command is doing; of several processes what the main one does."""
+    return progress.shown(Console(stderr=True)) if is_main() else nullcontext()
 
 
 # ----------------------------------------------------------------------------------------------------- standard output

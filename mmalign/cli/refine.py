@@ -30,6 +30,7 @@ from mmalign.cli.options import (
     reward_option,
     sampling_option,
 )  # fmt: skip
+from mmalign.distributed.launched import is_main
 from mmalign.errors import BadInput, Failed
 from mmalign.runs.outputs import check_file, has_rows
 from reward_models import Prompt
@@ -143,6 +144,8 @@ def _report(
     from mmalign.runs import folder
 
     rows, summary = result.rows, result.summary
+    if not is_main():
+        return
     with folder.failing(out, folder.ROWS_ARE_WHOLE):
         if page is not None:
             pages.write(rows, summary, by, out, page)

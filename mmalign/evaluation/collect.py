@@ -15,6 +15,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from mmalign.distributed.launched import in_turn
+from mmalign.distributed.processes import Ranks
 from mmalign.errors import BadInput
 from mmalign.evaluation import Choose
 from mmalign.evaluation.generate import generate, image_file
@@ -76,29 +78,40 @@ def collect(
     batch: int = 64,
     about: Mapping[str, Any] | None = None,
     progress: Callable[[Iterable[Row], int, int], Iterable[Row]] = lambda rows, done, total: rows,
+    ranks: Ranks | None = None,
 ) -> Collected:
     """Draw an image of each prompt from each seed, score all by the scorers, and pair them by the score `by`,
     "scorer.component", into the folder `out`. Prompts that are done there are not done again.
 
     An image that cannot be scored is a row with the reason, and in no pair. `about` are facts that must be those of the
     folder too, such as the model. `progress` wraps the prompts while they are made and gets how many were done before,
-    and how many there are. BadInput where the folder holds the work of other settings or prompts; Failed where it
+    and how many there are. Of several processes (`ranks`) each draws its share of the prompts, and all return the
+    whole. BadInput where the folder holds the work of other settings or prompts; Failed where it
     cannot be written.
     """
     pairing.check(len(prompts), len(seeds))
     versions = {name: scorer.card.version for name, scorer in scorers.items()}
     settings = {"seeds": [*seeds], "steps": steps, "by": by, "scorers": versions}
     make_folder(out)
-    with failing(out, ROWS_ARE_WHOLE):
-        rows = _open(out, settings | dict(about or {}), prompts, seeds)
+
+    def opened() -> dict[tuple[int, int], Row]:
+        with failing(out, ROWS_ARE_WHOLE):
+            return _open(out, settings | dict(about or {}), prompts, seeds)
+
+    rows = in_turn(ranks, "the rows that are done", opened)
     left = [prompt for prompt in prompts if (prompt.id, seeds[0]) not in rows]
-    drawn = (_collected(policy, prompt, scorers, seeds, by, steps, out, batch) for prompt in left)
-    for some in progress(drawn, len(prompts) - len(left), len(prompts)):
+    mine, record = left if ranks is None else ranks.local(left), resumable.part_of(out / RECORDS, ranks)
+    drawn = (_collected(policy, prompt, scorers, seeds, by, steps, record, batch) for prompt in mine)
+    for some in progress(drawn, len(prompts) - len(left), len(prompts) - len(left) + len(mine)):
         rows |= {(row["id"], row["seed"]): row for row in some}
+    if ranks is not None:
+        ranks.barrier("the rows of all processes")
+        rows = in_turn(ranks, "the rows of all processes", opened)
     groups = [[rows[prompt.id, seed] for seed in seeds] for prompt in prompts]
     pairs = [pair for group in groups for pair in paired(group, pairing)]
-    with failing(out, ROWS_ARE_WHOLE):
-        resumable.rewrite(out / PAIRS, pairs)
+    if ranks is None or ranks.main:
+        with failing(out, ROWS_ARE_WHOLE):
+            resumable.rewrite(out / PAIRS, pairs)
     every = [row for group in groups for row in group]
     unscored = sum(row["score"] is None for row in every)
     counts = {"prompts": len(prompts), "images": len(every), "unscored": unscored, "pairs": len(pairs)}
@@ -139,10 +152,11 @@ def _collected(
     seeds: Sequence[int],
     by: str,
     steps: int,
-    out: Path,
+    record: Path,
     batch: int,
 ) -> list[Row]:
-    """Draw and score the images of a prompt; returns their rows once they are on disk."""
+    """Draw and score the images of a prompt; returns their rows once they are in the file `record`."""
+    out = record.parent
     images, _ = generate(policy, [prompt], [seeds], steps, batch)
     broken = unfit(images)
     pictures = [broken.get(i) or rounded(images[i : i + 1]) for i in range(len(images))]
@@ -157,7 +171,7 @@ def _collected(
             row = {"image": name, "prompt": prompt.text, "id": prompt.id, "seed": seed, "wants": dict(prompt.wants)}
             row |= {"size": [width, height], "score": scores["scores"][by], "regions": regions(scores["places"], by)}
             rows.append(row | {key: scores[key] for key in ("scores", "failures", "critiques", "requests", "replies")})
-        resumable.append(out / RECORDS, rows)
+        resumable.append(record, rows)
     return rows
 
 

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmalign.distributed.launched import in_turn
+from mmalign.distributed.processes import Ranks
 from mmalign.evaluation.toward import Toward
 from mmalign.policy.protocol import Policy
 from mmalign.refinement.loop import Refinement, Settings, refine
@@ -52,26 +54,36 @@ def refine_prompts(
     about: Mapping[str, Any] | None = None,
     progress: Callable[[Iterable[Row], int, int], Iterable[Row]] = lambda rows, done, total: rows,
     toward: Toward | None = None,
+    ranks: Ranks | None = None,
 ) -> Refined:
     """Refine prompts (`mmalign.refinement.loop.refine`) into the folder `out`, `batch` at a time. Prompts that are done
     there are not done again.
 
     `images` by prompt id are begun from, where given. `about` are facts that must be those of the folder too, such as
     the model. `progress` wraps the rows while they are made and gets how many prompts were done before, and how many
-    there are. `toward` is the guidance of the move of that name. BadInput where the folder holds the work of other
-    settings or prompts; Failed where it cannot be written.
+    there are. `toward` is the guidance of the move of that name. Of several processes (`ranks`) each refines its share
+    of the prompts, and all return the whole. BadInput where the folder holds the work of other settings or prompts;
+    Failed where it cannot be written.
     """
     make_folder(out)
-    with failing(out, ROWS_ARE_WHOLE):
-        rows = open_folder(out, asdict(settings) | dict(about or {}), prompts)
+
+    def opened() -> dict[int, Row]:
+        with failing(out, ROWS_ARE_WHOLE):
+            return open_folder(out, asdict(settings) | dict(about or {}), prompts)
+
+    rows = in_turn(ranks, "the rows that are done", opened)
     left = [prompt for prompt in prompts if prompt.id not in rows]
 
     def refined(some: Sequence[Prompt]) -> list[Refinement]:
         first = None if images is None else torch.cat([images[prompt.id] for prompt in some])
         return refine(policy, critic, some, settings, batch, first, name, toward)
 
-    for row in progress(_run(left, batch, refined, out), len(rows), len(prompts)):
+    mine, record = left if ranks is None else ranks.local(left), resumable.part_of(out / "trace.jsonl", ranks)
+    for row in progress(_run(mine, batch, refined, record), len(rows), len(rows) + len(mine)):
         rows[row["id"]] = row
+    if ranks is not None:
+        ranks.barrier("the rows of all processes")
+        rows = in_turn(ranks, "the rows of all processes", opened)
     ordered = [rows[prompt.id] for prompt in prompts]
     result = summary(ordered, settings.by or critic.names[0]) | {"before": len(prompts) - len(left), "out": str(out)}
     usage = getattr(getattr(critic, "judge", None), "usage", None)
@@ -79,14 +91,15 @@ def refine_prompts(
 
 
 def _run(
-    left: Sequence[Prompt], batch: int, refined: Callable[[Sequence[Prompt]], list[Refinement]], out: Path
+    left: Sequence[Prompt], batch: int, refined: Callable[[Sequence[Prompt]], list[Refinement]], record: Path
 ) -> Iterator[Row]:
-    """Refine `batch` prompts at a time; yields their rows once they are on disk."""
+    """Refine `batch` prompts at a time; yields their rows once they are in the file `record`."""
+    out = record.parent
     for start in range(0, len(left), batch):
         refinements = refined(left[start : start + batch])
         with failing(out, ROWS_ARE_WHOLE):
             rows = [save(refinement, out) for refinement in refinements]
-            resumable.append(out / "trace.jsonl", rows)
+            resumable.append(record, rows)
         yield from rows
 
 

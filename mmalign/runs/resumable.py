@@ -2,6 +2,7 @@
 
 OUT/settings.json    the settings; another command into the folder must have the same
 OUT/NAME.jsonl       rows of what is done; what a row speaks of is on disk before it
+OUT/NAME.3.part.jsonl    the rows of process 3 of several, until they are joined
 """
 
 import json
@@ -9,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmalign.distributed.processes import Ranks
 from mmalign.errors import BadInput, refusing
 from reward_models import Prompt, files, tables
 
@@ -24,7 +26,8 @@ def open_folder(
     what: str,
 ) -> list[Row]:
     """The rows in the file `name` of a folder that is made if it is missing. Each has at least `keys`, among them the
-    `id` and the text `prompt` of one of the prompts. BadInput if the folder holds the work of other settings or
+    `id` and the text `prompt` of one of the prompts, and they are in the order of these. Parts of several processes are
+    joined into the file. BadInput if the folder holds the work of other settings or
     prompts; `what` is the work, such as "a refinement". An incomplete last line is dropped."""
     file, record = out / "settings.json", out / name
     wanted = json.loads(json.dumps(settings, default=str))
@@ -37,17 +40,33 @@ def open_folder(
                 f"{out} holds {what} with {key} {before.get(key)!r}, not {wanted.get(key)!r}; "
                 "choose another --out, or the same settings to continue"
             )
-    elif record.exists():
+    elif record.exists() or _parts(record):
         raise BadInput(f"{out} has a {name} but no settings.json; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     files.replace(file, (json.dumps(wanted, indent=1) + "\n").encode())
-    rows = list(_complete(record, keys, what)) if record.exists() else []
+    parts = _parts(record)
+    rows = [row for part in (record, *parts) if part.exists() for row in _complete(part, keys, what)]
     texts = {prompt.id: prompt.text for prompt in prompts}
     for row in rows:
         if texts.get(row["id"]) != row["prompt"]:
             raise BadInput(f"{out} holds prompt {row['id']}, {row['prompt']!r}, which is not among these prompts")
+    if parts:
+        order = {number: place for place, number in enumerate(texts)}
+        rows = [json.loads(line) for line in dict.fromkeys(map(json.dumps, rows))]  # those that were joined before
+        rows.sort(key=lambda row: order[row["id"]])
     rewrite(record, rows)
+    for part in parts:
+        part.unlink()
     return rows
+
+
+def part_of(record: Path, ranks: Ranks | None) -> Path:
+    """The file that this process appends to: `record`, or its part of it if there are several processes."""
+    return record if ranks is None else record.with_name(f"{record.stem}.{ranks.rank}.part.jsonl")
+
+
+def _parts(record: Path) -> list[Path]:
+    return sorted(record.parent.glob(f"{record.stem}.*.part.jsonl"))
 
 
 def rewrite(record: Path, rows: Sequence[Row]) -> None:

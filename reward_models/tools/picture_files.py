@@ -36,12 +36,19 @@ READERS = min(8, os.cpu_count() or 1)
 @dataclass(frozen=True)
 class Item:
     """An image to score. `name` is its name in the source; `prompt` is None if the source has none. `data` is the
-    content of the picture's file if it is stored in a table; `path` is then the table."""
+    content of the picture's file if it is stored in a table or tar; `path` is then that table or tar. `reason` is why
+    there is no picture."""
 
     name: str
     path: Path
     prompt: Prompt | None
     data: bytes | None = field(default=None, repr=False)
+    reason: str = ""
+
+    @property
+    def file(self) -> Path | None:
+        """The picture's file; None if its content is here."""
+        return self.path if self.data is None else None
 
     @property
     def key(self) -> tuple[str, str | None]:
@@ -193,10 +200,12 @@ def _prompt_of_file(path: Path, prompt: str | None) -> Prompt | None:
 
 def picture(item: Item) -> Picture:
     """The picture of an item. ValueError, in one line, if it cannot be read."""
+    if item.reason:
+        raise ValueError(item.reason)
     return images.from_file(item.path) if item.data is None else images.from_bytes(item.data)
 
 
 def animations(items: Sequence[Item]) -> int:
     """The number of pictures with more than one frame; only the first frame is scored."""
     with ThreadPoolExecutor(READERS) as readers:
-        return sum(readers.map(lambda item: images.animated(None if item.data else item.path, item.data), items))
+        return sum(readers.map(lambda item: images.animated(item.file, item.data), items))

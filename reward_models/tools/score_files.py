@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import combinations
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -53,27 +54,27 @@ def score_files(
     batch: int = 64,
     warn: Callable[[str], None] = lambda line: None,
     progress: Callable[[Iterable[Row], int, int], Iterable[Row]] = lambda rows, done, total: rows,
+    again: bool = True,
 ) -> ScoredFiles:
     """Score the images of a folder or table (`read`) into the file `out` (JSONL, CSV or Parquet), and summarise.
 
     Images that already have scores in a JSONL file are not scored again (`resume`). `prompt` is used for all images
     that have none. `scorers` by name, or a function that loads them, called after `source` and `out` have been checked.
     `warn` gets one line for each kind of file left out, for rows that give no pair, and for truncated prompts.
-    `progress` gets the iterable of rows, how many images were scored before, and how many there are. ValueError, in one
-    line, for a source that cannot be scored at all; OSError if `out` cannot be written, which then still holds the rows
-    that are complete.
+    `progress` gets the iterable of rows, how many images were scored before, and how many there are. Images that failed
+    before are scored `again`. ValueError, in one line, for a source that cannot be scored at all; OSError if `out`
+    cannot be written, which then still holds the rows that are complete.
 
         result = score_files("assets/pictures", {"clip": load("clip")}, "scores.jsonl")
         result.rows[0]["scores"], result.summary["failed"]
     """
     source, out = Path(source), Path(out)
-    record = _record(out)
+    record = record_of(out)
     items, choices = read(source, prompt, out, warn)
     scorers = scorers() if callable(scorers) else scorers
-    if any(item.prompt is None for item in items) and (readers := needs_prompts(scorers)):
-        raise ValueError(f"{readers[0]} needs the prompt, and {source} has none for some images; give --prompt TEXT")
+    check_prompts(source, items, scorers)
     files.make_folder(out.parent)
-    done, left = resume(record, items, scorers)
+    done, left = resume(record, items, scorers, again)
     for line in _warnings(source, items, left, scorers):
         warn(line)
     for row in progress(score(left, scorers, batch), len(items) - len(left), len(items)):
@@ -90,7 +91,7 @@ def score_files(
     return ScoredFiles(rows, summary, len(left))
 
 
-def _record(out: Path) -> Path:
+def record_of(out: Path) -> Path:
     """The file that rows are appended to: `out` itself if it is JSONL, else one beside it until all are scored."""
     if out.suffix.lower() not in OUTPUTS:
         raise ValueError(f"--out {out}: a name that ends in {', '.join(OUTPUTS)} is needed")
@@ -114,6 +115,12 @@ def _warnings(
 # ------------------------------------------------------------------------------------------------------------- scoring
 
 
+def check_prompts(source: Path, items: Sequence[Item], scorers: Mapping[str, RewardModel]) -> None:
+    """ValueError for images without a prompt that a scorer needs."""
+    if any(item.prompt is None for item in items) and (readers := needs_prompts(scorers)):
+        raise ValueError(f"{readers[0]} needs the prompt, and {source} has none for some images; give --prompt TEXT")
+
+
 def needs_prompts(scorers: Mapping[str, RewardModel]) -> list[str]:
     """The names of the scorers that need the prompt."""
     return [name for name, scorer in scorers.items() if scorer.card.sees_prompt]
@@ -122,9 +129,17 @@ def needs_prompts(scorers: Mapping[str, RewardModel]) -> list[str]:
 def score(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int) -> Iterator[dict[str, Any]]:
     """One row per item: `image`, `prompt`, `id`, the row of `score_pictures`, and the digests `made_of`. In the
     order of the items, except with groupwise scorers, which get all images of a prompt at once."""
+    return score_blocks([items], scorers, batch)
+
+
+def score_blocks(
+    blocks: Iterable[Sequence[Item]], scorers: Mapping[str, RewardModel], batch: int | float = inf
+) -> Iterator[dict[str, Any]]:
+    """`score` of several lists of items, one list after another: no image is scored together with one of another."""
     versions = {name: scorer.card.version for name, scorer in scorers.items()}
     with ThreadPoolExecutor(READERS) as readers:  # they read the next batch while this one is scored
-        batches = ((some, [readers.submit(_load, item) for item in some]) for some in _batches(items, scorers, batch))
+        lists = (some for items in blocks for some in _batches(items, scorers, batch))
+        batches = ((some, [readers.submit(_load, item) for item in some]) for some in lists)
         some, reading = next(batches, ([], []))
         while some:
             pictures, made_of = zip(*(loaded.result() for loaded in reading), strict=True)
@@ -138,23 +153,29 @@ def score(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int)
             some, reading = following
 
 
-def _group(item: Item) -> tuple:
-    return (item.prompt.id, item.prompt.text) if item.prompt else (0, None)
+def group_of(prompt: Prompt | None) -> tuple[int, str | None]:
+    """What the images of one prompt share."""
+    return (prompt.id, prompt.text) if prompt else (0, None)
 
 
-def _batches(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int) -> Iterator[list[Item]]:
+def compares(scorers: Mapping[str, RewardModel]) -> bool:
+    """Whether a scorer compares the images of a prompt."""
+    return any(scorer.card.groupwise for scorer in scorers.values())
+
+
+def _batches(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: int | float) -> Iterator[list[Item]]:
     """The items that are scored together: at most `batch` images and `limits.TOGETHER` pixels, or one larger image.
     With a groupwise scorer the images of a prompt are never separated, even if they exceed these bounds."""
     groups = [[item] for item in items]
-    if any(scorer.card.groupwise for scorer in scorers.values()):
+    if compares(scorers):
         by_prompt = defaultdict(list)
         for item in items:
-            by_prompt[_group(item)].append(item)
+            by_prompt[group_of(item.prompt)].append(item)
         groups = [*by_prompt.values()]
     some: list[Item] = []
     pixels = 0
     for group in groups:
-        more = sum(images.promised(None if item.data else item.path, item.data) for item in group)
+        more = sum(images.promised(item.file, item.data) for item in group)
         if some and (len(some) + len(group) > batch or pixels + more > limits.TOGETHER):
             yield some
             some, pixels = [], 0
@@ -165,14 +186,14 @@ def _batches(items: Sequence[Item], scorers: Mapping[str, RewardModel], batch: i
 
 def _load(item: Item) -> tuple[Picture | str, dict[str, str]]:
     """The picture or the reason why it cannot be read, and the digests of the picture and its prompt."""
-    made_of = _made_of(item)
+    made_of = digests(item)
     try:
         return picture(item), made_of
     except ValueError as error:
         return str(error), made_of
 
 
-def _made_of(item: Item) -> dict[str, str]:
+def digests(item: Item) -> dict[str, str]:
     """The SHA-256 of a picture's file, and of its prompt and ground truth, including the pictures in it."""
     wants = item.prompt.wants if item.prompt else {}
     of_pictures = [_digest(wants[name]) for name in images.PICTURES if isinstance(wants.get(name), str)]
@@ -193,30 +214,38 @@ def _digest(path: str | Path) -> str:
 
 
 def resume(
-    out: Path, items: Sequence[Item], scorers: Mapping[str, RewardModel]
+    out: Path, items: Sequence[Item], scorers: Mapping[str, RewardModel], again: bool = True
 ) -> tuple[dict[tuple[str, str | None], dict], list[Item]]:
-    """The rows of an earlier run by (image, prompt), and the items left. Rows that must be scored again are removed
-    from the file: an incomplete last line, rows with a failure, rows of another picture, prompt, ground truth or
-    version of a scorer, and, with a groupwise scorer, prompts with items left.
+    """`left` of the items; rows that must be scored again are removed from the file."""
+    done, items = left(out, items, scorers, again)
+    files.replace(out, "".join(json.dumps(row) + "\n" for row in done.values()).encode())
+    return done, items
+
+
+def left(
+    out: Path, items: Sequence[Item], scorers: Mapping[str, RewardModel], again: bool = True
+) -> tuple[dict[tuple[str, str | None], dict], list[Item]]:
+    """The rows of an earlier run by (image, prompt), and the items left. Scored again are: an incomplete last line,
+    with `again` rows with a failure, rows of another picture, prompt, ground truth or version of a scorer, and, with a
+    groupwise scorer, prompts with items left.
 
     ValueError if the file holds other scores, or a line that is not a row of scores; it is then left unchanged.
     """
     names = [f"{name}.{component}" for name, scorer in scorers.items() for component in scorer.names]
     versions = {"scorers": {name: scorer.card.version for name, scorer in scorers.items()}}
-    done = {(row["image"], row["prompt"]): row for row in _earlier(out, names) if not row["failures"]}
+    done = {(row["image"], row["prompt"]): row for row in _earlier(out, names) if not (again and row["failures"])}
     with ThreadPoolExecutor(READERS) as readers:
-        again = [item for item in items if item.key in done]
-        for item, made_of in zip(again, readers.map(_made_of, again), strict=True):
+        known = [item for item in items if item.key in done]
+        for item, made_of in zip(known, readers.map(digests, known), strict=True):
             if done[item.key].get("made_of") != made_of | versions:
                 done.pop(item.key)
-    left = [item for item in items if item.key not in done]
-    if any(scorer.card.groupwise for scorer in scorers.values()):
-        open_ = {_group(item) for item in left}
-        left = [item for item in items if _group(item) in open_]
-    for item in left:
+    rest = [item for item in items if item.key not in done]
+    if compares(scorers):
+        open_ = {group_of(item.prompt) for item in rest}
+        rest = [item for item in items if group_of(item.prompt) in open_]
+    for item in rest:
         done.pop(item.key, None)
-    files.replace(out, "".join(json.dumps(row) + "\n" for row in done.values()).encode())
-    return done, left
+    return done, rest
 
 
 def _earlier(out: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
