@@ -40,6 +40,28 @@ def test_a_command_imports_what_it_needs_when_it_begins(arguments):
     assert imported(COMMAND.format(arguments=arguments)) <= {"pydantic"}  # which typer itself imports
 
 
+PARTLY = {  # what begins its work -> what it does not need for it
+    "estimate": (["estimate", "configs/quickstart.yaml"], {"matplotlib", "open_clip"}),
+    "score": (
+        ["score", "assets/pictures", "--rewards", "shapes", "--out", "{folder}/scores.jsonl"],
+        {"accelerate", "diffusers", "matplotlib", "open_clip", "peft", "transformers"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_a_command_imports_only_what_its_work_needs(name, tmp_path):
+    arguments, unneeded = PARTLY[name]
+    libraries = imported(COMMAND.format(arguments=[part.format(folder=tmp_path) for part in arguments]))
+    assert "torch" in libraries
+    assert not libraries & unneeded
+
+
+def test_a_run_and_the_functions_of_python_import_no_library_of_models():
+    unneeded = {"diffusers", "matplotlib", "open_clip", "peft", "transformers"}
+    assert not imported("from mmalign import api, run") & unneeded
+
+
 def test_the_probe_sees_a_heavy_import():
     assert "numpy" in imported("import numpy")
 

@@ -34,9 +34,10 @@ class _Command(typer.core.TyperCommand):
     for its help."""
 
     def invoke(self, ctx: Any) -> Any:
-        import torch
+        from mmalign.policy import importing, quiet_imports
 
-        from mmalign.policy import quiet_imports
+        with importing():
+            import torch
 
         quiet_imports()
         torch.set_flush_denormal(True)  # tiny activations in the subnormal range make CPU arithmetic many times slower
