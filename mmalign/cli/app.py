@@ -61,6 +61,9 @@ for group, (text, commands) in GROUPS.items():
 def main() -> None:
     """Run the command line; a user's mistake becomes one line on standard error."""
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that libraries start import nothing from the current folder either
+    # threads of torch that wait for each other sleep instead of spinning, which costs others' work their cores; read
+    # when torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with output.checked():
             app()
