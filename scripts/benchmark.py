@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python scripts/benchmark.py --all      # all tables, into docs/benchmark.md
 
 Ratio = processor time of one iteration / processor time of the bare transformer (adapter attached, gradients for the
-adapter only) for the same number of forwards and of forwards with backward, each at its best batch size. 1 would mean
-that sampling, decoding, scoring, credit and the optimiser are free. Iteration and network are measured in one process,
+adapter only) for the same number of forwards and of forwards with backward, each at its best batch size, in the tables
+at 32. 1 would mean that sampling, decoding, scoring, credit and the optimiser are free. Iteration and network are measured in one process,
 in turn. Processor time is that of all threads: other processes hardly change it, so that a shared machine can be used.
 """
 
@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from mmalign import train as trainer
+from mmalign import policy as policies, train as trainer
 from mmalign.config import load as configs
 from mmalign.training import setup
 from mmalign.training.session import Session
@@ -40,8 +40,6 @@ METHODS = {  # objective and credit -> config and settings
     "grpo, branch": (BRANCH, ["prompts_per_iteration=2"]),
     "nft": (QUICK, []),
     "awm": (QUICK, ["objective=awm"]),
-    "rft": (QUICK, ["objective=rft"]),
-    "online_dpo": (QUICK, ["objective=online_dpo"]),
 }
 GROWTH = {  # what grows -> its values, and the setting of a value
     "images": ((16, 32, 64), lambda images: [f"prompts_per_iteration={images // 8}"]),
@@ -100,8 +98,8 @@ def measure(run: Session, iterations: int, sizes: Sequence[int]) -> dict[str, An
     used = seconds(lambda: rows.append(trainer.iterate(run, len(rows) + 1)), iterations)
     wall = (time.perf_counter() - start) / iterations
     cond = run.policy.encode(["a"])
-    forward = min((bare(run.policy, cond, size, False, 5), size) for size in sizes)
-    learning = min((bare(run.policy, cond, size, True, 5), size) for size in sizes)
+    forward = min((bare(run.policy, cond, size, False, iterations), size) for size in sizes)
+    learning = min((bare(run.policy, cond, size, True, iterations), size) for size in sizes)
     ideal = [row["forwards"] * forward[0] + row["replay_forwards"] * learning[0] for row in rows]
     mean = {key: statistics.mean(row.get(key, 0.0) for row in rows) for key in rows[0]}
     return {
@@ -194,8 +192,8 @@ page.
 
 ## Ratio to the bare network
 
-Processor time of an iteration over that of the bare transformer for the same forwards and backwards, each at its best
-batch size: what sampling, decoding, scoring, credit and the optimiser add. The quickstart for objectives on finished
+Processor time of an iteration over that of the bare transformer for the same forwards and backwards, in batches of 32:
+what sampling, decoding, scoring, credit and the optimiser add. The quickstart for objectives on finished
 images, `configs/tiny_branch.yaml` with few prompts for GRPO.
 
 {ratios}
@@ -244,9 +242,10 @@ def main(
 ) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the processes started; set it by hand for this one
     torch.set_flush_denormal(True)
+    policies.quiet()
     if whole:
         text = page(
-            ratios(iterations, (32, 64), [*METHODS]), growth(iterations), starts(iterations, [*STARTS]), iterations
+            ratios(iterations, (32,), [*METHODS]), growth(iterations), starts(iterations, [*STARTS]), iterations
         )
         files.write(PAGE, text)
         return
