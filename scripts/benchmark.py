@@ -5,8 +5,9 @@
 
 Ratio = processor time of one iteration / processor time of the bare transformer (adapter attached, gradients for the
 adapter only) for the same number of forwards and of forwards with backward, each at its best batch size, in the tables
-at 32. 1 would mean that sampling, decoding, scoring, credit and the optimiser are free. Iteration and network are measured in one process,
-in turn. Processor time is that of all threads: other processes hardly change it, so that a shared machine can be used.
+at 32. 1 would mean that sampling, decoding, scoring, credit and the optimiser are free. Iteration and network are
+measured in one process, in turn. Processor time is that of all threads: other processes hardly change it, so that a
+shared machine can be used.
 """
 
 import json

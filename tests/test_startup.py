@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from run_config import run
 
 import reward_models
 from mmalign.runs import machine
@@ -97,6 +99,12 @@ def test_a_busy_machine_is_reported(monkeypatch, load, threads, warned):
     if warned:
         assert "9.0 on 4 cores" in line
         assert "OMP_NUM_THREADS=1" in line
+
+
+def test_a_run_begins_with_that_line(settings, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "busy", lambda threads: f"{threads} threads wait")
+    run(settings, iterations=1, held_out=None)
+    assert f"mmalign: {torch.get_num_threads()} threads wait\n" in capsys.readouterr().err
 
 
 def test_the_probe_sees_a_heavy_import():

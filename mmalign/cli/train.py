@@ -38,18 +38,14 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a text-to-image model from a config; evaluate before and after; write a report."""
-    import torch
-
     from mmalign import policy as policies, run as runs
     from mmalign.config import load as configs
     from mmalign.distributed import processes
     from mmalign.reporting import report as reports
-    from mmalign.runs import folder, machine
+    from mmalign.runs import folder
 
     policies.quiet()
     c = configs.load(config, overrides or [])
-    if processes.main() and (line := machine.busy(torch.get_num_threads())):
-        output.warn(line)
     out = runs.train(c, resume, Console(stderr=True, markup=False) if as_json else output.console)
     if not processes.main():
         return
