@@ -36,11 +36,11 @@ PAGE = ROOT / "docs/benchmark.md"
 QUICK, BRANCH = "configs/quickstart.yaml", "configs/tiny_branch.yaml"
 ON_STEPS = ["plan=sde", "seeds=6", "prompts_per_iteration=4"]
 METHODS = {  # objective and credit -> config and settings
-    "grpo, terminal": (BRANCH, [*ON_STEPS, "credit=terminal"]),
-    "grpo, gain": (BRANCH, [*ON_STEPS, "credit=gain"]),
     "grpo, branch": (BRANCH, ["prompts_per_iteration=2"]),
     "nft": (QUICK, []),
+    "grpo, gain": (BRANCH, [*ON_STEPS, "credit=gain"]),
     "awm": (QUICK, ["objective=awm"]),
+    "grpo, terminal": (BRANCH, [*ON_STEPS, "credit=terminal"]),
 }
 GROWTH = {  # what grows -> its values, and the setting of a value
     "images": ((16, 32, 64), lambda images: [f"prompts_per_iteration={images // 8}"]),
@@ -49,16 +49,11 @@ GROWTH = {  # what grows -> its values, and the setting of a value
 STARTS = {  # what is started -> arguments of python
     "`import torch, diffusers`": ["-c", "import torch, diffusers"],
     "the class of one pipeline": ["-c", "import torch; from diffusers import StableDiffusion3Pipeline"],
-    "`mmalign --help`": ["-m", "mmalign", "--help"],
     "`mmalign estimate`": ["-m", "mmalign", "estimate", QUICK],
     "`mmalign score`, 24 pictures, `shapes`": [
         "-m", "mmalign", "score", "assets/pictures", "--rewards", "shapes", "--out", "{folder}/scores.jsonl",
     ],
     "`mmalign sample`, one image": ["-m", "mmalign", "sample", "a circle", "--out", "{folder}/images"],
-    "`mmalign train`, two iterations": [
-        "-m", "mmalign", "train", QUICK, "iterations=2", "eval_prompts=1", "held_out=null", "watch=[]",
-        "warmup=0", "cooldown=0", "out={folder}/run",
-    ],
 }  # fmt: skip
 
 
@@ -202,8 +197,9 @@ images, `configs/tiny_branch.yaml` with few prompts for GRPO.
 ## Growth
 
 The quickstart with more images (prompts of eight images each) and more steps. The exponent is the slope of log time
-against log number: 1 is proportional, and less where a constant part counts. With more processes each takes its share
-of the prompts ([several processes](scale.md)); their growth is not measured here.
+against log number: 1 is proportional, and less where a constant part counts, such as decoding, scores and learning
+beside the steps. With more processes each takes its share of the prompts ([several processes](scale.md)); their growth
+is not measured here, and neither is the memory of training ([GPU](gpu.md) has it).
 
 {growth}
 
@@ -231,7 +227,7 @@ OMP_WAIT_POLICY=PASSIVE python scripts/benchmark.py configs/quickstart.yaml
 GOMP_SPINCOUNT=300000 python scripts/benchmark.py configs/quickstart.yaml
 ```
 
-and compare `wall_seconds`.
+and compare `wall_seconds`, of one iteration.
 """
 
 
