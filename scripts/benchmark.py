@@ -119,8 +119,8 @@ def exponent(values: Sequence[float], times: Sequence[float]) -> float:
     return statistics.linear_regression([*map(math.log, values)], [*map(math.log, times)]).slope
 
 
-def started(arguments: Sequence[str]) -> tuple[float, float]:
-    """Processor seconds and peak memory in GiB of a new Python process. RuntimeError if it fails."""
+def started(arguments: Sequence[str]) -> float:
+    """Processor seconds of a new Python process. RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *(part.format(folder=folder) for part in arguments)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -131,7 +131,7 @@ def started(arguments: Sequence[str]) -> tuple[float, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
+    return used.ru_utime + used.ru_stime
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -173,9 +173,8 @@ def growth(iterations: int) -> str:
 def starts(repeats: int, names: Sequence[str]) -> str:
     rows = []
     for name in names:
-        times, memory = zip(*(started(STARTS[name]) for _ in range(repeats)), strict=True)
-        rows.append([name, spread(times), spread(memory)])
-    return table(["command", "seconds", "peak memory, GiB"], rows)
+        rows.append([name, spread([started(STARTS[name]) for _ in range(repeats)])])
+    return table(["command", "seconds"], rows)
 
 
 def page(ratios: str, growth: str, starts: str, repeats: int) -> str:
@@ -199,7 +198,7 @@ images, `configs/tiny_branch.yaml` with few prompts for GRPO.
 The quickstart with more images (prompts of eight images each) and more steps. The exponent is the slope of log time
 against log number: 1 is proportional, and less where a constant part counts, such as decoding, scores and learning
 beside the steps. With more processes each takes its share of the prompts ([several processes](scale.md)); their growth
-is not measured here, and neither is the memory of training ([GPU](gpu.md) has it).
+is not measured here, and neither is memory ([GPU](gpu.md)).
 
 {growth}
 
