@@ -6,8 +6,7 @@
 Ratio = processor time of one iteration / processor time of the bare transformer (adapter attached, gradients for the
 adapter only) for the same number of forwards and of forwards with backward, each at its best batch size, in the tables
 at 32. 1 would mean that sampling, decoding, scoring, credit and the optimiser are free. Iteration and network are
-measured in one process, in turn. Processor time is that of all threads: other processes hardly change it, so that a
-shared machine can be used.
+measured in one process. Processor time is that of all threads; waiting for a core is not in it.
 """
 
 import json
@@ -180,16 +179,18 @@ def starts(repeats: int, names: Sequence[str]) -> str:
 def page(ratios: str, growth: str, starts: str, repeats: int) -> str:
     return f"""# Benchmark
 
-Made by `OMP_NUM_THREADS=1 python scripts/benchmark.py --all --repeats {repeats}` on the embedded model, with
-{torch.get_num_threads()} thread of a CPU. Times are processor time, which other work on the machine changes little;
-each figure is a median with its quartiles, of {repeats} repeats. Run the command again on your machine: it writes this
-page.
+The functions of `scripts/benchmark.py` made these figures on the embedded model, on one thread of a CPU:
+`OMP_NUM_THREADS=1 python scripts/benchmark.py --all --repeats {repeats}`. The command writes this page. Times are
+processor time; each figure is a median with its quartiles, of {repeats} repeats. Processor time leaves out waiting for
+a core, but a shared core is slower too: `import torch, diffusers` takes 2.4 to 2.9 s where the cores are nearly idle.
+Compare figures of one table only.
 
 ## Ratio to the bare network
 
 Processor time of an iteration over that of the bare transformer for the same forwards and backwards, in batches of 32:
 what sampling, decoding, scoring, credit and the optimiser add. The quickstart for objectives on finished
-images, `configs/tiny_branch.yaml` with few prompts for GRPO.
+images, `configs/tiny_branch.yaml` with few prompts for GRPO. A network that is faster in other batches than 32 would give
+higher ratios.
 
 {ratios}
 
@@ -204,21 +205,20 @@ is not measured here, and neither is memory ([GPU](gpu.md)).
 
 ## Starting
 
-A new process each. diffusers imports bitsandbytes, torchao and scipy's statistics itself where they are installed, and
-no setting of it leaves them out.
+A new process each. diffusers imports bitsandbytes, torchao and scipy's statistics itself where they are installed.
 
 {starts}
 
 ## Busy machines
 
-Threads of OpenMP wait for each other at the end of each operation, by default in a loop that keeps their core. Where
-another process has one of the cores, most of the time is spent in these loops. The command line therefore sets
-`OMP_WAIT_POLICY=PASSIVE` unless you have set it: threads that wait sleep (in GNU's OpenMP, `GOMP_SPINCOUNT=0`). From
-Python, set it before torch is imported. Results are the same to the bit.
+Threads of OpenMP wait for each other at the end of each operation, by default in a loop that keeps their core. The
+command line sets `OMP_WAIT_POLICY=PASSIVE` unless you have set it: threads that wait sleep (in GNU's OpenMP,
+`GOMP_SPINCOUNT=0`). From Python, set it before torch is imported.
 
-On two cores with a load average of 12, an iteration of the quickstart took 4.2 to 7.6 s with two threads and `PASSIVE`,
-5.1 to 5.4 s with one thread, and with two threads and neither variable four iterations were not done after 100 s (one
-process, three iterations each). On idle cores the cost was not measured; to measure it, run both on yours:
+On two cores with a load average of 12, an iteration of the quickstart took 4.2 to 7.6 s with two threads and `PASSIVE`
+and 5.1 to 5.4 s with one thread (three iterations each, in one process). With two threads and neither variable, a
+process was stopped after 100 s, its start included, before its four iterations were done (one attempt). On idle cores
+the cost was not measured; to measure it, run both on yours:
 
 <!-- needs: minutes -->
 ```
