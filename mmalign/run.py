@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from mmalign.activity import Work, doing
@@ -22,7 +23,7 @@ from mmalign.evaluation import evaluate, layouts
 from mmalign.reporting import progress, trackers as tracking
 from mmalign.reporting.trackers import Trackers
 from mmalign.rewards.judge import silent, stop_if_failing
-from mmalign.runs import alarms, checkpoint, folder
+from mmalign.runs import alarms, checkpoint, folder, machine
 from mmalign.runs.signals import Stop, Stopped, stopping
 from mmalign.train import Row, iterate
 from mmalign.training import finite, planning, refreshing, saving, snapshots
@@ -157,7 +158,8 @@ def opened(
                 saved = len(checkpoint.numbered(out / "checkpoints"))
                 folder.check_space(out, saving.size(run) * max(1, c.keep_checkpoints + 2 - saved))
                 texts = [p.text for p in (*run.prompts.all, *run.held_out)]
-                for line in cut((run.policy, *run.rewards.scorers.values()), texts):
+                long = cut((run.policy, *run.rewards.scorers.values()), texts)
+                for line in filter(None, (*long, machine.busy(torch.get_num_threads()))):
                     print(f"mmalign: {line}", file=sys.stderr)
             say(planning.describe(run.config, run.cost))
             done = saving.restore(run, out, say) if resume else 0

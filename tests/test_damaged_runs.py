@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from run_config import rows, run
 from starlette.testclient import TestClient
 
-from mmalign.reporting import live, report
+from mmalign.reporting import curves, live, report
 
 JSONL = ("metrics.jsonl", "evaluations.jsonl", "credit.jsonl", "images/after/scores.jsonl")
 BINARY = bytes(range(256)) * 8
@@ -143,9 +143,9 @@ CASES = [pytest.param(*case, id=f"{case[0]}: {kind}") for kind, item in DAMAGE.i
 @pytest.mark.parametrize(("name", "damage", "with_", "says"), CASES)
 def test_its_page_says_what_is_amiss(folder, name, damage, with_, says, monkeypatch):
     if name in ("metrics.jsonl", "evaluations.jsonl"):
-        monkeypatch.setattr(report, "_svg", undrawn)
+        monkeypatch.setattr(curves, "_svg", undrawn)
     else:
-        monkeypatch.setattr(report, "_curves", lambda *_: "")
+        monkeypatch.setattr(curves, "curves", lambda *_: "")
     damage(folder / name, **with_) if isinstance(with_, dict) else damage(folder / name, *with_)
     ended = mmalign("report", folder)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -165,7 +165,7 @@ def test_a_picture_that_breaks_off_is_not_shown(folder):
 
 def test_a_served_page_stays_while_files_are_written(folder, monkeypatch):
     """Each file with so many of its bytes; in the end it is the page of a sound run."""
-    monkeypatch.setattr(report, "_svg", undrawn)
+    monkeypatch.setattr(curves, "_svg", undrawn)
     client = TestClient(live.app(folder), base_url="http://127.0.0.1")
     whole = client.get("/main").text
     assert "Missing or damaged" not in whole

@@ -18,7 +18,7 @@ from torchvision.utils import save_image
 from mmalign import run as runs
 from mmalign.evaluation import evaluate
 from mmalign.evaluation.evaluate import Evaluation
-from mmalign.reporting import report
+from mmalign.reporting import curves, report
 from mmalign.runs import reader
 
 ROW = {"reward": 0.25, "forwards": 4, "replay_forwards": 2, "decodes": 1, "rewards": 1}
@@ -194,10 +194,10 @@ def test_diversity_of_training_batches_counts_while_there_is_no_other(tmp_path):
 
 def test_figures_have_the_colour_of_the_text(tmp_path):
     page = report.write(folder_of(tmp_path, 0)).read_text()
-    curves = page[page.index("<svg") :]
-    assert "currentColor" in curves
-    assert report.INK not in curves
-    assert "#ffffff" not in curves  # no background of their own
+    figure = page[page.index("<svg") :]
+    assert "currentColor" in figure
+    assert curves.INK not in figure
+    assert "#ffffff" not in figure  # no background of their own
 
 
 def test_places_are_shown_on_demand_without_a_script(recorded, tmp_path):
@@ -252,7 +252,7 @@ def costing(tmp_path, watch=("jpeg_size",), distance=None):
 @pytest.mark.parametrize("distance", [None, "kl", "drift"])
 def test_one_panel_shows_what_a_reward_costs(tmp_path, distance):
     out = costing(tmp_path, distance=distance)
-    [(title, draw)] = report._cost(reader.read(out)).items()
+    [(title, draw)] = curves.cost(reader.read(out)).items()
     assert ("distance" in title) == bool(distance)
     figure = Figure()
     draw(figure.subplots())
@@ -265,4 +265,4 @@ def test_one_panel_shows_what_a_reward_costs(tmp_path, distance):
 
 
 def test_a_run_that_watches_nothing_has_no_such_panel(tmp_path):
-    assert report._cost(reader.read(costing(tmp_path, watch=()))) == {}
+    assert curves.cost(reader.read(costing(tmp_path, watch=()))) == {}

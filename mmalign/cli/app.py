@@ -34,10 +34,11 @@ class _Command(typer.core.TyperCommand):
     for its help."""
 
     def invoke(self, ctx: Any) -> Any:
-        import torch
-
         from mmalign.distributed.launched import use_device
-        from mmalign.policy import quiet_imports
+        from mmalign.policy import importing, quiet_imports
+
+        with importing():
+            import torch
 
         quiet_imports()
         use_device()
@@ -62,6 +63,9 @@ for group, (text, commands) in GROUPS.items():
 def main() -> None:
     """Run the command line; a user's mistake becomes one line on standard error."""
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that libraries start import nothing from the current folder either
+    # threads of torch that wait for each other sleep instead of spinning, which costs others' work their cores; read
+    # when torch is loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with output.checked():
             app()

@@ -57,9 +57,10 @@ def estimate(
     from mmalign import policy as policies
 
     policies.quiet()  # before the imports below, of peft, whose warnings it silences
-    from mmalign.checks import estimate as estimates, timing
-    from mmalign.config import load as configs
-    from mmalign.training import setup
+    with policies.importing():
+        from mmalign.checks import estimate as estimates, timing
+        from mmalign.config import load as configs
+        from mmalign.training import setup
 
     c = configs.load(config, overrides or [])
     result = estimates.estimate(c, gpus)

@@ -10,7 +10,6 @@ from math import isnan, nan
 
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 
 from reward_models.combine import ROUNDING
@@ -104,5 +103,7 @@ def over_runs(rises: Float[Tensor, "R M"]) -> Rise:
 
 def _rise(mean: float, error: float, freedom: int | float) -> Rise:
     """By the t distribution, from the standard error of the mean."""
+    from scipy import stats  # half a second of imports
+
     reach = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     return Rise(mean, mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean) / error, freedom)))

@@ -5,9 +5,11 @@ add a family, write `texts` and `network` in a file (`mmalign.policy.family` lis
 the table.
 """
 
+import gc
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,8 @@ def class_of(model: str) -> type:
         raise ValueError(f"model {model!r}: its model_index.json names no pipeline")
     if name not in POLICIES:
         raise ValueError(f"model {model!r} is a {name}; known families: {', '.join(POLICIES)}")
-    return import_allowed(POLICIES[name], name, ours=True)
+    with importing():
+        return import_allowed(POLICIES[name], name, ours=True)
 
 
 def checked_index(model: str) -> tuple[Path, Mapping[str, Any]]:
@@ -74,6 +77,19 @@ def checked_index(model: str) -> tuple[Path, Mapping[str, Any]]:
         raise ValueError(f"model {model!r}: no model_index.json in that folder; a diffusers pipeline is needed")
     folder = configs(model, f"model {model!r}")
     return folder, parsed(text(folder / "model_index.json", CONFIG))
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """For imports of large libraries. The search for unused objects, which takes a fifth of the time of importing
+    diffusers and finds next to nothing, waits until the end of the block."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def quiet() -> None:

@@ -7,9 +7,8 @@ A row of `alarms.jsonl` has the `iteration`, the name of the `alarm` and its `te
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
-
-from scipy import stats
 
 from mmalign.config.checks import component
 from mmalign.config.schema import Config
@@ -110,7 +109,7 @@ def _disagreement(c: Config, metrics: Sequence[Row], evaluations: Sequence[Row])
         first, last, n, m = *(rows[i][name] for i in (0, -1)), *(rows[i][f"pairs/{pair}"] for i in (0, -1))
         pooled = (first * n + last * m) / (n + m)
         error = (pooled * (1 - pooled) * (1 / n + 1 / m)) ** 0.5
-        if first - last >= DRIFT and (first - last) / error > stats.norm.isf(TREND):
+        if first - last >= DRIFT and (first - last) / error > NormalDist().inv_cdf(1 - TREND):
             one, other = pair.split("~")
             return (
                 f"of two images of a prompt {one} and {other} prefer the same in {last:.0%} of pairs, {first:.0%} at "
@@ -144,6 +143,8 @@ def _rises(values: Sequence[float]) -> bool:
     """Whether the values have a significant upward trend; False where one is NaN or there are too few."""
     if len(set(values)) < 2:
         return False
+    from scipy import stats
+
     return bool(stats.kendalltau(range(len(values)), values, alternative="greater").pvalue < TREND)
 
 

@@ -1,5 +1,6 @@
 """The machine that a run computes on, as far as the bits of its results depend on it."""
 
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
 
@@ -16,6 +17,20 @@ def describe(processes: int, device: torch.device) -> dict[str, int | str]:
         "threads": torch.get_num_threads(), "processes": processes,
         "instructions": torch.backends.cpu.get_cpu_capability(), "device": name,
     } | {library: version(library) for library in LIBRARIES}  # fmt: skip
+
+
+def busy(threads: int) -> str | None:
+    """A line where more processes want to run than there are cores, and several threads of this one would wait for each
+    other; None elsewhere, and where the system does not tell."""
+    if threads == 1 or not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores:
+        return None
+    return (
+        f"the load average is {load:.1f} on {cores} cores: other processes use them, and {threads} threads of this one "
+        "wait for each other; with OMP_NUM_THREADS=1 they do not"
+    )
 
 
 def difference(was: Mapping[str, int | str] | None, now: Mapping[str, int | str]) -> str | None:

@@ -15,7 +15,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -35,6 +34,8 @@ TINY = shipped.folder("reward_models") / "assets" / "tiny_clip"
 
 def _known(model: str, pretrained: str | None) -> str:
     """The model's name in open_clip. ValueError, before anything is loaded, if there is no such model."""
+    import open_clip  # seconds of imports, paid by those who load a model
+
     if Path(model).is_dir():
         return f"local-dir:{model}"
     if model.startswith(("local-dir:", "hf-hub:")):
@@ -54,6 +55,8 @@ def _known(model: str, pretrained: str | None) -> str:
 def opened(name: str, pretrained: str | None = None, **settings: Any) -> tuple[nn.Module, Callable]:
     """A model of open_clip with its weights, and its tokenizer. The settings in a folder or hub repository are checked
     first (`reward_models.model_folders`), and so are those of the text model on the hub that it may name."""
+    import open_clip
+
     kind, colon, source = name.partition(":")
     if colon:
         folder = model_folders.configs(source, named(source))
@@ -119,6 +122,8 @@ class Clip:
 
     def prepared(self, images: Images) -> Float[Tensor, "N 3 h w"]:
         """Images resized and normalised like the model's own evaluation transform."""
+        import open_clip
+
         config = open_clip.get_model_preprocess_cfg(self.model)
         size = config["size"] if isinstance(config["size"], (tuple, list)) else [config["size"]] * 2
         mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"  # "random" means bicubic here
@@ -146,6 +151,8 @@ def clip(model: str | None = None, pretrained: str | None = None, device: str = 
     """The scorer `clip`. `model` is a folder in open_clip's `local-dir` layout or the name of one of its models, which
     also needs `pretrained`, a tag or a file of weights. The default is the embedded tiny model. ValueError if the model
     cannot be loaded."""
+    import open_clip
+
     if model is None and not TINY.is_dir():
         raise ValueError(f"clip: the embedded model is not at {TINY}; build it with scripts/build_tiny_clip.py")
     name = _known(str(model or TINY), pretrained)
@@ -170,5 +177,7 @@ def clip(model: str | None = None, pretrained: str | None = None, device: str = 
 
 
 def described(model: nn.Module) -> str:
+    import open_clip
+
     config = open_clip.get_model_preprocess_cfg(model)
     return f"{config['size']} px, {config['resize_mode']}, {config['interpolation']}"
