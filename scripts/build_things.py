@@ -4,9 +4,9 @@
     pip install resvg-py==0.5.0                       # nothing else needs it
     python scripts/build_things.py iconify-json-fluent-emoji-flat-1.2.6.tgz iconify-json-noto-1.2.9.tgz
 
-The files are the same each time. A sprite is cropped to what is visible and scaled so that its longer side is 28 pixels;
-colours are not premultiplied. `index.json` names the sprites in order, `columns` to a row, and the packages. The
-licences of the drawings, MIT (Fluent) and Apache-2.0 (Noto), are in `assets/things/LICENSE.*`.
+The files are the same each time. A sprite is cropped to what is visible and scaled so that its longer side is 28
+pixels; colours are not premultiplied. `index.json` names the sprites in order, `columns` to a row, and the packages.
+The licences of the drawings, MIT (Fluent) and Apache-2.0 (Noto), are in `assets/things/LICENSE.*`.
 """
 
 import io
@@ -15,7 +15,6 @@ import tarfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from PIL import Image
 
@@ -49,11 +48,11 @@ def svg(icons: dict[str, Any], name: str) -> str:
     while name in icons.get("aliases", {}):
         name = icons["aliases"][name]["parent"]
     icon = icons["icons"][name]
-    left, top, width, height = (
-        icon.get(key, icons.get(key, default)) for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
-    )
+    defaults = {"left": 0, "top": 0, "width": 16, "height": 16}
+    left, top, width, height = (icon.get(key, icons.get(key, default)) for key, default in defaults.items())
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     box = f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box}>{icon["body"]}</svg>'
+    return f"<svg {names} {box}>{icon['body']}</svg>"
 
 
 def sprite(text: str) -> Image.Image:
