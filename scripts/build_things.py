@@ -23,18 +23,18 @@ from reward_models import files
 THINGS = Path(__file__).parents[1] / "assets/things"
 SIDE, COLUMNS = 28, 10
 NOUNS = (  # told apart by eye at 20 pixels, in both styles
-    "airplane", "anchor", "ant", "apple", "backpack", "ball", "banana", "bed", "bell", "bicycle", "boat", "bomb",
-    "bucket", "bulb", "burger", "bus", "butterfly", "cactus", "cake", "camel", "camera", "candle", "car", "carrot",
-    "castle", "cat", "chair", "crab", "crocodile", "crown", "cup", "door", "donut", "dress", "drum", "duck",
-    "elephant", "envelope", "fish", "frog", "gear", "ghost", "gift", "guitar", "hammer", "hat", "hedgehog",
-    "helicopter", "house", "key", "kite", "ladder", "laptop", "leaf", "lock", "magnet", "mushroom", "octopus", "owl",
+    "ant", "apple", "backpack", "ball", "banana", "bed", "bell", "boat", "bomb",
+    "bucket", "bulb", "burger", "butterfly", "cactus", "cake", "camel", "camera", "candle", "car", "carrot",
+    "castle", "cat", "chair", "crab", "crocodile", "crown", "door", "donut", "dress", "drum", "duck",
+    "elephant", "fish", "frog", "ghost", "gift", "guitar", "hammer", "hat", "hedgehog",
+    "helicopter", "house", "key", "laptop", "leaf", "magnet", "mushroom", "octopus", "owl",
     "panda", "pencil", "penguin", "pig", "pineapple", "pizza", "pumpkin", "robot", "rocket", "shoe", "snail",
     "snowman", "spider", "strawberry", "sunflower", "teapot", "tent", "train", "tree", "turtle", "umbrella",
 )  # fmt: skip
 ICONS = {  # where the collections have another name
     "apple": "red-apple", "ball": "soccer-ball", "boat": "sailboat", "bulb": "light-bulb", "burger": "hamburger",
-    "cake": "birthday-cake", "car": "automobile", "cup": "hot-beverage", "donut": "doughnut", "gift": "wrapped-gift",
-    "hat": "top-hat", "leaf": "maple-leaf", "lock": "locked", "pumpkin": "jack-o-lantern", "shoe": "running-shoe",
+    "cake": "birthday-cake", "car": "automobile", "donut": "doughnut", "gift": "wrapped-gift",
+    "hat": "top-hat", "leaf": "maple-leaf", "pumpkin": "jack-o-lantern", "shoe": "running-shoe",
     "snowman": "snowman-without-snow", "tree": "deciduous-tree",
 }  # fmt: skip
 

@@ -33,7 +33,8 @@ CELLS = 16  # a side of a template
 CONTRAST = 0.16  # distance in RGB from the ground beyond which a pixel is part of a thing
 MIN_AREA = 24  # px, of a part, in a picture of 64 x 64
 MASK = 0.5  # weight of the outline beside the colours
-WORST = 0.05  # mean squared error, beyond which no template fits
+WORST = 0.25  # mean squared error, beyond which no template fits
+INSETS = (0, 0.5, 1)  # px: a blurred part is larger than the thing
 LENGTHS = (14, 17, 21, 26)  # px, of the templates
 
 
@@ -75,9 +76,10 @@ def _box(mask: Bool[np.ndarray, "S S"]) -> tuple[int, int, int, int]:
 
 
 @cache
-def _templates() -> tuple[list[tuple[str, str, str]], Float[np.ndarray, "K 4D"], Float[np.ndarray, "K D"], np.ndarray]:
-    """Noun, tint and style of each template, what to multiply [colours, mask] and squared colours with, and the rest of
-    the error."""
+def _templates() -> tuple[list[tuple[str, str, str]], np.ndarray, np.ndarray, np.ndarray]:
+    """Noun, tint and style of each of K templates, and its squared error against cells of a part as a linear function:
+    factors of [colours, mask] (K, 4 a cell), factors of [squared length of the colour, squared mask] (K, 2 a cell), and
+    a constant (K)."""
     names = [*product(NOUNS, (NATURAL, *COLOURS), STYLES, LENGTHS)]
     canvas = max(LENGTHS) + 2
     planes = np.zeros((len(names), 4, canvas, canvas), np.float32)
@@ -92,10 +94,11 @@ def _templates() -> tuple[list[tuple[str, str, str]], Float[np.ndarray, "K 4D"],
     straight = colours / np.maximum(alpha, 0.05)
     area = np.maximum(weight.sum((1, 2)), 1)[:, None, None]
     weight, outline = weight / area, MASK / mask.sum((1, 2))[:, None, None]
-    linear = np.concatenate([-2 * weight[..., None] * straight, (outline * (1 - 2 * mask))[..., None]], -1)
-    constant = (weight * (straight**2).sum(-1)).sum((1, 2)) + (outline * mask).sum((1, 2))
+    linear = -2 * np.concatenate([weight[..., None] * straight, (outline * mask)[..., None]], -1)
+    squared = np.stack([weight, np.broadcast_to(outline, weight.shape)], -1)
+    constant = (weight * (straight**2).sum(-1)).sum((1, 2)) + (outline * mask**2).sum((1, 2))
     flat = len(names), -1
-    return [name[:3] for name in names], linear.reshape(flat), weight.reshape(flat), constant
+    return [name[:3] for name in names], linear.reshape(flat), squared.reshape(flat), constant
 
 
 def find_things(images: Float[np.ndarray, "N 3 S S"]) -> list[list[Blob]]:
@@ -103,6 +106,7 @@ def find_things(images: Float[np.ndarray, "N 3 S S"]) -> list[list[Blob]]:
     blobs: list[list[Blob]] = [[] for _ in images]
     scale = images.shape[-1] / SIDE
     foreground = ((images - _ground(images)) ** 2).sum(1) > CONTRAST**2
+    foreground &= ndimage.uniform_filter(foreground.astype(np.float32), (0, 3, 3), mode="constant") > 2.5 / 9
     near = ndimage.binary_dilation(foreground, np.ones((1, 3, 3), bool))
     flat = np.zeros((3, 3, 3), bool)
     flat[1] = True
@@ -119,10 +123,14 @@ def find_things(images: Float[np.ndarray, "N 3 S S"]) -> list[list[Blob]]:
         return blobs
     n, masks = np.array([k for k, _ in parts]), np.stack([part for _, part in parts])
     boxes = np.array([_box(mask) for mask in masks])
-    names, linear, weight, constant = _templates()
-    colours, mask = _crops(images, masks, n, boxes)
-    seen = np.concatenate([colours, mask[..., None]], -1).reshape(len(n), -1)
-    error = seen @ linear.T + (colours**2).sum(-1).reshape(len(n), -1) @ weight.T + constant
+    names, linear, squared, constant = _templates()
+    tried = np.concatenate([boxes + inset * np.array([1, 1, -1, -1]) for inset in INSETS])
+    again = len(INSETS)
+    colours, mask = _crops(images, np.tile(masks, (again, 1, 1)), np.tile(n, again), tried)
+    seen = np.concatenate([colours, mask[..., None]], -1).reshape(len(tried), -1)
+    squares = np.stack([(colours**2).sum(-1), mask**2], -1).reshape(len(tried), -1)
+    error = seen @ linear.T + squares @ squared.T + constant
+    error = error.reshape(again, len(n), -1).min(0)
     best = error.argmin(1)
     for k, template in enumerate(best):
         name, colour, style = names[template] if error[k, template] <= WORST else (UNKNOWN, NATURAL, "")
