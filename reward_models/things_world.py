@@ -14,7 +14,6 @@ The sprites are those of `assets/things`. Row 0 is the top; a picture is square,
 is asked for, and lengths are in pixels of such a picture.
 """
 
-import json
 import random
 import re
 import zlib
@@ -26,7 +25,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from reward_models import worlds
+from reward_models import files, worlds
 from reward_models.shipped import folder
 from reward_models.worlds import COUNTS, RELATIONS, caption, meaning, plural, thing
 
@@ -61,7 +60,7 @@ DARKEST = 0.3  # brightness of the darkest parts of a tinted thing
 
 @cache
 def _index() -> dict[str, Any]:
-    return json.loads((FOLDER / "index.json").read_text("utf-8"))
+    return files.parsed(files.text(FOLDER / "index.json"))
 
 
 NOUNS, STYLES = tuple(_index()["nouns"]), tuple(_index()["styles"])
@@ -146,7 +145,8 @@ def part(wants: dict) -> str:
 
 def understood(text: str) -> dict:
     """The request of a caption of the world, empty for any other text."""
-    style, rest = match.groups() if (match := re.fullmatch(rf"an? ({'|'.join(STYLES)}) drawing of (.+)", text)) else (None, text)
+    drawing = re.fullmatch(rf"a ({'|'.join(STYLES)}) drawing of (.+)", text)
+    style, rest = drawing.groups() if drawing else (None, text)
     words = re.fullmatch(rf"(.+?) (and|{'|'.join(RELATIONS)}) (.+)", rest)
     include = [_entry(phrase) for phrase in ((words[1], words[3]) if words else (rest,))]
     if None in include:
@@ -166,7 +166,9 @@ def understood(text: str) -> dict:
 
 @cache
 def _nouns() -> dict[tuple[str, int], str]:
-    return {(noun if count == 1 else plural(noun), count): noun for noun, count in product(NOUNS, (1, *NUMBERS.values()))}
+    """The noun of each word and count."""
+    counted = product(NOUNS, (1, *NUMBERS.values()))
+    return {(noun if count == 1 else plural(noun), count): noun for noun, count in counted}
 
 
 def _entry(phrase: str) -> dict | None:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from reward_models.regions import Region
-from reward_models.types import Prompt
+from reward_models.types import ImageScores, Prompt
 from reward_models.worlds import ATTRIBUTES, OPPOSITE, caption, related
 
 UNKNOWN = "blob"
@@ -93,6 +93,16 @@ def judge_objects(
     ]
     regions += [Region(blob.box, -1.0, "", f"{blob.colour} {blob.name}") for blob in surplus]
     return Verdict(float(not wrong), partial, "; ".join(wrong) or "right", tuple(regions), matched, holds)
+
+
+def criticised(
+    prompt: Prompt, blobs: Sequence[Blob], verdict: Verdict, colours: Collection[str], side: int
+) -> ImageScores:
+    """The row of a critic: `overall` is `partial`, then `aspects`; critique, regions, and where something is wrong the
+    `revised` request."""
+    values = {"overall": verdict.partial, **aspects(prompt.wants, blobs, verdict)}
+    request = "" if verdict.strict else revised(prompt, verdict.regions, colours, side)
+    return ImageScores(values, verdict.critique, request, regions=verdict.regions)
 
 
 def aspects(wants: Mapping[str, Any], blobs: Sequence[Blob], verdict: Verdict) -> dict[str, float]:

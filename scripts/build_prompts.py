@@ -16,6 +16,9 @@ Three kinds for recipes, each with a held-out list of different requests, not ju
 which `build_tiny_model.py` writes. Choices are made on validation captions; the test captions give the figures of a
 release.
 
+`things_*.jsonl` hold captions of the embedded world of things, whose parts are apart by meaning and by pairs of nouns
+(`reward_models.things_world.part`); no meaning twice.
+
 The lists are small, so that a recipe runs without other files. To compare results with published ones, use the lists
 of those publications.
 """
@@ -31,7 +34,7 @@ from typing import Annotated, Any
 import typer
 
 from mmalign.data import prompts as prompt_files
-from reward_models import files, shapes_world
+from reward_models import files, shapes_world, things_world
 from reward_models.meaning import meaning
 from reward_models.worlds import COUNTS, RELATIONS, caption, one, plural, thing
 
@@ -164,6 +167,30 @@ def world_test(known: Iterable[str]) -> list[dict[str, Any]]:
     return sorted(chosen, key=lambda row: row["id"])
 
 
+OF_THINGS = {  # captions by kind
+    "train": dict(one_object=50, two_objects=120, colors=120, counting=120, position=200, color_attr=150, style=100),
+    "validation": dict(one_object=5, two_objects=45, colors=30, counting=45, position=90, color_attr=60, style=35),
+    "test": dict(one_object=5, two_objects=45, colors=30, counting=45, position=90, color_attr=60, style=35),
+}
+
+
+def of_things() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The lists of the world of things: a part, and its rows."""
+    number = 0
+    for part, counts in OF_THINGS.items():
+        rng, known, rows = random.Random(part), set(), []
+        for tag, count in counts.items():
+            wanted = len(rows) + count
+            while len(rows) < wanted:
+                wants = things_world.request(tag, rng)
+                text = caption(wants)
+                if things_world.part(wants) == part and meaning(text) not in known:
+                    known.add(meaning(text))
+                    rows.append({"prompt": text, "id": number, **wants})
+                    number += 1
+        yield part, rows
+
+
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TRAIN = {"position": 168, "counting": 120, "color_attr": 72, "colors": 24, "two_object": 24}  # 7 : 5 : 3 : 1 : 1
 HELD_OUT = dict.fromkeys(TAGS, 17)
@@ -191,6 +218,8 @@ def lists() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             yield f"{kind}_{split}.jsonl", rows
     known = (p.text for name in ("train", "validation") for p in prompt_files.read(PROMPTS / f"{name}.jsonl"))
     yield "test.jsonl", world_test(known)
+    for part, rows in of_things():
+        yield f"things_{part}.jsonl", rows
 
 
 def main(out: Annotated[Path, typer.Option(help="folder to write to")] = PROMPTS) -> None:

@@ -22,7 +22,7 @@ from reward_models.scorers.shapes import find_blobs, judge
 from reward_models.scoring import each
 from reward_models.shapes_world import COLOURS, SIDE, understood
 from reward_models.types import Card, Images, ImageScores, Prompt, Scores
-from reward_models.verdicts import Blob, aspects, revised
+from reward_models.verdicts import Blob, criticised
 
 
 class ShapesCritic:
@@ -55,6 +55,4 @@ class ShapesCritic:
             verdict = judge(prompt, blobs)
         except KeyError as error:
             return ImageScores(failure=str(error.args[0]))
-        values = {"overall": verdict.partial, **aspects(prompt.wants, blobs, verdict)}
-        request = "" if verdict.strict else revised(prompt, verdict.regions, COLOURS, SIDE)
-        return ImageScores(values, verdict.critique, request, regions=verdict.regions)
+        return criticised(prompt, blobs, verdict, COLOURS, SIDE)

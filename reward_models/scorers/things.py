@@ -2,7 +2,7 @@
 
 It uses pixels only. The ground is the pair of the world's grounds and the horizon that explain most pixels; what
 differs from it is cut into connected parts, and each is compared with the templates of all nouns, styles and tints at
-several sizes. The request is read from `Prompt.wants`, or from the text where that is a caption of the world.
+several sizes. The request is read from `Prompt.wants`, never from the text.
 
 Two scores per image, both in [0, 1], comparable across prompts, as those of `shapes`:
 
@@ -15,7 +15,6 @@ texture and aesthetic quality. Licence: this project's own; that of the sprites 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -25,7 +24,7 @@ from jaxtyping import Bool, Float
 from scipy import ndimage
 
 from reward_models.scoring import each
-from reward_models.things_world import COLOURS, GROUNDS, MIN_OFFSET, NATURAL, NOUNS, SIDE, STYLES, sprite, understood
+from reward_models.things_world import COLOURS, GROUNDS, MIN_OFFSET, NATURAL, NOUNS, SIDE, STYLES, sprite
 from reward_models.types import Card, Images, ImageScores, Prompt, Scores
 from reward_models.verdicts import UNKNOWN, Blob, Verdict, judge_objects
 
@@ -38,39 +37,39 @@ INSETS = (0, 0.5, 1)  # px: a blurred part is larger than the thing
 LENGTHS = (14, 17, 21, 26)  # px, of the templates
 
 
-def _ground(images: Float[np.ndarray, "N 3 S S"]) -> Float[np.ndarray, "N 3 S 1"]:
+def _ground(images: Float[np.ndarray, "N 3 H W"]) -> Float[np.ndarray, "N 3 H 1"]:
     """The colour of the ground in each row."""
-    grounds, side = np.array([*GROUNDS.values()], np.float32), images.shape[-1]
-    distances = ((images[:, None] - grounds[None, :, :, None, None]) ** 2).sum(2)  # [N, G, S, S]
+    grounds, height = np.array([*GROUNDS.values()], np.float32), images.shape[2]
+    distances = ((images[:, None] - grounds[None, :, :, None, None]) ** 2).sum(2)  # [N, G, H, W]
     cost = np.minimum(distances, CONTRAST**2).sum(-1)
     above = np.pad(cost.cumsum(-1), ((0, 0), (0, 0), (1, 0)))[..., 1:]  # of rows up to and with this one
     total = above[:, :, None] + (above[..., -1:] - above)[:, None]  # [N, upper, lower, last row of the upper one]
     upper, lower, last = np.unravel_index(total.reshape(len(images), -1).argmin(1), total.shape[1:])
-    rows = np.where(np.arange(side) <= last[:, None], upper[:, None], lower[:, None])
+    rows = np.where(np.arange(height) <= last[:, None], upper[:, None], lower[:, None])
     return grounds[rows].transpose(0, 2, 1)[..., None]
 
 
 def _crops(
-    images: Float[np.ndarray, "N 3 S S"],
-    parts: Bool[np.ndarray, "M S S"],
+    images: Float[np.ndarray, "N 3 H W"],
+    parts: Bool[np.ndarray, "M H W"],
     n: np.ndarray,
     boxes: np.ndarray,
 ) -> tuple[Float[np.ndarray, "M C C 3"], Float[np.ndarray, "M C C"]]:
     """Colours and mask of each part in the square around its box [M, 4], by 2 x 2 samples a cell."""
     left, top, right, bottom = boxes.T
-    length, side = np.maximum(right - left, bottom - top), images.shape[-1]
+    length, (height, width) = np.maximum(right - left, bottom - top), images.shape[2:]
     steps = (np.arange(2 * CELLS) + 0.5) / (2 * CELLS) - 0.5
     x = np.floor((left + right)[:, None] / 2 + steps * length[:, None]).astype(int)
     y = np.floor((top + bottom)[:, None] / 2 + steps * length[:, None]).astype(int)
-    inside = ((x >= 0) & (x < side))[:, None, :] & ((y >= 0) & (y < side))[:, :, None]
-    x, y = x.clip(0, side - 1)[:, None, :], y.clip(0, side - 1)[:, :, None]
+    inside = ((x >= 0) & (x < width))[:, None, :] & ((y >= 0) & (y < height))[:, :, None]
+    x, y = x.clip(0, width - 1)[:, None, :], y.clip(0, height - 1)[:, :, None]
     mask = parts[np.arange(len(n))[:, None, None], y, x] & inside
     colours = images.transpose(0, 2, 3, 1)[n[:, None, None], y, x]
     cells = (len(n), CELLS, 2, CELLS, 2)
     return colours.reshape(*cells, 3).mean((2, 4)), mask.reshape(cells).mean((2, 4), dtype=np.float32)
 
 
-def _box(mask: Bool[np.ndarray, "S S"]) -> tuple[int, int, int, int]:
+def _box(mask: Bool[np.ndarray, "H W"]) -> tuple[int, int, int, int]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -101,10 +100,10 @@ def _templates() -> tuple[list[tuple[str, str, str]], np.ndarray, np.ndarray, np
     return [name[:3] for name in names], linear.reshape(flat), squared.reshape(flat), constant
 
 
-def find_things(images: Float[np.ndarray, "N 3 S S"]) -> list[list[Blob]]:
+def find_things(images: Float[np.ndarray, "N 3 H W"]) -> list[list[Blob]]:
     """All things in each image, in no particular order."""
     blobs: list[list[Blob]] = [[] for _ in images]
-    scale = images.shape[-1] / SIDE
+    scale = min(images.shape[2:]) / SIDE
     foreground = ((images - _ground(images)) ** 2).sum(1) > CONTRAST**2
     foreground &= ndimage.uniform_filter(foreground.astype(np.float32), (0, 3, 3), mode="constant") > 2.5 / 9
     near = ndimage.binary_dilation(foreground, np.ones((1, 3, 3), bool))
@@ -145,12 +144,11 @@ def _checks(item: Mapping[str, Any], blob: Blob) -> list[bool]:
 
 
 def judge(prompt: Prompt, blobs: Sequence[Blob], side: int) -> Verdict:
-    """The verdict on the things of a square image. KeyError for a prompt without ground truth."""
-    wants = prompt.wants if "tag" in prompt.wants else understood(prompt.text)
-    if not wants:
+    """The verdict on the things of an image with a shorter side of `side` px. KeyError without ground truth."""
+    if "tag" not in prompt.wants:
         raise KeyError("prompt has no ground truth: `things` needs captions of the embedded world of things")
     offset = MIN_OFFSET * side / SIDE
-    return judge_objects(wants, blobs, _checks, offset, lambda blob: f"{blob.colour}, {blob.style}")
+    return judge_objects(prompt.wants, blobs, _checks, offset, lambda blob: f"{blob.colour}, {blob.style}")
 
 
 class Things:
@@ -174,7 +172,8 @@ class Things:
         return each(images, prompts, self.names, self._score_batch)
 
     def _score_batch(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        rows = [self._score(p, b, images.shape[-1]) for p, b in zip(prompts, find_things(images.cpu().numpy()), strict=True)]
+        blobs_of, side = find_things(images.cpu().numpy()), min(images.shape[2:])
+        rows = [self._score(prompt, blobs, side) for prompt, blobs in zip(prompts, blobs_of, strict=True)]
         return Scores.collect(self.names, rows, tuple(images.shape[2:]), self.grid)
 
     def _score(self, prompt: Prompt, blobs: list[Blob], side: int) -> ImageScores:
