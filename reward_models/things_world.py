@@ -31,12 +31,11 @@ from reward_models.worlds import COUNTS, RELATIONS, caption, meaning, plural, th
 
 FOLDER = folder("reward_models") / "assets/things"
 SIDE = 64
-GROUNDS = {
-    "sand": (0.93, 0.85, 0.64),
-    "mint": (0.68, 0.89, 0.74),
-    "rose": (0.95, 0.75, 0.79),
-    "sky": (0.66, 0.82, 0.96),
-    "lilac": (0.80, 0.74, 0.95),
+GROUNDS = {  # hardly any part of a sprite has such a colour
+    "lime": (0.70, 0.95, 0.58),
+    "aqua": (0.55, 0.95, 0.85),
+    "lavender": (0.72, 0.58, 0.95),
+    "orchid": (0.95, 0.62, 0.95),
 }
 COLOURS = {  # of the brightest parts of a tinted thing
     "red": (1.00, 0.16, 0.14),

@@ -32,21 +32,27 @@ CELLS = 16  # a side of a template
 CONTRAST = 0.16  # distance in RGB from the ground beyond which a pixel is part of a thing
 MIN_AREA = 24  # px, of a part, in a picture of 64 x 64
 MASK = 0.5  # weight of the outline beside the colours
-WORST = 0.25  # mean squared error, beyond which no template fits
+WORST = 0.3  # mean squared error, beyond which no template fits
 INSETS = (0, 0.5, 1)  # px: a blurred part is larger than the thing
 LENGTHS = (14, 17, 21, 26)  # px, of the templates
 
 
-def _ground(images: Float[np.ndarray, "N 3 H W"]) -> Float[np.ndarray, "N 3 H 1"]:
-    """The colour of the ground in each row."""
+def _contrast(images: Float[np.ndarray, "N 3 H W"]) -> Float[np.ndarray, "N H W"]:
+    """The squared distance of each pixel from the ground; beside the horizon, which may be blurred, from any mixture of
+    the two grounds."""
     grounds, height = np.array([*GROUNDS.values()], np.float32), images.shape[2]
     distances = ((images[:, None] - grounds[None, :, :, None, None]) ** 2).sum(2)  # [N, G, H, W]
     cost = np.minimum(distances, CONTRAST**2).sum(-1)
-    above = np.pad(cost.cumsum(-1), ((0, 0), (0, 0), (1, 0)))[..., 1:]  # of rows up to and with this one
+    above = cost.cumsum(-1)  # of rows up to and with this one
     total = above[:, :, None] + (above[..., -1:] - above)[:, None]  # [N, upper, lower, last row of the upper one]
     upper, lower, last = np.unravel_index(total.reshape(len(images), -1).argmin(1), total.shape[1:])
-    rows = np.where(np.arange(height) <= last[:, None], upper[:, None], lower[:, None])
-    return grounds[rows].transpose(0, 2, 1)[..., None]
+    n, row = np.arange(len(images)), np.arange(height)
+    contrast = np.where((row <= last[:, None])[..., None], distances[n, upper], distances[n, lower])
+    start, way = grounds[upper][:, :, None, None], (grounds[lower] - grounds[upper])[:, :, None, None]
+    share = ((images - start) * way).sum(1) / np.maximum((way**2).sum(1), 1e-6)
+    mixed = ((images - start - share.clip(0, 1)[:, None] * way) ** 2).sum(1)
+    beside = np.abs(row - last[:, None] - 0.5) < 2
+    return np.where(beside[..., None], mixed, contrast)
 
 
 def _crops(
@@ -104,7 +110,7 @@ def find_things(images: Float[np.ndarray, "N 3 H W"]) -> list[list[Blob]]:
     """All things in each image, in no particular order."""
     blobs: list[list[Blob]] = [[] for _ in images]
     scale = min(images.shape[2:]) / SIDE
-    foreground = ((images - _ground(images)) ** 2).sum(1) > CONTRAST**2
+    foreground = _contrast(images) > CONTRAST**2
     foreground &= ndimage.uniform_filter(foreground.astype(np.float32), (0, 3, 3), mode="constant") > 2.5 / 9
     near = ndimage.binary_dilation(foreground, np.ones((1, 3, 3), bool))
     flat = np.zeros((3, 3, 3), bool)

@@ -81,11 +81,11 @@ def test_missing_surplus_and_untinted_things_are_wrong():
 
 def test_nothing_noise_and_plain_patches_are_no_things():
     wants = [some(tag, 1, 13)[0] for tag in TAGS]
-    empty = torch.tensor(GROUNDS["sky"])[:, None, None].repeat(len(wants), 1, 64, 64)
+    empty = torch.tensor(GROUNDS["aqua"])[:, None, None].repeat(len(wants), 1, 64, 64)
     assert (load("things")(empty, prompts(wants)).values == 0).all()
     noise = torch.rand(empty.shape, generator=torch.Generator().manual_seed(0))
     assert (load("things")(noise, prompts(wants)).values == 0).all()
-    empty[:, :, 20:44, 20:44] = torch.tensor([0.1, 0.9, 0.9])[:, None, None]
+    empty[:, :, 20:44, 20:44] = torch.tensor([0.9, 0.1, 0.5])[:, None, None]
     scores = load("things")(empty, prompts(wants))
     assert (scores.column("strict") == 0).all()
     assert all("blob" in scores.boxes[i][0].reason for i in range(len(wants)))
@@ -142,5 +142,8 @@ def test_the_refined_request_keeps_the_thing_that_is_right():
     box = next(region.box for region in scores.boxes[0] if region.label == "1 cat")
     x, y = (box[0] + box[2]) / 2 - 32, (box[1] + box[3]) / 2 - 32
     assert abs(x) > abs(y)
-    side, other = ("right of", "left of") if x > 0 else ("left of", "right of")
-    assert scores.requests[0] == f"a cat {side} a boat"
+    assert scores.requests == (
+        ("a cat right of a boat", "a boat left of a cat")
+        if x > 0
+        else ("a cat left of a boat", "a boat right of a cat")
+    )
