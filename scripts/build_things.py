@@ -22,7 +22,7 @@ from reward_models import files
 
 THINGS = Path(__file__).parents[1] / "assets/things"
 SIDE, COLUMNS = 28, 10
-NOUNS = (  # told apart by eye at 20 pixels, in both styles
+NOUNS = (  # distinct by eye at 20 pixels, in both styles
     "ant", "apple", "backpack", "ball", "banana", "bed", "bell", "boat", "bomb",
     "bucket", "bulb", "burger", "butterfly", "cactus", "cake", "camel", "camera", "candle", "car", "carrot",
     "castle", "cat", "chair", "crab", "crocodile", "crown", "door", "donut", "dress", "drum", "duck",
@@ -40,7 +40,7 @@ ICONS = {  # where the collections have another name
 
 
 def member(package: Path, name: str) -> Any:
-    with tarfile.open(package) as archive:
+    with tarfile.open(package, "r:gz") as archive:
         return json.loads(archive.extractfile(f"package/{name}").read())
 
 

@@ -11,7 +11,8 @@ Two scores per image, both in [0, 1], comparable across prompts, as those of `sh
   the relation counts as one more thing, times requested / present if there are surplus things.
 
 A part that no template fits is a "blob". What was not requested is free: a tint, a style. It ignores the ground,
-texture and aesthetic quality. Licence: this project's own; that of the sprites is in `assets/things`.
+texture and aesthetic quality, and reads a plain patch as the thing whose outline and colour are nearest.
+Licence: this project's own; that of the sprites is in `assets/things`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -132,9 +133,9 @@ def find_things(images: Float[np.ndarray, "N 3 H W"]) -> list[list[Blob]]:
     tried = np.concatenate([boxes + inset * np.array([1, 1, -1, -1]) for inset in INSETS])
     again = len(INSETS)
     colours, mask = _crops(images, np.tile(masks, (again, 1, 1)), np.tile(n, again), tried)
-    seen = np.concatenate([colours, mask[..., None]], -1).reshape(len(tried), -1)
+    cells = np.concatenate([colours, mask[..., None]], -1).reshape(len(tried), -1)
     squares = np.stack([(colours**2).sum(-1), mask**2], -1).reshape(len(tried), -1)
-    error = seen @ linear.T + squares @ squared.T + constant
+    error = cells @ linear.T + squares @ squared.T + constant
     error = error.reshape(again, len(n), -1).min(0)
     best = error.argmin(1)
     for k, template in enumerate(best):

@@ -79,13 +79,13 @@ def test_missing_surplus_and_untinted_things_are_wrong():
     assert (strict(drawings(tinted, 12), natural) == 1).float().mean() >= 0.98, "a tint that was not asked for is free"
 
 
-def test_nothing_noise_and_plain_patches_are_no_things():
+def test_nothing_noise_and_a_chequered_patch_are_no_things():
     wants = [some(tag, 1, 13)[0] for tag in TAGS]
     empty = torch.tensor(GROUNDS["aqua"])[:, None, None].repeat(len(wants), 1, 64, 64)
     assert (load("things")(empty, prompts(wants)).values == 0).all()
     noise = torch.rand(empty.shape, generator=torch.Generator().manual_seed(0))
     assert (load("things")(noise, prompts(wants)).values == 0).all()
-    empty[:, :, 20:44, 20:44] = torch.tensor([0.9, 0.1, 0.5])[:, None, None]
+    empty[:, :, 20:44, 20:44] = torch.eye(2).repeat(3, 3).repeat_interleave(4, 0).repeat_interleave(4, 1)
     scores = load("things")(empty, prompts(wants))
     assert (scores.column("strict") == 0).all()
     assert all("blob" in scores.boxes[i][0].reason for i in range(len(wants)))

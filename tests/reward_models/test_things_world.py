@@ -59,19 +59,7 @@ def test_every_request_is_understood_from_its_caption():
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "a",
-        "a unicorn",
-        "an cat",
-        "four cats",
-        "a cat and a cat",
-        "two cat",
-        "a pink cat",
-        "a cat and",
-        "a cat near a dog",
-    ],
+    "text", ["", "a", "a unicorn", "an cat", "four cats", "a cat and a cat", "two cat", "a pink cat", "a cat by a pig"]
 )
 def test_other_texts_are_not(text):
     assert understood(text) == {}
