@@ -40,7 +40,7 @@ ICONS = {  # where the collections have another name
 
 
 def member(package: Path, name: str) -> Any:
-    with tarfile.open(package, "r:gz") as archive:
+    with tarfile.TarFile.gzopen(package) as archive:
         return json.loads(archive.extractfile(f"package/{name}").read())
 
 

@@ -147,7 +147,7 @@ def find_things(images: Float[np.ndarray, "N 3 H W"]) -> list[list[Blob]]:
 def _checks(item: Mapping[str, Any], blob: Blob) -> list[bool]:
     right_noun = blob.name == item["class"]
     wanted = [(item[name], value) for name, value in (("color", blob.colour), ("style", blob.style)) if name in item]
-    return [right_noun, *(right_noun and asked == value for asked, value in wanted)]
+    return [right_noun, *(right_noun and wish == value for wish, value in wanted)]
 
 
 def judge(prompt: Prompt, blobs: Sequence[Blob], side: int) -> Verdict:
