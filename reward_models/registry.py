@@ -35,6 +35,8 @@ SCORERS: dict[str, str] = {
     "unified": "reward_models.scorers.unified:Unified",
     "visual_erm": "reward_models.scorers.visual_erm:VisualErm",
     "shapes_critic": "reward_models.scorers.shapes_critic:ShapesCritic",
+    "things": "reward_models.scorers.things:Things",
+    "things_critic": "reward_models.scorers.things_critic:ThingsCritic",
     "shapes_classifier": "reward_models.scorers.shapes_classifier:ShapesClassifier",
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
     "fitted": "reward_models.scorers.fitted:Fitted",

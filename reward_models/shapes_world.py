@@ -14,12 +14,13 @@ Row 0 is the top; coordinates are (x, y) in pixels with pixel centres at .5.
 import zlib
 from functools import cache
 from itertools import permutations, product
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from reward_models import worlds
 from reward_models.types import Prompt
+from reward_models.worlds import COUNTS, RELATIONS, caption, meaning, thing
 
 SIDE = 32
 BACKGROUND = (0.85, 0.85, 0.85)
@@ -34,9 +35,6 @@ COLOURS = {
     "cyan": (0.00, 0.80, 0.90),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-COUNTS = {"two": 2, "three": 3, "four": 4}
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 MIN_OFFSET = 6.0  # px between centres along a relation's axis
 SMALL_MAX, LARGE_MIN = 10.5, 14.0  # px, larger side of the bounding box
 GLYPHS = {  # 5x7
@@ -54,31 +52,6 @@ TAGS = ("one_object", "two_objects", "colors", "counting", "position", "color_at
 
 
 # ---------------------------------------------------------------------------------------------------- captions
-
-
-def thing(shape: str, colour: str | None = None, count: int = 1, size: str | None = None) -> dict:
-    """One entry of a request's `include`; attributes that are not requested are absent."""
-    entry = {"class": shape, "count": count, "color": colour, "size": size}
-    return {key: value for key, value in entry.items() if value is not None}
-
-
-def phrase(item: dict) -> str:
-    """`{"class": "square", "count": 3, "color": "green"}` -> "three green squares"."""
-    number = {1: "a", **{n: word for word, n in COUNTS.items()}}[item["count"]]
-    noun = item["class"] if item["count"] == 1 else {"cross": "crosses"}.get(item["class"], item["class"] + "s")
-    words = [number, item.get("size"), item.get("color"), noun]
-    text = " ".join(word for word in words if word)
-    return "an" + text[1:] if text.startswith("a o") else text
-
-
-def caption(wants: dict) -> str:
-    """The sentence for a request."""
-    if wants["tag"] == "text":
-        return f'the text "{" ".join(wants["text"])}"'
-    phrases = [phrase(item) for item in wants["include"]]
-    if wants["tag"] == "position":
-        return f"{phrases[0]} {wants['include'][0]['position'][0]} {phrases[1]}"
-    return " and ".join(phrases)
 
 
 def requests() -> list[dict]:
@@ -121,41 +94,9 @@ def understood(text: str) -> dict:
 
 
 def changed(wants: dict, kind: str, rng: np.random.Generator) -> dict | None:
-    """The request with one thing of a kind of `KINDS` changed: the shape of an object, a colour or size, the relation
-    to its opposite, or a number. None if it has nothing of this kind. No picture of the one fulfils the other."""
-    include = [dict(item) for item in wants["include"]]
-    alone = sum(item["count"] for item in include) == 1
-    options: list[tuple[int, str, Any]] = []
-    for k, item in enumerate(include):
-        taken = {name: {other.get(name) for other in include} for name in ("class", "color")}
-        if kind == "object":
-            options += [(k, "class", shape) for shape in SHAPES if shape not in taken["class"]]
-        if kind == "attribute" and "color" in item:
-            options += [(k, "color", colour) for colour in COLOURS if colour not in taken["color"]]
-        if kind == "attribute" and "size" in item and alone:  # two large things would not fit on a picture
-            options.append((k, "size", {"small": "large", "large": "small"}[item["size"]]))
-        if kind == "relation" and "position" in item:
-            relation, other = item["position"]
-            options.append((k, "position", [OPPOSITE[relation], other]))
-        if kind == "count" and wants["tag"] == "counting":
-            options += [(k, "count", count) for count in (1, *COUNTS.values()) if count != item["count"]]
-    if not options:
-        return None
-    place, name, value = options[rng.integers(len(options))]
-    include[place][name] = value
-    return wants | {"include": include}
-
-
-def meaning(wants: dict) -> str:
-    """A string that is the same for captions with the same meaning: "a above b" and "b below a" must share a split."""
-    include = [dict(item) for item in wants["include"]]
-    if wants["tag"] == "position":
-        relation = include[0].pop("position")[0]
-        if relation in ("right of", "below"):
-            include.reverse()
-            relation = OPPOSITE[relation]
-        return f"{relation} {include}"
-    return f"{wants.get('text', '')} {sorted(map(str, include))}"
+    """The request with one thing of a kind of `KINDS` changed (`worlds.changed`), None if it has none of this kind."""
+    values = {"color": COLOURS, "size": ("small", "large")}
+    return worlds.changed(wants, kind, rng, SHAPES, values, [*COUNTS.values()])
 
 
 def split(held_out: dict[str, int]) -> tuple[list[Prompt], list[Prompt]]:
@@ -211,27 +152,6 @@ def _sizes(wants: dict, entities: list[dict], rng: np.random.Generator) -> list[
     return [rng.uniform(*ranges[entity.get("size")]) / 2 for entity in entities]
 
 
-def _centres(wants: dict, radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres with 2.5 px between bounding boxes; for a relation, clearly along its axis."""
-    while True:
-        centres = [tuple(rng.uniform(r + 1, SIDE - r - 1, 2)) for r in radii]
-        apart = all(
-            max(abs(ax - bx), abs(ay - by)) > ra + rb + 2.5
-            for i, ((ax, ay), ra) in enumerate(zip(centres, radii, strict=True))
-            for (bx, by), rb in zip(centres[:i], radii[:i], strict=True)
-        )
-        if not apart:
-            continue
-        if wants["tag"] != "position":
-            return centres
-        sign_x, sign_y = RELATIONS[wants["include"][0]["position"][0]]
-        (ax, ay), (bx, by) = centres
-        along = (ax - bx) * sign_x + (ay - by) * sign_y
-        across = abs((ax - bx) * sign_y + (ay - by) * sign_x)
-        if along > MIN_OFFSET + 1 and along > across + 2:
-            return centres
-
-
 def draw(wants: dict, rng: np.random.Generator) -> Float[np.ndarray, "3 H W"]:
     """A clean picture of a request, RGB in [0, 1]; attributes that the request leaves open (position, size,
     colour) are random."""
@@ -253,6 +173,8 @@ def draw(wants: dict, rng: np.random.Generator) -> Float[np.ndarray, "3 H W"]:
     items = [item if "color" in item else item | {"color": next(free)} for item in wants["include"]]
     entities = [item for item in items for _ in range(item["count"])]
     radii = _sizes(wants, entities, rng)
-    for entity, r, (cx, cy) in zip(entities, radii, _centres(wants, radii, rng), strict=True):
+    relation = wants["include"][0]["position"][0] if wants["tag"] == "position" else None
+    centres = worlds.centres(radii, rng, SIDE, 2.5, relation, MIN_OFFSET + 1, 2)
+    for entity, r, (cx, cy) in zip(entities, radii, centres, strict=True):
         paint(entity["class"], entity["color"], cx, cy, r, r)
     return image

@@ -16,6 +16,9 @@ Three kinds for recipes, each with a held-out list of different requests, not ju
 which `build_tiny_model.py` writes. Choices are made on validation captions; the test captions give the figures of a
 release.
 
+`things_*.jsonl` hold captions of the embedded world of things, whose parts are apart by meaning and by pairs of nouns
+(`reward_models.things_world.part`); no meaning twice.
+
 The lists are small, so that a recipe runs without other files. To compare results with published ones, use the lists
 of those publications.
 """
@@ -31,9 +34,9 @@ from typing import Annotated, Any
 import typer
 
 from mmalign.data import prompts as prompt_files
-from reward_models import files, shapes_world
+from reward_models import files, shapes_world, things_world
 from reward_models.meaning import meaning
-from reward_models.shapes_world import thing
+from reward_models.worlds import COUNTS, RELATIONS, caption, one, plural, thing
 
 PROMPTS = Path(__file__).parents[1] / "assets/prompts"
 Request = tuple[str, dict[str, Any], Any]  # text, ground truth, and what makes it another request than the others
@@ -48,8 +51,6 @@ THINGS = (  # of COCO's 80 classes, those with a regular plural that are not col
     "toothbrush", "traffic light", "train", "truck", "tv", "umbrella", "vase", "wine glass", "zebra",
 )  # fmt: skip
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-RELATIONS = ("left of", "right of", "above", "below")
-NUMBERS = {2: "two", 3: "three", 4: "four"}
 SPELT = {"keyboard": "computer keyboard"}
 
 CARRIERS = (
@@ -92,16 +93,6 @@ LIGHTS = (
 )  # fmt: skip
 
 
-def one(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-def many(words: str) -> str:
-    if words.endswith("knife"):
-        return words[:-2] + "ves"
-    return words + ("es" if words.endswith(("s", "sh", "ch")) else "s")
-
-
 def picture(tag: str, words: str, include: list[dict], exclude: list[dict] | None = None) -> Request:
     """One of GenEval's requests; the same objects in any order are the same."""
     objects = frozenset((item["class"], item["count"], item.get("color")) for item in include)
@@ -120,14 +111,14 @@ def geneval(tag: str, rng: random.Random) -> Request:
     if tag == "two_object":
         return picture(tag, f"{one(name)} and {one(other)}", [a, b])
     if tag == "counting":
-        n = rng.choice([*NUMBERS])
-        return picture(tag, f"{NUMBERS[n]} {many(name)}", [a | {"count": n}], [{"class": first, "count": n + 1}])
+        number, n = rng.choice([*COUNTS.items()])
+        return picture(tag, f"{number} {plural(name)}", [a | {"count": n}], [{"class": first, "count": n + 1}])
     if tag == "colors":
         return picture(tag, one(f"{red} {name}"), [a | {"color": red}])
     if tag == "color_attr":
         coloured = [a | {"color": red}, b | {"color": green}]
         return picture(tag, f"{one(f'{red} {name}')} and {one(f'{green} {other}')}", coloured)
-    relation = rng.choice(RELATIONS)
+    relation = rng.choice([*RELATIONS])
     return picture(tag, f"{one(name)} {relation} {one(other)}", [b, a | {"position": [relation, 0]}])
 
 
@@ -150,9 +141,9 @@ def world() -> Iterator[dict[str, Any]]:
     """Requests of the embedded world, and some that it was never trained on: small objects in pairs and in twos and
     fours, and letters twice. The model draws hardly any pair with a large object, and no three small ones."""
     yield from shapes_world.requests()
-    for one, two in permutations(shapes_world.SHAPES, 2):
+    for first, second in permutations(shapes_world.SHAPES, 2):
         for colour in (None, *shapes_world.COLOURS):
-            include = [thing(one, size="small"), thing(two, colour)]
+            include = [thing(first, size="small"), thing(second, colour)]
             yield {"tag": "two_objects", "include": include}
     for shape, colour, count in product(shapes_world.SHAPES, (None, *shapes_world.COLOURS), (2, 4)):
         yield {"tag": "counting", "include": [thing(shape, colour, count, size="small")]}
@@ -164,7 +155,7 @@ def world_test(known: Iterable[str]) -> list[dict[str, Any]]:
     """The test captions of the embedded world: none has a meaning of the `known` texts, and each meaning has one
     wording. A meaning is chosen, and worded, by a hash; new ones of the world's requests come before the extensions."""
     requests = len(shapes_world.requests())
-    rows = [{"prompt": shapes_world.caption(wants), "id": number, **wants} for number, wants in enumerate(world())]
+    rows = [{"prompt": caption(wants), "id": number, **wants} for number, wants in enumerate(world())]
     rows = sorted(rows, key=lambda row: (row["id"] >= requests, zlib.crc32(row["prompt"].encode())))
     taken, left, chosen = {meaning(text) for text in known}, dict(TEST), []
     for row in rows:
@@ -174,6 +165,30 @@ def world_test(known: Iterable[str]) -> list[dict[str, Any]]:
             left[row["tag"]] -= 1
             chosen.append(row)
     return sorted(chosen, key=lambda row: row["id"])
+
+
+OF_THINGS = {  # captions by kind
+    "train": dict(one_object=50, two_objects=120, colors=120, counting=120, position=200, color_attr=150, style=100),
+    "validation": dict(one_object=5, two_objects=45, colors=30, counting=45, position=90, color_attr=60, style=35),
+    "test": dict(one_object=5, two_objects=45, colors=30, counting=45, position=90, color_attr=60, style=35),
+}
+
+
+def of_things() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The lists of the world of things: a part, and its rows."""
+    number = 0
+    for part, counts in OF_THINGS.items():
+        rng, known, rows = random.Random(part), set(), []
+        for tag, count in counts.items():
+            wanted = len(rows) + count
+            while len(rows) < wanted:
+                wants = things_world.request(tag, rng)
+                text = caption(wants)
+                if things_world.part(wants) == part and meaning(text) not in known:
+                    known.add(meaning(text))
+                    rows.append({"prompt": text, "id": number, **wants})
+                    number += 1
+        yield part, rows
 
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -203,6 +218,8 @@ def lists() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             yield f"{kind}_{split}.jsonl", rows
     known = (p.text for name in ("train", "validation") for p in prompt_files.read(PROMPTS / f"{name}.jsonl"))
     yield "test.jsonl", world_test(known)
+    for part, rows in of_things():
+        yield f"things_{part}.jsonl", rows
 
 
 def main(out: Annotated[Path, typer.Option(help="folder to write to")] = PROMPTS) -> None:

@@ -30,7 +30,7 @@ from mmalign.evaluation.generate import generate
 from mmalign.policy import load as load_policy
 from reward_models import files
 from reward_models.images import rounded
-from reward_models.scorers.shapes import Blob, find_blobs, judge
+from reward_models.scorers.shapes import find_blobs, judge
 from reward_models.scorers.shapes_classifier import (
     KINDS,
     MIXED,
@@ -42,8 +42,10 @@ from reward_models.scorers.shapes_classifier import (
     Parts,
     ShapesClassifier,
 )
-from reward_models.shapes_world import COLOURS, LARGE_MIN, RELATIONS, SMALL_MAX, caption, draw, split
+from reward_models.shapes_world import COLOURS, LARGE_MIN, SMALL_MAX, draw, split
 from reward_models.types import Prompt
+from reward_models.verdicts import Blob
+from reward_models.worlds import RELATIONS, caption
 
 STEPS = 6  # of the sampler
 LEARNING_RATE = 2e-3

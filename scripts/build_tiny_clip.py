@@ -30,18 +30,15 @@ from reward_models.scorers.clip import Clip, clip
 from reward_models.scorers.shapes import find_blobs, judge
 from reward_models.shapes_world import (
     COLOURS,
-    COUNTS,
     GLYPHS,
-    OPPOSITE,
     SHAPES,
     SIDE,
     TAGS,
-    caption,
     draw,
-    meaning,
     split,
 )
 from reward_models.types import Prompt
+from reward_models.worlds import COUNTS, OPPOSITE, caption, meaning
 
 MEAN, STD = 0.5, 0.25
 LEARNING_RATE = 2e-3

@@ -27,15 +27,16 @@ from torch import Tensor
 
 from reward_models import Prompt, files, limits, load
 from reward_models.images import PNG, from_base64, from_pil
-from reward_models.scorers.shapes import UNKNOWN, Blob, find_blobs, judge
-from reward_models.scorers.shapes_critic import revised
-from reward_models.shapes_world import LARGE_MIN, SMALL_MAX, caption, draw, requests, understood
+from reward_models.scorers.shapes import find_blobs, judge
+from reward_models.shapes_world import COLOURS, LARGE_MIN, SIDE, SMALL_MAX, draw, requests, understood
 from reward_models.training import evaluate, fit, parrot
 from reward_models.training.parrot import student
 from reward_models.training.parrot.samples import ASPECTS, reply_of, tidy
+from reward_models.verdicts import UNKNOWN, Blob, revised
 from reward_models.vlm import critiques
 from reward_models.vlm.templates import quoted
 from reward_models.vlm.types import Question
+from reward_models.worlds import caption
 
 LONGEST = 2**20  # bytes of a question to the teacher
 MAIN = "student.overall"  # what is compared with the others
@@ -132,7 +133,7 @@ def notes(prompt: Prompt, blobs: Sequence[Blob]) -> dict[str, Any]:
         "justification": f"{len(clean)} of {len(blobs)} objects are clean",
         "score": round(1 + 3 * len(clean) / max(1, len(blobs)), 1),
     }
-    request = "" if verdict.strict or prompt.wants["tag"] == "text" else revised(prompt, verdict.regions)
+    request = "" if verdict.strict or prompt.wants["tag"] == "text" else revised(prompt, verdict.regions, COLOURS, SIDE)
     none = {"justification": "", "score": None}
     return {"faithfulness": right, "quality": quality, "text": text or none, "refined_request": request}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mmalign.data import prompts as prompt_files
-from reward_models import shapes_world
+from reward_models import shapes_world, worlds
 from reward_models.meaning import clusters, meaning
 
 FOLDER = Path(__file__).parents[1] / "assets" / "prompts"
@@ -52,7 +52,7 @@ def test_two_meanings(one, other):
 
 def test_the_meaning_of_a_text_is_that_of_the_world_s_request():
     """On every caption of the world text and ground truth divide the captions into the same meanings."""
-    captions = [(shapes_world.caption(wants), shapes_world.meaning(wants)) for wants in shapes_world.requests()]
+    captions = [(worlds.caption(wants), worlds.meaning(wants)) for wants in shapes_world.requests()]
     assert len({(meaning(text), wants) for text, wants in captions}) == len({wants for _, wants in captions})
     assert len({meaning(text) for text, _ in captions}) == len({wants for _, wants in captions}) == 2086
 

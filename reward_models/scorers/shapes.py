@@ -16,12 +16,10 @@ Licence: this project's own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 from scipy import ndimage
-from scipy.optimize import linear_sum_assignment
 
 from reward_models.regions import Region
 from reward_models.scoring import each
@@ -31,36 +29,16 @@ from reward_models.shapes_world import (
     GLYPHS,
     LARGE_MIN,
     MIN_OFFSET,
-    RELATIONS,
     SHAPES,
     SMALL_MAX,
     coverage,
 )
 from reward_models.types import Card, Images, ImageScores, Prompt, Scores
+from reward_models.verdicts import UNKNOWN, Blob, Verdict, judge_objects, label
 
 MIN_AREA = 14  # px; the smallest object the world draws covers about 20
 MIN_OVERLAP = 0.62  # intersection over union with the best template, below which a blob is unknown
 CANVAS = 12  # components are resampled to this many cells a side before they are compared
-UNKNOWN = "blob"
-
-
-@dataclass(frozen=True)
-class Blob:
-    """An object detected in an image. `box` is (left, top, right, bottom) in px, `name` a shape, a letter or "blob"."""
-
-    name: str
-    colour: str
-    box: tuple[int, int, int, int]
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        left, top, right, bottom = self.box
-        return (left + right) / 2, (top + bottom) / 2
-
-    @property
-    def extent(self) -> int:
-        left, top, right, bottom = self.box
-        return max(right - left, bottom - top)
 
 
 def _crops(labels: np.ndarray, ids, n, top, bottom, left, right) -> Float[np.ndarray, "M C C"]:
@@ -170,14 +148,6 @@ def _checks(item: dict, blob: Blob) -> list[bool]:
     return checks
 
 
-def _related(first: Blob, relation: str, second: Blob) -> bool:
-    sign_x, sign_y = RELATIONS[relation]
-    (ax, ay), (bx, by) = first.centre, second.centre
-    along = (ax - bx) * sign_x + (ay - by) * sign_y
-    across = abs((ax - bx) * sign_y + (ay - by) * sign_x)
-    return along >= MIN_OFFSET and along > across
-
-
 def edit_distance(a: str, b: str) -> int:
     """Levenshtein distance."""
     row = list(range(len(b) + 1))
@@ -188,20 +158,6 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """`strict` and `partial` as in the module's docstring; `regions` are the objects in the image, with their credit.
-    `matched`: for each requested object the checks of the blob matched to it (see `_checks`), None without a match.
-    `holds`: whether the requested relation holds, None if none was requested."""
-
-    strict: float
-    partial: float
-    critique: str
-    regions: tuple[Region, ...]
-    matched: tuple[list[bool] | None, ...] = ()
-    holds: bool | None = None
-
-
 def judge_text(wanted: str, blobs: list[Blob]) -> Verdict:
     ordered = sorted(blobs, key=lambda blob: blob.centre[0])
     text = "".join(blob.name if blob.name in GLYPHS else "?" for blob in ordered)
@@ -210,50 +166,12 @@ def judge_text(wanted: str, blobs: list[Blob]) -> Verdict:
         Region(
             blob.box,
             1.0 if i < len(wanted) and blob.name == wanted[i] else -1.0,
-            _label(i, wanted[i : i + 1]),
+            label(i, wanted[i : i + 1]),
             blob.name,
         )
         for i, blob in enumerate(ordered)
     )
     return Verdict(float(text == wanted), partial, "right" if text == wanted else f"reads {text!r}", regions)
-
-
-def _label(index: int, name: str) -> str:
-    return f"{index + 1} {name}" if name else ""
-
-
-def judge_objects(wants: dict, blobs: list[Blob]) -> Verdict:
-    entities = [item for item in wants["include"] for _ in range(item["count"])]
-    checks = [[_checks(item, blob) for blob in blobs] for item in entities]
-    credit = np.array([[sum(c) / len(c) for c in row] for row in checks]).reshape(len(entities), len(blobs))
-    rows, columns = linear_sum_assignment(credit, maximize=True)
-    match = {int(r): int(c) for r, c in zip(rows, columns, strict=True) if credit[r, c] > 0}
-    earned = [float(credit[r, match[r]]) if r in match else 0.0 for r in range(len(entities))]
-    region_credit = {r: 2 * earned[r] - 1 for r in match}
-    matched, holds = tuple(checks[r][match[r]] if r in match else None for r in range(len(entities))), None
-    wrong = [f"no {item['class']}" for r, item in enumerate(entities) if r not in match]
-    wrong += [
-        f"the {entities[r]['class']} is {blobs[c].colour}, {blobs[c].extent} px"
-        for r, c in match.items()
-        if earned[r] < 1
-    ]
-    if wants["tag"] == "position":
-        relation = wants["include"][0]["position"][0]
-        holds = 0 in match and 1 in match and _related(blobs[match[0]], relation, blobs[match[1]])
-        for r, c in match.items():
-            with_relation = [*checks[r][c], holds]
-            region_credit[r] = 2 * sum(with_relation) / len(with_relation) - 1
-        earned.append(float(holds))
-        wrong += [] if holds else [f"not {relation}"]
-    surplus = [blob for c, blob in enumerate(blobs) if c not in match.values()]
-    wrong += [f"{len(surplus)} surplus"] if surplus else []
-    partial = float(np.mean(earned)) * min(1.0, len(entities) / max(len(blobs), 1))
-    regions = [
-        Region(blobs[c].box, region_credit[r], _label(r, entities[r]["class"]), f"{blobs[c].colour} {blobs[c].name}")
-        for r, c in match.items()
-    ]
-    regions += [Region(blob.box, -1.0, "", f"{blob.colour} {blob.name}") for blob in surplus]
-    return Verdict(float(not wrong), partial, "; ".join(wrong) or "right", tuple(regions), matched, holds)
 
 
 def judge(prompt: Prompt, blobs: list[Blob]) -> Verdict:
@@ -262,7 +180,7 @@ def judge(prompt: Prompt, blobs: list[Blob]) -> Verdict:
         raise KeyError("prompt has no ground truth: `shapes` needs captions of the embedded world")
     if prompt.wants["tag"] == "text":
         return judge_text(prompt.wants["text"], blobs)
-    return judge_objects(prompt.wants, blobs)
+    return judge_objects(prompt.wants, blobs, _checks, MIN_OFFSET, lambda blob: f"{blob.colour}, {blob.extent} px")
 
 
 class Shapes:

@@ -51,7 +51,8 @@ from reward_models.scorers.geneval import (
     strongest,
 )
 from reward_models.scorers.shapes import find_blobs
-from reward_models.shapes_world import COLOURS, OPPOSITE, RELATIONS, SHAPES, draw, requests, thing as shaped
+from reward_models.shapes_world import COLOURS, SHAPES, draw, requests
+from reward_models.worlds import OPPOSITE, RELATIONS, thing as shaped
 
 # ---------------------------------------------------------------------------------------------- pure functions
 

@@ -18,7 +18,7 @@ from reward_models.scorers.clip import TINY, clip
 from reward_models.shapes_world import caption, draw, requests
 
 ALONE = [name for name in SCORERS if name != "pairwise"]  # which needs siblings, and has a test of its own
-PARTLY = ("shapes_critic", "checklist")  # have no opinion on what a prompt does not ask for
+PARTLY = ("shapes_critic", "things_critic", "checklist")  # have no opinion on what a prompt does not ask for
 
 
 @pytest.fixture(scope="module")

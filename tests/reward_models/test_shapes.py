@@ -9,7 +9,6 @@ from reward_models.shapes_world import (
     BACKGROUND,
     COLOURS,
     GLYPHS,
-    OPPOSITE,
     SHAPES,
     TAGS,
     caption,
@@ -18,6 +17,7 @@ from reward_models.shapes_world import (
     thing,
 )
 from reward_models.types import Prompt
+from reward_models.worlds import OPPOSITE
 
 BY_TAG = {tag: [wants for wants in requests() if wants["tag"] == tag] for tag in TAGS}
 OBJECTS = [wants for wants in requests() if wants["tag"] != "text"]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from reward_models import load
-from reward_models.shapes_world import KINDS, TAGS, caption, changed, draw, meaning, phrase, requests, split, thing
+from reward_models.shapes_world import KINDS, TAGS, changed, draw, requests, split
 from reward_models.types import Prompt
+from reward_models.worlds import caption, meaning, phrase, thing
 
 HELD_OUT = {
     "one_object": 3,

@@ -6,10 +6,12 @@ from parrot_world import described, notes, serving
 
 from reward_models import Prompt, load
 from reward_models.files import parsed
-from reward_models.scorers.shapes import Blob, find_blobs
-from reward_models.shapes_world import caption, draw, thing
+from reward_models.scorers.shapes import find_blobs
+from reward_models.shapes_world import draw
 from reward_models.training import parrot
 from reward_models.training.parrot import samples
+from reward_models.verdicts import Blob
+from reward_models.worlds import caption, thing
 
 
 def test_objects_are_described_from_left_to_right():
