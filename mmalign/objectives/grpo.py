@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmalign.objectives.objective import Objective, Rollout, Run, TrainBatch
 from mmalign.objectives.replay import Surrogate, transitions
-from mmalign.types import Judgement, Plan
+from mmalign.types import Judgement, Kept, Plan
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Grpo(Objective):
 
     def rows(self, plan: Plan, seeds: int) -> int:
         return seeds * plan.cost[2]
+
+    def kept(self, plan: Plan) -> Kept:
+        return Kept.around(plan.stochastic)
 
     def batch(
         self, run: Run, rollout: Rollout, judged: Judgement, advantage: Float[Tensor, "N T a b"], iteration: int

@@ -13,6 +13,8 @@ advantages beside it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any
 
 import torch
@@ -21,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.objectives.objective import AT_ONCE, Finished, Lag, Objective, Rollout, Run, TrainBatch, name_of
-from mmalign.types import Judgement, Rows
+from mmalign.types import Judgement, Kept, Plan, Rows
 
 Weight = Annotated[float, Ge(0)]
 
@@ -107,6 +109,9 @@ class Sum(Objective):
     @property
     def decoded(self) -> int:
         return max((part.decoded for part in self.summands), default=0)
+
+    def kept(self, plan: Plan) -> Kept:
+        return reduce(or_, (part.kept(plan) for part in self.summands), Kept())
 
     @property
     def lag(self) -> Lag:

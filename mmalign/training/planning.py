@@ -1,6 +1,6 @@
 """From a config to plans: where a plan stands this iteration, which states it completes, and what fits a budget."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from mmalign.policy.protocol import Policy, two_forwards
 from mmalign.rewards import self_reward
 from mmalign.seeds import seed_of
 from mmalign.training import noise_calibration
-from mmalign.types import Kernel, Plan
+from mmalign.types import Kept, Kernel, Plan
 
 LEAST = 1e-5  # standard deviation that a stochastic step draws, in latent units; float32 rounds by some 5e-7 there
 TOO_MUCH, NOTICEABLE = 2.0, 0.1  # standard deviation left after a step: in units of what belongs there; in latent units
@@ -52,6 +52,16 @@ def plan_for(c: Config, times: Times, position: int | None = None) -> Plan:
 def completed(c: Config, times: Times, position: int) -> tuple[list[int], int | tuple[int, ...] | None]:
     """The states that the credit needs completed, and the lengths of their completions."""
     return ([], None) if c.credit is None else c.credit.completions(c.plan(times, c.kernel, position))
+
+
+def kept(c: Config, plans: Iterable[Plan]) -> Kept:
+    """The latents kept of trajectories by these plans: what the objective, the credit or an extension reads."""
+    needs = Kept()
+    for plan in plans:
+        needs |= c.objective.kept(plan) if c.extend is None else Kept.all(plan.steps)
+        if c.credit is not None and (c.credit.drifts or c.credit.learner is not None):
+            needs |= Kept.around(plan.stochastic)
+    return needs
 
 
 def position_of(c: Config, iteration: int, prompt_id: int) -> int:
