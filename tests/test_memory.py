@@ -50,7 +50,7 @@ METHODS = {
         1 + 2 + 1,  # the finished latent, the states before and after one step, and its mean
     ),
     "steps of all": ({"plan": "sde", "credit": "terminal"}, 1 + STEPS + (STEPS - 1)),
-    "in parts": ({"plan": "sde", "credit": "terminal", "rollout_parts": 4}, 1 + STEPS + (STEPS - 1)),
+    "in parts": ({"plan": "sde", "credit": "terminal", "rollout_parts": 2}, 1 + STEPS + (STEPS - 1)),
 }
 
 

@@ -1,9 +1,8 @@
 """The bytes of a run: on the device of a rank, in its main memory, and on disk.
 
 Bytes are those of tensors that are known to exist; what makes up each figure stands with its function. Not covered:
-fragmentation of the allocator, activations of autoencoder and text encoders, reward models, copies while tensors are
-moved or stacked, what CUDA and libraries take themselves (one to two GiB a process), and the communication between
-GPUs.
+fragmentation of the allocator, activations of autoencoder and text encoders, reward models, what CUDA and libraries
+take themselves (one to two GiB a process), and the communication between GPUs.
 """
 
 from collections.abc import Collection, Iterable, Mapping

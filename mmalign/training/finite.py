@@ -22,7 +22,7 @@ from reward_models import Prompt
 T = TypeVar("T")
 
 
-AT_ONCE = 64  # rows looked at together: what is compared takes a byte an element
+AT_ONCE = 8  # rows looked at together: comparing takes as much memory again
 
 
 def _finite(what: str, prompts: Sequence[Prompt], values: Shaped[Tensor, "M *cells"], owner: Int[Tensor, "M"]) -> None:
