@@ -8,7 +8,7 @@ Time runs from 1 (noise) to 0 (image): `x_t = (1 - t) x_0 + t e`, the velocity i
 `t` to `s < t`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+
+from mmalign.latents import Kept, places_of
 
 Latents = Float[Tensor, "M C h w"]
 Velocity = Callable[[Latents, Float[Tensor, "M"], Any, Int[Tensor, "M"]], Latents]  # (x, t, cond, index) -> v
@@ -136,33 +138,11 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The columns of trajectories whose latents are kept: numbers of states, and of the steps whose means are."""
-
-    states: tuple[int, ...] = ()
-    means: tuple[int, ...] = ()
-
-    @classmethod
-    def all(cls, steps: int) -> "Kept":
-        return cls(tuple(range(steps + 1)), tuple(range(steps)))
-
-    @classmethod
-    def around(cls, steps: Iterable[int]) -> "Kept":
-        """What a replay of these steps reads: the state before and after each, and its mean."""
-        means = sorted({*steps})
-        return cls(tuple(sorted({*means, *(k + 1 for k in means)})), tuple(means))
-
-    def __or__(self, other: "Kept") -> "Kept":
-        pairs = (self.states, other.states), (self.means, other.means)
-        return Kept(*(tuple(sorted({*one, *two})) for one, two in pairs))
-
-
-@dataclass(frozen=True)
 class Trajectories:
     """The latents of a `Tree`: what the learner replays. They never leave their rank.
 
-    `x [N, states, C, h, w]` are the `kept` states, fp32, rounded to the storage type before anything is computed from
-    them; `mean [N, means, C, h, w]` the means of the Gaussians that states after the kept steps were drawn from;
+    `x [N, states, C, h, w]` are the states of `columns`, fp32, rounded to the storage type before anything is computed
+    from them; `mean [N, means, C, h, w]` the means of the Gaussians that states after the kept steps were drawn from;
     `state` and `mean_of` find them by column. `finals [E, C, h, w]` are the finished latents. `features [N, T, F]`, on
     the CPU, are what the network made of each state but the last, where they were asked for; 0 once a trajectory is
     finished.
@@ -179,26 +159,17 @@ class Trajectories:
     x: Float[Tensor, "N states C h w"]
     mean: Float[Tensor, "N means C h w"]
     finals: Float[Tensor, "E C h w"]
-    kept: Kept
+    columns: Kept
     off: Bool[Tensor, "N"] | None = None
     features: Float[Tensor, "N T F"] | None = None
 
     def state(self, rows: Int[Tensor, "*M"], columns: Int[Tensor, "*M"]) -> Float[Tensor, "*M C h w"]:
         """The states of these trajectories at these columns, each one kept."""
-        return self.x[rows, _places(self.kept.states, columns, "state")]
+        return self.x[rows, places_of(self.columns.states, columns, "state")]
 
     def mean_of(self, rows: Int[Tensor, "*M"], columns: Int[Tensor, "*M"]) -> Float[Tensor, "*M C h w"]:
         """The means of these trajectories' steps at these columns, each one kept."""
-        return self.mean[rows, _places(self.kept.means, columns, "mean of step")]
-
-
-def _places(kept: tuple[int, ...], columns: Int[Tensor, "*M"], what: str) -> Int[Tensor, "*M"]:
-    """The place of each column among those `kept`. ValueError for one that is not."""
-    place = {column: i for i, column in enumerate(kept)}
-    if missing := sorted({*columns.flatten().tolist()} - {*kept}):
-        raise ValueError(f"{what} {missing[0]} of the trajectories was not kept; kept are {[*kept]}")
-    places = [place[column] for column in columns.flatten().tolist()]
-    return torch.tensor(places, dtype=torch.long, device=columns.device).view(columns.shape)
+        return self.mean[rows, places_of(self.columns.means, columns, "mean of step")]
 
 
 def over(mask: Shaped[Tensor, "*rows"], values: Shaped[Tensor, "*rows_and_cells"]) -> Shaped[Tensor, "*rows_and_ones"]:

@@ -8,11 +8,11 @@ import torch
 from mmalign.config import load as configs
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
+from mmalign.latents import Kept
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.policy.meta import Live
 from mmalign.sampling.kernels import FlowSde
 from mmalign.training import rollout, setup
-from mmalign.types import Kept
 
 SHAPE, WIDE = (3, 64, 64), 16  # of a latent; latents beside it that a row takes in a forward, and while it is decoded
 LATENT = 4 * 3 * 64 * 64  # bytes
@@ -50,7 +50,6 @@ METHODS = {
         1 + 2 + 1,  # the finished latent, the states before and after one step, and its mean
     ),
     "steps of all": ({"plan": "sde", "credit": "terminal"}, 1 + STEPS + (STEPS - 1)),
-    "in parts": ({"plan": "sde", "credit": "terminal", "rollout_parts": 2}, 1 + STEPS + (STEPS - 1)),
 }
 
 
@@ -63,10 +62,10 @@ def test_memory_grows_with_the_batch_and_with_what_the_update_keeps(tmp_path, mo
     for images in (40, 400):
         most, drawn = peak(images, tmp_path, **settings)
         paths = drawn.paths
-        kept = sum(each.nbytes for each in (paths.x, paths.mean, paths.finals))
-        assert kept == images * latents * LATENT
+        stay = sum(each.nbytes for each in (paths.x, paths.mean, paths.finals))
+        assert stay == images * latents * LATENT
         assert drawn.images is None
-        beside.append(most - kept)
+        beside.append(most - stay)
     assert beside[1] <= 1.05 * beside[0]
     assert beside[0] > BATCH * WIDE * LATENT  # a batch is counted
 

@@ -5,7 +5,8 @@ from dataclasses import fields
 import torch
 
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import Room, sample
+from mmalign.flow.sample import sample
+from mmalign.latents import Room
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.rewards.judge import joined, score
 from mmalign.sampling.kernels import FlowSde
@@ -32,7 +33,7 @@ def test_walks_drawn_in_parts_are_those_drawn_together():
         return sample(flow.velocity, noise, cond, torch.tensor([p for p, _ in starts]), plan, draw, batch=1, room=room)
 
     whole = drawn([0, 1, 2])
-    room = Room.of(len(whole.x), len(whole.finals), whole.kept, flow.latent_shape)
+    room = Room.of(len(whole.x), len(whole.finals), whole.columns, flow.latent_shape)
     third = [slice(0, len(values) // 3) for values in (whole.x, whole.finals)]
     rest = [slice(len(values) // 3, None) for values in (whole.x, whole.finals)]
     parts = stacked([drawn([0], room.part(*third)), drawn([1, 2], room.part(*rest))], room)

@@ -34,7 +34,7 @@ def memory(
       learns rewards of steps;
     - texts: the embeddings of the prompts and of the empty one, at the greatest length;
     - latents, float32: finished ones, of trajectories the states and means that the update reads
-      (`mmalign.training.planning.kept`), and those of each row trained on: state, next state and mean, or images, noise
+      (`mmalign.training.planning.read`), and those of each row trained on: state, next state and mean, or images, noise
       and the velocities they are compared with;
     - rollout: the peak of one row's velocity (`mmalign.policy.meta.peak`) x rows of a forward: `batch`, or all routes
       if they are fewer;
@@ -48,10 +48,10 @@ def memory(
     """
     shape, starts = prod(policy.latent_shape), prompts * c.seeds
     trained_routes, routes = (max(values) for values in zip(*((p.trained, p.routes) for p in plans), strict=True))
-    kept = planning.kept(c, plans)
+    read = planning.read(c, plans)
     learnt = {part: prompts * max(planning.rows_of(c, p, part) for p in plans) for part in c.objective.summands}
     rows = sum(learnt.values())
-    held = starts * (trained_routes * (len(kept.states) + len(kept.means)) + routes)
+    held = starts * (trained_routes * (len(read.states) + len(read.means)) + routes)
     held += sum(part.stored(c.epochs * c.minibatches) * count for part, count in learnt.items())
     scouts = 0 if c.scouts is None else prompts * c.scouts.images(c.seeds)
     held = max(held, scouts)

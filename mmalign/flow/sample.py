@@ -7,15 +7,15 @@ one latent a route, what is kept, and one batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.types import Kept, Kernel, Plan, Trajectories, Tree, Velocity
+from mmalign.latents import Kept, Room
+from mmalign.routes import stacked
+from mmalign.types import Plan, Trajectories, Tree, Velocity
 
 Features = Callable[[int], Float[Tensor, "M F"]]  # how many rows the last velocity had -> what the network made of each
 Start = Callable[[int], Float[Tensor, "C h w"]]  # the number of a start -> its noise
@@ -33,26 +33,6 @@ def distinct(keys: Int[Tensor, "M *k"]) -> tuple[Int[Tensor, "M"], Int[Tensor, "
     representative = torch.full((len(different),), len(keys), device=keys.device)
     representative.scatter_reduce_(0, inverse, torch.arange(len(keys), device=keys.device), "amin")
     return inverse, representative
-
-
-@dataclass(frozen=True)
-class Room:
-    """Tensors that a rollout writes its latents into: the fields of `Trajectories` of the same names."""
-
-    x: Float[Tensor, "N states C h w"]
-    mean: Float[Tensor, "N means C h w"]
-    finals: Float[Tensor, "E C h w"]
-
-    @classmethod
-    def of(
-        cls, trajectories: int, images: int, kept: Kept, shape: tuple[int, ...], device: torch.device | None = None
-    ) -> "Room":
-        """Room for so many trajectories and finished images of latents of a `shape`."""
-        counts = (trajectories, len(kept.states)), (trajectories, len(kept.means)), (images,)
-        return cls(*(torch.empty(*count, *shape, device=device) for count in counts))
-
-    def part(self, trajectories: slice, images: slice) -> "Room":
-        return Room(self.x[trajectories], self.mean[trajectories], self.finals[images])
 
 
 @torch.no_grad()
@@ -90,7 +70,7 @@ def sample(
         image = policy.decode(paths.finals)
     """
     device = start.device if isinstance(start, Tensor) else prompt.device
-    routes = _stacked([plan] * len(prompt) if isinstance(plan, Plan) else plan)
+    routes = stacked([plan] * len(prompt) if isinstance(plan, Plan) else plan)
     kernel, steps = routes.kernel, routes.noise.shape[1]
     keep = Kept.all(steps) if keep is None else keep
     begin: Start = start.__getitem__ if isinstance(start, Tensor) else start
@@ -151,54 +131,3 @@ def sample(
     columns = (routes.t, routes.noise, std, routes.node, prompt.cpu()[routes.start], routes.start)
     tree = Tree(*(column[trained] for column in columns), prompt.cpu()[routes.start], routes.finished_by)
     return Trajectories(tree, kernel, routes.t_max, room.x, room.mean, room.finals, keep, features=pooled)
-
-
-@dataclass(frozen=True)
-class _Stacked:
-    """The plans of all starts, one under the other: a row per (start, route). `trained` are the rows trained on."""
-
-    kernel: Kernel
-    t_max: float
-    t: Float[Tensor, "R states"]
-    noise: Float[Tensor, "R T"]
-    draw: Int[Tensor, "R T"]
-    node: Int[Tensor, "R states"]
-    start: Int[Tensor, "R"]
-    trained: Int[Tensor, "N"]
-    finished_by: Int[Tensor, "N states"]
-
-    @property
-    def of_start(self) -> list[slice]:
-        """The rows of each start."""
-        ends = [0, *self.start.bincount().cumsum(0).tolist()]
-        return [slice(a, b) for a, b in pairwise(ends)]
-
-    def path(self, row: int, k: int) -> tuple[int, int, tuple[int, ...]]:
-        """The key of the noise that `row` takes at step k."""
-        taken = torch.where(self.noise[row, : k + 1] > 0, self.draw[row, : k + 1], -1)
-        return int(self.start[row]), k, tuple(taken.tolist())
-
-
-def _stacked(plans: Sequence[Plan]) -> _Stacked:
-    first = plans[0]
-    for p in plans:
-        if (p.kernel, p.t_max, p.steps) != (first.kernel, first.t_max, first.steps):
-            raise ValueError(
-                "plans sampled together must agree in kernel, t_max and number of steps, got "
-                f"{(first.kernel, first.t_max, first.steps)} and {(p.kernel, p.t_max, p.steps)}"
-            )
-    routes = torch.tensor([p.routes for p in plans])
-    offset = (routes.cumsum(0) - routes).tolist()  # above every state and route number of the plans before
-    columns = {
-        "t": [p.t for p in plans],
-        "noise": [p.noise for p in plans],
-        "draw": [p.draw for p in plans],
-        "node": [p.state + o for p, o in zip(plans, offset, strict=True)],
-        "start": [torch.full((p.routes,), b) for b, p in enumerate(plans)],
-        "trained": [torch.arange(p.trained) + o for p, o in zip(plans, offset, strict=True)],
-        "finished_by": [
-            torch.where(p.finished_by < 0, -1, p.finished_by + o) for p, o in zip(plans, offset, strict=True)
-        ],
-    }
-    columns = {name: torch.cat(parts) for name, parts in columns.items()}
-    return _Stacked(first.kernel, first.t_max, **columns)

@@ -7,9 +7,10 @@ from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
 
+from mmalign.latents import Kept
 from mmalign.objectives.objective import Objective, Rollout, Run, TrainBatch
 from mmalign.objectives.replay import Surrogate, transitions
-from mmalign.types import Judgement, Kept, Plan
+from mmalign.types import Judgement, Plan
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Grpo(Objective):
     def rows(self, plan: Plan, seeds: int) -> int:
         return seeds * plan.cost[2]
 
-    def kept(self, plan: Plan) -> Kept:
+    def reads(self, plan: Plan) -> Kept:
         return Kept.around(plan.stochastic)
 
     def batch(

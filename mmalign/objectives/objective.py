@@ -14,10 +14,11 @@ from annotated_types import Ge, Le, Lt
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmalign.latents import Kept
 from mmalign.learn.update import Replay
 from mmalign.policy.protocol import Trainable
 from mmalign.seeds import seed_of
-from mmalign.types import Judgement, Kept, Marks, Plan, Rows, Trajectories
+from mmalign.types import Judgement, Marks, Plan, Rows, Trajectories
 
 Draws = Annotated[int, Ge(1), Le(10_000)]  # times and noises of an image
 
@@ -120,7 +121,7 @@ class Objective:
         """Whether the model without adapter is evaluated beside a replayed row."""
         return self.reference or ("max_kl" in self.uses and c.max_kl is not None)
 
-    def kept(self, plan: Plan) -> Kept:
+    def reads(self, plan: Plan) -> Kept:
         """The latents of trajectories that it reads, beside the finished ones: here all."""
         return Kept.all(plan.steps)
 
@@ -154,7 +155,7 @@ class OnImages(Objective):
     def rows(self, plan: Plan, seeds: int) -> int:
         return seeds * plan.trained * self.draws
 
-    def kept(self, plan: Plan) -> Kept:
+    def reads(self, plan: Plan) -> Kept:
         return Kept()
 
     def stored(self, updates: int) -> int:

@@ -22,8 +22,9 @@ from annotated_types import Ge
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmalign.latents import Kept
 from mmalign.objectives.objective import AT_ONCE, Finished, Lag, Objective, Rollout, Run, TrainBatch, name_of
-from mmalign.types import Judgement, Kept, Plan, Rows
+from mmalign.types import Judgement, Plan, Rows
 
 Weight = Annotated[float, Ge(0)]
 
@@ -110,8 +111,8 @@ class Sum(Objective):
     def decoded(self) -> int:
         return max((part.decoded for part in self.summands), default=0)
 
-    def kept(self, plan: Plan) -> Kept:
-        return reduce(or_, (part.kept(plan) for part in self.summands), Kept())
+    def reads(self, plan: Plan) -> Kept:
+        return reduce(or_, (part.reads(plan) for part in self.summands), Kept())
 
     @property
     def lag(self) -> Lag:

@@ -13,12 +13,13 @@ from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.extension.rest import rest
 from mmalign.flow import plan as plans
+from mmalign.latents import Kept
 from mmalign.objectives.objective import Objective
 from mmalign.policy.protocol import Policy, two_forwards
 from mmalign.rewards import self_reward
 from mmalign.seeds import seed_of
 from mmalign.training import noise_calibration
-from mmalign.types import Kept, Kernel, Plan
+from mmalign.types import Kernel, Plan
 
 LEAST = 1e-5  # standard deviation that a stochastic step draws, in latent units; float32 rounds by some 5e-7 there
 TOO_MUCH, NOTICEABLE = 2.0, 0.1  # standard deviation left after a step: in units of what belongs there; in latent units
@@ -54,11 +55,11 @@ def completed(c: Config, times: Times, position: int) -> tuple[list[int], int | 
     return ([], None) if c.credit is None else c.credit.completions(c.plan(times, c.kernel, position))
 
 
-def kept(c: Config, plans: Iterable[Plan]) -> Kept:
+def read(c: Config, plans: Iterable[Plan]) -> Kept:
     """The latents kept of trajectories by these plans: what the objective, the credit or an extension reads."""
     needs = Kept()
     for plan in plans:
-        needs |= c.objective.kept(plan) if c.extend is None else Kept.all(plan.steps)
+        needs |= c.objective.reads(plan) if c.extend is None else Kept.all(plan.steps)
         if c.credit is not None and (c.credit.drifts or c.credit.learner is not None):
             needs |= Kept.around(plan.stochastic)
     return needs

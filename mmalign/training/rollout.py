@@ -25,14 +25,15 @@ from mmalign.credit.gain import gains
 from mmalign.credit.more.density import of_states
 from mmalign.evaluation.evaluate import deviation
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import Room, chunks, sample
+from mmalign.flow.sample import chunks, sample
+from mmalign.latents import Kept, Room
 from mmalign.rewards.judge import Scored, joined, score, unscored
 from mmalign.seeds import gaussian, seed_of
 from mmalign.selection.scouts import chosen
 from mmalign.training import drift, finite, planning
 from mmalign.training.session import Session
 from mmalign.training.values import Head
-from mmalign.types import Judgement, Kept, Plan, Trajectories, Tree
+from mmalign.types import Judgement, Plan, Trajectories, Tree
 from reward_models import Prompt
 
 AHEAD = 2  # batches of images in flight without scores, at most: sampling blocks when scoring falls behind
@@ -103,7 +104,7 @@ def rolled_out(
     """The trajectories of the starting noises with these numbers, by `plan` (None: the run's), and their scores."""
     c, clock = run.config, run.clock
     drawn = [plan or planning.plan_for(c, run.times, planning.position_of(c, iteration, p.id)) for p in prompts]
-    keep = Kept() if plan is not None else planning.kept(c, drawn)
+    keep = Kept() if plan is not None else planning.read(c, drawn)
     keep = Kept.all(drawn[0].steps) if whole else keep
     head = run.values.head if run.values is not None and plan is None else None
 
@@ -129,10 +130,10 @@ def rolled_out(
         for part in parts:
             wait(scores[: max(0, len(scores) + 1 - AHEAD)])
             more = _counts([drawn[p] for p in part.tolist()], members[part])
-            own = room.part(*(slice(a, a + n) for a, n in zip(before, more, strict=True)))
+            space = room.part(*(slice(a, a + n) for a, n in zip(before, more, strict=True)))
             before = before[0] + more[0], before[1] + more[1]
             with clock.of("rollout"):
-                paths = trajectories(run, prompts, cond, iteration, members, drawn, keep, own, head, part.tolist())
+                paths = trajectories(run, prompts, cond, iteration, members, drawn, keep, space, head, part.tolist())
             sampled.append(paths)
             for rows in together(paths.tree.owner, run.policy.image_size):
                 wait(scores[: max(0, len(scores) + 1 - AHEAD)])
