@@ -8,6 +8,7 @@ the same iteration (`mmalign.training.refreshing` fits one again between two of 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from mmalign.distributed.gather import gather
@@ -70,7 +71,7 @@ def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show
         batch = c.objective.batch(run, *selecting.part(rollout, local, mine, selected[here]), iteration)
     if show:
         clock.timed("io", show)(Snapshot(rollout, tree, judgement, advantage))
-    deviation = deviations(run.ranks, rollout.tree, rollout.images)
+    deviation = deviations(run.ranks, rollout)
     row = metrics(run, tree, judgement, deviation, iteration) | selecting.statistics(c, tree, judgement, selected)
     row |= scout_metrics(run, rollout, tree, judgement) | valued | learnt | extending.metrics(run, extended)
     row |= run.prompts.learn(iteration, level(run, judgement, iteration), tree.prompt)
@@ -81,8 +82,9 @@ def sample_and_judge(
     run: Session, prompts: list[Prompt], iteration: int
 ) -> tuple[Rollout, Judgement, extending.Counts]:
     """A judged rollout with what an extension adds to it, and how much that is."""
-    rollout = sample_and_score(run, prompts, iteration)
-    return extending.extend(run, rollout, judged(run, rollout, iteration), iteration)
+    rollout = sample_and_score(run, prompts, iteration, whole=run.config.extend is not None)
+    rollout, judgement, extended = extending.extend(run, rollout, judged(run, rollout, iteration), iteration)
+    return replace(rollout, images=None), judgement, extended
 
 
 def from_records(run: Session, prompts: list[Prompt], iteration: int, show: Show | None) -> tuple[TrainBatch, Row]:

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from mmalign.latents import Kept, places_of
+
 Latents = Float[Tensor, "M C h w"]
 Velocity = Callable[[Latents, Float[Tensor, "M"], Any, Int[Tensor, "M"]], Latents]  # (x, t, cond, index) -> v
 
@@ -139,10 +141,11 @@ class Tree:
 class Trajectories:
     """The latents of a `Tree`: what the learner replays. They never leave their rank.
 
-    `x [N, T+1, C, h, w]` are the states, fp32, rounded to the storage type before anything is computed from them;
-    `mean [N, T, C, h, w]` the mean of the Gaussian that each next state was drawn from; `finals [E, C, h, w]` the
-    finished latents. `features [N, T, F]`, on the CPU, are what the network made of each state but the last, where they
-    were asked for; 0 once a trajectory is finished.
+    `x [N, states, C, h, w]` are the states of `columns`, fp32, rounded to the storage type before anything is computed
+    from them; `mean [N, means, C, h, w]` the means of the Gaussians that states after the kept steps were drawn from;
+    `state` and `mean_of` find them by column. `finals [E, C, h, w]` are the finished latents. `features [N, T, F]`, on
+    the CPU, are what the network made of each state but the last, where they were asked for; 0 once a trajectory is
+    finished.
     Means instead of log-densities, because a ratio of nearly equal densities is exact in the
     difference of their means and mostly rounding in the difference of their logarithms.
 
@@ -154,10 +157,19 @@ class Trajectories:
     kernel: Kernel
     t_max: float
     x: Float[Tensor, "N states C h w"]
-    mean: Float[Tensor, "N T C h w"]
+    mean: Float[Tensor, "N means C h w"]
     finals: Float[Tensor, "E C h w"]
+    columns: Kept
     off: Bool[Tensor, "N"] | None = None
     features: Float[Tensor, "N T F"] | None = None
+
+    def state(self, rows: Int[Tensor, "*M"], columns: Int[Tensor, "*M"]) -> Float[Tensor, "*M C h w"]:
+        """The states of these trajectories at these columns, each one kept."""
+        return self.x[rows, places_of(self.columns.states, columns, "state")]
+
+    def mean_of(self, rows: Int[Tensor, "*M"], columns: Int[Tensor, "*M"]) -> Float[Tensor, "*M C h w"]:
+        """The means of these trajectories' steps at these columns, each one kept."""
+        return self.mean[rows, places_of(self.columns.means, columns, "mean of step")]
 
 
 def over(mask: Shaped[Tensor, "*rows"], values: Shaped[Tensor, "*rows_and_cells"]) -> Shaped[Tensor, "*rows_and_ones"]:

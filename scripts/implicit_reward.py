@@ -133,7 +133,7 @@ def steps(
     start = time.process_time()
     for number in range(iterations):
         chosen = run.prompts(number)
-        rollout = sample_and_score(run, chosen, number)
+        rollout = sample_and_score(run, chosen, number, whole=True)
         local = judged(run, rollout, number)
         _, verdict = gather(run.ranks, rollout.tree, local)
         _, statistics = run.step_rewards(run, rollout, local, verdict, number)
@@ -142,7 +142,7 @@ def steps(
 
     held_out = prompt_files.read(locate("assets/prompts/validation.jsonl"))
     held_out = held_out[:: len(held_out) // prompts][:prompts]
-    rollout = sample_and_score(run, held_out, iterations)
+    rollout = sample_and_score(run, held_out, iterations, whole=True)
     tree, reward = rollout.tree, judged(run, rollout, 0).reward[:, -1]
     learnt = run.step_rewards
     process = learnt.of(run, rollout, learnt.steps(run, rollout)).mean((2, 3))

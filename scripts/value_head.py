@@ -49,7 +49,7 @@ def opened(*settings: str) -> Session:
 def learn(run: Session, iterations: int) -> None:
     """Fit the head to trajectories of so many iterations."""
     for iteration in range(iterations):
-        rollout = sample_and_score(run, run.prompts(iteration), iteration)
+        rollout = sample_and_score(run, run.prompts(iteration), iteration, whole=True)
         _, row = run.values.judge(rollout.tree, judged(run, rollout, iteration), rollout.paths.features, iteration)
         if (iteration + 1) % 10 == 0:
             print(iteration + 1, [round(row[f"value/explained/{k}"], 3) for k in range(run.config.steps)], flush=True)
@@ -58,7 +58,7 @@ def learn(run: Session, iterations: int) -> None:
 def held_out(run: Session, prompts: list[Prompt], seeds: int) -> Rollout:
     """Trajectories of these captions, whose noises no iteration has drawn."""
     cond = run.policy.encode([p.text for p in prompts])
-    return rolled_out(run, prompts, cond, -1, torch.arange(seeds).repeat(len(prompts), 1))
+    return rolled_out(run, prompts, cond, -1, torch.arange(seeds).repeat(len(prompts), 1), whole=True)
 
 
 def looks(run: Session, rollout: Rollout, k: int) -> dict[str, Float[Tensor, "N"]]:

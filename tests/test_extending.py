@@ -35,7 +35,7 @@ def base(settings):
 
 def extended(base, **changed):
     session = open_session(configs.build(base | changed, "test"))
-    rollout = sample_and_score(session, session.prompts(0), 0)
+    rollout = sample_and_score(session, session.prompts(0), 0, whole=True)
     judgement = judged(session, rollout, 0)
     return session, rollout, judgement, extending.extend(session, rollout, judgement, 0)
 

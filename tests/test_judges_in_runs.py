@@ -85,9 +85,9 @@ def test_what_is_not_finite_in_a_part_is_shown_to_no_judge(settings, captions, m
     opened = setup.open_session(configs.build(settings | captions | changed, "test"))
     decoded = rollout.decoded
 
-    def spoilt(session, paths):
-        images = decoded(session, paths)
-        images[paths.tree.owner == 1] = torch.nan
+    def spoilt(session, paths, rows):
+        images = decoded(session, paths, rows)
+        images[paths.tree.owner[rows] == 1] = torch.nan
         return images
 
     monkeypatch.setattr(rollout, "decoded", spoilt)

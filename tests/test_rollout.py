@@ -6,6 +6,7 @@ import torch
 
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
+from mmalign.latents import Room
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.rewards.judge import joined, score
 from mmalign.sampling.kernels import FlowSde
@@ -22,16 +23,20 @@ def test_walks_drawn_in_parts_are_those_drawn_together():
     cond, t = flow.encode(["0.5", "-1.0", "0.25"]), flow.times(5)
     plan = plans.branch(t, FlowSde(), [0, 2], 3)
 
-    def drawn(prompts):
+    def drawn(prompts, room=None):
         starts = [(p, m) for p in prompts for m in range(2)]
         noise = torch.stack([gaussian(flow.latent_shape, seed_of(item)) for item in starts])
 
         def draw(start, *key):
             return gaussian(flow.latent_shape, seed_of(starts[start], *key))
 
-        return sample(flow.velocity, noise, cond, torch.tensor([p for p, _ in starts]), plan, draw, batch=1)
+        return sample(flow.velocity, noise, cond, torch.tensor([p for p, _ in starts]), plan, draw, batch=1, room=room)
 
-    whole, parts = drawn([0, 1, 2]), stacked([drawn([0]), drawn([1, 2])])
+    whole = drawn([0, 1, 2])
+    room = Room.of(len(whole.x), len(whole.finals), whole.columns, flow.latent_shape)
+    third = [slice(0, len(values) // 3) for values in (whole.x, whole.finals)]
+    rest = [slice(len(values) // 3, None) for values in (whole.x, whole.finals)]
+    parts = stacked([drawn([0], room.part(*third)), drawn([1, 2], room.part(*rest))], room)
     pairs = [(whole, parts, field.name) for field in fields(whole) if field.name != "tree"]
     pairs += [(whole.tree, parts.tree, field.name) for field in fields(whole.tree)]
     for first, second, name in pairs:

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "mmalign").rglob("*.py"), *(ROOT / "reward_models").rglob("*.py")])
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 ORDER = (  # of the parts of mmalign: each imports only those before it
-    "errors", "activity", "types", "seeds", "flow", "credit", "selection", "learn", "extension", "sampling", "policy",
+    "errors", "activity", "latents", "types", "routes", "seeds", "flow", "credit", "selection", "learn", "extension",
+    "sampling", "policy",
     "objectives", "rewards", "data", "distributed", "config", "runs", "evaluation", "pages", "refinement", "reporting",
     "training", "train", "run", "checks", "given", "api", "cli",
 )  # fmt: skip

@@ -119,7 +119,7 @@ def disturb(run: Session) -> None:
 
 
 def _of_rollout(run: Session) -> Iterator[Check]:
-    rollout = sample_and_score(run, run.prompts(0), 0)
+    rollout = sample_and_score(run, run.prompts(0), 0, whole=True)
     verdict = judged(run, rollout, 0)
     if run.step_rewards is not None:
         verdict = replace(verdict, process=run.step_rewards.of(run, rollout, run.step_rewards.steps(run, rollout)))

@@ -1,9 +1,8 @@
 """The bytes of a run: on the device of a rank, in its main memory, and on disk.
 
 Bytes are those of tensors that are known to exist; what makes up each figure stands with its function. Not covered:
-fragmentation of the allocator, activations of autoencoder and text encoders, reward models, copies while tensors are
-moved or stacked, what CUDA and libraries take themselves (one to two GiB a process), and the communication between
-GPUs.
+fragmentation of the allocator, activations of autoencoder and text encoders, reward models, what CUDA and libraries
+take themselves (one to two GiB a process), and the communication between GPUs.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +14,7 @@ from mmalign.config.schema import Config
 from mmalign.evaluation.evaluate import SHEET, STRIP
 from mmalign.policy import loading, meta
 from mmalign.policy.family import Family
-from mmalign.training import planning, snapshots
+from mmalign.training import planning, rollout as rollouts, snapshots
 from mmalign.types import Plan
 
 WEIGHT = {"float32": 4, "bfloat16": 2, "int8": 1, "llm_int8": 1, "nf4": 0.5}  # bytes of a frozen weight
@@ -34,26 +33,28 @@ def memory(
       it lags behind; moments: 8 (AdamW), or 2 in 8 bits; adapter, gradients and moments twice with a credit that
       learns rewards of steps;
     - texts: the embeddings of the prompts and of the empty one, at the greatest length;
-    - latents, float32: trajectories x (states + means of their steps) and finished ones, and those of each row trained
-      on: state, next state and mean, or images, noise and the velocities they are compared with;
+    - latents, float32: finished ones, of trajectories the states and means that the update reads
+      (`mmalign.training.planning.read`), and those of each row trained on: state, next state and mean, or images, noise
+      and the velocities they are compared with;
     - rollout: the peak of one row's velocity (`mmalign.policy.meta.peak`) x rows of a forward: `batch`, or all routes
       if they are fewer;
     - replay: the peak of one row's velocity and gradients, with gradient checkpointing if it is on, x rows of a
       micro-batch; and that of rollout once more where the model without adapter is evaluated beside it.
 
-    `total` has the larger of rollout and replay. Main memory: the finished images, float32, the embeddings cached of
+    `total` has the larger of rollout and replay. Main memory: the images that are decoded and scored at once, float32
+    (all of them with an extension; those in flight with `rollout_parts`), the embeddings cached of
     the run's `texts` prompts, and with a value head the features of all ranks' states, of this iteration and of those
     that it learns from again, twice: they are joined for a fit.
     """
     shape, starts = prod(policy.latent_shape), prompts * c.seeds
     trained_routes, routes = (max(values) for values in zip(*((p.trained, p.routes) for p in plans), strict=True))
-    steps = max(plan.steps for plan in plans)
+    read = planning.read(c, plans)
     learnt = {part: prompts * max(planning.rows_of(c, p, part) for p in plans) for part in c.objective.summands}
     rows = sum(learnt.values())
-    held = starts * (trained_routes * (2 * steps + 1) + routes)
+    held = starts * (trained_routes * (len(read.states) + len(read.means)) + routes)
     held += sum(part.stored(c.epochs * c.minibatches) * count for part, count in learnt.items())
     scouts = 0 if c.scouts is None else prompts * c.scouts.images(c.seeds)
-    held = max(held, 0 if c.scouts is None else scouts * (2 * c.scouts.steps + 2))
+    held = max(held, scouts)
 
     micro = min(c.micro_batch, ceil(rows / c.minibatches)) * c.objective.width
     drawn = meta.peak(policy, learn=False)
@@ -77,8 +78,10 @@ def memory(
     }
     rollout, replay = min(c.batch, max(starts * routes, scouts)) * drawn, micro * learnt_row
     total = sum(device.values()) + max(rollout, replay)
-    images = 4 * max(starts * routes, scouts) * 3 * prod(policy.image_size)
-    main = idle | {"images": images, "texts": min(c.text_cache, texts + 1) * text}
+    image, most = 4 * 3 * prod(policy.image_size), max(starts * routes, scouts)
+    together = max(rollouts.DECODED // image, most // max(1, prompts))
+    shown = most if c.extend else min(most, together * (1 + rollouts.AHEAD if c.rollout_parts > 1 else 1))
+    main = idle | {"images": image * shown, "texts": min(c.text_cache, texts + 1) * text}
     if observer := c.credit and c.credit.observer:
         main["features"] = 2 * (1 + observer.replay) * observed(c, plans, meta.features(policy, observer.blocks))
     return {"device": device | {"rollout": rollout, "replay": replay, "total": total}, "main": main}

@@ -2,20 +2,23 @@
 
 At each step the distinct states of that column are evaluated once, in batches, and every route continues from its own.
 A completion is a route like any other: its first step takes the velocity its state already has, and completions of
-different lengths share forwards.
+different lengths share forwards. A batch takes its step in place before the next one is evaluated, so that memory is
+one latent a route, what is kept, and one batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.types import Kernel, Plan, Trajectories, Tree, Velocity
+from mmalign.latents import Kept, Room
+from mmalign.routes import stacked
+from mmalign.types import Plan, Trajectories, Tree, Velocity
 
 Features = Callable[[int], Float[Tensor, "M F"]]  # how many rows the last velocity had -> what the network made of each
+Start = Callable[[int], Float[Tensor, "C h w"]]  # the number of a start -> its noise
 Draw = Callable[[int, int, tuple[int, ...]], Float[Tensor, "C h w"]]  # (start, step, path of draws) -> noise
 
 
@@ -35,7 +38,7 @@ def distinct(keys: Int[Tensor, "M *k"]) -> tuple[Int[Tensor, "M"], Int[Tensor, "
 @torch.no_grad()
 def sample(
     velocity: Velocity,
-    start: Float[Tensor, "B C h w"],
+    start: Float[Tensor, "B C h w"] | Start,
     cond: Any,
     prompt: Int[Tensor, "B"],
     plan: Plan | Sequence[Plan],
@@ -43,16 +46,21 @@ def sample(
     batch: int = 128,
     storage: torch.dtype = torch.float32,
     features: Features | None = None,
+    keep: Kept | None = None,
+    room: Room | None = None,
 ) -> Trajectories:
     """Integrate each of the `B` initial noises along every route of its plan (one for all, or one each): `N`
     trajectories of trained routes, those of a start together, and the `E` finished latents of all routes.
 
-    `prompt [B]` is each start's row in `cond`. `draw(start, step, path)` gives the noise of one stochastic step (an ODE
-    needs none); `path` holds the draws taken so far (-1 for a deterministic step), so adding routes to a plan changes
-    none of the others. Rows of one forward may be at different times. `batch` bounds the rows of one forward and
-    changes no result. States are rounded to `storage` before anything is computed from them, as they will be when they
-    are replayed. With `features` (`mmalign.policy.protocol.Observable`) those of all states of trained routes but the
-    last are kept.
+    `prompt [B]` is each start's row in `cond`; `start` the noises, or what gives each by its number. `draw(start, step,
+    path)` gives the noise of one stochastic step (an ODE needs none); `path` holds the draws taken so far (-1 for a
+    deterministic step), so adding routes to a plan changes none of the others. Rows of one forward may be at different
+    times. `batch` bounds the rows of one forward and changes no result. States are rounded to `storage` before anything
+    is computed from them, as they will be when they are replayed. With `features`
+    (`mmalign.policy.protocol.Observable`) those of all states of trained routes but the last are kept.
+
+    `keep`: the states and means that are kept of trained routes (None: all). Memory is that of what is kept, of one
+    latent a route, and of one batch. It is written into `room`, or into new tensors.
 
     Example, one deterministic trajectory of ten steps:
 
@@ -61,88 +69,65 @@ def sample(
         paths = sample(policy.velocity, noise, cond, index, ode(policy.times(10)))
         image = policy.decode(paths.finals)
     """
-    routes = _stacked([plan] * len(start) if isinstance(plan, Plan) else plan, start.device)
-    kernel, prompt, steps = routes.kernel, prompt[routes.start], routes.noise.shape[1]
-    x = start.to(storage).float()[routes.start]
-    states, means, std = [x[routes.trained]], [], torch.zeros_like(routes.noise)
-    pooled = []
+    device = start.device if isinstance(start, Tensor) else prompt.device
+    routes = stacked([plan] * len(prompt) if isinstance(plan, Plan) else plan)
+    kernel, steps = routes.kernel, routes.noise.shape[1]
+    keep = Kept.all(steps) if keep is None else keep
+    begin: Start = start.__getitem__ if isinstance(start, Tensor) else start
+    shape = start.shape[1:] if isinstance(start, Tensor) else begin(0).shape
+    room = room or Room.of(len(routes.trained), len(routes.start), keep, tuple(shape), device)
+    for number, rows in enumerate(routes.of_start):
+        room.finals[rows] = begin(number).to(storage).to(room.finals)
+    x = room.finals  # the present state of every route
+    t, noise, index = routes.t.to(device), routes.noise.to(device), prompt.to(device)[routes.start.to(device)]
+    place = torch.full_like(routes.start, -1)  # of each route its trajectory
+    place[routes.trained] = torch.arange(len(routes.trained))
+    std, pooled = torch.zeros_like(routes.noise), None
+
+    def note(values: Float[Tensor, "M C h w"], rows: Int[Tensor, "M"], into: Tensor, column: int | None) -> None:
+        """Keep the values of the rows that are trajectories, where their column is kept."""
+        if column is not None:
+            some = place[rows] >= 0
+            into[place[rows][some].to(device), column] = values[some.to(device)]
+
+    states, means = ({k: i for i, k in enumerate(columns)} for columns in (keep.states, keep.means))
+    for rows in torch.arange(len(x)).split(batch):
+        note(x[rows.to(device)], rows, room.x, states.get(0))
     for k in range(steps):
-        moving = (routes.t[:, k] > 0).nonzero()[:, 0]  # rows that have not reached t = 0
+        for rows in (routes.t[:, k] == 0).nonzero()[:, 0].split(batch):  # finished: the state stays
+            note(x[rows.to(device)], rows, room.mean, means.get(k))
+            note(x[rows.to(device)], rows, room.x, states.get(k + 1))
+        moving = (routes.t[:, k] > 0).nonzero()[:, 0]
         inverse, representative = distinct(routes.node[moving, k])
-        rows = moving[representative]  # one row per distinct state
-        velocities, noted = [x[:0]], []  # every route may have reached t = 0 before the last column
-        for i in rows.split(batch) if len(rows) else ():
-            velocities.append(velocity(x[i], routes.t[i, k], cond, prompt[i]).float())
-            noted += [] if features is None else [features(len(i)).cpu()]
-        v = torch.cat(velocities)
-        if features is not None:
-            each = torch.cat(noted)
-            of_rows = each.new_zeros(len(x), each.shape[1])
-            of_rows[moving.cpu()] = each[inverse.cpu()]
-            pooled.append(of_rows[routes.trained.cpu()])
-        t, s, noise = routes.t[moving, k], routes.t[moving, k + 1], routes.noise[moving, k]
-        mean = x.clone()
-        mean[moving], std[moving, k] = kernel.step(x[moving], v[inverse], t, s, noise, routes.t_max)
-        x = mean.clone()
-        stochastic = (std[:, k] > 0).nonzero()[:, 0]
-        if len(stochastic):
-            if draw is None:
-                raise ValueError("a stochastic step needs draw, which gives its noise")
-            inverse, representative = distinct(routes.node[stochastic, k + 1])
-            z = torch.stack([draw(*routes.path(row, k)) for row in stochastic[representative].tolist()]).to(x)
-            x[stochastic] += std[stochastic, k, None, None, None] * z[inverse]
-        x = x.to(storage).float()
-        states.append(x[routes.trained])
-        means.append(mean[routes.trained])
+        order = inverse.argsort(stable=True)  # routes in the same state, which is evaluated once, one after the other
+        ends = [0, *inverse.bincount(minlength=len(representative)).cumsum(0).tolist()]
+        for part in chunks(len(representative), batch):
+            i = moving[representative[part]].to(device)
+            v = velocity(x[i], t[i, k], cond, index[i]).float()
+            some = order[ends[part.start] : ends[part.stop]]
+            rows, of_state = moving[some], inverse[some] - part.start
+            at = rows.to(device)
+            if features is not None:
+                each = features(len(i)).cpu()
+                pooled = each.new_zeros(len(routes.trained), steps, each.shape[1]) if pooled is None else pooled
+                trained = place[rows] >= 0
+                pooled[place[rows][trained], k] = each[of_state[trained]]
+            levels = (t[at, k], t[at, k + 1], noise[at, k])
+            mean, deviation = kernel.step(x[at], v[of_state.to(device)], *levels, routes.t_max)
+            note(mean, rows, room.mean, means.get(k))
+            std[rows, k] = deviation.cpu()
+            stochastic = (std[rows, k] > 0).nonzero()[:, 0]
+            if len(stochastic):
+                if draw is None:
+                    raise ValueError("a stochastic step needs draw, which gives its noise")
+                drawn = rows[stochastic]
+                number, one = distinct(routes.node[drawn, k + 1])
+                z = torch.stack([draw(*routes.path(row, k)) for row in drawn[one].tolist()]).to(mean)
+                scale = deviation[stochastic.to(device), None, None, None]
+                mean[stochastic.to(device)] += scale * z[number.to(device)]
+            x[at] = mean.to(storage).float()
+            note(x[at], rows, room.x, states.get(k + 1))
     trained = routes.trained
-    columns = (routes.t, routes.noise, std, routes.node, prompt, routes.start)
-    tree = Tree(*(column[trained].cpu() for column in columns), prompt.cpu(), routes.finished_by.cpu())
-    return Trajectories(
-        tree, kernel, routes.t_max, torch.stack(states, 1), torch.stack(means, 1), finals=x,
-        features=torch.stack(pooled, 1) if pooled else None,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Stacked:
-    """The plans of all starts, one under the other: a row per (start, route). `trained` are the rows trained on."""
-
-    kernel: Kernel
-    t_max: float
-    t: Float[Tensor, "R states"]
-    noise: Float[Tensor, "R T"]
-    draw: Int[Tensor, "R T"]
-    node: Int[Tensor, "R states"]
-    start: Int[Tensor, "R"]
-    trained: Int[Tensor, "N"]
-    finished_by: Int[Tensor, "N states"]
-
-    def path(self, row: int, k: int) -> tuple[int, int, tuple[int, ...]]:
-        """The key of the noise that `row` takes at step k."""
-        taken = torch.where(self.noise[row, : k + 1] > 0, self.draw[row, : k + 1], -1)
-        return int(self.start[row]), k, tuple(taken.tolist())
-
-
-def _stacked(plans: Sequence[Plan], device: torch.device) -> _Stacked:
-    first = plans[0]
-    for p in plans:
-        if (p.kernel, p.t_max, p.steps) != (first.kernel, first.t_max, first.steps):
-            raise ValueError(
-                "plans sampled together must agree in kernel, t_max and number of steps, got "
-                f"{(first.kernel, first.t_max, first.steps)} and {(p.kernel, p.t_max, p.steps)}"
-            )
-    routes = torch.tensor([p.routes for p in plans])
-    offset = (routes.cumsum(0) - routes).tolist()  # above every state and route number of the plans before
-    columns = {
-        "t": [p.t for p in plans],
-        "noise": [p.noise for p in plans],
-        "draw": [p.draw for p in plans],
-        "node": [p.state + o for p, o in zip(plans, offset, strict=True)],
-        "start": [torch.full((p.routes,), b) for b, p in enumerate(plans)],
-        "trained": [torch.arange(p.trained) + o for p, o in zip(plans, offset, strict=True)],
-        "finished_by": [
-            torch.where(p.finished_by < 0, -1, p.finished_by + o) for p, o in zip(plans, offset, strict=True)
-        ],
-    }
-    columns = {name: torch.cat(parts).to(device) for name, parts in columns.items()}
-    return _Stacked(first.kernel, first.t_max, **columns)
+    columns = (routes.t, routes.noise, std, routes.node, prompt.cpu()[routes.start], routes.start)
+    tree = Tree(*(column[trained] for column in columns), prompt.cpu()[routes.start], routes.finished_by)
+    return Trajectories(tree, kernel, routes.t_max, room.x, room.mean, room.finals, keep, features=pooled)

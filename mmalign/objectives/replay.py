@@ -37,9 +37,9 @@ def transitions(
     rows, cols = rows[first], cols[first]
     std = tree.std[rows, cols]
     return Transitions(
-        x=paths.x[rows, cols],
-        y=paths.x[rows, cols + 1],
-        mean=paths.mean[rows, cols],
+        x=paths.state(rows, cols),
+        y=paths.state(rows, cols + 1),
+        mean=paths.mean_of(rows, cols),
         t=tree.t[rows, cols],
         s=tree.t[rows, cols + 1],
         noise=tree.noise[rows, cols],

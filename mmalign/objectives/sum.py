@@ -13,6 +13,8 @@ advantages beside it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any
 
 import torch
@@ -20,8 +22,9 @@ from annotated_types import Ge
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmalign.latents import Kept
 from mmalign.objectives.objective import AT_ONCE, Finished, Lag, Objective, Rollout, Run, TrainBatch, name_of
-from mmalign.types import Judgement, Rows
+from mmalign.types import Judgement, Plan, Rows
 
 Weight = Annotated[float, Ge(0)]
 
@@ -107,6 +110,9 @@ class Sum(Objective):
     @property
     def decoded(self) -> int:
         return max((part.decoded for part in self.summands), default=0)
+
+    def reads(self, plan: Plan) -> Kept:
+        return reduce(or_, (part.reads(plan) for part in self.summands), Kept())
 
     @property
     def lag(self) -> Lag:

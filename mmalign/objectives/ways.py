@@ -79,20 +79,20 @@ class Way:
 
     def picked(self, paths: Trajectories, which: Int[Tensor, "M"], count: int, generator: torch.Generator) -> Picked:
         """The rows of these trajectories, of `count` steps each."""
-        tree, x = paths.tree, paths.x
+        tree, device = paths.tree, paths.x.device
         t, noise, drawn = tree.t[which, : count + 1], None, None
         steps = self.chosen(t, generator)
-        at, states = which[:, None], x[which[:, None], steps]
+        at = which[:, None].expand_as(steps)
         if self.copies:
-            noise = torch.randn(len(which), self.copies, *x.shape[2:], generator=generator)
+            noise = torch.randn(len(which), self.copies, *paths.x.shape[2:], generator=generator)
         if self.walks and bool((tree.noise > 0).any()):
-            drawn = x[at, steps + 1] - paths.mean[at, steps]
+            drawn = paths.state(at, steps + 1) - paths.mean_of(at, steps)
         a, b = linear(paths, tree.t[at, steps], tree.t[at, steps + 1], tree.noise[at, steps])
         rows = Picked(
-            states, tree.t[at, steps], a, b, x[which, count], self.weights(t, steps), tree.prompt[which],
-            steps.amin(1), noise, drawn,
+            paths.state(at, steps), tree.t[at, steps], a, b, paths.state(which, torch.full_like(which, count)),
+            self.weights(t, steps), tree.prompt[which], steps.amin(1), noise, drawn,
         )  # fmt: skip
-        return rows.to(x.device)
+        return rows.to(device)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def peak(policy: PipelinePolicy, learn: bool) -> int:
     transformer = policy.pipe.transformer
     for p in policy.parameters():
         p.grad = torch.zeros_like(p)
-    live = _Live([*transformer.parameters(), *transformer.buffers(), *(p.grad for p in policy.parameters())])
+    live = Live([*transformer.parameters(), *transformer.buffers(), *(p.grad for p in policy.parameters())])
     x, t = (torch.ones(1, *shape, device=transformer.device) for shape in (policy.latent_shape, ()))
     texts, index = loading.placeholder_texts(policy, 1), torch.zeros(1, dtype=torch.long)
     with torch.set_grad_enabled(learn), _fused(), live:
@@ -83,7 +83,7 @@ def features(policy: PipelinePolicy, blocks: Sequence[int] | None) -> int:
         return rows(1).shape[1]
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Bytes of the storages that operations have allocated and that still exist, beside those of `known`."""
 
     def __init__(self, known: Sequence[Tensor]):

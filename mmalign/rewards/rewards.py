@@ -59,12 +59,13 @@ class Rewards:
         self,
         paths: Trajectories,
         scored: Scored,
-        images: Float[Tensor, "E 3 H W"],
+        size: tuple[int, int],
         iteration: int,
         prompts: Sequence[Prompt],
     ) -> Judgement:
-        """The rewards of a rollout of these prompts by the weights of the iteration."""
-        c, size = self.config, tuple(images.shape[2:])
+        """The rewards of a rollout of these prompts, of images of this size (height, width), by the weights of the
+        iteration."""
+        c = self.config
         whole, at_end = self.combination(iteration, [prompt.text for prompt in prompts]), None
         if c.at_end:
             at_end = replace(whole, weights={name: whole.weights[name] for name in c.at_end})

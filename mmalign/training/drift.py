@@ -26,11 +26,11 @@ def from_reference(policy: Trainable, paths: Trajectories, cond: Any, batch: int
         t, s, noise, index = (
             column.to(policy.device) for column in (tree.t[i, k], tree.t[i, k + 1], tree.noise[i, k], tree.prompt[i])
         )
-        x = paths.x[i, k]
+        x = paths.state(i, k)
         with policy.reference():
             v = policy.velocity(x, t, cond, index).float()
         mean, std = paths.kernel.step(x, v, t, s, noise, paths.t_max)
-        return -log_ratio(paths.x[i, k + 1], mean, paths.mean[i, k], std).mean((1, 2)).cpu()
+        return -log_ratio(paths.state(i, k + 1), mean, paths.mean_of(i, k), std).mean((1, 2)).cpu()
 
     result = torch.zeros_like(tree.std)
     result[rows, cols] = torch.cat([each(part) for part in first.split(batch)])[number]

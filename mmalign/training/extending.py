@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mmalign.evaluation.evaluate import deviation
 from mmalign.extension.extension import Draws
 from mmalign.extension.rest import grafted, rest, taken
 from mmalign.flow.sample import sample
@@ -21,8 +22,9 @@ Counts = dict[str, int | float]
 
 
 def extend(run: Session, rollout: Rollout, judgement: Judgement, iteration: int) -> tuple[Rollout, Judgement, Counts]:
-    """The rollout with the trajectories that the run's extension adds, its judgement, and the sums of what was drawn,
-    kept, and gained by what was kept. Trajectories stay sorted by prompt. Raises NonFinite as a rollout does."""
+    """A whole rollout with the trajectories that the run's extension adds, its judgement, and the sums of what was
+    drawn, kept, and gained by what was kept. Trajectories stay sorted by prompt. Raises NonFinite
+    as a rollout does."""
     extension, counts, rounds = run.config.extend, {"drawn": 0, "kept": 0, "rise": 0.0}, 0
     if extension is None:
         return rollout, judgement, counts
@@ -48,7 +50,8 @@ def extend(run: Session, rollout: Rollout, judgement: Judgement, iteration: int)
         counts["kept"] += int(accepted.sum())
         counts["rise"] += float((new - reward[row])[accepted].nansum())
         rounds += 1
-    return rollout, judgement, counts
+    each = deviation(rollout.images[rollout.tree.final[:, -1]], rollout.tree.prompt)
+    return replace(rollout, deviation=each), judgement, counts
 
 
 def numbers(drawn: Int[Tensor, "P"], prompt: Int[Tensor, "n"]) -> list[int]:
@@ -88,8 +91,10 @@ def with_rests(run: Session, rollout: Rollout, draws: Draws, number: list[int], 
         )
     if draws.request is not None:
         rests = replace(rests, tree=replace(rests.tree, owner=prompt[rests.tree.owner]))
-    images = decoded(run, rests)
-    finite.check_trajectories(rests, images, rollout.prompts)
+    with run.clock.of("decode"):
+        images = decoded(run, rests, slice(None))
+    finite.check_trajectories(rests, rollout.prompts)
+    finite.check_images(images, rests.tree.owner, rollout.prompts)
     owners = [rollout.prompts[p] for p in rests.tree.owner.tolist()]
     scored = run.clock.timed("reward", score)(images, owners, run.rewards.trained)
     return replace(

@@ -22,17 +22,24 @@ from reward_models import Prompt
 T = TypeVar("T")
 
 
+AT_ONCE = 8  # rows looked at together: comparing takes as much memory again
+
+
 def _finite(what: str, prompts: Sequence[Prompt], values: Shaped[Tensor, "M *cells"], owner: Int[Tensor, "M"]) -> None:
-    good = values.isfinite().flatten(1).all(1).cpu()
+    good = torch.cat([rows.isfinite().flatten(1).all(1) for rows in values.split(AT_ONCE)]).cpu()
     if not bool(good.all()):
         raise non_finite(what, prompts, owner[~good].tolist())
 
 
-def check_trajectories(paths: Trajectories, images: Float[Tensor, "E 3 H W"], prompts: Sequence[Prompt]) -> None:
-    """Raises NonFinite for the latents of a trajectory or an image."""
+def check_trajectories(paths: Trajectories, prompts: Sequence[Prompt]) -> None:
+    """Raises NonFinite for the latents that are kept of a trajectory, and for finished ones."""
     _finite("latents", prompts, paths.x, paths.tree.prompt)
     _finite("finished latents", prompts, paths.finals, paths.tree.owner)
-    _finite("decoded images", prompts, images, paths.tree.owner)
+
+
+def check_images(images: Float[Tensor, "M 3 H W"], owner: Int[Tensor, "M"], prompts: Sequence[Prompt]) -> None:
+    """Raises NonFinite for an image; `owner` is the row of each one's prompt."""
+    _finite("decoded images", prompts, images, owner)
 
 
 def check_rewards(judged: Judgement, tree: Tree, prompts: Sequence[Prompt]) -> None:

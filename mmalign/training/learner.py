@@ -69,9 +69,9 @@ class Learner:
         """Move the averaged and the old adapter towards the one in training."""
         moving = [(self.ema, self.config.ema)]
         moving += [] if self.old is None else [(self.old, self.config.objective.lag.at(iteration))]
-        for name, value in self.policy.adapter().items():
-            for tensors, decay in moving:
-                tensors[name].lerp_(value, 1 - decay)
+        adapter = self.policy.adapter()
+        for tensors, decay in moving:
+            torch._foreach_lerp_([tensors[name] for name in adapter], [*adapter.values()], 1 - decay)
 
     def averaged(self) -> AbstractContextManager:
         """The policy with its averaged adapter, for a while."""

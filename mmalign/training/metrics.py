@@ -6,7 +6,6 @@ from torch import Tensor
 
 from mmalign.credit.groups import dead, group_std
 from mmalign.distributed.processes import Ranks
-from mmalign.evaluation.evaluate import deviation
 from mmalign.rewards.judge import stop_if_failing, unscored
 from mmalign.selection.scouts import correlation
 from mmalign.training.rollout import Rollout
@@ -15,10 +14,9 @@ from mmalign.types import Judgement, Tree
 from reward_models import combine
 
 
-def deviations(ranks: Ranks, tree: Tree, images: Float[Tensor, "E 3 H W"]) -> Float[Tensor, "N"]:
-    """How far each trajectory's image, over all ranks, is from its siblings' mean, from this rank's images."""
-    each = deviation(images[tree.final[:, -1]], tree.prompt)
-    return ranks.in_order(each, tree.prompt, "images compared with their siblings")
+def deviations(ranks: Ranks, rollout: Rollout) -> Float[Tensor, "N"]:
+    """How far each trajectory's image, over all ranks, is from its siblings' mean."""
+    return ranks.in_order(rollout.deviation, rollout.tree.prompt, "images compared with their siblings")
 
 
 def level(run: Session, judged: Judgement, iteration: int) -> Float[Tensor, "N"]:

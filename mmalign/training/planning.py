@@ -1,6 +1,6 @@
 """From a config to plans: where a plan stands this iteration, which states it completes, and what fits a budget."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.extension.rest import rest
 from mmalign.flow import plan as plans
+from mmalign.latents import Kept
 from mmalign.objectives.objective import Objective
 from mmalign.policy.protocol import Policy, two_forwards
 from mmalign.rewards import self_reward
@@ -52,6 +53,16 @@ def plan_for(c: Config, times: Times, position: int | None = None) -> Plan:
 def completed(c: Config, times: Times, position: int) -> tuple[list[int], int | tuple[int, ...] | None]:
     """The states that the credit needs completed, and the lengths of their completions."""
     return ([], None) if c.credit is None else c.credit.completions(c.plan(times, c.kernel, position))
+
+
+def read(c: Config, plans: Iterable[Plan]) -> Kept:
+    """The latents kept of trajectories by these plans: what the objective, the credit or an extension reads."""
+    needs = Kept()
+    for plan in plans:
+        needs |= c.objective.reads(plan) if c.extend is None else Kept.all(plan.steps)
+        if c.credit is not None and (c.credit.drifts or c.credit.learner is not None):
+            needs |= Kept.around(plan.stochastic)
+    return needs
 
 
 def position_of(c: Config, iteration: int, prompt_id: int) -> int:

@@ -3,6 +3,9 @@
 With `rollout_parts` the images of some prompts are scored in a thread while the next ones are sampled, which pays where
 judges are slow and elsewhere (a server). A prompt's images stay together, and rewards are combined and credited over
 the global batch, so that nothing changes but time, and the rounding of forwards over other rows.
+
+Memory grows with the number of images by what the update reads alone: images are decoded, scored and released, those of
+some prompts at a time; latents are written where they stay.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -19,29 +23,36 @@ from torch import Tensor
 
 from mmalign.credit.gain import gains
 from mmalign.credit.more.density import of_states
+from mmalign.evaluation.evaluate import deviation
 from mmalign.flow import plan as plans
-from mmalign.flow.sample import sample
+from mmalign.flow.sample import chunks, sample
+from mmalign.latents import Kept, Room
 from mmalign.rewards.judge import Scored, joined, score, unscored
 from mmalign.seeds import gaussian, seed_of
 from mmalign.selection.scouts import chosen
 from mmalign.training import drift, finite, planning
 from mmalign.training.session import Session
+from mmalign.training.values import Head
 from mmalign.types import Judgement, Plan, Trajectories, Tree
 from reward_models import Prompt
 
-AHEAD = 2  # parts in flight without scores, at most: sampling blocks when scoring falls behind
+AHEAD = 2  # batches of images in flight without scores, at most: sampling blocks when scoring falls behind
+DECODED = 2**30  # bytes of the images that are decoded and scored at once, at most, unless one prompt has more
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """This rank's prompts, their conditioning, trajectories, finished images (on the CPU) and their raw scores; the
-    scouts that chose their starting noises, if any; and the log-ratios of `Judgement`, if the credit needs them."""
+    """This rank's prompts, their conditioning, trajectories and the raw scores of the finished images; how far each
+    trajectory's image is from its siblings' mean (`mmalign.evaluation.evaluate.deviation`); the images themselves, on
+    the CPU, if they are kept; the scouts that chose the starting noises, if any; and the log-ratios of `Judgement`, if
+    the credit needs them."""
 
     prompts: list[Prompt]
     cond: Any
     paths: Trajectories
-    images: Float[Tensor, "E 3 H W"]
     scored: Scored
+    deviation: Float[Tensor, "N"]
+    images: Float[Tensor, "E 3 H W"] | None = None
     scouts: "Scouted | None" = None
     log_ratio: Float[Tensor, "N T"] | None = None
 
@@ -60,21 +71,22 @@ class Scouted:
     failed: int
 
 
-def sample_and_score(run: Session, prompts: list[Prompt], iteration: int) -> Rollout:
+def sample_and_score(run: Session, prompts: list[Prompt], iteration: int, whole: bool = False) -> Rollout:
     """Sample the trajectories of all seeds of the prompts, or of those that scouts choose, and score their images by
-    the trained rewards. Raises NonFinite where latents, images or scores are not finite, once all is sampled: other
-    ranks may be sampling too."""
+    the trained rewards. With `whole` the images and all latents are kept. Raises NonFinite where latents, images or
+    scores are not finite, once all is sampled: other ranks may be sampling too."""
     c = run.config
     with run.clock.of("rollout"):
         cond = run.policy.encode([p.text for p in prompts])
     if c.scouts is None:
-        return rolled_out(run, prompts, cond, iteration, torch.arange(c.seeds).repeat(len(prompts), 1))
+        members = torch.arange(c.seeds).repeat(len(prompts), 1)
+        return rolled_out(run, prompts, cond, iteration, members, whole=whole)
     every = torch.arange(c.scouts.images(c.seeds)).repeat(len(prompts), 1)
     scouts = rolled_out(run, prompts, cond, iteration, every, plans.ode(run.policy.times(c.scouts.steps)))
     verdict = judged(run, scouts, iteration)
     reward = verdict.reward[:, -1]
     members = chosen(reward, len(prompts), c.seeds)
-    rollout = rolled_out(run, prompts, cond, iteration, members)
+    rollout = rolled_out(run, prompts, cond, iteration, members, whole=whole)
     of_start = reward.view(every.shape).gather(1, members).flatten()
     scouted = Scouted(members, of_start[rollout.tree.member], len(unscored(scouts.tree, verdict)))
     return replace(rollout, scouts=scouted)
@@ -87,37 +99,78 @@ def rolled_out(
     iteration: int,
     members: Int[Tensor, "P starts"],
     plan: Plan | None = None,
+    whole: bool = False,
 ) -> Rollout:
     """The trajectories of the starting noises with these numbers, by `plan` (None: the run's), and their scores."""
     c, clock = run.config, run.clock
-    timed_score = clock.timed("reward", score)
+    drawn = [plan or planning.plan_for(c, run.times, planning.position_of(c, iteration, p.id)) for p in prompts]
+    keep = Kept() if plan is not None else planning.read(c, drawn)
+    keep = Kept.all(drawn[0].steps) if whole else keep
+    head = run.values.head if run.values is not None and plan is None else None
 
-    def check_and_score(paths: Trajectories, images: Tensor) -> Scored:
-        finite.check_trajectories(paths, images, prompts)
-        owners, finished = [prompts[i] for i in paths.tree.owner.tolist()], paths.tree.final[:, -1].unique()
-        return timed_score(images, owners, run.rewards.trained, c.late, finished)
+    def check_and_score(paths: Trajectories, rows: slice, images: Tensor) -> tuple[Scored, Tensor]:
+        if rows.start == 0:
+            finite.check_trajectories(paths, prompts)
+        owner, end = paths.tree.owner[rows], paths.tree.final[:, -1]
+        finite.check_images(images, owner, prompts)
+        here = (end >= rows.start) & (end < rows.stop)
+        finished = (end[here] - rows.start).unique()
+        scored = clock.timed("reward", score)(
+            images, [prompts[i] for i in owner.tolist()], run.rewards.trained, c.late, finished
+        )
+        return scored, deviation(images[end[here] - rows.start], paths.tree.prompt[here])
 
-    sampled, scores = [], []
+    sampled, scores, images = [], [], []
     parts = torch.arange(len(prompts)).tensor_split(min(c.rollout_parts, len(prompts)))
+    room = Room.of(*_counts(drawn, members), keep, run.policy.latent_shape, run.policy.device)
     pool = ThreadPoolExecutor(1, thread_name_prefix="judge")
     begin = pool.submit if len(parts) > 1 else _now
+    before = 0, 0  # trajectories and finished images of the parts before
     try:
         for part in parts:
             wait(scores[: max(0, len(scores) + 1 - AHEAD)])
+            more = _counts([drawn[p] for p in part.tolist()], members[part])
+            space = room.part(*(slice(a, a + n) for a, n in zip(before, more, strict=True)))
+            before = before[0] + more[0], before[1] + more[1]
             with clock.of("rollout"):
-                paths = trajectories(run, prompts, cond, iteration, members, plan, part.tolist())
-            sampled.append((paths, decoded(run, paths)))
-            scores.append(begin(check_and_score, *sampled[-1]))
-        scored = joined([future.result() for future in scores])
+                paths = trajectories(run, prompts, cond, iteration, members, drawn, keep, space, head, part.tolist())
+            sampled.append(paths)
+            for rows in together(paths.tree.owner, run.policy.image_size):
+                wait(scores[: max(0, len(scores) + 1 - AHEAD)])
+                with clock.of("decode"):
+                    some = decoded(run, paths, rows)
+                images += [some] if whole else []
+                scores.append(begin(check_and_score, paths, rows, some))
+                del some
+        each, apart = zip(*(future.result() for future in scores), strict=True)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    paths, images = zip(*sampled, strict=True)
-    rollout = Rollout(prompts, cond, stacked(paths), torch.cat(images), scored)
+    rollout = Rollout(
+        prompts, cond, stacked(sampled, room), joined(each), torch.cat(apart), torch.cat(images) if whole else None
+    )
     if c.credit is None or not c.credit.drifts or plan is not None:
         return rollout
     with clock.of("rollout"):
         from_reference = partial(drift.from_reference, run.policy, rollout.paths, cond)
         return replace(rollout, log_ratio=run.fits["batch"](from_reference))
+
+
+def _counts(plans: Sequence[Plan], members: Int[Tensor, "P starts"]) -> tuple[int, int]:
+    """How many trajectories and finished images the starts of prompts with these plans give."""
+    starts = members.shape[1]
+    return starts * sum(plan.trained for plan in plans), starts * sum(plan.routes for plan in plans)
+
+
+def together(owner: Int[Tensor, "E"], size: tuple[int, int]) -> list[slice]:
+    """Finished images to decode and score at once: those of a prompt, or of several while they take no more than
+    `DECODED` bytes. `owner` is sorted."""
+    most, ends = DECODED // (4 * 3 * prod(size)), [0]
+    for count in owner.unique_consecutive(return_counts=True)[1].tolist():
+        if len(ends) > 1 and ends[-1] + count - ends[-2] <= most:
+            ends[-1] += count
+        else:
+            ends.append(ends[-1] + count)
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
 def _now(work: Callable[..., Scored], *args: Any) -> Future:
@@ -132,32 +185,35 @@ def trajectories(
     cond: Any,
     iteration: int,
     members: Int[Tensor, "P starts"],
-    plan: Plan | None,
+    plans: Sequence[Plan],
+    keep: Kept,
+    room: Room,
+    head: Head | None,
     rows: Sequence[int],
 ) -> Trajectories:
-    """The trajectories of the `members` of the prompts in these `rows`, which are those of `cond`."""
+    """The trajectories of the `members` of the prompts in these `rows`, which are those of `cond`, each by its plan;
+    what is to `keep` of them is written into `room`, and their features are those that a value `head` looks at."""
     c, policy = run.config, run.policy
     starts = [(p, m) for p in rows for m in members[p].tolist()]
-    position = {p: planning.position_of(c, iteration, prompts[p].id) for p in rows}
-    plan_at = {at: plan or planning.plan_for(c, run.times, at) for at in {*position.values()}}
 
     def noise(start: int, *rest: Any) -> Tensor:
         p, member = starts[start]
         return gaussian(policy.latent_shape, seed_of(c.seed, "rollout", iteration, prompts[p].id, member, *rest))
 
     index = torch.tensor([p for p, _ in starts], device=policy.device)
-    start = torch.stack([noise(i) for i in range(len(starts))]).to(policy.device)
-    plans = [plan_at[position[p]] for p, _ in starts]
-    observed = nullcontext() if run.values is None or plan is not None else run.values.head.observed(policy)
+    each = [plans[p] for p, _ in starts]
+    observed = nullcontext() if head is None else head.observed(policy)
     with observed as features:
         return run.fits["batch"](
-            lambda size: sample(policy.velocity, start, cond, index, plans, noise, size, features=features)
+            lambda size: sample(
+                policy.velocity, noise, cond, index, each, noise, size, features=features, keep=keep, room=room
+            )
         )
 
 
-def stacked(parts: Sequence[Trajectories]) -> Trajectories:
-    """The trajectories of several parts, one after the other, with finished images, nodes and members numbered
-    through."""
+def stacked(parts: Sequence[Trajectories], room: Room) -> Trajectories:
+    """The trajectories of several parts, whose latents lie one after the other in `room`, with finished images, nodes
+    and members numbered through."""
     if len(parts) == 1:
         return parts[0]
     trees = [part.tree for part in parts]
@@ -173,24 +229,26 @@ def stacked(parts: Sequence[Trajectories]) -> Trajectories:
         for tree, before, starts in zip(trees, finals, members, strict=False)
     ]
     tree = Tree(**{field.name: torch.cat([getattr(each, field.name) for each in moved]) for field in fields(Tree)})
-    names = ("x", "mean", "finals", *(() if parts[0].features is None else ("features",)))
-    latents = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return replace(parts[0], tree=tree, **latents)
+    features = None if parts[0].features is None else torch.cat([part.features for part in parts])
+    return replace(parts[0], tree=tree, features=features, **vars(room))
 
 
-def decoded(run: Session, paths: Trajectories) -> Float[Tensor, "E 3 H W"]:
-    """The images of the finished latents, on the CPU."""
+def decoded(run: Session, paths: Trajectories, rows: slice | Int[Tensor, "n"]) -> Float[Tensor, "n 3 H W"]:
+    """The images of these finished latents, on the CPU."""
+    latents = paths.finals[rows]
 
     def work(size: int) -> Tensor:
-        return torch.cat([run.policy.decode(latents).cpu() for latents in paths.finals.split(size)])
+        images = torch.empty(len(latents), 3, *run.policy.image_size)
+        for part in chunks(len(latents), size):
+            images[part] = run.policy.decode(latents[part]).cpu()
+        return images
 
-    with run.clock.of("decode"):
-        return run.fits["decode_batch"](work)
+    return run.fits["decode_batch"](work)
 
 
 def judged(run: Session, rollout: Rollout, iteration: int) -> Judgement:
     """Raw scores as rewards, by the weights of the iteration. Raises NonFinite where one is not finite."""
-    result = run.rewards.judge(rollout.paths, rollout.scored, rollout.images, iteration, rollout.prompts)
+    result = run.rewards.judge(rollout.paths, rollout.scored, run.policy.image_size, iteration, rollout.prompts)
     finite.check_rewards(result, rollout.tree, rollout.prompts)
     return replace(result, log_ratio=rollout.log_ratio)
 

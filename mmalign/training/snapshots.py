@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.utils import save_image
 
-from mmalign.training.rollout import Rollout
+from mmalign.training.rollout import Rollout, decoded
 from mmalign.training.session import Session
 from mmalign.types import Judgement, Tree
 from reward_models import files
@@ -33,7 +33,9 @@ def write(run: Session, out: Path, iteration: int, snapshot: Snapshot) -> None:
     chosen = [round(n) for n in torch.linspace(0, len(tree.prompt) - 1, min(COUNT, len(tree.prompt))).tolist()]
     local = ranks.is_local(tree.prompt).nonzero()[:, 0]
     here = torch.isin(local, torch.tensor(chosen))
-    images = ranks.gather(snapshot.rollout.images[snapshot.rollout.tree.final[here, -1]], "images to show")
+    rollout, count = snapshot.rollout, run.policy.counts["decodes"]
+    images = ranks.gather(decoded(run, rollout.paths, rollout.tree.final[here, -1]), "images to show")
+    run.policy.counts["decodes"] = count  # decoded once more to be looked at, which no iteration counts
     images = images[ranks.gather(local[here], "images to show").argsort()]
     if not ranks.main:
         return
