@@ -8,10 +8,11 @@ an adapter on the outcome alone, clean or not (`objective: outcome`). In new pic
 cells, as many as the patch has, are compared with the cells of the patch (intersection over union), and so is the
 lowest of the 16 blocks; the whole reward orders clean and spoilt pictures.
 
-`steps` trains an adapter on the outcomes of trajectories (`credit: implicit`), without training the policy. On prompts
-that it was not trained on, the partial sums of its rewards order siblings before each step, and so do the shapes
-verifier and CLIP on the clean latent that the state predicts. The order of the finished images by the verifier is what
-all are compared with: the share of pairs of siblings with unequal rewards, ties half.
+`steps` trains an adapter (`credit: implicit`) and a value head (`credit: value`) on the outcomes of the same
+trajectories, without training the policy. On prompts that they were not trained on, the partial sums of the adapter's
+rewards order siblings before each step, and so do the value head on the features of the state, and the shapes verifier
+and CLIP on the clean latent that it predicts. The order of the finished images by the verifier is what all are compared
+with: the share of pairs of siblings with unequal rewards, ties half.
 """
 
 import time
@@ -119,14 +120,17 @@ def steps(
     iterations: int = 40,
     scale: float = 100.0,
     rate: float = 1e-3,
+    updates: Annotated[int, typer.Option(help="optimiser steps an iteration of the adapter")] = 1,
     form: str = "outcome",
-    prompts: Annotated[int, typer.Option(help="prompts that it is not trained on")] = 32,
+    file: Annotated[str, typer.Option(help="prompts to measure on")] = "assets/prompts/test.jsonl",
+    prompts: Annotated[int, typer.Option(help="how many of them")] = 31,
 ) -> None:
     """When in a trajectory it is decided."""
+    implicit = {"type": "implicit", "scale": scale, "rate": rate, "updates": updates, "form": form}
     settings = {
         "plan": "sde", "kernel": {"type": "ddim", "noise": 1.0}, "steps": 6, "prompts_per_iteration": 8, "seeds": 12,
-        "credit": {"type": "implicit", "scale": scale, "rate": rate, "form": form}, "seed": seed,
-        "iterations": iterations, "held_out": None, "rewards": {"shapes.partial": 1.0},
+        "credit": [implicit, {"type": "value"}], "seed": seed, "iterations": iterations, "held_out": None,
+        "rewards": {"shapes.partial": 1.0},
     }  # fmt: skip
     policies.quiet()
     run = open_session(configs.build(settings, "implicit_reward"))
@@ -136,21 +140,24 @@ def steps(
         rollout = sample_and_score(run, chosen, number)
         local = judged(run, rollout, number)
         _, verdict = gather(run.ranks, rollout.tree, local)
+        run.values.judge(rollout.tree, verdict, rollout.paths.features, number)
         _, statistics = run.step_rewards(run, rollout, local, verdict, number)
-    seconds = time.process_time() - start
-    print(f"seed {seed}: {iterations} iterations, {seconds:.0f} s of one core; {statistics}\n")
+        if (number + 1) % 10 == 0:
+            print(f"iteration {number + 1}: {statistics}", flush=True)
+    print(f"seed {seed}: {iterations} iterations, {time.process_time() - start:.0f} s of one core\n")
 
-    held_out = prompt_files.read(locate("assets/prompts/validation.jsonl"))
-    held_out = held_out[:: len(held_out) // prompts][:prompts]
+    held_out = prompt_files.read(locate(file))
+    held_out = held_out[:: max(1, len(held_out) // prompts)][:prompts]
     rollout = sample_and_score(run, held_out, iterations)
     tree, reward = rollout.tree, judged(run, rollout, 0).reward[:, -1]
     learnt = run.step_rewards
     process = learnt.of(run, rollout, learnt.steps(run, rollout)).mean((2, 3))
     scorers = {"shapes.partial": (load("shapes"), 1), "clip.cosine": (load("clip"), 0)}
-    print(
-        "| state before step | time | implicit, partial sum | " + " | ".join(f"{n}, one step" for n in scorers) + " |"
-    )
-    print("|---|---|---|---|---|")
+    pairs = sum(len(unequal(reward[tree.prompt == p])[0]) for p in tree.prompt.unique())
+    print(f"{len(held_out)} prompts, {len(reward)} trajectories, {pairs} pairs\n")
+    print("| state before step | time | implicit, sum | implicit, last | value head | "
+          + " | ".join(f"{name}, one step" for name in scorers) + " |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|")
     wanted = [held_out[i] for i in tree.prompt.tolist()]
     for k in range(tree.steps + 1):
         x, t = rollout.paths.x[:, k], tree.t[:, k]
@@ -160,10 +167,11 @@ def steps(
                                for i in torch.arange(len(x)).split(128)])  # fmt: skip
             x = x - t[:, None, None, None] * v
         images = run.policy.decode(x)
-        values = [process[:, :k].sum(1)]
+        values = [process[:, :k].sum(1), process[:, max(k - 1, 0)] * (k > 0)]
+        values += [run.values.head.value(rollout.paths.features[:, k], t) if k < tree.steps else None]
         values += [scorer(images, wanted).values[:, column] for scorer, column in scorers.values()]
-        row = " | ".join(f"{agreement(value, reward, tree.prompt):.3f}" for value in values)
-        print(f"| {k} | {float(t[0]):.2f} | {row} |")
+        row = " | ".join("" if v is None else f"{agreement(v, reward, tree.prompt):.3f}" for v in values)
+        print(f"| {k} | {float(t[0]):.2f} | {row} |", flush=True)
 
 
 def agreement(value: Float[Tensor, "N"], reward: Float[Tensor, "N"], group: Int[Tensor, "N"]) -> float:
@@ -171,11 +179,16 @@ def agreement(value: Float[Tensor, "N"], reward: Float[Tensor, "N"], group: Int[
     right, count = 0.0, 0
     for g in group.unique():
         rows = (group == g).nonzero()[:, 0]
-        better = (reward[rows, None] > reward[None, rows]).nonzero(as_tuple=True)
-        difference = (value[rows, None] - value[None, rows])[better]
+        better, worse = unequal(reward[rows])
+        difference = value[rows][better] - value[rows][worse]
         right += float((difference > 0).sum() + 0.5 * (difference == 0).sum())
         count += len(difference)
     return right / max(1, count)
+
+
+def unequal(reward: Float[Tensor, "n"]) -> tuple[Tensor, Tensor]:
+    """The pairs of unequal rewards: rows of the better and of the worse."""
+    return (reward[:, None] > reward[None, :]).nonzero(as_tuple=True)
 
 
 def opened():

@@ -109,6 +109,10 @@ class Sum(Objective):
         return max((part.decoded for part in self.summands), default=0)
 
     @property
+    def guide(self) -> str | None:
+        return next((part.guide for part in self.summands if part.guide is not None), None)
+
+    @property
     def lag(self) -> Lag:
         return next(iter(self._lags()), AT_ONCE)
 
