@@ -137,7 +137,7 @@ def places(
     new = DEFECTS[defect](test, seed + 1000, False)
     base, learnt = errors(policy, policy.encode_images(new.images), cond, seed + 1000)
     bad, truth = new.bad, new.cells[new.bad]
-    print("| times | cells by | bad images below good ones | overlap | above 0.5 | on tokens | off tokens |")
+    print("| times | cells by | good before bad | overlap | above 0.5 | on tokens | off tokens |")
     print("|---|---|---|---|---|---|---|")
     for name, chosen in {"all": TIMES < 1, "0.2 to 0.6": (TIMES > 0.2) & (TIMES < 0.6)}.items():
         maps = {"map": (base - learnt)[chosen].mean(0), "error of the model": -base[chosen].mean(0)}
