@@ -71,6 +71,39 @@ def test_several_adapters_act_as_a_mixture(made, random_model, tmp_path):
         assert word in ended.stderr
 
 
+def test_a_sum_of_adapters_is_exported_as_one(made, random_model, tmp_path):
+    """Weights of 1 and 0 are the one adapter's export to the bit. A sum has the changes of weights of both."""
+    run_of, files = made / "run", {form: made / form / FILES[form] for form in FILES}
+    twice = ["--adapter", f"{run_of}=0.75", "--adapter", f"{files['peft']}=-0.5"]
+    for form in ("diffusers", "comfyui"):
+        out = tmp_path / form
+        same = ["--adapter", f"{run_of}=1", "--adapter", f"{files['comfyui']}=0.0"]
+        ended = mmalign("export", *same, "--out", out, "--format", form)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        before, after = load_file(files[form]), load_file(out / FILES[form])
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    ended = mmalign("export", *twice, "--out", tmp_path / "less")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    less, _ = lora_file.read(tmp_path / "less" / FILES["diffusers"])
+    whole, _ = lora_file.read(files["diffusers"])
+    assert {len(a) for a, _ in less.values()} == {4}  # the ranks add up
+    for layer, (a, b) in whole.items():
+        torch.testing.assert_close(less[layer][1] @ less[layer][0], 0.25 * b @ a)
+    with safe_open(tmp_path / "less" / FILES["diffusers"], "pt") as file:
+        assert json.loads(file.metadata()["mmalign.sum"]) == [["run", 0.75], [FILES["peft"], -0.5]]
+    assert images(tmp_path / "drawn", "--adapter", tmp_path / "less", "--model", random_model).shape == (2, 32, 48, 3)
+    refused = {
+        "a run or --adapter": [run_of, *twice], "leave no adapter": ["--adapter", f"{run_of}=0"],
+        "needs its weight": ["--adapter", run_of], "--model acts only": [run_of, "--model", random_model],
+        "model card": [*twice, "--push", "a/b"],
+    }  # fmt: skip
+    for word, options in refused.items():
+        ended = mmalign("export", *options, "--out", tmp_path / "no")
+        assert ended.returncode == 2
+        assert word in ended.stderr, word
+
+
 def test_each_way_to_name_an_adapter_draws_the_same_images(made, random_model, tmp_path):
     expected = images(tmp_path / "run", "--adapter", made / "run")
     assert expected.shape == (2, 32, 48, 3)

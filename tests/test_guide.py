@@ -19,7 +19,7 @@ def walked(flow, velocity, starts=3):
 
 def moved(flow):
     with torch.no_grad():
-        flow.shift += torch.randn(flow.shift.shape, generator=torch.Generator().manual_seed(3))
+        flow.shift.add_(torch.randn(flow.shift.shape, generator=torch.Generator().manual_seed(3)))
     return flow
 
 

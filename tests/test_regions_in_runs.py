@@ -1,13 +1,15 @@
 """Regions of images on their way through a run."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from careless import Careless
-from run_config import rows, run
+from run_config import cut_off, rows, run
 from torchvision.utils import save_image
 
+from mmalign.checks import estimate
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
 from mmalign.reporting import report
@@ -76,6 +78,34 @@ def test_a_run_learns_from_finished_images_and_from_no_bad_one(settings, tmp_pat
     for one, two in zip(metrics[:2], rows(again / "metrics.jsonl")[:2], strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+
+
+def test_the_adapter_of_an_earlier_run_guides_another_one(settings, tmp_path):
+    """One forward more of each image of a pair. A resumed run has the same guide, or is refused."""
+    first = run(settings | IMAGES | CARELESS | RGDPO, out=str(tmp_path / "first"), iterations=1, learning_rate=1e-2)
+    guided = {"objective": RGDPO["objective"] | {"guide": str(tmp_path / "guide"), "guidance": 0.5}}
+    shutil.copytree(first, tmp_path / "guide")
+    some = settings | IMAGES | CARELESS | guided | {"iterations": 2, "eval_every": 0, "checkpoint_every": 1}
+    whole = run(some, out=str(tmp_path / "whole"))
+    metrics = rows(whole / "metrics.jsonl")
+    assert all(row["replay_forwards"] == 6 * row["transitions"] > 0 for row in metrics)
+    figures = estimate.estimate(configs.build(some, "test"))["iteration"]
+    assert figures["replay_forwards"] == 6 * figures["transitions"]
+    cut = str(tmp_path / "cut")
+    with cut_off(1):
+        run(some, out=cut)
+    again = run(some, resume=True, out=cut)
+    one, two = ((out / "checkpoints/000002/adapter.safetensors").read_bytes() for out in (whole, again))
+    assert one == two
+    with cut_off(1):
+        run(some, out=str(tmp_path / "other"))
+    shutil.rmtree(tmp_path / "guide")
+    run(settings | IMAGES | CARELESS | RGDPO, out=str(tmp_path / "guide"), iterations=1, learning_rate=2e-2)
+    with pytest.raises(BadInput, match="guide"):
+        run(some, resume=True, out=str(tmp_path / "other"))
+    elsewhere = some | {"model": "assets/tiny_sd3"}
+    with pytest.raises(BadInput, match="was trained for"):
+        run(elsewhere, out=str(tmp_path / "no"))
 
 
 @pytest.mark.parametrize("objective", [SRUM, RGDPO], ids=["srum", "rgdpo"])

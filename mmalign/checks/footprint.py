@@ -71,6 +71,7 @@ def memory(
     device |= {name: size * adapters * trained for name, size in sizes.items()}
     text = size_of(loading.placeholder_texts(policy, 1).values())
     device |= {"old": 4 * trained} if c.objective.lag.most else {}
+    device |= {} if c.objective.guide is None else {"guide": 4 * trained}  # as if it were of the same rank
     device |= {
         "ema": 4 * trained,
         "texts": (prompts + 1) * text,

@@ -6,10 +6,23 @@ from typing import Annotated
 import typer
 
 from mmalign.cli import output
-from mmalign.cli.options import Allow, Run, output_option
+from mmalign.cli.options import Allow, Run, Weighted, adapter_of, model_option, output_option, parse_adapters
 from mmalign.errors import BadInput, refusing
 from mmalign.runs import Form
 
+OneRun = Annotated[Path | None, typer.Argument(help="folder of a run, or of one of its checkpoints")]
+Summed = Annotated[
+    list[Weighted] | None,
+    model_option(
+        "--adapter",
+        parser=str,
+        callback=parse_adapters,
+        metavar="PATH=WEIGHT",
+        help="instead of a run: several adapters, of runs or LoRA files, as one whose change of the model's weights is "
+        "the weighted sum of theirs; linear in weights, not in velocity, so not the mixture that `sample` draws with",
+    ),
+]
+Base = Annotated[str | None, model_option("--model", help="--adapter: base model of LoRA files, which do not name it")]
 Out = Annotated[Path, output_option(help="folder for the files, or for the folder `merged`")]
 Format = Annotated[
     Form,
@@ -41,21 +54,38 @@ Token = Annotated[
 
 
 def export(
-    run: Run,
+    run: OneRun = None,
     out: Out = Path("lora"),
     form: Format = "diffusers",
+    adapter: Summed = None,
+    model: Base = None,
     push: Push = None,
     private: Private = False,
     allow: Allow = None,
 ) -> None:
-    """Write a run's averaged adapter for other programs, with a model card, and read it back once to be sure."""
+    """Write a run's averaged adapter for other programs, with a model card, or a weighted sum of adapters, and read it
+    back once to be sure."""
     from mmalign.reporting import hub
-    from mmalign.reporting.export import export_run
+    from mmalign.reporting.export import export_run, export_sum
 
+    if (run is None) == (adapter is None):
+        raise BadInput("a run or --adapter PATH=WEIGHT is needed, and not both")
+    if model is not None and adapter is None:
+        raise BadInput("--model acts only with --adapter")
     if push is not None:
         hub.check(push)
     elif private:
         raise BadInput("--private acts only with --push")
+    if adapter is not None:
+        if push is not None:
+            raise BadInput("--push needs a model card, which a sum of adapters does not have; export a run")
+        if adapter[0].weight is None:
+            raise BadInput(
+                f"--adapter {adapter[0].name} needs its weight, as in RUN=0.5; or export the run by its name"
+            )
+        path = export_sum(adapter_of(adapter), out, form, model or "")
+        output.print_lines(f"{path}: read back, and it gives the same velocity")
+        return
     path = export_run(run, out, form)
     folder = path if path.is_dir() else path.parent
     output.print_lines(f"{path}: read back, and it gives the same velocity", f"{folder / 'README.md'}: the model card")

@@ -92,7 +92,8 @@ class Objective:
     `siblings`: the fewest images of a prompt. `lag`: how the policy that draws the images follows. `width`: latents of
     one row in a forward; `reference`: whether the model without adapter is evaluated beside it; `decoded`: images of a
     row that are decoded and scored in a graph. `even`: whether as many prompts give as many forwards, whatever their
-    rewards. `summands`: the objectives that it consists of.
+    rewards. `guide`: a run, a checkpoint or a LoRA file, whose adapter it needs on the network by the name "guide".
+    `summands`: the objectives that it consists of.
     """
 
     uses: ClassVar[frozenset[str]] = frozenset()
@@ -103,6 +104,7 @@ class Objective:
     width: int = 1
     reference: bool = False
     decoded: int = 0
+    guide: str | None = None
     lag: Lag = AT_ONCE
     fewer: str | None = None  # where it replays fewer rows than `rows` says, for an estimate
 

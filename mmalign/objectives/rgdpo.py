@@ -16,6 +16,14 @@ so that regions without a partner train the policy too. The errors of a pair sha
 same whatever its size. With one region, the whole image, inter is Diffusion-DPO (arXiv 2311.12908). The equations are
 our reading; the paper was not available.
 
+A `guide`, an adapter that was trained before and is frozen, weighs the cells of a region (TGDPO, arXiv 2506.14574,
+weighs tokens). With l = scale (e_reference - e_guide), its reward of a cell, and s = 1 in a region that is the
+better of the two, or right, and -1 in one that is the worse, or wrong,
+
+    weight = clip(1 + s guidance l, 0, 2), divided by its mean over the region
+
+so that the policy moves most towards what the guide likes in good regions, and away from what it dislikes in bad ones.
+
 Pairs are made of the images of a prompt: best with worst, second with second to last, and so on.
 """
 
@@ -34,6 +42,7 @@ from mmalign.objectives.objective import Draws, Finished, OnImages
 from mmalign.policy.protocol import Policy, Trainable
 from mmalign.types import Marks, Plan, Rows
 
+GUIDE = "guide"  # the name of its adapter on the network
 GAP = 0.5  # least difference in credit at which one of two regions is the better
 
 
@@ -55,20 +64,34 @@ class Pairs(Rows):
 class Rgdpo(OnImages):
     """`draws`: noises and times of each pair. `scale`: that of the error's change (DPO's beta). `intra`: weight of
     right against wrong regions of one image. `single`: weight of the mean over all regions of a pair that have a
-    credit, each against the model without adapter."""
+    credit, each against the model without adapter. `guide`: a run, a checkpoint or a LoRA file, whose adapter weighs
+    the cells of a region, by `guidance`: its strength."""
 
     draws: Draws = 2
     scale: Annotated[float, Gt(0)] = 10.0
     intra: Annotated[float, Ge(0)] = 1.0
     single: Annotated[float, Ge(0)] = field(default=0.0, metadata={"later": True})
+    guide: str | None = field(default=None, metadata={"later": True})
+    guidance: Annotated[float, Ge(0)] = field(default=1.0, metadata={"later": True})
     type = "rgdpo"
     uses = frozenset({"region", "records"})
     needs = frozenset({"region"})
     siblings, width, reference = 2, 2, True
     fewer = "replay_forwards, transitions: fewer where two images have no regions to compare"
 
+    def __post_init__(self):
+        if self.guide is None and self.guidance != 1:
+            raise ValueError(f"guidance: {self.guidance} acts only with a guide; add one, or remove it")
+
+    @property
+    def guided(self) -> bool:
+        return self.guide is not None and self.guidance > 0
+
     def rows(self, plan: Plan, seeds: int) -> int:
         return seeds * plan.trained // 2 * self.draws
+
+    def replayed(self, measured: bool) -> int:
+        return super().replayed(measured) + (self.width if self.guided else 0)
 
     def examples(self, policy: Trainable, images: Finished, generator: torch.Generator) -> "Pairs":
         return pairs(policy, images, self.draws, generator, self.single > 0)
@@ -79,8 +102,17 @@ class Rgdpo(OnImages):
         err = error(policy, x, noise, t, cond, index)
         with torch.no_grad(), policy.reference():
             anchor = error(policy, x, noise, t, cond, index)
-        moved = regional((err - anchor).unflatten(0, (-1, 2)), rows.share)
-        value, statistics = loss(moved, rows.credit, rows.named, self.scale, self.intra, self.single)
+        change = (err - anchor).unflatten(0, (-1, 2))
+        if not self.guided:
+            moved = alone = regional(change, rows.share)
+        else:
+            with torch.no_grad(), policy.acting(GUIDE):
+                liked = self.scale * (anchor - error(policy, x, noise, t, cond, index)).unflatten(0, (-1, 2))
+            sign = better(rows.credit, rows.named)
+            signs = torch.stack([sign, -sign], 1), rows.credit.sign().nan_to_num(0.0)
+            each = [rows.share * weights(liked, one, rows.share, self.guidance) for one in signs]
+            moved, alone = (regional(change, share) for share in each)
+        value, statistics = loss(moved, rows.credit, rows.named, self.scale, self.intra, self.single, alone)
         return value, statistics | {"error": err.detach().mean((1, 2)).view(-1, 2).mean(1)}
 
 
@@ -140,6 +172,18 @@ def regional(err: Float[Tensor, "M 2 h w"], share: Float[Tensor, "M 2 R a b"]) -
     return torch.einsum("miab,mirab->mir", cells, share) / share.sum((-2, -1)).clamp(min=1e-6)
 
 
+def weights(
+    liked: Float[Tensor, "M 2 h w"], sign: Float[Tensor, "M 2 R"], share: Float[Tensor, "M 2 R a b"], guidance: float
+) -> Float[Tensor, "M 2 R a b"]:
+    """The weight of each cell in each region, with a mean of 1 over the region: more where the guide likes what a
+    region of sign 1 shows, and where it dislikes what one of sign -1 shows. All are 1 where the sign is 0, and in a
+    region that would have none."""
+    cells = pool(liked.flatten(0, 1), share.shape[-2:]).unflatten(0, (-1, 2))
+    weight = (1 + guidance * sign[..., None, None] * cells[:, :, None]).clamp(0, 2)
+    mean = (weight * share).sum((-2, -1), keepdim=True) / share.sum((-2, -1), keepdim=True).clamp(min=1e-6)
+    return torch.where(mean > 0, weight / mean.clamp(min=1e-6), 1.0)
+
+
 def loss(
     moved: Float[Tensor, "M 2 R"],
     credit: Float[Tensor, "M 2 R"],
@@ -147,20 +191,23 @@ def loss(
     scale: float,
     intra: float = 1.0,
     single: float = 0.0,
+    alone: Float[Tensor, "M 2 R"] | None = None,
 ) -> tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]:
     """The loss of each pair from `D`, and statistics: `agrees` is the share of regions of which the better one has the
-    smaller D, NaN where there are no two."""
+    smaller D, NaN where there are no two. `alone`: the D of regions that are not compared with the other image's, where
+    it is another."""
+    alone = moved if alone is None else alone
     sign = better(credit, named)
     ahead = -sign * (moved[:, 0] - moved[:, 1])
     compared = sign.ne(0).float()
     between = _mean(-F.logsigmoid(scale * ahead), compared)
     right, wrong = (credit > 0).float(), (credit < 0).float()
     both = right.any(2) & wrong.any(2)
-    within = _mean(-F.logsigmoid(-scale * (_mean(moved, right) - _mean(moved, wrong))), both.float())
+    within = _mean(-F.logsigmoid(-scale * (_mean(alone, right) - _mean(alone, wrong))), both.float())
     value = between + intra * within
     if single:
-        alone = -F.logsigmoid(-scale * credit.nan_to_num(0.0) * moved)
-        value = value + single * _mean(alone.flatten(1), counted(credit).float().flatten(1))
+        each = -F.logsigmoid(-scale * credit.nan_to_num(0.0) * alone)
+        value = value + single * _mean(each.flatten(1), counted(credit).float().flatten(1))
     return value, {
         "loss": value.detach(),
         "agrees": ((ahead.detach() > 0).float() * compared).sum(1) / compared.sum(1),

@@ -115,6 +115,10 @@ class Sum(Objective):
         return reduce(or_, (part.reads(plan) for part in self.summands), Kept())
 
     @property
+    def guide(self) -> str | None:
+        return next((part.guide for part in self.summands if part.guide is not None), None)
+
+    @property
     def lag(self) -> Lag:
         return next(iter(self._lags()), AT_ONCE)
 

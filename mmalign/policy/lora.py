@@ -7,7 +7,7 @@ One network may have several adapters, by name. One of them acts at a time, and 
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,6 +158,16 @@ def folded(module: nn.Module, name: str = DEFAULT) -> dict[str, tuple[Tensor, Te
     }
 
 
+def summed(parts: Iterable[tuple[Matrices, float]]) -> Matrices:
+    """One adapter whose change of each weight is the weighted sum of the others': in each layer their ranks add up.
+    Those of weight 0 are left out, and a weight of 1 changes no bit."""
+    each: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for parted, weight in parts:
+        for layer, (a, b) in parted.items() if weight else ():
+            each.setdefault(layer, []).append((a, weight * b))
+    return {layer: (torch.cat([a for a, _ in of]), torch.cat([b for _, b in of], 1)) for layer, of in each.items()}
+
+
 def config(module: nn.Module) -> dict[str, Any]:
     """peft's settings of the policy's adapter with the matrices of `folded`: each layer by its name, alpha equal to the
     rank."""
@@ -251,4 +261,6 @@ def _act(module: nn.Module, names: str | list[str] | None) -> None:
 
 def remove(module: nn.Module, name: str) -> None:
     """Take an adapter off the network."""
-    module.delete_adapters(name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Adapter .* was active", UserWarning)
+        module.delete_adapters(name)

@@ -314,6 +314,19 @@ class PipelinePolicy(Family):
         exactly linear in the weights. To the bit the base at weights of 0, and one adapter at its 1 and others' 0."""
         self._mixture = {name: float(weight) for name, weight in weights.items() if weight}
 
+    def merge(self, weights: Mapping[str, float]) -> None:
+        """From now on it has one adapter, whose change of weights is the weighted sum of those of these names. This is
+        linear in the weights of the model, and not in its velocity: another model than that of `mix`. ValueError where
+        all weights are 0."""
+        network = self.pipe.transformer
+        matrices = lora.summed([(lora.folded(network, name), weight) for name, weight in weights.items()])
+        if not matrices:
+            raise ValueError("all weights are 0, which leaves no adapter")
+        for name in self.adapters():
+            lora.remove(network, name)
+        self._mixture = None
+        self.insert_lora(matrices)
+
     @property
     def evaluations(self) -> int:
         """How often a velocity evaluates the network, as one adapter or a mixture."""

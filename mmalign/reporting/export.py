@@ -26,9 +26,51 @@ def export_run(run: Path, out: Path, form: Form = "diffusers") -> Path:
     c, newest = adapters.saved(run)
     _check(out, form)
     policy, state = load_policy("", None, newest), states.read(newest)[1]
+    _check_model(policy, c, state, run)
+    return write(policy, c, newest.parents[1], state.iteration, state.machine, out, form, named=newest == run)
+
+
+def export_sum(weights: Mapping[str, float], out: Path, form: Form = "diffusers", model: str = "") -> Path:
+    """Write one adapter whose change of the model's weights is the weighted sum of those of runs, checkpoints and LoRA
+    files, into the folder `out`; returns the file or folder. Their ranks add up. A sum of changes of weights is another
+    model than a sum of velocities (`mmalign sample --adapter A=1 --adapter B=0.5`). It has no model card. `model`: the
+    base model of LoRA files, which do not name it. BadInput as in `export_run`, and where the adapters disagree in
+    model, precision, guidance or size; Failed as there."""
+    policies.quiet()
+    from mmalign.runs import adapters, state as states
+
+    if not any(weights.values()):
+        raise BadInput(f"--adapter: the weights {[*weights.values()]} leave no adapter; one other than 0 is needed")
+    _check(out, form)
+    policy = load_policy(model, None, weights)
+    for path in map(Path, weights):
+        if adapters.is_run(path):
+            c, newest = adapters.saved(path)
+            _check_model(policy, c, states.read(newest)[1], path)
+    with refusing():
+        policy.merge(dict(zip(policy.adapters(), weights.values(), strict=True)))
+    named = [(secrets.public(str(Path(path).absolute())), weight) for path, weight in weights.items()]
+    precision = str(policy.pipe.transformer.dtype).removeprefix("torch.")
+    return _written(
+        policy, out, form, {"version": version("mmalign"), "precision": precision, "sum": json.dumps(named)}
+    )
+
+
+def _check_model(policy: Any, c: Config, state: Any, run: Path) -> None:
+    """BadInput where the model's weights are not those that a run was trained on."""
     if not c.quantize and state.made["model"] != policy.fingerprint():  # weights are exported unquantised
         raise BadInput(f"the weights of {c.model} are not those that {run} was trained on")
-    return write(policy, c, newest.parents[1], state.iteration, state.machine, out, form, named=newest == run)
+
+
+def _written(policy: Any, out: Path, form: Form, about: Mapping[str, str]) -> Path:
+    """The export of a policy, read back."""
+    with refusing():
+        path = policy.export(out, form, about)
+    try:
+        policy.check_export(out, form)
+    except ValueError as error:
+        raise Failed(str(error)) from None
+    return path
 
 
 def write(
@@ -40,12 +82,7 @@ def write(
     from mmalign.reporting import card
 
     _check(out, form)
-    with refusing():
-        path = policy.export(out, form, header(c, policy.times(c.steps).tolist(), iteration))
-    try:
-        policy.check_export(out, form)
-    except ValueError as error:
-        raise Failed(str(error)) from None
+    path = _written(policy, out, form, header(c, policy.times(c.steps).tolist(), iteration))
     size = dict(zip(("height", "width"), policy.image_size, strict=True))
     exported = card.Exported(
         form, path, run, c, iteration, named=named, machine=machine, pipeline=type(policy.pipe).__name__,

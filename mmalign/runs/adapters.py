@@ -34,13 +34,18 @@ class Adapter:
 def read(path: Path) -> Adapter:
     """The adapter of a run's newest checkpoint, of one of its checkpoints, or of a LoRA file or its folder. BadInput
     where there is none or it is damaged."""
-    if (path / "config.yaml").is_file() or _is_checkpoint(path):
+    if is_run(path):
         return of_run(*saved(path))
     with errors.refusing():
         return of_file(_file(path))
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
+
+
+def is_run(path: Path) -> bool:
+    """Whether it is the folder of a run, or of one of its checkpoints."""
+    return (path / "config.yaml").is_file() or _is_checkpoint(path)
 
 
 def saved(run: Path) -> tuple[Config, Path]:

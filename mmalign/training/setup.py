@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 from mmalign import policy as policies
@@ -25,12 +26,14 @@ from mmalign.policy.protocol import (
     Compiles,
     DecodesInGraph,
     EncodesImages,
+    HoldsAdapters,
     Movable,
     SavesMemory,
     Trainable,
 )
 from mmalign.rewards import self_reward
 from mmalign.rewards.rewards import Rewards
+from mmalign.runs import adapters
 from mmalign.seeds import seed_of
 from mmalign.training import planning, refit as refits, step_rewards, values
 from mmalign.training.clock import Clock
@@ -42,6 +45,7 @@ from reward_models import Prompt, RewardModel, combine, load as load_scorer
 from reward_models.cache import Cached
 from reward_models.meaning import meaning
 from reward_models.registry import differentiable
+from reward_models.weights import fingerprint
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
         rule = c.combine.opened([*c.rewards], {name: scorer.card.version for name, scorer in scorers.items()})
         records = judged_images.read(locate(c.records), policy.image_size) if c.records else None
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
+        guide = _guide(c, policy)
         c, times, cost = planning.settled(c, policy)
         head = values.opened(c, policy)
     batches = PromptBatches(records.prompts if records else prompts, c.prompts_per_iteration, c.seed, c.draw)
@@ -91,7 +96,7 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     shown = {name: scorers[name] for name in dict.fromkeys([*c.trained, *c.watch])}
     rewards = Rewards(c, shown, dict.fromkeys(c.at_least, 0.0), known, rule)
     origin = _origin(weights, scorers, batches.all, held_out, [] if records is None else records.records)
-    origin |= rule.origin()
+    origin |= rule.origin() | guide
     if refit is not None:
         refit.judge = scorers[component(c.refresh.by)[0]]
         origin |= {"refit": refit.origin()}
@@ -100,6 +105,21 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
         learner=learner, records=records, origin=origin, clock=Clock(), fits=fits, ranks=ranks, refit=refit,
         values=head, step_rewards=rewards_of_steps,
     )  # fmt: skip
+
+
+def _guide(c: Config, policy: Trainable) -> dict[str, str]:
+    """Put the guide of a config's objective on the network, as a frozen adapter; its hash, if there is one. BadInput
+    where it is no adapter, or another model's."""
+    path = c.objective.guide
+    if path is None:
+        return {}
+    if not isinstance(policy, HoldsAdapters):
+        raise BadInput(f"objective: guide: model {c.model!r} holds one adapter alone; remove it")
+    guide = adapters.read(Path(locate(path)))
+    if guide.model is not None and locate(guide.model) != locate(c.model):
+        raise BadInput(f"objective: guide: {path} was trained for {guide.model}; this run has {c.model}")
+    guide.attach(policy, "guide")
+    return {"guide": fingerprint(policy.adapter("guide"), digits=16)}
 
 
 def _refit(c: Config, scorers: Mapping[str, RewardModel], prompts: Sequence[Prompt]) -> refits.Refit | None:
@@ -267,7 +287,8 @@ def _check_ranks(c: Config, ranks: Ranks) -> None:
             raise BadInput("rewards: self does not go with a sharded network (FSDP2)")
         _refuse(c, uneven | memory, "a sharded network (FSDP2)")
     if ranks.zero:
-        _refuse(c, memory | {"credit": learns, "optimizer": c.optimizer != "adamw"}, "DeepSpeed")
+        others = {"credit": learns, "objective": c.objective.guide is not None, "optimizer": c.optimizer != "adamw"}
+        _refuse(c, memory | others, "DeepSpeed")
 
 
 def _refuse(c: Config, acting: dict[str, bool], what: str) -> None:

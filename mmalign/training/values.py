@@ -4,7 +4,7 @@ The head regresses the reward of the finished image on the features of each stat
 from the mean of their group at that step, with a spread that depends on the time: `L = (R - u)^2 / (2 s^2) + log s`,
 `s^2 = a t + b`, a and b learnt (DiNa-LRM's noise-dependent variance, arXiv 2602.11146). Early states say little, and so
 count little. Centred, a prompt's features, which all of its images share, can explain nothing; uncentred, the head
-learns training prompts by heart. A third of the features is hidden from it at random while it learns.
+learns training prompts by heart. A share of 0.3 of the features is hidden from it at random while it learns.
 
 Each iteration is judged before the head learns from it: what it explains of rewards is measured on trajectories that it
 has not learnt from, all of them, so that no group has to be held out. The global batch is gathered, and every rank fits

@@ -90,7 +90,7 @@ def test_one_region_that_is_the_whole_image_is_dpo_of_flow_errors():
 
 def moved(flow):
     with torch.no_grad():
-        flow.shift += 0.3 * torch.randn(flow.shift.shape, generator=torch.Generator().manual_seed(5))
+        flow.shift.add_(0.3 * torch.randn(flow.shift.shape, generator=torch.Generator().manual_seed(5)))
     return flow
 
 
@@ -205,3 +205,71 @@ def test_images_without_two_regions_to_compare_are_taken():
     prompt, reward = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0.0, 1.0, 0.0])
     assert rgdpo.matched(prompt, reward, marks).tolist() == []
     assert rgdpo.matched(prompt, reward, marks, single=True).tolist() == [[0, 1]]
+
+
+# ------------------------------------------------------------------------------------------------------------ a guide
+
+
+def guided(shift):
+    """A moved flow with a guide at this shift, and rows with regions of all kinds."""
+    flow = moved(GaussianFlow())
+    flow.attach_lora(1, 1.0, None, 0, rgdpo.GUIDE)
+    with torch.no_grad():
+        flow.shifts[rgdpo.GUIDE].copy_(shift)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    share = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    credit = torch.tensor([[1.0, -1.0, nan], [-1.0, 0.6, 1.0]])
+    marks = Marks(share, credit, named(credit))
+    return flow, rgdpo.pairs(flow, finished(x, marks), 4, torch.Generator().manual_seed(2))
+
+
+def gradient(flow, objective, batch):
+    value, _ = objective.replay(flow, flow.encode(["0.0"]), batch)
+    return value.detach(), *torch.autograd.grad(value.sum(), flow.parameters())
+
+
+SETTINGS = {"draws": 4, "scale": 7.0, "intra": 0.7, "single": 0.3}
+
+
+@pytest.mark.parametrize(("shift", "guidance"), [(torch.full((3, 4, 4), 0.5), 0.0), (torch.zeros(3, 4, 4), 3.0)])
+def test_a_guide_without_strength_and_one_that_changes_nothing_are_none_to_the_bit(shift, guidance):
+    flow, batch = guided(shift)
+    loss, slope = gradient(flow, Rgdpo(**SETTINGS), batch)
+    with_guide = gradient(flow, Rgdpo(**SETTINGS, guide="g", guidance=guidance), batch)
+    assert torch.equal(with_guide[0], loss)
+    torch.testing.assert_close(with_guide[1], slope, atol=1e-6, rtol=1e-5)  # summed in another order
+
+
+def test_a_guide_changes_the_loss_at_one_forward_more_of_each_image():
+    flow, batch = guided(torch.full((3, 4, 4), 0.5))
+    forwards = []
+    for objective in (Rgdpo(**SETTINGS), Rgdpo(**SETTINGS, guide="g")):
+        before = flow.counts["forwards"]
+        gradient(flow, objective, batch)
+        forwards.append(flow.counts["forwards"] - before)
+        assert forwards[-1] == objective.replayed(measured=True) * len(batch)
+    assert forwards == [16, 24]
+    plain, with_guide = (gradient(flow, each, batch) for each in (Rgdpo(**SETTINGS), Rgdpo(**SETTINGS, guide="g")))
+    assert not torch.allclose(plain[0], with_guide[0])
+    assert flow.shifts[rgdpo.GUIDE].grad is None
+
+
+def test_cells_weigh_by_what_the_guide_likes_and_by_a_mean_of_one():
+    liked = torch.tensor([[0.5, -0.5], [0.0, 3.0]]).expand(1, 2, 2, 2)
+    share = torch.ones(1, 2, 2, 2, 2)
+    share[:, :, 1, 1] = 0  # the second region is the upper half
+    sign = torch.tensor([[[1.0, 1.0], [-1.0, 0.0]]])
+    weight = rgdpo.weights(liked, sign, share, 1.0)
+    better = torch.tensor([[1.5, 0.5], [1.0, 2.0]]) / 1.25  # the cell of 1 + 3 is clipped to 2
+    worse = torch.tensor([[0.5, 1.5], [1.0, 0.0]]) / 0.75  # and that of 1 - 3 to 0
+    torch.testing.assert_close(weight[0, 0, 0], better)
+    torch.testing.assert_close(weight[0, 1, 0], worse)
+    assert weight[0, 0, 1, 0].tolist() == [1.5, 0.5]  # their mean over the region is 1 already
+    assert weight[0, 1, 1].eq(1).all()
+    torch.testing.assert_close((weight * share).sum((-2, -1)), share.sum((-2, -1)))
+    assert rgdpo.weights(torch.full((1, 2, 2, 2), -9.0), sign, share, 1.0)[0, 0, 0].eq(1).all()  # none is left
+
+
+def test_the_strength_of_a_guide_needs_one():
+    with pytest.raises(ValueError, match=r"guidance: 0\.5"):
+        Rgdpo(guidance=0.5)
