@@ -249,7 +249,7 @@ def _origin(
 def _learner(c: Config, policy: Trainable, micro_batch: AdaptiveBatch, ranks: Ranks) -> Learner:
     if c.compile:
         policy.compile()
-    if not policy.parameters():
+    if not any(p.requires_grad for p in policy.parameters()):
         raise BadInput(f"lora_targets {c.lora_targets}: nothing is trained; is the adapter switched off?")
     optimizer = optimizer_class(c)(policy.parameters(), lr=c.learning_rate, weight_decay=c.weight_decay)
     if ranks.sharded:
