@@ -5,6 +5,7 @@ Each part has its own groups, is normalised and clipped there, and is then weigh
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -21,7 +22,7 @@ class Mix(Credit):
     some rewards are those of finished images alone, parts that read states measure the others, and parts that do not
     measure these."""
 
-    parts: tuple[Credit, ...]
+    parts: tuple[Any, ...]
     weights: tuple[float | Ramp, ...]
     type = "mix"
 
@@ -70,8 +71,8 @@ class Mix(Credit):
             states, lengths = part.completions(plan)
             for k, n in zip(states, lengths if isinstance(lengths, tuple) else [lengths] * len(states), strict=True):
                 remaining = plan.steps - k
-                n = n if isinstance(lengths, tuple) else min(n or remaining, remaining)
-                longest[k] = max(longest.get(k, 1), n)
+                length = n or remaining
+                longest[k] = max(longest.get(k, 1), length if isinstance(lengths, tuple) else min(length, remaining))
         states = sorted(longest)
         return states, tuple(longest[k] for k in states)
 

@@ -77,7 +77,8 @@ def traced(tree: Tree, judged: Judgement, trace: float) -> tuple[Float[Tensor, "
     mean of the group."""
     reward = judged.reward[:, -1:]
     final, moving = reward - group_mean(reward, tree.prompt), tree.t > 0
-    values = torch.cat([judged.values, torch.full_like(final, torch.nan)], 1)
+    known = torch.full_like(tree.std, torch.nan) if judged.values is None else judged.values
+    values = torch.cat([known, torch.full_like(final, torch.nan)], 1)
     known = ~values.isnan()
     values = torch.where(moving, values.nan_to_num(0.0), final)
     gain = values[:, 1:] - values[:, :-1]
