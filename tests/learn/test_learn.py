@@ -348,7 +348,7 @@ def test_step_wise_gains_take_the_luck_of_the_start_out():
     assert noise["gain, n = remaining"] < 0.5 * noise["terminal"]
 
 
-@pytest.mark.parametrize("credit", CREDIT)
+@pytest.mark.parametrize("credit", [name for name in CREDIT if CREDIT[name].learner is None])  # which needs a run
 def test_bandit_improves(credit):
     """The mean reward of successive quarters of the run rises, each above the one before."""
     flow = GaussianFlow((2, 2, 2), spread=0.5)
