@@ -141,19 +141,25 @@ def sync(path: Path) -> None:
 
 def replace(path: Path, data: bytes) -> None:
     """Replace a file atomically: readers see either the old or the new one. The old one remains after an OSError."""
-    with replacing(path) as file:
-        file.write(data)
+    with _swapped(path) as partial:
+        put(partial, data)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which replaces the one at `path` at the end, as `replace`; after any error the old one stays."""
+    with _swapped(path) as partial, partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _swapped(path: Path) -> Iterator[Path]:
+    """Where to write what replaces a file at the end of the block."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

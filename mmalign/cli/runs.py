@@ -66,31 +66,35 @@ def export(
     """Write a run's averaged adapter for other programs, with a model card, or a weighted sum of adapters, and read it
     back once to be sure."""
     from mmalign.reporting import hub
-    from mmalign.reporting.export import export_run, export_sum
+    from mmalign.reporting.export import export_run
 
     if (run is None) == (adapter is None):
         raise BadInput("a run or --adapter PATH=WEIGHT is needed, and not both")
     if model is not None and adapter is None:
         raise BadInput("--model acts only with --adapter")
-    if push is not None:
-        hub.check(push)
-    elif private:
+    if push is None and private:
         raise BadInput("--private acts only with --push")
     if adapter is not None:
-        if push is not None:
-            raise BadInput("--push needs a model card, which a sum of adapters does not have; export a run")
-        if adapter[0].weight is None:
-            raise BadInput(
-                f"--adapter {adapter[0].name} needs its weight, as in RUN=0.5; or export the run by its name"
-            )
-        path = export_sum(adapter_of(adapter), out, form, model or "")
-        output.print_lines(f"{path}: read back, and it gives the same velocity")
+        _export_sum(adapter, out, form, model, push)
         return
+    if push is not None:
+        hub.check(push)
     path = export_run(run, out, form)
     folder = path if path.is_dir() else path.parent
     output.print_lines(f"{path}: read back, and it gives the same velocity", f"{folder / 'README.md'}: the model card")
     if push is not None:
         output.print_lines(f"uploaded: {hub.push(folder, push, private)}")
+
+
+def _export_sum(adapters: list[Weighted], out: Path, form: str, model: str | None, push: str | None) -> None:
+    from mmalign.reporting.export import export_sum
+
+    if push is not None:
+        raise BadInput("--push needs a model card, which a sum of adapters does not have; export a run")
+    if adapters[0].weight is None:
+        raise BadInput(f"--adapter {adapters[0].name} needs its weight, as in RUN=0.5; or export the run by its name")
+    path = export_sum(adapter_of(adapters), out, form, model or "")
+    output.print_lines(f"{path}: read back, and it gives the same velocity")
 
 
 def report(
