@@ -272,7 +272,11 @@ def peaks():
     return {}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# what a forward of the larger families keeps takes ten seconds each to follow
+LARGE = ("flux_mixgrpo_hps", "qwen_image_ocr", "z_image")
+
+
+@pytest.mark.parametrize("name", [pytest.param(k, marks=pytest.mark.slow) if k in LARGE else k for k in RECIPES])
 def test_every_recipe_is_estimated(name, peaks, monkeypatch):
     """With its real schedule and sizes, from configs alone. What a forward keeps, which takes seconds to follow, is
     asked once for a model, size and guidance."""

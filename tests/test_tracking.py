@@ -166,9 +166,9 @@ def test_the_parts_of_an_iteration_are_all_its_time(settings, monkeypatch):
     wrote = 1 + 29  # a row, and the same to trackers
     first, second, third, fourth = (
         {"io": 11 + 13 + wrote, "evaluate": 100 + 19 + 23},  # before
-        {"io": wrote + 7 + snapshots.COUNT},  # snapshots and a row for each
+        {"io": wrote + 19 + 7 + snapshots.COUNT},  # snapshots, decoded again, and a row for each
         {"io": wrote + 17 + 11 + 13 + wrote, "evaluate": 100 + 19 + 23},  # what is evaluated is saved first
-        {"io": wrote + 17 + 7 + snapshots.COUNT},  # a checkpoint, and the snapshots of the last
+        {"io": wrote + 17 + 19 + 7 + snapshots.COUNT},  # a checkpoint, and the snapshots of the last
     )
     for part, extra in zip(parts, (first, second, third, fourth), strict=True):
         expected = {"rollout": 2, "decode": 19, "reward": 23, "learn": 3 + 5} | extra
