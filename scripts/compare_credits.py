@@ -98,6 +98,7 @@ METHODS = {
     "self.gap": f'{EARLY} prompts_per_iteration=7 credit=terminal rewards={{"self.gap":1}} watch=[shapes,clip]',
     "backprop, classifier": f'{GRADIENTS} rewards={{"shapes_classifier.logit":1}} objective={back()}',
 }
+FAST = "learning_rate=2.4e-3"
 TRIALS = ("", "learning_rate=2.4e-3", "learning_rate=3e-4")  # beside the rate of each
 TUNING = {  # where something else matters more than the rate
     "clipped, 2 updates": ("", "loss.clip=1e-4", "loss.clip=1e-2"),
@@ -105,18 +106,18 @@ TUNING = {  # where something else matters more than the rate
     "masked, 2 updates": ("", "loss.clip=1e-6", "loss.clip=1e-4"),
     "online_dpo": ("", "objective.scale=1", "learning_rate=3e-4"),
     "rft": ("", "learning_rate=1e-4", "learning_rate=1e-4 seeds=4 prompts_per_iteration=16"),
-    "gain and terminal": ("", "learning_rate=1.2e-3"),
-    "gain, then terminal": ("", "learning_rate=1.2e-3"),
-    "renorm": ("", "learning_rate=3e-4"),
-    "prl": ("", "credit.beta=0.1"),
-    "value": ("", "credit.trace=0.9"),
-    "implicit": ("", "credit.process=0.3"),
-    "prof": ("", "select.process=mean"),
-    "salvage": ("", "extend.per_group=4"),
-    "tree": ("", "plan.steps=[0,1] plan.children=5 prompts_per_iteration=4"),
-    "frontier": ("", "learning_rate=1.2e-3"),
-    "stages": ("", "learning_rate=1.2e-3"),
-    "self.gap": ("", "learning_rate=3e-4"),
+    "gain and terminal": ("", FAST),
+    "gain, then terminal": ("", FAST),
+    "renorm": ("", FAST),
+    "prl": ("", FAST, f"{FAST} credit.beta=0.1"),
+    "value": ("", FAST, f"{FAST} credit.trace=0.9"),
+    "implicit": ("", FAST, f"{FAST} credit.process=0.3"),
+    "prof": ("", FAST, f"{FAST} select.process=mean"),
+    "salvage": ("", FAST, f"{FAST} extend.per_group=4"),
+    "tree": ("", FAST, f"{FAST} plan.steps=[0,1] plan.children=5 prompts_per_iteration=4"),
+    "frontier": ("", FAST),
+    "stages": ("", FAST),
+    "self.gap": ("", FAST),
     "backprop, classifier": (
         "",
         "learning_rate=1e-3",
