@@ -6,7 +6,9 @@ python scripts/notebooks.py [NAME ...]
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import nbformat
 from nbclient import NotebookClient
@@ -16,9 +18,13 @@ KERNEL = "python3"
 BYTES = 400_000  # of a notebook with its pictures
 
 
-def executed(path: Path) -> nbformat.NotebookNode:
-    """The notebook with new outputs. nbclient.exceptions.CellExecutionError for a cell that fails."""
+def executed(path: Path, instead: Mapping[str, str] = MappingProxyType({})) -> nbformat.NotebookNode:
+    """The notebook with new outputs, each text of its code replaced by what is there `instead`.
+    nbclient.exceptions.CellExecutionError for a cell that fails."""
     notebook = nbformat.read(path, as_version=4)
+    for text, other in instead.items():
+        [cell] = [cell for cell in notebook.cells if text in cell.source]
+        cell.source = cell.source.replace(text, other)
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, timeout=600, kernel_name=KERNEL, resources={"metadata": {"path": folder}})
         client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})  # threads that share a core wait for each other

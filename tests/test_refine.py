@@ -361,7 +361,7 @@ def test_pictures_on_disk_are_begun_from(tmp_path):
     assert list(before.convert("RGB").getdata()) == list(Image.open(tmp_path / rows[0]["rounds"][0]["image"]).getdata())
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [16, pytest.param(1000, marks=pytest.mark.slow)])
 def test_killed_in_the_middle_no_prompt_is_done_twice_and_none_is_lost(tmp_path, count):
     every = [json.loads(line) for line in Path(locate("assets/prompts/train.jsonl")).read_text().splitlines()[:count]]
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out"

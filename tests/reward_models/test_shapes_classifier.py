@@ -38,9 +38,9 @@ def scorer():
 
 @pytest.fixture(scope="module")
 def drawings():
-    """Of 120 captions, and for each that has one, a caption in which one thing is wrong."""
+    """Of 60 captions, and for each that has one, a caption in which one thing is wrong."""
     rng = np.random.default_rng(11)
-    wants = [requests()[i] for i in rng.integers(len(requests()), size=120)]
+    wants = [requests()[i] for i in rng.integers(len(requests()), size=60)]
     images = rounded(torch.from_numpy(np.stack([draw(request, rng) for request in wants])))
     wrong = [changed(request, CHANGES[rng.integers(4)], rng) for request in wants]
     return images, wants, wrong
