@@ -88,5 +88,6 @@ def grafted(
 def taken(paths: Trajectories, rows: Int[Tensor, "n"]) -> Trajectories:
     """Some of the trajectories, in this order. Finished images keep their numbers."""
     columns = {field.name: getattr(paths.tree, field.name)[rows] for field in fields(Tree) if field.name != "owner"}
-    off = None if paths.off is None else paths.off[rows]
-    return replace(paths, tree=Tree(**columns, owner=paths.tree.owner), x=paths.x[rows], mean=paths.mean[rows], off=off)
+    off, features = (None if each is None else each[rows.to(each.device)] for each in (paths.off, paths.features))
+    tree = Tree(**columns, owner=paths.tree.owner)
+    return replace(paths, tree=tree, x=paths.x[rows], mean=paths.mean[rows], off=off, features=features)

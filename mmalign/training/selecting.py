@@ -52,10 +52,11 @@ def part(
 
     paths = taken(rollout.paths, selected.nonzero()[:, 0])
     parts = {name: rows(values) for name, values in judged.parts.items()}
-    rest, log_ratio = (None if each is None else rows(each) for each in (judged.rest, judged.log_ratio))
+    optional = {name: getattr(judged, name) for name in ("rest", "log_ratio", "values", "process")}
+    optional = {name: None if values is None else rows(values) for name, values in optional.items()}
     return (
-        replace(rollout, paths=paths, log_ratio=log_ratio),
-        replace(judged, reward=rows(judged.reward), parts=parts, rest=rest, log_ratio=log_ratio),
+        replace(rollout, paths=paths, deviation=rows(rollout.deviation), log_ratio=optional["log_ratio"]),
+        replace(judged, reward=rows(judged.reward), parts=parts, **optional),
         None if advantage is None else rows(advantage),
     )
 
