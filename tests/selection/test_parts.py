@@ -1,4 +1,4 @@
-"""What a selection leaves of a rollout: the rows of the selected trajectories, in everything that has a row for each."""
+"""What a selection leaves of a rollout: the rows of the selected trajectories, in all that has a row for each."""
 
 from dataclasses import fields
 
