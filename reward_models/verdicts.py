@@ -9,11 +9,18 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from reward_models.regions import Region
-from reward_models.types import ImageScores, Prompt
+from reward_models.types import Card, ImageScores, Prompt
 from reward_models.worlds import ATTRIBUTES, OPPOSITE, caption, related
 
 UNKNOWN = "blob"
 Item = Mapping[str, Any]  # an entry of a request
+
+
+def exact_card(name: str, grid: int) -> Card:
+    """The card of a verifier or critic of an embedded world, with a map of `grid` cells a side."""
+    return Card(
+        name, licence="Apache-2.0", low=0, high=1, comparable_across_prompts=True, has_map=True, settings={"grid": grid}
+    )
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from reward_models.shapes_world import (
     SMALL_MAX,
     coverage,
 )
-from reward_models.types import Card, Images, ImageScores, Prompt, Scores
-from reward_models.verdicts import UNKNOWN, Blob, Verdict, judge_objects, label
+from reward_models.types import Images, ImageScores, Prompt, Scores
+from reward_models.verdicts import UNKNOWN, Blob, Verdict, exact_card, judge_objects, label
 
 MIN_AREA = 14  # px; the smallest object the world draws covers about 20
 MIN_OVERLAP = 0.62  # intersection over union with the best template, below which a blob is unknown
@@ -190,15 +190,7 @@ class Shapes:
 
     def __init__(self, grid: int = 8):
         self.grid = grid
-        self.card = Card(
-            "shapes",
-            licence="Apache-2.0",
-            low=0,
-            high=1,
-            comparable_across_prompts=True,
-            has_map=True,
-            settings={"grid": grid},
-        )
+        self.card = exact_card("shapes", grid)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._score_batch)

@@ -26,8 +26,8 @@ from scipy import ndimage
 
 from reward_models.scoring import each
 from reward_models.things_world import COLOURS, GROUNDS, MIN_OFFSET, NATURAL, NOUNS, SIDE, STYLES, sprite
-from reward_models.types import Card, Images, ImageScores, Prompt, Scores
-from reward_models.verdicts import UNKNOWN, Blob, Verdict, judge_objects
+from reward_models.types import Images, ImageScores, Prompt, Scores
+from reward_models.verdicts import UNKNOWN, Blob, Verdict, exact_card, judge_objects
 
 CELLS = 16  # a side of a template
 CONTRAST = 0.16  # distance in RGB from the ground beyond which a pixel is part of a thing
@@ -165,15 +165,7 @@ class Things:
 
     def __init__(self, grid: int = 8):
         self.grid = grid
-        self.card = Card(
-            "things",
-            licence="Apache-2.0",
-            low=0,
-            high=1,
-            comparable_across_prompts=True,
-            has_map=True,
-            settings={"grid": grid},
-        )
+        self.card = exact_card("things", grid)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._score_batch)

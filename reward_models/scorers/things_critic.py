@@ -15,8 +15,8 @@ from dataclasses import replace
 from reward_models.scorers.things import find_things, judge
 from reward_models.scoring import each
 from reward_models.things_world import understood
-from reward_models.types import Card, Images, ImageScores, Prompt, Scores
-from reward_models.verdicts import Blob, criticised
+from reward_models.types import Images, ImageScores, Prompt, Scores
+from reward_models.verdicts import Blob, criticised, exact_card
 
 
 class ThingsCritic:
@@ -26,15 +26,7 @@ class ThingsCritic:
 
     def __init__(self, grid: int = 8):
         self.grid = grid
-        self.card = Card(
-            "things_critic",
-            licence="Apache-2.0",
-            low=0,
-            high=1,
-            comparable_across_prompts=True,
-            has_map=True,
-            settings={"grid": grid},
-        )
+        self.card = exact_card("things_critic", grid)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return each(images, prompts, self.names, self._score_batch)
