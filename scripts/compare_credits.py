@@ -110,7 +110,7 @@ TUNING = {  # where something else matters more than the rate
     "gain, then terminal": ("", FAST),
     "renorm": ("", FAST),
     "prl": ("", FAST, f"{FAST} credit.beta=0.1"),
-    "value": ("", FAST, f"{FAST} credit.trace=0.9"),
+    "value": ("", FAST, f"{FAST} credit.floor=0", f"{FAST} plan=sde prompts_per_iteration=8 credit.floor=0.02"),
     "implicit": ("", FAST, f"{FAST} credit.process=0.3"),
     "prof": ("", FAST, f"{FAST} select.process=mean"),
     "salvage": ("", FAST, f"{FAST} extend.per_group=4"),
