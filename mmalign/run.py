@@ -222,8 +222,9 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
         console.print(f"before: {len(prompts)} {kind} prompts, {seeds} seeds each, {c.eval_steps} ODE steps")
     with run.clock.of("evaluate"), run.learner.averaged() if done else run.policy.reference():
         work = partial(
-            evaluate.evaluate_distributed, run.ranks, run.policy, prompts, seeds, c.eval_steps, run.rewards.scorers
-        )
+            evaluate.evaluate_distributed, run.ranks, run.policy, prompts, seeds, c.eval_steps, run.rewards.scorers,
+            parts=c.rollout_parts,
+        )  # fmt: skip
         result = run.fits["batch"](work)
     if result is None:  # only the main process has it
         return {"iteration": done, "name": name}

@@ -16,6 +16,7 @@ from mmalign import errors, train
 from mmalign.config import load as configs
 from mmalign.config.checks import component
 from mmalign.errors import BadInput
+from mmalign.evaluation import evaluate as evaluation
 from mmalign.training import rollout, setup
 from reward_models import load
 
@@ -77,6 +78,35 @@ def test_parts_change_nothing_but_when_images_are_judged(settings, captions, tmp
     parts = run(settings, **captions | same | method, rollout_parts=3, out=str(tmp_path / "parts"))
     assert outcome(parts) == outcome(whole)
     assert len(rows(whole / "credit.jsonl")) == len(rows(parts / "credit.jsonl")) > 0
+
+
+def test_an_evaluation_is_judged_while_its_next_part_is_drawn(settings, captions, monkeypatch):
+    """The same evaluation to the bit, by a judge that waits until the next part is begun."""
+    changed = {"scorers": {"slow": {"scorer": "slow_judge:Slow"}}}
+    opened = setup.open_session(configs.build(settings | captions | changed, "test"))
+    slow, generate, prompts = opened.rewards.scorers["slow"], evaluation.generate, opened.prompts.all[:3]
+    scorers = {"slow": slow}
+    whole = evaluation.evaluate(opened.policy, prompts, 2, 2, scorers, 1)
+    begun = [threading.Event() for _ in range(4)]
+    begun[3].set()  # after the last there is nothing to wait for
+
+    def sampling(policy, some, *args, **options):
+        begun[prompts.index(some[0])].set()
+        return generate(policy, some, *args, **options)
+
+    def waiting(number):
+        assert begun[number].wait(60), f"part {number} was not begun"
+
+    before = slow.answered
+    slow.wait = lambda number: waiting(number - before + 1)
+    monkeypatch.setattr(evaluation, "generate", sampling)
+    parts = evaluation.evaluate(opened.policy, prompts, 2, 2, scorers, 1, parts=3)
+    assert slow.answered == before + 3
+    assert torch.equal(parts.images, whole.images)
+    assert torch.equal(parts.prompt, whole.prompt)
+    assert {name: values.tolist() for name, values in parts.parts.items()} == {
+        name: values.tolist() for name, values in whole.parts.items()
+    }
 
 
 @pytest.mark.parametrize("parts", [1, 3])

@@ -112,7 +112,7 @@ class Config(BaseModel):
         None, ge=1, description="images scored in one iteration, times reward scorers; the plan is thinned to fit"
     )
     rollout_parts: int = Field(
-        1, ge=1, description="sample the prompts in so many parts, each while the one before is scored; for slow judges"
+        1, ge=1, description="parts of the prompts: each is sampled while the one before is scored; for slow judges"
     )
     scouts: settings(Scouts, optional=True) = Field(
         None, description="sample only the most contrastive of many starting noises in full; null: all of `seeds`"

@@ -18,7 +18,7 @@ from mmalign.evaluation.generate import generate
 from mmalign.evaluation.toward import Toward
 from mmalign.flow.sample import chunks
 from mmalign.policy.protocol import Policy
-from mmalign.rewards.judge import Scorers, score
+from mmalign.rewards.judge import Scorers, beginning, joined, score
 from mmalign.seeds import seed_of
 from reward_models import Prompt, overlay
 from reward_models.combine import group_sum
@@ -89,12 +89,21 @@ def noise_seed(prompt: Prompt, member: int) -> int:
 
 def evaluate(
     policy: Policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Scorers, batch: int,
-    toward: Toward | None = None,
+    toward: Toward | None = None, parts: int = 1,
 ) -> Evaluation:  # fmt: skip
-    """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same."""
-    seeds = [[noise_seed(p, m) for m in range(members)] for p in prompts]
-    images, prompt = generate(policy, prompts, seeds, steps, batch, toward=toward)
-    scored = score(images, [prompts[i] for i in prompt], scorers)
+    """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same. The
+    prompts are sampled in so many `parts`, each while the one before is scored."""
+    drawn, owners, scores = [], [], []
+    with beginning(parts > 1) as begin:
+        for rows in torch.arange(len(prompts)).tensor_split(max(1, min(parts, len(prompts)))):
+            some = [prompts[i] for i in rows.tolist()]
+            seeds = [[noise_seed(p, m) for m in range(members)] for p in some]
+            images, owner = generate(policy, some, seeds, steps, batch, toward=toward)
+            drawn.append(images)
+            owners.append(rows[owner])
+            scores.append(begin(score, images, [some[i] for i in owner.tolist()], scorers))
+        scored = joined([future.result() for future in scores])
+    images, prompt = torch.cat(drawn), torch.cat(owners)
     places = {
         name: overlay.records(scored.maps.get(name), scored.boxes.get(name, ()), tuple(images.shape[2:]), len(images))
         for name in {**scored.maps, **scored.boxes}
@@ -121,14 +130,14 @@ def compared(before: Evaluation, after: Evaluation, prompts: Sequence[Prompt]) -
 
 
 def evaluate_distributed(
-    ranks: Ranks, policy: Policy, prompts: Sequence[Prompt], members: int, *settings
+    ranks: Ranks, policy: Policy, prompts: Sequence[Prompt], members: int, *settings: Any, **options: Any
 ) -> Evaluation | None:
     """`evaluate`, with the prompts sharded over the ranks. The main rank gets the result that a single process would;
     the others get None. All ranks make as many images: a rank with fewer prompts repeats the first one, and the images
     of that are not counted."""
     what, most = "the evaluation", -(-len(prompts) // ranks.size)
     local = ranks.local(prompts)
-    result = evaluate(policy, [*local, *prompts[:1] * (most - len(local))], members, *settings)
+    result = evaluate(policy, [*local, *prompts[:1] * (most - len(local))], members, *settings, **options)
     counted = result.prompt < len(local)
     prompt, member = result.prompt[counted], result.member[counted]
     order = ranks.order(prompt, what)

@@ -1,6 +1,8 @@
 """Show images to reward models, once each, and bring the scores back to the trajectories."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any
@@ -71,6 +73,26 @@ def score(
             if given:
                 texts[name] = given
     return scored
+
+
+@contextmanager
+def beginning(apart: bool) -> Iterator[Callable[..., Future]]:
+    """Within the block, a function that begins work with its arguments: in a thread of its own if it is to be `apart`,
+    so that images are scored while the next ones are sampled, and at once otherwise."""
+    if not apart:
+        yield _now
+        return
+    pool = ThreadPoolExecutor(1, thread_name_prefix="judge")
+    try:
+        yield pool.submit
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _now(work: Callable[..., Any], *args: Any) -> Future:
+    done = Future()
+    done.set_result(work(*args))
+    return done
 
 
 def _among(scored: Scored, rows: Sequence[int], count: int) -> Scored:

@@ -8,8 +8,8 @@ Memory grows with the number of images by what the update reads alone: images ar
 some prompts at a time; latents are written where they stay.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import wait
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -27,7 +27,7 @@ from mmalign.evaluation.evaluate import deviation
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import chunks, sample
 from mmalign.latents import Kept, Room
-from mmalign.rewards.judge import Scored, joined, score, unscored
+from mmalign.rewards.judge import Scored, beginning, joined, score, unscored
 from mmalign.seeds import gaussian, seed_of
 from mmalign.selection.scouts import chosen
 from mmalign.training import drift, finite, planning
@@ -123,10 +123,8 @@ def rolled_out(
     sampled, scores, images = [], [], []
     parts = torch.arange(len(prompts)).tensor_split(min(c.rollout_parts, len(prompts)))
     room = Room.of(*_counts(drawn, members), keep, run.policy.latent_shape, run.policy.device)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="judge")
-    begin = pool.submit if len(parts) > 1 else _now
     before = 0, 0  # trajectories and finished images of the parts before
-    try:
+    with beginning(len(parts) > 1) as begin:
         for part in parts:
             wait(scores[: max(0, len(scores) + 1 - AHEAD)])
             more = _counts([drawn[p] for p in part.tolist()], members[part])
@@ -143,8 +141,6 @@ def rolled_out(
                 scores.append(begin(check_and_score, paths, rows, some))
                 del some
         each, apart = zip(*(future.result() for future in scores), strict=True)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
     rollout = Rollout(
         prompts, cond, stacked(sampled, room), joined(each), torch.cat(apart), torch.cat(images) if whole else None
     )
@@ -171,12 +167,6 @@ def together(owner: Int[Tensor, "E"], size: tuple[int, int]) -> list[slice]:
         else:
             ends.append(ends[-1] + count)
     return [slice(a, b) for a, b in pairwise(ends)]
-
-
-def _now(work: Callable[..., Scored], *args: Any) -> Future:
-    done = Future()
-    done.set_result(work(*args))
-    return done
 
 
 def trajectories(
