@@ -51,7 +51,7 @@ GRADIENTS = (
 )
 GROWN = 'extend={"type":"frontier","leaves":14}'
 EASY_FIRST = (
-    '{"type":"stages","every":3,"tags":["one_object","colors","position","two_objects","color_attr","counting","text"]}'
+    '{"type":"stages","every":3,"tags":["colors","one_object","position","two_objects","color_attr","counting","text"]}'
 )
 SPARSE = {"type": "sparse", "steps": 3}
 NOISED = "objective.span=[0,0.6] objective.draws=1 objective.pull=0.1"
