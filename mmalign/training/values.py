@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmalign.credit.groups import dead, group_mean
+from mmalign.credit.more.density import of_ends
 from mmalign.credit.more.value import Value
 from mmalign.distributed.processes import Ranks
 from mmalign.errors import BadInput
@@ -312,9 +313,10 @@ def width_of(policy: Any, blocks: tuple[int, ...] | None) -> int:
 def judged(
     ranks: Ranks, values: Values | None, paths: Trajectories, tree: Tree, judgement: Judgement, iteration: int
 ) -> tuple[Judgement, dict[str, float]]:
-    """The judgement of all ranks with the values of its states, and a row for the metrics; `paths` are this rank's."""
+    """The judgement of all ranks with the values of its states, and a row for the metrics; `paths` are this rank's. The
+    head expects what its credit measures: the rewards of finished images alone, where there are such."""
     if values is None:
         return judgement, {}
     features = ranks.in_order(paths.features, paths.tree.prompt, "features of states")
-    shown, row = values.judge(tree, judgement, features, iteration)
+    shown, row = values.judge(tree, of_ends(judgement), features, iteration)
     return replace(judgement, values=shown), row

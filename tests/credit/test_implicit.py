@@ -1,5 +1,6 @@
 """Rewards of steps that an adapter learns from outcomes: what they are, what they add up to, and how they learn."""
 
+import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -143,6 +144,37 @@ def test_an_update_takes_the_gradient_of_whole_trajectories():
     assert b.flow.shift.grad is None
 
 
+def test_the_loss_of_a_group_by_hand():
+    """Advantages -1 and 1 of one prompt, of equal rewards none, and of a single reward none: with m the mean of
+    advantage times score over a group, the loss of each of its members is log(1 + e^-m), and its slope in the score of
+    one of G is -A (1 - sigmoid(m)) / G, of all losses together -A (1 - sigmoid(m))."""
+    tree = sampled(PLAN, 6, 3).tree
+    verdict = judged_as(tree, torch.tensor([0.0, 4.0, 2.0, 2.0, float("nan"), 7.0]))
+    score = torch.tensor([-1.0, 2.0, 5.0, -5.0, 3.0, 3.0], requires_grad=True)
+    loss = Implicit(form="preference").loss(score, tree, verdict)
+    expected = [math.log1p(math.exp(-1.5))] * 2 + [math.log(2)] * 4
+    torch.testing.assert_close(loss.detach(), torch.tensor(expected))
+    [slope] = torch.autograd.grad(loss.sum(), score)
+    part = 1 / (1 + math.exp(1.5))
+    torch.testing.assert_close(slope, torch.tensor([part, -part, 0.0, 0.0, 0.0, 0.0]))
+
+
+def test_it_learns_what_its_credit_measures():
+    """Where a judge is shown finished images alone, its scores are the outcomes, and not their sum with the others."""
+    b = bench(Implicit(scale=20.0), shift=0.2)
+    tree = b.rollout.paths.tree
+    ends, states = torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]), torch.tensor([-9.0, 9] * 4)
+    both = replace(judged_as(tree, ends + states), rest=ends)
+    shifts = []
+    for verdict in (both, judged_as(tree, ends), judged_as(tree, ends + states)):
+        with torch.no_grad():
+            b.flow.shifts[NAME].fill_(0.2)
+        b.step_rewards.learn(b.run, b.rollout, b.step_rewards.steps(b.run, b.rollout), verdict, 0)
+        shifts.append(b.flow.shifts[NAME].detach().clone())
+    assert torch.equal(shifts[0], shifts[1])
+    assert not torch.allclose(shifts[0], shifts[2])
+
+
 @pytest.mark.parametrize("form", ["outcome", "preference"])
 def test_outcomes_alone_teach_which_trajectories_are_good(form):
     """Good images are bright: the adapter's shift rises, and its scores order trajectories that it was not trained
@@ -221,6 +253,7 @@ def test_a_run_costs_what_was_estimated_and_resumes_to_the_bit(settings, tmp_pat
     metrics = rows(whole / "metrics.jsonl")
     for count in estimate.COUNTS:
         assert [row[count] for row in metrics] == [figures["iteration"][count]] * 3
+    assert any("no outcome" in note for note in figures["bounds"])
     assert all(0 <= row["process/agrees"] <= 1 for row in metrics if row["process/agrees"] is not None)
     cut = str(tmp_path / "cut")
     with cut_off(2):
