@@ -97,8 +97,8 @@ class Head(nn.Module):
         """What is expected, in the reward's unit, up to a number that the images of a prompt share."""
         return self(features, t) * self.unit
 
-    def loss(self, states: "States", generator: torch.Generator) -> Tensor:
-        """The mean negative log-likelihood of rewards in units of `unit`."""
+    def loss(self, states: "States", generator: torch.Generator | None = None) -> Tensor:
+        """The mean negative log-likelihood of rewards in units of `unit`; a generator hides features as `forward`."""
         a, b = nn.functional.softplus(self.spread)
         variance = a * states.t + b + LEAST
         u = self(states.features, states.t, generator)
@@ -147,8 +147,8 @@ class Values:
         self, tree: Tree, judged: Judgement, features: Float[Tensor, "N T F"], iteration: int
     ) -> tuple[Float[Tensor, "N T"], dict[str, float]]:
         """The values of an iteration's trajectories, NaN where they are not to be trusted, and a row for the metrics;
-        then learn from them."""
-        reward = judged.reward[:, -1]
+        then learn from them. The reward is that of finished images alone, where there is such, as its credit has it."""
+        reward = of_ends(judged).reward[:, -1]
         values = self._values(tree, features, reward)
         trusted = self.explained > self.settings.floor
         if iteration < self.settings.warmup:
@@ -313,10 +313,9 @@ def width_of(policy: Any, blocks: tuple[int, ...] | None) -> int:
 def judged(
     ranks: Ranks, values: Values | None, paths: Trajectories, tree: Tree, judgement: Judgement, iteration: int
 ) -> tuple[Judgement, dict[str, float]]:
-    """The judgement of all ranks with the values of its states, and a row for the metrics; `paths` are this rank's. The
-    head expects what its credit measures: the rewards of finished images alone, where there are such."""
+    """The judgement of all ranks with the values of its states, and a row for the metrics; `paths` are this rank's."""
     if values is None:
         return judgement, {}
     features = ranks.in_order(paths.features, paths.tree.prompt, "features of states")
-    shown, row = values.judge(tree, of_ends(judgement), features, iteration)
+    shown, row = values.judge(tree, judgement, features, iteration)
     return replace(judgement, values=shown), row
