@@ -16,7 +16,7 @@ from annotated_types import Ge
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mmalign.credit.groups import Credit, dead
+from mmalign.credit.groups import Credit, dead, group_std
 from mmalign.extension.extension import Draws, Extension
 from mmalign.types import Judgement, Plan, Tree
 
@@ -72,8 +72,8 @@ class Frontier(Extension):
 
 
 def deviation(values: Tensor) -> Tensor:
-    """The population standard deviation of those that are not NaN."""
-    return values[~values.isnan()].std(correction=0)
+    """The population standard deviation of those that are not NaN; NaN of none."""
+    return group_std(values, torch.zeros(len(values), dtype=torch.long))[0]
 
 
 def scale(values: Tensor) -> Tensor:
