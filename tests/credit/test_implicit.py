@@ -159,6 +159,18 @@ def test_the_loss_of_a_group_by_hand():
     torch.testing.assert_close(slope, torch.tensor([part, -part, 0.0, 0.0, 0.0, 0.0]))
 
 
+def test_a_component_may_be_the_outcome():
+    tree = sampled(PLAN, 5).tree
+    reward, given = torch.tensor([1.0, 2.0, 3.0, float("nan"), 5.0]), torch.tensor([0.25, 1.5, -0.5, 1.0, float("nan")])
+    verdict = replace(judged_as(tree, reward), parts={"judge.right": given})
+    credit, score = Implicit(label="judge.right"), torch.full((5,), 2.0)
+    label = torch.tensor([0.25, 1.0, 0.0, float("nan"), float("nan")])
+    torch.testing.assert_close(credit.outcomes(tree, verdict), label, equal_nan=True)
+    right, wrong = math.log1p(math.exp(-2.0)), math.log1p(math.exp(2.0))
+    expected = torch.tensor([0.25 * right + 0.75 * wrong, right, wrong, 0.0, 0.0])
+    torch.testing.assert_close(credit.loss(score, tree, verdict), expected)
+
+
 def test_it_learns_what_its_credit_measures():
     """Where a judge is shown finished images alone, its scores are the outcomes, and not their sum with the others."""
     b = bench(Implicit(scale=20.0), shift=0.2)
