@@ -105,7 +105,7 @@ def test_a_scorer_of_finished_images_is_shown_one_image_of_what_is_drawn(base):
     figures, without = (estimate.estimate(configs.build(each, "test")) for each in (late, late | {"extend": None}))
     more, images = (figures["iteration"][name] - without["iteration"][name] for name in ("rewards", "decodes"))
     assert more == images + 2 * 2
-    session, before, _, (rollout, _, counts) = extended(late)
+    _, before, _, (rollout, _, counts) = extended(late)
     new = rollout.scored.parts["smooth:Positive.even"][len(before.tree.owner) :]
     assert int((~new.isnan()).sum()) == counts["drawn"] < len(new)
 

@@ -120,7 +120,6 @@ def metrics(run: Session, counts: Counts, row: Counts) -> Counts:
     if c.extend is None:
         return {}
     total = run.ranks.all_reduce_sum(counts, "counts")
-    drawn, kept = total["drawn"], total["kept"]
-    rise = total["rise"] / kept if kept else float("nan")
-    rewards = row["rewards"] + len(c.late) * (drawn - kept)
-    return {"extend/drawn": drawn, "extend/kept": kept, "extend/rise": rise, "rewards": rewards}
+    rise = total["rise"] / total["kept"] if total["kept"] else float("nan")
+    rewards = row["rewards"] + len(c.late) * (total["drawn"] - total["kept"])
+    return {"extend/drawn": total["drawn"], "extend/kept": total["kept"], "extend/rise": rise, "rewards": rewards}

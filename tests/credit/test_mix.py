@@ -137,7 +137,7 @@ SUM = ["gain", "terminal"]
         ({"credit": [{"type": "gain", "weight": {"start": 1, "end": 0}}]}, "all weights are 0 in iteration 100"),
         ({"credit": "gain", "rewards": DENSE}, "density: end needs a sum of credits"),
         ({"credit": "terminal", "rewards": DENSE}, "density: end needs a sum of credits"),
-        ({"credit": ["gain", {"type": "terminal", "weight": 0}], "rewards": DENSE}, "density: end needs a sum of credits"),
+        ({"credit": ["gain", {"type": "terminal", "weight": 0}], "rewards": DENSE}, "density: end needs"),
         ({"credit": ["value", {"type": "value", "floor": 0.5}]}, "value and value need a value head each"),
         ({"credit": ["implicit", {"type": "implicit", "scale": 1.0}]}, "need an adapter that learns rewards each"),
         ({"credit": SUM, "rewards": {"clip.cosine": {"density": "end"}}}, "at least one reward must have"),

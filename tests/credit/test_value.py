@@ -118,7 +118,7 @@ WEIGHTS = torch.linspace(-1, 1, 8).view(2, 2, 2)
 @cache
 def linear(starts=3000):
     """Trajectories of a flow of eight elements, whose reward is linear in the image, and the exact gradient of its mean
-    with respect to the shift of the noisy steps. The value of a state is then linear in it, by a slope for each step."""
+    with respect to the shift of the noisy steps. The value of a state is linear in it, by a slope for each step."""
     flow = GaussianFlow((2, 2, 2))
     paths = sampled(SDE, starts, flow=flow, batch=10**6)
     x = torch.zeros(1, 2, 2, 2)
@@ -139,8 +139,8 @@ def linear(starts=3000):
                                      (0.0, -2.0, False)],
 )  # fmt: skip
 def test_its_gradient_is_the_exact_one(trace, scale, unbiased):
-    """By the true values at any trace, and with a trace of 1 by wrong ones too, which are a baseline alone. In direction
-    and length: a mean over the steps, and a ratio per element."""
+    """By the true values at any trace, and with a trace of 1 by wrong ones too, which are a baseline alone. In
+    direction and length: a mean over the steps, and a ratio per element."""
     flow, paths, reward, values, exact = linear()
     advantage = Value(trace=trace)(paths.tree, judgement(paths.tree, reward, scale * values), Units("none"))
     replay = Surrogate(flow, flow.encode(["0.0"]), paths.kernel, paths.t_max, Clipped(1.0))
@@ -224,7 +224,8 @@ def test_the_loss_is_the_likelihood_of_the_difference_from_the_group():
         each = [((r / 4.5**0.5 - e) ** 2, a * s + b + heads.LEAST) for r, e, s in zip(target, u, t, strict=True)]
         return sum(float(off / v + v.log()) / 2 for off, v in each) / 4
 
-    assert float(head.loss(states).detach()) == pytest.approx(by_hand([0.0] * 4), rel=1e-5)  # a new head expects the mean
+    expected = by_hand([0.0] * 4)  # a new head expects the mean
+    assert float(head.loss(states).detach()) == pytest.approx(expected, rel=1e-5)
     with torch.no_grad():
         head.out.weight.fill_(1.0)
         u = head(features, t)

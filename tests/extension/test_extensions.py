@@ -45,7 +45,7 @@ def test_salvage_never_cuts_at_a_step_without_noise():
 
 
 def test_salvage_compares_the_rewards_that_all_states_have():
-    """What a judge of finished images alone gives is no fall of the last step."""
+    """What a judge of finished images alone gives does not make the last step a fall."""
     tree, judged = valued([0.5, 0.5, 0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.3, 0.4, 0.4, 0.4])
     rest = torch.tensor([0.0, -0.9])
     judged.reward[:, -1] += rest

@@ -52,7 +52,7 @@ def test_no_other_balanced_subset_is_more_consistent(keep):
 
 
 def test_to_keep_all_is_to_select_nothing():
-    """With all images selected the rewards that advantages are measured by are the same, and so are these to the bit."""
+    """With all images selected the rewards that advantages are measured by are the same to the bit."""
     generator = torch.Generator().manual_seed(0)
     reward, process = torch.randn(2, 12, generator=generator)
     for keep in (6, 9):
