@@ -138,7 +138,7 @@ SUM = ["gain", "terminal"]
         ({"credit": "gain", "rewards": DENSE}, "density: end needs a sum of credits"),
         ({"credit": "terminal", "rewards": DENSE}, "density: end needs a sum of credits"),
         ({"credit": ["gain", {"type": "terminal", "weight": 0}], "rewards": DENSE}, "density: end needs"),
-        ({"credit": ["value", {"type": "value", "floor": 0.5}]}, "value and value need a value head each"),
+        ({"credit": ["value", {"type": "value", "floor": 0.5}]}, "two credits of the sum need a value head each"),
         ({"credit": ["implicit", {"type": "implicit", "scale": 1.0}]}, "need an adapter that learns rewards each"),
         ({"credit": SUM, "rewards": {"clip.cosine": {"density": "end"}}}, "at least one reward must have"),
         ({"credit": SUM, "rewards": DENSE, "combine": "mrn", "advantage": {"scale": "none"}}, "go with combine: mrn"),

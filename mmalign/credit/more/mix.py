@@ -30,20 +30,20 @@ class Mix(Credit):
     def __post_init__(self):
         if not self.parts or len(self.parts) != len(self.weights):
             raise ValueError(f"a sum needs credits and a weight for each, got {len(self.parts)}, {len(self.weights)}")
-        for what, parts in (
-            ("a value head", [part for part in self.acting if part.observer is not None]),
-            ("an adapter that learns rewards", [part for part in self.acting if part.learner is not None]),
+        for what, of_part in (
+            ("a value head", [part.observer for part in self.acting]),
+            ("an adapter that learns rewards", [part.learner for part in self.acting]),
         ):
-            if len(parts) > 1:
-                raise ValueError(f"{parts[0].type} and {parts[1].type} need {what} each, and a run has one; remove one")
+            if sum(each is not None for each in of_part) > 1:
+                raise ValueError(f"two credits of the sum need {what} each, and a run has one; remove one of the two")
 
     @property
-    def weighted(self) -> list[tuple[Credit, float | Ramp]]:
+    def weighted(self) -> list[tuple[Any, float | Ramp]]:
         """The parts with their weights."""
         return [*zip(self.parts, self.weights, strict=True)]
 
     @property
-    def acting(self) -> list[Credit]:
+    def acting(self) -> list[Any]:
         """The parts whose weight is not 0 throughout."""
         return [part for part, weight in self.weighted if weight != 0]
 
