@@ -80,3 +80,18 @@ def test_trajectories_without_noise_have_nothing_to_learn_and_are_no_error(name)
     tree, report = measured(plan=plans.complete(plans.ode(TIMES), range(T)))
     assert not (tree.std > 0).any()
     assert CREDIT[name](tree, report).isfinite().all()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", CREDIT)
+def test_prompts_with_different_plans_are_credited_as_apart(name, scale):
+    """One has noise at the steps 0 and 1, the other at 1 and 2."""
+    windows = [plans.complete(plans.window(TIMES, FlowSde(0.7), k, k + 2), range(T)) for k in (0, 1)]
+    tree, report = measured(prompts=2, plan=[windows[0]] * 6 + [windows[1]] * 6)
+    assert [(tree.std[row] > 0).tolist() for row in (0, 6)] == [[True, True, False, False], [False, True, True, False]]
+    units, noisy = Units(scale), (tree.std > 0)[:, :, None, None]
+    whole = CREDIT[name](tree, report, units)
+    assert (whole * noisy).abs().sum() > 1
+    for rows in (torch.arange(6), torch.arange(6, 12)):
+        alone = CREDIT[name](*some(tree, report, rows), units)
+        torch.testing.assert_close(whole[rows] * noisy[rows], alone * noisy[rows], atol=1e-5, rtol=1e-5)
