@@ -1,13 +1,17 @@
 """Rewards of steps that an adapter learns from outcomes: what they are, what they add up to, and how they learn."""
 
 import math
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from corpus import checkpoints as corpus
 from run_config import cut_off, rows, run
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from trajectories import judged_as, plan_by_hand, sampled
 
@@ -16,11 +20,14 @@ from mmalign.config import load as configs
 from mmalign.credit import Implicit, Terminal
 from mmalign.credit.groups import normalise
 from mmalign.credit.more.implicit import ahead
+from mmalign.errors import BadInput
 from mmalign.flow import plan as plans
 from mmalign.flow.kernels import gaussian_kl, log_density
 from mmalign.learn.update import Alone
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.sampling.kernels import FlowSde
+from mmalign.training import saving
+from mmalign.training.setup import open_session
 from mmalign.training.step_rewards import NAME, StepRewards
 from mmalign.types import Judgement
 
@@ -274,6 +281,29 @@ def test_a_run_costs_what_was_estimated_and_resumes_to_the_bit(settings, tmp_pat
     for name in ("adapter", "reward", "reward_optimizer", "optimizer"):
         one, two = ((out / "checkpoints/000003" / f"{name}.safetensors").read_bytes() for out in (whole, again))
         assert one == two, name
+    refuses_forgeries(open_session(configs.build(settings | LEARNT, "test")), whole / "checkpoints/000003", tmp_path)
+
+
+def refuses_forgeries(session, saved, place):
+    """Of the adapter and its moments, whose hashes are right: none is taken for what it says."""
+    made = [("reward_optimizer", "no list", lambda p: corpus.restated(p, lambda s: s.pop("learnt_reward")))]
+    for name in ("reward", "reward_optimizer"):
+        [one, *_] = load_file(saved / f"{name}.safetensors").items()
+        made += [(name, *each) for each in corpus.of_tensors(name, dict([one]))]
+        made.append((name, "no file", lambda p, name=name: missing(p, name)))
+    for number, (name, what, forge) in enumerate(made):
+        out = place / f"forged{number}"
+        forge(Path(shutil.copytree(saved, out / "checkpoints/000003")))
+        with pytest.raises(BadInput) as error:
+            saving.restore(session, out, lambda line: None)
+        assert name in str(error.value), what
+        assert "\n" not in str(error.value), what
+    assert len(made) > 15
+
+
+def missing(checkpoint, name):
+    (checkpoint / f"{name}.safetensors").unlink()
+    corpus.sealed(checkpoint)
 
 
 def test_judgements_without_rewards_of_steps_are_refused():
