@@ -73,7 +73,7 @@ def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show
         clock.timed("io", show)(Snapshot(rollout, tree, judgement, advantage))
     deviation = deviations(run.ranks, rollout)
     row = metrics(run, tree, judgement, deviation, iteration) | selecting.statistics(c, tree, judgement, selected)
-    row |= scout_metrics(run, rollout, tree, judgement) | valued | learnt | extending.metrics(run, extended)
+    row |= scout_metrics(run, rollout, tree, judgement) | valued | learnt | extending.metrics(run, extended, row)
     row |= run.prompts.learn(iteration, level(run, judgement, iteration), tree.prompt)
     return batch, row | run.rewards.move_multipliers(judgement)
 

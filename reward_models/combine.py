@@ -29,8 +29,8 @@ ROUNDING = torch.finfo(torch.float32).eps  # relative spacing of float32 scores
 
 def group_sum(values: Float[Tensor, "N *rest"], group: Groups) -> Float[Tensor, "N *rest"]:
     """For each row the sum of the rows of its group, in the dtype of `values`; it carries gradients."""
-    _, number = group.unique(return_inverse=True)
-    return values.new_zeros(int(number.max()) + 1, *values.shape[1:]).index_add(0, number, values)[number]
+    groups, number = group.unique(return_inverse=True)
+    return values.new_zeros(len(groups), *values.shape[1:]).index_add(0, number, values)[number]
 
 
 def mean_and_std(
@@ -54,10 +54,10 @@ def alive(
     """For each row whether the values of its group differ: their standard deviation exceeds `floor` and `ROUNDING`
     times the largest `size` in the group, by default the absolute values. Pass `size` if the values are differences of
     larger numbers, whose rounding error they have. A group without two valid values is dead."""
-    _, number = group.unique(return_inverse=True)
+    groups, number = group.unique(return_inverse=True)
     sizes = (values if size is None else size).double().abs().nan_to_num(0.0)
     index = number.view(-1, *[1] * (sizes.ndim - 1)).expand_as(sizes)
-    largest = sizes.new_zeros(int(number.max()) + 1, *sizes.shape[1:]).scatter_reduce_(0, index, sizes, "amax")[number]
+    largest = sizes.new_zeros(len(groups), *sizes.shape[1:]).scatter_reduce_(0, index, sizes, "amax")[number]
     return mean_and_std(values.double(), group)[1] > (ROUNDING * largest).clamp(min=floor)
 
 

@@ -53,6 +53,13 @@ def test_the_second_is_drawn_among_those_that_remain():
     assert all(i != j for i, j in result)
 
 
+def test_equal_rates_give_all_prompts_alike_and_none_twice():
+    for rates in ({}, dict.fromkeys(IDS, 0.9)):
+        result = shares(PassRate(), rates, 2)
+        assert len(result) == 4 * 3
+        assert all(share == pytest.approx(1 / 12, abs=4 * (1 / 12 / 4000) ** 0.5) for share in result.values())
+
+
 def test_a_draw_is_a_function_of_seed_iteration_and_rates():
     draw = PassRate()
     assert draw(IDS, 3, 4, 1, {7: 0.2}) == draw(IDS, 3, 4, 1, {7: 0.2})

@@ -59,10 +59,17 @@ def test_without_beta_replay_is_a_bound_and_says_so(settings):
 
 
 @pytest.mark.parametrize(
-    ("objective", "epochs"), [("nft", 1), ({"type": "nft", "pull": 0.0}, 2), ({"type": "awm", "lag": {"most": 0.5}}, 1)]
+    ("objective", "epochs"),
+    [
+        ("nft", 1),
+        ({"type": "nft", "pull": 0.0}, 2),
+        ({"type": "awm", "lag": {"most": 0.5}}, 1),
+        ({"type": "outcome", "label": "reward"}, 2),
+    ],
 )
 def test_velocities_to_compare_with_are_counted_once(settings, objective, epochs):
-    """Every row is replayed, because the pull, or the policy that drew the images, moves those of advantage 0 too."""
+    """Every row is replayed, because the pull, or the policy that drew the images, moves those of advantage 0 too; a
+    reward that is the outcome gives each image a row."""
     changed = {"plan": "ode", "seeds": 3, "objective": objective, "epochs": epochs, "iterations": 3, "eval_every": 0}
     figures, metrics = estimated(settings, **changed), rows(run(settings, **changed) / "metrics.jsonl")
     for count in estimate.COUNTS:

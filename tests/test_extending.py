@@ -89,6 +89,25 @@ def test_what_is_kept_joins_its_group_and_the_rest_is_as_it_was(base):
         parent = int(shared.argmax())
         assert shared[parent] > 0
         assert judgement.reward[row, -1] > judgement.reward[parent, -1]
+        counts["rise"] -= float(judgement.reward[row, -1] - judgement.reward[parent, -1])
+    assert 0 < counts["kept"] <= counts["drawn"]
+    assert counts["rise"] == pytest.approx(0, abs=1e-6)  # the sum of all rises
+
+
+def test_a_scorer_of_finished_images_is_shown_one_image_of_what_is_drawn(base):
+    """Whether it is kept or not, and none of the completions of its states; so it is counted, and estimated."""
+    even = {"smooth:Positive.even": {"weight": 0.01, "density": "end"}}
+    extend = SALVAGE["extend"] | {"gain": 9.0}
+    late = base | SALVAGE | {"rewards": SMOOTH | even, "credit": ["gain", "terminal"], "extend": extend}
+    [row] = rows(run(late, iterations=1) / "metrics.jsonl")
+    assert row["extend/drawn"] > row["extend/kept"] == 0
+    assert row["rewards"] == row["decodes"] + 2 * 4 + row["extend/drawn"]
+    figures, without = (estimate.estimate(configs.build(each, "test")) for each in (late, late | {"extend": None}))
+    more, images = (figures["iteration"][name] - without["iteration"][name] for name in ("rewards", "decodes"))
+    assert more == images + 2 * 2
+    _, before, _, (rollout, _, counts) = extended(late)
+    new = rollout.scored.parts["smooth:Positive.even"][len(before.tree.owner) :]
+    assert int((~new.isnan()).sum()) == counts["drawn"] < len(new)
 
 
 def test_advantages_are_measured_with_what_was_kept(base):

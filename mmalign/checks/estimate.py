@@ -114,6 +114,8 @@ def bounds(c: Config) -> list[str]:
     """Where a run may take less than the estimate, and why."""
     fewer = [part.fewer for part in c.objective.summands if part.fewer]
     extends = ["all counts: fewer where `extend` draws less than it may"] if c.extend else []
+    learns = c.credit is not None and c.credit.learner is not None
+    extends += ["forwards: fewer where `credit` has no outcome of an image to learn from"] if learns else []
     moves = len(c.plan.positions(c.steps)) > 1
     at_most = "an iteration: the most over all positions of the plan; the run: each plan where it will be"
     selects = ["transitions, replay_forwards: fewer where too few images have a score"] if c.select else []

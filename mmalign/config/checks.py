@@ -148,7 +148,7 @@ def _rewards(c: BaseModel) -> None:
 def _credit(c: BaseModel) -> None:
     """A sum of credits must have a weight at all times, rewards of finished images a credit for each of two kinds, and
     the unit of advantages a credit that has it."""
-    parts = [] if c.credit is None else [*getattr(c.credit, "parts", (c.credit,))]
+    parts = [] if c.credit is None else [*getattr(c.credit, "acting", (c.credit,))]
     weights = {str(number): weight for number, weight in enumerate(getattr(c.credit, "weights", ()))}
     idle = first_without_weight(weights, c.iterations) if weights else None
     if idle is not None:

@@ -1,8 +1,8 @@
 """Credit: from rewards to advantages over steps and latent positions.
 
-A credit is called as `credit(tree, judged, units) -> advantages [N, T, a, b]`, 0 where a step was deterministic; it
-never sees a latent or an image. The grid `a b` is 1x1 unless the credit is regional. Add one: a short file here, a
-frozen dataclass with its settings that derives from `mmalign.credit.groups.Credit`, and its name in the table.
+A credit is called as `credit(tree, judged, units) -> advantages [N, T, a, b]`; it never sees a latent or an image. What
+it gives a deterministic step is not learnt from. The grid `a b` is 1x1 unless the credit is regional. Add one: a short
+file here, a frozen dataclass with its settings derived from `mmalign.credit.groups.Credit`, and its name in the table.
 """
 
 from mmalign.credit.branch import Branch

@@ -16,7 +16,7 @@ from annotated_types import Ge
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mmalign.credit.groups import Credit
+from mmalign.credit.groups import Credit, dead, group_std
 from mmalign.extension.extension import Draws, Extension
 from mmalign.types import Judgement, Plan, Tree
 
@@ -27,7 +27,7 @@ class Frontier(Extension):
     stochastic step that have one child, with the largest `value` tanh(V) + `spread` S + `depth` sqrt(d / D). V is the
     mean reward of the images below the state, from the mean of the prompt, and S the standard deviation of those below
     the state it came from, both in standard deviations of the prompt; d is the number of stochastic steps before the
-    state, of D."""
+    state, of D. Of equal rewards the depth alone counts."""
 
     leaves: Annotated[int, Ge(2)] = 18
     expand: Annotated[int, Ge(1)] = 2
@@ -42,7 +42,7 @@ class Frontier(Extension):
         for number in tree.prompt.unique():
             group = (tree.prompt == number).nonzero()[:, 0]
             images = reward[group]
-            mean, unit = images.nanmean(), deviation(images)
+            mean, unit = images.nanmean(), scale(images)
             ranked = []
             for row, k, before in unexpanded(tree.node[group], tree.std[group] > 0):
                 noisy = (tree.std[group[row]] > 0).nonzero()[:, 0]
@@ -72,8 +72,14 @@ class Frontier(Extension):
 
 
 def deviation(values: Tensor) -> Tensor:
-    """The population standard deviation of those that are not NaN."""
-    return values[~values.isnan()].std(correction=0)
+    """The population standard deviation of those that are not NaN; NaN of none."""
+    return group_std(values, torch.zeros(len(values), dtype=torch.long))[0]
+
+
+def scale(values: Tensor) -> Tensor:
+    """The deviation of values that differ; of others infinite, so that nothing is made of rounding."""
+    flat = dead(values, torch.zeros(len(values), dtype=torch.long)).bool().all()
+    return torch.full_like(values[0], torch.inf) if flat else deviation(values)
 
 
 def unexpanded(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmalign.credit.gain import gains
 from mmalign.credit.groups import Credit, group_mean
+from mmalign.credit.more.density import of_states
 from mmalign.extension.extension import Draws, Extension
 from mmalign.types import Judgement, Plan, Tree
 
@@ -31,7 +32,7 @@ class Salvage(Extension):
 
     def __call__(self, tree: Tree, judged: Judgement, requests: Sequence[str]) -> Draws:
         reward = judged.reward[:, -1]
-        fell = (gains(tree, judged) < -self.drop) & (tree.std > 0)
+        fell = (gains(tree, of_states(judged)) < -self.drop) & (tree.std > 0)
         failing = (reward < group_mean(reward, tree.prompt)) & fell.any(1)
         rows = []
         for number in tree.prompt.unique():

@@ -96,7 +96,8 @@ def with_rests(run: Session, rollout: Rollout, draws: Draws, number: list[int], 
     finite.check_trajectories(rests, rollout.prompts)
     finite.check_images(images, rests.tree.owner, rollout.prompts)
     owners = [rollout.prompts[p] for p in rests.tree.owner.tolist()]
-    scored = run.clock.timed("reward", score)(images, owners, run.rewards.trained)
+    finished = rests.tree.final[:, -1].unique()
+    scored = run.clock.timed("reward", score)(images, owners, run.rewards.trained, c.late, finished)
     return replace(
         rollout,
         paths=grafted(paths, rests, row, step, draws.request is not None),
@@ -112,10 +113,13 @@ def _plan(run: Session, paths: Trajectories, row: int, k: int, prompt: int, iter
     return rest(tree.t[row], tree.noise[row], k, paths.kernel, paths.t_max, states, lengths)
 
 
-def metrics(run: Session, counts: Counts) -> Counts:
-    """What an extension adds to the metrics of an iteration, from the counts of all ranks."""
-    if run.config.extend is None:
+def metrics(run: Session, counts: Counts, row: Counts) -> Counts:
+    """What an extension adds to the metrics of an iteration, from the counts of all ranks. The `rewards` of the row so
+    far are those of what was kept where a scorer is shown finished images alone; it was shown the others too."""
+    c = run.config
+    if c.extend is None:
         return {}
     total = run.ranks.all_reduce_sum(counts, "counts")
-    rise = total["rise"] / total["kept"] if total.get("kept") else float("nan")
-    return {"extend/drawn": total["drawn"], "extend/kept": total["kept"], "extend/rise": rise}
+    rise = total["rise"] / total["kept"] if total["kept"] else float("nan")
+    rewards = row["rewards"] + len(c.late) * (total["drawn"] - total["kept"])
+    return {"extend/drawn": total["drawn"], "extend/kept": total["kept"], "extend/rise": rise, "rewards": rewards}

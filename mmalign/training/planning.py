@@ -77,11 +77,12 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     if c.scouts is not None:
         scouts = c.prompts_per_iteration * c.scouts.images(c.seeds)
         forwards, images = forwards + scouts * c.scouts.steps, images + scouts
-    extra = 0
+    extra, unfinished = 0, starts * (plan.routes - plan.trained)
     if c.extend is not None:
         more = [c.prompts_per_iteration * each for each in extended(c, plan)]
         forwards, images, extra = forwards + more[0], images + more[1], more[2] if c.select is None else 0
-    finished = images - starts * (plan.routes - plan.trained)
+        unfinished += more[1] - more[3]
+    finished = images - unfinished
     rewards = images * (len(c.trained) - len(c.late)) + finished * len(c.late)
     forwards += 0 if c.credit is None else starts * plan.cost[2] * c.credit.forwards
     early = [name for name in c.trained if name not in c.late]
@@ -104,16 +105,17 @@ def rows_of(c: Config, plan: Plan, part: Objective) -> int:
     return rows if c.select is None else min(rows, part.rows(plans.alone(plan), c.select.keep))
 
 
-def extended(c: Config, plan: Plan) -> tuple[int, int, int]:
-    """What an extension adds to one prompt, at most: forwards, images, rows. A rest costs most from its earliest state,
-    on the trajectory with most stochastic steps; its states are completed as those of the plan."""
+def extended(c: Config, plan: Plan) -> tuple[int, int, int, int]:
+    """What an extension adds to one prompt, at most: forwards, images, rows, and how many of the images are of finished
+    trajectories. A rest costs most from its earliest state, on the trajectory with most stochastic steps; its states
+    are completed as those of the plan."""
     number, k = c.extend.most(plan, c.seeds)
     row = int((plan.noise[: plan.trained] > 0).sum(1).argmax())
     shown = plan.finished_by[row, : plan.steps]
     states = [s for s in range(k + 1, plan.steps) if shown[s] >= 0 and plan.t[row, s] > 0]
     lengths = [int((plan.t[shown[s], s:] > 0).sum()) for s in states]
     each = rest(plan.t[row], plan.noise[row], k, plan.kernel, plan.t_max, states, lengths).cost
-    return number * each[0], number * each[1], number * each[2]
+    return number * each[0], number * each[1], number * each[2], number
 
 
 def cost(c: Config, times: Times, guided: bool) -> Cost:

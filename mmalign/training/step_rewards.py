@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmalign.config.schema import Config
 from mmalign.credit.groups import Credit
+from mmalign.credit.more.density import of_ends
 from mmalign.errors import BadInput, non_finite
 from mmalign.flow.kernels import log_ratio
 from mmalign.flow.sample import chunks, distinct
@@ -54,8 +55,9 @@ class StepRewards:
     optimizer: torch.optim.Optimizer
 
     def learn(self, run: Run, rollout: Rollout, steps: Steps, judged: Judgement, iteration: int) -> dict[str, float]:
-        """Train the adapter on the outcomes of all ranks' trajectories; `rollout` and `judged` are this rank's."""
-        c, paths, ranks = run.config, rollout.paths, run.ranks
+        """Train the adapter on the outcomes of all ranks' trajectories; `rollout` and `judged` are this rank's. Of
+        rewards of finished images alone, where there are such, as its credit measures them."""
+        c, paths, ranks, judged = run.config, rollout.paths, run.ranks, of_ends(judged)
         local = ranks.local_rows(steps.rows.index, "steps to learn rewards from")
         for number in range(self.credit.updates):
             score = self._process(run, rollout, steps).sum(1).mean((1, 2)).requires_grad_()

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmalign.credit.groups import dead, group_mean
+from mmalign.credit.more.density import of_ends
 from mmalign.credit.more.value import Value
 from mmalign.distributed.processes import Ranks
 from mmalign.errors import BadInput
@@ -96,8 +97,8 @@ class Head(nn.Module):
         """What is expected, in the reward's unit, up to a number that the images of a prompt share."""
         return self(features, t) * self.unit
 
-    def loss(self, states: "States", generator: torch.Generator) -> Tensor:
-        """The mean negative log-likelihood of rewards in units of `unit`."""
+    def loss(self, states: "States", generator: torch.Generator | None = None) -> Tensor:
+        """The mean negative log-likelihood of rewards in units of `unit`; a generator hides features as `forward`."""
         a, b = nn.functional.softplus(self.spread)
         variance = a * states.t + b + LEAST
         u = self(states.features, states.t, generator)
@@ -146,8 +147,8 @@ class Values:
         self, tree: Tree, judged: Judgement, features: Float[Tensor, "N T F"], iteration: int
     ) -> tuple[Float[Tensor, "N T"], dict[str, float]]:
         """The values of an iteration's trajectories, NaN where they are not to be trusted, and a row for the metrics;
-        then learn from them."""
-        reward = judged.reward[:, -1]
+        then learn from them. The reward is that of finished images alone, where there is such, as its credit has it."""
+        reward = of_ends(judged).reward[:, -1]
         values = self._values(tree, features, reward)
         trusted = self.explained > self.settings.floor
         if iteration < self.settings.warmup:

@@ -203,3 +203,12 @@ def test_gains_above_saturation_count_less_and_drops_as_they_are():
     by_hand = torch.tensor([0.8, 0.15, 0.01, -0.49, 0.0, 0.0])
     torch.testing.assert_close(damped[0], by_hand / 2, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(damped[1], -by_hand / 2, atol=1e-6, rtol=1e-5)
+
+
+def test_a_saturation_above_all_values_changes_nothing_to_the_bit():
+    paths = dense()
+    report = judged(paths)
+    assert report.reward.max() < 9
+    whole, damped = (Gain(**given)(paths.tree, report) for given in ({}, {"saturate": 9.0, "damping": 0.25}))
+    assert torch.equal(whole, damped)
+    assert not torch.equal(Gain(saturate=-9.0, damping=0.25)(paths.tree, report), whole)

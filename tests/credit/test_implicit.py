@@ -1,12 +1,17 @@
 """Rewards of steps that an adapter learns from outcomes: what they are, what they add up to, and how they learn."""
 
+import math
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from corpus import checkpoints as corpus
 from run_config import cut_off, rows, run
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from trajectories import judged_as, plan_by_hand, sampled
 
@@ -15,11 +20,14 @@ from mmalign.config import load as configs
 from mmalign.credit import Implicit, Terminal
 from mmalign.credit.groups import normalise
 from mmalign.credit.more.implicit import ahead
+from mmalign.errors import BadInput
 from mmalign.flow import plan as plans
 from mmalign.flow.kernels import gaussian_kl, log_density
 from mmalign.learn.update import Alone
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.sampling.kernels import FlowSde
+from mmalign.training import saving
+from mmalign.training.setup import open_session
 from mmalign.training.step_rewards import NAME, StepRewards
 from mmalign.types import Judgement
 
@@ -143,6 +151,49 @@ def test_an_update_takes_the_gradient_of_whole_trajectories():
     assert b.flow.shift.grad is None
 
 
+def test_the_loss_of_a_group_by_hand():
+    """Advantages -1 and 1 of one prompt, of equal rewards none, and of a single reward none: with m the mean of
+    advantage times score over a group, the loss of each of its members is log(1 + e^-m), and its slope in the score of
+    one of G is -A (1 - sigmoid(m)) / G, of all losses together -A (1 - sigmoid(m))."""
+    tree = sampled(PLAN, 6, 3).tree
+    verdict = judged_as(tree, torch.tensor([0.0, 4.0, 2.0, 2.0, float("nan"), 7.0]))
+    score = torch.tensor([-1.0, 2.0, 5.0, -5.0, 3.0, 3.0], requires_grad=True)
+    loss = Implicit(form="preference").loss(score, tree, verdict)
+    expected = [math.log1p(math.exp(-1.5))] * 2 + [math.log(2)] * 4
+    torch.testing.assert_close(loss.detach(), torch.tensor(expected))
+    [slope] = torch.autograd.grad(loss.sum(), score)
+    part = 1 / (1 + math.exp(1.5))
+    torch.testing.assert_close(slope, torch.tensor([part, -part, 0.0, 0.0, 0.0, 0.0]))
+
+
+def test_a_component_may_be_the_outcome():
+    tree = sampled(PLAN, 5).tree
+    reward, given = torch.tensor([1.0, 2.0, 3.0, float("nan"), 5.0]), torch.tensor([0.25, 1.5, -0.5, 1.0, float("nan")])
+    verdict = replace(judged_as(tree, reward), parts={"judge.right": given})
+    credit, score = Implicit(label="judge.right"), torch.full((5,), 2.0)
+    label = torch.tensor([0.25, 1.0, 0.0, float("nan"), float("nan")])
+    torch.testing.assert_close(credit.outcomes(tree, verdict), label, equal_nan=True)
+    right, wrong = math.log1p(math.exp(-2.0)), math.log1p(math.exp(2.0))
+    expected = torch.tensor([0.25 * right + 0.75 * wrong, right, wrong, 0.0, 0.0])
+    torch.testing.assert_close(credit.loss(score, tree, verdict), expected)
+
+
+def test_it_learns_what_its_credit_measures():
+    """Where a judge is shown finished images alone, its scores are the outcomes, and not their sum with the others."""
+    b = bench(Implicit(scale=20.0), shift=0.2)
+    tree = b.rollout.paths.tree
+    ends, states = torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]), torch.tensor([-9.0, 9] * 4)
+    both = replace(judged_as(tree, ends + states), rest=ends)
+    shifts = []
+    for verdict in (both, judged_as(tree, ends), judged_as(tree, ends + states)):
+        with torch.no_grad():
+            b.flow.shifts[NAME].fill_(0.2)
+        b.step_rewards.learn(b.run, b.rollout, b.step_rewards.steps(b.run, b.rollout), verdict, 0)
+        shifts.append(b.flow.shifts[NAME].detach().clone())
+    assert torch.equal(shifts[0], shifts[1])
+    assert not torch.allclose(shifts[0], shifts[2])
+
+
 @pytest.mark.parametrize("form", ["outcome", "preference"])
 def test_outcomes_alone_teach_which_trajectories_are_good(form):
     """Good images are bright: the adapter's shift rises, and its scores order trajectories that it was not trained
@@ -221,6 +272,7 @@ def test_a_run_costs_what_was_estimated_and_resumes_to_the_bit(settings, tmp_pat
     metrics = rows(whole / "metrics.jsonl")
     for count in estimate.COUNTS:
         assert [row[count] for row in metrics] == [figures["iteration"][count]] * 3
+    assert any("no outcome" in note for note in figures["bounds"])
     assert all(0 <= row["process/agrees"] <= 1 for row in metrics if row["process/agrees"] is not None)
     cut = str(tmp_path / "cut")
     with cut_off(2):
@@ -229,6 +281,29 @@ def test_a_run_costs_what_was_estimated_and_resumes_to_the_bit(settings, tmp_pat
     for name in ("adapter", "reward", "reward_optimizer", "optimizer"):
         one, two = ((out / "checkpoints/000003" / f"{name}.safetensors").read_bytes() for out in (whole, again))
         assert one == two, name
+    refuses_forgeries(open_session(configs.build(settings | LEARNT, "test")), whole / "checkpoints/000003", tmp_path)
+
+
+def refuses_forgeries(session, saved, place):
+    """Of the adapter and its moments, whose hashes are right: none is taken for what it says."""
+    made = [("reward_optimizer", "no list", lambda p: corpus.restated(p, lambda s: s.pop("learnt_reward")))]
+    for name in ("reward", "reward_optimizer"):
+        [one, *_] = load_file(saved / f"{name}.safetensors").items()
+        made += [(name, *each) for each in corpus.of_tensors(name, dict([one]))]
+        made.append((name, "no file", lambda p, name=name: missing(p, name)))
+    for number, (name, what, forge) in enumerate(made):
+        out = place / f"forged{number}"
+        forge(Path(shutil.copytree(saved, out / "checkpoints/000003")))
+        with pytest.raises(BadInput) as error:
+            saving.restore(session, out, lambda line: None)
+        assert name in str(error.value), what
+        assert "\n" not in str(error.value), what
+    assert len(made) > 15
+
+
+def missing(checkpoint, name):
+    (checkpoint / f"{name}.safetensors").unlink()
+    corpus.sealed(checkpoint)
 
 
 def test_judgements_without_rewards_of_steps_are_refused():

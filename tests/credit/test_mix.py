@@ -7,7 +7,7 @@ import torch
 from trajectories import judged as judged_by, judged_as, sampled
 
 from mmalign.config import load as configs
-from mmalign.credit import Gain, Mix, Terminal
+from mmalign.credit import Gain, Implicit, Mix, Prl, Terminal, Value
 from mmalign.credit.groups import Units
 from mmalign.credit.more.density import of_ends
 from mmalign.errors import BadInput
@@ -73,6 +73,31 @@ def test_it_completes_all_states_that_a_part_asks_for():
     assert torch.equal(one.t, plans.complete(SDE, *Gain().completions(SDE)).t)
 
 
+def test_a_part_of_weight_0_is_absent_and_asks_for_nothing():
+    """Neither states, nor log-ratios, nor an adapter; a ramp that begins at 0 asks for all from the start."""
+    parts = (Terminal(), Gain(), Prl(), Implicit(), Value())
+    mix = Mix(parts, (1.0, 0.0, 0.0, 0.0, 0.0))
+    assert mix.completions(SDE) == ([], ())
+    assert (mix.forwards, mix.dense, mix.drifts, mix.learner, mix.observer) == (0, False, False, None, None)
+    paths = dense()
+    assert torch.equal(mix(paths.tree, judged(paths)), Terminal()(paths.tree, judged(paths)))
+    assert mix.statistics(paths.tree, judged(paths)) == {}
+    later = Mix(parts, (1.0, Ramp(0, 1), Ramp(0, 1), Ramp(0, 1), Ramp(0, 1)))
+    assert later.completions(SDE)[0] == [0, 1, 2, 3, 4]
+    assert (later.forwards, later.dense, later.drifts) == (1 + Implicit().forwards, True, True)
+    assert later.at(0.0).forwards == 0
+
+
+def test_all_rewards_of_states_are_those_of_a_run_without_densities():
+    plain, stated = (
+        configs.build({"plan": "sde", "seeds": 2, "credit": "gain", "rewards": rewards}, "test")
+        for rewards in ({"clip.cosine": 2.0}, {"clip.cosine": {"weight": 2.0, "density": "step"}})
+    )
+    assert (stated.at_end, stated.late, stated.weights) == (plain.at_end, plain.late, plain.weights) == (
+        (), (), {"clip.cosine": 2.0}
+    )  # fmt: skip
+
+
 def test_rewards_of_finished_images_alone_go_to_parts_that_read_no_states():
     paths = dense()
     tree, report = paths.tree, judged(paths)
@@ -112,6 +137,9 @@ SUM = ["gain", "terminal"]
         ({"credit": [{"type": "gain", "weight": {"start": 1, "end": 0}}]}, "all weights are 0 in iteration 100"),
         ({"credit": "gain", "rewards": DENSE}, "density: end needs a sum of credits"),
         ({"credit": "terminal", "rewards": DENSE}, "density: end needs a sum of credits"),
+        ({"credit": ["gain", {"type": "terminal", "weight": 0}], "rewards": DENSE}, "density: end needs"),
+        ({"credit": ["value", {"type": "value", "floor": 0.5}]}, "two credits of the sum need a value head each"),
+        ({"credit": ["implicit", {"type": "implicit", "scale": 1.0}]}, "need an adapter that learns rewards each"),
         ({"credit": SUM, "rewards": {"clip.cosine": {"density": "end"}}}, "at least one reward must have"),
         ({"credit": SUM, "rewards": DENSE, "combine": "mrn", "advantage": {"scale": "none"}}, "go with combine: mrn"),
         ({"credit": SUM, "rewards": DENSE, "region": "shapes"}, "go with region"),

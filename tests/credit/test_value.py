@@ -1,6 +1,9 @@
 """Credit by a value head: what its gains add up to, what the head learns, and what a run has of it."""
 
+import math
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -9,12 +12,14 @@ from trajectories import judged_as, sampled
 
 from mmalign.checks import doctor, estimate
 from mmalign.config import load as configs
-from mmalign.credit import Terminal, Value
+from mmalign.credit import Gain, Mix, Terminal, Value
 from mmalign.credit.groups import Units, group_mean
 from mmalign.credit.more.value import traced
 from mmalign.errors import BadInput
 from mmalign.evaluation.best_of_n import best_of
 from mmalign.flow import plan as plans
+from mmalign.learn.loss import Clipped
+from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.runs import checkpoint
 from mmalign.sampling.kernels import FlowSde
@@ -107,6 +112,64 @@ def test_a_map_of_rewards_has_terminal_credit():
     assert torch.equal(Value()(tree, judged), Terminal()(tree, judged))
 
 
+WEIGHTS = torch.linspace(-1, 1, 8).view(2, 2, 2)
+
+
+@cache
+def linear(starts=3000):
+    """Trajectories of a flow of eight elements, whose reward is linear in the image, and the exact gradient of its mean
+    with respect to the shift of the noisy steps. The value of a state is linear in it, by a slope for each step."""
+    flow = GaussianFlow((2, 2, 2))
+    paths = sampled(SDE, starts, flow=flow, batch=10**6)
+    x = torch.zeros(1, 2, 2, 2)
+    for k in range(T):
+        times, level = (TIMES[k + j].expand(1) for j in (0, 1)), paths.tree.noise[:1, k]
+        with nullcontext() if paths.tree.std[0, k] else flow.reference():  # a step without noise is not learnt
+            v = flow.velocity(x, TIMES[k].expand(1), flow.encode(["0.0"]), torch.zeros(1, dtype=torch.long))
+        x, _ = paths.kernel.step(x, v, *times, level, paths.t_max)  # the mean of a linear flow needs no noise
+    [exact] = torch.autograd.grad((WEIGHTS * x).sum(), flow.shift)
+    states = (WEIGHTS * paths.x).sum((2, 3, 4))
+    centred = states - states.mean(0)
+    slopes = (centred * centred[:, -1:]).sum(0) / centred.square().sum(0)
+    return flow, paths, states[:, -1], (slopes * centred)[:, :-1], exact.flatten()
+
+
+@pytest.mark.parametrize(
+    ("trace", "scale", "unbiased"), [(0.0, 1.0, True), (0.5, 1.0, True), (1.0, 1.0, True), (1.0, -2.0, True),
+                                     (0.0, -2.0, False)],
+)  # fmt: skip
+def test_its_gradient_is_the_exact_one(trace, scale, unbiased):
+    """By the true values at any trace, and with a trace of 1 by wrong ones too, which are a baseline alone. In
+    direction and length: a mean over the steps, and a ratio per element."""
+    flow, paths, reward, values, exact = linear()
+    advantage = Value(trace=trace)(paths.tree, judgement(paths.tree, reward, scale * values), Units("none"))
+    replay = Surrogate(flow, flow.encode(["0.0"]), paths.kernel, paths.t_max, Clipped(1.0))
+    loss, _ = replay(transitions(paths, advantage))
+    estimated = -torch.autograd.grad(loss.mean(), flow.shift)[0].flatten() * (T - 1) * 8
+    share = float(estimated @ exact / exact.square().sum())
+    if not unbiased:
+        assert share < 0
+        return
+    assert torch.cosine_similarity(estimated, exact, dim=0) > 0.98
+    assert share == pytest.approx(1, abs=0.08)
+
+
+def test_where_rewards_are_of_finished_images_alone_the_head_expects_these():
+    paths, reward = observed()
+    tree, rest = paths.tree, torch.linspace(-1, 1, 12)
+    both = replace(judged_as(tree, reward + rest), rest=rest)
+    learnt, credited = [], []
+    for verdict in (both, judged_as(tree, rest), judged_as(tree, reward + rest)):
+        values = Values(Value(), 48, T, 0)
+        values.judge(tree, verdict, paths.features, 0)
+        learnt.append(values.tensors())
+        credited.append(Mix((Gain(), Value(trace=1.0)), (0.0, 1.0))(tree, replace(verdict, values=guesses(tree))))
+    assert all(torch.equal(value, learnt[1][name]) for name, value in learnt[0].items())
+    assert not torch.equal(learnt[0]["head.out.weight"], learnt[2]["head.out.weight"])
+    assert torch.equal(credited[0], credited[1])
+    assert not torch.allclose(credited[0], credited[2])
+
+
 # -------------------------------------------------------------------------------------------------------- the features
 
 
@@ -143,6 +206,31 @@ def test_the_head_learns_to_tell_the_reward_and_late_states_best():
     assert bool((trusted == trusted[:1]).all())
     a, b = torch.nn.functional.softplus(values.head.spread.detach())
     assert float(a) > float(b)  # equal at first: early states are uncertain
+
+
+def test_the_loss_is_the_likelihood_of_the_difference_from_the_group():
+    """(R - u)^2 / 2 s^2 + log s, s^2 = a t + b, of u less its mean over the group, in units of the reward's spread."""
+    head = Head(1, 4, None, 0)
+    features, t = torch.tensor([[1.0], [2.0], [3.0], [9.0]]), torch.tensor([0.5, 0.5, 0.5, 0.25])
+    target = torch.tensor([3.0, 0.0, -3.0, 0.0])
+    head.standardise(features, target)
+    assert float(head.unit) == pytest.approx(4.5**0.5)
+    with torch.no_grad():
+        head.spread.copy_(torch.tensor([0.5, -1.0]))
+    states = heads.States(features, t, target, torch.tensor([0, 0, 0, 1]))
+
+    def by_hand(u):
+        a, b = (math.log1p(math.exp(s)) for s in (0.5, -1.0))
+        each = [((r / 4.5**0.5 - e) ** 2, a * s + b + heads.LEAST) for r, e, s in zip(target, u, t, strict=True)]
+        return sum(float(off / v + v.log()) / 2 for off, v in each) / 4
+
+    expected = by_hand([0.0] * 4)  # a new head expects the mean
+    assert float(head.loss(states).detach()) == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():
+        head.out.weight.fill_(1.0)
+        u = head(features, t)
+        mean = u[:3].mean()
+    assert float(head.loss(states).detach()) == pytest.approx(by_hand([*(u[:3] - mean), 0.0]), rel=1e-5)
 
 
 def test_what_is_explained_is_measured_before_it_is_learnt():

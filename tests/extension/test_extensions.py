@@ -1,5 +1,7 @@
 """Extensions by hand: what they draw again, and what they keep."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from trajectories import judged_as, sampled
@@ -42,6 +44,15 @@ def test_salvage_never_cuts_at_a_step_without_noise():
     assert Salvage()(tree, judged, []).row == []
 
 
+def test_salvage_compares_the_rewards_that_all_states_have():
+    """What a judge of finished images alone gives does not make the last step a fall."""
+    tree, judged = valued([0.5, 0.5, 0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.3, 0.4, 0.4, 0.4])
+    rest = torch.tensor([0.0, -0.9])
+    judged.reward[:, -1] += rest
+    assert Salvage(drop=0.1)(tree, replace(judged, rest=rest), []) == ([1], [1], None)
+    assert Salvage(drop=0.3)(tree, replace(judged, rest=rest), []).row == []
+
+
 def test_what_salvage_keeps_has_gained():
     new, before, best = torch.tensor([0.5, 0.25, 0.25, NAN]), torch.full((4,), 0.25), torch.ones(4)
     assert Salvage().accepted(new, before, best).tolist() == [True, False, False, False]
@@ -77,6 +88,23 @@ def test_a_frontier_expands_the_states_of_most_promise():
     assert by_depth(tree, judged, []) == ([0, 1], [2, 2], None)
     assert Frontier(leaves=3, expand=2, children=3)(tree, judged, []).row == [1]
     assert Frontier(leaves=2, expand=2, children=3)(tree, judged, []).row == []
+
+
+@pytest.mark.parametrize("rewards", [[0.3, 0.3], [21.7, 21.700001907348633], [0.3, NAN]])
+def test_of_equal_rewards_a_frontier_takes_the_deepest(rewards):
+    """Nothing is made of the rounding of scores; a state above a missing one comes last."""
+    tree, judged = of_window(rewards)
+    deep = Frontier(leaves=9, expand=2, children=2, value=5.0, spread=0.0, depth=0.25)
+    expected = ([0, 0], [2, 1], None) if rewards[1] != rewards[1] else ([0, 1], [2, 2], None)
+    assert deep(tree, judged, []) == expected
+    assert Frontier(leaves=9)(tree, judged_as(tree, torch.full((2,), NAN)), []).row != []
+
+
+def test_prompts_have_frontiers_of_their_own():
+    plan = plans.window(TIMES, KERNEL, 0, 3, 2)
+    tree, judged = (each := sampled(plan, 2, prompts=2).tree), judged_as(each, torch.tensor([0.0, 1.0, 9.0, 7.0]))
+    some = Frontier(leaves=4, expand=1, children=2, depth=0.0)(tree, judged, [])
+    assert some == ([1, 2], [1, 1], None)
 
 
 def test_a_frontier_leaves_states_that_have_children_and_prefers_where_images_differ():

@@ -75,6 +75,16 @@ def test_the_mean_of_a_map_is_the_number_that_is_trained():
         torch.testing.assert_close(loss(shifted, rows(x, label)), expected)
 
 
+def test_a_map_takes_two_forwards_of_an_image_and_noise_and_states_tell_by_differences():
+    """Of the clean latents of successive states the rewards' differences add up to that of the ends."""
+    shifted, states = flow(0.3), images(5)
+    before = shifted.counts["forwards"]
+    reward = mapped(shifted, states, draws=3).mean((1, 2))
+    assert shifted.counts["forwards"] - before == 2 * 5 * 3
+    ends = mapped(shifted, states[[0, 4]], draws=3).mean((1, 2))
+    torch.testing.assert_close(reward.diff().sum(), ends[1] - ends[0])
+
+
 def test_a_map_is_positive_where_the_adapter_is_right_and_negative_elsewhere():
     """The adapter expects a mean of 1 in the left half of the picture; half of the pictures have it."""
     shift = torch.zeros(3, 4, 4)

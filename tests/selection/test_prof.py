@@ -7,11 +7,12 @@ import torch
 from trajectories import judged as judged_by, sampled
 
 from mmalign.config import load as configs
-from mmalign.credit import Gain
+from mmalign.credit.gain import gains
 from mmalign.errors import BadInput
 from mmalign.flow import plan as plans
 from mmalign.sampling.kernels import FlowSde
 from mmalign.selection.prof import Prof, consistent, mean_value, rising
+from mmalign.selection.selection import compared
 from mmalign.types import Judgement
 
 nan = torch.nan
@@ -50,6 +51,18 @@ def test_no_other_balanced_subset_is_more_consistent(keep):
                 assert float((sign * process)[other].sum()) <= total + 1e-6
 
 
+def test_to_keep_all_is_to_select_nothing():
+    """With all images selected the rewards that advantages are measured by are the same to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    reward, process = torch.randn(2, 12, generator=generator)
+    for keep in (6, 9):
+        assert consistent(reward, process, torch.arange(12) % 2, keep).all()
+    judged = Judgement(reward[:, None], {})
+    everything = torch.ones(12, dtype=torch.bool)
+    for compare in ("group", "selected"):
+        assert torch.equal(compared(judged, Prof(6, compare=compare), everything).reward, judged.reward)
+
+
 def test_an_order_of_rows_and_other_prompts_change_nothing():
     generator = torch.Generator().manual_seed(0)
     reward, process = torch.randn(2, 12, generator=generator)
@@ -83,13 +96,17 @@ def test_the_signals_of_the_process():
 
 
 def test_the_mean_gain_agrees_with_the_outcome_and_the_share_of_rising_steps_need_not():
-    paths = sampled(plans.complete(plans.sde(torch.linspace(1, 0, 6), FlowSde(0.7)), range(5)), 1)
-    one = paths.tree
+    """Gains add up to the reward less the value of the start, which siblings of one noise share: by their mean, images
+    are ordered as by their rewards."""
+    plan = plans.complete(plans.window(torch.linspace(1, 0, 6), FlowSde(0.7), 0, 4, 6), range(5))
+    paths = sampled(plan, 1)
+    report = judged_by(paths, lambda x: x.mean((1, 2, 3)).sin())
+    mean, reward = gains(paths.tree, report).mean(1), report.reward[:, -1]
+    torch.testing.assert_close(mean, (reward - report.reward[:, 0]) / 5)
+    assert torch.equal(mean.argsort(), reward.argsort())
+    one = sampled(plans.complete(plans.sde(torch.linspace(1, 0, 6), FlowSde(0.7)), range(5)), 1).tree
     values = torch.tensor([[0.0, 0.1, 0.2, 0.3, -1.0, -1.0]])  # rises three times of four, and is worse in the end
     assert float(rising(one, Judgement(values, {}))) == 0.75
-    report = judged_by(paths, lambda x: x.mean((1, 2, 3)))
-    assert Gain().completions(plans.sde(torch.linspace(1, 0, 6), FlowSde(0.7)))[0] == [0, 1, 2, 3, 4]
-    assert 0 <= float(rising(one, report)) <= 1
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ from mmalign.types import Judgement, Tree, over
 class Implicit(Credit):
     """`scale`: beta, in units of a nat per latent element. `rate`: learning rate of phi; `updates`: its optimiser steps
     an iteration, each on all trajectories. `form` "outcome" is the cross-entropy, "preference" the loss of a group,
-    `-log sigmoid(mean_i A_i sum_k r_ik)` (TDM-R1, arXiv 2603.07700). `label`: a component in [0, 1] that is the
-    outcome; null: whether an image beats more of its siblings than beat it. `process` and `outcome` weigh the two
-    advantages. `grid`: cells of a map of rewards, whose mean is r; null: one number a step."""
+    `-log sigmoid(mean_i A_i sum_k r_ik)` (TDM-R1, arXiv 2603.07700). `label`: a component that is the outcome, which
+    counts within [0, 1]; null: whether an image beats more of its siblings than beat it. `process` and `outcome` weigh
+    the two advantages. `grid`: cells of a map of rewards, whose mean is r; null: one number a step."""
 
     scale: Annotated[float, Gt(0)] = 100.0
     rate: Annotated[float, Gt(0)] = 1e-3

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from reward_models.combine import Ramp
 class Mix(Credit):
     """`weights`: one for each of the `parts`, a number or a ramp over the run, which `at` turns into a number. Where
     some rewards are those of finished images alone, parts that read states measure the others, and parts that do not
-    measure these."""
+    measure these. A part of weight 0 is left out and costs nothing."""
 
     parts: tuple[Any, ...]
     weights: tuple[float | Ramp, ...]
@@ -29,31 +30,42 @@ class Mix(Credit):
     def __post_init__(self):
         if not self.parts or len(self.parts) != len(self.weights):
             raise ValueError(f"a sum needs credits and a weight for each, got {len(self.parts)}, {len(self.weights)}")
+        for what, of_part in (
+            ("a value head", [part.observer for part in self.acting]),
+            ("an adapter that learns rewards", [part.learner for part in self.acting]),
+        ):
+            if sum(each is not None for each in of_part) > 1:
+                raise ValueError(f"two credits of the sum need {what} each, and a run has one; remove one of the two")
 
     @property
-    def weighted(self) -> list[tuple[Credit, float | Ramp]]:
+    def weighted(self) -> list[tuple[Any, float | Ramp]]:
         """The parts with their weights."""
         return [*zip(self.parts, self.weights, strict=True)]
 
     @property
+    def acting(self) -> list[Any]:
+        """The parts whose weight is not 0 throughout."""
+        return [part for part, weight in self.weighted if weight != 0]
+
+    @property
     def observer(self) -> Credit | None:
-        return next((part.observer for part in self.parts if part.observer is not None), None)
+        return next((part.observer for part in self.acting if part.observer is not None), None)
 
     @property
     def dense(self) -> bool:
-        return any(part.dense for part in self.parts)
+        return any(part.dense for part in self.acting)
 
     @property
     def normalises(self) -> bool:
-        return any(part.normalises for part in self.parts)
+        return any(part.normalises for part in self.acting)
 
     @property
     def drifts(self) -> bool:
-        return any(part.drifts for part in self.parts)
+        return any(part.drifts for part in self.acting)
 
     @property
     def learner(self) -> Credit | None:
-        return next((part.learner for part in self.parts if part.learner is not None), None)
+        return next((part.learner for part in self.acting if part.learner is not None), None)
 
     @property
     def forwards(self) -> int:
@@ -67,7 +79,7 @@ class Mix(Credit):
     def completions(self, plan: Plan) -> tuple[list[int], int | tuple[int, ...] | None]:
         """All states that a part wants, each in the most steps that one of them asks for."""
         longest: dict[int, int] = {}
-        for part in self.parts:
+        for part in self.acting:
             states, lengths = part.completions(plan)
             for k, n in zip(states, lengths if isinstance(lengths, tuple) else [lengths] * len(states), strict=True):
                 remaining = plan.steps - k
@@ -77,7 +89,7 @@ class Mix(Credit):
         return states, tuple(longest[k] for k in states)
 
     def check(self, plan: Plan) -> None:
-        for part in self.parts:
+        for part in self.acting:
             part.check(plan)
 
     def thinner(self, plan: Plan | None, steps: int) -> Iterator["Mix"]:
@@ -88,11 +100,11 @@ class Mix(Credit):
             yield replace(self, parts=parts)
 
     def __call__(self, tree: Tree, judged: Judgement, units: Units = GRPO) -> Float[Tensor, "N T a b"]:
-        each = [part(tree, _of(part, judged), units) for part in self.parts]
-        return sum(w * a for a, w in zip(each, self.weights, strict=True))  # of one cell each, or of a map's
+        each = (w * part(tree, _of(part, judged), units) for part, w in self.weighted if w != 0)
+        return sum(each, torch.zeros(*tree.std.shape, 1, 1))  # of one cell each, or of a map's
 
     def statistics(self, tree: Tree, judged: Judgement) -> dict[str, float]:
-        rows = (part.statistics(tree, _of(part, judged)) for part in self.parts)
+        rows = (part.statistics(tree, _of(part, judged)) for part in self.acting)
         return {name: value for row in rows for name, value in row.items()}
 
 
