@@ -37,7 +37,7 @@ FEW = {
     "credits": SDE
     | dict(
         credit=["gain", {"type": "terminal", "weight": {"start": 0.5, "end": 1.0}}, {"type": "prl", "weight": 0.5}],
-        rewards={"smooth:Smooth.red": 1.0, "smooth:Positive.even": {"weight": 0.5, "density": "end"}},
+        rewards={"smooth:Smooth.red": 1.0, "smooth:Again.even": {"weight": 0.5, "density": "end"}},
         seeds=4, select={"type": "prof", "keep": 2},
     ),
     "region": BRIGHT

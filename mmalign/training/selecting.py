@@ -52,7 +52,7 @@ def part(
 
     paths = taken(rollout.paths, selected.nonzero()[:, 0])
     parts = {name: rows(values) for name, values in judged.parts.items()}
-    optional = {name: getattr(judged, name) for name in ("rest", "log_ratio", "values", "process")}
+    optional = {name: getattr(judged, name) for name in ("ends", "log_ratio", "values", "process")}
     optional = {name: None if values is None else rows(values) for name, values in optional.items()}
     return (
         replace(rollout, paths=paths, deviation=rows(rollout.deviation), log_ratio=optional["log_ratio"]),

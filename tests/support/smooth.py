@@ -55,3 +55,7 @@ class Positive(Smooth):
 
     def in_graph(self, images, prompts):
         return super().in_graph(images, prompts) + 1
+
+
+class Again(Smooth):
+    """The same scores by another scorer."""
