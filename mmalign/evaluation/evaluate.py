@@ -1,7 +1,7 @@
 """Held-out evaluation: ODE sampling from fixed seeds, so that two models are compared image by image."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,13 @@ def noise_seed(prompt: Prompt, member: int) -> int:
 
 def evaluate(
     policy: Policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Scorers, batch: int,
-    toward: Toward | None = None,
+    toward: Toward | None = None, suffix: str = "",
 ) -> Evaluation:  # fmt: skip
-    """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same."""
+    """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same. The
+    model is told the `suffix` after each prompt, and scorers are not."""
     seeds = [[noise_seed(p, m) for m in range(members)] for p in prompts]
-    images, prompt = generate(policy, prompts, seeds, steps, batch, toward=toward)
+    told = [replace(p, text=p.text + suffix) for p in prompts]
+    images, prompt = generate(policy, told, seeds, steps, batch, toward=toward)
     scored = score(images, [prompts[i] for i in prompt], scorers)
     places = {
         name: overlay.records(scored.maps.get(name), scored.boxes.get(name, ()), tuple(images.shape[2:]), len(images))
@@ -121,14 +123,14 @@ def compared(before: Evaluation, after: Evaluation, prompts: Sequence[Prompt]) -
 
 
 def evaluate_distributed(
-    ranks: Ranks, policy: Policy, prompts: Sequence[Prompt], members: int, *settings
+    ranks: Ranks, policy: Policy, prompts: Sequence[Prompt], members: int, *settings, suffix: str = ""
 ) -> Evaluation | None:
     """`evaluate`, with the prompts sharded over the ranks. The main rank gets the result that a single process would;
     the others get None. All ranks make as many images: a rank with fewer prompts repeats the first one, and the images
     of that are not counted."""
     what, most = "the evaluation", -(-len(prompts) // ranks.size)
     local = ranks.local(prompts)
-    result = evaluate(policy, [*local, *prompts[:1] * (most - len(local))], members, *settings)
+    result = evaluate(policy, [*local, *prompts[:1] * (most - len(local))], members, *settings, suffix=suffix)
     counted = result.prompt < len(local)
     prompt, member = result.prompt[counted], result.member[counted]
     order = ranks.order(prompt, what)

@@ -86,6 +86,7 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     batches(0)
     refit = _refit(c, scorers, batches.all)
     held_out = _held_out(c, given.held_out, batches.all)
+    _check_suffix(policy, max(rule.fan.values(), key=len), [*batches.all, *held_out])
     fits = {name: AdaptiveBatch(getattr(c, name), ranks.sharded) for name in ("batch", "micro_batch", "decode_batch")}
     with refusing():
         rewards_of_steps = step_rewards.opened(c, policy)
@@ -142,6 +143,18 @@ def _held_out(c: Config, given: Sequence[Prompt] | None, training: Sequence[Prom
     held_out = _prompts(c.held_out, given)
     _check_apart(training, held_out)
     return held_out
+
+
+def _check_suffix(policy: Trainable, suffix: str, prompts: Sequence[Prompt]) -> None:
+    """Raises BadInput for prompts at whose end no text encoder of the model would read a suffix."""
+    readers = getattr(policy, "readers", list)() if suffix else []
+    lost = sum(all(reader.cuts(p.text + suffix) for reader in readers) for p in prompts) if readers else 0
+    if lost:
+        most = max(reader.tokens for reader in readers)
+        raise BadInput(
+            f"combine: {lost} of {len(prompts)} prompts, with {suffix!r} after them, are longer than the {most} tokens "
+            "that the model reads, which would not be told the direction; shorten the suffix, or use other prompts"
+        )
 
 
 def _check_apart(training: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
