@@ -81,7 +81,7 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
         guide = _guide(c, policy)
         c, times, cost = planning.settled(c, policy)
-        head = values.opened(c, policy)
+        head, scouting = values.opened(c, policy), values.scouting(c, policy)
     batches = PromptBatches(records.prompts if records else prompts, c.prompts_per_iteration, c.seed, c.draw)
     batches(0)
     refit = _refit(c, scorers, batches.all)
@@ -98,13 +98,15 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     rewards = Rewards(c, shown, dict.fromkeys(c.at_least, 0.0), known, rule)
     origin = _origin(weights, scorers, batches.all, held_out, [] if records is None else records.records)
     origin |= rule.origin() | guide
+    if scouting is not None:
+        origin |= {"scouts": fingerprint(scouting.state_dict(), digits=16)}
     if refit is not None:
         refit.judge = scorers[component(c.refresh.by)[0]]
         origin |= {"refit": refit.origin()}
     return Session(
         config=c, policy=policy, prompts=batches, held_out=held_out, times=times, cost=cost, rewards=rewards,
         learner=learner, records=records, origin=origin, clock=Clock(), fits=fits, ranks=ranks, refit=refit,
-        values=head, step_rewards=rewards_of_steps,
+        values=head, scouting=scouting, step_rewards=rewards_of_steps,
     )  # fmt: skip
 
 
