@@ -79,6 +79,8 @@ def _settings_act(c: BaseModel) -> None:
             raise ValueError(f"{key}: null; objective: {name} needs one")
     if "region" in objective.needs and not c.records and c.region is None:
         raise ValueError(f"objective: {name} needs region, a scorer with a map, or records")
+    if c.draw.weigh and "advantage" not in objective.uses:
+        raise ValueError(f"draw: weigh acts on advantages, which objective: {name} does not have; remove it")
     if objective.stochastic and not c.plan.stochastic:
         raise ValueError(
             f"plan: {named(c.plan)} has no stochastic step, and objective: {name} learns from those; use another "
