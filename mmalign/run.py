@@ -158,8 +158,8 @@ def opened(
                 saved = len(checkpoint.numbered(out / "checkpoints"))
                 folder.check_space(out, saving.size(run) * max(1, c.keep_checkpoints + 2 - saved))
                 texts, suffixes = [p.text for p in (*run.prompts.all, *run.held_out)], run.rewards.rule.fan.values()
-                told = [text + max(suffixes, key=len) for text in texts]
-                long = *cut([run.policy], told), *cut(run.rewards.scorers.values(), texts)
+                read = [text + max(suffixes, key=len) for text in texts]
+                long = *cut([run.policy], read), *cut(run.rewards.scorers.values(), texts)
                 for line in filter(None, (*long, machine.busy(torch.get_num_threads()))):
                     print(f"mmalign: {line}", file=sys.stderr)
             say(planning.describe(run.config, run.cost))
@@ -199,7 +199,7 @@ def _images(run: Session, done: int, last: bool) -> int:
 
 
 def _fan(run: Session, done: int) -> dict[str, str]:
-    """The suffixes that an evaluation tells, by name: none of them to a model that has not been trained with them."""
+    """The suffixes of an evaluation by name: none for a model that has not been trained with them."""
     return run.rewards.rule.fan if done else {"": ""}
 
 

@@ -1,4 +1,4 @@
-"""Rewards along a direction that the model is told: its draws, its words, its rewards, and the fan of evaluations."""
+"""Rewards along a direction that the model reads: its draws, its words, its rewards, and the fan of evaluations."""
 
 import json
 from dataclasses import replace
@@ -79,15 +79,15 @@ def test_directions_are_the_unit_vectors_of_a_lattice_each_as_often_as_the_other
 
 
 def test_each_direction_has_words_of_its_own():
-    assert Directed().tell((RED, "clip.cosine"), (3, 1)) == " | red 3, cosine 1"
-    assert Directed(suffix=f", {{{EVEN}}} to {{{RED}}}").tell((RED, EVEN), (3, 1)) == ", 1 to 3"
+    assert Directed().words((RED, "clip.cosine"), (3, 1)) == " | red 3, cosine 1"
+    assert Directed(suffix=f", {{{EVEN}}} to {{{RED}}}").words((RED, EVEN), (3, 1)) == ", 1 to 3"
     rule = opened(Directed(parts=10, fan=2))
     assert rule.fan == {"05:05": " | red 5, even 5", "10:00": " | red 10, even 0", "00:10": " | red 0, even 10"}
     assert rule.rule.measured(2) == 3
     assert rule.rule.measured(3) == len(lattice(3, 2)) == 6
-    told = rule.suffixes(PROMPTS, 0, 1)
+    suffixes = rule.suffixes(PROMPTS, 0, 1)
     directions = rule.for_prompts(PROMPTS, 0, 1).directions
-    for suffix, direction in zip(told, directions, strict=True):
+    for suffix, direction in zip(suffixes, directions, strict=True):
         counts = torch.tensor([float(word.strip(",")) for word in suffix.split() if word.strip(",").isdigit()])
         torch.testing.assert_close(counts / counts.norm(), direction)
 
@@ -119,7 +119,7 @@ def test_a_score_that_does_not_count_may_be_missing():
     assert reward[~first].isnan().all()
 
 
-def test_the_model_is_told_the_direction_and_scorers_are_not(base):
+def test_the_model_reads_the_direction_and_scorers_do_not(base):
     listening = Listening()
     rewards = {"listening.bright": 1.0, "listening.even": 1.0}
     combine = {"type": "directed", "suffix": " {listening.bright}"}
@@ -129,9 +129,9 @@ def test_the_model_is_told_the_direction_and_scorers_are_not(base):
     rollout = sample_and_score(session, prompts, 1)
     assert {*listening.prompts} == {prompt.text for prompt in prompts}
     rule = session.rewards.rule
-    told = [prompt.text + suffix for prompt, suffix in zip(prompts, rule.suffixes(prompts, c.seed, 1), strict=True)]
+    read = [prompt.text + suffix for prompt, suffix in zip(prompts, rule.suffixes(prompts, c.seed, 1), strict=True)]
     start = partial(session.policy.velocity, torch.ones(2, *session.policy.latent_shape), torch.ones(2))
-    plain, heard = (session.policy.encode(texts) for texts in ([prompt.text for prompt in prompts], told))
+    plain, heard = (session.policy.encode(texts) for texts in ([prompt.text for prompt in prompts], read))
     index = torch.arange(2)
     assert torch.equal(start(rollout.cond, index), start(heard, index))
     assert not torch.equal(start(heard, index), start(plain, index))
@@ -149,11 +149,11 @@ def test_one_direction_is_training_with_that_reward_alone_to_the_bit(base, tmp_p
     session = open_session(c)
     prompts, drawn = session.prompts.all, session.rewards.rule.drawn
     seed = next(s for s in range(10_000) if {*drawn(prompts, s, 0), *drawn(prompts, s, 1)} == {(1, 0)})
-    told = tmp_path / "told.jsonl"
-    told.write_text("".join(json.dumps({"prompt": p.text + " 1", "id": p.id}) + "\n" for p in prompts))
+    worded = tmp_path / "worded.jsonl"
+    worded.write_text("".join(json.dumps({"prompt": p.text + " 1", "id": p.id}) + "\n" for p in prompts))
     changed = dict(seed=seed, held_out=None, eval_every=0)
     directed = run(base, **changed)
-    alone = run(base, **changed, combine="sum", rewards={RED: 1.0}, prompts=str(told), out=str(tmp_path / "alone"))
+    alone = run(base, **changed, combine="sum", rewards={RED: 1.0}, prompts=str(worded), out=str(tmp_path / "alone"))
     assert same(directed, alone)
     plain = run(base, **changed, combine="sum", rewards={RED: 1.0}, out=str(tmp_path / "plain"))
     assert not same(directed, plain)
@@ -211,7 +211,7 @@ def test_the_estimate_counts_all_directions(base):
     [
         ({"rewards": {RED: 1.0}}, "at least two rewards"),
         ({"combine": {"type": "directed", "parts": 4, "fan": 3}}, "fan: 3 does not divide parts: 4"),
-        ({"combine": {"type": "directed", "suffix": " strict"}}, "' strict' tells two directions alike"),
+        ({"combine": {"type": "directed", "suffix": " strict"}}, "' strict' is the same for two directions"),
         ({"combine": {"type": "directed", "suffix": "\n{smooth:Smooth.red}"}}, "printable"),
         ({"rewards": {f"s.{i}": 1.0 for i in range(12)}}, "1365 directions, 1000 at most"),
         ({"at_least": {RED: {"bound": 0.1}}}, "at_least"),

@@ -92,10 +92,10 @@ def evaluate(
     toward: Toward | None = None, suffix: str = "",
 ) -> Evaluation:  # fmt: skip
     """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same. The
-    model is told the `suffix` after each prompt, and scorers are not."""
+    model reads the `suffix` after each prompt, and scorers do not."""
     seeds = [[noise_seed(p, m) for m in range(members)] for p in prompts]
-    told = [replace(p, text=p.text + suffix) for p in prompts]
-    images, prompt = generate(policy, told, seeds, steps, batch, toward=toward)
+    requests = [replace(p, text=p.text + suffix) for p in prompts]
+    images, prompt = generate(policy, requests, seeds, steps, batch, toward=toward)
     scored = score(images, [prompts[i] for i in prompt], scorers)
     places = {
         name: overlay.records(scored.maps.get(name), scored.boxes.get(name, ()), tuple(images.shape[2:]), len(images))

@@ -1,11 +1,11 @@
-"""One model for many trade-offs: it is told how much each reward counts (DPA, arXiv 2402.18571).
+"""One model for many trade-offs: it reads how much each reward counts (DPA, arXiv 2402.18571).
 
 Each prompt of an iteration has a direction in the space of rewards, a unit vector, and the reward of its images is the
-one along it. The model is told the direction by words after the prompt, which scorers do not see; who uses the model
-says in the same words what an image is wanted for.
+one along it. The model reads the direction in words after the prompt, which scorers do not see; who uses the model
+writes the same words.
 
 Left out: negative weights of the paper, and its directions drawn from an arc. Those here are drawn from a lattice, so
-that a few whole numbers tell each of them exactly.
+that a few whole numbers describe each of them exactly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,11 +38,11 @@ def lattice(kinds: int, parts: int) -> list[Counts]:
 @dataclass(frozen=True)
 class Directed(Rule):
     """The weighted sum along `v = n / |n|`: the reward of an image is `sum_k v_k w_k z_k` of its scores z and weights
-    w. `n` are whole numbers that add up to `parts`, drawn anew for each prompt in each iteration, all of them equally
-    often.
+    w. Each prompt draws whole numbers `n` that add up to `parts` in each iteration, all of them equally often.
 
-    `suffix` tells them: `{scorer.component}` in it stands for the number of that reward; null names each reward with
-    its number. An evaluation measures the directions with whole numbers that add up to `fan`, which divides `parts`.
+    `suffix` has them in words: `{scorer.component}` in it stands for the number of that reward; null names each reward
+    with its number. An evaluation measures the directions with whole numbers that add up to `fan`, which divides
+    `parts`.
     """
 
     parts: Annotated[int, Ge(1), Le(100)] = 4
@@ -50,9 +50,9 @@ class Directed(Rule):
     suffix: str | None = None
     type, linear = "directed", True
     refuses = MappingProxyType({
-        "at_least": "a constraint would add to all directions alike",
-        "extend": "what is drawn later would not be told the direction",
-        "refresh": "its images would not be told a direction",
+        "at_least": "a constraint would count the same in all directions",
+        "extend": "a critic's request would lack the words for the direction",
+        "refresh": "its images would be drawn without a direction",
     })  # fmt: skip
 
     def __post_init__(self):
@@ -69,19 +69,21 @@ class Directed(Rule):
             raise ValueError(
                 f"combine: directed: parts: {self.parts} makes {number} directions, {MOST} at most; lower it"
             )
-        each = [self.tell(names, counts) for counts in lattice(len(names), self.parts)]
+        each = [self.words(names, counts) for counts in lattice(len(names), self.parts)]
         if len({*each}) < len(each):
             named = " ".join(f"{{{name}}}" for name in names[:-1])
-            raise ValueError(f"combine: directed: suffix: {self.suffix!r} tells two directions alike; it needs {named}")
+            raise ValueError(
+                f"combine: directed: suffix: {self.suffix!r} is the same for two directions; it needs {named}"
+            )
 
-    def tell(self, names: Sequence[str], counts: Counts) -> str:
-        """The words for a direction."""
+    def words(self, names: Sequence[str], counts: Counts) -> str:
+        """A direction in words."""
         if self.suffix is None:
             return " | " + ", ".join(f"{name.rpartition('.')[2]} {n}" for name, n in zip(names, counts, strict=True))
-        words = self.suffix
+        text = self.suffix
         for name, n in zip(names, counts, strict=True):
-            words = words.replace(f"{{{name}}}", str(n))
-        return words
+            text = text.replace(f"{{{name}}}", str(n))
+        return text
 
     def measured(self, rewards: int) -> int:
         return comb(self.fan + rewards - 1, self.fan)
@@ -95,7 +97,7 @@ class Directed(Rule):
 
 @dataclass(frozen=True)
 class OpenDirected(Rule):
-    """`Directed` with the `names` of its rewards, and the directions of the prompts at hand."""
+    """`Directed` with the `names` of its rewards, and the directions of some prompts."""
 
     rule: Directed
     names: tuple[str, ...]
@@ -108,7 +110,7 @@ class OpenDirected(Rule):
         return [every[seed_of(seed, "direction", iteration, prompt.id) % len(every)] for prompt in prompts]
 
     def suffixes(self, prompts: Sequence[Prompt], seed: int, iteration: int) -> list[str]:
-        return [self.rule.tell(self.names, counts) for counts in self.drawn(prompts, seed, iteration)]
+        return [self.rule.words(self.names, counts) for counts in self.drawn(prompts, seed, iteration)]
 
     @property
     def fanned(self) -> list[Counts]:
@@ -119,7 +121,7 @@ class OpenDirected(Rule):
     @property
     def fan(self) -> dict[str, str]:
         width = len(str(self.rule.parts))  # so that names sort by their numbers
-        return {":".join(f"{n:0{width}}" for n in each): self.rule.tell(self.names, each) for each in self.fanned}
+        return {":".join(f"{n:0{width}}" for n in each): self.rule.words(self.names, each) for each in self.fanned}
 
     def for_prompts(self, prompts: Sequence[Prompt], seed: int, iteration: int | None) -> "OpenDirected":
         if not prompts:

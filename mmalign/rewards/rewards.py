@@ -48,8 +48,8 @@ class Rewards:
     def trained(self) -> dict[str, RewardModel]:
         return {name: self.scorers[name] for name in self.config.trained}
 
-    def told(self, prompts: Sequence[Prompt], iteration: int) -> list[str]:
-        """The texts that the model is given for these prompts, of which scorers see the prompt alone."""
+    def texts(self, prompts: Sequence[Prompt], iteration: int) -> list[str]:
+        """What the model reads for these prompts, of which scorers see the prompt alone."""
         suffixes = self.rule.suffixes(prompts, self.config.seed, iteration)
         return [prompt.text + suffix for prompt, suffix in zip(prompts, suffixes, strict=True)]
 

@@ -44,12 +44,12 @@ class Rule:
         return self
 
     def suffixes(self, prompts: Sequence[Prompt], seed: int, iteration: int) -> list[str]:
-        """What the model is told after the text of each prompt in an iteration, and scorers are not."""
+        """What the model reads after the text of each prompt in an iteration, and scorers do not."""
         return [""] * len(prompts)
 
     @property
     def fan(self) -> dict[str, str]:
-        """The suffixes that an evaluation tells, one after the other, by name; the main evaluation is the first."""
+        """The suffixes of an evaluation, one after the other, by name; the first is that of the main evaluation."""
         return {"": ""}
 
     def measured(self, rewards: int) -> int:

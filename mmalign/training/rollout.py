@@ -77,7 +77,7 @@ def sample_and_score(run: Session, prompts: list[Prompt], iteration: int, whole:
     scores are not finite, once all is sampled: other ranks may be sampling too."""
     c = run.config
     with run.clock.of("rollout"):
-        cond = run.policy.encode(run.rewards.told(prompts, iteration))
+        cond = run.policy.encode(run.rewards.texts(prompts, iteration))
     if c.scouts is None:
         members = torch.arange(c.seeds).repeat(len(prompts), 1)
         return rolled_out(run, prompts, cond, iteration, members, whole=whole)

@@ -155,7 +155,7 @@ def _check_suffix(policy: Trainable, suffix: str, prompts: Sequence[Prompt]) -> 
         most = max(reader.tokens for reader in readers)
         raise BadInput(
             f"combine: {lost} of {len(prompts)} prompts, with {suffix!r} after them, are longer than the {most} tokens "
-            "that the model reads, which would not be told the direction; shorten the suffix, or use other prompts"
+            "that the model reads, so that the direction is lost; shorten the suffix, or use other prompts"
         )
 
 
