@@ -81,6 +81,7 @@ def test_directions_are_the_unit_vectors_of_a_lattice_each_as_often_as_the_other
 def test_each_direction_has_words_of_its_own():
     assert Directed().words((RED, "clip.cosine"), (3, 1)) == " | red 3, cosine 1"
     assert Directed(suffix=f", {{{EVEN}}} to {{{RED}}}").words((RED, EVEN), (3, 1)) == ", 1 to 3"
+    assert opened(Directed(2, 1, (", red", "", ", even"))).fan == {"2:0": ", red", "0:2": ", even"}
     rule = opened(Directed(parts=10, fan=2))
     assert rule.fan == {"05:05": " | red 5, even 5", "10:00": " | red 10, even 0", "00:10": " | red 0, even 10"}
     assert rule.rule.measured(2) == 3
@@ -212,6 +213,11 @@ def test_the_estimate_counts_all_directions(base):
         ({"rewards": {RED: 1.0}}, "at least two rewards"),
         ({"combine": {"type": "directed", "parts": 4, "fan": 3}}, "fan: 3 does not divide parts: 4"),
         ({"combine": {"type": "directed", "suffix": " strict"}}, "' strict' is the same for two directions"),
+        ({"combine": {"type": "directed", "suffix": [" a", " b"]}}, "suffix: 2 texts for 5 directions"),
+        (
+            {"combine": {"type": "directed", "parts": 1, "fan": 1, "suffix": [" a", " a"]}},
+            "the same for two directions",
+        ),
         ({"combine": {"type": "directed", "suffix": "\n{smooth:Smooth.red}"}}, "printable"),
         ({"rewards": {f"s.{i}": 1.0 for i in range(12)}}, "1365 directions, 1000 at most"),
         ({"at_least": {RED: {"bound": 0.1}}}, "at_least"),

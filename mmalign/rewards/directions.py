@@ -40,14 +40,14 @@ class Directed(Rule):
     """The weighted sum along `v = n / |n|`: the reward of an image is `sum_k v_k w_k z_k` of its scores z and weights
     w. Each prompt draws whole numbers `n` that add up to `parts` in each iteration, all of them equally often.
 
-    `suffix` has them in words: `{scorer.component}` in it stands for the number of that reward; null names each reward
-    with its number. An evaluation measures the directions with whole numbers that add up to `fan`, which divides
-    `parts`.
+    `suffix` has them in words: `{scorer.component}` in it stands for the number of that reward. Or it lists a text for
+    each direction, from the first reward alone to the last alone. Null names each reward with its number. An evaluation
+    measures the directions with whole numbers that add up to `fan`, which divides `parts`.
     """
 
     parts: Annotated[int, Ge(1), Le(100)] = 4
     fan: Annotated[int, Ge(1), Le(100)] = 2
-    suffix: str | None = None
+    suffix: str | tuple[str, ...] | None = None
     type, linear = "directed", True
     refuses = MappingProxyType({
         "at_least": "a constraint would count the same in all directions",
@@ -58,7 +58,7 @@ class Directed(Rule):
     def __post_init__(self):
         if self.parts % self.fan:
             raise ValueError(f"fan: {self.fan} does not divide parts: {self.parts}")
-        if self.suffix is not None and not self.suffix.isprintable():
+        if not "".join(self.suffix or ()).isprintable():
             raise ValueError(f"suffix: {self.suffix!r}: printable characters are needed")
 
     def check(self, weights: Mapping[str, tuple[float, float]]) -> None:
@@ -69,17 +69,22 @@ class Directed(Rule):
             raise ValueError(
                 f"combine: directed: parts: {self.parts} makes {number} directions, {MOST} at most; lower it"
             )
+        if isinstance(self.suffix, tuple) and len(self.suffix) != number:
+            raise ValueError(f"combine: directed: suffix: {len(self.suffix)} texts for {number} directions")
         each = [self.words(names, counts) for counts in lattice(len(names), self.parts)]
         if len({*each}) < len(each):
             named = " ".join(f"{{{name}}}" for name in names[:-1])
             raise ValueError(
-                f"combine: directed: suffix: {self.suffix!r} is the same for two directions; it needs {named}"
+                f"combine: directed: suffix: {self.suffix!r} is the same for two directions; use {named} in a text, or "
+                "different ones in a list"
             )
 
     def words(self, names: Sequence[str], counts: Counts) -> str:
         """A direction in words."""
         if self.suffix is None:
             return " | " + ", ".join(f"{name.rpartition('.')[2]} {n}" for name, n in zip(names, counts, strict=True))
+        if isinstance(self.suffix, tuple):
+            return self.suffix[lattice(len(names), self.parts).index(tuple(counts))]
         text = self.suffix
         for name, n in zip(names, counts, strict=True):
             text = text.replace(f"{{{name}}}", str(n))
