@@ -58,5 +58,5 @@ class Positive(Smooth):
 
 
 class Again(Smooth):
-    """The same scores by another scorer. Those of `Positive` are near 1, and spread by thousandths within a prompt: their
-    last digit is 3e-5 of that, which as an advantage is more than processes may differ by."""
+    """The same scores by another scorer. Those of `Positive` are near 1, and spread by thousandths within a prompt:
+    their last digit is 3e-5 of that, which as an advantage is more than processes may differ by."""
