@@ -157,8 +157,9 @@ def opened(
             if ranks.main:
                 saved = len(checkpoint.numbered(out / "checkpoints"))
                 folder.check_space(out, saving.size(run) * max(1, c.keep_checkpoints + 2 - saved))
-                texts = [p.text for p in (*run.prompts.all, *run.held_out)]
-                long = cut((run.policy, *run.rewards.scorers.values()), texts)
+                texts, suffixes = [p.text for p in (*run.prompts.all, *run.held_out)], run.rewards.rule.fan.values()
+                read = [text + max(suffixes, key=len) for text in texts]
+                long = *cut([run.policy], read), *cut(run.rewards.scorers.values(), texts)
                 for line in filter(None, (*long, machine.busy(torch.get_num_threads()))):
                     print(f"mmalign: {line}", file=sys.stderr)
             say(planning.describe(run.config, run.cost))
@@ -191,9 +192,15 @@ def in_between(c: Config, held_out: int) -> int:
 
 def _images(run: Session, done: int, last: bool) -> int:
     """The images of the evaluation after `done` iterations."""
+    directions = len(_fan(run, done))
     if last or done == 0:
-        return len(run.held_out) * run.config.eval_seeds
-    return len(run.held_out[:: in_between(run.config, len(run.held_out))]) * run.config.eval_siblings
+        return directions * len(run.held_out) * run.config.eval_seeds
+    return directions * len(run.held_out[:: in_between(run.config, len(run.held_out))]) * run.config.eval_siblings
+
+
+def _fan(run: Session, done: int) -> dict[str, str]:
+    """The suffixes of an evaluation by name: none for a model that has not been trained with them."""
+    return run.rewards.rule.fan if done else {"": ""}
 
 
 def _besides(run: Session, done: int, evaluated: Collection[int]) -> dict[str, int]:
@@ -225,7 +232,12 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
             evaluate.evaluate_distributed, run.ranks, run.policy, prompts, seeds, c.eval_steps, run.rewards.scorers,
             parts=c.rollout_parts,
         )  # fmt: skip
-        result = run.fits["batch"](work)
+        result, front = None, {}
+        for direction, suffix in _fan(run, done).items():
+            measured = run.fits["batch"](partial(work, suffix=suffix))
+            result = result or measured
+            if direction and measured:
+                front |= {f"fan/{direction}/{part}": float(x.nanmean()) for part, x in measured.parts.items()}
     if result is None:  # only the main process has it
         return {"iteration": done, "name": name}
     _stop_if_failing(run, done, result, prompts)
@@ -239,7 +251,7 @@ def _evaluate(run: Session, out: Path, done: int, last: bool, trackers: Trackers
         sheet = out / "images" / f"{name or f'{done:06d}'}.png"
         evaluate.contact_sheet(result.images, sheet)
         layouts.write(result if name else evaluate.few(result), prompts, out / "images" / (name or f"{done:06d}"))
-        row |= means | evaluate.agreements(result, c.rewards, c.watch)
+        row |= means | evaluate.agreements(result, c.rewards, c.watch) | front
         row |= {} if name else layouts.changes(out / "images" / "before", result, prompts)
         files.append(out / "evaluations.jsonl", row)
         logged = {key: value for key, value in row.items() if key not in ("iteration", "name")}
@@ -256,7 +268,7 @@ def _stop_if_failing(run: Session, done: int, result: evaluate.Evaluation, promp
     evaluation is written then: a resumed run repeats it."""
     if not run.config.rewards or run.records:
         return
-    reward = run.rewards.combination(done, [prompt.text for prompt in prompts])(result.parts, result.prompt)
+    reward = run.rewards.combination(done, prompts, evaluation=True)(result.parts, result.prompt)
     missing = reward.isnan().nonzero()[:, 0].tolist()
     parts = {name: result.parts[name] for name in run.config.rewards}
     stop_if_failing(

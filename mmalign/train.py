@@ -65,7 +65,7 @@ def from_rollout(run: Session, prompts: list[Prompt], iteration: int, show: Show
         judgement, valued = values.judged(run.ranks, run.values, rollout.paths, tree, judgement, iteration)
         judgement, learnt = step_rewards.judged(run, rollout, local, judgement, iteration)
         selected = selecting.choose(c, tree, judgement)
-        advantage = selecting.advantages(c, tree, judgement, selected, iteration)
+        advantage = selecting.advantages(c, tree, judgement, selected, iteration, run.prompts.weights(iteration))
         here = run.ranks.is_local(tree.prompt)
         mine = None if advantage is None else advantage[here]
         batch = c.objective.batch(run, *selecting.part(rollout, local, mine, selected[here]), iteration)

@@ -182,20 +182,20 @@ class Judgement:
     """The rewards of a batch. `reward [N, T+1]`: the reward of the image that stands for each state, NaN where none
     does or scoring failed; the last column is the finished image. It may be a map, `[N, T+1, a, b]`: a reward per
     position, NaN without an opinion. `parts` holds each component's raw score of the finished images; `regions [E, a,
-    b]` the credit in [-1, 1] per position of each image, `marks` the regions behind it. `failures`: reasons by
-    image. `rest`: the part of the finished image's reward that other states do not have, because its scorers are shown
-    finished images alone; None without such a part. `log_ratio [N, T]`: log of the density of each stochastic step that
-    was drawn, less that of the model without adapter, in nats per latent element; 0 at deterministic steps, None unless
-    the credit needs it. `values`: what a value head expects of each state but the last, as a difference from the mean
-    reward of its group; NaN at steps where it is not to be trusted. `process`: rewards of the steps themselves, 0 at
-    deterministic ones, where a credit learns them."""
+    b]` the credit in [-1, 1] per position of each image, `marks` the regions behind it. `failures`: reasons by image.
+    `ends`: the finished image's reward in two parts, before their sum is rounded: that of scorers which are shown other
+    states too, and that of those which are not; None where all are. `log_ratio [N, T]`: log of the density of each
+    stochastic step that was drawn, less that of the model without adapter, in nats per latent element; 0 at
+    deterministic steps, None unless the credit needs it. `values`: what a value head expects of each state but the
+    last, as a difference from the mean reward of its group; NaN at steps where it is not to be trusted. `process`:
+    rewards of the steps themselves, 0 at deterministic ones, where a credit learns them."""
 
     reward: Float[Tensor, "N states *cells"]
     parts: dict[str, Float[Tensor, "N"]]
     regions: Float[Tensor, "E a b"] | None = None
     marks: "Marks | None" = None
     failures: Mapping[int, str] = field(default_factory=dict)
-    rest: Float[Tensor, "N"] | None = None
+    ends: Float[Tensor, "N 2"] | None = None
     log_ratio: Float[Tensor, "N T"] | None = None
     values: Float[Tensor, "N T"] | None = None
     process: Float[Tensor, "N T a b"] | None = None

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python scripts/compare_spending.py selections
     OMP_NUM_THREADS=1 python scripts/compare_spending.py batches --batches 24
-    OMP_NUM_THREADS=1 python scripts/compare_spending.py predictions
+    OMP_NUM_THREADS=1 python scripts/compare_spending.py predictions --value RUN
 
 `selections`: the gradients of the same rollouts from all images of a prompt and from some, as cosines with the first.
 `batches`: signal over noise of independent batches as in gradient_agreement.py, per processor minute, with scouts and
@@ -13,6 +13,7 @@ much those that they choose differ. Before training no prompt has been drawn, so
 import time
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Annotated
 
 import torch
 import typer
@@ -25,7 +26,7 @@ from mmalign.selection.extremes import Extremes
 from mmalign.selection.scouts import chosen, correlation
 from mmalign.selection.selection import Selection
 from mmalign.training import selecting, setup
-from mmalign.training.rollout import judged, sample_and_score
+from mmalign.training.rollout import foreseen, judged, sample_and_score
 from mmalign.training.session import Session
 
 STILL = ["learning_rate=1e-12", "warmup=0", "cooldown=0", "held_out=null", "watch=[]", "out=runs/none"]
@@ -125,7 +126,10 @@ def batches(batches: int = 8, only: str = "") -> None:
 
 
 @app.command()
-def predictions(prompts: int = 48) -> None:
+def predictions(
+    prompts: int = 48,
+    value: Annotated[str, typer.Option(help="folder of a run whose value head predicts, too")] = "",
+) -> None:
     torch.set_flush_denormal(True)
     print("| 4 of 12 starts, by scouts of | forwards | correlation, all starts | of the chosen | deviation of R |")
     print("|---|---|---|---|---|")
@@ -139,12 +143,23 @@ def predictions(prompts: int = 48) -> None:
     print(f"| none: the first 4 | {prompts * 4 * 6} | | | {spread:.3f} |")
     for steps in (2, 3, 4, 6):
         scout = sample_and_score(run := opened(f"{base} seeds=12 steps={steps}"), run.prompts(0), 0)
-        guess = judged(run, scout, 0).reward[:, -1]
-        rows = (chosen(guess, prompts, 4) + 12 * torch.arange(prompts)[:, None]).flatten()
-        within = [correlation(guess[r], exact[r], start[r]) for r in (torch.arange(len(exact)), rows)]
-        spread = float(group_std(exact[rows], start[rows]).mean())
-        drawn = prompts * (12 * steps + 4 * 6)
-        print(f"| {steps} steps | {drawn} | {within[0]:.2f} | {within[1]:.2f} | {spread:.3f} |", flush=True)
+        predicted(f"{steps} steps", steps, judged(run, scout, 0).reward[:, -1], exact, start)
+    for steps in (2, 3, 4, 5, 6) if value else ():
+        run = opened(f"{base} seeds=12 scouts={{steps:{steps},by:{value}}}")
+        every = torch.arange(12).repeat(prompts, 1)
+        cond = run.policy.encode([p.text for p in run.prompts(0)])
+        guess = foreseen(run, run.prompts(0), cond, 0, every)
+        predicted(f"a value head, {steps} steps", steps, guess, exact, start)
+
+
+def predicted(name: str, steps: int, guess: torch.Tensor, exact: torch.Tensor, start: torch.Tensor) -> None:
+    """How well guesses by scouts of so many steps agree with the rewards of 12 starts of each prompt."""
+    prompts = len(exact) // 12
+    rows = (chosen(guess, prompts, 4) + 12 * torch.arange(prompts)[:, None]).flatten()
+    within = [correlation(guess[r], exact[r], start[r]) for r in (torch.arange(len(exact)), rows)]
+    spread = float(group_std(exact[rows], start[rows]).mean())
+    drawn = prompts * (12 * steps + 4 * 6)
+    print(f"| {name} | {drawn} | {within[0]:.2f} | {within[1]:.2f} | {spread:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

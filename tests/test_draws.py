@@ -15,7 +15,8 @@ from mmalign.data.draws import Epochs, PassRate, Stages
 from mmalign.data.prompts import PromptBatches
 from mmalign.errors import BadInput
 from mmalign.runs import checkpoint
-from mmalign.training import saving
+from mmalign.training import saving, selecting
+from mmalign.training.rollout import judged, sample_and_score
 from mmalign.training.setup import open_session
 from reward_models import Prompt
 
@@ -90,6 +91,17 @@ def test_too_many_prompts_are_refused_whatever_the_draw():
             PromptBatches(PROMPTS, 5, 0, draw)(0)
 
 
+def test_weights_are_one_less_the_rate_and_one_of_new_prompts():
+    batches = PromptBatches(PROMPTS, 4, 0, PassRate(memory=0.0, weigh=True))
+    assert batches.weights(0).tolist() == [1.0] * 4
+    batches.rates.update({7: 0.25, -3: 1.0})
+    by_id = dict(zip([p.id for p in batches(0)], batches.weights(0).tolist(), strict=True))
+    assert by_id == {7: 0.75, 2**62: 1.0, -3: 0.0, 11: 1.0}
+    row = batches.learn(0, torch.ones(4), torch.arange(4))
+    assert row["draw/weight"] == (0.75 + 1.0 + 0.0 + 1.0) / 4
+    assert PromptBatches(PROMPTS, 4, 0, PassRate()).weights(0) is None
+
+
 # in runs
 
 
@@ -146,6 +158,33 @@ FORGERIES = {
 }
 
 
+def test_weights_multiply_the_advantages_of_a_prompt(chosen):
+    c = configs.build(chosen | {"draw": chosen["draw"] | {"weigh": True}}, "test")
+    session = open_session(c)
+    session.prompts.rates.update({p.id: (i + 1) / 8 for i, p in enumerate(session.prompts.all)})
+    prompts = session.prompts(0)
+    expected = torch.tensor([1 - session.prompts.rates[p.id] for p in prompts])
+    rollout = sample_and_score(session, prompts, 0)
+    tree, judgement = rollout.tree, judged(session, rollout, 0)
+    every = selecting.choose(c, tree, judgement)
+    plain = selecting.advantages(c, tree, judgement, every)
+    weighed = selecting.advantages(c, tree, judgement, every, 0, session.prompts.weights(0))
+    assert plain.abs().max() > 0
+    assert torch.equal(weighed, plain * expected[tree.prompt][:, None, None, None])
+
+
+def test_weights_act_once_rates_are_known(chosen, tmp_path):
+    """To the bit as without them in an iteration of new prompts, and not after it."""
+    weighed = chosen | {"draw": chosen["draw"] | {"weigh": True}, "prompts_per_iteration": 4, "iterations": 2}
+    plain = weighed | {"draw": chosen["draw"], "out": str(tmp_path / "plain")}
+    outs = run(weighed), run(plain)
+    for number, same in ((1, True), (2, False)):
+        one, two = (checkpoint.read(out / f"checkpoints/{number:06d}")[0]["adapter"] for out in outs)
+        assert all(torch.equal(value, two[name]) for name, value in one.items()) == same
+    assert [row.get("draw/weight", 0) == 1 for row in rows(outs[0] / "metrics.jsonl")] == [True, False]
+    assert "draw/weight" not in rows(outs[1] / "metrics.jsonl")[0]
+
+
 @pytest.fixture(scope="module")
 def finished(random_model, prompt_files, tmp_path_factory):
     made = dict(
@@ -189,6 +228,12 @@ def test_rates_in_a_run_that_does_not_learn_are_refused(finished, tmp_path):
 def test_settings_that_cannot_work_are_refused(settings, draw, says):
     with pytest.raises(BadInput, match=says):
         configs.build(settings | {"draw": draw}, "test")
+
+
+def test_weights_without_advantages_are_refused(settings):
+    changed = {"draw": {"type": "pass_rate", "weigh": True}, "plan": "ode", "objective": "rft", "seeds": 4}
+    with pytest.raises(BadInput, match="weigh acts on advantages, which objective: rft does not have"):
+        configs.build(settings | changed, "test")
 
 
 STAGED = [Prompt(f"prompt {i}", {"tag": tag}, i) for i, tag in enumerate("bacabb")]

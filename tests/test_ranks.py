@@ -37,7 +37,7 @@ FEW = {
     "credits": SDE
     | dict(
         credit=["gain", {"type": "terminal", "weight": {"start": 0.5, "end": 1.0}}, {"type": "prl", "weight": 0.5}],
-        rewards={"smooth:Smooth.red": 1.0, "smooth:Positive.even": {"weight": 0.5, "density": "end"}},
+        rewards={"smooth:Smooth.red": 1.0, "smooth:Again.even": {"weight": 0.5, "density": "end"}},
         seeds=4, select={"type": "prof", "keep": 2},
     ),
     "region": BRIGHT
@@ -56,6 +56,11 @@ MORE = FEW | {
     "value": SDE | dict(credit={"type": "value", "warmup": 1, "floor": 0.0}, prompts_per_iteration=4),
     "implicit": SDE
     | dict(credit={"type": "implicit", "grid": [2, 2], "scale": 1000.0, "updates": 2}, objective=BETA),
+    "directed": SDE
+    | dict(
+        credit="terminal", rewards={"smooth:Smooth.red": 1.0, "smooth:Smooth.even": 0.5},
+        combine={"type": "directed", "suffix": " {smooth:Smooth.red}"},
+    ),
     "outcome": PLAIN | dict(objective={"type": "outcome", "scale": 100.0}),
     "awm": PLAIN | dict(objective={"type": "awm", "weight": "error"}, prompts_per_iteration=4),
     "online_dpo": PLAIN | dict(objective="online_dpo"),

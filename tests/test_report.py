@@ -58,8 +58,8 @@ def recorded(random_model, prompt_files, tmp_path_factory):
     )  # fmt: skip
     results, work = [], evaluate.evaluate_distributed
 
-    def watched(*arguments):
-        results.append(work(*arguments))
+    def watched(*arguments, **named):
+        results.append(work(*arguments, **named))
         return results[-1]
 
     with pytest.MonkeyPatch.context() as patch:

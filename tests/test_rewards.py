@@ -252,16 +252,17 @@ def test_experts_weigh_each_prompt_by_its_text(experts_file):
     owner = torch.tensor([0, 0, 1, 1])
     raw = torch.tensor([[-1.0, 0.2], [-1.2, 0.7], [-0.9, 0.4], [-1.1, 0.5]])
     parts = dict(zip(TWO, raw.T, strict=True))
-    reward = Combination(EQUAL, rule, texts=texts)(parts, owner)
+    rule = rule.for_prompts([Prompt(text) for text in texts], 0, None)
+    reward = Combination(EQUAL, rule)(parts, owner)
     embedding = torch.stack([rule.embeddings[text] for text in texts])
     gates = mixture.gate(embedding)
     assert (gates[0] - gates[1]).abs().max() > 0.01
     z = (raw - mixture.mean) / mixture.std
     torch.testing.assert_close(reward, mixture.log_scale.exp() * (gates[owner] * z).sum(1))
-    turned = Combination(dict(reversed(EQUAL.items())), rule, texts=texts)(parts, owner)
+    turned = Combination(dict(reversed(EQUAL.items())), rule)(parts, owner)
     torch.testing.assert_close(turned, reward)
     parts["image_stats.brightness"] = torch.tensor([torch.nan, torch.nan, torch.nan, 0.5])
-    reward = Combination(EQUAL, rule, texts=texts)(parts, owner)
+    reward = Combination(EQUAL, rule)(parts, owner)
     torch.testing.assert_close(reward[:2], mixture.log_scale.exp() * z[:2, 0])  # missing in the group: irrelevant
     assert reward.isnan().tolist() == [False, False, True, False]
 

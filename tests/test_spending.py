@@ -12,7 +12,9 @@ from mmalign.config import load as configs
 from mmalign.errors import BadInput
 from mmalign.objectives.objective import finished
 from mmalign.runs import checkpoint
-from mmalign.training import selecting
+from mmalign.seeds import gaussian, seed_of
+from mmalign.selection.scouts import chosen
+from mmalign.training import selecting, values
 from mmalign.training.rollout import judged, sample_and_score
 from mmalign.training.setup import open_session
 
@@ -143,6 +145,41 @@ def test_scouts_that_fail_are_counted(base):
     assert rows(out / "metrics.jsonl")[0]["scouts/failed"] == 2 * 3 * 5
 
 
+VALUED = SDE | {"credit": {"type": "value", "warmup": 1, "width": 8}}
+
+
+def test_a_value_head_chooses_starts_by_what_it_sees_after_some_steps(base, tmp_path):
+    """Against the states and features written out, with the head of another run."""
+    folder = run(base, **VALUED, out=str(tmp_path / "valued"))
+    head = values.read(folder)
+    session = opened(base, **RFT | {"seeds": 2, "decode_batch": 1}, scouts=SCOUTS | {"by": str(folder)})
+    policy, (one, two), counts = session.policy, session.times[:2], session.policy.counts
+    rollout = sample_and_score(session, session.prompts(1), 1)
+    assert (counts["forwards"], counts["decodes"]) == (2 * 6 * 2 + 2 * 2 * 4, 2 * 2)
+    for p, prompt in enumerate(session.prompts(1)):
+        seeds = [seed_of(session.config.seed, "rollout", 1, prompt.id, member) for member in range(6)]
+        x = torch.stack([gaussian(policy.latent_shape, seed) for seed in seeds])
+        cond, index = policy.encode([prompt.text]), torch.zeros(6, dtype=torch.long)
+        x = x + (two - one) * policy.velocity(x, one.expand(6), cond, index)
+        with head.observed(policy) as features:
+            policy.velocity(x, two.expand(6), cond, index)
+            value = head.value(features(6).cpu(), two.expand(6))
+        assert value.std() > 0
+        expected = chosen(value, 1, 2)[0]
+        assert rollout.scouts.members[p].tolist() == expected.tolist()
+        assert torch.allclose(rollout.scouts.reward.view(2, 2)[p], value[expected], atol=1e-5)
+
+
+def test_a_head_that_is_not_to_be_trusted_yet_chooses_nothing(base, tmp_path):
+    plain = run(base, **VALUED | {"credit": ["terminal", VALUED["credit"] | {"warmup": 9}]})
+    other = VALUED | {"credit": ["terminal", VALUED["credit"] | {"warmup": 9}], "scouts": SCOUTS | {"by": "value"}}
+    scouted = run(base, **other, out=str(tmp_path / "scouted"))
+    assert all(torch.equal(value, adapter(scouted)[name]) for name, value in adapter(plain).items())
+    first = rows(scouted / "metrics.jsonl")[0]
+    assert first["scouts/failed"] == 0
+    assert first["scouts/correlation"] != first["scouts/correlation"]
+
+
 # counts
 
 COUNTED = {
@@ -153,6 +190,7 @@ COUNTED = {
     "select, window": SDE
     | {"objective": BETA, "plan": {"type": "window", "steps": [1, 3], "children": 2}, "select": "extremes"},
     "scouts": SDE | {"objective": BETA, "scouts": SCOUTS, "guidance": 2.0},
+    "scouts by value": VALUED | {"objective": BETA, "scouts": SCOUTS | {"by": "value"}, "guidance": 2.0},
     "both": SDE | {"objective": BETA, "scouts": SCOUTS, "select": {"type": "extremes", "keep": 2}, "draw": "pass_rate"},
     "noised again": {
         "plan": "ode", "objective": "nft", "seeds": 5, "scouts": SCOUTS, "select": {"type": "extremes", "keep": 3}
@@ -177,6 +215,8 @@ def test_the_closed_forms(base):
     plain, select = count(), count(select={"type": "extremes", "keep": 3})
     assert (plain["forwards"], plain["replay_forwards"], plain["decodes"]) == (2 * 5 * 4, 2 * 5 * 3, 2 * 5)
     assert (select["forwards"], select["replay_forwards"], select["decodes"]) == (2 * 5 * 4, 2 * 3 * 3, 2 * 5)
+    valued = count(**VALUED, scouts=SCOUTS | {"by": "value"})
+    assert (valued["forwards"], valued["decodes"], valued["rewards"]) == (2 * 5 * 4 + 2 * 15 * 2, 2 * 5, 2 * 5)
     scouts = count(scouts=SCOUTS)
     assert (scouts["forwards"], scouts["decodes"]) == (2 * 5 * 4 + 2 * 15 * 2, 2 * 5 + 2 * 15)
 
@@ -190,6 +230,8 @@ def test_the_closed_forms(base):
         (SDE | {"select": "extreme"}, "did you mean 'extremes'"),
         ({"seeds": 1, "scouts": {}}, "got seeds: 1"),
         (SDE | {"scouts": {"ratio": 1}}, "ratio"),
+        (SDE | {"scouts": SCOUTS | {"by": "value"}}, "by: value needs credit: value"),
+        (VALUED | {"scouts": {"steps": 5, "by": "value"}}, "sees the run's 4 steps at most"),
         (SDE | {"scouts": {"ratio": 1000, "steps": 1000}, "seeds": 9000}, "states in memory"),
         ({"records": "judged.jsonl", "objective": "rft", "select": "extremes"}, "does not act with"),
     ],

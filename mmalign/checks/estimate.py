@@ -125,12 +125,13 @@ def bounds(c: Config) -> list[str]:
 
 
 def evaluations(c: Config, held_out: list[Prompt], guided: bool) -> dict[str, int]:
-    """All evaluations of a run: before and after on all held-out prompts, `eval_seeds` each; in between on some, one
-    image each. Every image is shown to rewards and `watch` too."""
+    """All evaluations of a run: before and after on all held-out prompts, `eval_seeds` each; in between on some,
+    `eval_siblings` each; after the first in each direction that is measured. Every image is shown to rewards and
+    `watch` too."""
     between = (c.iterations - 1) // c.eval_every if c.eval_every and held_out else 0
-    images = 2 * len(held_out) * c.eval_seeds + between * c.eval_siblings * len(
-        held_out[:: in_between(c, len(held_out))]
-    )
+    some = len(held_out[:: in_between(c, len(held_out))])
+    trained = len(held_out) * c.eval_seeds + between * c.eval_siblings * some
+    images = len(held_out) * c.eval_seeds + trained * c.combine.measured(len(c.rewards))
     scorers = len({*c.trained, *c.watch})
     return {
         "evaluations": between + (2 if held_out else 0),

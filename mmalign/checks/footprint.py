@@ -53,7 +53,7 @@ def memory(
     rows = sum(learnt.values())
     held = starts * (trained_routes * (len(read.states) + len(read.means)) + routes)
     held += sum(part.stored(c.epochs * c.minibatches) * count for part, count in learnt.items())
-    scouts = 0 if c.scouts is None else prompts * c.scouts.images(c.seeds)
+    scouts = 0 if c.scouts is None else prompts * c.scouts.starts(c.seeds)
     held = max(held, scouts)
 
     micro = min(c.micro_batch, ceil(rows / c.minibatches)) * c.objective.width

@@ -79,6 +79,8 @@ def _settings_act(c: BaseModel) -> None:
             raise ValueError(f"{key}: null; objective: {name} needs one")
     if "region" in objective.needs and not c.records and c.region is None:
         raise ValueError(f"objective: {name} needs region, a scorer with a map, or records")
+    if c.draw.weigh and "advantage" not in objective.uses:
+        raise ValueError(f"draw: weigh acts on advantages, which objective: {name} does not have; remove it")
     if objective.stochastic and not c.plan.stochastic:
         raise ValueError(
             f"plan: {named(c.plan)} has no stochastic step, and objective: {name} learns from those; use another "
@@ -223,6 +225,12 @@ def _plan(c: BaseModel) -> None:
         raise ValueError(
             f"scouts: the most contrastive of a prompt are at least 2 starting noises, got seeds: {c.seeds}"
         )
+    if c.scouts is not None and c.scouts.by == "value" and (c.credit is None or c.credit.observer is None):
+        raise ValueError(
+            "scouts: by: value needs credit: value, whose head it reads, or a run's folder instead of value"
+        )
+    if c.scouts is not None and not c.scouts.images(c.seeds) and c.scouts.steps > c.steps:
+        raise ValueError(f"scouts: steps: {c.scouts.steps}; by: {c.scouts.by} sees the run's {c.steps} steps at most")
     if c.select is not None:
         _select(c)
     if c.extend is not None and not all(part.stochastic for part in c.objective.summands):
@@ -267,7 +275,7 @@ def _select(c: BaseModel) -> None:
 
 def _size(c: BaseModel, completions: int) -> None:
     states = c.prompts_per_iteration * c.seeds * c.plan.routes * c.steps * completions
-    scouts = 0 if c.scouts is None else c.prompts_per_iteration * c.scouts.images(c.seeds) * c.scouts.steps
+    scouts = 0 if c.scouts is None else c.prompts_per_iteration * c.scouts.starts(c.seeds) * c.scouts.steps
     if max(states, scouts) > MOST:
         raise ValueError(
             f"an iteration would hold {max(states, scouts):.2g} states in memory; lower prompts_per_iteration, seeds, "

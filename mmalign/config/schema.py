@@ -67,7 +67,7 @@ class Config(BaseModel):
         "{weight, density: step or end}, where end scores finished images alone; with records only shown at evaluation",
     )
     combine: one_of(COMBINATIONS, "combination") = Field(
-        Sum(), description="how rewards become one: sum, product, gate, mrn, gdpo, potential, experts"
+        Sum(), description="how rewards become one: sum, product, gate, mrn, gdpo, potential, experts, directed"
     )
     reference: str | None = Field(
         None, description="file of `mmalign evaluate --reference`: rewards in its standard deviations above its means"

@@ -6,7 +6,7 @@ unless `learn` changes it. Add one: a frozen dataclass that derives from `Draw`,
 """
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -20,9 +20,11 @@ Rates = Mapping[int, float]  # of prompts by id, in [0, 1]
 
 
 class Draw:
-    """Defaults. `learns`: whether it depends on the rewards of iterations before, which a checkpoint then holds."""
+    """Defaults. `learns`: whether it depends on the rewards of iterations before, which a checkpoint then holds.
+    `weigh`: whether the advantages of a prompt are weighed by what it has learnt."""
 
     learns: ClassVar[bool] = False
+    weigh: bool = False
 
     def order(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The rows of the prompts by stage, in one stage. BadInput where they do not suit the draw."""
@@ -35,6 +37,10 @@ class Draw:
     def __call__(self, ids: Sequence[int], size: int, iteration: int, seed: int, rates: Rates) -> list[int]:
         """The rows of `size` different prompts of those with these `ids`; `size` is at most their number."""
         raise NotImplementedError
+
+    def weight(self, id_: int, rates: Rates) -> float:
+        """What the advantages of a prompt's images are multiplied by."""
+        return 1.0
 
     def learn(self, rates: MutableMapping[int, float], reward: Mapping[int, float]) -> None:
         """Move the rates by the mean reward of each prompt of an iteration."""
@@ -61,12 +67,16 @@ class PassRate(Draw):
     `p` is the running mean of the reward of a prompt's group, on a scale where `low` is 0 and `high` is 1: each
     iteration that draws the prompt moves it to `memory` x the mean before + (1 - memory) x the group's. It begins as
     1/2, where the weight is largest, so that new prompts are drawn often.
+
+    `weigh`: the advantages of a prompt's images count `1 - p` times, by the mean before the iteration; those of a new
+    prompt once (RewardMap's rewards by difficulty).
     """
 
     low: float = 0.0
     high: float = 1.0
     floor: Annotated[float, Gt(0), Le(1)] = 0.05
     memory: Annotated[float, Ge(0), Lt(1)] = 0.5
+    weigh: bool = field(default=False, metadata={"later": True})
     type, learns = "pass_rate", True
 
     def __post_init__(self):
@@ -79,6 +89,9 @@ class PassRate(Draw):
         p = np.array([rates.get(id_, 0.5) for id_ in ids])
         noise = np.random.default_rng(seed_of(seed, "draw", iteration)).gumbel(size=len(ids))
         return np.argsort(-(np.log(p * (1 - p) + self.floor) + noise), kind="stable")[:size].tolist()
+
+    def weight(self, id_: int, rates: Rates) -> float:
+        return 1 - rates[id_] if self.weigh and id_ in rates else 1.0
 
     def learn(self, rates: MutableMapping[int, float], reward: Mapping[int, float]) -> None:
         for id_, mean in reward.items():

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -171,12 +172,18 @@ class PromptBatches:
         """The rows of the prompts, by the stage from which on they are drawn."""
         return self.draw.order(self.all)
 
+    def weights(self, iteration: int) -> Float[Tensor, "P"] | None:
+        """What the advantages of each prompt of an iteration are multiplied by; None: nothing."""
+        return torch.tensor([self.draw.weight(p.id, self.rates) for p in self(iteration)]) if self.draw.weigh else None
+
     def learn(self, iteration: int, reward: Float[Tensor, "N"], prompt: Int[Tensor, "N"]) -> dict[str, float]:
         """Let the draw learn from the rewards of an iteration, after which it can no longer be drawn again; as a row
         for the metrics. `prompt` is the row of each image's prompt. A prompt without a reward (NaN) changes nothing."""
         if not self.draw.learns:
             return {}
         means = {p.id: float(reward[prompt == row].double().nanmean()) for row, p in enumerate(self(iteration))}
+        weights = self.weights(iteration)
+        weighed = {} if weights is None else {"draw/weight": float(weights.mean())}
         self.draw.learn(self.rates, {id_: mean for id_, mean in means.items() if mean == mean})
         rates = [self.rates.get(p.id, 0.5) for p in self.all]
-        return {"draw/known": len(self.rates) / len(self.all), "draw/rate": sum(rates) / len(rates)}
+        return {"draw/known": len(self.rates) / len(self.all), "draw/rate": sum(rates) / len(rates)} | weighed

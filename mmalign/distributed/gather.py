@@ -38,6 +38,6 @@ def gather(ranks: Ranks, tree: Tree, judged: Judgement) -> tuple[Tree, Judgement
         dict(zip(judged.parts, parts, strict=True)),
         None if judged.regions is None else rows(judged.regions, finals),
         failures={int(position[image]): reason for image, reason in sorted(failures)},
-        rest=None if judged.rest is None else rows(judged.rest),
+        ends=None if judged.ends is None else rows(judged.ends),
         log_ratio=None if judged.log_ratio is None else rows(judged.log_ratio),
     )

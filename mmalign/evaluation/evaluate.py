@@ -1,7 +1,7 @@
 """Held-out evaluation: ODE sampling from fixed seeds, so that two models are compared image by image."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -89,16 +89,18 @@ def noise_seed(prompt: Prompt, member: int) -> int:
 
 def evaluate(
     policy: Policy, prompts: Sequence[Prompt], members: int, steps: int, scorers: Scorers, batch: int,
-    toward: Toward | None = None, parts: int = 1,
+    toward: Toward | None = None, parts: int = 1, suffix: str = "",
 ) -> Evaluation:  # fmt: skip
     """`members` images per prompt. Seeds depend on prompt id and member alone: every run and model gets the same. The
-    prompts are sampled in so many `parts`, each while the one before is scored."""
+    model reads the `suffix` after each prompt, and scorers do not. The prompts are sampled in so many `parts`, each
+    while the one before is scored."""
     drawn, owners, scores = [], [], []
     with beginning(parts > 1) as begin:
         for rows in torch.arange(len(prompts)).tensor_split(max(1, min(parts, len(prompts)))):
             some = [prompts[i] for i in rows.tolist()]
+            requests = [replace(p, text=p.text + suffix) for p in some]
             seeds = [[noise_seed(p, m) for m in range(members)] for p in some]
-            images, owner = generate(policy, some, seeds, steps, batch, toward=toward)
+            images, owner = generate(policy, requests, seeds, steps, batch, toward=toward)
             drawn.append(images)
             owners.append(rows[owner])
             scores.append(begin(score, images, [some[i] for i in owner.tolist()], scorers))

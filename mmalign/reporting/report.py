@@ -106,6 +106,7 @@ def _values(run: Path, source: Source) -> dict[str, Any]:
         "images": images,
         "rises": [(name, *cells(row)) for name, row in compared.items()],
         "diversity": _diversity(record),
+        "front": _front(record.evaluations),
         "tags": _by_tag(record.scores),
         "strip": strip,
         "cards": pairs(run, record.scores, source) if trained else [],
@@ -151,6 +152,27 @@ def _diversity(record: RunRecord) -> dict[str, Any] | None:
         "iterations": IN_A_ROW,
         "most": LOSS,
         "lost": fall if fall > LOSS else None,
+    }
+
+
+def _front(evaluations: list[Row]) -> dict[str, Any] | None:
+    """The means of the last evaluation that measured directions (`combine: directed`), a row for each, below those
+    before training; None where none did."""
+    directions = defaultdict(dict)
+    last = next((row for row in reversed(evaluations) if any(key.startswith("fan/") for key in row)), {})
+    for key, mean in last.items():
+        prefix, direction, part = (*key.split("/", 2), "", "")[:3]
+        if prefix == "fan":
+            directions[direction][part] = mean
+    if not directions:
+        return None
+    parts = [*dict.fromkeys(part for means in directions.values() for part in means)]
+    before = next((row for row in evaluations if row["name"] == "before"), {})
+    rows = [("before", before), *((name, directions[name]) for name in sorted(directions, reverse=True))]
+    return {
+        "iteration": last["iteration"],
+        "headings": ["direction", *parts],
+        "rows": [[name, *(f"{means[part]:.3f}" if part in means else "" for part in parts)] for name, means in rows],
     }
 
 

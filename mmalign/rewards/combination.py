@@ -9,55 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmalign.errors import Failed
-from reward_models import combine, files
-
-Values = Float[Tensor, "N K"]
-Groups = Int[Tensor, "N"]
-Weights = Float[Tensor, "K"]
-
-
-class Rule:
-    """Defaults of what a rule says of itself.
-
-    `scale`: the unit that advantages must be measured in, because the rule has normalised within groups already (None:
-    any). `linear`: whether the reward is a weighted sum of the scores. `below_0`: whether it works with scores below 0,
-    and so with constraints and a reference. `weightless`: whether it gives a reward while all weights are 0. `refuses`:
-    settings that it does not go with, and the reason.
-    """
-
-    scale: ClassVar[str | None] = None
-    linear: ClassVar[bool] = False
-    below_0: ClassVar[bool] = True
-    weightless: ClassVar[bool] = False
-    refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
-
-    def opened(self, names: Sequence[str], versions: Mapping[str, str]) -> "Rule":
-        """The rule with the files that it names, for these components, of scorers of these versions by name. ValueError
-        where they do not fit."""
-        return self
-
-    def origin(self) -> dict[str, str]:
-        """Hashes of the files that it was opened from, which a resumed run must have too."""
-        return {}
-
-    def for_prompts(self, texts: Sequence[str]) -> "Rule":
-        """The rule for images of these prompts; `group` numbers them."""
-        return self
-
-    def check(self, weights: Mapping[str, tuple[float, float]]) -> None:
-        """ValueError where the components, with the ends of each weight over the run, do not suit the rule."""
-
-    def factors(self, low: Mapping[str, float], weighted: Mapping[str, float]) -> dict[str, float]:
-        """The smallest value of each factor that must not be below 0, by name, from the smallest score of each
-        component and the smallest product of weight and score."""
-        return {}
+from mmalign.rewards.directions import Directed
+from mmalign.rewards.rule import Groups, Rule, Values, Weights
+from reward_models import Prompt, combine, files
 
 
 @dataclass(frozen=True)
@@ -210,8 +171,8 @@ class OpenExperts(Rule):
     def origin(self) -> dict[str, str]:
         return {"experts": self.digest}
 
-    def for_prompts(self, texts: Sequence[str]) -> "OpenExperts":
-        return replace(self, texts=texts)
+    def for_prompts(self, prompts: Sequence[Prompt], seed: int, iteration: int | None) -> "OpenExperts":
+        return replace(self, texts=[prompt.text for prompt in prompts])
 
     def __call__(self, values: Values, names: Sequence[str], group: Groups, weights: Weights, floor: float) -> Tensor:
         from reward_models.training import base as bases
@@ -225,7 +186,7 @@ class OpenExperts(Rule):
         return self.mixture.score(ordered, embedding, present)
 
 
-COMBINATIONS = (Sum, Product, Gate, Mrn, Gdpo, Potential, Experts)
+COMBINATIONS = (Sum, Product, Gate, Mrn, Gdpo, Potential, Experts, Directed)
 
 
 @dataclass(frozen=True)
@@ -233,14 +194,13 @@ class Combination:
     """How the components named by `weights` become one reward, by `rule`.
 
     `reference`, mean and standard deviation by component, puts scores in its units first. A component that spreads by
-    `floor` or less within a prompt counts as dead. `texts` are those of the prompts, by row.
+    `floor` or less within a prompt counts as dead.
     """
 
     weights: Mapping[str, float]
     rule: Callable[..., Tensor] = field(default_factory=Sum)
     reference: Mapping[str, tuple[float, float]] | None = None
     floor: float = 0.0
-    texts: Sequence[str] = ()
 
     def __call__(self, parts: Mapping[str, Float[Tensor, "E"]], owner: Int[Tensor, "E"]) -> Float[Tensor, "E"]:
         """The reward of each image; `owner` is the row of its prompt. Failed where the scores do not suit the rule."""
@@ -248,8 +208,7 @@ class Combination:
         if not weights.any() and not self.rule.weightless:  # constraints that hold, and nothing else
             return torch.zeros(len(next(iter(parts.values()))))
         try:
-            rule = self.rule.for_prompts(self.texts)
-            return rule(self._values(parts), [*self.weights], owner, weights, self.floor)
+            return self.rule(self._values(parts), [*self.weights], owner, weights, self.floor)
         except ValueError as error:
             raise Failed(f"combine: {getattr(self.rule, 'type', self.rule)}: {error}") from error
 

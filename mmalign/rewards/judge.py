@@ -196,11 +196,11 @@ def judge(
         regions = resampled(scored.maps.get(region, missing), grid)
         boxes = scored.boxes.get(region)
         marks = marked(boxes, tree.owner.tolist(), size, grid) if boxes else signs(regions)
-    rewards, rest = tree.at_states(reward), None
+    rewards, ends = tree.at_states(reward), None
     if at_end is not None:
-        rest = at_end(scored.parts, tree.owner)[tree.final[:, -1]]
-        rewards[:, -1] += rest
-    return Judgement(rewards, parts, regions, marks, scored.failures, rest)
+        ends = torch.stack([rewards[:, -1], at_end(scored.parts, tree.owner)[tree.final[:, -1]]], 1)
+        rewards[:, -1] = ends.sum(1)
+    return Judgement(rewards, parts, regions, marks, scored.failures, ends)
 
 
 def unscored(tree: Tree, judged: Judgement) -> dict[int, str]:

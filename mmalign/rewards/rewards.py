@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.rewards.combination import Combination, Rule
+from mmalign.rewards.combination import Combination
 from mmalign.rewards.judge import Scored, judge
+from mmalign.rewards.rule import Rule
 from mmalign.types import Judgement, Trajectories
 from reward_models import Prompt, RewardModel, combine
 from reward_models.cache import Cached
@@ -47,13 +48,19 @@ class Rewards:
     def trained(self) -> dict[str, RewardModel]:
         return {name: self.scorers[name] for name in self.config.trained}
 
-    def combination(self, iteration: int, texts: Sequence[str] = ()) -> Combination:
+    def texts(self, prompts: Sequence[Prompt], iteration: int) -> list[str]:
+        """What the model reads for these prompts, of which scorers see the prompt alone."""
+        suffixes = self.rule.suffixes(prompts, self.config.seed, iteration)
+        return [prompt.text + suffix for prompt, suffix in zip(prompts, suffixes, strict=True)]
+
+    def combination(self, iteration: int, prompts: Sequence[Prompt] = (), evaluation: bool = False) -> Combination:
         """The weights as they stand: ramps by how much of the run is done, constraints by their multipliers; for
-        prompts with these texts, by row."""
+        these prompts, by row, of the iteration or of an evaluation."""
         c, progress = self.config, iteration / max(1, self.config.iterations - 1)
         weights = {name: w.at(progress) if isinstance(w, combine.Ramp) else w for name, w in c.weights.items()}
         weights |= {name: weights.get(name, 0.0) + u for name, u in self.multipliers.items()}
-        return Combination(weights, self.rule, self.reference, c.dead_spread, texts)
+        rule = self.rule.for_prompts(prompts, c.seed, None if evaluation else iteration)
+        return Combination(weights, rule, self.reference, c.dead_spread)
 
     def judge(
         self,
@@ -66,7 +73,7 @@ class Rewards:
         """The rewards of a rollout of these prompts, of images of this size (height, width), by the weights of the
         iteration."""
         c = self.config
-        whole, at_end = self.combination(iteration, [prompt.text for prompt in prompts]), None
+        whole, at_end = self.combination(iteration, prompts), None
         if c.at_end:
             at_end = replace(whole, weights={name: whole.weights[name] for name in c.at_end})
             whole = replace(whole, weights={name: w for name, w in whole.weights.items() if name not in c.at_end})
@@ -78,7 +85,7 @@ class Rewards:
         """The reward of images in a graph that reaches their pixels, by the weights of the iteration as they stand now,
         from the images and the row of each one's prompt. NaN where an image cannot be scored. On the CPU."""
         scorers = {name: differentiable(scorer) for name, scorer in self.trained.items()}
-        combination = self.combination(iteration, [prompt.text for prompt in prompts])
+        combination = self.combination(iteration, prompts)
 
         def reward(images: Float[Tensor, "M 3 H W"], owner: Int[Tensor, "M"]) -> Float[Tensor, "M"]:
             owner, parts, graph = owner.cpu(), {}, self.graph

@@ -5,11 +5,11 @@ A starting noise is a function of its number, so that the chosen ones are sample
 fewer bits, which a policy would have to offer; fewer steps save as much on any.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, MinLen
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -20,14 +20,21 @@ from mmalign.selection.extremes import extremes
 @dataclass(frozen=True)
 class Scouts:
     """Draw `ratio` x `seeds` starting noises of a prompt by `steps` ODE steps, score the images, and sample the `seeds`
-    most contrastive in full: those whose scouts have the largest variance of rewards."""
+    most contrastive in full: those whose scouts have the largest variance of rewards. `by` "value" takes the first
+    `steps` forwards of the run's schedule instead, and what the value head of the run's credit expects of the last
+    state that they see, without an image; the folder of a run with `credit: value` stands for the head of that run."""
 
     ratio: Annotated[int, Ge(2), Le(1000)] = 4
     steps: Annotated[int, Ge(1), Le(1000)] = 4
+    by: Annotated[str, MinLen(1)] = field(default="reward", metadata={"later": True})
 
-    def images(self, seeds: int) -> int:
+    def starts(self, seeds: int) -> int:
         """Scouts of one prompt."""
         return self.ratio * seeds
+
+    def images(self, seeds: int) -> int:
+        """Images of the scouts of one prompt."""
+        return self.starts(seeds) if self.by == "reward" else 0
 
 
 def chosen(reward: Float[Tensor, "B"], prompts: int, seeds: int) -> Int[Tensor, "P seeds"]:

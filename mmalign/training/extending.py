@@ -44,8 +44,8 @@ def extend(run: Session, rollout: Rollout, judgement: Judgement, iteration: int)
         rows = rows[wider.tree.prompt[rows].argsort(stable=True)]
         rollout = replace(wider, paths=taken(wider.paths, rows))
         parts = {name: values[rows] for name, values in verdict.parts.items()}
-        ends = None if verdict.rest is None else verdict.rest[rows]
-        judgement = replace(verdict, reward=verdict.reward[rows], parts=parts, rest=ends)
+        ends = None if verdict.ends is None else verdict.ends[rows]
+        judgement = replace(verdict, reward=verdict.reward[rows], parts=parts, ends=ends)
         counts["drawn"] += len(row)
         counts["kept"] += int(accepted.sum())
         counts["rise"] += float((new - reward[row])[accepted].nansum())

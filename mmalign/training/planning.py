@@ -75,8 +75,8 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     starts, halves = c.prompts_per_iteration * c.seeds, 2 if guided else 1
     forwards, images = starts * plan.cost[0], starts * plan.cost[1]
     if c.scouts is not None:
-        scouts = c.prompts_per_iteration * c.scouts.images(c.seeds)
-        forwards, images = forwards + scouts * c.scouts.steps, images + scouts
+        forwards += c.prompts_per_iteration * c.scouts.starts(c.seeds) * c.scouts.steps
+        images += c.prompts_per_iteration * c.scouts.images(c.seeds)
     extra, unfinished = 0, starts * (plan.routes - plan.trained)
     if c.extend is not None:
         more = [c.prompts_per_iteration * each for each in extended(c, plan)]
@@ -217,6 +217,6 @@ def describe(c: Config, spent: Cost) -> str:
     what = ", ".join(f"{key} {described(method)}" for key, method in methods.items() if method is not None)
     if c.scouts is not None:
         what += (
-            f", of {c.scouts.images(c.seeds)} scouts of {c.scouts.steps} steps for each prompt the {c.seeds} extremes"
+            f", of {c.scouts.starts(c.seeds)} scouts of {c.scouts.steps} steps for each prompt the {c.seeds} extremes"
         )
     return f"{what}; an iteration takes at most {spent.rollout} + {spent.replay} forwards and {spent.rewards} rewards"

@@ -63,8 +63,8 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Scouted:
-    """The starting noises that scouts have chosen, by number; the reward of each trajectory's scout, NaN where it has
-    none; how many scouts could not be scored."""
+    """The starting noises that scouts have chosen, by number; the reward of each trajectory's scout, or what a value
+    head expects of it, NaN where it has none; how many scouts could not be scored."""
 
     members: Int[Tensor, "P seeds"]
     reward: Float[Tensor, "N"]
@@ -77,19 +77,37 @@ def sample_and_score(run: Session, prompts: list[Prompt], iteration: int, whole:
     scores are not finite, once all is sampled: other ranks may be sampling too."""
     c = run.config
     with run.clock.of("rollout"):
-        cond = run.policy.encode([p.text for p in prompts])
+        cond = run.policy.encode(run.rewards.texts(prompts, iteration))
     if c.scouts is None:
         members = torch.arange(c.seeds).repeat(len(prompts), 1)
         return rolled_out(run, prompts, cond, iteration, members, whole=whole)
-    every = torch.arange(c.scouts.images(c.seeds)).repeat(len(prompts), 1)
-    scouts = rolled_out(run, prompts, cond, iteration, every, plans.ode(run.policy.times(c.scouts.steps)))
-    verdict = judged(run, scouts, iteration)
-    reward = verdict.reward[:, -1]
+    every, failed = torch.arange(c.scouts.starts(c.seeds)).repeat(len(prompts), 1), 0
+    if c.scouts.images(c.seeds):
+        scouts = rolled_out(run, prompts, cond, iteration, every, plans.ode(run.policy.times(c.scouts.steps)))
+        verdict = judged(run, scouts, iteration)
+        reward, failed = verdict.reward[:, -1], len(unscored(scouts.tree, verdict))
+    else:
+        reward = foreseen(run, prompts, cond, iteration, every)
     members = chosen(reward, len(prompts), c.seeds)
     rollout = rolled_out(run, prompts, cond, iteration, members, whole=whole)
     of_start = reward.view(every.shape).gather(1, members).flatten()
-    scouted = Scouted(members, of_start[rollout.tree.member], len(unscored(scouts.tree, verdict)))
-    return replace(rollout, scouts=scouted)
+    return replace(rollout, scouts=Scouted(members, of_start[rollout.tree.member], failed))
+
+
+def foreseen(
+    run: Session, prompts: Sequence[Prompt], cond: Any, iteration: int, members: Int[Tensor, "P starts"]
+) -> Float[Tensor, "B"]:
+    """What a value head expects of these starts after the first forwards of the run's schedule, prompt by prompt, up to
+    a number that those of a prompt share; NaN while the run's head is not to be trusted there."""
+    k, head = run.config.scouts.steps - 1, run.scouting or run.values.head
+    peek = [plans.ode(torch.cat([run.times[: k + 1], torch.zeros(1)]))] * len(prompts)
+    room = Room.of(*_counts(peek, members), Kept(), run.policy.latent_shape, run.policy.device)
+    with run.clock.of("rollout"):
+        paths = trajectories(run, prompts, cond, iteration, members, peek, Kept(), room, head, range(len(prompts)))
+    finite.check_trajectories(paths, prompts)
+    value = head.value(paths.features[:, k], paths.tree.t[:, k])
+    trusted = run.scouting is not None or bool(run.values.trusted(iteration)[k])
+    return value if trusted else torch.full_like(value, torch.nan)
 
 
 def rolled_out(

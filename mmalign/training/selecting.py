@@ -25,14 +25,21 @@ def choose(c: Config, tree: Tree, judged: Judgement) -> Bool[Tensor, "N"]:
 
 
 def advantages(
-    c: Config, tree: Tree, judged: Judgement, selected: Bool[Tensor, "N"], iteration: int = 0
+    c: Config,
+    tree: Tree,
+    judged: Judgement,
+    selected: Bool[Tensor, "N"],
+    iteration: int = 0,
+    weights: Float[Tensor, "P"] | None = None,
 ) -> Float[Tensor, "N T a b"] | None:
     """The advantages of all trajectories, 0 for those that are not learnt from, by the credit as it stands in the
-    iteration; None where the objective has none."""
+    iteration, times the `weights` of the prompts; None where the objective has none."""
     if c.advantage is None:
         return None
     measured = judged if c.select is None else compared(judged, c.select, selected)
     advantage = c.advantage(tree, measured, credit_at(c, iteration), c.mask, c.dead_spread)
+    if weights is not None:
+        advantage = advantage * over(weights[tree.prompt], advantage)
     return advantage * over(selected, advantage)
 
 
@@ -52,7 +59,7 @@ def part(
 
     paths = taken(rollout.paths, selected.nonzero()[:, 0])
     parts = {name: rows(values) for name, values in judged.parts.items()}
-    optional = {name: getattr(judged, name) for name in ("rest", "log_ratio", "values", "process")}
+    optional = {name: getattr(judged, name) for name in ("ends", "log_ratio", "values", "process")}
     optional = {name: None if values is None else rows(values) for name, values in optional.items()}
     return (
         replace(rollout, paths=paths, deviation=rows(rollout.deviation), log_ratio=optional["log_ratio"]),

@@ -16,7 +16,7 @@ from mmalign.training.microbatch import AdaptiveBatch
 from mmalign.training.planning import Cost
 from mmalign.training.refit import Refit
 from mmalign.training.step_rewards import StepRewards
-from mmalign.training.values import Values
+from mmalign.training.values import Head, Values
 from reward_models import Prompt
 
 
@@ -29,7 +29,7 @@ class Session:
     images to learn from instead of rollouts, if any. `origin` names by hash what the run is made of, which must not
     change under it. `fits` bounds the rows of the config's `batch` and `decode_batch` by what memory allows. `refit`
     fits a reward again, if the config has a `refresh`. Where the credit has them: `values`, the value head;
-    `step_rewards`, those of steps that an adapter learns.
+    `step_rewards`, those of steps that an adapter learns. `scouting` is the head of another run that scouts read.
     """
 
     config: Config
@@ -47,6 +47,7 @@ class Session:
     ranks: Ranks
     refit: Refit | None = None
     values: Values | None = None
+    scouting: Head | None = None
     step_rewards: StepRewards | None = None
 
     def fitted(self) -> dict[str, int]:

@@ -81,11 +81,12 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
         policy.attach_lora(c.lora_rank, c.lora_alpha, c.lora_targets, seed_of(c.seed, "adapter"))
         guide = _guide(c, policy)
         c, times, cost = planning.settled(c, policy)
-        head = values.opened(c, policy)
+        head, scouting = values.opened(c, policy), values.scouting(c, policy)
     batches = PromptBatches(records.prompts if records else prompts, c.prompts_per_iteration, c.seed, c.draw)
     batches(0)
     refit = _refit(c, scorers, batches.all)
     held_out = _held_out(c, given.held_out, batches.all)
+    _check_suffix(policy, max(rule.fan.values(), key=len), [*batches.all, *held_out])
     fits = {name: AdaptiveBatch(getattr(c, name), ranks.sharded) for name in ("batch", "micro_batch", "decode_batch")}
     with refusing():
         rewards_of_steps = step_rewards.opened(c, policy)
@@ -97,13 +98,15 @@ def open_session(c: Config, ranks: Ranks | None = None, given: Given = NOTHING) 
     rewards = Rewards(c, shown, dict.fromkeys(c.at_least, 0.0), known, rule)
     origin = _origin(weights, scorers, batches.all, held_out, [] if records is None else records.records)
     origin |= rule.origin() | guide
+    if scouting is not None:
+        origin |= {"scouts": fingerprint(scouting.state_dict(), digits=16)}
     if refit is not None:
         refit.judge = scorers[component(c.refresh.by)[0]]
         origin |= {"refit": refit.origin()}
     return Session(
         config=c, policy=policy, prompts=batches, held_out=held_out, times=times, cost=cost, rewards=rewards,
         learner=learner, records=records, origin=origin, clock=Clock(), fits=fits, ranks=ranks, refit=refit,
-        values=head, step_rewards=rewards_of_steps,
+        values=head, scouting=scouting, step_rewards=rewards_of_steps,
     )  # fmt: skip
 
 
@@ -142,6 +145,18 @@ def _held_out(c: Config, given: Sequence[Prompt] | None, training: Sequence[Prom
     held_out = _prompts(c.held_out, given)
     _check_apart(training, held_out)
     return held_out
+
+
+def _check_suffix(policy: Trainable, suffix: str, prompts: Sequence[Prompt]) -> None:
+    """Raises BadInput for prompts at whose end no text encoder of the model would read a suffix."""
+    readers = getattr(policy, "readers", list)() if suffix else []
+    lost = sum(all(reader.cuts(p.text + suffix) for reader in readers) for p in prompts) if readers else 0
+    if lost:
+        most = max(reader.tokens for reader in readers)
+        raise BadInput(
+            f"combine: {lost} of {len(prompts)} prompts, with {suffix!r} after them, are longer than the {most} tokens "
+            "that the model reads, so that the direction is lost; shorten the suffix, or use other prompts"
+        )
 
 
 def _check_apart(training: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:

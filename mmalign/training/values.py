@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mmalign.config.paths import locate
 from mmalign.credit.groups import dead, group_mean
 from mmalign.credit.more.density import of_ends
 from mmalign.credit.more.value import Value
@@ -143,6 +144,10 @@ class Values:
         has learnt from them; NaN where rewards have not differed yet."""
         return 1 - self.left / self.total
 
+    def trusted(self, iteration: int) -> Bool[Tensor, "T"]:
+        """Whether the head is to be trusted at each step in an iteration."""
+        return (self.explained > self.settings.floor) & (iteration >= self.settings.warmup)
+
     def judge(
         self, tree: Tree, judged: Judgement, features: Float[Tensor, "N T F"], iteration: int
     ) -> tuple[Float[Tensor, "N T"], dict[str, float]]:
@@ -150,9 +155,7 @@ class Values:
         then learn from them. The reward is that of finished images alone, where there is such, as its credit has it."""
         reward = of_ends(judged).reward[:, -1]
         values = self._values(tree, features, reward)
-        trusted = self.explained > self.settings.floor
-        if iteration < self.settings.warmup:
-            trusted = torch.zeros_like(trusted)
+        trusted = self.trusted(iteration)
         target = reward - group_mean(reward, tree.prompt)
         self._measure(tree, values, target)
         row = {f"value/explained/{k}": float(share) for k, share in enumerate(self.explained)}
@@ -295,6 +298,15 @@ def opened(c: Any, policy: Any) -> Values | None:
     if not isinstance(policy, Observable):
         raise ValueError(f"credit: model {c.model!r} shows no features (observed); use another credit")
     return Values(observer, width_of(policy, observer.blocks), c.steps, c.seed)
+
+
+def scouting(c: Any, policy: Any) -> Head | None:
+    """The head that a config's scouts read of another run. ValueError where it does not suit the policy."""
+    if c.scouts is None or c.scouts.by in ("reward", "value"):
+        return None
+    head = read(Path(locate(c.scouts.by)))
+    head.check(policy)
+    return head
 
 
 @torch.no_grad()

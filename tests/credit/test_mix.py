@@ -9,11 +9,12 @@ from trajectories import judged as judged_by, judged_as, sampled
 from mmalign.config import load as configs
 from mmalign.credit import Gain, Implicit, Mix, Prl, Terminal, Value
 from mmalign.credit.groups import Units
-from mmalign.credit.more.density import of_ends
+from mmalign.credit.more.density import of_ends, of_states
 from mmalign.errors import BadInput
 from mmalign.flow import plan as plans
 from mmalign.sampling.kernels import FlowSde
 from mmalign.training.selecting import credit_at
+from mmalign.types import Judgement
 from reward_models.combine import Ramp
 
 T = 5
@@ -104,12 +105,22 @@ def test_rewards_of_finished_images_alone_go_to_parts_that_read_no_states():
     rest = torch.linspace(-1, 1, 6)
     total = report.reward.clone()
     total[:, -1] += rest
-    both = replace(report, reward=total, rest=rest)
+    both = replace(report, reward=total, ends=torch.stack([report.reward[:, -1], rest], 1))
     mix = Mix((Gain(), Terminal()), (1.0, 0.5))
     expected = Gain()(tree, report) + 0.5 * Terminal()(tree, judged_as(tree, rest))
     torch.testing.assert_close(mix(tree, both), expected, atol=1e-4, rtol=1e-4)
     missing = replace(both, reward=torch.where(torch.arange(6)[:, None] == 0, torch.nan, total))
     assert Terminal()(tree, of_ends(missing))[0].eq(0).all()  # without a reward it is in no group
+
+
+def test_large_rewards_of_finished_images_take_no_digits_from_those_of_states():
+    """Equal values stay equal: the rounding of a sum with thousands is not a gain."""
+    tree, end = dense([0]).tree, torch.linspace(3000, 6000, 6)
+    value = torch.full_like(tree.t, 0.3)
+    ends = torch.stack([value[:, -1], end], 1)
+    value[:, -1] = ends.sum(1)
+    assert Gain((0,))(tree, of_states(Judgement(value, {}, ends=ends))).eq(0).all()
+    assert not (value[:, -1] - end - 0.3).eq(0).all()
 
 
 def test_a_ramp_moves_over_the_run_and_a_config_holds_it():

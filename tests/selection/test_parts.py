@@ -32,4 +32,4 @@ def test_all_that_has_a_row_for_each_trajectory_is_cut_alike():
             if isinstance(whole, torch.Tensor) and len(whole) == 8 and field.name != "finals":
                 assert torch.equal(some, whole[selected]), field.name
     assert {"features", "x"} <= {f.name for f in fields(rollout.paths) if getattr(rollout.paths, f.name) is not None}
-    assert len(less.deviation) == len(verdict.log_ratio) == len(verdict.rest) == 4
+    assert len(less.deviation) == len(verdict.log_ratio) == len(verdict.ends) == 4

@@ -55,3 +55,8 @@ class Positive(Smooth):
 
     def in_graph(self, images, prompts):
         return super().in_graph(images, prompts) + 1
+
+
+class Again(Smooth):
+    """The same scores by another scorer. Those of `Positive` are near 1, and spread by thousandths within a prompt:
+    their last digit is 3e-5 of that, which as an advantage is more than processes may differ by."""

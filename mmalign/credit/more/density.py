@@ -8,17 +8,18 @@ from mmalign.types import Judgement
 
 
 def of_states(judged: Judgement) -> Judgement:
-    """The rewards that every state has, without `rest`."""
-    if judged.rest is None:
+    """The rewards that every state has, without those of finished images alone."""
+    if judged.ends is None:
         return judged
-    last = judged.reward[:, -1:] - judged.rest[:, None]
-    return replace(judged, reward=torch.cat([judged.reward[:, :-1], last], 1), rest=None)
+    reward = judged.reward.clone()
+    reward[:, -1] = torch.where(reward[:, -1].isnan(), torch.nan, judged.ends[:, 0])
+    return replace(judged, reward=reward, ends=None)
 
 
 def of_ends(judged: Judgement) -> Judgement:
-    """`rest` alone where there is one, at the finished image; otherwise all rewards."""
-    if judged.rest is None:
+    """The rewards of finished images alone where there are any; otherwise all rewards."""
+    if judged.ends is None:
         return judged
     reward = torch.full_like(judged.reward, torch.nan)
-    reward[:, -1] = torch.where(judged.reward[:, -1].isnan(), torch.nan, judged.rest)
-    return replace(judged, reward=reward, rest=None)
+    reward[:, -1] = torch.where(judged.reward[:, -1].isnan(), torch.nan, judged.ends[:, 1])
+    return replace(judged, reward=reward, ends=None)
