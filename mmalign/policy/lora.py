@@ -123,7 +123,8 @@ def unused(module: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
 
 def state(module: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
     """A copy of one adapter's matrices, by names without the adapter's."""
-    tensors = get_peft_model_state_dict(module, adapter_name=name)
+    end = f".{name}.weight"
+    tensors = {f"{each.removesuffix(end)}.weight": value for each, value in _matrices(module, name)}
     return {each: value.detach().clone() for each, value in sorted(tensors.items())}
 
 
@@ -242,13 +243,16 @@ def changed(module: nn.Module, changes: dict[str, Tensor]) -> nn.Module:
 @contextmanager
 def acting(module: nn.Module, name: str | None) -> Iterator[None]:
     """Within this block one adapter acts and takes gradients, or with None the base weights alone, to the bit."""
-    layer = next((each for each in module.modules() if isinstance(each, BaseTunerLayer)), None)
+    layer = next(iter(_adapted(module)), None)
     before = None if layer is None or layer.disable_adapters else [*layer.active_adapters]
+    again = _split(module)
     _act(module, name)
     try:
         yield
     finally:
         _act(module, before)
+        if again:
+            _fuse(module)
 
 
 def _act(module: nn.Module, names: str | list[str] | None) -> None:
@@ -257,6 +261,49 @@ def _act(module: nn.Module, names: str | list[str] | None) -> None:
     else:
         module.enable_adapters()
         module.set_adapter(names)
+
+
+@contextmanager
+def fused(module: nn.Module) -> Iterator[None]:
+    """Within this block the acting adapter is part of the weights, `W + s B A`, which saves its share of each forward;
+    it takes no gradients, and must not be changed. Another may act within `acting`. Afterwards the weights are the
+    tensors of before. Where a weight is not a plain float32 tensor, or no adapter acts, nothing changes."""
+    if any(layer.merged for layer in _adapted(module)):
+        yield
+        return
+    try:
+        _fuse(module)
+        yield
+    finally:
+        _split(module)
+
+
+def _adapted(module: nn.Module) -> list[BaseTunerLayer]:
+    return [each for each in module.modules() if isinstance(each, BaseTunerLayer)]
+
+
+@torch.no_grad()
+def _fuse(module: nn.Module) -> None:
+    layers = _adapted(module)
+    plain = (type(w.data) is Tensor and w.dtype == torch.float32 for w in (layer.base_layer.weight for layer in layers))
+    if any(layer.disable_adapters or len(layer.active_adapters) != 1 for layer in layers) or not all(plain):
+        return
+    for layer in layers:
+        [name] = layer.active_adapters
+        if name in layer.lora_A:
+            weight, a, b = layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+            layer.before = weight.data  # kept, because subtracting B A again would not give its bits
+            weight.data = torch.addmm(weight.data, b, a, alpha=layer.scaling[name])
+            layer.merged_adapters.append(name)
+
+
+def _split(module: nn.Module) -> bool:
+    """Take an adapter out of the weights again; whether one was in them."""
+    layers = [layer for layer in _adapted(module) if layer.merged]
+    for layer in layers:
+        layer.base_layer.weight.data = layer.__dict__.pop("before")
+        layer.merged_adapters.clear()
+    return bool(layers)
 
 
 def remove(module: nn.Module, name: str) -> None:

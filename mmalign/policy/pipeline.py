@@ -2,7 +2,7 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -351,6 +351,9 @@ class PipelinePolicy(Family):
 
     def reference(self) -> AbstractContextManager:
         return self.acting(None)
+
+    def fused(self) -> AbstractContextManager:
+        return nullcontext() if self._mixture is not None else lora.fused(self.pipe.transformer)
 
     def adapter(self, name: str = lora.DEFAULT) -> dict[str, Tensor]:
         return lora.state(self.pipe.transformer, name)

@@ -27,6 +27,7 @@ from mmalign.evaluation.evaluate import deviation
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import chunks, sample
 from mmalign.latents import Kept, Room
+from mmalign.policy.protocol import fused
 from mmalign.rewards.judge import Scored, joined, score, unscored
 from mmalign.seeds import gaussian, seed_of
 from mmalign.selection.scouts import chosen
@@ -203,12 +204,15 @@ def trajectories(
     index = torch.tensor([p for p, _ in starts], device=policy.device)
     each = [plans[p] for p, _ in starts]
     observed = nullcontext() if head is None else head.observed(policy)
-    with observed as features:
-        return run.fits["batch"](
-            lambda size: sample(
+
+    def work(size: int) -> Trajectories:
+        with fused(policy):
+            return sample(
                 policy.velocity, noise, cond, index, each, noise, size, features=features, keep=keep, room=room
             )
-        )
+
+    with observed as features:
+        return run.fits["batch"](work)
 
 
 def stacked(parts: Sequence[Trajectories], room: Room) -> Trajectories:
