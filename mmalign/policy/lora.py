@@ -243,24 +243,25 @@ def changed(module: nn.Module, changes: dict[str, Tensor]) -> nn.Module:
 @contextmanager
 def acting(module: nn.Module, name: str | None) -> Iterator[None]:
     """Within this block one adapter acts and takes gradients, or with None the base weights alone, to the bit."""
-    layer = next(iter(_adapted(module)), None)
-    before = None if layer is None or layer.disable_adapters else [*layer.active_adapters]
-    again = _split(module)
-    _act(module, name)
+    if name is not None and name not in adapters(module):
+        raise ValueError(f"no adapter {name!r}; there are {', '.join(adapters(module)) or 'none'}")
+    layers = _adapted(module)
+    before = None if not layers or layers[0].disable_adapters else layers[0].active_adapters
+    again = _split(layers)
+    _act(layers, None if name is None else [name])
     try:
         yield
     finally:
-        _act(module, before)
+        _act(layers, before)
         if again:
-            _fuse(module)
+            _fuse(layers)
 
 
-def _act(module: nn.Module, names: str | list[str] | None) -> None:
-    if names is None:
-        module.disable_adapters()
-    else:
-        module.enable_adapters()
-        module.set_adapter(names)
+def _act(layers: Sequence[BaseTunerLayer], names: Sequence[str] | None) -> None:
+    for layer in layers:
+        layer.enable_adapters(names is not None)
+        if names is not None:
+            layer.set_adapter([*names])
 
 
 @contextmanager
@@ -268,14 +269,15 @@ def fused(module: nn.Module) -> Iterator[None]:
     """Within this block the acting adapter is part of the weights, `W + s B A`, which saves its share of each forward;
     it takes no gradients, and must not be changed. Another may act within `acting`. Afterwards the weights are the
     tensors of before. Where a weight is not a plain float32 tensor, or no adapter acts, nothing changes."""
-    if any(layer.merged for layer in _adapted(module)):
+    layers = _adapted(module)
+    if any(layer.merged for layer in layers):
         yield
         return
     try:
-        _fuse(module)
+        _fuse(layers)
         yield
     finally:
-        _split(module)
+        _split(layers)
 
 
 def _adapted(module: nn.Module) -> list[BaseTunerLayer]:
@@ -283,8 +285,7 @@ def _adapted(module: nn.Module) -> list[BaseTunerLayer]:
 
 
 @torch.no_grad()
-def _fuse(module: nn.Module) -> None:
-    layers = _adapted(module)
+def _fuse(layers: Sequence[BaseTunerLayer]) -> None:
     plain = (type(w.data) is Tensor and w.dtype == torch.float32 for w in (layer.base_layer.weight for layer in layers))
     if any(layer.disable_adapters or len(layer.active_adapters) != 1 for layer in layers) or not all(plain):
         return
@@ -297,13 +298,13 @@ def _fuse(module: nn.Module) -> None:
             layer.merged_adapters.append(name)
 
 
-def _split(module: nn.Module) -> bool:
+def _split(layers: Sequence[BaseTunerLayer]) -> bool:
     """Take an adapter out of the weights again; whether one was in them."""
-    layers = [layer for layer in _adapted(module) if layer.merged]
-    for layer in layers:
+    merged = [layer for layer in layers if layer.merged]
+    for layer in merged:
         layer.base_layer.weight.data = layer.__dict__.pop("before")
         layer.merged_adapters.clear()
-    return bool(layers)
+    return bool(merged)
 
 
 def remove(module: nn.Module, name: str) -> None:
