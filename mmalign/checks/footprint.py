@@ -12,7 +12,7 @@ import torch
 
 from mmalign.config.schema import Config
 from mmalign.evaluation.evaluate import SHEET, STRIP
-from mmalign.policy import loading, meta
+from mmalign.policy import loading, lora, meta
 from mmalign.policy.family import Family
 from mmalign.training import planning, rollout as rollouts, snapshots
 from mmalign.types import Plan
@@ -37,7 +37,7 @@ def memory(
       (`mmalign.training.planning.read`), and those of each row trained on: state, next state and mean, or images, noise
       and the velocities they are compared with;
     - rollout: the peak of one row's velocity (`mmalign.policy.meta.peak`) x rows of a forward: `batch`, or all routes
-      if they are fewer;
+      if they are fewer; with float32 weights also the adapted ones once more, which have the adapter in them;
     - replay: the peak of one row's velocity and gradients, with gradient checkpointing if it is on, x rows of a
       micro-batch; and that of rollout once more where the model without adapter is evaluated beside it.
 
@@ -78,6 +78,8 @@ def memory(
         "latents": 4 * held * shape,
     }
     rollout, replay = min(c.batch, max(starts * routes, scouts)) * drawn, micro * learnt_row
+    if c.precision == "float32" and not c.quantize:
+        rollout += 4 * sum(layer.base_layer.weight.numel() for layer in lora.adapted(policy.pipe.transformer))
     total = sum(device.values()) + max(rollout, replay)
     image, most = 4 * 3 * prod(policy.image_size), max(starts * routes, scouts)
     together = max(rollouts.DECODED // image, most // max(1, prompts))

@@ -245,7 +245,7 @@ def acting(module: nn.Module, name: str | None) -> Iterator[None]:
     """Within this block one adapter acts and takes gradients, or with None the base weights alone, to the bit."""
     if name is not None and name not in adapters(module):
         raise ValueError(f"no adapter {name!r}; there are {', '.join(adapters(module)) or 'none'}")
-    layers = _adapted(module)
+    layers = adapted(module)
     before = None if not layers or layers[0].disable_adapters else layers[0].active_adapters
     again = _split(layers)
     _act(layers, None if name is None else [name])
@@ -269,7 +269,7 @@ def fused(module: nn.Module) -> Iterator[None]:
     """Within this block the acting adapter is part of the weights, `W + s B A`, which saves its share of each forward;
     it takes no gradients, and must not be changed. Another may act within `acting`. Afterwards the weights are the
     tensors of before. Where a weight is not a plain float32 tensor, or no adapter acts, nothing changes."""
-    layers = _adapted(module)
+    layers = adapted(module)
     if any(layer.merged for layer in layers):
         yield
         return
@@ -280,7 +280,8 @@ def fused(module: nn.Module) -> Iterator[None]:
         _split(layers)
 
 
-def _adapted(module: nn.Module) -> list[BaseTunerLayer]:
+def adapted(module: nn.Module) -> list[BaseTunerLayer]:
+    """The layers that have an adapter beside them."""
     return [each for each in module.modules() if isinstance(each, BaseTunerLayer)]
 
 
