@@ -39,7 +39,8 @@ def memory(
     - rollout: the peak of one row's velocity (`mmalign.policy.meta.peak`) x rows of a forward: `batch`, or all routes
       if they are fewer; with float32 weights also the adapted ones once more, which have the adapter in them;
     - replay: the peak of one row's velocity and gradients, with gradient checkpointing if it is on, x rows of a
-      micro-batch; and that of rollout once more where the model without adapter is evaluated beside it.
+      micro-batch; and that of rollout once more where the model without adapter is evaluated beside it. With `reuse`
+      it is held for every step that is trained on, from the rollout on.
 
     `total` has the larger of rollout and replay. Main memory: the images that are decoded and scored at once, float32
     (all of them with an extension; those in flight with `rollout_parts`), the embeddings cached of
@@ -56,7 +57,7 @@ def memory(
     scouts = 0 if c.scouts is None else prompts * c.scouts.images(c.seeds)
     held = max(held, scouts)
 
-    micro = min(c.micro_batch, ceil(rows / c.minibatches)) * c.objective.width
+    micro = rows if c.reuse else min(c.micro_batch, ceil(rows / c.minibatches)) * c.objective.width
     drawn = meta.peak(policy, learn=False)
     policy.save_memory(gradients=c.gradient_checkpointing)
     learnt_row = meta.peak(policy, learn=True) + (drawn if c.measures_kl else 0)

@@ -32,6 +32,7 @@ from mmalign.rewards.judge import Scored, joined, score, unscored
 from mmalign.seeds import gaussian, seed_of
 from mmalign.selection.scouts import chosen
 from mmalign.training import drift, finite, planning
+from mmalign.training.reuse import Reuse
 from mmalign.training.session import Session
 from mmalign.training.values import Head
 from mmalign.types import Judgement, Plan, Trajectories, Tree
@@ -46,7 +47,7 @@ class Rollout:
     """This rank's prompts, their conditioning, trajectories and the raw scores of the finished images; how far each
     trajectory's image is from its siblings' mean (`mmalign.evaluation.evaluate.deviation`); the images themselves, on
     the CPU, if they are kept; the scouts that chose the starting noises, if any; and the log-ratios of `Judgement`, if
-    the credit needs them."""
+    the credit needs them; and with `reuse` the rollout's own forwards, for the update."""
 
     prompts: list[Prompt]
     cond: Any
@@ -56,6 +57,7 @@ class Rollout:
     images: Float[Tensor, "E 3 H W"] | None = None
     scouts: "Scouted | None" = None
     log_ratio: Float[Tensor, "N T"] | None = None
+    forwards: Reuse | None = None
 
     @property
     def tree(self) -> Tree:
@@ -108,6 +110,8 @@ def rolled_out(
     keep = Kept() if plan is not None else planning.read(c, drawn)
     keep = Kept.all(drawn[0].steps) if whole else keep
     head = run.values.head if run.values is not None and plan is None else None
+    times = {float(each.t[0, k]) for each in drawn for k in each.stochastic}
+    reuse = Reuse(run.policy, times) if c.reuse and plan is None else None
 
     def check_and_score(paths: Trajectories, rows: slice, images: Tensor) -> tuple[Scored, Tensor]:
         if rows.start == 0:
@@ -134,7 +138,7 @@ def rolled_out(
             space = room.part(*(slice(a, a + n) for a, n in zip(before, more, strict=True)))
             before = before[0] + more[0], before[1] + more[1]
             with clock.of("rollout"):
-                paths = trajectories(run, prompts, cond, iteration, members, drawn, keep, space, head, part.tolist())
+                paths = trajectories(run, prompts, cond, iteration, members, drawn, keep, space, head, part.tolist(), reuse)
             sampled.append(paths)
             for rows in together(paths.tree.owner, run.policy.image_size):
                 wait(scores[: max(0, len(scores) + 1 - AHEAD)])
@@ -147,8 +151,9 @@ def rolled_out(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     rollout = Rollout(
-        prompts, cond, stacked(sampled, room), joined(each), torch.cat(apart), torch.cat(images) if whole else None
-    )
+        prompts, cond, stacked(sampled, room), joined(each), torch.cat(apart), torch.cat(images) if whole else None,
+        forwards=reuse,
+    )  # fmt: skip
     if c.credit is None or not c.credit.drifts or plan is not None:
         return rollout
     with clock.of("rollout"):
@@ -191,9 +196,11 @@ def trajectories(
     room: Room,
     head: Head | None,
     rows: Sequence[int],
+    reuse: Reuse | None = None,
 ) -> Trajectories:
     """The trajectories of the `members` of the prompts in these `rows`, which are those of `cond`, each by its plan;
-    what is to `keep` of them is written into `room`, and their features are those that a value `head` looks at."""
+    what is to `keep` of them is written into `room`, and their features are those that a value `head` looks at, or the
+    numbers of the forwards that an update is to `reuse`."""
     c, policy = run.config, run.policy
     starts = [(p, m) for p in rows for m in members[p].tolist()]
 
@@ -205,11 +212,14 @@ def trajectories(
     each = [plans[p] for p, _ in starts]
     observed = nullcontext() if head is None else head.observed(policy)
 
+    before = 0 if reuse is None else len(reuse.kept)
+
     def work(size: int) -> Trajectories:
+        if reuse is not None:  # with gradients to the adapter, which therefore stays beside the weights
+            reuse.forget(before)
+            return sample(reuse.velocity, noise, cond, index, each, noise, size, features=reuse.numbers, keep=keep, room=room)
         with fused(policy):
-            return sample(
-                policy.velocity, noise, cond, index, each, noise, size, features=features, keep=keep, room=room
-            )
+            return sample(policy.velocity, noise, cond, index, each, noise, size, features=features, keep=keep, room=room)
 
     with observed as features:
         return run.fits["batch"](work)
