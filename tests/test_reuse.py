@@ -47,11 +47,11 @@ def test_gradients_are_those_of_a_replay(settings, name):
         statistics = learner.update(batch, prompts, 0)
         return [p.grad for p in policy.parameters()], policy.counts["forwards"] - before, statistics
 
-    kept, none, statistics = gradients(batch)
+    reused, none, statistics = gradients(batch)
     replayed, forwards, plain = gradients(replace(batch, rows=replace(batch.rows, v=None), at_once=False))
     assert forwards > none == 0
-    assert [g is None for g in kept] == [g is None for g in replayed]
-    off = sum(float((a - b).square().sum()) for a, b in zip(kept, replayed, strict=True) if a is not None) ** 0.5
+    assert [g is None for g in reused] == [g is None for g in replayed]
+    off = sum(float((a - b).square().sum()) for a, b in zip(reused, replayed, strict=True) if a is not None) ** 0.5
     assert off < 1e-5 * statistics["grad_norm"] > 0  # rounding: the forwards were in other batches
     assert statistics["ratio"] == 1
     assert statistics["log_ratio"] == 0

@@ -211,7 +211,7 @@ def _schedule(c: BaseModel) -> None:
 
 
 def _reuse(c: BaseModel) -> None:
-    """Raises ValueError where the update differs from what the rollout's forwards are of, or asks for others."""
+    """Raises ValueError where an update needs other forwards than the rollout's, or does not hold activations."""
     if not all(part.reuses for part in c.objective.summands) or len(c.objective.summands) > 1:
         raise ValueError(f"reuse: objective: {named(c.objective)} does not learn from the steps of a rollout alone")
     credit = c.credit and (c.credit.observer or c.credit.learner)
@@ -219,7 +219,7 @@ def _reuse(c: BaseModel) -> None:
     others |= {"epochs": c.epochs > 1, "minibatches": c.minibatches > 1, "max_kl or beta": c.measures_kl}
     for name, acts in others.items():
         if acts:
-            raise ValueError(f"reuse does not go with {name}: the update would need other forwards than the rollout's; remove one of the two")
+            raise ValueError(f"reuse does not go with {name}; remove one of the two")
 
 
 def _plan(c: BaseModel) -> None:
@@ -261,7 +261,9 @@ def _plan(c: BaseModel) -> None:
                 raise ValueError(f"credit: states {states} must lie within 0 to {c.steps - 1}")
             _size(c, c.steps if states else 1)
             if c.reuse and states:
-                raise ValueError(f"reuse would hold the completions of credit: {named(c.credit)}; remove one of the two")
+                raise ValueError(
+                    f"reuse would hold the completions of credit: {named(c.credit)}; remove one of the two"
+                )
             if c.extend is not None:
                 c.extend.check(table, c.seeds, c.credit)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from mmalign.policy.pipeline import PipelinePolicy
 from reward_models.lengths import Reader, reader
 
-
 SMALL = 10_000_000  # parameters of the text encoders together, below which a batch of texts is faster than each alone
 
 

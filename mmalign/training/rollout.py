@@ -138,7 +138,9 @@ def rolled_out(
             space = room.part(*(slice(a, a + n) for a, n in zip(before, more, strict=True)))
             before = before[0] + more[0], before[1] + more[1]
             with clock.of("rollout"):
-                paths = trajectories(run, prompts, cond, iteration, members, drawn, keep, space, head, part.tolist(), reuse)
+                paths = trajectories(
+                    run, prompts, cond, iteration, members, drawn, keep, space, head, part.tolist(), reuse
+                )
             sampled.append(paths)
             for rows in together(paths.tree.owner, run.policy.image_size):
                 wait(scores[: max(0, len(scores) + 1 - AHEAD)])
@@ -210,16 +212,14 @@ def trajectories(
 
     index = torch.tensor([p for p, _ in starts], device=policy.device)
     each = [plans[p] for p, _ in starts]
-    observed = nullcontext() if head is None else head.observed(policy)
-
-    before = 0 if reuse is None else len(reuse.kept)
+    velocity, before = (policy.velocity, 0) if reuse is None else (reuse.velocity, len(reuse.drawn))
+    observed = nullcontext(reuse and reuse.numbers) if head is None else head.observed(policy)
 
     def work(size: int) -> Trajectories:
-        if reuse is not None:  # with gradients to the adapter, which therefore stays beside the weights
+        if reuse is not None:
             reuse.forget(before)
-            return sample(reuse.velocity, noise, cond, index, each, noise, size, features=reuse.numbers, keep=keep, room=room)
-        with fused(policy):
-            return sample(policy.velocity, noise, cond, index, each, noise, size, features=features, keep=keep, room=room)
+        with fused(policy) if reuse is None else nullcontext():  # an adapter in the weights takes no gradients
+            return sample(velocity, noise, cond, index, each, noise, size, features=features, keep=keep, room=room)
 
     with observed as features:
         return run.fits["batch"](work)
@@ -270,7 +270,7 @@ def judged(run: Session, rollout: Rollout, iteration: int) -> Judgement:
 def step_gains(run: Session, levels: Float[Tensor, "T"], number: int) -> Float[Tensor, "N T"]:
     """Gains of the trajectories of one batch of prompts with this noise, NaN at deterministic steps."""
     kernel = replace(run.config.kernel, noise=tuple(levels.tolist()))
-    noisy = replace(run, config=run.config.model_copy(update={"kernel": kernel, "scouts": None}))
+    noisy = replace(run, config=run.config.model_copy(update={"kernel": kernel, "scouts": None, "reuse": False}))
     rollout = sample_and_score(noisy, run.prompts(number), number)
     gain = gains(rollout.tree, of_states(judged(run, rollout, 0)))
     return torch.where(rollout.tree.std > 0, gain, torch.nan)[:, : run.config.steps]
