@@ -88,13 +88,18 @@ def bare(policy: Any, cond: Any, size: int, backward: bool, repeats: int) -> flo
 def measure(run: Session, iterations: int, sizes: Sequence[int]) -> dict[str, Any]:
     """The figures of a session: seconds and ratio of each iteration after one that is not counted."""
     trainer.iterate(run, 0)
-    rows: list[dict[str, float]] = []
-    start = time.perf_counter()
-    used = seconds(lambda: rows.append(trainer.iterate(run, len(rows) + 1)), iterations)
-    wall = (time.perf_counter() - start) / iterations
     cond = run.policy.encode(["a"])
-    forward = min((bare(run.policy, cond, size, False, iterations), size) for size in sizes)
-    learning = min((bare(run.policy, cond, size, True, iterations), size) for size in sizes)
+    rows: list[dict[str, float]] = []
+    used: list[float] = []
+    alone: dict[tuple[bool, int], list[float]] = {(back, size): [] for back in (False, True) for size in sizes}
+    wall = 0.0
+    for number in range(iterations):  # in turn, because a shared core is faster at one time than at another
+        start = time.perf_counter()
+        used += seconds(lambda number=number: rows.append(trainer.iterate(run, number + 1)), 1)
+        wall += (time.perf_counter() - start) / iterations
+        for (back, size), times in alone.items():
+            times.append(bare(run.policy, cond, size, back, 1))
+    forward, learning = (min((statistics.median(alone[back, size]), size) for size in sizes) for back in (False, True))
     ideal = [row["forwards"] * forward[0] + row["replay_forwards"] * learning[0] for row in rows]
     mean = {key: statistics.mean(row.get(key, 0.0) for row in rows) for key in rows[0]}
     return {
