@@ -210,13 +210,13 @@ the quickstart, and batches smaller than the best.
 | --- | --- | --- | --- | --- | --- |
 | `configs/quickstart.yaml` | 1.09 (1.07 to 1.13) | 1.00 (0.97 to 1.03) | 320 | 64 | 64 |
 | `configs/tiny_branch.yaml` | 1.05 (1.05 to 1.09) | 2.64 (2.59 to 2.78) | 900 | 169 | 216 |
-| the same with `plan=sde seeds=6 prompts_per_iteration=4 credit=gain` | 1.09 (1.08 to 1.11) | 1.54 (1.39 to 1.58) | 504 | 87 | 144 |
+| "grpo, gain" of the table above | 1.09 (1.08 to 1.11) | 1.54 (1.39 to 1.58) | 504 | 87 | 144 |
 
 At 12 prompts of 8 images and 8 steps, three iterations after one, median of processor seconds, twice in turn: the
 quickstart's `nft` takes 2.05 and 2.01, with the adapter beside the weights and each text alone 2.22 and 2.29. GRPO
 (`configs/tiny_branch.yaml` with `plan=sde credit=terminal steps=8 rewards={{image_stats.brightness: 1.0}}`) takes 3.22
 and 3.29 with `reuse=true`, and before 4.75 and 4.97; with the strict verifier, where a replay leaves out the steps
-without an advantage (a third of the last iteration's), 3.37 and 3.28, before 4.01 and 3.92. `reuse` holds 1.3 GiB there.
+without an advantage (a third of the last iteration's), 3.37 and 3.28, before 4.01 and 3.92. `reuse` holds 1.3 GiB.
 
 ## Growth
 
