@@ -231,7 +231,7 @@ class Transitions(Rows):
     """Steps to train on, one a row: state, next state, the old mean it was drawn around, times, advantage, weight.
 
     `index [M]` is the row of the prompt in the conditioning; `step [M]` the column in the plan; `off [M]` whether
-    another text was drawn under (None: nowhere).
+    another text was drawn under (None: nowhere); `v` the rollout's velocities in their graph, if they were kept.
     """
 
     x: Latents
@@ -245,3 +245,4 @@ class Transitions(Rows):
     index: Int[Tensor, "M"]
     step: Int[Tensor, "M"]
     off: Bool[Tensor, "M"] | None = None
+    v: Latents | None = None

@@ -12,7 +12,7 @@ import torch
 
 from mmalign.config.schema import Config
 from mmalign.evaluation.evaluate import SHEET, STRIP
-from mmalign.policy import loading, meta
+from mmalign.policy import loading, lora, meta
 from mmalign.policy.family import Family
 from mmalign.training import planning, rollout as rollouts, snapshots
 from mmalign.types import Plan
@@ -37,9 +37,10 @@ def memory(
       (`mmalign.training.planning.read`), and those of each row trained on: state, next state and mean, or images, noise
       and the velocities they are compared with;
     - rollout: the peak of one row's velocity (`mmalign.policy.meta.peak`) x rows of a forward: `batch`, or all routes
-      if they are fewer;
+      if they are fewer; with float32 weights also the adapted ones once more, which have the adapter in them;
     - replay: the peak of one row's velocity and gradients, with gradient checkpointing if it is on, x rows of a
-      micro-batch; and that of rollout once more where the model without adapter is evaluated beside it.
+      micro-batch; and that of rollout once more where the model without adapter is evaluated beside it. With `reuse`
+      it is held for every step that is trained on, from the rollout on.
 
     `total` has the larger of rollout and replay. Main memory: the images that are decoded and scored at once, float32
     (all of them with an extension; those in flight with `rollout_parts`), the embeddings cached of
@@ -56,7 +57,7 @@ def memory(
     scouts = 0 if c.scouts is None else prompts * c.scouts.starts(c.seeds)
     held = max(held, scouts)
 
-    micro = min(c.micro_batch, ceil(rows / c.minibatches)) * c.objective.width
+    micro = rows if c.reuse else min(c.micro_batch, ceil(rows / c.minibatches)) * c.objective.width
     drawn = meta.peak(policy, learn=False)
     policy.save_memory(gradients=c.gradient_checkpointing)
     learnt_row = meta.peak(policy, learn=True) + (drawn if c.measures_kl else 0)
@@ -78,6 +79,8 @@ def memory(
         "latents": 4 * held * shape,
     }
     rollout, replay = min(c.batch, max(starts * routes, scouts)) * drawn, micro * learnt_row
+    if c.precision == "float32" and not c.quantize:
+        rollout += 4 * sum(layer.base_layer.weight.numel() for layer in lora.adapted(policy.pipe.transformer))
     total = sum(device.values()) + max(rollout, replay)
     image, most = 4 * 3 * prod(policy.image_size), max(starts * routes, scouts)
     together = max(rollouts.DECODED // image, most // max(1, prompts))

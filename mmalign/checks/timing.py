@@ -94,7 +94,8 @@ def durations(c: Config, estimate: dict, speed: Speed) -> dict[str, float]:
 
     def taken(counts: Mapping[str, int]) -> float:
         shown = counts["decodes"] * (speed.decode + speed.reward)
-        return counts["forwards"] * speed.forward + counts["replay_forwards"] * replayed + shown
+        backward = counts["transitions"] * (speed.learn - speed.forward) if c.reuse else 0.0
+        return counts["forwards"] * speed.forward + counts["replay_forwards"] * replayed + backward + shown
 
     held = estimate["evaluations"]
     shown = held["forwards"] * speed.forward + held["decodes"] * (speed.decode + speed.judge)

@@ -20,7 +20,7 @@ SMALLEST, LARGEST = 1e-12, 1e6  # of the numbers of a config that are not 0
 OPTIONAL = ("credit", "loss", "advantage", "mask", "max_kl", "region", "records")  # an objective `uses` some of them
 SAMPLING = (
     "region", "combine", "at_least", "reference", "steps", "seeds", "plan", "kernel", "max_forwards", "max_rewards",
-    "cache", "rollout_parts", "draw", "refresh", "scouts", "select", "extend",
+    "cache", "rollout_parts", "draw", "refresh", "scouts", "select", "extend", "reuse",
 )  # fmt: skip
 
 
@@ -206,8 +206,22 @@ def _schedule(c: BaseModel) -> None:
         raise ValueError("rollout_parts: scorer self takes the network that samples meanwhile; remove rollout_parts")
     if c.rollout_parts > c.prompts_per_iteration:
         raise ValueError(f"rollout_parts: {c.rollout_parts} of {c.prompts_per_iteration} prompts; each part needs one")
+    if c.reuse:
+        _reuse(c)
     if c.warmup + c.cooldown > c.iterations:
         raise ValueError(f"warmup {c.warmup} + cooldown {c.cooldown} exceed iterations {c.iterations}")
+
+
+def _reuse(c: BaseModel) -> None:
+    """Raises ValueError where an update needs other forwards than the rollout's, or does not hold activations."""
+    if not all(part.reuses for part in c.objective.summands) or len(c.objective.summands) > 1:
+        raise ValueError(f"reuse: objective: {named(c.objective)} does not learn from the steps of a rollout alone")
+    credit = c.credit and (c.credit.observer or c.credit.learner)
+    others = {"gradient_checkpointing": c.gradient_checkpointing, "extend": c.extend, "credit": credit}
+    others |= {"epochs": c.epochs > 1, "minibatches": c.minibatches > 1, "max_kl or beta": c.measures_kl}
+    for name, acts in others.items():
+        if acts:
+            raise ValueError(f"reuse does not go with {name}; remove one of the two")
 
 
 def _plan(c: BaseModel) -> None:
@@ -254,6 +268,10 @@ def _plan(c: BaseModel) -> None:
             if states and not 0 <= min(states) <= max(states) < c.steps:
                 raise ValueError(f"credit: states {states} must lie within 0 to {c.steps - 1}")
             _size(c, c.steps if states else 1)
+            if c.reuse and states:
+                raise ValueError(
+                    f"reuse would hold the completions of credit: {named(c.credit)}; remove one of the two"
+                )
             if c.extend is not None:
                 c.extend.check(table, c.seeds, c.credit)
 

@@ -186,6 +186,9 @@ class Config(BaseModel):
         ge=1,
         description="rows of one forward and backward at most; affects speed and rounding; halved when memory runs out",
     )
+    reuse: bool = Field(
+        False, description="learn from the rollout's own forwards, whose activations are held: no replay forwards"
+    )
     max_grad_norm: float = Field(1.0, gt=0)
     ema: float = Field(0.9, ge=0, lt=1, description="decay of the averaged adapter that evaluation and export use")
 

@@ -1,6 +1,7 @@
 """Sample images by ODE from fixed seeds."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mmalign.activity import doing
 from mmalign.evaluation.toward import Toward
 from mmalign.flow.plan import ode
 from mmalign.flow.sample import Features, chunks, sample
-from mmalign.policy.protocol import Policy
+from mmalign.policy.protocol import Policy, fused
 from mmalign.seeds import gaussian
 from mmalign.types import Trajectories, Velocity
 from reward_models import Prompt
@@ -82,6 +83,7 @@ def trajectories(
 ) -> Iterator[Trajectories]:
     """ODE trajectories from each initial noise, for the prompt `owner` of each row, `batch` at a time; with `features`
     those of their states are kept (`mmalign.flow.sample.sample`)."""
+    acting = fused if velocity is None else nullcontext  # another velocity may switch adapters at each step
     velocity = velocity or policy.velocity
     with doing("sampling", "images", len(noise)) as work:
         for rows in chunks(len(noise), batch):
@@ -89,5 +91,7 @@ def trajectories(
             requests = [prompts[p] for p in used.tolist()]
             cond, index = policy.encode([prompt.text for prompt in requests]), index.to(policy.device)
             guided = toward.guided(policy, velocity, requests) if toward else velocity
-            yield sample(guided, noise[rows], cond, index, ode(times), batch=batch, features=features)
+            with acting(policy):
+                paths = sample(guided, noise[rows], cond, index, ode(times), batch=batch, features=features)
+            yield paths
             work.did("images", len(index))

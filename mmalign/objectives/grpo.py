@@ -24,7 +24,7 @@ class Grpo(Objective):
     ratio: Literal["cell", "credit"] = "cell"
     type = "grpo"
     uses = frozenset({"credit", "loss", "advantage", "mask", "max_kl", "region"})
-    stochastic, siblings, even = True, 2, True
+    stochastic, siblings, even, reuses = True, 2, True, True
 
     @property
     def reference(self) -> bool:
@@ -46,12 +46,14 @@ class Grpo(Objective):
         """Every distinct stochastic step. Those with advantage 0 need no forward, unless `beta` pulls."""
         c, paths = run.config, rollout.paths
         batch = transitions(
-            paths, advantage, self.weighting, lambda std: run.ranks.gather(std, "noise of the steps").mean()
-        )
+            paths, advantage, self.weighting, lambda std: run.ranks.gather(std, "noise of the steps").mean(),
+            rollout.forwards,
+        )  # fmt: skip
         if c.mask is not None:
             batch = run.fits["batch"](lambda rows: c.mask.masked(run.policy, rollout.cond, batch, rows))
         replay = Surrogate(
             run.policy, rollout.cond, paths.kernel, paths.t_max, c.loss, self.beta, self.ratio, self.measures(c),
             None if c.extend is None else c.extend.off_loss,
         )  # fmt: skip
-        return TrainBatch(batch, replay, None if self.beta else batch.advantage.abs().amax((1, 2)) > 0)
+        needed = None if self.beta else batch.advantage.abs().amax((1, 2)) > 0
+        return TrainBatch(batch, replay, needed, rollout.forwards is not None)

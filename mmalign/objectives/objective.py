@@ -25,11 +25,13 @@ Draws = Annotated[int, Ge(1), Le(10_000)]  # times and noises of an image
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Rows, the loss to replay them with, and which of them are worth a forward (None: all)."""
+    """Rows, the loss to replay them with, and which of them are worth a forward (None: all). `at_once`: they are parts
+    of one graph, and take one backward pass."""
 
     rows: Rows
     replay: Replay
     needed: Bool[Tensor, "M"] | None = None
+    at_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,13 @@ class Run(Protocol):
 
 @runtime_checkable
 class Rollout(Protocol):
-    """What it reads of a rollout on this rank: prompts with an `id`, their conditioning and their trajectories."""
+    """What it reads of a rollout on this rank: prompts with an `id`, their conditioning, their trajectories, and the
+    forwards that were kept for it, if any."""
 
     prompts: Sequence[Any]
     cond: Any
     paths: Trajectories
+    forwards: Any
 
 
 class Objective:
@@ -93,7 +97,8 @@ class Objective:
     one row in a forward; `reference`: whether the model without adapter is evaluated beside it; `decoded`: images of a
     row that are decoded and scored in a graph. `even`: whether as many prompts give as many forwards, whatever their
     rewards. `guide`: a run, a checkpoint or a LoRA file, whose adapter it needs on the network by the name "guide".
-    `summands`: the objectives that it consists of.
+    `summands`: the objectives that it consists of. `reuses`: whether its rows are steps of the rollout, whose
+    velocities then may be the rollout's own.
     """
 
     uses: ClassVar[frozenset[str]] = frozenset()
@@ -101,6 +106,7 @@ class Objective:
     stochastic: ClassVar[bool] = False
     siblings: ClassVar[int] = 1
     even: ClassVar[bool] = False
+    reuses: ClassVar[bool] = False
     width: int = 1
     reference: bool = False
     decoded: int = 0

@@ -13,7 +13,7 @@ from mmalign.flow.kernels import gaussian_kl, log_ratio
 from mmalign.flow.sample import distinct
 from mmalign.learn.loss import Loss, Step, by_credit, chosen
 from mmalign.policy.protocol import Trainable
-from mmalign.types import Kernel, Trajectories, Transitions
+from mmalign.types import Kernel, Latents, Trajectories, Transitions
 
 
 def transitions(
@@ -21,11 +21,13 @@ def transitions(
     advantage: Float[Tensor, "N T a b"],
     weighting: Literal["none", "noise"] = "none",
     mean: Callable[[Tensor], Tensor] = torch.mean,
+    forwards: Any = None,
 ) -> Transitions:
     """Every distinct stochastic step, in order; routes that share one give one row, with the mean of their advantages.
 
     `weighting` "noise" weighs each by its standard deviation over the `mean` of all (TempFlow-GRPO,
-    arXiv 2508.04324), which evens out gradients that grow towards low noise; "none" by 1.
+    arXiv 2508.04324), which evens out gradients that grow towards low noise; "none" by 1. With the `forwards` of the
+    rollout (`mmalign.training.reuse`) rows have their velocities.
     """
     tree = paths.tree
     rows, cols = (tree.std > 0).nonzero(as_tuple=True)
@@ -48,6 +50,7 @@ def transitions(
         index=tree.prompt[rows],
         step=cols,
         off=None if paths.off is None else paths.off[rows],
+        v=None if forwards is None else forwards.of(paths.features[rows, cols, 0]),
     ).to(paths.x.device)
 
 
@@ -69,7 +72,7 @@ class Surrogate:
     off: Callable[[Step], Loss] | None = None
 
     def __call__(self, batch: Transitions) -> tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]]:
-        mean, std = self._step(batch)
+        mean, std = self._step(batch, batch.v)
         change, moved = log_ratio(batch.y, mean, batch.mean, std), gaussian_kl(mean, batch.mean, std)
         if self.ratio == "credit":
             change, moved = by_credit(change, batch.advantage), by_credit(moved, batch.advantage)
@@ -88,6 +91,6 @@ class Surrogate:
             statistics["kl"] = kl.detach()
         return loss, statistics | {"loss": loss.detach()}
 
-    def _step(self, batch: Transitions) -> tuple[Tensor, Tensor]:
-        v = self.policy.velocity(batch.x, batch.t, self.cond, batch.index).float()
+    def _step(self, batch: Transitions, v: Latents | None = None) -> tuple[Tensor, Tensor]:
+        v = self.policy.velocity(batch.x, batch.t, self.cond, batch.index).float() if v is None else v
         return self.kernel.step(batch.x, v, batch.t, batch.s, batch.noise, self.t_max)

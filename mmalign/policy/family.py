@@ -108,6 +108,12 @@ class Family(ABC):
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of texts by name, a row each."""
 
+    @property
+    def together(self) -> int:
+        """How many texts are embedded at once. Above 1 only where `texts` gives all texts one length: a text's bits may
+        then depend on this number, and not on the others."""
+        return 1
+
     def readers(self) -> list[Reader]:
         """The text encoders that read a text of a limited length."""
         return []

@@ -123,7 +123,8 @@ def unused(module: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
 
 def state(module: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
     """A copy of one adapter's matrices, by names without the adapter's."""
-    tensors = get_peft_model_state_dict(module, adapter_name=name)
+    end = f".{name}.weight"
+    tensors = {f"{each.removesuffix(end)}.weight": value for each, value in _matrices(module, name)}
     return {each: value.detach().clone() for each, value in sorted(tensors.items())}
 
 
@@ -242,21 +243,69 @@ def changed(module: nn.Module, changes: dict[str, Tensor]) -> nn.Module:
 @contextmanager
 def acting(module: nn.Module, name: str | None) -> Iterator[None]:
     """Within this block one adapter acts and takes gradients, or with None the base weights alone, to the bit."""
-    layer = next((each for each in module.modules() if isinstance(each, BaseTunerLayer)), None)
-    before = None if layer is None or layer.disable_adapters else [*layer.active_adapters]
-    _act(module, name)
+    if name is not None and name not in adapters(module):
+        raise ValueError(f"no adapter {name!r}; there are {', '.join(adapters(module)) or 'none'}")
+    layers = adapted(module)
+    before = None if not layers or layers[0].disable_adapters else layers[0].active_adapters
+    again = _split(layers)
+    _act(layers, None if name is None else [name])
     try:
         yield
     finally:
-        _act(module, before)
+        _act(layers, before)
+        if again:
+            _fuse(layers)
 
 
-def _act(module: nn.Module, names: str | list[str] | None) -> None:
-    if names is None:
-        module.disable_adapters()
-    else:
-        module.enable_adapters()
-        module.set_adapter(names)
+def _act(layers: Sequence[BaseTunerLayer], names: Sequence[str] | None) -> None:
+    for layer in layers:
+        layer.enable_adapters(names is not None)
+        if names is not None:
+            layer.set_adapter([*names])
+
+
+@contextmanager
+def fused(module: nn.Module) -> Iterator[None]:
+    """Within this block the acting adapter is part of the weights, `W + s B A`, which saves its share of each forward;
+    it takes no gradients, and must not be changed. Another may act within `acting`. Afterwards the weights are the
+    tensors of before. Where a weight is not a plain float32 tensor, or no adapter acts, nothing changes."""
+    layers = adapted(module)
+    if any(layer.merged for layer in layers):
+        yield
+        return
+    try:
+        _fuse(layers)
+        yield
+    finally:
+        _split(layers)
+
+
+def adapted(module: nn.Module) -> list[BaseTunerLayer]:
+    """The layers that have an adapter beside them."""
+    return [each for each in module.modules() if isinstance(each, BaseTunerLayer)]
+
+
+@torch.no_grad()
+def _fuse(layers: Sequence[BaseTunerLayer]) -> None:
+    plain = (type(w.data) is Tensor and w.dtype == torch.float32 for w in (layer.base_layer.weight for layer in layers))
+    if any(layer.disable_adapters or len(layer.active_adapters) != 1 for layer in layers) or not all(plain):
+        return
+    for layer in layers:
+        [name] = layer.active_adapters
+        if name in layer.lora_A:
+            weight, a, b = layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight
+            layer.before = weight.data  # kept, because subtracting B A again would not give its bits
+            weight.data = torch.addmm(weight.data, b, a, alpha=layer.scaling[name])
+            layer.merged_adapters.append(name)
+
+
+def _split(layers: Sequence[BaseTunerLayer]) -> bool:
+    """Take an adapter out of the weights again; whether one was in them."""
+    merged = [layer for layer in layers if layer.merged]
+    for layer in merged:
+        layer.base_layer.weight.data = layer.__dict__.pop("before")
+        layer.merged_adapters.clear()
+    return bool(merged)
 
 
 def remove(module: nn.Module, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,11 +104,16 @@ class PipelinePolicy(Family):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Each text is embedded alone, so that its embeddings do not depend on the others, and is cached (LRU)."""
+        """Embeddings do not depend on the other texts: texts are embedded alone, or in batches of one size, which is
+        filled up with the empty text. They are cached (LRU)."""
         wanted = dict.fromkeys([*texts, ""])
-        missing = [text for text in wanted if text not in self._embedded]
+        missing, size = [text for text in wanted if text not in self._embedded], self.together
         with self._awake(*(name for name in self.pipe.components if name.startswith("text_encoder") and missing)):
-            self._embedded |= {text: {name: v.cpu() for name, v in self.texts([text]).items()} for text in missing}
+            for first in range(0, len(missing), size):
+                part = missing[first : first + size]
+                embeds = self.texts([*part, *[""] * (size - len(part))])
+                for i, text in enumerate(part):
+                    self._embedded[text] = {name: v[i : i + 1].clone().cpu() for name, v in embeds.items()}
         self.counts["texts"] += len(missing)
         for text in wanted:
             self._embedded.move_to_end(text)
@@ -351,6 +356,9 @@ class PipelinePolicy(Family):
 
     def reference(self) -> AbstractContextManager:
         return self.acting(None)
+
+    def fused(self) -> AbstractContextManager:
+        return nullcontext() if self._mixture is not None else lora.fused(self.pipe.transformer)
 
     def adapter(self, name: str = lora.DEFAULT) -> dict[str, Tensor]:
         return lora.state(self.pipe.transformer, name)

@@ -3,7 +3,7 @@ abilities."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -66,6 +66,14 @@ class HoldsAdapters(Trainable, Protocol):
     def adapters(self) -> list[str]: ...
 
     def acting(self, name: str | None) -> AbstractContextManager: ...
+
+
+@runtime_checkable
+class Fuses(Protocol):
+    """Has its adapter in its weights within a block, where that is possible: cheaper forwards, other rounding. The
+    adapter takes no gradients there, and must not be changed."""
+
+    def fused(self) -> AbstractContextManager: ...
 
 
 @runtime_checkable
@@ -188,6 +196,11 @@ class Guided(Protocol):
 
     @property
     def true_guidance(self) -> bool: ...
+
+
+def fused(policy: Policy) -> AbstractContextManager:
+    """A block in which images are drawn by the policy as it stands."""
+    return policy.fused() if isinstance(policy, Fuses) else nullcontext()
 
 
 def two_forwards(policy: Policy, guidance: float) -> bool:

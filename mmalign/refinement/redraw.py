@@ -7,7 +7,7 @@ straight line to the known latent `x_0`, which every step therefore meets exactl
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from mmalign.evaluation.toward import Toward
 from mmalign.flow.plan import ode, sde
 from mmalign.flow.sample import sample
-from mmalign.policy.protocol import Mixes, Policy, two_forwards
+from mmalign.policy.protocol import Mixes, Policy, fused, two_forwards
 from mmalign.refinement.velocity import inpaint, regional_guidance
 from mmalign.sampling.kernels import Ddim
 from mmalign.seeds import gaussian, seed_of
@@ -93,7 +93,7 @@ def draw(
     for (guidance, start, strength, inpainted, guided), members in groups.items():
         for first in range(0, len(members), batch):
             rows, before = members[first : first + batch], policy.counts["forwards"]
-            with _guidance(policy, guidance):
+            with _guidance(policy, guidance), fused(policy) if strength == 1 else nullcontext():
                 velocity = _velocity(policy, strength)
                 if guided:
                     velocity = toward.guided(policy, velocity, [prompts[i] for i in rows])

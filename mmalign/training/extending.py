@@ -11,6 +11,7 @@ from mmalign.evaluation.evaluate import deviation
 from mmalign.extension.extension import Draws
 from mmalign.extension.rest import grafted, rest, taken
 from mmalign.flow.sample import sample
+from mmalign.policy.protocol import fused
 from mmalign.rewards.judge import joined, score
 from mmalign.seeds import gaussian, seed_of
 from mmalign.training import finite, planning
@@ -86,9 +87,12 @@ def with_rests(run: Session, rollout: Rollout, draws: Draws, number: list[int], 
         each = zip(draws.row, draws.step, prompt.tolist(), strict=True)
         plans = [_plan(run, paths, r, k, rollout.prompts[p].id, iteration) for r, k, p in each]
         start = paths.x[row, step].to(policy.device)
-        rests = run.fits["batch"](
-            lambda size: sample(policy.velocity, start, cond, index.to(policy.device), plans, noise, size)
-        )
+
+        def work(size: int) -> Trajectories:
+            with fused(policy):
+                return sample(policy.velocity, start, cond, index.to(policy.device), plans, noise, size)
+
+        rests = run.fits["batch"](work)
     if draws.request is not None:
         rests = replace(rests, tree=replace(rests.tree, owner=prompt[rests.tree.owner]))
     with run.clock.of("decode"):

@@ -53,6 +53,8 @@ class Learner:
         `prompts` are those that the batch's `index` points to."""
         c, ranks = self.config, self.ranks
         local, peers, micro_batch = ranks.local_rows(batch.rows.index, "rows to train on"), ranks, self.micro_batch
+        if batch.at_once:
+            micro_batch = AdaptiveBatch(len(local), fixed=True)
         if isinstance(self.optimizer, ZeroOptimizer):
             peers, micro_batch = self.optimizer, self.optimizer.summing(micro_batch)
         statistics = update(

@@ -92,7 +92,7 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
         learnt = c.prompts_per_iteration * rows_of(c, plan, part) + extra
         masked = c.mask.forwards if c.mask is not None and "mask" in part.uses else 0
         before += learnt * (part.prepared(c.epochs * c.minibatches) * halves + masked)
-        replay += learnt * part.replayed(part.measures(c)) * c.epochs * halves
+        replay += 0 if c.reuse else learnt * part.replayed(part.measures(c)) * c.epochs * halves
         in_graph += learnt * part.decoded * c.epochs
         rows += learnt
     return Cost(before, replay, rows, images + in_graph, rewards + in_graph * len(c.trained))

@@ -27,10 +27,12 @@ from mmalign.evaluation.evaluate import deviation
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import chunks, sample
 from mmalign.latents import Kept, Room
+from mmalign.policy.protocol import fused
 from mmalign.rewards.judge import Scored, beginning, joined, score, unscored
 from mmalign.seeds import gaussian, seed_of
 from mmalign.selection.scouts import chosen
 from mmalign.training import drift, finite, planning
+from mmalign.training.reuse import Reuse
 from mmalign.training.session import Session
 from mmalign.training.values import Head
 from mmalign.types import Judgement, Plan, Trajectories, Tree
@@ -45,7 +47,7 @@ class Rollout:
     """This rank's prompts, their conditioning, trajectories and the raw scores of the finished images; how far each
     trajectory's image is from its siblings' mean (`mmalign.evaluation.evaluate.deviation`); the images themselves, on
     the CPU, if they are kept; the scouts that chose the starting noises, if any; and the log-ratios of `Judgement`, if
-    the credit needs them."""
+    the credit needs them; and with `reuse` the rollout's own forwards, for the update."""
 
     prompts: list[Prompt]
     cond: Any
@@ -55,6 +57,7 @@ class Rollout:
     images: Float[Tensor, "E 3 H W"] | None = None
     scouts: "Scouted | None" = None
     log_ratio: Float[Tensor, "N T"] | None = None
+    forwards: Reuse | None = None
 
     @property
     def tree(self) -> Tree:
@@ -125,6 +128,8 @@ def rolled_out(
     keep = Kept() if plan is not None else planning.read(c, drawn)
     keep = Kept.all(drawn[0].steps) if whole else keep
     head = run.values.head if run.values is not None and plan is None else None
+    times = {float(each.t[0, k]) for each in drawn for k in each.stochastic}
+    reuse = Reuse(run.policy, times) if c.reuse and plan is None else None
 
     def check_and_score(paths: Trajectories, rows: slice, images: Tensor) -> tuple[Scored, Tensor]:
         if rows.start == 0:
@@ -149,7 +154,9 @@ def rolled_out(
             space = room.part(*(slice(a, a + n) for a, n in zip(before, more, strict=True)))
             before = before[0] + more[0], before[1] + more[1]
             with clock.of("rollout"):
-                paths = trajectories(run, prompts, cond, iteration, members, drawn, keep, space, head, part.tolist())
+                paths = trajectories(
+                    run, prompts, cond, iteration, members, drawn, keep, space, head, part.tolist(), reuse
+                )
             sampled.append(paths)
             for rows in together(paths.tree.owner, run.policy.image_size):
                 wait(scores[: max(0, len(scores) + 1 - AHEAD)])
@@ -160,8 +167,9 @@ def rolled_out(
                 del some
         each, apart = zip(*(future.result() for future in scores), strict=True)
     rollout = Rollout(
-        prompts, cond, stacked(sampled, room), joined(each), torch.cat(apart), torch.cat(images) if whole else None
-    )
+        prompts, cond, stacked(sampled, room), joined(each), torch.cat(apart), torch.cat(images) if whole else None,
+        forwards=reuse,
+    )  # fmt: skip
     if c.credit is None or not c.credit.drifts or plan is not None:
         return rollout
     with clock.of("rollout"):
@@ -198,9 +206,11 @@ def trajectories(
     room: Room,
     head: Head | None,
     rows: Sequence[int],
+    reuse: Reuse | None = None,
 ) -> Trajectories:
     """The trajectories of the `members` of the prompts in these `rows`, which are those of `cond`, each by its plan;
-    what is to `keep` of them is written into `room`, and their features are those that a value `head` looks at."""
+    what is to `keep` of them is written into `room`, and their features are those that a value `head` looks at, or the
+    numbers of the forwards that an update is to `reuse`."""
     c, policy = run.config, run.policy
     starts = [(p, m) for p in rows for m in members[p].tolist()]
 
@@ -210,13 +220,17 @@ def trajectories(
 
     index = torch.tensor([p for p, _ in starts], device=policy.device)
     each = [plans[p] for p, _ in starts]
-    observed = nullcontext() if head is None else head.observed(policy)
+    velocity, before = (policy.velocity, 0) if reuse is None else (reuse.velocity, len(reuse.drawn))
+    observed = nullcontext(reuse and reuse.numbers) if head is None else head.observed(policy)
+
+    def work(size: int) -> Trajectories:
+        if reuse is not None:
+            reuse.forget(before)
+        with fused(policy) if reuse is None else nullcontext():  # an adapter in the weights takes no gradients
+            return sample(velocity, noise, cond, index, each, noise, size, features=features, keep=keep, room=room)
+
     with observed as features:
-        return run.fits["batch"](
-            lambda size: sample(
-                policy.velocity, noise, cond, index, each, noise, size, features=features, keep=keep, room=room
-            )
-        )
+        return run.fits["batch"](work)
 
 
 def stacked(parts: Sequence[Trajectories], room: Room) -> Trajectories:
@@ -264,7 +278,7 @@ def judged(run: Session, rollout: Rollout, iteration: int) -> Judgement:
 def step_gains(run: Session, levels: Float[Tensor, "T"], number: int) -> Float[Tensor, "N T"]:
     """Gains of the trajectories of one batch of prompts with this noise, NaN at deterministic steps."""
     kernel = replace(run.config.kernel, noise=tuple(levels.tolist()))
-    noisy = replace(run, config=run.config.model_copy(update={"kernel": kernel, "scouts": None}))
+    noisy = replace(run, config=run.config.model_copy(update={"kernel": kernel, "scouts": None, "reuse": False}))
     rollout = sample_and_score(noisy, run.prompts(number), number)
     gain = gains(rollout.tree, of_states(judged(run, rollout, 0)))
     return torch.where(rollout.tree.std > 0, gain, torch.nan)[:, : run.config.steps]

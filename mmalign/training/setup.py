@@ -281,7 +281,7 @@ def _check_ranks(c: Config, ranks: Ranks) -> None:
     forward, and so need as many."""
     if c.prompts_per_iteration < ranks.size:
         raise BadInput(f"prompts_per_iteration: {c.prompts_per_iteration} for {ranks.size} processes; each needs one")
-    memory = {name: bool(getattr(c, name)) for name in ("compile", "quantize", "offload")}
+    memory = {name: bool(getattr(c, name)) for name in ("compile", "quantize", "offload", "reuse")}
     learns = c.credit is not None and c.credit.learner is not None
     if ranks.sharded:
         if c.refresh is not None:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
-from reward_models.scorers.shapes import Shapes, edit_distance
+from reward_models.scorers.shapes import Shapes, blocks, edit_distance
 from reward_models.shapes_world import (
     BACKGROUND,
     COLOURS,
@@ -159,3 +160,9 @@ def test_regions_cover_the_object_with_its_credit(grid):
 )
 def test_edit_distance(a, b, distance):
     assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 1.0])
+def test_blocks_are_those_of_an_opening(share):
+    mask = np.random.default_rng(0).random((3, 8, 32, 33)) < share
+    assert np.array_equal(blocks(mask), ndimage.binary_opening(mask, np.ones((1, 1, 2, 2), bool)))
