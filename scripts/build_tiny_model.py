@@ -29,7 +29,7 @@ import typer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
-from tiny_worlds import MAX_TOKENS, WORLDS, World, build_pictures, console, new_tokenizer, progress
+from tiny_worlds import MAX_TOKENS, WORLDS, World, build_pictures, console, new_tokenizer, progress, world_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -385,7 +385,7 @@ def latest(work: Path) -> Path:
 def main(
     out: Annotated[Path, typer.Option(help="where the pipeline's folder is written")] = Path("assets"),
     work: Annotated[Path | None, typer.Option(help="intermediate results, kept so that the run can be resumed")] = None,
-    name: Annotated[str, typer.Option("--world", help="shapes or things")] = "shapes",
+    name: Annotated[str, typer.Option("--world", help=" or ".join(WORLDS))] = "shapes",
     images: Annotated[int | None, typer.Option(help="pictures drawn")] = None,
     vae_steps: Annotated[int | None, typer.Option(help="steps of 32 pictures")] = None,
     steps: Annotated[int | None, typer.Option(help="flow-matching steps")] = None,
@@ -402,9 +402,7 @@ def main(
     ] = 0,
     sampler: Annotated[int, typer.Option(help="sampling steps of --look")] = 10,
 ) -> None:
-    if name not in WORLDS:
-        raise typer.BadParameter(f"no world {name!r}; known: {', '.join(WORLDS)}")
-    world = WORLDS[name]
+    world = world_of(name)
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     work = work or Path("runs") / f"build_{world.model}"

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import typer
 from build_prompts import OF_SHAPES
 from jaxtyping import Float, UInt8
 from numpy.lib.format import open_memmap
@@ -24,7 +25,7 @@ from mmalign.config.paths import locate
 from mmalign.data.prompts import read as read_prompts
 from reward_models import shapes_world, things_world
 from reward_models.types import Prompt
-from reward_models.worlds import caption
+from reward_models.worlds import COUNTS, caption
 
 OF_A_TAG = 20_000  # random requests of each tag from which the training captions of things are taken
 MAX_TOKENS = 10
@@ -45,7 +46,8 @@ class World:
     begin. `vae`: channels of its blocks, and of the latents. `crop`: px, the side of the parts of pictures from which
     it learns. `noise`: the most noise on latents from which it learns to decode. `patch`, `width`, `layers`: of the
     transformer. `half`: train in bfloat16 from weights kept in float32. `average`: decay of the average of the flow's
-    weights, a step. `model`: its folder in `assets`. The rest are defaults of the build.
+    weights, a step. `model`, `clip`: their folders in `assets`. `about`: what its pictures show, whose kinds are called
+    a `noun`; `nouns`, `colours`, `counts`: what a caption may ask for. The rest are defaults of the builders.
     """
 
     name: str
@@ -63,10 +65,17 @@ class World:
     half: bool
     average: float
     model: str
+    clip: str
+    about: str
+    noun: str
+    nouns: Collection[str]
+    colours: Collection[str]
+    counts: Collection[int]
     pictures: int
     vae_steps: int
     steps: int
     batch: int
+    clip_steps: int
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -115,10 +124,17 @@ SHAPES = World(
     half=False,
     average=0.0,
     model="tiny_sd3",
+    clip="tiny_clip",
+    about="coloured shapes and letters",
+    noun="shape",
+    nouns=shapes_world.SHAPES,
+    colours=shapes_world.COLOURS,
+    counts=COUNTS.values(),
     pictures=160_000,
     vae_steps=1_800,
     steps=2_200,
     batch=192,
+    clip_steps=300,
 )
 THINGS = World(
     name="things",
@@ -136,12 +152,26 @@ THINGS = World(
     half=True,
     average=0.999,
     model="tiny_things",
+    clip="tiny_things_clip",
+    about="everyday nouns, tinted or not, in two styles",
+    noun="noun",
+    nouns=things_world.NOUNS,
+    colours=things_world.COLOURS,
+    counts=things_world.NUMBERS.values(),
     pictures=100_000,
     vae_steps=3_500,
     steps=30_000,
     batch=128,
+    clip_steps=1_500,
 )
 WORLDS = {world.name: world for world in (SHAPES, THINGS)}
+
+
+def world_of(name: str) -> World:
+    """The world of this name. BadParameter if there is none."""
+    if name not in WORLDS:
+        raise typer.BadParameter(f"no world {name!r}; known: {', '.join(WORLDS)}")
+    return WORLDS[name]
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
