@@ -24,7 +24,12 @@ from transformers import CLIPTokenizer
 from mmalign.config.paths import locate
 from mmalign.data.prompts import read as read_prompts
 from reward_models import shapes_world, things_world
+from reward_models.classifier import Classes
+from reward_models.scorers import shapes_classifier, things_classifier
+from reward_models.scorers.shapes import find_blobs
+from reward_models.scorers.things import find_things
 from reward_models.types import Prompt
+from reward_models.verdicts import Blob
 from reward_models.worlds import COUNTS, caption
 
 OF_A_TAG = 20_000  # random requests of each tag from which the training captions of things are taken
@@ -46,8 +51,9 @@ class World:
     begin. `vae`: channels of its blocks, and of the latents. `crop`: px, the side of the parts of pictures from which
     it learns. `noise`: the most noise on latents from which it learns to decode. `patch`, `width`, `layers`: of the
     transformer. `half`: train in bfloat16 from weights kept in float32. `average`: decay of the average of the flow's
-    weights, a step. `model`, `clip`: their folders in `assets`. `about`: what its pictures show, whose kinds are called
-    a `noun`; `nouns`, `colours`, `counts`: what a caption may ask for. The rest are defaults of the builders.
+    weights, a step. `model`, `clip`: their folders in `assets`. `classes`: of its classifier. `find`: the objects that
+    the verifier sees in images. `about`: what its pictures show, whose kinds are called a `noun`; `nouns`, `colours`,
+    `counts`: what a caption may ask for. The rest are defaults of the builders.
     """
 
     name: str
@@ -66,6 +72,8 @@ class World:
     average: float
     model: str
     clip: str
+    classes: Classes
+    find: Callable[[Float[np.ndarray, "n 3 S S"]], list[list[Blob]]]
     about: str
     noun: str
     nouns: Collection[str]
@@ -125,6 +133,8 @@ SHAPES = World(
     average=0.0,
     model="tiny_sd3",
     clip="tiny_clip",
+    classes=shapes_classifier.CLASSES,
+    find=find_blobs,
     about="coloured shapes and letters",
     noun="shape",
     nouns=shapes_world.SHAPES,
@@ -153,6 +163,8 @@ THINGS = World(
     average=0.999,
     model="tiny_things",
     clip="tiny_things_clip",
+    classes=things_classifier.CLASSES,
+    find=find_things,
     about="everyday nouns, tinted or not, in two styles",
     noun="noun",
     nouns=things_world.NOUNS,
