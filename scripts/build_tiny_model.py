@@ -37,10 +37,12 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from mmalign import policy as policies
 from mmalign.evaluation.generate import generate
-from reward_models import load
+from reward_models import files, load
 from reward_models.images import rounded, to_pil
 
 MUON, ADAMW = 0.02, 2e-3  # learning rates
+GUIDANCE = 1.0, 3.0  # none and some
+SAMPLER = 10  # steps of the samples that are scored
 
 # ------------------------------------------------------------------------------------------------ resumable loop
 
@@ -335,7 +337,7 @@ def new_pipeline(vae: AutoencoderKL, flow: TinyFlow, tokenizer: CLIPTokenizer) -
 @torch.no_grad()
 def through_vae(world: World, vae: AutoencoderKL, drawings: int) -> dict[float, float]:
     """The share of drawings that the verifier finds right after they were encoded and decoded, by the noise added to
-    their latents, in standard deviations of these. 0 is without noise; "clean" drawings are all right."""
+    their latents, in standard deviations of these."""
     rng, verifier, shares = np.random.default_rng([2024, 8]), load(world.name), {}
     training = world.training()
     prompts = [training[i] for i in rng.integers(len(training), size=drawings)]
@@ -348,21 +350,27 @@ def through_vae(world: World, vae: AutoencoderKL, drawings: int) -> dict[float, 
     return shares
 
 
-def look(world: World, pipeline: StableDiffusion3Pipeline, work: Path, count: int, steps: int, seed: int = 0) -> None:
-    """Print how many images of validation captions are right, evenly spaced through the list, without guidance and
-    with; write the images to `work`."""
-    pipeline.save_pretrained(work / "look")
+def scores(
+    world: World, folder: Path, count: int, steps: int, seeds: int, guidance: float
+) -> tuple[Float[Tensor, "n 3 S S"], dict[str, float]]:
+    """Images of `count` validation captions, evenly spaced through the list, and the share of right ones, over all and
+    by tag."""
     captions = world.held_out("validation")
     prompts = [captions[i] for i in np.linspace(0, len(captions) - 1, min(count, len(captions))).round().astype(int)]
-    for guidance in (1.0, 2.5):
-        policy = policies.load(str(work / "look"), dtype="float32", device="cpu", guidance=guidance)
-        images, _ = generate(policy, prompts, [[seed]] * len(prompts), steps, 32)
-        right, partial = load(world.name)(rounded(images), prompts).values.T
-        of = {
-            tag: [float(r) for r, p in zip(right, prompts, strict=True) if p.wants["tag"] == tag] for tag in world.tags
-        }
-        tags = "  ".join(f"{tag} {np.mean(values):.2f}" for tag, values in of.items() if values)
-        console.print(f"guidance {guidance}: strict {right.mean():.3f}  partial {partial.mean():.3f}  {tags}")
+    policy = policies.load(str(folder), dtype="float32", device="cpu", guidance=guidance)
+    images, of = generate(policy, prompts, [[*range(seeds)]] * len(prompts), steps, 32)
+    right = load(world.name)(rounded(images), [prompts[i] for i in of.tolist()]).values[:, 0]
+    tags = np.array([prompts[i].wants["tag"] for i in of.tolist()])
+    by_tag = {tag: right[tags == tag].mean().item() for tag in world.tags if tag in tags}
+    return images, {"all": right.mean().item()} | by_tag
+
+
+def look(world: World, pipeline: StableDiffusion3Pipeline, work: Path, count: int, steps: int) -> None:
+    """Print how many images of validation captions are right; write the images to `work`."""
+    pipeline.save_pretrained(work / "look")
+    for guidance in GUIDANCE:
+        images, shares = scores(world, work / "look", count, steps, 1, guidance)
+        console.print(f"guidance {guidance}:", *(f"{tag} {share:.3f} " for tag, share in shares.items()))
         sheet(images[:64], work / f"look-{guidance}.png")
 
 
@@ -380,6 +388,84 @@ def latest(work: Path) -> Path:
     if not made:
         raise typer.BadParameter(f"no checkpoint of a flow in {work}")
     return made[-1]
+
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# {name}
+
+A `StableDiffusion3Pipeline` of stock diffusers and transformers classes for the embedded world of {world}
+(`reward_models/{world}_world.py`): {about} on {side}x{side} pixels. {transformer:.1f} M parameters in the transformer
+({layers} layers, width {width}, patch {patch}), two CLIP text encoders of {text:.1f} M (3 layers, width 64), a VAE of
+{vae:.1f} M that maps the pixels to {channels}x{cells}x{cells} latents, {size:.0f} MB in fp16. No T5: load it with
+`text_encoder_3=None, tokenizer_3=None` (and `dtype=torch.float32` on a CPU) and call it with `max_sequence_length=0`,
+or stock diffusers appends 256 zero tokens it was not trained with. The vocabulary is the words of its world; prompts
+end after ten tokens.
+
+## How it was made
+
+<!-- needs: hours -->
+```
+{command}
+```
+
+{pictures:,} pictures drawn from {training:,} training captions; VAE {vae_steps:,} steps of 32 pictures, L1 loss with
+noise on the latents; flow matching {steps:,} steps of {batch}, Muon on the matrices of the blocks and AdamW on the
+rest, linear cool-down over the last {cool:,} steps. The result depends only on the arguments, the number of threads and
+the torch build (here {torch}).
+
+## Scores
+
+{captions} validation captions, none with the meaning of a training caption, two seeds each, {sampler} ODE steps, judged
+by `{world}`; strict = everything right and nothing else there.
+
+| captions | strict | with guidance {guidance:g} |
+|---|---|---|
+{rows}
+
+Reconstructions by the VAE alone: {clean:.3f} strict on 400 drawings, {noisy:.3f} with noise of 0.3 standard deviations
+on the latents.
+
+## Limits
+
+It knows the words of `{world}_world.py`, one phrasing of each request, and nothing else.
+"""
+
+
+def card(world: World, folder: Path, scored: int, **settings) -> str:
+    """The model card of the pipeline in `folder`, with its scores on `scored` validation captions."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    size = lambda module: sum(p.numel() for p in module.parameters()) / 1e6  # noqa: E731
+    columns = [scores(world, folder, scored, SAMPLER, 2, guidance)[1] for guidance in GUIDANCE]
+    shares = through_vae(world, pipeline.vae.float(), min(scored, 400))
+    return CARD.format(
+        name=world.model,
+        world=world.name,
+        about=world.about,
+        side=world.side,
+        transformer=size(pipeline.transformer),
+        layers=world.layers,
+        width=world.width,
+        patch=world.patch,
+        text=size(pipeline.text_encoder),
+        vae=size(pipeline.vae),
+        channels=world.vae[1],
+        cells=world.cells,
+        size=sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6,
+        training=len(world.training()),
+        captions=min(scored, len(world.held_out("validation"))),
+        sampler=SAMPLER,
+        guidance=GUIDANCE[1],
+        rows="\n".join(f"| {tag} | {plain:.3f} | {columns[1][tag]:.3f} |" for tag, plain in columns[0].items()),
+        clean=shares[0.0],
+        noisy=shares[0.3],
+        torch=torch.__version__,
+        **settings,
+    )
 
 
 def main(
@@ -400,33 +486,41 @@ def main(
     looked: Annotated[
         int, typer.Option("--look", help="only score images of so many validation captions, by the last checkpoint")
     ] = 0,
-    sampler: Annotated[int, typer.Option(help="sampling steps of --look")] = 10,
+    scored: Annotated[int, typer.Option(help="at most so many validation captions are scored for the card")] = 1000,
 ) -> None:
     world = world_of(name)
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     work = work or Path("runs") / f"build_{world.model}"
     work.mkdir(parents=True, exist_ok=True)
-    steps = steps or world.steps
-    pictures, captions = build_pictures(world, work, images or world.pictures)
-    vae = build_vae(world, pictures, work, vae_steps or world.vae_steps, device)
+    images, vae_steps, steps = images or world.pictures, vae_steps or world.vae_steps, steps or world.steps
+    cool, batch = round(0.35 * steps) if cool is None else cool, batch or world.batch
+    compiled = not world.half if compiled is None else compiled  # its code for bfloat16 on CPU does not compile
+    checkpoint = latest(work) if looked else None
+    pictures, captions = build_pictures(world, work, images)
+    vae = build_vae(world, pictures, work, vae_steps, device)
     latents = build_latents(vae, pictures, work, device)
     tokenizer = new_tokenizer(world)
-    if looked:
-        flow, checkpoint = TinyFlow(world, tokenizer), latest(work)
+    if checkpoint:
+        flow = TinyFlow(world, tokenizer)
         saved = torch.load(checkpoint, weights_only=True)
         flow.load_state_dict(saved["average"])
         console.print(
             f"{checkpoint}: {saved['done']:,} steps; decoded drawings right: {through_vae(world, vae, looked)}"
         )
-        look(world, new_pipeline(vae, flow, tokenizer), work, looked, sampler)
+        look(world, new_pipeline(vae, flow, tokenizer), work, looked, SAMPLER)
         return
     ids = tokenizer([p.text for p in world.training()], padding="max_length", return_tensors="pt").input_ids[captions]
-    cool = round(0.35 * steps) if cool is None else cool
-    compiled = not world.half if compiled is None else compiled  # its code for bfloat16 on CPU does not compile
-    flow = build_flow(world, latents, ids, tokenizer, work, steps, cool, batch or world.batch, device, compiled)
-    new_pipeline(vae, flow, tokenizer).save_pretrained(out / world.model)
-    console.print(f"written: {out / world.model}")
+    flow = build_flow(world, latents, ids, tokenizer, work, steps, cool, batch, device, compiled)
+    folder = out / world.model
+    new_pipeline(vae, flow, tokenizer).save_pretrained(folder)
+    arguments = (
+        f"--world {name} --images {images} --vae-steps {vae_steps} --steps {steps} --cool {cool} --batch {batch}"
+    )
+    settings = dict(vae_steps=vae_steps, steps=steps, cool=cool, batch=batch, pictures=len(pictures))
+    command = f"python scripts/build_tiny_model.py {arguments}"
+    files.write(folder / "README.md", card(world, folder, scored, command=command, **settings))
+    console.print(f"written: {folder}")
 
 
 if __name__ == "__main__":

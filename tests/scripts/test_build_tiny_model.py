@@ -1,5 +1,7 @@
 """The builder of the embedded model: resumable, and its product is a pipeline we can drive."""
 
+from dataclasses import replace
+
 import build_tiny_model as build
 import pytest
 import tiny_worlds
@@ -75,36 +77,40 @@ def test_pictures_are_right_and_of_training_captions(world, tmp_path):
     assert torch.equal(torch.from_numpy(draw_chunk(world.name, 0, 12)[0]), pictures)
 
 
-def built(world, place, **settings):
-    sizes = dict(images=4, vae_steps=1, batch=2, compiled=False)
-    build.main(place, place / "work", world.name, **(sizes | settings))
-    return torch.load(place / "work" / "flow.pt", weights_only=True)
-
-
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
-def test_a_small_build_is_a_pipeline(world, tmp_path):
-    """All stages, minutely: a stock pipeline comes out, and it draws something."""
-    built(world, tmp_path, steps=2, cool=1)
+def test_a_small_build_is_a_pipeline(world, tmp_path, monkeypatch, capsys):
+    """All stages, minutely: a stock pipeline comes out, it draws something, and its card has its scores."""
+    monkeypatch.setattr(build, "SAMPLER", 1)
+    settings = dict(images=4, vae_steps=1, steps=2, cool=1, batch=2, compiled=False, scored=2)
+    build.main(tmp_path, tmp_path / "work", world.name, **settings)
     policy = policies.load(str(tmp_path / world.model))
     images, _ = generate.generate(policy, world.held_out("validation")[:2], [[0], [0]], 2, 2)
     assert images.shape == (2, 3, world.side, world.side)
     assert torch.isfinite(images).all()
     assert sum(file.stat().st_size for file in (tmp_path / world.model).rglob("*")) < 25e6
+    assert "| all | 0.000 | 0.000 |" in (tmp_path / world.model / "README.md").read_text()
+    build.main(tmp_path, tmp_path / "work", world.name, images=4, vae_steps=1, looked=2)
+    assert "flow-2.pt: 2 steps" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "work/look-1.0.png").exists()
 
 
-def test_training_goes_on_at_the_flat_rate_after_it_was_cooled(tmp_path, capsys):
+def test_training_goes_on_at_the_flat_rate_after_it_was_cooled(tmp_path):
     """Two steps, then two at a falling rate; a third flat step is then the same as without the cooled ones."""
-    flat = built(THINGS, tmp_path / "cut", steps=2, cool=0)
-    built(THINGS, tmp_path / "cut", steps=4, cool=2)
-    cooled = torch.load(tmp_path / "cut/work/flow-4.pt", weights_only=True)
-    assert (flat["done"], cooled["done"]) == (2, 4)
-    more = built(THINGS, tmp_path / "cut", steps=3, cool=0)
-    whole = built(THINGS, tmp_path / "whole", steps=3, cool=0)
+    world = replace(THINGS, width=32, layers=1)
+    tokenizer, latents = new_tokenizer(world), torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    ids = tokenizer([p.text for p in world.training()[:8]], padding="max_length", return_tensors="pt").input_ids
+
+    def flow(place, steps, cool):
+        (tmp_path / place).mkdir(exist_ok=True)
+        build.build_flow(world, latents, ids, tokenizer, tmp_path / place, steps, cool, 4, "cpu", compiled=False)
+        return torch.load(tmp_path / place / (f"flow-{steps}.pt" if cool else "flow.pt"), weights_only=True)
+
+    assert flow("cut", 2, 0)["done"] == 2
+    cooled, more, whole = flow("cut", 4, 2), flow("cut", 3, 0), flow("whole", 3, 0)
+    assert cooled["done"] == 4
     for key in ("flow", "average"):
         assert all(torch.equal(more[key][name], value) for name, value in whole[key].items())
-    build.main(tmp_path, tmp_path / "cut/work", "things", images=4, vae_steps=1, looked=2, sampler=1)
-    assert "flow.pt: 3 steps" in " ".join(capsys.readouterr().out.split())
-    assert (tmp_path / "cut/work/look-1.0.png").exists()
+        assert not torch.equal(cooled[key]["transformer.proj_out.weight"], more[key]["transformer.proj_out.weight"])
 
 
 def test_weights_in_half_precision_have_the_gradients_of_the_others():
