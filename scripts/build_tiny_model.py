@@ -40,6 +40,8 @@ from mmalign.evaluation.generate import generate
 from reward_models import files, load
 from reward_models.images import rounded, to_pil
 
+CELL, CHANNELS = 4, 4  # px of a latent, and its channels
+WIDTH, PATCH = 192, 2  # of the transformer
 MUON, ADAMW = 0.02, 2e-3  # learning rates
 GUIDANCE = 1.0, 3.0  # none and some
 SAMPLER = 10  # steps of the samples that are scored
@@ -124,13 +126,12 @@ class Halved:
 
 
 def new_vae(world: World) -> AutoencoderKL:
-    channels, latent = world.vae
     return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * len(channels),
-        up_block_types=["UpDecoderBlock2D"] * len(channels),
-        block_out_channels=channels,
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=(16, 32, 64),
         layers_per_block=1,
-        latent_channels=latent,
+        latent_channels=CHANNELS,
         norm_num_groups=8,
         sample_size=world.side,
         use_quant_conv=False,
@@ -160,7 +161,7 @@ def build_vae(
         noise = torch.randn(posterior.mean.shape, generator=g).to(device)
         extra = (
             torch.randn(posterior.mean.shape, generator=g).to(device)
-            * world.noise
+            * 0.2
             * torch.rand(batch, 1, 1, 1, generator=g).to(device)
         )
         latents = posterior.mean + posterior.std * noise + extra
@@ -219,17 +220,17 @@ def new_text_encoder(tokenizer: CLIPTokenizer, width: int = 64) -> CLIPTextModel
 def new_transformer(world: World) -> SD3Transformer2DModel:
     """Zero-gated at the start: diffusers' default initialisation is not, and trains far worse."""
     model = SD3Transformer2DModel(
-        sample_size=world.cells,
-        patch_size=world.patch,
-        in_channels=world.vae[1],
-        out_channels=world.vae[1],
+        sample_size=world.side // CELL,
+        patch_size=PATCH,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
         num_layers=world.layers,
         num_attention_heads=4,
-        attention_head_dim=world.width // 4,
+        attention_head_dim=WIDTH // 4,
         joint_attention_dim=128,
         pooled_projection_dim=128,
-        caption_projection_dim=world.width,
-        pos_embed_max_size=world.cells // world.patch,
+        caption_projection_dim=WIDTH,
+        pos_embed_max_size=world.side // CELL // PATCH,
     )
     for name, module in model.named_modules():
         if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
@@ -281,7 +282,7 @@ def build_flow(
     for name, p in flow.named_parameters():
         hidden = ".transformer_blocks." in name and (".attn." in name or ".ff" in name)
         (matrices if hidden and p.ndim == 2 else rest).append(p)
-    muon = torch.optim.Muon(matrices, lr=MUON, weight_decay=0.0)
+    muon = torch.optim.Muon(matrices, lr=MUON, weight_decay=world.decay)
     adamw = torch.optim.AdamW(rest, lr=ADAMW, betas=(0.9, 0.98), weight_decay=0.0)
     forward = torch.compile(fast.module) if compiled else fast.module
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
@@ -449,12 +450,12 @@ def card(world: World, folder: Path, scored: int, **settings) -> str:
         side=world.side,
         transformer=size(pipeline.transformer),
         layers=world.layers,
-        width=world.width,
-        patch=world.patch,
+        width=WIDTH,
+        patch=PATCH,
         text=size(pipeline.text_encoder),
         vae=size(pipeline.vae),
-        channels=world.vae[1],
-        cells=world.cells,
+        channels=CHANNELS,
+        cells=world.side // CELL,
         size=sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6,
         training=len(world.training()),
         captions=min(scored, len(world.held_out("validation"))),

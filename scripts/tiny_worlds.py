@@ -45,42 +45,30 @@ def progress() -> Progress:
 
 @dataclass(frozen=True)
 class World:
-    """A world and the sizes of its models.
+    """A world, and what differs between its models and those of the other."""
 
-    `side`: of its pictures, px. `share`: of the pictures, by tag. `prompts`: how the names of its lists of captions
-    begin. `vae`: channels of its blocks, and of the latents. `crop`: px, the side of the parts of pictures from which
-    it learns. `noise`: the most noise on latents from which it learns to decode. `patch`, `width`, `layers`: of the
-    transformer. `half`: train in bfloat16 from weights kept in float32. `average`: decay of the average of the flow's
-    weights, a step. `model`, `clip`: their folders in `assets`. `classes`: of its classifier. `find`: the objects that
-    the verifier sees in images. `about`: what its pictures show, whose kinds are called a `noun`; `nouns`, `colours`,
-    `counts`: what a caption may ask for. The rest are defaults of the builders.
-    """
-
-    name: str
-    side: int
-    share: dict[str, int]
-    training: Callable[[], Sequence[Prompt]]
+    name: str  # also of its verifier
+    about: str  # what its pictures show
+    side: int  # of a picture, px
+    share: dict[str, int]  # of the pictures, by tag
+    training: Callable[[], Sequence[Prompt]]  # captions
     draw: Callable[[dict, np.random.Generator], Float[np.ndarray, "3 S S"]]
-    prompts: str
-    vae: tuple[tuple[int, ...], int]
-    crop: int
-    noise: float
-    patch: int
-    width: int
-    layers: int
-    half: bool
-    average: float
-    model: str
-    clip: str
-    classes: Classes
-    find: Callable[[Float[np.ndarray, "n 3 S S"]], list[list[Blob]]]
-    about: str
-    noun: str
+    find: Callable[[Float[np.ndarray, "n 3 S S"]], list[list[Blob]]]  # the objects that the verifier sees
+    prompts: str  # how the names of its lists of captions begin
+    noun: str  # what `nouns` are called
     nouns: Collection[str]
     colours: Collection[str]
     counts: Collection[int]
-    pictures: int
+    model: str  # folders in assets/
+    clip: str
+    classes: Classes  # of its classifier
+    pictures: int  # drawn
+    crop: int  # px, the side of the parts of pictures from which the VAE learns
     vae_steps: int
+    layers: int  # of the transformer
+    half: bool  # whether to train in bfloat16 from weights in float32
+    decay: float  # of the matrices that Muon trains, which keeps them from growing in long runs
+    average: float  # decay of the average of the flow's weights, a step
     steps: int
     batch: int
     clip_steps: int
@@ -88,11 +76,6 @@ class World:
     @property
     def tags(self) -> tuple[str, ...]:
         return tuple(self.share)
-
-    @property
-    def cells(self) -> int:
-        """The side of a latent."""
-        return self.side >> (len(self.vae[0]) - 1)
 
     def held_out(self, part: str) -> list[Prompt]:
         """The captions of a part, "validation" or "test"."""
@@ -118,60 +101,54 @@ def _things() -> list[Prompt]:
 
 SHAPES = World(
     name="shapes",
+    about="coloured shapes and letters",
     side=shapes_world.SIDE,
     share=dict(one_object=1, two_objects=3, colors=2, counting=4, position=5, color_attr=4, text=4),
     training=_shapes,
     draw=shapes_world.draw,
-    prompts="",
-    vae=((16, 32, 64), 4),
-    crop=shapes_world.SIDE,
-    noise=0.2,
-    patch=2,
-    width=192,
-    layers=5,
-    half=False,
-    average=0.0,
-    model="tiny_sd3",
-    clip="tiny_clip",
-    classes=shapes_classifier.CLASSES,
     find=find_blobs,
-    about="coloured shapes and letters",
+    prompts="",
     noun="shape",
     nouns=shapes_world.SHAPES,
     colours=shapes_world.COLOURS,
     counts=COUNTS.values(),
+    model="tiny_sd3",
+    clip="tiny_clip",
+    classes=shapes_classifier.CLASSES,
     pictures=160_000,
+    crop=shapes_world.SIDE,
     vae_steps=1_800,
+    layers=5,
+    half=False,
+    decay=0.0,
+    average=0.0,
     steps=2_200,
     batch=192,
     clip_steps=300,
 )
 THINGS = World(
     name="things",
+    about="everyday nouns, tinted or not, in two styles",
     side=things_world.SIDE,
     share=dict(one_object=2, two_objects=3, colors=3, counting=4, position=6, color_attr=4, style=3),
     training=_things,
     draw=things_world.draw,
-    prompts="things_",
-    vae=((16, 32, 64), 4),
-    crop=32,
-    noise=0.2,
-    patch=2,
-    width=192,
-    layers=6,
-    half=True,
-    average=0.999,
-    model="tiny_things",
-    clip="tiny_things_clip",
-    classes=things_classifier.CLASSES,
     find=find_things,
-    about="everyday nouns, tinted or not, in two styles",
+    prompts="things_",
     noun="noun",
     nouns=things_world.NOUNS,
     colours=things_world.COLOURS,
     counts=things_world.NUMBERS.values(),
+    model="tiny_things",
+    clip="tiny_things_clip",
+    classes=things_classifier.CLASSES,
     pictures=100_000,
+    crop=32,
     vae_steps=6_000,
+    layers=6,
+    half=True,
+    decay=0.01,
+    average=0.999,
     steps=30_000,
     batch=128,
     clip_steps=1_500,

@@ -25,7 +25,7 @@ CLASSES = Classes(
 
 
 class ShapesClassifier(Classifier):
-    """The scorer. `folder`: other weights than the embedded ones. ValueError if they cannot be loaded."""
+    """The scorer. `folder`: other weights than the embedded ones, ValueError if they cannot be loaded."""
 
     def __init__(self, folder: str = "", device: str = "cpu", batch: int = 64):
         super().__init__(CLASSES, folder, device, batch)

@@ -7,9 +7,12 @@ import tiny_worlds
 import torch
 from tiny_worlds import THINGS, WORLDS
 
-from reward_models.classifier import Classifier
+from reward_models.scorers.shapes_classifier import ShapesClassifier
+from reward_models.scorers.things_classifier import ThingsClassifier
 from reward_models.things_world import NOUNS, understood
 from reward_models.types import Prompt
+
+SCORERS = {"shapes": ShapesClassifier, "things": ThingsClassifier}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +53,7 @@ def test_a_small_build_is_a_scorer_that_has_learnt(world, tmp_path):
         before, after = (build.loss_of(n, n(drawings / 255), *labels).item() for n in (start, network))
     assert after < 0.7 * before
     (tmp_path / build.WEIGHTS).write_bytes(build.save(network.state_dict()))
-    scorer, held_out = Classifier(world.classes, str(tmp_path)), world.held_out("validation")[::60]
+    scorer, held_out = SCORERS[world.name](str(tmp_path)), world.held_out("validation")[::60]
     images = torch.from_numpy(np.stack([world.draw(p.wants, np.random.default_rng(0)) for p in held_out]))
     scores = scorer(images, held_out)
     assert not scores.failures

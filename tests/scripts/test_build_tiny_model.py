@@ -96,7 +96,7 @@ def test_a_small_build_is_a_pipeline(world, tmp_path, monkeypatch, capsys):
 
 def test_training_goes_on_at_the_flat_rate_after_it_was_cooled(tmp_path):
     """Two steps, then two at a falling rate; a third flat step is then the same as without the cooled ones."""
-    world = replace(THINGS, width=32, layers=1)
+    world = replace(THINGS, layers=1)
     tokenizer, latents = new_tokenizer(world), torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     ids = tokenizer([p.text for p in world.training()[:8]], padding="max_length", return_tensors="pt").input_ids
 
