@@ -9,7 +9,7 @@ build, not on interruptions. All classes are the stock ones of diffusers and tra
 and the pictures are particular to these models (`tiny_worlds.py`).
 
 The flow may be trained for as long as there is time, and ended at any step. The rate is flat until --cool steps before
-the end, and what was reached then is kept, so that training can go on:
+the end, and what was reached then is kept, so that training can continue:
 
     python scripts/build_tiny_model.py --world things --steps 1000000           # until it is killed
     python scripts/build_tiny_model.py --world things --look 100                # steps so far, scores, pictures

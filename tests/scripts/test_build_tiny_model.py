@@ -94,7 +94,7 @@ def test_a_small_build_is_a_pipeline(world, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "work/look-1.0.png").exists()
 
 
-def test_training_goes_on_at_the_flat_rate_after_it_was_cooled(tmp_path):
+def test_training_continues_at_the_flat_rate_after_it_was_cooled(tmp_path):
     """Two steps, then two at a falling rate; a third flat step is then the same as without the cooled ones."""
     world = replace(THINGS, layers=1)
     tokenizer, latents = new_tokenizer(world), torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
