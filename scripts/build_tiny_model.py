@@ -312,8 +312,8 @@ def build_flow(
         return loss.detach()
 
     state = {"flow": flow, "average": average, "muon": muon, "adamw": adamw}
-    train("flow", step_fn, state, steps - cool, work, save_every=200)
-    train(f"flow-{steps}", step_fn, state, steps, work, save_every=200, since=work / "flow.pt")
+    train("flow", step_fn, state, steps - cool, work, save_every=100)
+    train(f"flow-{steps}", step_fn, state, steps, work, save_every=100, since=work / "flow.pt")
     return average.eval()
 
 
