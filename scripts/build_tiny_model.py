@@ -359,7 +359,8 @@ def scores(
     captions = world.held_out("validation")
     prompts = [captions[i] for i in np.linspace(0, len(captions) - 1, min(count, len(captions))).round().astype(int)]
     policy = policies.load(str(folder), dtype="float32", device="cpu", guidance=guidance)
-    images, of = generate(policy, prompts, [[*range(seeds)]] * len(prompts), steps, 32)
+    noise = [[*range(seeds * row, seeds * row + seeds)] for row in range(len(prompts))]
+    images, of = generate(policy, prompts, noise, steps, 32)
     right = load(world.name)(rounded(images), [prompts[i] for i in of.tolist()]).values[:, 0]
     tags = np.array([prompts[i].wants["tag"] for i in of.tolist()])
     by_tag = {tag: right[tags == tag].mean().item() for tag in world.tags if tag in tags}
