@@ -1,5 +1,4 @@
-"""Write the prompt lists that the recipes train on and are evaluated with, and the embedded world's test captions, to
-assets/prompts.
+"""Write the prompt lists that the recipes and the embedded models train on and are evaluated with to assets/prompts.
 
     python scripts/build_prompts.py                   # the same files each time
     python scripts/build_prompts.py --out /tmp/try
@@ -12,9 +11,8 @@ Three kinds for recipes, each with a held-out list of different requests, not ju
 - `ocr`: a phrase in quotes on an object that carries text. No phrase twice.
 - `scenes`: a subject in a scene, for preference scorers. No pair twice.
 
-`test.jsonl` holds captions of the embedded world whose meanings are in neither `train.jsonl` nor `validation.jsonl`,
-which `build_tiny_model.py` writes. Choices are made on validation captions; the test captions give the figures of a
-release.
+`train.jsonl`, `validation.jsonl` and `test.jsonl` hold captions of the embedded world of shapes, no meaning in two of
+them. Choices are made on validation captions; the test captions give the figures of a release.
 
 `things_*.jsonl` hold captions of the embedded world of things, whose parts are apart by meaning and by pairs of nouns
 (`reward_models.things_world.part`); no meaning twice.
@@ -31,11 +29,12 @@ from itertools import permutations, product
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
-from mmalign.data import prompts as prompt_files
 from reward_models import files, shapes_world, things_world
 from reward_models.meaning import meaning
+from reward_models.types import Prompt
 from reward_models.worlds import COUNTS, RELATIONS, caption, one, plural, thing
 
 PROMPTS = Path(__file__).parents[1] / "assets/prompts"
@@ -132,6 +131,22 @@ def scene(rng: random.Random) -> Request:
     return f"{rng.choice(STYLES)} {' '.join(pair)} {rng.choice(LIGHTS)}", {}, pair
 
 
+# Captions of the embedded world that are held out for validation.
+OF_SHAPES = dict(one_object=3, two_objects=50, colors=30, counting=36, position=90, color_attr=80, text=24)
+
+
+def of_shapes() -> Iterator[tuple[str, list[Prompt]]]:
+    """The training and validation captions of the embedded world. Training ones are for RL: at most twice as many of
+    each tag as are held out, in the mix that is held out."""
+    training, held_out = shapes_world.split(OF_SHAPES)
+    chosen: list[Prompt] = []
+    for tag, count in OF_SHAPES.items():
+        tagged = [p for p in training if p.wants["tag"] == tag]
+        chosen += [tagged[i] for i in np.random.default_rng(3).permutation(len(tagged))[: 2 * count]]
+    yield "train", sorted(chosen, key=lambda p: p.id)
+    yield "validation", held_out
+
+
 # Test captions of the embedded world: as many meanings as in validation, and twice as many positions and pairs of
 # colours, of which validation has each in two wordings. There are no more of colors, one_object and text.
 TEST = dict(one_object=3, two_objects=25, colors=6, counting=36, position=90, color_attr=80, text=8)
@@ -216,7 +231,10 @@ def lists() -> Iterator[tuple[str, list[dict[str, Any]]]]:
                         rows.append({"prompt": text, "id": number, **wants})
                         number += 1
             yield f"{kind}_{split}.jsonl", rows
-    known = (p.text for name in ("train", "validation") for p in prompt_files.read(PROMPTS / f"{name}.jsonl"))
+    known = set()
+    for part, prompts in of_shapes():
+        known |= {p.text for p in prompts}
+        yield f"{part}.jsonl", [{"prompt": p.text, "id": p.id, **p.wants} for p in prompts]
     yield "test.jsonl", world_test(known)
     for part, rows in of_things():
         yield f"things_{part}.jsonl", rows

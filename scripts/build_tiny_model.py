@@ -1,18 +1,25 @@
-"""Draw the embedded world, train the tiny Stable Diffusion 3 pipeline on it, and write it to assets/.
+"""Draw an embedded world, train its tiny Stable Diffusion 3 pipeline, and write it to assets/.
 
-    python scripts/build_tiny_model.py                       # everything, resumed where it stopped
+    python scripts/build_tiny_model.py                       # the world of shapes: everything, resumed where it stopped
+    python scripts/build_tiny_model.py --world things        # the same for the world of things
     python scripts/build_tiny_model.py --steps 200 --images 2000 --vae-steps 100 --out /tmp/try --work /tmp/work
 
 Four stages, each cached in --work: pictures, VAE, latents, flow. The result depends only on the arguments and the torch
 build, not on interruptions. All classes are the stock ones of diffusers and transformers; only the size, the vocabulary
-and the pictures are particular to this model.
+and the pictures are particular to these models (`tiny_worlds.py`).
+
+The flow may be trained for as long as there is time, and ended at any step. The rate is flat until --cool steps before
+the end, and what was reached then is kept, so that training can continue:
+
+    python scripts/build_tiny_model.py --world things --steps 1000000           # until it is killed
+    python scripts/build_tiny_model.py --world things --look 100                # steps so far, scores, pictures
+    python scripts/build_tiny_model.py --world things --steps 25000 --cool 5000 # 20,000 were done: cool and write
 """
 
-import json
-import math
+import copy
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -20,59 +27,24 @@ import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from tiny_worlds import MAX_TOKENS, WORLDS, World, build_pictures, console, new_tokenizer, progress, world_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from reward_models import files
-from reward_models.shapes_world import TAGS, caption, draw, requests, split
-from reward_models.types import Prompt
+from mmalign import policy as policies
+from mmalign.evaluation.generate import generate
+from reward_models import files, load
+from reward_models.images import rounded, to_pil
 
-HELD_OUT = dict(one_object=3, two_objects=50, colors=30, counting=36, position=90, color_attr=80, text=24)
-SHARE = dict(one_object=1, two_objects=3, colors=2, counting=4, position=5, color_attr=4, text=4)  # of the pictures
-MAX_TOKENS = 10
-CHUNK = 2000
-console = Console()
-
-
-def progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
-
-
-# ---------------------------------------------------------------------------------------------------- pictures
-
-
-def draw_chunk(chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """`CHUNK` pictures as uint8 [n, 3, 32, 32] and the index of each one's caption in the training split."""
-    rng = np.random.default_rng([2024, chunk])
-    train, _ = split(HELD_OUT)
-    by_tag = {tag: [i for i, p in enumerate(train) if p.wants["tag"] == tag] for tag in TAGS}
-    weights = np.array([SHARE[tag] for tag in TAGS]) / sum(SHARE.values())
-    captions = np.array([rng.choice(by_tag[TAGS[k]]) for k in rng.choice(len(TAGS), CHUNK, p=weights)])
-    return np.stack([to_uint8(draw(train[i].wants, rng)) for i in captions]), captions
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    return (image * 255).round().astype(np.uint8)
-
-
-def build_pictures(work: Path, images: int) -> tuple[Tensor, Tensor]:
-    path = work / f"pictures-{images}.npz"
-    if not path.exists():
-        with ProcessPoolExecutor() as pool, progress() as bar:
-            task = bar.add_task("drawing", total=math.ceil(images / CHUNK), note="")
-            chunks = []
-            for chunk in pool.map(draw_chunk, range(math.ceil(images / CHUNK))):
-                chunks.append(chunk)
-                bar.advance(task)
-        np.savez(path, pictures=np.concatenate([c[0] for c in chunks]), captions=np.concatenate([c[1] for c in chunks]))
-    stored = np.load(path)
-    return torch.from_numpy(stored["pictures"]), torch.from_numpy(stored["captions"])
-
+CELL, CHANNELS = 4, 4  # px of a latent, and its channels
+WIDTH, PATCH = 192, 2  # of the transformer
+MUON, ADAMW = 0.02, 2e-3  # learning rates
+GUIDANCE = 1.0, 3.0  # none and some
+SAMPLER = 10  # steps of the samples that are scored
 
 # ------------------------------------------------------------------------------------------------ resumable loop
 
@@ -84,23 +56,27 @@ def train(
     steps: int,
     work: Path,
     save_every: int = 500,
+    since: Path | None = None,
 ) -> None:
-    """Run `step_fn(step)` for `steps` steps, saving all of `state` every so often and starting from the last save."""
+    """Run `step_fn(step)` for `steps` steps, saving all of `state` every so often and starting from the last save, or
+    from what another run has saved at `since`."""
     path = work / f"{name}.pt"
     done = 0
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        done = saved.pop("done")
-        for key, value in saved.items():
-            state[key].load_state_dict(value)
-    start, began = done, time.monotonic()
+    for start in (path, since):
+        if start and start.exists():
+            saved = torch.load(start, weights_only=True)
+            done = saved.pop("done")
+            for key, value in saved.items():
+                state[key].load_state_dict(value)
+            break
+    first, began = done, time.monotonic()
     with progress() as bar:
         task = bar.add_task(name, total=steps, completed=done, note="")
         while done < steps:
             loss = step_fn(done)
             done += 1
             if done % 50 == 0:
-                note = f"loss {float(loss):.4f}  {(time.monotonic() - began) / (done - start):.3f} s/step"
+                note = f"loss {float(loss):.4f}  {(time.monotonic() - began) / (done - first):.3f} s/step"
                 bar.update(task, completed=done, note=note)
                 if not console.is_terminal and done % 250 == 0:
                     console.print(f"{name} {done}/{steps} {note}")
@@ -116,47 +92,84 @@ def cooled(step: int, steps: int, share: float = 0.35, warmup: int = 100) -> flo
     return min(1.0, (step + 1) / warmup, (steps - step) / (share * steps))
 
 
+class Halved:
+    """`module` is the model to compute with: a copy in bfloat16 if `half`, on which a CPU with such instructions is
+    about twice as fast, else the model. Its weights stay in float32."""
+
+    def __init__(self, model: nn.Module, half: bool):
+        self.model, self.module = model, copy.deepcopy(model).bfloat16() if half else model
+        self.dtype = torch.bfloat16 if half else torch.float32
+
+    def attention(self) -> AbstractContextManager[None]:
+        """The kernel of attention: in bfloat16, plain matrix products are faster backwards."""
+        return nullcontext() if self.module is self.model else sdpa_kernel(SDPBackend.MATH)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Take over the weights, without gradients."""
+        self.model.zero_grad()
+        self.module.zero_grad()
+        if self.module is not self.model:
+            for mine, weight in zip(self.module.parameters(), self.model.parameters(), strict=True):
+                mine.copy_(weight)
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of a loss, at the weights in float32."""
+        loss.backward()
+        if self.module is not self.model:
+            for mine, weight in zip(self.module.parameters(), self.model.parameters(), strict=True):
+                weight.grad = None if mine.grad is None else mine.grad.float()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+
+
 # ----------------------------------------------------------------------------------------------------------- VAE
 
 
-def new_vae() -> AutoencoderKL:
+def new_vae(world: World) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3,
         up_block_types=["UpDecoderBlock2D"] * 3,
         block_out_channels=(16, 32, 64),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=CHANNELS,
         norm_num_groups=8,
-        sample_size=32,
+        sample_size=world.side,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
 
 
-def build_vae(pictures: Tensor, work: Path, steps: int, device: str, batch: int = 32) -> AutoencoderKL:
+def build_vae(
+    world: World, pictures: UInt8[Tensor, "n 3 S S"], work: Path, steps: int, device: str, batch: int = 32
+) -> AutoencoderKL:
     """L1 reconstruction from latents with extra noise, so that imperfect latents still decode to clean shapes."""
     torch.manual_seed(1)
-    vae = new_vae().to(device)
+    vae = new_vae(world).to(device)
+    fast = Halved(vae, world.half)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
 
     def step_fn(step: int) -> Tensor:
         g = torch.Generator().manual_seed(10_000_000 + step)
         index = torch.randint(len(pictures), (batch,), generator=g)
-        x = pictures[index].to(device).float() / 127.5 - 1
-        posterior = vae.encode(x).latent_dist
+        x = pictures[index]
+        if world.crop < world.side:
+            top, left = torch.randint(world.side - world.crop + 1, (2,), generator=g).tolist()
+            x = x[..., top : top + world.crop, left : left + world.crop]
+        x = (x.to(device).float() / 127.5 - 1).to(fast.dtype)
+        fast.begin()
+        posterior = fast.module.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=g).to(device)
         extra = (
             torch.randn(posterior.mean.shape, generator=g).to(device)
             * 0.2
             * torch.rand(batch, 1, 1, 1, generator=g).to(device)
         )
-        loss = (vae.decode(posterior.mean + posterior.std * noise + extra).sample - x).abs().mean()
-        loss = loss + 1e-3 * posterior.kl().mean() / posterior.mean[0].numel()
+        latents = posterior.mean + posterior.std * noise + extra
+        loss = (fast.module.decode(latents.to(fast.dtype)).sample - x).float().abs().mean()
+        loss = loss + 1e-3 * posterior.kl().float().mean() / posterior.mean[0].numel()
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * cooled(step, steps)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        fast.backward(loss)
         optimizer.step()
         return loss.detach()
 
@@ -165,8 +178,10 @@ def build_vae(pictures: Tensor, work: Path, steps: int, device: str, batch: int 
 
 
 @torch.no_grad()
-def build_latents(vae: AutoencoderKL, pictures: Tensor, work: Path, device: str) -> Tensor:
-    """Posterior means [n, 4, 8, 8], standardised; the constants go into the VAE's config, as SD3 has them."""
+def build_latents(
+    vae: AutoencoderKL, pictures: UInt8[Tensor, "n 3 S S"], work: Path, device: str
+) -> Float[Tensor, "n C h w"]:
+    """Posterior means, standardised; the constants go into the VAE's config, as SD3 has them."""
     path = work / f"latents-{len(pictures)}.pt"
     if not path.exists():
         with progress() as bar:
@@ -183,29 +198,6 @@ def build_latents(vae: AutoencoderKL, pictures: Tensor, work: Path, device: str)
 
 
 # ------------------------------------------------------------------------------------------------- the pipeline
-
-
-def new_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with a vocabulary in which each word of the world is one token."""
-    words = sorted({word for wants in requests() for word in caption(wants).lower().replace('"', ' " ').split()})
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=5000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", special_tokens=special
-    )
-    bpe.train_from_iterator(words, trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    vocab = list(dict.fromkeys([*sorted(alphabet), *(a + "</w>" for a in sorted(alphabet)), *learned["vocab"]]))
-    vocab = [token for token in vocab if token not in special] + special
-    merges = [tuple(m) for m in learned["merges"]]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=merges, model_max_length=MAX_TOKENS)
-    broken = [word for word in words if len(tokenizer(word).input_ids) != 3]
-    if broken:
-        raise RuntimeError(f"words that are not one token: {broken}")
-    return tokenizer
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer, width: int = 64) -> CLIPTextModelWithProjection:
@@ -225,20 +217,20 @@ def new_text_encoder(tokenizer: CLIPTokenizer, width: int = 64) -> CLIPTextModel
     )
 
 
-def new_transformer(width: int = 192, layers: int = 5) -> SD3Transformer2DModel:
+def new_transformer(world: World) -> SD3Transformer2DModel:
     """Zero-gated at the start: diffusers' default initialisation is not, and trains far worse."""
     model = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=layers,
+        sample_size=world.side // CELL,
+        patch_size=PATCH,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=world.layers,
         num_attention_heads=4,
-        attention_head_dim=width // 4,
+        attention_head_dim=WIDTH // 4,
         joint_attention_dim=128,
         pooled_projection_dim=128,
-        caption_projection_dim=width,
-        pos_embed_max_size=4,
+        caption_projection_dim=WIDTH,
+        pos_embed_max_size=world.side // CELL // PATCH,
     )
     for name, module in model.named_modules():
         if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
@@ -253,9 +245,10 @@ def new_transformer(width: int = 192, layers: int = 5) -> SD3Transformer2DModel:
 class TinyFlow(nn.Module):
     """Token ids and noised latents -> velocity: what the pipeline computes, in one module for the optimiser."""
 
-    def __init__(self, text_encoders: list[nn.Module], transformer: SD3Transformer2DModel):
+    def __init__(self, world: World, tokenizer: CLIPTokenizer):
         super().__init__()
-        self.text_encoders, self.transformer = nn.ModuleList(text_encoders), transformer
+        self.text_encoders = nn.ModuleList(new_text_encoder(tokenizer) for _ in range(2))
+        self.transformer = new_transformer(world)
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         texts = [encoder(ids, output_hidden_states=True) for encoder in self.text_encoders]
@@ -268,83 +261,63 @@ class TinyFlow(nn.Module):
         )[0]
 
 
-def build_flow(latents, captions, ids, tokenizer, work, steps, batch, device, compiled) -> TinyFlow:
-    """Flow matching with a velocity target; Muon on the blocks' matrices, AdamW on the rest, both cooled to zero."""
+def build_flow(
+    world: World,
+    latents: Float[Tensor, "n C h w"],
+    ids: Int[Tensor, "n L"],
+    tokenizer: CLIPTokenizer,
+    work: Path,
+    steps: int,
+    cool: int,
+    batch: int,
+    device: str,
+    compiled: bool,
+) -> TinyFlow:
+    """Flow matching with a velocity target; Muon on the blocks' matrices, AdamW on the rest, both cooled to zero over
+    the last `cool` steps. Returns the average of the weights."""
     torch.manual_seed(2)
-    flow = TinyFlow([new_text_encoder(tokenizer) for _ in range(2)], new_transformer()).to(device)
+    flow = TinyFlow(world, tokenizer).to(device)
+    average, fast = copy.deepcopy(flow), Halved(flow, world.half)
     matrices, rest = [], []
     for name, p in flow.named_parameters():
         hidden = ".transformer_blocks." in name and (".attn." in name or ".ff" in name)
         (matrices if hidden and p.ndim == 2 else rest).append(p)
-    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
-    adamw = torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    forward = torch.compile(flow) if compiled else flow
+    muon = torch.optim.Muon(matrices, lr=MUON, weight_decay=world.decay)
+    adamw = torch.optim.AdamW(rest, lr=ADAMW, betas=(0.9, 0.98), weight_decay=0.0)
+    forward = torch.compile(fast.module) if compiled else fast.module
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
 
     def step_fn(step: int) -> Tensor:
         g = torch.Generator().manual_seed(20_000_000 + step)
         index = torch.randint(len(latents), (batch,), generator=g)
-        x0, token = latents[index], ids[captions[index]]
+        x0, token = latents[index], ids[index]
         token = torch.where(torch.rand(batch, 1, generator=g) < 0.1, empty, token)
         t = torch.sigmoid(0.8 + 1.2 * torch.randn(batch, generator=g))
         noise = torch.randn(x0.shape, generator=g)
         x0, token, t, noise = (a.to(device) for a in (x0, token, t, noise))
         at = t[:, None, None, None]
-        loss = F.mse_loss(forward((1 - at) * x0 + at * noise, t, token), noise - x0)
-        factor = cooled(step, steps)
-        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = 0.02 * factor, 2e-3 * factor
-        muon.zero_grad()
-        adamw.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+        fast.begin()
+        with fast.attention():
+            velocity = forward(((1 - at) * x0 + at * noise).to(fast.dtype), t, token)
+            loss = F.mse_loss(velocity.float(), noise - x0)
+            fast.backward(loss)
+        factor = min(1.0, (step + 1) / 100, (steps - step) / max(cool, 1))
+        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = MUON * factor, ADAMW * factor
         muon.step()
         adamw.step()
+        fresh = 1 - min(world.average, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, weight in zip(average.parameters(), flow.parameters(), strict=True):
+                mean.lerp_(weight, fresh)
         return loss.detach()
 
-    train("flow", step_fn, {"flow": flow, "muon": muon, "adamw": adamw}, steps, work)
-    return flow.eval()
+    state = {"flow": flow, "average": average, "muon": muon, "adamw": adamw}
+    train("flow", step_fn, state, steps - cool, work, save_every=100)
+    train(f"flow-{steps}", step_fn, state, steps, work, save_every=100, since=work / "flow.pt")
+    return average.eval()
 
 
-def balanced(training: list[Prompt]) -> list[Prompt]:
-    """Prompts for RL: at most twice as many of each tag as are held out, in the mix that is held out."""
-    selected: list[Prompt] = []
-    for tag in TAGS:
-        tagged = [p for p in training if p.wants["tag"] == tag]
-        selected += [tagged[i] for i in np.random.default_rng(3).permutation(len(tagged))[: 2 * HELD_OUT[tag]]]
-    return sorted(selected, key=lambda p: p.id)
-
-
-def write_prompts(out: Path, name: str, prompts: list[Prompt]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"prompt": p.text, "id": p.id} | p.wants) for p in prompts]
-    files.write(out / f"{name}.jsonl", "\n".join(lines) + "\n")
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="where tiny_sd3/ and prompts/ are written")] = Path("assets"),
-    work: Annotated[Path, typer.Option(help="intermediate results, kept so that the run can be resumed")] = Path(
-        "runs/build_tiny_model"
-    ),
-    images: Annotated[int, typer.Option(help="pictures drawn")] = 160_000,
-    vae_steps: Annotated[int, typer.Option(help="steps of 32 pictures")] = 1_800,
-    steps: Annotated[int, typer.Option(help="flow-matching steps")] = 2_200,
-    batch: Annotated[int, typer.Option(help="pictures per flow-matching step")] = 192,
-    compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="torch.compile the flow; 1.3x faster on CPU")
-    ] = True,
-) -> None:
-    torch.set_flush_denormal(True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    work.mkdir(parents=True, exist_ok=True)
-    training, held_out = split(HELD_OUT)
-    write_prompts(out / "prompts", "train", balanced(training))
-    write_prompts(out / "prompts", "validation", held_out)
-    pictures, captions = build_pictures(work, images)
-    vae = build_vae(pictures, work, vae_steps, device)
-    latents = build_latents(vae, pictures, work, device)
-    tokenizer = new_tokenizer()
-    ids = tokenizer([p.text for p in training], padding="max_length", return_tensors="pt").input_ids
-    flow = build_flow(latents, captions, ids, tokenizer, work, steps, batch, device, compiled)
+def new_pipeline(vae: AutoencoderKL, flow: TinyFlow, tokenizer: CLIPTokenizer) -> StableDiffusion3Pipeline:
     pipeline = StableDiffusion3Pipeline(
         transformer=flow.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
@@ -356,8 +329,200 @@ def main(
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    pipeline.to("cpu", torch.float16).save_pretrained(out / "tiny_sd3")
-    console.print(f"written: {out / 'tiny_sd3'}")
+    return pipeline.to("cpu", torch.float16)
+
+
+# ------------------------------------------------------------------------------------------------ how good it is
+
+
+@torch.no_grad()
+def through_vae(world: World, vae: AutoencoderKL, drawings: int) -> dict[float, float]:
+    """The share of drawings that the verifier finds right after they were encoded and decoded, by the noise added to
+    their latents, in standard deviations of these."""
+    rng, verifier, shares = np.random.default_rng([2024, 8]), load(world.name), {}
+    training = world.training()
+    prompts = [training[i] for i in rng.integers(len(training), size=drawings)]
+    images = torch.from_numpy(np.stack([world.draw(prompt.wants, rng) for prompt in prompts]))
+    latents = torch.cat([vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(50)])
+    for sigma in (0.0, 0.2, 0.3):
+        noise = sigma * latents.std() * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        decoded = torch.cat([vae.decode(part).sample for part in (latents + noise).split(50)])
+        shares[sigma] = verifier(rounded((decoded + 1) / 2), prompts).values[:, 0].mean().item()
+    return shares
+
+
+def scores(
+    world: World, folder: Path, count: int, steps: int, seeds: int, guidance: float
+) -> tuple[Float[Tensor, "n 3 S S"], dict[str, float]]:
+    """Images of `count` validation captions, evenly spaced through the list, and the share of right ones, over all and
+    by tag."""
+    captions = world.held_out("validation")
+    prompts = [captions[i] for i in np.linspace(0, len(captions) - 1, min(count, len(captions))).round().astype(int)]
+    policy = policies.load(str(folder), dtype="float32", device="cpu", guidance=guidance)
+    noise = [[*range(seeds * row, seeds * row + seeds)] for row in range(len(prompts))]
+    images, of = generate(policy, prompts, noise, steps, 32)
+    right = load(world.name)(rounded(images), [prompts[i] for i in of.tolist()]).values[:, 0]
+    tags = np.array([prompts[i].wants["tag"] for i in of.tolist()])
+    by_tag = {tag: right[tags == tag].mean().item() for tag in world.tags if tag in tags}
+    return images, {"all": right.mean().item()} | by_tag
+
+
+def look(world: World, pipeline: StableDiffusion3Pipeline, work: Path, count: int, steps: int) -> None:
+    """Print how many images of validation captions are right; write the images to `work`."""
+    pipeline.save_pretrained(work / "look")
+    for guidance in GUIDANCE:
+        images, shares = scores(world, work / "look", count, steps, 1, guidance)
+        console.print(f"guidance {guidance}:", *(f"{tag} {share:.3f} " for tag, share in shares.items()))
+        sheet(images[:64], work / f"look-{guidance}.png")
+
+
+def sheet(images: Float[Tensor, "n 3 S S"], path: Path, columns: int = 8) -> None:
+    side, pictures = images.shape[-1] + 2, to_pil(images)
+    page = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * side), "white")
+    for k, picture in enumerate(pictures):
+        page.paste(picture, (k % columns * side, k // columns * side))
+    page.resize((2 * page.width, 2 * page.height), Image.Resampling.NEAREST).save(path)
+
+
+def latest(work: Path) -> Path:
+    """The checkpoint of the flow that was written last. BadParameter if there is none."""
+    made = sorted(work.glob("flow*.pt"), key=lambda path: path.stat().st_mtime)
+    if not made:
+        raise typer.BadParameter(f"no checkpoint of a flow in {work}")
+    return made[-1]
+
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# {name}
+
+A `StableDiffusion3Pipeline` of stock diffusers and transformers classes for the embedded world of {world}
+(`reward_models/{world}_world.py`): {about} on {side}x{side} pixels. {transformer:.1f} M parameters in the transformer
+({layers} layers, width {width}, patch {patch}), two CLIP text encoders of {text:.1f} M (3 layers, width 64), a VAE of
+{vae:.1f} M that maps the pixels to {channels}x{cells}x{cells} latents, {size:.0f} MB in fp16. No T5: load it with
+`text_encoder_3=None, tokenizer_3=None` (and `dtype=torch.float32` on a CPU) and call it with `max_sequence_length=0`,
+or stock diffusers appends 256 zero tokens it was not trained with. The vocabulary is the words of its world; prompts
+end after ten tokens.
+
+## How it was made
+
+<!-- needs: hours -->
+```
+{command}
+```
+
+{pictures:,} pictures drawn from {training:,} training captions; VAE {vae_steps:,} steps of 32 pictures, L1 loss with
+noise on the latents; flow matching {steps:,} steps of {batch}, Muon on the matrices of the blocks and AdamW on the
+rest, linear cool-down over the last {cool:,} steps. The result depends only on the arguments, the number of threads and
+the torch build (here {torch}).
+
+## Scores
+
+{captions} validation captions, none with the meaning of a training caption, two seeds each, {sampler} ODE steps, judged
+by `{world}`; strict = everything right and nothing else there.
+
+| captions | strict | with guidance {guidance:g} |
+|---|---|---|
+{rows}
+
+Reconstructions by the VAE alone: {clean:.3f} strict on 400 drawings, {noisy:.3f} with noise of 0.3 standard deviations
+on the latents.
+
+## Limits
+
+It knows the words of `{world}_world.py`, one phrasing of each request, and nothing else.
+"""
+
+
+def card(world: World, folder: Path, scored: int, **settings) -> str:
+    """The model card of the pipeline in `folder`, with its scores on `scored` validation captions."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    size = lambda module: sum(p.numel() for p in module.parameters()) / 1e6  # noqa: E731
+    columns = [scores(world, folder, scored, SAMPLER, 2, guidance)[1] for guidance in GUIDANCE]
+    shares = through_vae(world, pipeline.vae.float(), min(scored, 400))
+    return CARD.format(
+        name=world.model,
+        world=world.name,
+        about=world.about,
+        side=world.side,
+        transformer=size(pipeline.transformer),
+        layers=world.layers,
+        width=WIDTH,
+        patch=PATCH,
+        text=size(pipeline.text_encoder),
+        vae=size(pipeline.vae),
+        channels=CHANNELS,
+        cells=world.side // CELL,
+        size=sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6,
+        training=len(world.training()),
+        captions=min(scored, len(world.held_out("validation"))),
+        sampler=SAMPLER,
+        guidance=GUIDANCE[1],
+        rows="\n".join(f"| {tag} | {plain:.3f} | {columns[1][tag]:.3f} |" for tag, plain in columns[0].items()),
+        clean=shares[0.0],
+        noisy=shares[0.3],
+        torch=torch.__version__,
+        **settings,
+    )
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="where the pipeline's folder is written")] = Path("assets"),
+    work: Annotated[Path | None, typer.Option(help="intermediate results, kept so that the run can be resumed")] = None,
+    name: Annotated[str, typer.Option("--world", help=" or ".join(WORLDS))] = "shapes",
+    images: Annotated[int | None, typer.Option(help="pictures drawn")] = None,
+    vae_steps: Annotated[int | None, typer.Option(help="steps of 32 pictures")] = None,
+    steps: Annotated[int | None, typer.Option(help="flow-matching steps")] = None,
+    cool: Annotated[
+        int | None, typer.Option(help="last steps, over which the rate falls to zero; by default 35 %")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="pictures per flow-matching step")] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile the flow; 1.3x faster on CPU; by default shapes'"),
+    ] = None,
+    looked: Annotated[
+        int, typer.Option("--look", help="only score images of so many validation captions, by the last checkpoint")
+    ] = 0,
+    scored: Annotated[int, typer.Option(help="at most so many validation captions are scored for the card")] = 1000,
+) -> None:
+    world = world_of(name)
+    torch.set_flush_denormal(True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    work = work or Path("runs") / f"build_{world.model}"
+    work.mkdir(parents=True, exist_ok=True)
+    images, vae_steps, steps = images or world.pictures, vae_steps or world.vae_steps, steps or world.steps
+    cool, batch = round(0.35 * steps) if cool is None else cool, batch or world.batch
+    compiled = not world.half if compiled is None else compiled  # its code for bfloat16 on CPU does not compile
+    checkpoint = latest(work) if looked else None
+    pictures, captions = build_pictures(world, work, images)
+    vae = build_vae(world, pictures, work, vae_steps, device)
+    latents = build_latents(vae, pictures, work, device)
+    tokenizer = new_tokenizer(world)
+    if checkpoint:
+        flow = TinyFlow(world, tokenizer)
+        saved = torch.load(checkpoint, weights_only=True)
+        flow.load_state_dict(saved["average"])
+        console.print(
+            f"{checkpoint}: {saved['done']:,} steps; decoded drawings right: {through_vae(world, vae, looked)}"
+        )
+        look(world, new_pipeline(vae, flow, tokenizer), work, looked, SAMPLER)
+        return
+    ids = tokenizer([p.text for p in world.training()], padding="max_length", return_tensors="pt").input_ids[captions]
+    flow = build_flow(world, latents, ids, tokenizer, work, steps, cool, batch, device, compiled)
+    folder = out / world.model
+    new_pipeline(vae, flow, tokenizer).save_pretrained(folder)
+    arguments = (
+        f"--world {name} --images {images} --vae-steps {vae_steps} --steps {steps} --cool {cool} --batch {batch}"
+    )
+    settings = dict(vae_steps=vae_steps, steps=steps, cool=cool, batch=batch, pictures=len(pictures))
+    command = f"python scripts/build_tiny_model.py {arguments}"
+    files.write(folder / "README.md", card(world, folder, scored, command=command, **settings))
+    console.print(f"written: {folder}")
 
 
 if __name__ == "__main__":

@@ -8,17 +8,9 @@ import torch
 from scipy.stats import mannwhitneyu
 
 from reward_models import Prompt, load
+from reward_models.classifier import Network, Parts, odds_of, parts_of, together
 from reward_models.images import rounded
-from reward_models.scorers.shapes_classifier import (
-    KINDS,
-    MIXED,
-    MOST,
-    Network,
-    Parts,
-    odds_of,
-    parts_of,
-    together,
-)
+from reward_models.scorers.shapes_classifier import CLASSES
 from reward_models.shapes_world import (
     COLOURS,
     KINDS as CHANGES,
@@ -29,6 +21,8 @@ from reward_models.shapes_world import (
     requests,
     understood,
 )
+
+KINDS, MOST, MIXED = CLASSES.kinds, CLASSES.most, CLASSES.mixed("color")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +68,7 @@ def test_the_log_odds_do_not_saturate(level):
 
 def test_each_part_of_a_caption_is_scored():
     """A network that sees two objects for certain."""
-    network = Network()
+    network = Network(CLASSES)
     counts = torch.zeros(1, len(KINDS) + 1, MOST + 1)
     counts[..., 0] = 20
     colours, extents = torch.zeros(1, len(KINDS), MIXED + 1), torch.full((1, len(KINDS)), 12.0)
@@ -84,7 +78,7 @@ def test_each_part_of_a_caption_is_scored():
         counts[0, kind] = torch.tensor([0.0, 20, 0, 0, 0, 0])
         colours[0, kind, [*COLOURS].index(colour)] = 20
         centres[0, kind] = torch.tensor([x, 16.0])
-    parts = Parts(counts, colours, centres, extents)
+    parts = Parts(counts, {"color": colours}, centres, extents)
     right = lambda text: together(parts_of(network, parts, 0, understood(text))).item() > 0  # noqa: E731
     assert right("a circle and a square")
     assert right("a red circle and a blue square")
@@ -103,7 +97,7 @@ def test_each_part_of_a_caption_is_scored():
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_a_relation_is_the_verifiers(relation):
-    network = Network()
+    network = Network(CLASSES)
     sign = torch.tensor(RELATIONS[relation], dtype=torch.float32)
     other = torch.tensor([16.0, 16.0])
     along = lambda far, aside=0.0: network.related(relation, other + far * sign + aside * sign.flip(0), other)  # noqa: E731

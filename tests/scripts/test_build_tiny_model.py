@@ -1,13 +1,27 @@
 """The builder of the embedded model: resumable, and its product is a pipeline we can drive."""
 
+from dataclasses import replace
+
 import build_tiny_model as build
 import pytest
+import tiny_worlds
 import torch
+from tiny_worlds import MAX_TOKENS, SHAPES, THINGS, WORLDS, build_pictures, draw_chunk, new_tokenizer
 from torch import nn
+from transformers import CLIPTokenizer
 
 from mmalign import policy as policies
-from mmalign.data import prompts
+from mmalign.config.paths import locate
 from mmalign.evaluation import generate
+from reward_models import load
+
+
+@pytest.fixture(autouse=True)
+def _few_captions(monkeypatch):
+    monkeypatch.setattr(tiny_worlds, "OF_A_TAG", 1000)
+    THINGS.training.cache_clear()
+    yield
+    THINGS.training.cache_clear()
 
 
 def trained(work, interrupt_at=None):
@@ -37,23 +51,77 @@ def test_interrupted_training_resumes_to_the_same_weights(tmp_path):
     assert torch.equal(trained(tmp_path / "cut"), whole)
 
 
-def test_every_word_is_one_token():
-    tokenizer = build.new_tokenizer()
-    ids = tokenizer('the text "O H"').input_ids
-    assert len(ids) == 8
-    assert tokenizer("an orange triangle right of a yellow circle").input_ids[0] == tokenizer.bos_token_id
-    longest = max(len(tokenizer(build.caption(wants)).input_ids) for wants in build.requests())
-    assert longest <= build.MAX_TOKENS
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_every_word_is_one_token(world):
+    tokenizer = new_tokenizer(world)
+    texts = [p.text.lower().replace('"', ' " ') for part in ("validation", "test") for p in world.held_out(part)]
+    ids = tokenizer(texts).input_ids
+    assert [len(row) for row in ids] == [2 + len(text.split()) for text in texts]
+    assert 2 + max(len(p.text.lower().replace('"', ' " ').split()) for p in world.training()) <= MAX_TOKENS
 
 
-def test_a_small_build_is_a_pipeline(tmp_path):
-    """All stages, minutely: a stock pipeline comes out, with prompt files, and it draws something."""
-    build.main(tmp_path, tmp_path / "work", images=1, vae_steps=1, steps=1, batch=2, compiled=False)
-    policy = policies.load(str(tmp_path / "tiny_sd3"))
-    held_out = prompts.read(tmp_path / "prompts" / "validation.jsonl")
-    training = prompts.read(tmp_path / "prompts" / "train.jsonl")
-    assert len(held_out) >= 300
-    assert not {p.text for p in held_out} & {p.text for p in training}
-    images, _ = generate.generate(policy, held_out[:2], [[0], [0]], 2, 2)
-    assert images.shape == (2, 3, 32, 32)
+def test_the_words_of_shapes_are_those_of_the_embedded_model():
+    embedded = CLIPTokenizer.from_pretrained(locate("assets/tiny_sd3/tokenizer"))
+    assert new_tokenizer(SHAPES).get_vocab() == embedded.get_vocab()
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_pictures_are_right_and_of_training_captions(world, tmp_path):
+    pictures, captions = build_pictures(world, tmp_path, 12)
+    prompts = [world.training()[i] for i in captions.tolist()]
+    assert pictures.shape == (12, 3, world.side, world.side)
+    assert load(world.name)(pictures.float() / 255, prompts).values[:, 0].tolist() == [1.0] * 12
+    assert not {p.text for p in world.held_out("validation")} & {p.text for p in world.training()}
+    again, _ = build_pictures(world, tmp_path, 12)  # from the disk
+    assert torch.equal(again, pictures)
+    assert torch.equal(torch.from_numpy(draw_chunk(world.name, 0, 12)[0]), pictures)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_a_small_build_is_a_pipeline(world, tmp_path, monkeypatch, capsys):
+    """All stages, minutely: a stock pipeline comes out, it draws something, and its card has its scores."""
+    monkeypatch.setattr(build, "SAMPLER", 1)
+    settings = dict(images=4, vae_steps=1, steps=2, cool=1, batch=2, compiled=False, scored=2)
+    build.main(tmp_path, tmp_path / "work", world.name, **settings)
+    policy = policies.load(str(tmp_path / world.model))
+    images, _ = generate.generate(policy, world.held_out("validation")[:2], [[0], [0]], 2, 2)
+    assert images.shape == (2, 3, world.side, world.side)
     assert torch.isfinite(images).all()
+    assert sum(file.stat().st_size for file in (tmp_path / world.model).rglob("*")) < 25e6
+    assert "| all | 0.000 | 0.000 |" in (tmp_path / world.model / "README.md").read_text()
+    build.main(tmp_path, tmp_path / "work", world.name, images=4, vae_steps=1, looked=2)
+    assert "flow-2.pt: 2 steps" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "work/look-1.0.png").exists()
+
+
+def test_training_continues_at_the_flat_rate_after_it_was_cooled(tmp_path):
+    """Two steps, then two at a falling rate; a third flat step is then the same as without the cooled ones."""
+    world = replace(THINGS, layers=1)
+    tokenizer, latents = new_tokenizer(world), torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    ids = tokenizer([p.text for p in world.training()[:8]], padding="max_length", return_tensors="pt").input_ids
+
+    def flow(place, steps, cool):
+        (tmp_path / place).mkdir(exist_ok=True)
+        build.build_flow(world, latents, ids, tokenizer, tmp_path / place, steps, cool, 4, "cpu", compiled=False)
+        return torch.load(tmp_path / place / (f"flow-{steps}.pt" if cool else "flow.pt"), weights_only=True)
+
+    assert flow("cut", 2, 0)["done"] == 2
+    cooled, more, whole = flow("cut", 4, 2), flow("cut", 3, 0), flow("whole", 3, 0)
+    assert cooled["done"] == 4
+    for key in ("flow", "average"):
+        assert all(torch.equal(more[key][name], value) for name, value in whole[key].items())
+        assert not torch.equal(cooled[key]["transformer.proj_out.weight"], more[key]["transformer.proj_out.weight"])
+
+
+def test_weights_in_half_precision_have_the_gradients_of_the_others():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 1)), torch.randn(64, 8)
+    gradients = []
+    for half in (False, True):
+        fast = build.Halved(model, half)
+        fast.begin()
+        fast.backward(fast.module(x.to(fast.dtype)).float().square().mean())
+        assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+    assert not torch.equal(*gradients)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_vlm
 import torch
-from build_tiny_model import new_text_encoder, new_tokenizer, new_vae
+from build_tiny_model import new_text_encoder, new_vae
 from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
@@ -26,6 +26,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from tiny_worlds import SHAPES, new_tokenizer
 from torch import Tensor, nn
 from transformers import (
     CLIPTextModel,
@@ -60,7 +61,7 @@ def t5(width: int = 32) -> tuple[T5TokenizerFast, T5EncoderModel]:
 
 
 def sd3(folder: Path) -> None:
-    tokenizer = new_tokenizer()
+    tokenizer = new_tokenizer(SHAPES)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -75,7 +76,7 @@ def sd3(folder: Path) -> None:
         pos_embed_max_size=8,
     )
     lively(transformer)
-    vae = new_vae()
+    vae = new_vae(SHAPES)
     vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
     StableDiffusion3Pipeline(
         transformer=transformer,
@@ -91,7 +92,7 @@ def sd3(folder: Path) -> None:
 
 
 def flux(folder: Path, guided: bool) -> None:
-    tokenizer = new_tokenizer()
+    tokenizer = new_tokenizer(SHAPES)
     second, encoder = t5()
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -105,7 +106,7 @@ def flux(folder: Path, guided: bool) -> None:
         guidance_embeds=guided,
         axes_dims_rope=(4, 6, 6),
     )
-    vae = new_vae()
+    vae = new_vae(SHAPES)
     vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
     text = CLIPTextModel(new_text_encoder(tokenizer, 16).config)
     FluxPipeline(
@@ -128,7 +129,7 @@ def z_image(folder: Path) -> None:
         in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
         axes_dims=[4, 6, 6], axes_lens=[1024, 128, 128],
     )  # fmt: skip
-    vae = new_vae()
+    vae = new_vae(SHAPES)
     vae.register_to_config(scaling_factor=1.3, shift_factor=0.1)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     ZImagePipeline(scheduler, vae, lively(encoder, 0.3), tokenizer, lively(transformer)).save_pretrained(folder)

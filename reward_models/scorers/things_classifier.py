@@ -1,0 +1,34 @@
+"""`things_classifier`: how likely an image of the embedded world of things fits its caption, by a small convolutional
+network that has learnt from the verifier `things` (`reward_models.classifier`). Unlike it, this scorer has gradients at
+the pixels (`in_graph`). Components: `right`, the probability that all of the caption is there and nothing else, and
+`logit`, its log-odds.
+
+No weights are embedded yet: `scripts/build_classifier.py --world things` makes a folder of them, with a card that has
+the figures. A prompt is read from its ground truth, without it from its text if that is a caption of the world. Images
+of another size are resized to 64 x 64 pixels. A policy that is trained against it finds its blind spots: watch
+`things`. Licence: Apache-2.0.
+"""
+
+from reward_models.classifier import Classes, Classifier
+from reward_models.things_world import COLOURS, MIN_OFFSET, NATURAL, NOUNS, SIDE, STYLES, understood
+
+CLASSES = Classes(
+    name="things_classifier",
+    kinds=NOUNS,
+    attributes={"color": (NATURAL, *COLOURS), "style": STYLES},
+    most=4,
+    side=SIDE,
+    offset=MIN_OFFSET,
+    understood=understood,
+    length=20.0,
+    width=96,
+    blocks=3,
+    pooled=256,
+)
+
+
+class ThingsClassifier(Classifier):
+    """The scorer, with the weights in `folder`. ValueError if they cannot be loaded."""
+
+    def __init__(self, folder: str, device: str = "cpu", batch: int = 64):
+        super().__init__(CLASSES, folder, device, batch)
