@@ -38,7 +38,7 @@ def test_a_part_is_judged_while_the_next_is_drawn(settings, captions, monkeypatc
     begun, answered = [threading.Event() for _ in range(6)], []
 
     def sampling(*args):
-        (part,) = args[-1]
+        (part,) = args[9]  # the rows
         begun[part].set()
         answered.append(slow.answered)
         return trajectories(*args)

@@ -66,7 +66,9 @@ def bench(credit: Implicit, shift: float = 0.0, starts: int = 8, prompts: int = 
         flow.shifts[NAME].fill_(shift)
     with flow.acting(acts):
         paths = sampled(plan, starts, prompts, flow=flow)
-    rollout = SimpleNamespace(prompts=["0.0"] * prompts, cond=flow.encode(["0.0"] * prompts), paths=paths)
+    rollout = SimpleNamespace(
+        prompts=["0.0"] * prompts, cond=flow.encode(["0.0"] * prompts), paths=paths, forwards=None
+    )
     at_once = lambda work: work(3)  # noqa: E731
     skips = SimpleNamespace(may_step=lambda *_: True)
     learner = SimpleNamespace(micro_batch=at_once, skips=skips)
@@ -183,7 +185,7 @@ def test_it_learns_what_its_credit_measures():
     b = bench(Implicit(scale=20.0), shift=0.2)
     tree = b.rollout.paths.tree
     ends, states = torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0]), torch.tensor([-9.0, 9] * 4)
-    both = replace(judged_as(tree, ends + states), rest=ends)
+    both = replace(judged_as(tree, ends + states), ends=torch.stack([states, ends], 1))
     shifts = []
     for verdict in (both, judged_as(tree, ends), judged_as(tree, ends + states)):
         with torch.no_grad():

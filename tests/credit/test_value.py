@@ -157,7 +157,7 @@ def test_its_gradient_is_the_exact_one(trace, scale, unbiased):
 def test_where_rewards_are_of_finished_images_alone_the_head_expects_these():
     paths, reward = observed()
     tree, rest = paths.tree, torch.linspace(-1, 1, 12)
-    both = replace(judged_as(tree, reward + rest), rest=rest)
+    both = replace(judged_as(tree, reward + rest), ends=torch.stack([reward, rest], 1))
     learnt, credited = [], []
     for verdict in (both, judged_as(tree, rest), judged_as(tree, reward + rest)):
         values = Values(Value(), 48, T, 0)

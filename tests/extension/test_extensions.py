@@ -47,10 +47,11 @@ def test_salvage_never_cuts_at_a_step_without_noise():
 def test_salvage_compares_the_rewards_that_all_states_have():
     """What a judge of finished images alone gives does not make the last step a fall."""
     tree, judged = valued([0.5, 0.5, 0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.3, 0.4, 0.4, 0.4])
-    rest = torch.tensor([0.0, -0.9])
-    judged.reward[:, -1] += rest
-    assert Salvage(drop=0.1)(tree, replace(judged, rest=rest), []) == ([1], [1], None)
-    assert Salvage(drop=0.3)(tree, replace(judged, rest=rest), []).row == []
+    last, alone = judged.reward[:, -1].clone(), torch.tensor([0.0, -0.9])
+    judged.reward[:, -1] += alone
+    both = replace(judged, ends=torch.stack([last, alone], 1))
+    assert Salvage(drop=0.1)(tree, both, []) == ([1], [1], None)
+    assert Salvage(drop=0.3)(tree, both, []).row == []
 
 
 def test_what_salvage_keeps_has_gained():

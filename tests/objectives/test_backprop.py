@@ -77,7 +77,7 @@ def context(objective, policy=None, scorer=None, texts=("0.5", "-0.5"), seeds=3,
     reward = torch.zeros(len(index), steps + 1)
     return (
         SimpleNamespace(config=c, policy=policy, ranks=None, fits=None, rewards=rewards),
-        SimpleNamespace(prompts=prompts, cond=cond, paths=paths),
+        SimpleNamespace(prompts=prompts, cond=cond, paths=paths, forwards=None),
         Judgement(reward, {}),
     )  # fmt: skip
 

@@ -71,7 +71,9 @@ def gradient(objective, micro=64, plan="ode", ranks=ALONE, unscored=()):
     run = SimpleNamespace(
         config=c, policy=flow, ranks=ranks, fits={"batch": lambda work: work(64)}, rewards=rewards,
     )  # fmt: skip
-    rollout = SimpleNamespace(prompts=[Prompt(text, id=p) for p, text in enumerate(TEXTS)], cond=cond, paths=paths)
+    rollout = SimpleNamespace(
+        prompts=[Prompt(text, id=p) for p, text in enumerate(TEXTS)], cond=cond, paths=paths, forwards=None
+    )
     batch = c.objective.batch(run, rollout, Judgement(reward, {}), advantage, 0)
     before, parameters = flow.counts["forwards"], flow.parameters()
     statistics = update(
