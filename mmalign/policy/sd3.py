@@ -40,7 +40,8 @@ class SD3Policy(PipelinePolicy):
     def together(self) -> int:
         """A batch fills the processor where the encoders are small; others take no more than one text can."""
         encoders = (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3)
-        return 8 if sum(e.num_parameters() for e in encoders if e is not None) < SMALL else 1
+        size = sum(p.numel() for encoder in encoders if encoder is not None for p in encoder.parameters())
+        return 8 if size < SMALL else 1
 
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         tokens, _, pooled, _ = self.pipe.encode_prompt(

@@ -31,14 +31,18 @@ def opened(settings, **changed):
 # ------------------------------------------------------------------------------------------------------------- texts
 
 
-def test_a_text_is_embedded_once_and_alone(random_model):
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_text_is_embedded_once_in_batches_of_one_size(random_model, monkeypatch, size):
     policy = policies.load(random_model)
+    monkeypatch.setattr(type(policy), "together", size)
     batches, texts = [], policy.texts
     policy.texts = lambda some: batches.append([*some]) or texts(some)
     together = policy.encode(TEXTS)
-    assert batches == [[text] for text in (*TEXTS, "")]
+    count = -(-4 // size)
+    assert [text for batch in batches for text in batch] == [*TEXTS, "", *[""] * (count * size - 4)]
+    assert [len(batch) for batch in batches] == [size] * count
     again = policy.encode([TEXTS[2], TEXTS[0], TEXTS[2]])
-    assert len(batches) == 4
+    assert len(batches) == count
     for name, value in again.prompts.items():
         assert torch.equal(value, together.prompts[name][[2, 0, 2]])
         assert torch.equal(again.empty[name], together.empty[name])
@@ -72,8 +76,9 @@ class Part(nn.Module):
         return self
 
 
-def test_parts_are_awake_only_while_they_work(random_model):
+def test_parts_are_awake_only_while_they_work(random_model, monkeypatch):
     policy, log = policies.load(random_model), []
+    monkeypatch.setattr(type(policy), "together", 1)
     policy.pipe.text_encoder, policy.pipe.text_encoder_2, policy.pipe.vae = Part(log), None, Part(log)
     policy.texts = lambda some: log.append("embed") or {"tokens": torch.zeros(1, 2, 2)}
     policy.unscaled = policy.pixels = lambda x: log.append("decode") or x.expand(-1, 3, -1, -1)
