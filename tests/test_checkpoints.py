@@ -247,8 +247,8 @@ def test_the_best_is_told_by_the_images_all_evaluations_share(settings, capsys, 
     means = iter([9.0, 1.0, 5.0, 2.0, 3.0])
     judge = runs.evaluate.evaluate
 
-    def evaluated(*args):
-        results = judge(*args)
+    def evaluated(*args, **options):
+        results = judge(*args, **options)
         value = next(means)
         shared = (results.member == 0) & (results.prompt % (2 if len(results.images) > 1 else 1) == 0)
         results.parts["jpeg_size.kilobytes"][:] = torch.where(shared, value, 1e3)
@@ -326,12 +326,12 @@ def test_a_signal_finishes_the_iteration_saves_and_leaves(settings, expected, tm
 def test_an_evaluation_is_left_at_once_and_made_up_for(settings, expected, monkeypatch):
     judge, calls = runs.evaluate.evaluate, []
 
-    def sending(*args):
+    def sending(*args, **options):
         calls.append(args)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("the evaluation continued")
-        return judge(*args)
+        return judge(*args, **options)
 
     monkeypatch.setattr(runs.evaluate, "evaluate", sending)
     with pytest.raises(signals.Stopped):

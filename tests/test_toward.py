@@ -202,7 +202,8 @@ def test_clip_rises_by_its_guidance_and_the_batch_changes_no_image(embedded, pro
     images = drawn(embedded, prompts, Toward((Term(clip),)))
     assert (clip(images, repeated).values - clip(plain, repeated).values).mean() > 0.01
     assert torch.equal(images, drawn(embedded, prompts, Toward((Term(clip),))))
-    torch.testing.assert_close(images, drawn(embedded, prompts, Toward((Term(clip),), batch=1), 3), rtol=0, atol=1e-5)
+    others = drawn(embedded, prompts, Toward((Term(clip),), batch=1), 3)
+    assert (images - others).norm() < 2e-6 * images.norm()  # a forward rounds by its rows; 4e-7 without guidance
     assert torch.equal(drawn(embedded, prompts, Toward((Term(clip),), push=0.0)), plain)
 
 
