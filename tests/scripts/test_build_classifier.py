@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny_worlds
 import torch
-from tiny_worlds import THINGS, WORLDS
+from tiny_worlds import SHAPES, THINGS
 
 from reward_models.scorers.shapes_classifier import ShapesClassifier
 from reward_models.scorers.things_classifier import ThingsClassifier
@@ -42,7 +42,7 @@ def test_the_labels_are_what_is_there():
     assert places[1, boat, 0] < places[1, owl, 0]
 
 
-@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+@pytest.mark.parametrize("world", [SHAPES, pytest.param(THINGS, marks=pytest.mark.slow)], ids=["shapes", "things"])
 def test_a_small_build_is_a_scorer_that_has_learnt(world, tmp_path):
     drawings = build.drawn(world, 24)
     torch.manual_seed(0)

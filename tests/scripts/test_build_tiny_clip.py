@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny_worlds
 import torch
-from tiny_worlds import WORLDS, build_pictures, new_tokenizer
+from tiny_worlds import SHAPES, THINGS, WORLDS, build_pictures, new_tokenizer
 
 from reward_models import load
 from reward_models.scorers.clip import clip
@@ -26,7 +26,7 @@ def _few_captions(monkeypatch):
     tiny_worlds.THINGS.training.cache_clear()
 
 
-@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+@pytest.mark.parametrize("world", [SHAPES, pytest.param(THINGS, marks=pytest.mark.slow)], ids=["shapes", "things"])
 def test_a_small_build_is_a_scorer(world, tmp_path):
     pictures, captions = build_pictures(world, tmp_path, 16)
     tokenizer = new_tokenizer(world)
