@@ -17,7 +17,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from hmac import compare_digest
@@ -166,6 +166,24 @@ def described(scorer: RewardModel) -> About:
     return About(names=list(scorer.names), version=scorer.card.version, card=card)
 
 
+def job_of(ask: Ask, known: Collection[str], images: int, pixels: int) -> Job:
+    """What is to be scored, by which of the `known` scorers. HTTPException 422 for other scorers, more than so many
+    `images`, or too many pixels; an image of more than `pixels` fails alone."""
+    names = list(known) if ask.scorers is None else ask.scorers
+    if unknown := [name for name in names if name not in known]:
+        raise HTTPException(422, f"no scorer called {unknown[0]!r}; known: {', '.join(known)}")
+    if len(ask.images) != len(ask.prompts):
+        raise HTTPException(422, f"{len(ask.images)} images but {len(ask.prompts)} prompts")
+    if len(ask.images) > images:
+        raise HTTPException(422, f"{len(ask.images)} images in one request; at most {images} are accepted")
+    prompts = [Prompt(prompt.text, unopened(prompt.wants), prompt.id) for prompt in ask.prompts]
+    job = Job([shot_of(*pair, pixels) for pair in zip(ask.images, prompts, strict=True)], names)
+    if job.pixels > limits.TOGETHER:
+        reason = f"{job.pixels} pixels in one request; at most {limits.TOGETHER} are accepted: send fewer images"
+        raise HTTPException(422, reason)
+    return job
+
+
 def app(
     scorers: Mapping[str, RewardModel],
     *,
@@ -208,24 +226,13 @@ def app(
     @service.post("/score", responses=refusals, response_model_exclude_defaults=True, **guarded)
     async def score(ask: Ask) -> Answer:
         """Score images. An image that cannot be read does not affect the others."""
-        names = list(scorers) if ask.scorers is None else ask.scorers
-        if unknown := [name for name in names if name not in scorers]:
-            raise HTTPException(422, f"no scorer called {unknown[0]!r}; known: {', '.join(scorers)}")
-        if len(ask.images) != len(ask.prompts):
-            raise HTTPException(422, f"{len(ask.images)} images but {len(ask.prompts)} prompts")
-        if len(ask.images) > queue:
-            raise HTTPException(422, f"{len(ask.images)} images in one request; at most {queue} are accepted")
-        prompts = [Prompt(prompt.text, unopened(prompt.wants), prompt.id) for prompt in ask.prompts]
-        job = Job([shot_of(*pair, pixels) for pair in zip(ask.images, prompts, strict=True)], names)
-        if job.pixels > limits.TOGETHER:
-            reason = f"{job.pixels} pixels in one request; at most {limits.TOGETHER} are accepted: send fewer images"
-            raise HTTPException(422, reason)
+        job = job_of(ask, scorers, queue, pixels)
         if not batcher.submit(job):
             reason = "the service is shutting down" if batcher.closed else f"{batcher.waiting} images are waiting"
             raise HTTPException(503, reason, AGAIN)
         await asyncio.wrap_future(job.done)
         return Answer(
-            names={name: about[name].names for name in names},
+            names={name: about[name].names for name in job.scorers},
             scores=[shot.scores for shot in job.shots],
             failures=[shot.failures for shot in job.shots],
             critiques=[shot.critiques for shot in job.shots],
