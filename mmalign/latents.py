@@ -9,25 +9,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Kept:
+class Columns:
     """The columns of trajectories whose latents are kept: numbers of states, and of the steps whose means are."""
 
     states: tuple[int, ...] = ()
     means: tuple[int, ...] = ()
 
     @classmethod
-    def all(cls, steps: int) -> "Kept":
+    def all(cls, steps: int) -> "Columns":
         return cls(tuple(range(steps + 1)), tuple(range(steps)))
 
     @classmethod
-    def around(cls, steps: Iterable[int]) -> "Kept":
+    def around(cls, steps: Iterable[int]) -> "Columns":
         """What a replay of these steps reads: the state before and after each, and its mean."""
         means = sorted({*steps})
         return cls(tuple(sorted({*means, *(k + 1 for k in means)})), tuple(means))
 
-    def __or__(self, other: "Kept") -> "Kept":
+    def __or__(self, other: "Columns") -> "Columns":
         pairs = (self.states, other.states), (self.means, other.means)
-        return Kept(*(tuple(sorted({*one, *two})) for one, two in pairs))
+        return Columns(*(tuple(sorted({*one, *two})) for one, two in pairs))
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Room:
 
     @classmethod
     def of(
-        cls, trajectories: int, images: int, columns: Kept, shape: tuple[int, ...], device: torch.device | None = None
+        cls, trajectories: int, images: int, keep: Columns, shape: tuple[int, ...], device: torch.device | None = None
     ) -> "Room":
         """Room for so many trajectories and finished images of latents of a `shape`."""
-        counts = (trajectories, len(columns.states)), (trajectories, len(columns.means)), (images,)
+        counts = (trajectories, len(keep.states)), (trajectories, len(keep.means)), (images,)
         return cls(*(torch.empty(*count, *shape, device=device) for count in counts))
 
     def part(self, trajectories: slice, images: slice) -> "Room":

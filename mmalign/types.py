@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from mmalign.latents import Kept, places_of
+from mmalign.latents import Columns, places_of
 
 Latents = Float[Tensor, "M C h w"]
 Velocity = Callable[[Latents, Float[Tensor, "M"], Any, Int[Tensor, "M"]], Latents]  # (x, t, cond, index) -> v
@@ -159,7 +159,7 @@ class Trajectories:
     x: Float[Tensor, "N states C h w"]
     mean: Float[Tensor, "N means C h w"]
     finals: Float[Tensor, "E C h w"]
-    columns: Kept
+    columns: Columns
     off: Bool[Tensor, "N"] | None = None
     features: Float[Tensor, "N T F"] | None = None
 

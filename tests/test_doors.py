@@ -121,7 +121,7 @@ class Shifted(GaussianFlow):
 """
 BASE = dict(
     model="mmalign.policy.gaussian:GaussianFlow", held_out=None, iterations=2, prompts_per_iteration=2,
-    rewards={"own_things:Red.mean": 1.0, "own_things:Red.left": 0.9}, seeds=3,
+    rewards={"my_methods:Red.mean": 1.0, "my_methods:Red.left": 0.9}, seeds=3,
     steps=4, plan="sde", credit="terminal", checkpoint_every=2,
 )  # fmt: skip
 METHODS = {
@@ -136,16 +136,16 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def own_things(tmp_path_factory):
+def my_methods(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outside")
-    (folder / "own_things.py").write_text(MODULE)
+    (folder / "my_methods.py").write_text(MODULE)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setenv("MMALIGN_ALLOW", "own_things")
-        import own_things
+        patch.setenv("MMALIGN_ALLOW", "my_methods")
+        import my_methods
 
-        yield own_things
-        sys.modules.pop("own_things")
+        yield my_methods
+        sys.modules.pop("my_methods")
 
 
 @pytest.fixture
@@ -165,12 +165,12 @@ def trained(out) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("key", METHODS)
-def test_a_method_of_another_module(own_things, base, tmp_path, key):
+def test_a_method_of_another_module(my_methods, base, tmp_path, key):
     name, settings = METHODS[key]
     plain = trained(run(base, out=str(tmp_path / "plain")))
-    named = run(base, **{key: {"type": f"own_things:{name}", **settings}}, out=str(tmp_path / "named"))
-    handed = run(base, **{key: getattr(own_things, name)(**settings)}, out=str(tmp_path / "object"))
-    defaults = run(base, **{key: f"own_things:{name}"}, out=str(tmp_path / "defaults"))
+    named = run(base, **{key: {"type": f"my_methods:{name}", **settings}}, out=str(tmp_path / "named"))
+    handed = run(base, **{key: getattr(my_methods, name)(**settings)}, out=str(tmp_path / "object"))
+    defaults = run(base, **{key: f"my_methods:{name}"}, out=str(tmp_path / "defaults"))
     assert torch.equal(trained(named), trained(handed))
     assert not torch.equal(trained(named), plain)
     assert configs.load(handed / "config.yaml") == configs.load(named / "config.yaml").model_copy(
@@ -180,40 +180,40 @@ def test_a_method_of_another_module(own_things, base, tmp_path, key):
         assert not torch.equal(trained(defaults), trained(named))
 
 
-def test_an_objective_on_finished_images(own_things, base, tmp_path):
+def test_an_objective_on_finished_images(my_methods, base, tmp_path):
     images = {key: value for key, value in base.items() if key != "credit"} | {"plan": "ode"}
-    named = run(images, objective={"type": "own_things:Worst", "draws": 2}, out=str(tmp_path / "named"))
-    handed = run(images, objective=own_things.Worst(draws=2), out=str(tmp_path / "object"))
+    named = run(images, objective={"type": "my_methods:Worst", "draws": 2}, out=str(tmp_path / "named"))
+    handed = run(images, objective=my_methods.Worst(draws=2), out=str(tmp_path / "object"))
     assert torch.equal(trained(named), trained(handed))
     assert rows(named / "metrics.jsonl")[0]["transitions"] == 2 * 2  # the worst image of each prompt, twice
 
 
-def test_a_policy_and_a_scorer(own_things, base, tmp_path):
-    named = run(base | {"model": "own_things:Shifted", "out": str(tmp_path / "named")})
+def test_a_policy_and_a_scorer(my_methods, base, tmp_path):
+    named = run(base | {"model": "my_methods:Shifted", "out": str(tmp_path / "named")})
     c = configs.build(
         base | {"model": "shifted", "rewards": {"red.mean": 1.0, "red.left": 0.9}, "out": str(tmp_path / "object")},
         "test",
     )
-    handed = runs.train(c, given=Given(own_things.Shifted(), {"red": own_things.Red()}))
+    handed = runs.train(c, given=Given(my_methods.Shifted(), {"red": my_methods.Red()}))
     assert torch.equal(trained(named), trained(handed))
 
 
-def test_a_scorer_with_a_setting(own_things, base, tmp_path):
+def test_a_scorer_with_a_setting(my_methods, base, tmp_path):
     up = trained(run(base, out=str(tmp_path / "up")))
     settings = {
         "rewards": {"down.mean": 1.0, "down.left": 0.9},
-        "scorers": {"down": {"scorer": "own_things:Red", "sign": -1.0}},
+        "scorers": {"down": {"scorer": "my_methods:Red", "sign": -1.0}},
     }
     assert torch.allclose(trained(run(base | settings, out=str(tmp_path / "down"))), -up, atol=1e-4)
 
 
-def test_inside_the_package_it_is_one_file_and_one_line(own_things, monkeypatch):
+def test_inside_the_package_it_is_one_file_and_one_line(my_methods, monkeypatch):
     """A scorer in the table is found by its name; the tables of methods are tuples that the config is built from."""
-    monkeypatch.setitem(registry.SCORERS, "red", "own_things:Red")
+    monkeypatch.setitem(registry.SCORERS, "red", "my_methods:Red")
     from mmalign.config import methods
     from mmalign.credit import CREDITS
 
-    field = methods.one_of((*CREDITS, type("Named", (own_things.Discounted,), {"type": "discounted"})), "credit")
+    field = methods.one_of((*CREDITS, type("Named", (my_methods.Discounted,), {"type": "discounted"})), "credit")
     from pydantic import TypeAdapter
 
     assert TypeAdapter(field).validate_python({"type": "discounted", "gamma": 0.5}).gamma == 0.5
@@ -223,19 +223,19 @@ def test_inside_the_package_it_is_one_file_and_one_line(own_things, monkeypatch)
     ("changed", "named"),
     [
         ({"credit": "no_such_module:Credit"}, "no_such_module"),
-        ({"credit": {"type": "own_things:Discounted", "delta": 1}}, "delta"),
-        ({"credit": {"type": "own_things:Discounted", "gamma": "much"}}, "much"),
-        ({"loss": "own_things:Red"}, "own_things:Red"),
-        ({"objective": "own_things:Worst"}, "credit does not act"),
+        ({"credit": {"type": "my_methods:Discounted", "delta": 1}}, "delta"),
+        ({"credit": {"type": "my_methods:Discounted", "gamma": "much"}}, "much"),
+        ({"loss": "my_methods:Red"}, "my_methods:Red"),
+        ({"objective": "my_methods:Worst"}, "credit does not act"),
     ],
 )
-def test_a_wrong_method_is_one_line_that_names_it(own_things, base, changed, named):
+def test_a_wrong_method_is_one_line_that_names_it(my_methods, base, changed, named):
     with pytest.raises(BadInput, match=named) as error:
         configs.build(base | changed, "test")
     assert "\n" not in str(error.value)
 
 
-def test_the_doctor_examines_a_policy_without_a_pipeline(own_things, base):
-    checks = [*doctor.examine(configs.build(base | {"model": "own_things:Shifted"}, "test"))]
+def test_the_doctor_examines_a_policy_without_a_pipeline(my_methods, base):
+    checks = [*doctor.examine(configs.build(base | {"model": "my_methods:Shifted"}, "test"))]
     assert [check.check for check in checks if check.good is False] == []
     assert {"ODE", "gradient", "ratio", "checkpoint"} <= {check.check for check in checks}

@@ -103,7 +103,7 @@ def test_a_cache_that_breaks_is_named_and_asked_once(tmp_path):
         score(IMAGES, PROMPTS, {"own": cached})
 
 
-OWN = "faulty_scorers:Faulty"
+FAULTY = "faulty_scorers:Faulty"
 
 
 @pytest.mark.parametrize("held_out", [True, False])
@@ -118,7 +118,9 @@ OWN = "faulty_scorers:Faulty"
 def test_a_run_whose_scorer_gives_nothing_ends_with_1_and_a_line(settings, tmp_path, fault, says, held_out):
     """At the first evaluation, or where there is none in the first iteration."""
     changed = {} if held_out else {"held_out": None, "eval_every": 0}
-    c = configs.build(settings | {"rewards": {f"{OWN}.value": 1.0}, "scorers": {OWN: {"fault": fault}}} | changed, "")
+    c = configs.build(
+        settings | {"rewards": {f"{FAULTY}.value": 1.0}, "scorers": {FAULTY: {"fault": fault}}} | changed, ""
+    )
     (tmp_path / "config.yaml").write_text(configs.dump(c))
     result = mmalign("train", tmp_path / "config.yaml")
     assert result.returncode == 1
@@ -133,11 +135,12 @@ def test_a_run_whose_scorer_gives_nothing_ends_with_1_and_a_line(settings, tmp_p
 def test_one_prompt_of_four_without_a_score_is_counted_and_the_run_goes_on_within_the_limit(settings, tmp_path, fault):
     (tmp_path / "four.txt").write_text("a cat\na dog\nbad\na cow\n")
     changed = {
-        "scorers": {OWN: {"fault": fault, "everywhere": False}}, "rewards": {f"{OWN}.value": 1.0}, "held_out": None,
-        "eval_every": 0, "prompts": str(tmp_path / "four.txt"), "prompts_per_iteration": 4, "iterations": 1,
+        "scorers": {FAULTY: {"fault": fault, "everywhere": False}}, "rewards": {f"{FAULTY}.value": 1.0},
+        "held_out": None, "eval_every": 0, "prompts": str(tmp_path / "four.txt"), "prompts_per_iteration": 4,
+        "iterations": 1,
     }  # fmt: skip
     (row,) = rows(run(settings, **changed, max_failed=0.25) / "metrics.jsonl")
     assert row["failed"] == row["rewards"] / 4
-    assert row[f"missing/{OWN}.value"] == 0.25
+    assert row[f"missing/{FAULTY}.value"] == 0.25
     with pytest.raises(Failed, match=r"images could not be scored \(limit 24%\)"):
         run(settings, **changed, max_failed=0.24, out=str(tmp_path / "again"))

@@ -8,7 +8,7 @@ import torch
 from mmalign.config import load as configs
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import sample
-from mmalign.latents import Kept
+from mmalign.latents import Columns
 from mmalign.policy.gaussian import GaussianFlow
 from mmalign.policy.meta import Live
 from mmalign.sampling.kernels import FlowSde
@@ -79,7 +79,7 @@ def test_what_is_not_kept_is_not_there():
         draw = lambda *key: torch.full(flow.latent_shape, 0.5)  # noqa: E731
         return sample(flow.velocity, start, flow.encode(["0.5"]), index, plan, draw, keep=keep)
 
-    whole, some = drawn(), drawn(Kept.around(plan.stochastic))
+    whole, some = drawn(), drawn(Columns.around(plan.stochastic))
     rows = torch.arange(2)
     for k in (1, 2):
         assert torch.equal(some.state(rows, torch.full((2,), k)), whole.x[:, k])

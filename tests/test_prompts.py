@@ -43,7 +43,7 @@ METADATA = [
         "prompt": "a photo of a red cow and a white dog",
     },
 ]
-ASKED = [
+PROMPTS = [
     Prompt(row["prompt"], {key: value for key, value in row.items() if key != "prompt"}, number)
     for number, row in enumerate(METADATA)
 ]
@@ -65,7 +65,7 @@ def geneval(tmp_path) -> Path:
     return path
 
 
-class Told:
+class Scripted:
     """A detector with a given answer for each image."""
 
     classes = None
@@ -88,7 +88,7 @@ class Painted:
 
 def test_geneval_metadata_is_what_its_scorer_asks_for(geneval):
     prompts = sources.read(geneval)
-    assert prompts == ASKED
+    assert prompts == PROMPTS
     left, right = (0, 4, 4, 8), (12, 4, 16, 8)
     things = [
         [Detection("bench", 0.9, left)],
@@ -96,7 +96,7 @@ def test_geneval_metadata_is_what_its_scorer_asks_for(geneval):
         [Detection("bench", 0.9, right), Detection("cow", 0.9, left)],
         [Detection("cow", 0.9, left), Detection("dog", 0.9, right)],
     ]
-    scores = GenEval(Told(things), Painted(), Card("geneval"))(torch.zeros(4, 3, 16, 16), prompts)
+    scores = GenEval(Scripted(things), Painted(), Card("geneval"))(torch.zeros(4, 3, 16, 16), prompts)
     assert not scores.failures
     assert scores.column("strict").tolist() == [1, 0, 1, 0]
     assert scores.column("soft").tolist() == [1, 0.5, 1, 0.75]  # one clock of two too many; one colour of four terms
@@ -128,11 +128,11 @@ def test_datasets_from_a_folder_and_as_saved(tmp_path, geneval):
     folder = tmp_path / "folder"
     folder.mkdir()
     shutil.copy(geneval, folder / "test.jsonl")
-    assert sources.read(f"hf:{folder}:test") == ASKED
+    assert sources.read(f"hf:{folder}:test") == PROMPTS
     results = datasets.load_dataset(str(folder), split="test")
     results.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(test=results, few=results.select([2])).save_to_disk(tmp_path / "both")
-    assert sources.read(f"hf:{tmp_path}/one:test") == ASKED
+    assert sources.read(f"hf:{tmp_path}/one:test") == PROMPTS
     assert sources.read(f"hf:{tmp_path}/both:few:prompt") == [Prompt(METADATA[2]["prompt"], {}, 0)]
 
 
@@ -311,6 +311,6 @@ def test_evaluate_writes_a_layout(tmp_path, geneval, random_model):
     assert len(list(out.glob("0000[0-3]/samples/000[01].png"))) == 8
     (out / "scores.jsonl").rename(tmp_path / "scores.jsonl")
     items, _ = picture_files.read(out)
-    assert [item.prompt for item in items] == [prompt for prompt in ASKED for _ in range(2)]
+    assert [item.prompt for item in items] == [prompt for prompt in PROMPTS for _ in range(2)]
     result = CliRunner().invoke(app, ["evaluate", *arguments, "--out", str(out)])
     assert "needs a new or empty folder" in str(result.exception)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mmalign.distributed import deepspeed as zero, processes as ranks
 from mmalign.errors import BadInput
 
-ASKED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}, "gradient_clipping": "auto"}
+SETTINGS = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}, "gradient_clipping": "auto"}
 ZERO2 = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="2")
 
 
@@ -44,12 +44,12 @@ def test_deepspeed_or_a_launcher_that_is_missing_is_told(monkeypatch):
 )
 def test_settings_that_would_do_something_else_are_refused(changed, message):
     with pytest.raises(BadInput, match=f"^{message}"):
-        zero._settings(ASKED | changed, [], 2)
+        zero._settings(SETTINGS | changed, [], 2)
 
 
 def test_settings_left_open_are_the_runs():
     adapter = [torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(5))]
-    settings_ = ASKED | {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True}}
+    settings_ = SETTINGS | {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True}}
     tensors = zero._settings(settings_ | {"bf16": {"enabled": "auto"}}, adapter, 3)
     assert tensors["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 17, "overlap_comm": True}
     assert (tensors["train_batch_size"], tensors["gradient_clipping"], tensors["bf16"]) == (3, 0.0, {"enabled": False})

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.latents import Kept, Room
-from mmalign.routes import stacked
+from mmalign.latents import Columns, Room
+from mmalign.routes import Routes, stacked
 from mmalign.types import Plan, Trajectories, Tree, Velocity
 
 Features = Callable[[int], Float[Tensor, "M F"]]  # how many rows the last velocity had -> what the network made of each
@@ -35,6 +35,25 @@ def distinct(keys: Int[Tensor, "M *k"]) -> tuple[Int[Tensor, "M"], Int[Tensor, "
     return inverse, representative
 
 
+def by_state(nodes: Int[Tensor, "M"], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """`size` different states at a time: the first route in each `[u]`, all routes in them `[m]`, and the place of the
+    state of each of these among the first `[m]`."""
+    inverse, representative = distinct(nodes)
+    order = inverse.argsort(stable=True)
+    ends = [0, *inverse.bincount(minlength=len(representative)).cumsum(0).tolist()]
+    for part in chunks(len(representative), size):
+        rows = order[ends[part.start] : ends[part.stop]]
+        yield representative[part], rows, inverse[rows] - part.start
+
+
+def noise_of(draw: Draw | None, routes: Routes, rows: Int[Tensor, "m"], k: int) -> Float[Tensor, "m C h w"]:
+    """The noise of step k of these routes, which those that continue together share."""
+    if draw is None:
+        raise ValueError("a stochastic step needs draw, which gives its noise")
+    number, first = distinct(routes.node[rows, k + 1])
+    return torch.stack([draw(*routes.path(row, k)) for row in rows[first].tolist()])[number]
+
+
 @torch.no_grad()
 def sample(
     velocity: Velocity,
@@ -46,7 +65,7 @@ def sample(
     batch: int = 128,
     storage: torch.dtype = torch.float32,
     features: Features | None = None,
-    keep: Kept | None = None,
+    keep: Columns | None = None,
     room: Room | None = None,
 ) -> Trajectories:
     """Integrate each of the `B` initial noises along every route of its plan (one for all, or one each): `N`
@@ -72,10 +91,9 @@ def sample(
     device = start.device if isinstance(start, Tensor) else prompt.device
     routes = stacked([plan] * len(prompt) if isinstance(plan, Plan) else plan)
     kernel, steps = routes.kernel, routes.noise.shape[1]
-    keep = Kept.all(steps) if keep is None else keep
+    keep = Columns.all(steps) if keep is None else keep
     begin: Start = start.__getitem__ if isinstance(start, Tensor) else start
-    shape = start.shape[1:] if isinstance(start, Tensor) else begin(0).shape
-    room = room or Room.of(len(routes.trained), len(routes.start), keep, tuple(shape), device)
+    room = room or Room.of(len(routes.trained), len(routes.start), keep, tuple(begin(0).shape), device)
     for number, rows in enumerate(routes.of_start):
         room.finals[rows] = begin(number).to(storage).to(room.finals)
     x = room.finals  # the present state of every route
@@ -98,36 +116,24 @@ def sample(
             note(x[rows.to(device)], rows, room.mean, means.get(k))
             note(x[rows.to(device)], rows, room.x, states.get(k + 1))
         moving = (routes.t[:, k] > 0).nonzero()[:, 0]
-        inverse, representative = distinct(routes.node[moving, k])
-        order = inverse.argsort(stable=True)  # routes in the same state, which is evaluated once, one after the other
-        ends = [0, *inverse.bincount(minlength=len(representative)).cumsum(0).tolist()]
-        for part in chunks(len(representative), batch):
-            i = moving[representative[part]].to(device)
-            v = velocity(x[i], t[i, k], cond, index[i]).float()
-            some = order[ends[part.start] : ends[part.stop]]
-            rows, of_state = moving[some], inverse[some] - part.start
-            at = rows.to(device)
+        for first, some, of_state in by_state(routes.node[moving, k], batch):
+            i, rows = moving[first].to(device), moving[some]
+            v, at = velocity(x[i], t[i, k], cond, index[i]).float(), rows.to(device)
             if features is not None:
                 each = features(len(i)).cpu()
                 pooled = each.new_zeros(len(routes.trained), steps, each.shape[1]) if pooled is None else pooled
                 trained = place[rows] >= 0
                 pooled[place[rows][trained], k] = each[of_state[trained]]
-            levels = (t[at, k], t[at, k + 1], noise[at, k])
-            mean, deviation = kernel.step(x[at], v[of_state.to(device)], *levels, routes.t_max)
+            v = v[of_state.to(device)]
+            mean, deviation = kernel.step(x[at], v, t[at, k], t[at, k + 1], noise[at, k], routes.t_max)
             note(mean, rows, room.mean, means.get(k))
             std[rows, k] = deviation.cpu()
             stochastic = (std[rows, k] > 0).nonzero()[:, 0]
             if len(stochastic):
-                if draw is None:
-                    raise ValueError("a stochastic step needs draw, which gives its noise")
-                drawn = rows[stochastic]
-                number, one = distinct(routes.node[drawn, k + 1])
-                z = torch.stack([draw(*routes.path(row, k)) for row in drawn[one].tolist()]).to(mean)
-                scale = deviation[stochastic.to(device), None, None, None]
-                mean[stochastic.to(device)] += scale * z[number.to(device)]
+                here = stochastic.to(device)
+                mean[here] += deviation[here, None, None, None] * noise_of(draw, routes, rows[stochastic], k).to(mean)
             x[at] = mean.to(storage).float()
             note(x[at], rows, room.x, states.get(k + 1))
-    trained = routes.trained
     columns = (routes.t, routes.noise, std, routes.node, prompt.cpu()[routes.start], routes.start)
-    tree = Tree(*(column[trained] for column in columns), prompt.cpu()[routes.start], routes.finished_by)
+    tree = Tree(*(column[routes.trained] for column in columns), prompt.cpu()[routes.start], routes.finished_by)
     return Trajectories(tree, kernel, routes.t_max, room.x, room.mean, room.finals, keep, features=pooled)

@@ -7,7 +7,7 @@ from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.latents import Kept
+from mmalign.latents import Columns
 from mmalign.objectives.objective import Objective, Rollout, Run, TrainBatch
 from mmalign.objectives.replay import Surrogate, transitions
 from mmalign.types import Judgement, Plan
@@ -37,8 +37,8 @@ class Grpo(Objective):
     def rows(self, plan: Plan, seeds: int) -> int:
         return seeds * plan.cost[2]
 
-    def reads(self, plan: Plan) -> Kept:
-        return Kept.around(plan.stochastic)
+    def reads(self, plan: Plan) -> Columns:
+        return Columns.around(plan.stochastic)
 
     def batch(
         self, run: Run, rollout: Rollout, judged: Judgement, advantage: Float[Tensor, "N T a b"], iteration: int

@@ -14,7 +14,7 @@ from annotated_types import Ge, Le, Lt
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmalign.latents import Kept
+from mmalign.latents import Columns
 from mmalign.learn.update import Replay
 from mmalign.policy.protocol import Trainable
 from mmalign.seeds import seed_of
@@ -129,9 +129,9 @@ class Objective:
         """Whether the model without adapter is evaluated beside a replayed row."""
         return self.reference or ("max_kl" in self.uses and c.max_kl is not None)
 
-    def reads(self, plan: Plan) -> Kept:
+    def reads(self, plan: Plan) -> Columns:
         """The latents of trajectories that it reads, beside the finished ones: here all."""
-        return Kept.all(plan.steps)
+        return Columns.all(plan.steps)
 
     def replayed(self, measured: bool) -> int:
         """Forwards of a row in a replay; `measured`: the model without adapter is evaluated beside it."""
@@ -163,8 +163,8 @@ class OnImages(Objective):
     def rows(self, plan: Plan, seeds: int) -> int:
         return seeds * plan.trained * self.draws
 
-    def reads(self, plan: Plan) -> Kept:
-        return Kept()
+    def reads(self, plan: Plan) -> Columns:
+        return Columns()
 
     def stored(self, updates: int) -> int:
         """The images of a row, and one noise for all of them."""

@@ -22,7 +22,7 @@ from annotated_types import Ge
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.latents import Kept
+from mmalign.latents import Columns
 from mmalign.objectives.objective import AT_ONCE, Finished, Lag, Objective, Rollout, Run, TrainBatch, name_of
 from mmalign.types import Judgement, Plan, Rows
 
@@ -111,8 +111,8 @@ class Sum(Objective):
     def decoded(self) -> int:
         return max((part.decoded for part in self.summands), default=0)
 
-    def reads(self, plan: Plan) -> Kept:
-        return reduce(or_, (part.reads(plan) for part in self.summands), Kept())
+    def reads(self, plan: Plan) -> Columns:
+        return reduce(or_, (part.reads(plan) for part in self.summands), Columns())
 
     @property
     def guide(self) -> str | None:

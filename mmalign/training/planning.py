@@ -13,7 +13,7 @@ from mmalign.config.schema import Config
 from mmalign.errors import BadInput
 from mmalign.extension.rest import rest
 from mmalign.flow import plan as plans
-from mmalign.latents import Kept
+from mmalign.latents import Columns
 from mmalign.objectives.objective import Objective
 from mmalign.policy.protocol import Policy, two_forwards
 from mmalign.rewards import self_reward
@@ -55,13 +55,13 @@ def completed(c: Config, times: Times, position: int) -> tuple[list[int], int | 
     return ([], None) if c.credit is None else c.credit.completions(c.plan(times, c.kernel, position))
 
 
-def read(c: Config, plans: Iterable[Plan]) -> Kept:
+def read(c: Config, plans: Iterable[Plan]) -> Columns:
     """The latents kept of trajectories by these plans: what the objective, the credit or an extension reads."""
-    needs = Kept()
+    needs = Columns()
     for plan in plans:
-        needs |= c.objective.reads(plan) if c.extend is None else Kept.all(plan.steps)
+        needs |= c.objective.reads(plan) if c.extend is None else Columns.all(plan.steps)
         if c.credit is not None and (c.credit.drifts or c.credit.learner is not None):
-            needs |= Kept.around(plan.stochastic)
+            needs |= Columns.around(plan.stochastic)
     return needs
 
 

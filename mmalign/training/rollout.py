@@ -26,7 +26,7 @@ from mmalign.credit.more.density import of_states
 from mmalign.evaluation.evaluate import deviation
 from mmalign.flow import plan as plans
 from mmalign.flow.sample import chunks, sample
-from mmalign.latents import Kept, Room
+from mmalign.latents import Columns, Room
 from mmalign.policy.protocol import fused
 from mmalign.rewards.judge import Scored, beginning, joined, score, unscored
 from mmalign.seeds import gaussian, seed_of
@@ -104,9 +104,9 @@ def foreseen(
     a number that those of a prompt share; NaN while the run's head is not to be trusted there."""
     k, head = run.config.scouts.steps - 1, run.scouting or run.values.head
     peek = [plans.ode(torch.cat([run.times[: k + 1], torch.zeros(1)]))] * len(prompts)
-    room = Room.of(*_counts(peek, members), Kept(), run.policy.latent_shape, run.policy.device)
+    room = Room.of(*_counts(peek, members), Columns(), run.policy.latent_shape, run.policy.device)
     with run.clock.of("rollout"):
-        paths = trajectories(run, prompts, cond, iteration, members, peek, Kept(), room, head, range(len(prompts)))
+        paths = trajectories(run, prompts, cond, iteration, members, peek, Columns(), room, head, range(len(prompts)))
     finite.check_trajectories(paths, prompts)
     value = head.value(paths.features[:, k], paths.tree.t[:, k])
     trusted = run.scouting is not None or bool(run.values.trusted(iteration)[k])
@@ -125,8 +125,8 @@ def rolled_out(
     """The trajectories of the starting noises with these numbers, by `plan` (None: the run's), and their scores."""
     c, clock = run.config, run.clock
     drawn = [plan or planning.plan_for(c, run.times, planning.position_of(c, iteration, p.id)) for p in prompts]
-    keep = Kept() if plan is not None else planning.read(c, drawn)
-    keep = Kept.all(drawn[0].steps) if whole else keep
+    keep = Columns() if plan is not None else planning.read(c, drawn)
+    keep = Columns.all(drawn[0].steps) if whole else keep
     head = run.values.head if run.values is not None and plan is None else None
     times = {float(each.t[0, k]) for each in drawn for k in each.stochastic}
     reuse = Reuse(run.policy, times) if c.reuse and plan is None else None
@@ -202,7 +202,7 @@ def trajectories(
     iteration: int,
     members: Int[Tensor, "P starts"],
     plans: Sequence[Plan],
-    keep: Kept,
+    keep: Columns,
     room: Room,
     head: Head | None,
     rows: Sequence[int],

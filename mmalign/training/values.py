@@ -31,7 +31,7 @@ from mmalign.runs import adapters, optimizer_state, state as states
 from mmalign.seeds import seed_of
 from mmalign.types import Judgement, Rows, Trajectories, Tree
 
-KEPT = 0.9  # of the running sums of explained variance, per iteration
+MEMORY = 0.9  # of the running sums of explained variance, per iteration
 LEAST = 1e-3  # of s^2, in units of the reward's variance within groups
 BATCH = 24  # groups of states of an optimiser step: siblings at one step
 HIDDEN = 0.3  # share of the features, and of the hidden layer, that is hidden in a fit
@@ -178,7 +178,7 @@ class Values:
         for k in range(len(self.total)):
             rows = ~values[:, k].isnan()
             for sums, off in ((self.left, target[rows] - values[rows, k]), (self.total, target[rows])):
-                sums[k] = KEPT * sums[k] + off.double().square().sum()
+                sums[k] = MEMORY * sums[k] + off.double().square().sum()
 
     def _learn(
         self, tree: Tree, features: Float[Tensor, "N T F"], target: Float[Tensor, "N"], iteration: int

@@ -61,7 +61,7 @@ def examine(
         _repeats(scorer, first, images, prompts),
         _neighbours(scorer, first, images, prompts),
         *_junk(scorer, first, images, prompts),
-        *_own_prompt(scorer, first, images, prompts),
+        *_prefers_its_prompt(scorer, first, images, prompts),
         *_chosen(choices),
     ]
 
@@ -152,7 +152,7 @@ def text_image(text: str, height: int, width: int) -> Images:
     return from_pil([picture])
 
 
-def _own_prompt(scorer: RewardModel, first: Scores, images: Images, prompts: Sequence[Prompt]) -> list[Check]:
+def _prefers_its_prompt(scorer: RewardModel, first: Scores, images: Images, prompts: Sequence[Prompt]) -> list[Check]:
     others = [
         next((p for p in prompts[i + 1 :] + prompts[:i] if p.text != prompts[i].text), None) for i in range(len(images))
     ]

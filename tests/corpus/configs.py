@@ -176,7 +176,7 @@ def _rewards(c, r, may, mostly, files) -> None:
 
 def _settings(c) -> None:
     named = {name.partition(".")[0] for name in (*c["rewards"], *c.get("at_least", {}), *c.get("watch", []))}
-    c["scorers"] = {name: own for name, own in SCORERS.items() if name in named}
+    c["scorers"] = {name: settings for name, settings in SCORERS.items() if name in named}
 
 
 def _objective(c, r, may, mostly, files) -> None:

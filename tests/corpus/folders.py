@@ -58,7 +58,7 @@ def order(folder: Path, name: str) -> None:
     for path in settings_of(folder):
         value = json.loads(path.read_text())
         key = name.split()[0]
-        for place in (value, *(own for own in value.values() if isinstance(own, dict))):
+        for place in (value, *(member for member in value.values() if isinstance(member, dict))):
             place[key] = CODE[name]
         path.write_text(json.dumps(value))
 
@@ -109,11 +109,11 @@ def mutations(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
     members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, own in members:
+    for key, member in members:
         if isinstance(value, list) and key > 2:
             break
         yield (*path, key)
-        yield from _paths(own, (*path, key))
+        yield from _paths(member, (*path, key))
 
 
 def _changed(value: Any, path: tuple, other: Any, removed: bool = False) -> Any:

@@ -37,7 +37,7 @@ def png(
         bits = (samples.reshape(height, -1, 1) >> np.arange(depth - 1, -1, -1)) & 1
         rows = np.packbits(bits.reshape(height, -1).astype(np.uint8), axis=1)
     data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    more = b"".join(chunk(name, own) for name, own in before)
+    more = b"".join(chunk(name, content) for name, content in before)
     return header(width, height, depth, kind) + more + chunk(b"IDAT", data) + after + chunk(b"IEND", b"")
 
 

@@ -9,7 +9,7 @@ from tiny_scorers import settings
 from reward_models import load
 from reward_models.registry import SCORERS
 
-OWN = """
+MODULE = """
 from reward_models import Card
 
 
@@ -31,7 +31,7 @@ def refuses():
 
 @pytest.fixture
 def my_module(tmp_path, monkeypatch):
-    (tmp_path / "own_scorers.py").write_text(OWN)
+    (tmp_path / "own_scorers.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("MMALIGN_ALLOW", "own_scorers, no_such_module")
 

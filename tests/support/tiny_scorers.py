@@ -242,7 +242,7 @@ def grounded(folder: Path) -> dict:
 REPLY = '{"reason": "so it is", "score": 0.5, "regions": [{"box": [0, 0, 20, 10], "score": -0.25, "label": "1 it"}]}'
 
 
-SAID = {  # the reply of a model that knows only one
+REPLIES = {  # the reply of a model that knows only one
     "places": REPLY,
     "rational": '{"faithfulness": {"score": 3}, "quality": {"score": 2}, "text": 4, "refined_request": "a better one"}',
     "checklist": '{"verdicts": [{"id": 1, "answer": true, "box": [0, 0, 20, 10]}]}',
@@ -310,7 +310,7 @@ BUILDERS = {
     "fitted": fitted,
     "geneval": geneval,
     "grounded": grounded,
-    **{name: partial(parrot, reply=reply) for name, reply in SAID.items()},
+    **{name: partial(parrot, reply=reply) for name, reply in REPLIES.items()},
     "vlm_yes_no": vqa,
     "voted": lambda folder: {"of": "jpeg_size"},
     "zoomed": lambda folder: {"of": "clip"},
