@@ -16,7 +16,7 @@ from mmalign.errors import NonFinite
 from mmalign.objectives.objective import TrainBatch
 from mmalign.rewards.judge import stop_if_failing, unscored
 from mmalign.rewards.rewards import shares
-from mmalign.training import extending, finite, selecting, step_rewards, values
+from mmalign.training import extending, finite, records, selecting, step_rewards, values
 from mmalign.training.metrics import deviations, graph_metrics, level, metrics, scout_metrics
 from mmalign.training.rollout import Rollout, judged, sample_and_score
 from mmalign.training.session import Session
@@ -38,7 +38,7 @@ def iterate(run: Session, iteration: int, show: Show | None = None) -> Row:
     prompts = run.ranks.local(run.prompts(iteration))
     try:
         with learner.acting():
-            batch, row = (from_records if run.records else from_rollout)(run, prompts, iteration, show)
+            batch, row = (records.batch if run.records else partial(from_rollout, show=show))(run, prompts, iteration)
     except NonFinite as error:
         learner.skips.leave_out(iteration, error)
         batch, row = None, {"reward": float("nan"), "rewards": 0}
@@ -85,14 +85,3 @@ def sample_and_judge(
     rollout = sample_and_score(run, prompts, iteration, whole=run.config.extend is not None)
     rollout, judgement, extended = extending.extend(run, rollout, judged(run, rollout, iteration), iteration)
     return replace(rollout, images=None), judgement, extended
-
-
-def from_records(run: Session, prompts: list[Prompt], iteration: int, show: Show | None) -> tuple[TrainBatch, Row]:
-    """Train on judged images of these prompts; nothing is sampled."""
-    c, policy = run.config, run.policy
-    with run.clock.of("learn"):
-        images = run.records.finished(policy, prompts, c.region_grid or policy.latent_shape[1:])
-        cond = policy.encode([p.text for p in prompts])
-        batch = c.objective.of_images(run, prompts, cond, images, iteration)
-    reward = run.ranks.gather(images.reward, "rewards")
-    return batch, {"reward": float(reward.mean()), "images": len(reward), "rewards": 0}

@@ -98,12 +98,12 @@ class Plan:
         return (self.noise[: self.trained] > 0).any(0).nonzero()[:, 0].tolist()
 
     @cached_property
-    def cost(self) -> tuple[int, int, int]:
-        """Of one start: network evaluations, finished images, distinct stochastic steps to train on."""
+    def cost(self) -> tuple[int, int, int, int]:
+        """Of one start: forwards, finished images, distinct stochastic steps to train on, states they start from."""
         moving = [self.state[self.t[:, k] > 0, k].unique().numel() for k in range(self.steps)]
         rows, cols = (self.noise[: self.trained] > 0).nonzero(as_tuple=True)
-        trained = torch.stack([cols, self.state[rows, cols + 1]], 1).unique(dim=0)
-        return sum(moving), self.routes, len(trained)
+        trained, starts = (torch.stack([cols, self.state[rows, cols + k]], 1).unique(dim=0) for k in (1, 0))
+        return sum(moving), self.routes, len(trained), len(starts)
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,11 @@ class Rows:
         """The record on a device."""
         return type(self)(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
 
+    @property
+    def forward(self) -> Int[Tensor, "M"]:
+        """Rows with the same number share a forward of the network: those of one `node`, where there are nodes."""
+        return vars(self).get("node", torch.arange(len(self)))
+
 
 @dataclass(frozen=True)
 class Marks(Rows):
@@ -230,8 +235,9 @@ class Marks(Rows):
 class Transitions(Rows):
     """Steps to train on, one a row: state, next state, the old mean it was drawn around, times, advantage, weight.
 
-    `index [M]` is the row of the prompt in the conditioning; `step [M]` the column in the plan; `off [M]` whether
-    another text was drawn under (None: nowhere); `v` the rollout's velocities in their graph, if they were kept.
+    `index [M]` is the row of the prompt in the conditioning; `step [M]` the column in the plan; `node [M]` numbers the
+    states; `off [M]` is whether another text was drawn under (None: nowhere); `v` are the rollout's velocities in their
+    graph, if they were kept.
     """
 
     x: Latents
@@ -244,5 +250,6 @@ class Transitions(Rows):
     weight: Float[Tensor, "M"]
     index: Int[Tensor, "M"]
     step: Int[Tensor, "M"]
+    node: Int[Tensor, "M"]
     off: Bool[Tensor, "M"] | None = None
     v: Latents | None = None

@@ -4,7 +4,7 @@ Counts are those of `metrics.jsonl` and equal the run's; where they cannot, `bou
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import astuple
 
 from mmalign import errors
@@ -19,6 +19,7 @@ from mmalign.rewards import self_reward
 from mmalign.run import in_between
 from mmalign.training import planning
 from mmalign.training.planning import Cost
+from mmalign.types import Plan
 from reward_models import Prompt
 
 COUNTS = ("forwards", "replay_forwards", "transitions", "decodes", "rewards")  # the fields of a Cost in metrics.jsonl
@@ -58,7 +59,7 @@ def estimate(c: Config, gpus: int = 1) -> dict:
         "plan": planning.describe(c, whole),
         "size": [*policy.image_size],
         "latent": [*policy.latent_shape],
-        "bounds": bounds(c),
+        "bounds": bounds(c, plans.values()),
         "iteration": geometry(whole, c.prompts_per_iteration, siblings, steps),
         "ranks": [geometry(cost, n, siblings, steps) for cost, n in zip(ranks, shares(c, gpus), strict=True)],
         "run": {name: sum(rank[name] for rank in totals) for name in COUNTS} | {"iterations": c.iterations},
@@ -110,9 +111,12 @@ def total(costs: Mapping[int, Cost], groups: Mapping[int, int]) -> dict[str, int
     return {name: sum(n * counts(costs[position])[name] for position, n in groups.items()) for name in COUNTS}
 
 
-def bounds(c: Config) -> list[str]:
+def bounds(c: Config, plans: Collection[Plan]) -> list[str]:
     """Where a run may take less than the estimate, and why."""
     fewer = [part.fewer for part in c.objective.summands if part.fewer]
+    shared = any(part.states(p, c.seeds) < part.rows(p, c.seeds) for part in c.objective.summands for p in plans)
+    if shared and not c.reuse and (c.minibatches > 1 or c.select):
+        fewer.append("replay_forwards: fewer where the steps of a minibatch share a forward")
     extends = ["all counts: fewer where `extend` draws less than it may"] if c.extend else []
     learns = c.credit is not None and c.credit.learner is not None
     extends += ["forwards: fewer where `credit` has no outcome of an image to learn from"] if learns else []

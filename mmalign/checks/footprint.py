@@ -51,13 +51,13 @@ def memory(
     trained_routes, routes = (max(values) for values in zip(*((p.trained, p.routes) for p in plans), strict=True))
     read = planning.read(c, plans)
     learnt = {part: prompts * max(planning.rows_of(c, p, part) for p in plans) for part in c.objective.summands}
-    rows = sum(learnt.values())
+    replayed = prompts * sum(max(planning.forwards_of(c, p, part) for p in plans) for part in c.objective.summands)
     held = starts * (trained_routes * (len(read.states) + len(read.means)) + routes)
     held += sum(part.stored(c.epochs * c.minibatches) * count for part, count in learnt.items())
     scouts = 0 if c.scouts is None else prompts * c.scouts.starts(c.seeds)
     held = max(held, scouts)
 
-    micro = rows if c.reuse else min(c.micro_batch, ceil(rows / c.minibatches)) * c.objective.width
+    micro = replayed if c.reuse else min(c.micro_batch, ceil(replayed / c.minibatches)) * c.objective.width
     drawn = meta.peak(policy, learn=False)
     policy.save_memory(gradients=c.gradient_checkpointing)
     learnt_row = meta.peak(policy, learn=True) + (drawn if c.measures_kl else 0)

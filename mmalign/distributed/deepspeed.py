@@ -75,8 +75,8 @@ class ZeroOptimizer(Optimizer):
         with self.ranks.collective("the norm of the gradient"):
             return float(self.engine.optimizer.scaled_global_norm())
 
-    def padded(self, rows: int) -> int:
-        return rows
+    def padded(self, forwards: int) -> int:
+        return forwards
 
     def all_gather_object(self, value: Any, what: str) -> list[Any]:
         return self.ranks.all_gather_object(value, what)

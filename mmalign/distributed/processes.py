@@ -142,10 +142,10 @@ class Ranks:
         """Whether the network is sharded (FSDP), so that all ranks must take part in every forward."""
         return self.size > 1 and getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
-    def padded(self, rows: int) -> int:
-        """The number of rows that a rank with `rows` must replay: padded to the largest rank's number when the network
-        is sharded."""
-        return max(self.all_gather_object(rows, "the shares of a minibatch")) if self.sharded else rows
+    def padded(self, forwards: int) -> int:
+        """The number of forwards that a rank must take which needs so many: padded to the largest rank's number when
+        the network is sharded."""
+        return max(self.all_gather_object(forwards, "the shares of a minibatch")) if self.sharded else forwards
 
     def shard(self, network: nn.Module) -> None:
         """Shard the frozen weights across the ranks, block by block (FSDP2). The adapter stays complete on each: it

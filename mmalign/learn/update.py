@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import Parameter
 
-from mmalign.flow.sample import chunks
+from mmalign.flow.sample import by_state, distinct
 from mmalign.types import Rows
 
 Bounded = Callable[[Callable[[int], Any]], Any]  # calls work(rows) with as many rows as memory allows
@@ -21,13 +21,13 @@ Replay = Callable[[Any], tuple[Float[Tensor, "M"], dict[str, Float[Tensor, "M"]]
 class Peers(Protocol):
     """The other data-parallel ranks, which hold the rest of the batch. `add_gradients` sums the gradients of all ranks
     and reports whether there are any; `clip` bounds the norm of the sum and returns what it was; `padded` is how many
-    rows this rank must replay, because a sharded network needs as many on every rank."""
+    forwards this rank must take, because a sharded network needs as many on every rank."""
 
     def add_gradients(self, parameters: Sequence[Parameter]) -> bool: ...
 
     def clip(self, parameters: Sequence[Parameter], bound: float) -> Any: ...
 
-    def padded(self, rows: int) -> int: ...
+    def padded(self, forwards: int) -> int: ...
 
     def all_gather_object(self, value: Any, what: str) -> list[Any]: ...
 
@@ -41,8 +41,8 @@ class Alone:
     def clip(self, parameters: Sequence[Parameter], bound: float) -> Any:
         return torch.nn.utils.clip_grad_norm_(parameters, bound)
 
-    def padded(self, rows: int) -> int:
-        return rows
+    def padded(self, forwards: int) -> int:
+        return forwards
 
     def all_gather_object(self, value: Any, what: str) -> list[Any]:
         return [value]
@@ -69,11 +69,11 @@ def update(
 ) -> dict[str, float]:
     """Replay `batch`, rows with a `step` each, for `epochs` shuffled passes, each in `minibatches` optimiser steps.
 
-    The loss is the mean of `replay`'s over a minibatch. `micro_batch` bounds the rows of one forward and changes
-    nothing else. Rows that are not `needed`, because their gradient is zero, cost no forward but count in the mean.
-    Order, minibatches and means are those of the global batch: `local [B]` marks its rows on this rank (None: all), and
-    `peers` hold the rest. Where `may_step(rows, their losses, gradient's norm)` is false nothing is stepped. Returns
-    means over all rows replayed, `name/k` over those whose `step` is k; `grad_norm` is before clipping.
+    The loss is the mean of `replay`'s over a minibatch. Rows that share a forward are replayed together; how many
+    forwards `micro_batch` allows at once changes nothing. Rows that are not `needed`, because their gradient is zero,
+    cost no forward but count in the mean. Order, minibatches and means are those of the global batch: `local [B]` marks
+    its rows on this rank (None: all), and `peers` hold the rest. Where `may_step(rows, their losses, gradient's norm)`
+    is false nothing is stepped. Returns means over the rows (`name/k`: of step k); `grad_norm` is before clipping.
     """
     local = torch.ones_like(batch.step, dtype=torch.bool) if local is None else local
     row_of = local.cumsum(0) - 1  # from a row of the global batch to its row in `batch`
@@ -82,8 +82,10 @@ def update(
         part = part.to(local.device)
         rows = row_of[part[local[part]]]
         rows = rows if needed is None else rows[needed[rows]]
-        padding = rows.new_zeros(peers.padded(len(rows)) - len(rows))
-        statistics = micro_batch(partial(_gradients, optimizer, batch, rows, padding, len(part), replay))
+        same, first = distinct(batch.forward.to(rows.device)[rows])
+        earliest, order = first[same].sort(stable=True)  # rows stay in order, but for those that share a forward
+        rows, padding = rows[order], peers.padded(len(first)) - len(first)
+        statistics = micro_batch(partial(_gradients, optimizer, batch, rows, earliest, padding, len(part), replay))
         for name, value, k in statistics:
             means.add(name, value, k)
         if peers.add_gradients(parameters):
@@ -123,16 +125,17 @@ class _Means:
 
 
 def _gradients(
-    optimizer: torch.optim.Optimizer, batch: Any, rows: Int[Tensor, "A"], padding: Int[Tensor, "I"], total: int,
-    replay: Replay, size: int,
+    optimizer: torch.optim.Optimizer, batch: Any, rows: Int[Tensor, "A"], forward: Int[Tensor, "A"], padding: int,
+    total: int, replay: Replay, size: int,
 ) -> list[tuple[str, float, int]]:  # fmt: skip
-    """Leave the gradient of these `rows` of a minibatch of `total`, `size` at once; statistics as (name, value, step).
-    The rows of `padding` are replayed as well and count for nothing."""
+    """Leave the gradient of these `rows` of a minibatch of `total`, `size` forwards at once; statistics as (name,
+    value, step). `padding` rows are replayed as well, in a forward each, and count for nothing."""
     statistics = []
     optimizer.zero_grad()
-    replayed = torch.cat([rows, padding])
-    for part in chunks(len(replayed), size):
-        micro, counted = batch[replayed[part]], max(0, len(rows) - part.start)
+    replayed = torch.cat([rows, rows.new_zeros(padding)])
+    forward = torch.cat([forward, len(rows) + torch.arange(padding, device=rows.device)])
+    for _, part, _ in by_state(forward, size):
+        micro, counted = batch[replayed[part]], int((part < len(rows)).sum())
         losses, columns = replay(micro)
         (losses[:counted].sum() / total).backward()
         steps = micro.step[:counted].tolist()

@@ -37,6 +37,9 @@ class Grpo(Objective):
     def rows(self, plan: Plan, seeds: int) -> int:
         return seeds * plan.cost[2]
 
+    def states(self, plan: Plan, seeds: int) -> int:
+        return seeds * plan.cost[3]
+
     def reads(self, plan: Plan) -> Columns:
         return Columns.around(plan.stochastic)
 

@@ -122,6 +122,10 @@ class Objective:
         """How many rows the images or steps of one prompt give, at most."""
         raise NotImplementedError
 
+    def states(self, plan: Plan, seeds: int) -> int:
+        """How many forwards the rows of one prompt share in a replay of them all, at most."""
+        return self.rows(plan, seeds)
+
     def check(self, c: Any) -> None:
         """ValueError, in one line, where other settings of a config do not suit it."""
 

@@ -49,6 +49,7 @@ def transitions(
         weight=std / mean(std) if weighting == "noise" else torch.ones_like(std),
         index=tree.prompt[rows],
         step=cols,
+        node=distinct(torch.stack([tree.prompt[rows], cols, tree.node[rows, cols]], 1))[0],
         off=None if paths.off is None else paths.off[rows],
         v=None if forwards is None else forwards.of(paths.features[rows, cols, 0]),
     ).to(paths.x.device)
@@ -92,5 +93,8 @@ class Surrogate:
         return loss, statistics | {"loss": loss.detach()}
 
     def _step(self, batch: Transitions, v: Latents | None = None) -> tuple[Tensor, Tensor]:
-        v = self.policy.velocity(batch.x, batch.t, self.cond, batch.index).float() if v is None else v
+        if v is None:
+            _, place, count = batch.node.unique_consecutive(return_inverse=True, return_counts=True)
+            first = count.cumsum(0) - count
+            v = self.policy.velocity(batch.x[first], batch.t[first], self.cond, batch.index[first]).float()[place]
         return self.kernel.step(batch.x, v, batch.t, batch.s, batch.noise, self.t_max)

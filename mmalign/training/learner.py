@@ -24,7 +24,7 @@ from mmalign.training.microbatch import AdaptiveBatch
 @dataclass(frozen=True)
 class Learner:
     """Steps the adapter of `policy`, on all ranks. `ema` is the averaged adapter by name, `old` that of the policy
-    which draws the images, where it lags behind; `micro_batch` the rows of one forward and backward, `skips` the
+    which draws the images, where it lags behind; `micro_batch` the forwards taken at once, `skips` the
     optimiser steps left out."""
 
     config: Config

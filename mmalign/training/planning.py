@@ -90,9 +90,10 @@ def cost_of(c: Config, plan: Plan, guided: bool) -> Cost:
     before, replay, rows, in_graph = forwards * halves + scoring, 0, 0, 0
     for part in c.objective.summands:
         learnt = c.prompts_per_iteration * rows_of(c, plan, part) + extra
+        shared = c.prompts_per_iteration * forwards_of(c, plan, part) + extra
         masked = c.mask.forwards if c.mask is not None and "mask" in part.uses else 0
         before += learnt * (part.prepared(c.epochs * c.minibatches) * halves + masked)
-        replay += 0 if c.reuse else learnt * part.replayed(part.measures(c)) * c.epochs * halves
+        replay += 0 if c.reuse else shared * part.replayed(part.measures(c)) * c.epochs * halves
         in_graph += learnt * part.decoded * c.epochs
         rows += learnt
     return Cost(before, replay, rows, images + in_graph, rewards + in_graph * len(c.trained))
@@ -103,6 +104,12 @@ def rows_of(c: Config, plan: Plan, part: Objective) -> int:
     starts of one route."""
     rows = part.rows(plan, c.seeds)
     return rows if c.select is None else min(rows, part.rows(plans.alone(plan), c.select.keep))
+
+
+def forwards_of(c: Config, plan: Plan, part: Objective) -> int:
+    """The forwards that the rows of one prompt share, at most: all may do so where one minibatch has them."""
+    rows = rows_of(c, plan, part)
+    return rows if c.minibatches > 1 else min(rows, part.states(plan, c.seeds))
 
 
 def extended(c: Config, plan: Plan) -> tuple[int, int, int, int]:

@@ -35,7 +35,7 @@ def test_dense_costs_ten_and_forty_five_forwards():
     state already has. The last step is deterministic, so the state before it is completed by the trajectory itself."""
     flow, t = GaussianFlow(), GaussianFlow().times(10)
     plan = plans.complete(plans.sde(t, KERNEL), range(10))
-    assert plan.cost == (55, 10, 9)
+    assert plan.cost == (55, 10, 9, 9)
     paths = rollout(plan, 24, flow=flow)
     assert flow.counts["forwards"] == 1320
     assert len(paths.finals) == 240
@@ -57,10 +57,10 @@ def test_cost_of_capped_completions(length, forwards):
 def test_branch_costs_and_images_in_closed_form():
     t, children = GaussianFlow().times(10), 6
     plan = plans.branch(t, KERNEL, range(9), children)
-    assert plan.cost == (children * 45 + 9, children * 9, children * 9)
-    assert [4 * n for n in plan.cost] == [1116, 216, 216]
+    assert plan.cost == (children * 45 + 9, children * 9, children * 9, 9)
+    assert [4 * n for n in plan.cost] == [1116, 216, 216, 36]
     valued = plans.complete(plan, range(9))  # the trunk's own image stands for all its states
-    assert valued.cost == (children * 45 + 10, children * 9 + 1, children * 9)
+    assert valued.cost == (children * 45 + 10, children * 9 + 1, children * 9, 9)
 
 
 def test_completing_from_noise_is_plain_ode_sampling():
@@ -168,7 +168,7 @@ def test_a_trees_cost_and_leaves_in_closed_form(steps, children):
     plan = plans.tree(t, KERNEL, steps, children)
     forwards = sum(children ** sum(k < step for k in steps) for step in range(8))
     edges = sum(children**level for level in range(1, len(steps) + 1))
-    assert plan.cost == (forwards, children ** len(steps), edges)
+    assert plan.cost == (forwards, children ** len(steps), edges, edges // children)
     paths = rollout(plan, 2, flow=flow)
     assert flow.counts["forwards"] == 2 * forwards
     assert len(paths.finals) == len(paths.finals.flatten(1).unique(dim=0)) == 2 * children ** len(steps)

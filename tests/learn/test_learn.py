@@ -271,6 +271,31 @@ def test_micro_batches_and_dead_rows_change_nothing():
     assert results[0].abs().max() > 0
 
 
+def test_steps_from_one_state_share_its_forward():
+    """Three children each of two states of a start: eight forwards instead of 24, the same gradient and statistics, in
+    micro-batches that do not fit the states, of a shuffled half too."""
+    flow, starts = GaussianFlow(), 4
+    paths = rollout(flow, plans.branch(flow.times(5), KERNEL, [0, 1], 3), starts)
+    batch = transitions(paths, torch.randn(len(paths.x), 5, 1, 1, generator=torch.Generator().manual_seed(0)))
+    replay = Surrogate(flow, flow.encode(["0.0"]), paths.kernel, paths.t_max, CLIPPED)
+    results = []
+    for rows in (batch, replace(batch, node=torch.arange(len(batch)))):
+        for minibatches in (1, 2):
+            before, generator = flow.counts["forwards"], torch.Generator().manual_seed(0)
+            settings = SETTINGS | {"micro_batch": AdaptiveBatch(3), "minibatches": minibatches}
+            optimizer = torch.optim.SGD(flow.parameters(), 0.0)
+            statistics = update(flow.parameters(), optimizer, rows, replay, generator=generator, **settings)
+            gradient = torch.cat([p.grad.flatten() for p in flow.parameters()])
+            results.append((gradient, statistics, flow.counts["forwards"] - before))
+    once, halves, apart, halves_apart = results
+    assert (once[2], apart[2], halves_apart[2]) == (2 * starts, 6 * starts, 6 * starts)
+    assert 2 * starts < halves[2] <= 2 * 2 * starts
+    for one, other in ((once, apart), (halves, halves_apart)):
+        assert torch.allclose(one[0], other[0], rtol=1e-5, atol=1e-9)
+        assert one[0].abs().max() > 0
+        assert one[1] == pytest.approx(other[1], rel=1e-5, abs=1e-7)
+
+
 def test_constant_reward_learns_nothing():
     flow = GaussianFlow()
     paths = rollout(flow, plans.sde(flow.times(5), KERNEL), 6)
