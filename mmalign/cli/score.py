@@ -17,7 +17,8 @@ from mmalign.runs.outputs import check_file
 Source = Annotated[
     Path,
     typer.Argument(
-        help="folder of pictures, a table (JSONL, JSON, CSV, TSV, Parquet) of image and prompt, a tar or folder of tars"
+        help="folder of pictures, a table (JSONL, JSON, CSV, TSV, Parquet) of image and prompt, a tar or folder of "
+        "tars, a dataset (hf:NAME:SPLIT)"
     ),
 ]
 Out = Annotated[Path, output_option(help="JSONL, CSV or Parquet; rows already there are not scored again")]
@@ -59,7 +60,7 @@ def score(
 
     check_file(page, "--html", gallery.ours)
     source = Path(paths.locate(str(source)))
-    stream = stream or bool(streams.tars_of(source))
+    stream = stream or streams.only(source)
     if stream and page is not None:
         raise BadInput("--html shows all images at once; it does not go with a stream")
     scorers = partial(load_scorers, rewards, settings, cache)

@@ -46,7 +46,7 @@ from reward_models.tools.score_files import (
     record_of,
     score_blocks,
 )
-from reward_models.tools.streams import Place, Stream, of_files, of_items
+from reward_models.tools.streams import Place, Stream, of_items, of_source
 from reward_models.types import RewardModel
 
 SETTINGS, LOCK = "settings.json", "lock"
@@ -463,7 +463,7 @@ def score_stream(
     shown: Callable[[int], None] = lambda images: None,
     processes: Processes = ALONE,
 ) -> ScoredStream:
-    """Score the images of a stream (`streams.of_files`) into the file `out` (JSONL, CSV or Parquet), a row for each
+    """Score the images of a stream (`streams.of_source`) into the file `out` (JSONL, CSV or Parquet), a row for each
     image, in order. The settings are those of `score_files`; `shown` gets the number of images scored so far. In memory
     are a few batches of images, whatever the length of the stream; with a scorer that compares the images of a prompt,
     which must come one after another, also a number for each prompt. An interrupted command continues in seconds, with
@@ -477,7 +477,7 @@ def score_stream(
         raise ValueError(f"--out {out}: a name that ends in {', '.join(OUTPUTS)} is needed")
     if out.exists():
         raise ValueError(f"--out {out} is there already; choose another name or remove it")
-    stream = of_files(source, prompt if prompt is None else worded(prompt, "--prompt"))
+    stream = of_source(source, prompt if prompt is None else worded(prompt, "--prompt"))
     if count := stream.others:
         warn(f"left out of {source}: {count} files of other kinds")
     scorers = scorers() if callable(scorers) else scorers

@@ -1,4 +1,5 @@
-"""Images to score that are read one after another, and never held together: tars in the form of WebDataset, and tables.
+"""Images to score that are read one after another, and never held together: tars in the form of WebDataset, tables, and
+datasets of Hugging Face.
 
 A `Place` is a position in a source from which reading can begin, so that an interrupted command need not read what came
 before. A tar is read member by member: regular members only, bounded in size, and their names open no files.
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from reward_models import files, images, limits, pairs, pictures, tables
+from reward_models import files, hub, images, limits, pairs, pictures, tables
 from reward_models.prompt import Prompt
 from reward_models.tools.picture_files import COLUMNS, PICTURES, Item
 
@@ -82,6 +83,16 @@ def tars_of(source: Path) -> list[Path]:
     return [source] if source.suffix.lower() == ".tar" else []
 
 
+def only(source: str | Path) -> bool:
+    """Whether a source is read as a stream without being asked to: tars, and the split of a dataset (`hf:...`)."""
+    return str(source).startswith("hf:") or bool(tars_of(Path(source)))
+
+
+def of_source(source: str | Path, prompt: str | None = None) -> Stream:
+    """The stream of files (`of_files`) or of `hf:NAME[/CONFIG]:SPLIT` (`of_dataset`). ValueError for any other."""
+    return of_dataset(str(source), prompt) if str(source).startswith("hf:") else of_files(Path(source), prompt)
+
+
 def of_files(source: Path, prompt: str | None = None) -> Stream:
     """The stream of a tar, a folder of tars, a table, or a folder of tables in Parquet. `prompt` is used for all images
     that have none. ValueError, in one line, for any other source; rows are checked when they are read."""
@@ -107,6 +118,44 @@ def of_files(source: Path, prompt: str | None = None) -> Stream:
             raise ValueError(f"{path}: {error.strerror or error}") from None
 
     return Stream(parts, samples, [[path.name, size] for path, size in zip(parts, sizes, strict=True)], others)
+
+
+def of_dataset(source: str, prompt: str | None = None) -> Stream:
+    """The stream of a dataset's split, file by file, fetched as it is read. A row has `image` with the picture's bytes,
+    as the type `Image` of `datasets` stores them; files that it names are opened for a folder on this disk alone.
+    ValueError, in one line, for a dataset that cannot be loaded."""
+    named = hub.NAMED.fullmatch(source)
+    if named is None or named["column"]:
+        raise ValueError(f"{source}: a dataset is named hf:NAME:SPLIT or hf:NAME/CONFIG:SPLIT")
+    folder = Path(files.home(named["name"])).absolute()
+    here = folder.is_dir()
+    try:
+        shards = hub.shards(str(folder) if here else named["name"], named["split"])
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{source}: {' '.join(str(error).split())}") from None
+
+    def samples(shard: Any, place: Place) -> Iterator[Sample]:
+        file = f"{source}, file {place.file + 1}"
+        try:
+            for number, cells in hub.rows_of(shard, place.at):
+                where = f"{file}, row {number + 1}"
+                item = _row(folder / "rows", where, cells, prompt) if here else _fetched(source, where, cells, prompt)
+                yield Sample(Place(place.file, number + 1, number + 1), partial(_prompt_of, item), partial(_same, item))
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if text.startswith(source) else f"{file}: {text}") from None
+
+    return Stream(shards, samples, [[source, number] for number in range(len(shards))])
+
+
+def _fetched(source: str, where: str, cells: tables.Row, prompt: str | None) -> Item:
+    """A row from elsewhere, whose names open no files here."""
+    words = pictures.prompt_of(images.unopened(cells), prompt, where, COLUMNS)
+    cell = cells.get("image")
+    if isinstance(cell, bytes) or (isinstance(cell, dict) and "bytes" in cell):
+        stored = pictures.of_cell(cell, "image", Path(source), where)
+        return Item(stored.name, stored.path, words, stored.data)
+    return Item(f"image of {where.rpartition(', ')[2]}", Path(source), words, b"", "no bytes of a picture in `image`")
 
 
 # ---------------------------------------------------------------------------------------------------------------- tars

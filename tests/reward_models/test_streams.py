@@ -392,3 +392,86 @@ def test_without_locks_blocks_are_dealt_by_number(tmp_path, monkeypatch):
     monkeypatch.setattr(score_parts.fcntl, "lockf", none)
     taken = [[n for n in range(6) if Parts(tmp_path, 0, Processes(rank, 3), 8).take(n)] for rank in range(3)]
     assert taken == [[0, 3], [1, 4], [2, 5]]
+
+
+# ------------------------------------------------------------------------------------------------------------ datasets
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """Two files of three rows, as `datasets` stores pictures."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(2):
+        rows = [{"image": {"bytes": picture(i), "path": f"{i}.png"}, "prompt": f"p{i}", "tag": "x"}
+                for i in range(3 * number, 3 * number + 3)]  # fmt: skip
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"train-{number:05d}-of-00002.parquet")
+    return folder
+
+
+def of_split(source: str, place: Place = BEGIN) -> list[picture_files.Item]:
+    return [sample.item() for sample in streams.of_source(source).samples(place)]
+
+
+def test_the_rows_of_a_dataset_from_any_place(dataset):
+    source = f"hf:{dataset}:train"
+    every = of_split(source)
+    assert [(item.name, item.prompt.text, item.prompt.wants, item.data) for item in every] == [
+        (f"{i}.png", f"p{i}", {"tag": "x"}, picture(i)) for i in range(6)
+    ]
+    places = [sample.after for sample in streams.of_source(source).samples(BEGIN)]
+    assert places[2:4] == [Place(0, 3, 3), Place(1, 1, 1)]
+    for done, place in enumerate(places, 1):
+        assert of_split(source, place) == every[done:]
+
+
+def test_a_dataset_that_was_saved_is_a_stream_too(dataset, tmp_path):
+    import datasets
+
+    datasets.load_dataset(str(dataset), split="train").save_to_disk(tmp_path / "saved")
+    assert [item.data for item in of_split(f"hf:{tmp_path / 'saved'}:train")] == [picture(i) for i in range(6)]
+
+
+def test_scores_of_a_dataset_are_those_of_its_tables_even_if_it_is_stopped(dataset, tmp_path):
+    source = f"hf:{dataset}:train"
+    with pytest.raises(KeyboardInterrupt):
+        score_stream(source, {"level": Level(calls=2)}, tmp_path / "some.jsonl", batch=2)
+    rest = Level()
+    assert score_stream(source, {"level": rest}, tmp_path / "some.jsonl", batch=2).scored == 2
+    score_stream(dataset, {"level": Level()}, tmp_path / "tables.jsonl", batch=2)
+    some, tables = ((tmp_path / name).read_text() for name in ("some.jsonl", "tables.jsonl"))
+    assert some == tables
+    assert [json.loads(line)["prompt"] for line in some.splitlines()] == [f"p{i}" for i in range(6)]
+
+
+def test_rows_from_elsewhere_name_no_files_here(dataset):
+    local = dataset / "secret.png"
+    local.write_bytes(picture(9))
+    for cell in (str(local), {"path": str(local)}, 7):
+        item = streams._fetched("hf:a/b:train", "hf:a/b:train, file 1, row 1", {"image": cell, "prompt": "p"}, None)
+        assert (item.data, item.prompt.text) == (b"", "p")
+        assert item.reason == "no bytes of a picture in `image`"
+    row = {"image": picture(1), "prompt": "p", "reference": str(local)}
+    assert streams._fetched("hf:a/b:train", "hf:a/b:train, file 1, row 1", row, None).prompt.wants["reference"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hf:{}", "hf:NAME:SPLIT"),
+        ("hf:{}:train:prompt", "hf:NAME:SPLIT"),
+        ("hf:{}:other", "other"),
+        ("hf:a/b:train", "a/b"),
+    ],
+)
+def test_a_dataset_that_cannot_be_read_is_one_line(dataset, name, words):
+    with pytest.raises(ValueError, match=words) as error:
+        of_split(name.format(dataset))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_of_a_dataset_that_is_damaged_is_named(dataset):
+    damaged = dataset / "train-00001-of-00002.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    with pytest.raises(ValueError, match=f"hf:{dataset}:train"):
+        of_split(f"hf:{dataset}:train")
