@@ -63,7 +63,7 @@ def config(random_model, prompt_files, tmp_path):
         (["kernel.noise=-1"], "kernel: noise: Input should be greater than 0"),
         (["kernel.noise=psi.json"], "kernel: noise: Input should be a valid number"),
         (["kernel={type: scheduled, noise: psi.json}"], "psi.json is not a file written by `mmalign calibrate`"),
-        (["max_forwards=3"], "the thinnest plan takes 14 forwards and 4 rewards an iteration, allowed are 3 and any"),
+        (["max_forwards=3"], "the thinnest plan takes 12 forwards and 4 rewards an iteration, allowed are 3 and any"),
         (["cooldown=3"], "exceed iterations 2"),
         (["prompts=nowhere.jsonl"], "prompts nowhere.jsonl: No such file or directory"),
         (["prompts=/dev/null"], "prompts /dev/null: not a regular file"),
