@@ -14,9 +14,14 @@ the end, and what was reached then is kept, so that training can continue:
     python scripts/build_tiny_model.py --world things --steps 1000000           # until it is killed
     python scripts/build_tiny_model.py --world things --look 100                # steps so far, scores, pictures
     python scripts/build_tiny_model.py --world things --steps 25000 --cool 5000 # 20,000 were done: cool and write
+
+Processes of one thread share a step of the flow, and are faster on a CPU than threads; the other stages must be done:
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 scripts/build_tiny_model.py --world things
 """
 
 import copy
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +35,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from tiny_worlds import MAX_TOKENS, WORLDS, World, build_pictures, console, new_tokenizer, progress, world_of
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -45,6 +50,7 @@ WIDTH, PATCH = 192, 2  # of the transformer
 MUON, ADAMW = 0.02, 2e-3  # learning rates
 GUIDANCE = 1.0, 3.0  # none and some
 SAMPLER = 10  # steps of the samples that are scored
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 
 # ------------------------------------------------------------------------------------------------ resumable loop
 
@@ -78,13 +84,15 @@ def train(
             if done % 50 == 0:
                 note = f"loss {float(loss):.4f}  {(time.monotonic() - began) / (done - first):.3f} s/step"
                 bar.update(task, completed=done, note=note)
-                if not console.is_terminal and done % 250 == 0:
+                if RANK == 0 and not console.is_terminal and done % 250 == 0:
                     console.print(f"{name} {done}/{steps} {note}")
-            if done % save_every == 0 or done == steps:
+            if RANK == 0 and (done % save_every == 0 or done == steps):
                 torch.save(
                     {"done": done} | {key: value.state_dict() for key, value in state.items()}, path.with_suffix(".new")
                 )
                 path.with_suffix(".new").replace(path)
+    if PROCESSES > 1:
+        distributed.barrier()  # what is saved last is complete
 
 
 def cooled(step: int, steps: int, share: float = 0.35, warmup: int = 100) -> float:
@@ -119,6 +127,12 @@ class Halved:
         if self.module is not self.model:
             for mine, weight in zip(self.module.parameters(), self.model.parameters(), strict=True):
                 weight.grad = None if mine.grad is None else mine.grad.float()
+        if PROCESSES > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            joined = torch.cat([g.flatten() for g in gradients])
+            distributed.all_reduce(joined)
+            for gradient, mean in zip(gradients, (joined / PROCESSES).split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
 
 
@@ -294,7 +308,7 @@ def build_flow(
         token = torch.where(torch.rand(batch, 1, generator=g) < 0.1, empty, token)
         t = torch.sigmoid(0.8 + 1.2 * torch.randn(batch, generator=g))
         noise = torch.randn(x0.shape, generator=g)
-        x0, token, t, noise = (a.to(device) for a in (x0, token, t, noise))
+        x0, token, t, noise = (a[RANK::PROCESSES].to(device) for a in (x0, token, t, noise))
         at = t[:, None, None, None]
         fast.begin()
         with fast.attention():
@@ -493,6 +507,8 @@ def main(
     world = world_of(name)
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if PROCESSES > 1:
+        distributed.init_process_group("gloo")
     work = work or Path("runs") / f"build_{world.model}"
     work.mkdir(parents=True, exist_ok=True)
     images, vae_steps, steps = images or world.pictures, vae_steps or world.vae_steps, steps or world.steps
@@ -514,6 +530,8 @@ def main(
         return
     ids = tokenizer([p.text for p in world.training()], padding="max_length", return_tensors="pt").input_ids[captions]
     flow = build_flow(world, latents, ids, tokenizer, work, steps, cool, batch, device, compiled)
+    if RANK:
+        return
     folder = out / world.model
     new_pipeline(vae, flow, tokenizer).save_pretrained(folder)
     arguments = (
