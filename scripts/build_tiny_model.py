@@ -129,9 +129,9 @@ class Halved:
                 weight.grad = None if mine.grad is None else mine.grad.float()
         if PROCESSES > 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            joined = torch.cat([g.flatten() for g in gradients])
+            joined = torch.cat([g.flatten() for g in gradients]) / PROCESSES
             distributed.all_reduce(joined)
-            for gradient, mean in zip(gradients, (joined / PROCESSES).split([g.numel() for g in gradients]), strict=True):
+            for gradient, mean in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
 
