@@ -34,7 +34,18 @@ import typer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
-from tiny_worlds import MAX_TOKENS, WORLDS, World, build_pictures, console, new_tokenizer, progress, world_of
+from tiny_worlds import (
+    MAX_TOKENS,
+    WORLDS,
+    World,
+    build_names,
+    build_pictures,
+    console,
+    kinds_of,
+    new_tokenizer,
+    progress,
+    world_of,
+)
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -257,12 +268,15 @@ def new_transformer(world: World) -> SD3Transformer2DModel:
 
 
 class TinyFlow(nn.Module):
-    """Token ids and noised latents -> velocity: what the pipeline computes, in one module for the optimiser."""
+    """Token ids and noised latents -> velocity: what the pipeline computes, in one module for the optimiser. The
+    `heads` that name things are for training alone."""
 
     def __init__(self, world: World, tokenizer: CLIPTokenizer):
         super().__init__()
         self.text_encoders = nn.ModuleList(new_text_encoder(tokenizer) for _ in range(2))
         self.transformer = new_transformer(world)
+        if world.named:
+            self.heads = nn.ModuleList(nn.Linear(WIDTH, len(kinds)) for kinds in kinds_of(world))
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         texts = [encoder(ids, output_hidden_states=True) for encoder in self.text_encoders]
@@ -279,6 +293,7 @@ def build_flow(
     world: World,
     latents: Float[Tensor, "n C h w"],
     ids: Int[Tensor, "n L"],
+    names: Int[Tensor, "n 3 c c"] | None,
     tokenizer: CLIPTokenizer,
     work: Path,
     steps: int,
@@ -288,7 +303,9 @@ def build_flow(
     compiled: bool,
 ) -> TinyFlow:
     """Flow matching with a velocity target; Muon on the blocks' matrices, AdamW on the rest, both cooled to zero over
-    the last `cool` steps. Returns the average of the weights."""
+    the last `cool` steps. With `names` the image tokens in the middle of the network also learn to name what their
+    place in the finished picture shows, as those of REPA (arXiv 2410.06940) learn the features of another model.
+    Returns the average of the weights."""
     torch.manual_seed(2)
     flow = TinyFlow(world, tokenizer).to(device)
     average, fast = copy.deepcopy(flow), Halved(flow, world.half)
@@ -300,6 +317,16 @@ def build_flow(
     adamw = torch.optim.AdamW(rest, lr=ADAMW, betas=(0.9, 0.98), weight_decay=0.0)
     forward = torch.compile(fast.module) if compiled else fast.module
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids
+    middle: list[Tensor] = []
+    if names is not None:
+        block = fast.module.transformer.transformer_blocks[world.layers // 2 - 1]
+        block.register_forward_hook(lambda module, arguments, output: middle.append(output[1]))
+
+    def naming(index: Int[Tensor, "B"]) -> Float[Tensor, ""]:
+        """The cross-entropy of the names of these pictures' cells, summed over noun, colour and style."""
+        tokens, target = middle.pop(), names[index].flatten(2).unbind(1)
+        scores = [head(tokens).float().transpose(1, 2) for head in fast.module.heads]
+        return sum(F.cross_entropy(each, right.to(device)) for each, right in zip(scores, target, strict=True))
 
     def step_fn(step: int) -> Tensor:
         g = torch.Generator().manual_seed(20_000_000 + step)
@@ -314,7 +341,8 @@ def build_flow(
         with fast.attention():
             velocity = forward(((1 - at) * x0 + at * noise).to(fast.dtype), t, token)
             loss = F.mse_loss(velocity.float(), noise - x0)
-            fast.backward(loss)
+            named = 0.0 if names is None else world.named * naming(index[RANK::PROCESSES])
+            fast.backward(loss + named)
         factor = min(1.0, (step + 1) / 100, (steps - step) / max(cool, 1))
         muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = MUON * factor, ADAMW * factor
         muon.step()
@@ -529,7 +557,8 @@ def main(
         look(world, new_pipeline(vae, flow, tokenizer), work, looked, SAMPLER)
         return
     ids = tokenizer([p.text for p in world.training()], padding="max_length", return_tensors="pt").input_ids[captions]
-    flow = build_flow(world, latents, ids, tokenizer, work, steps, cool, batch, device, compiled)
+    names = build_names(world, pictures, work, world.side // CELL // PATCH) if world.named else None
+    flow = build_flow(world, latents, ids, names, tokenizer, work, steps, cool, batch, device, compiled)
     if RANK:
         return
     folder = out / world.model

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import typer
 from build_prompts import OF_SHAPES
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy.lib.format import open_memmap
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -69,6 +69,7 @@ class World:
     half: bool  # whether to train in bfloat16 from weights in float32
     decay: float  # of the matrices that Muon trains, which keeps them from growing in long runs
     average: float  # decay of the average of the flow's weights, a step
+    named: float  # weight of the loss by which the middle of the flow learns to name what is in each cell
     steps: int
     batch: int
     clip_steps: int
@@ -122,6 +123,7 @@ SHAPES = World(
     half=False,
     decay=0.0,
     average=0.0,
+    named=0.0,
     steps=2_200,
     batch=192,
     clip_steps=300,
@@ -149,6 +151,7 @@ THINGS = World(
     half=True,
     decay=0.01,
     average=0.999,
+    named=0.1,
     steps=30_000,
     batch=128,
     clip_steps=1_500,
@@ -196,6 +199,35 @@ def build_pictures(world: World, work: Path, images: int) -> tuple[UInt8[Tensor,
         pictures.flush()
         np.save(indices, captions)
     return torch.from_numpy(np.load(path, mmap_mode="c")), torch.from_numpy(np.load(indices))
+
+
+def build_names(world: World, pictures: UInt8[Tensor, "n 3 S S"], work: Path, cells: int) -> Int[Tensor, "n 3 c c"]:
+    """What the verifier sees in each of `cells` x `cells` cells of the pictures: its noun, its colour and its style, by
+    number, 0 where there is nothing. A cell belongs to the object whose box has its middle."""
+    path = work / f"names-{len(pictures)}.npy"
+    if not path.exists():
+        noun, colour, style = ({kind: number for number, kind in enumerate(kinds)} for kinds in kinds_of(world))
+        names = np.zeros((len(pictures), 3, cells, cells), np.uint8)
+        middles = (np.arange(cells) + 0.5) * world.side / cells
+        with progress() as bar:
+            task = bar.add_task("naming", total=len(pictures), note="")
+            for start in range(0, len(pictures), CHUNK):
+                images = pictures[start : start + CHUNK].numpy().astype(np.float32) / 255
+                for name, blobs in zip(names[start : start + CHUNK], world.find(images), strict=True):
+                    for blob in blobs:
+                        left, top, right, bottom = blob.box
+                        rows, columns = (middles >= top) & (middles < bottom), (middles >= left) & (middles < right)
+                        numbers = noun.get(blob.name, 0), colour.get(blob.colour, 0), style.get(blob.style, 0)
+                        name[:, rows[:, None] & columns] = np.array(numbers, np.uint8)[:, None]
+                bar.advance(task, len(images))
+        np.save(path, names)
+    return torch.from_numpy(np.load(path)).long()
+
+
+def kinds_of(world: World) -> tuple[list[str], list[str], list[str]]:
+    """The nouns, colours and styles of a world, after an empty one."""
+    colours, styles = (world.classes.attributes.get(name, ()) for name in ("color", "style"))
+    return ["", *world.classes.kinds], ["", *colours], ["", *styles]
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer

@@ -6,7 +6,17 @@ import build_tiny_model as build
 import pytest
 import tiny_worlds
 import torch
-from tiny_worlds import MAX_TOKENS, SHAPES, THINGS, WORLDS, build_pictures, draw_chunk, new_tokenizer
+from tiny_worlds import (
+    MAX_TOKENS,
+    SHAPES,
+    THINGS,
+    WORLDS,
+    build_names,
+    build_pictures,
+    draw_chunk,
+    kinds_of,
+    new_tokenizer,
+)
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -14,6 +24,7 @@ from mmalign import policy as policies
 from mmalign.config.paths import locate
 from mmalign.evaluation import generate
 from reward_models import load
+from reward_models.things_world import NATURAL
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +88,21 @@ def test_pictures_are_right_and_of_training_captions(world, tmp_path):
     assert torch.equal(torch.from_numpy(draw_chunk(world.name, 0, 4)[0]), pictures)
 
 
+def test_the_names_of_cells_are_what_the_caption_says(tmp_path):
+    pictures, captions = build_pictures(THINGS, tmp_path, 8)
+    names = build_names(THINGS, pictures, tmp_path, 8)
+    for name, caption in zip(names, captions.tolist(), strict=True):
+        nouns, colours, styles = (
+            {kinds[number] for number in numbers.unique().tolist()}
+            for kinds, numbers in zip(kinds_of(THINGS), name, strict=True)
+        )
+        wanted = THINGS.training()[caption].wants["include"]
+        assert nouns == {"", *(item["class"] for item in wanted)}
+        assert colours == {"", *(item.get("color", NATURAL) for item in wanted)}
+        assert all(item.get("style", style) == style for item in wanted for style in styles - {""})
+        assert ((name > 0).all(0) == (name > 0).any(0)).all()
+
+
 @pytest.mark.parametrize("world", [THINGS, pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["things", "shapes"])
 def test_a_small_build_is_a_pipeline(world, tmp_path, monkeypatch, capsys):
     """All stages, minutely: a stock pipeline comes out, it draws something, and its card has its scores."""
@@ -99,10 +125,11 @@ def test_training_continues_at_the_flat_rate_after_it_was_cooled(tmp_path):
     world = replace(THINGS, layers=1)
     tokenizer, latents = new_tokenizer(world), torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     ids = tokenizer([p.text for p in world.training()[:8]], padding="max_length", return_tensors="pt").input_ids
+    names = torch.randint(3, (8, 3, 8, 8), generator=torch.Generator().manual_seed(1))
 
     def flow(place, steps, cool):
         (tmp_path / place).mkdir(exist_ok=True)
-        build.build_flow(world, latents, ids, tokenizer, tmp_path / place, steps, cool, 4, "cpu", compiled=False)
+        build.build_flow(world, latents, ids, names, tokenizer, tmp_path / place, steps, cool, 4, "cpu", False)
         return torch.load(tmp_path / place / (f"flow-{steps}.pt" if cool else "flow.pt"), weights_only=True)
 
     assert flow("cut", 2, 0)["done"] == 2
