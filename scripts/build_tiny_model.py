@@ -14,6 +14,7 @@ the end, and what was reached then is kept, so that training can continue:
     python scripts/build_tiny_model.py --world things --steps 1000000           # until it is killed
     python scripts/build_tiny_model.py --world things --look 100                # steps so far, scores, pictures
     python scripts/build_tiny_model.py --world things --steps 25000 --cool 5000 # 20,000 were done: cool and write
+    python scripts/build_tiny_model.py --world things --begin assets/tiny_things # from what was written before
 
 Processes of one thread share a step of the flow, and are faster on a CPU than threads; the other stages must be done:
 
@@ -60,6 +61,7 @@ CELL, CHANNELS = 4, 4  # px of a latent, and its channels
 WIDTH, PATCH = 192, 2  # of the transformer
 MUON, ADAMW = 0.02, 2e-3  # learning rates
 GUIDANCE = 1.0, 3.0  # none and some
+TEXT_ENCODERS = "text_encoder", "text_encoder_2"
 SAMPLER = 10  # steps of the samples that are scored
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 
@@ -278,6 +280,14 @@ class TinyFlow(nn.Module):
         if world.named:
             self.heads = nn.ModuleList(nn.Linear(WIDTH, len(kinds)) for kinds in kinds_of(world))
 
+    def begin(self, folder: Path) -> None:
+        """Take over the weights of a pipeline."""
+        encoders = (CLIPTextModelWithProjection.from_pretrained(folder / name) for name in TEXT_ENCODERS)
+        transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer")
+        parts = zip((self.transformer, *self.text_encoders), (transformer, *encoders), strict=True)
+        for mine, part in parts:
+            mine.load_state_dict(part.state_dict())
+
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         texts = [encoder(ids, output_hidden_states=True) for encoder in self.text_encoders]
         return self.transformer(
@@ -295,6 +305,7 @@ def build_flow(
     ids: Int[Tensor, "n L"],
     names: Int[Tensor, "n 3 c c"] | None,
     tokenizer: CLIPTokenizer,
+    begin: Path | None,
     work: Path,
     steps: int,
     cool: int,
@@ -305,9 +316,11 @@ def build_flow(
     """Flow matching with a velocity target; Muon on the blocks' matrices, AdamW on the rest, both cooled to zero over
     the last `cool` steps. With `names` the image tokens in the middle of the network also learn to name what their
     place in the finished picture shows, as those of REPA (arXiv 2410.06940) learn the features of another model.
-    Returns the average of the weights."""
+    `begin` is a pipeline whose weights are the first. Returns the average of the weights."""
     torch.manual_seed(2)
     flow = TinyFlow(world, tokenizer).to(device)
+    if begin:
+        flow.begin(begin)
     average, fast = copy.deepcopy(flow), Halved(flow, world.half)
     matrices, rest = [], []
     for name, p in flow.named_parameters():
@@ -459,8 +472,8 @@ end after ten tokens.
 
 {pictures:,} pictures drawn from {training:,} training captions; VAE {vae_steps:,} steps of 32 pictures, L1 loss with
 noise on the latents; flow matching {steps:,} steps of {batch}, Muon on the matrices of the blocks and AdamW on the
-rest, linear cool-down over the last {cool:,} steps. The result depends only on the arguments, the number of threads and
-the torch build (here {torch}).
+rest, linear cool-down over the last {cool:,} steps. {before}The result depends only on the arguments, the number of
+threads and the torch build (here {torch}).
 
 ## Scores
 
@@ -523,6 +536,7 @@ def main(
         int | None, typer.Option(help="last steps, over which the rate falls to zero; by default 35 %")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="pictures per flow-matching step")] = None,
+    begin: Annotated[Path | None, typer.Option(help="a pipeline to continue from: its VAE, and its flow")] = None,
     compiled: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile the flow; 1.3x faster on CPU; by default shapes'"),
@@ -539,12 +553,16 @@ def main(
         distributed.init_process_group("gloo")
     work = work or Path("runs") / f"build_{world.model}"
     work.mkdir(parents=True, exist_ok=True)
-    images, vae_steps, steps = images or world.pictures, vae_steps or world.vae_steps, steps or world.steps
+    images, vae_steps = images or world.pictures, vae_steps or world.vae_steps
+    steps = world.steps if steps is None else steps
     cool, batch = round(0.35 * steps) if cool is None else cool, batch or world.batch
     compiled = not world.half if compiled is None else compiled  # its code for bfloat16 on CPU does not compile
     checkpoint = latest(work) if looked else None
     pictures, captions = build_pictures(world, work, images)
-    vae = build_vae(world, pictures, work, vae_steps, device)
+    if begin:
+        vae = AutoencoderKL.from_pretrained(begin / "vae", torch_dtype=torch.float32).to(device)
+    else:
+        vae = build_vae(world, pictures, work, vae_steps, device)
     latents = build_latents(vae, pictures, work, device)
     tokenizer = new_tokenizer(world)
     if checkpoint:
@@ -558,7 +576,7 @@ def main(
         return
     ids = tokenizer([p.text for p in world.training()], padding="max_length", return_tensors="pt").input_ids[captions]
     names = build_names(world, pictures, work, world.side // CELL // PATCH) if world.named else None
-    flow = build_flow(world, latents, ids, names, tokenizer, work, steps, cool, batch, device, compiled)
+    flow = build_flow(world, latents, ids, names, tokenizer, begin, work, steps, cool, batch, device, compiled)
     if RANK:
         return
     folder = out / world.model
@@ -566,8 +584,9 @@ def main(
     arguments = (
         f"--world {name} --images {images} --vae-steps {vae_steps} --steps {steps} --cool {cool} --batch {batch}"
     )
-    settings = dict(vae_steps=vae_steps, steps=steps, cool=cool, batch=batch, pictures=len(pictures))
-    command = f"python scripts/build_tiny_model.py {arguments}"
+    before = "" if begin is None else "It began from the weights of an earlier build, and has its VAE. "
+    settings = dict(vae_steps=vae_steps, steps=steps, cool=cool, batch=batch, pictures=len(pictures), before=before)
+    command = f"python scripts/build_tiny_model.py {arguments}" + (f" --begin {begin}" if begin else "")
     files.write(folder / "README.md", card(world, folder, scored, command=command, **settings))
     console.print(f"written: {folder}")
 

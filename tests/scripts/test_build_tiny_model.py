@@ -118,6 +118,13 @@ def test_a_small_build_is_a_pipeline(world, tmp_path, monkeypatch, capsys):
     build.main(tmp_path, tmp_path / "work", world.name, images=4, vae_steps=1, looked=2)
     assert "flow-2.pt:2steps" in "".join(capsys.readouterr().out.split())  # lines are wrapped
     assert (tmp_path / "work/look-1.0.png").exists()
+    build.main(
+        tmp_path / "on", tmp_path / "work-on", world.name, begin=tmp_path / world.model, **settings | {"steps": 0}
+    )
+    folders = [tmp_path / world.model, tmp_path / "on" / world.model]
+    weights = [file.relative_to(folders[0]) for file in folders[0].rglob("*.safetensors")]
+    assert len(weights) == 4
+    assert all(len({(folder / name).read_bytes() for folder in folders}) == 1 for name in weights)
 
 
 def test_training_continues_at_the_flat_rate_after_it_was_cooled(tmp_path):
@@ -129,7 +136,7 @@ def test_training_continues_at_the_flat_rate_after_it_was_cooled(tmp_path):
 
     def flow(place, steps, cool):
         (tmp_path / place).mkdir(exist_ok=True)
-        build.build_flow(world, latents, ids, names, tokenizer, tmp_path / place, steps, cool, 4, "cpu", False)
+        build.build_flow(world, latents, ids, names, tokenizer, None, tmp_path / place, steps, cool, 4, "cpu", False)
         return torch.load(tmp_path / place / (f"flow-{steps}.pt" if cool else "flow.pt"), weights_only=True)
 
     assert flow("cut", 2, 0)["done"] == 2
