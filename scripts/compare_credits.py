@@ -8,7 +8,8 @@
 Every run has the adapter of configs/tiny_branch.yaml; METHODS has what differs, and TRIALS the other settings that each
 was tried with. `tune` trains trial k with one seed and evaluates it on the validation captions; `run` takes the trial
 that ended highest there, and evaluates on the test captions. The number of iterations is what fits the processor time,
-measured on the first of the run's own iterations; loading and evaluations do not count.
+measured on the first of the run's own iterations; loading and evaluations do not count. With `--world things` all is
+done on the other embedded world; give it another `--out`.
 """
 
 import json
@@ -21,11 +22,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from tiny_worlds import SHAPES, WORLDS, World, world_of
 
 from mmalign import policy as policies, train as trainer
 from mmalign.config import load as configs
-from mmalign.config.paths import locate
-from mmalign.data import prompts as prompt_files
 from mmalign.evaluation.comparison import cluster_means, over_runs
 from mmalign.evaluation.evaluate import Evaluation, evaluate
 from mmalign.training import setup
@@ -132,13 +132,22 @@ TUNING = {  # where something else matters more than the rate
     ),
 }
 POINTS = 4  # evaluations, without the first
-SHOWN = ("shapes.partial", "clip.cosine")
+Named = Annotated[str, typer.Option("--world", help=" or ".join(WORLDS))]
 Out = Annotated[Path, typer.Option(help="folder of the results")]
 app = typer.Typer(add_completion=False)
 
 
 def name_of(method: str, number: int | str) -> str:
     return f"{method.replace(', ', '-').replace(' ', '_')}-{number}.json"
+
+
+def words_of(world: World, method: str, trial: str) -> list[str]:
+    """The overrides of a method on a world: those of shapes with its names."""
+    reward = json.dumps({f"{world.name}.strict": 0.5, f"{world.name}.partial": 0.5}, separators=(",", ":"))
+    clip = json.dumps({"clip": {"model": world.clip}}, separators=(",", ":"))
+    place = f"model=assets/{world.model} prompts=assets/prompts/{world.prompts}train.jsonl scorers={clip}"
+    words = f"{METHODS[method]} {trial}".replace(SHAPES.name, world.name)
+    return [*place.split(), f"rewards={reward}", *words.split()]
 
 
 def iterations_for(c, seconds: float) -> int:
@@ -151,7 +160,9 @@ def iterations_for(c, seconds: float) -> int:
     return max(POINTS + 3, round(3 * seconds / (time.process_time() - start)))
 
 
-def measured(config: str, overrides: Sequence[str], seconds: float, prompts: Sequence[Prompt]) -> dict:
+def measured(
+    config: str, overrides: Sequence[str], seconds: float, prompts: Sequence[Prompt], world: World = SHAPES
+) -> dict:
     """Train for `seconds` of processor time; the scores of `prompts` before and after (two seeds), and
     at the POINTS between (one seed)."""
     policies.quiet()
@@ -163,7 +174,8 @@ def measured(config: str, overrides: Sequence[str], seconds: float, prompts: Seq
     spent, curve, work = 0.0, [], []
     with run.policy.reference():
         before = scores(run, prompts, 2)
-    curve.append((0.0, mean(before)))
+    strict = f"{world.name}.strict"
+    curve.append((0.0, before.means()[strict]))
     for i in range(count):
         start = time.process_time()
         row = trainer.iterate(run, i)
@@ -171,15 +183,15 @@ def measured(config: str, overrides: Sequence[str], seconds: float, prompts: Seq
         work.append((row["forwards"], row["replay_forwards"], row["decodes"]))
         if i + 1 < count and (i + 1) * POINTS // count > i * POINTS // count:
             with run.learner.averaged():
-                curve.append((spent, mean(scores(run, prompts, 1))))
+                curve.append((spent, scores(run, prompts, 1).means()[strict]))
     with run.learner.averaged():
         after = scores(run, prompts, 2)
-    curve.append((spent, mean(after)))
+    curve.append((spent, after.means()[strict]))
     return {
         "overrides": [*overrides], "iterations": count, "seconds": [t for t, _ in curve],
         "strict": [score for _, score in curve], "work": np.mean(work, 0).tolist(), "before": of(before),
         "after": of(after), "diversity": [one.means()["diversity"] for one in (before, after)],
-        "validated": mean(after),
+        "validated": after.means()[strict],
     }  # fmt: skip
 
 
@@ -187,16 +199,8 @@ def scores(run: Session, prompts: Sequence[Prompt], seeds: int) -> Evaluation:
     return evaluate(run.policy, prompts, seeds, run.config.eval_steps, run.rewards.scorers, 256)
 
 
-def mean(result: Evaluation) -> float:
-    return result.means()["shapes.strict"]
-
-
 def of(result: Evaluation) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in result.parts.items()}
-
-
-def captions(kind: str) -> list[Prompt]:
-    return prompt_files.read(locate(f"assets/prompts/{kind}.jsonl"))
 
 
 def write(path: Path, row: Mapping) -> None:
@@ -209,10 +213,13 @@ def read(path: Path) -> dict:
 
 
 @app.command()
-def tune(method: str, trial: int, seconds: float = 60.0, out: Out = Path("runs/compare")) -> None:
+def tune(
+    method: str, trial: int, seconds: float = 60.0, out: Out = Path("runs/compare"), name: Named = SHAPES.name
+) -> None:
     """Train one trial of a method, with one seed, and evaluate it on the validation captions."""
-    words = [*METHODS[method].split(), *TUNING.get(method, TRIALS)[trial].split(), "seed=100"]
-    row = measured(BASE, words, seconds, captions("validation"))
+    world = world_of(name)
+    words = [*words_of(world, method, TUNING.get(method, TRIALS)[trial]), "seed=100"]
+    row = measured(BASE, words, seconds, world.held_out("validation"), world)
     write(out / "tune" / name_of(method, trial), row | {"trial": TUNING.get(method, TRIALS)[trial]})
     print(f"{method}, {TUNING.get(method, TRIALS)[trial] or 'unchanged'}: {row['validated']:.3f}")
 
@@ -224,10 +231,13 @@ def chosen(method: str, out: Path) -> str:
 
 
 @app.command()
-def run(method: str, seed: int, seconds: float = 60.0, out: Out = Path("runs/compare")) -> None:
+def run(
+    method: str, seed: int, seconds: float = 60.0, out: Out = Path("runs/compare"), name: Named = SHAPES.name
+) -> None:
     """Train one method and evaluate it on the test captions."""
-    words = [*METHODS[method].split(), *chosen(method, out).split(), f"seed={seed}"]
-    row = measured(BASE, words, seconds, captions("test"))
+    world = world_of(name)
+    words = [*words_of(world, method, chosen(method, out)), f"seed={seed}"]
+    row = measured(BASE, words, seconds, world.held_out("test"), world)
     write(out / name_of(method, seed), row)
     print(f"{method}, seed {seed}: {row['validated']:.3f} after {row['iterations']} iterations")
 
@@ -236,12 +246,15 @@ def run(method: str, seed: int, seconds: float = 60.0, out: Out = Path("runs/com
 def table(
     out: Out = Path("runs/compare"), figure: Path = Path("docs/figures/credits.png"),
     goal: Annotated[float, typer.Option(help="strict score that methods are timed to reach")] = 0.65,
+    name: Named = SHAPES.name,
 ) -> None:  # fmt: skip
     """Print the table (Markdown) and draw the curves."""
-    report(out, METHODS, goal, captions("test"), figure)
+    report(out, METHODS, goal, world_of(name).held_out("test"), figure, world_of(name))
 
 
-def report(out: Path, methods: Iterable[str], goal: float, prompts: Sequence[Prompt], figure: Path) -> None:
+def report(
+    out: Path, methods: Iterable[str], goal: float, prompts: Sequence[Prompt], figure: Path, world: World = SHAPES
+) -> None:
     """The table and the curves of the finished runs, with the time at which each method's mean reached `goal`."""
     rows = {m: [read(path) for path in sorted(out.glob(name_of(m, "[0-9]")))] for m in methods}
     rows = {m: runs for m, runs in rows.items() if runs}
@@ -250,20 +263,21 @@ def report(out: Path, methods: Iterable[str], goal: float, prompts: Sequence[Pro
     curves = {m: np.array([np.interp(grid, r["seconds"], r["strict"]) for r in runs]) for m, runs in rows.items()}
     cluster = clusters(p.text for p in prompts for _ in range(2))
     headings = ("method", "trial", "seeds", "iterations", "forwards, replayed, images", "strict", "rise, 95 %")
-    headings = (*headings, *SHOWN, "diversity", f"{goal:g} at")
+    strict, *shown = f"{world.name}.strict", f"{world.name}.partial", "clip.cosine"
+    headings = (*headings, *shown, "diversity", f"{goal:g} at")
     print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for m, runs in rows.items():
-        print(f"| {' | '.join(cells(m, runs, curves[m], grid, goal, cluster, chosen(m, out)))} |")
+        print(f"| {' | '.join(cells(m, runs, curves[m], grid, goal, cluster, chosen(m, out), strict, shown))} |")
     before = next(iter(rows.values()))[0]
     first = {name: float(np.nanmean(values)) for name, values in before["before"].items()}
-    print("\nbefore: " + ", ".join(f"{name} {first[name]:.3f}" for name in ("shapes.strict", *SHOWN)), end="")
+    print("\nbefore: " + ", ".join(f"{name} {first[name]:.3f}" for name in (strict, *shown)), end="")
     print(f", diversity {before['diversity'][0]:.3f}")
     draw(grid, curves, goal, figure)
 
 
 def cells(
     method: str, runs: Sequence[dict], curves: np.ndarray, grid: np.ndarray, goal: float, cluster: torch.Tensor,
-    trial: str,
+    trial: str, strict: str, shown: Sequence[str],
 ) -> list[str]:  # fmt: skip
     """A row of the table."""
 
@@ -273,14 +287,14 @@ def cells(
         ]
         return torch.stack(sides[1]) - torch.stack(sides[0])
 
-    rise, past = over_runs(rises("shapes.strict")), grid[curves.mean(0) >= goal]
+    rise, past = over_runs(rises(strict)), grid[curves.mean(0) >= goal]
     work = np.mean([row["work"] for row in runs], 0)
-    ends = [np.nanmean(row["after"]["shapes.strict"]) for row in runs]
+    ends = [np.nanmean(row["after"][strict]) for row in runs]
     return [
         method, trial or "unchanged", str(len(runs)), f"{np.mean([row['iterations'] for row in runs]):.0f}",
         f"{work[0]:.0f}, {work[1]:.0f}, {work[2]:.0f}", f"{np.mean(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})",
         f"{rise.rise:+.3f} ({rise.low:+.3f} to {rise.high:+.3f})",
-        *(f"{np.mean([np.nanmean(row['after'][name]) for row in runs]):.3f}" for name in SHOWN),
+        *(f"{np.mean([np.nanmean(row['after'][name]) for row in runs]):.3f}" for name in shown),
         f"{np.mean([row['diversity'][1] for row in runs]):.3f}", f"{past[0]:.0f} s" if len(past) else "not",
     ]  # fmt: skip
 

@@ -29,7 +29,8 @@ from reward_models.weights import check_on_grey_image, fingerprint, named
 
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
-TINY = shipped.folder("reward_models") / "assets" / "tiny_clip"
+EMBEDDED = "tiny_clip", "tiny_things_clip"  # of the embedded worlds of shapes and of things
+TINY = shipped.folder("reward_models") / "assets" / EMBEDDED[0]
 
 
 def _known(model: str, pretrained: str | None) -> str:
@@ -148,22 +149,24 @@ class Clip:
 
 
 def clip(model: str | None = None, pretrained: str | None = None, device: str = "cpu", batch: int = 64) -> Clip:
-    """The scorer `clip`. `model` is a folder in open_clip's `local-dir` layout or the name of one of its models, which
-    also needs `pretrained`, a tag or a file of weights. The default is the embedded tiny model. ValueError if the model
-    cannot be loaded."""
+    """The scorer `clip`. `model` is a folder in open_clip's `local-dir` layout, the name of one of its models, which
+    also needs `pretrained`, a tag or a file of weights, or that of an embedded one (`EMBEDDED`, by default the first).
+    ValueError if the model cannot be loaded."""
     import open_clip
 
-    if model is None and not TINY.is_dir():
-        raise ValueError(f"clip: the embedded model is not at {TINY}; build it with scripts/build_tiny_clip.py")
-    name = _known(str(model or TINY), pretrained)
+    model = EMBEDDED[0] if model is None else model
+    ours = TINY.parent / model if model in EMBEDDED and not Path(model).is_dir() else None
+    if ours and not ours.is_dir():
+        raise ValueError(f"clip: the embedded model is not at {ours}; build it with scripts/build_tiny_clip.py")
+    name = _known(str(ours or model), pretrained)
     with loading("clip", name):
         # the tag, not the model's name, determines the activation that its weights were trained with
         quick = bool(pretrained and open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
         loaded, tokenizer = opened(name, pretrained, force_quick_gelu=quick)
         card = Card(
             "clip",
-            model=" ".join(named(name) for name in (model or str(TINY), pretrained) if name),
-            licence="the model's own" if model else "Apache-2.0",
+            model=" ".join(named(name) for name in (model, pretrained) if name),
+            licence="Apache-2.0" if ours else "the model's own",
             low=-1,
             high=1,
             size=described(loaded),
