@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +41,12 @@ METHODS = {  # objective and credit -> config and settings
     "awm": (QUICK, ["objective=awm"]),
     "grpo, terminal": (BRANCH, [*ON_STEPS, "credit=terminal"]),
 }
+BESIDE = {  # what is compared with the network at its best batch
+    "`configs/quickstart.yaml`": (QUICK, []),
+    "`configs/tiny_branch.yaml`": (BRANCH, []),
+    '"grpo, gain" of the table above': METHODS["grpo, gain"],
+}
+BATCHES = (32, 64, 128, 256)
 GROWTH = {  # what grows -> its values, and the setting of a value
     "images": ((16, 32, 64), lambda images: [f"prompts_per_iteration={images // 8}"]),
     "steps": ((2, 4, 8), lambda steps: [f"steps={steps}"]),
@@ -48,6 +54,11 @@ GROWTH = {  # what grows -> its values, and the setting of a value
 STARTS = {  # what is started -> arguments of python
     "`import torch, diffusers`": ["-c", "import torch, diffusers"],
     "the class of one pipeline": ["-c", "import torch; from diffusers import StableDiffusion3Pipeline"],
+    "the same without bitsandbytes and torchao": [
+        "-c",
+        "import sys; sys.modules.update(bitsandbytes=None, torchao=None)\n"
+        "import torch; from diffusers import StableDiffusion3Pipeline",
+    ],
     "`mmalign estimate`": ["-m", "mmalign", "estimate", QUICK],
     "`mmalign score`, 24 pictures, `shapes`": [
         "-m", "mmalign", "score", "assets/pictures", "--rewards", "shapes", "--out", "{folder}/scores.jsonl",
@@ -150,14 +161,13 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [headings, ["---"] * len(headings), *rows])
 
 
-def ratios(iterations: int, sizes: Sequence[int], methods: Sequence[str]) -> str:
+def ratios(what: str, iterations: int, sizes: Sequence[int], cases: Mapping[str, tuple[str, list[str]]]) -> str:
     rows = []
-    for name in methods:
-        config, overrides = METHODS[name]
+    for name, (config, overrides) in cases.items():
         figures = measure(opened(config, overrides), iterations, sizes)
         counts = [f"{figures[key]:.0f}" for key in ("forwards", "replay_forwards", "decodes")]
         rows.append([name, spread(figures["ratio"]), spread(figures["seconds"]), *counts])
-    return table(["objective, credit", "ratio", "seconds", "forwards", "replayed", "images"], rows)
+    return table([what, "ratio", "seconds", "forwards", "replayed", "images"], rows)
 
 
 def growth(iterations: int) -> str:
@@ -181,14 +191,14 @@ def starts(repeats: int, names: Sequence[str]) -> str:
     return table(["command", "seconds"], rows)
 
 
-def page(ratios: str, growth: str, starts: str, repeats: int) -> str:
+def page(ratios: str, beside: str, growth: str, starts: str, repeats: int, load: float) -> str:
     return f"""# Benchmark
 
 The functions of `scripts/benchmark.py` made these figures on the embedded model, on one thread of a CPU:
 `OMP_NUM_THREADS=1 python scripts/benchmark.py --all --repeats {repeats}`. The command writes this page. Times are
 processor time; each figure is a median with its quartiles, of {repeats} repeats. Processor time leaves out waiting for
-a core, but a shared core is slower too: `import torch, diffusers` takes 2.4 to 2.9 s where the cores are nearly idle.
-Compare figures of one table only.
+a core, but a shared core is slower too: compare figures of one table only. Here the load average was {load:.1f} at the
+end.
 
 ## Ratio to the bare network
 
@@ -201,16 +211,11 @@ higher ratios.
 
 ## Beside the network
 
-The same ratio against the bare network's best batch of 32, 64, 128 and 256 latents, ten iterations in turn with it, on
-one of two shared cores (load average 7 to 8):
-`OMP_NUM_THREADS=1 python scripts/benchmark.py CONFIG --repeats 10`. What is left is decoding and scoring, some 9 % of
-the quickstart, and batches smaller than the best.
+The same ratio against the bare network's best batch of 32, 64, 128 and 256 latents, in turn with the iterations;
+`scripts/benchmark.py CONFIG` measures one. What is left is decoding and scoring, some 9 % of the quickstart, and
+batches smaller than the best.
 
-| config | ratio | seconds | forwards | replayed | images |
-| --- | --- | --- | --- | --- | --- |
-| `configs/quickstart.yaml` | 1.09 (1.07 to 1.13) | 1.00 (0.97 to 1.03) | 320 | 64 | 64 |
-| `configs/tiny_branch.yaml` | 1.05 (1.05 to 1.09) | 2.64 (2.59 to 2.78) | 900 | 169 | 216 |
-| "grpo, gain" of the table above | 1.09 (1.08 to 1.11) | 1.54 (1.39 to 1.58) | 504 | 87 | 144 |
+{beside}
 
 At 12 prompts of 8 images and 8 steps, three iterations after one, median of processor seconds, twice in turn: the
 quickstart's `nft` takes 2.05 and 2.01, with the adapter beside the weights and each text alone 2.22 and 2.29. GRPO
@@ -229,7 +234,8 @@ is not measured here, and neither is memory ([GPU](gpu.md)).
 
 ## Starting
 
-A new process each. diffusers imports bitsandbytes, torchao and scipy's statistics itself where they are installed.
+A new process each. diffusers imports bitsandbytes, torchao and scipy's statistics itself where they are installed; what
+samples or estimates cannot start before the class of its pipeline.
 
 {starts}
 
@@ -265,11 +271,16 @@ def main(
     policies.quiet()
     if whole:
         text = page(
-            ratios(iterations, (32,), [*METHODS]), growth(iterations), starts(iterations, [*STARTS]), iterations
+            ratios("objective, credit", iterations, BATCHES[:1], METHODS),
+            ratios("config", iterations, BATCHES, BESIDE),
+            growth(iterations),
+            starts(iterations, [*STARTS]),
+            iterations,
+            os.getloadavg()[0],
         )
         files.write(PAGE, text)
         return
-    figures = measure(opened(config, overrides or []), iterations, (32, 64, 128, 256))
+    figures = measure(opened(config, overrides or []), iterations, BATCHES)
     short = {name: spread(figures[name], 3) for name in ("seconds", "ratio")}
     print(json.dumps(figures | short, indent=2))
 
