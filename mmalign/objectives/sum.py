@@ -14,6 +14,7 @@ advantages beside it.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
+from itertools import accumulate
 from operator import or_
 from typing import Annotated, Any
 
@@ -32,13 +33,14 @@ Weight = Annotated[float, Ge(0)]
 @dataclass(frozen=True)
 class RowsOfParts(Rows):
     """Rows of several batches: the number of each one's batch, its row there, and the `scale` of its loss; `index` and
-    `step` are those of that row."""
+    `step` are those of that row. Rows of one `node` share a forward."""
 
     part: Int[Tensor, "M"]
     row: Int[Tensor, "M"]
     scale: Float[Tensor, "M"]
     index: Int[Tensor, "M"]
     step: Int[Tensor, "M"]
+    node: Int[Tensor, "M"]
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,9 @@ class Sum(Objective):
         every = run.ranks.all_reduce_sum(counts, "rows of each objective")
         total = sum(every.values())
         scales = [weight * total / max(1, every[name]) for name, (_, weight) in zip(names, self.weighted, strict=True)]
-        columns = [_columns(k, batch.rows, scale) for k, (batch, scale) in enumerate(zip(batches, scales, strict=True))]
+        before = accumulate(counts.values(), initial=0)
+        parts = zip(batches, scales, before, strict=False)
+        columns = [_columns(k, batch.rows, scale, first) for k, (batch, scale, first) in enumerate(parts)]
         rows = RowsOfParts(*(torch.cat(column) for column in zip(*columns, strict=True)))
         order = rows.index.argsort(stable=True)
         needed = None
@@ -150,12 +154,12 @@ class Sum(Objective):
         return TrainBatch(rows[order], Replayed(tuple(names), tuple(batches)), needed)
 
 
-def _columns(part: int, rows: Any, scale: float) -> tuple[Tensor, ...]:
-    """The columns of `RowsOfParts` for the rows of one part."""
+def _columns(part: int, rows: Any, scale: float, before: int) -> tuple[Tensor, ...]:
+    """The columns of `RowsOfParts` for the rows of one part, after so many of the parts before."""
     index = rows.index
     numbers = torch.arange(len(rows), device=index.device)
     scales = torch.full_like(index, scale, dtype=torch.float32)
-    return torch.full_like(index, part), numbers, scales, index, rows.step
+    return torch.full_like(index, part), numbers, scales, index, rows.step, rows.forward.to(index) + before
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def replace_ranks(exchange):
 
 
 def test_rows_are_picked_with_their_place():
-    rows_of_sum = RowsOfParts(*(torch.arange(3) + k for k in range(2)), torch.ones(3), torch.arange(3), torch.arange(3))
+    rows_of_sum = RowsOfParts(*(torch.arange(3) + k for k in range(2)), torch.ones(3), *[torch.arange(3)] * 3)
     picked = rows_of_sum[torch.tensor([2, 0])]
     assert (picked.part.tolist(), picked.row.tolist(), len(picked)) == ([2, 0], [3, 1], 2)
 
