@@ -472,8 +472,8 @@ end after ten tokens.
 
 {pictures:,} pictures drawn from {training:,} training captions; VAE {vae_steps:,} steps of 32 pictures, L1 loss with
 noise on the latents; flow matching {steps:,} steps of {batch}, Muon on the matrices of the blocks and AdamW on the
-rest, linear cool-down over the last {cool:,} steps. {before}The result depends only on the arguments, the number of
-threads and the torch build (here {torch}).
+rest, {cooling}{named}. {before}The result depends only on the arguments, the number of threads or processes and the
+torch build (here {torch}).
 
 ## Scores
 
@@ -585,7 +585,10 @@ def main(
         f"--world {name} --images {images} --vae-steps {vae_steps} --steps {steps} --cool {cool} --batch {batch}"
     )
     before = "" if begin is None else "It began from the weights of an earlier build, and has its VAE. "
-    settings = dict(vae_steps=vae_steps, steps=steps, cool=cool, batch=batch, pictures=len(pictures), before=before)
+    cooling = f"linear cool-down over the last {cool:,} steps" if cool else "at a flat rate"
+    named = ", while the middle of the network learns to name what each cell shows" if world.named else ""
+    settings = dict(vae_steps=vae_steps, steps=steps, batch=batch, pictures=len(pictures), before=before)
+    settings |= dict(cooling=cooling, named=named)
     command = f"python scripts/build_tiny_model.py {arguments}" + (f" --begin {begin}" if begin else "")
     files.write(folder / "README.md", card(world, folder, scored, command=command, **settings))
     console.print(f"written: {folder}")

@@ -89,7 +89,7 @@ def test_the_wheel_holds_the_packages_and_what_commands_name(source, wheel):
     assert {name for name in names(wheel) if ".dist-info/" not in name} == expected
     assert figures
     assert models
-    assert 14e6 < wheel.stat().st_size < 17e6
+    assert 28e6 < wheel.stat().st_size < 36e6
 
 
 @pytest.mark.slow
