@@ -290,7 +290,7 @@ def main(
         about=world.about,
         side=world.side,
         parameters=sum(p.numel() for p in model.parameters()),
-        command=f"python scripts/build_tiny_clip.py {settings} --repeats {repeats} --threads {threads}",
+        command=f"python scripts/build_tiny_clip.py {settings}",
         images=len(pictures),
         training=len(world.training()),
         steps=steps,

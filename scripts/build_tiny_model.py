@@ -16,6 +16,9 @@ the end, and what was reached then is kept, so that training can continue:
     python scripts/build_tiny_model.py --world things --steps 25000 --cool 5000 # 20,000 were done: cool and write
     python scripts/build_tiny_model.py --world things --begin assets/tiny_things # from what was written before
 
+With --guided above 1 the flow learns, while its rate falls, the velocities of its own guidance, so that samples need
+none.
+
 Processes of one thread share a step of the flow, and are faster on a CPU than threads; the other stages must be done:
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 scripts/build_tiny_model.py --world things
@@ -63,6 +66,7 @@ MUON, ADAMW = 0.02, 2e-3  # learning rates
 GUIDANCE = 1.0, 3.0  # none and some
 TEXT_ENCODERS = "text_encoder", "text_encoder_2"
 SAMPLER = 10  # steps of the samples that are scored
+SAVE_EVERY = 100  # steps of the flow
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 
 # ------------------------------------------------------------------------------------------------ resumable loop
@@ -309,6 +313,7 @@ def build_flow(
     work: Path,
     steps: int,
     cool: int,
+    guided: float,
     batch: int,
     device: str,
     compiled: bool,
@@ -316,7 +321,9 @@ def build_flow(
     """Flow matching with a velocity target; Muon on the blocks' matrices, AdamW on the rest, both cooled to zero over
     the last `cool` steps. With `names` the image tokens in the middle of the network also learn to name what their
     place in the finished picture shows, as those of REPA (arXiv 2410.06940) learn the features of another model.
-    `begin` is a pipeline whose weights are the first. Returns the average of the weights."""
+    While it cools, `guided` - 1 times the difference that the caption makes to the flow as it was before is added to
+    the target, so that samples need no guidance (model guidance, arXiv 2502.12154). `begin` is a pipeline whose weights
+    are the first. Returns the average of the weights."""
     torch.manual_seed(2)
     flow = TinyFlow(world, tokenizer).to(device)
     if begin:
@@ -341,6 +348,15 @@ def build_flow(
         scores = [head(tokens).float().transpose(1, 2) for head in fast.module.heads]
         return sum(F.cross_entropy(each, right.to(device)) for each, right in zip(scores, target, strict=True))
 
+    @torch.no_grad()
+    def of_the_caption(
+        x: Float[Tensor, "B C h w"], t: Float[Tensor, "B"], token: Int[Tensor, "B L"]
+    ) -> Float[Tensor, "B C h w"]:
+        """The difference that these captions make to the teacher's velocity."""
+        tokens = torch.cat([token, empty.to(device).expand_as(token)])
+        given, none = teacher(torch.cat([x, x]), torch.cat([t, t]), tokens).float().chunk(2)
+        return given - none
+
     def step_fn(step: int) -> Tensor:
         g = torch.Generator().manual_seed(20_000_000 + step)
         index = torch.randint(len(latents), (batch,), generator=g)
@@ -350,10 +366,13 @@ def build_flow(
         noise = torch.randn(x0.shape, generator=g)
         x0, token, t, noise = (a[RANK::PROCESSES].to(device) for a in (x0, token, t, noise))
         at = t[:, None, None, None]
+        x = ((1 - at) * x0 + at * noise).to(fast.dtype)
+        target = noise - x0
+        if guided != 1 and step >= steps - cool:
+            target = target + (guided - 1) * of_the_caption(x, t, token)
         fast.begin()
         with fast.attention():
-            velocity = forward(((1 - at) * x0 + at * noise).to(fast.dtype), t, token)
-            loss = F.mse_loss(velocity.float(), noise - x0)
+            loss = F.mse_loss(forward(x, t, token).float(), target)
             named = 0.0 if names is None else world.named * naming(index[RANK::PROCESSES])
             fast.backward(loss + named)
         factor = min(1.0, (step + 1) / 100, (steps - step) / max(cool, 1))
@@ -367,8 +386,9 @@ def build_flow(
         return loss.detach()
 
     state = {"flow": flow, "average": average, "muon": muon, "adamw": adamw}
-    train("flow", step_fn, state, steps - cool, work, save_every=100)
-    train(f"flow-{steps}", step_fn, state, steps, work, save_every=100, since=work / "flow.pt")
+    train("flow", step_fn, state, steps - cool, work, SAVE_EVERY)
+    teacher = copy.deepcopy(average).to(fast.dtype)
+    train(f"flow-{steps}", step_fn, state, steps, work, SAVE_EVERY, since=work / "flow.pt")
     return average.eval()
 
 
@@ -535,6 +555,9 @@ def main(
     cool: Annotated[
         int | None, typer.Option(help="last steps, over which the rate falls to zero; by default 35 %")
     ] = None,
+    guided: Annotated[
+        float | None, typer.Option(help="guidance that the flow learns over the last steps; by default the world's")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="pictures per flow-matching step")] = None,
     begin: Annotated[Path | None, typer.Option(help="a pipeline to continue from: its VAE, and its flow")] = None,
     compiled: Annotated[
@@ -556,6 +579,7 @@ def main(
     images, vae_steps = images or world.pictures, vae_steps or world.vae_steps
     steps = world.steps if steps is None else steps
     cool, batch = round(0.35 * steps) if cool is None else cool, batch or world.batch
+    guided = world.guided if guided is None else guided
     compiled = not world.half if compiled is None else compiled  # its code for bfloat16 on CPU does not compile
     checkpoint = latest(work) if looked else None
     pictures, captions = build_pictures(world, work, images)
@@ -576,16 +600,19 @@ def main(
         return
     ids = tokenizer([p.text for p in world.training()], padding="max_length", return_tensors="pt").input_ids[captions]
     names = build_names(world, pictures, work, world.side // CELL // PATCH) if world.named else None
-    flow = build_flow(world, latents, ids, names, tokenizer, begin, work, steps, cool, batch, device, compiled)
+    flow = build_flow(world, latents, ids, names, tokenizer, begin, work, steps, cool, guided, batch, device, compiled)
     if RANK:
         return
     folder = out / world.model
     new_pipeline(vae, flow, tokenizer).save_pretrained(folder)
     arguments = (
-        f"--world {name} --images {images} --vae-steps {vae_steps} --steps {steps} --cool {cool} --batch {batch}"
+        f"--world {name} --images {images} --vae-steps {vae_steps} --steps {steps} --cool {cool} --guided {guided:g} "
+        f"--batch {batch}"
     )
     before = "" if begin is None else "It began from the weights of an earlier build, and has its VAE. "
     cooling = f"linear cool-down over the last {cool:,} steps" if cool else "at a flat rate"
+    if cool and guided != 1:
+        cooling += f", which also teach it its own guidance of {guided:g} (arXiv 2502.12154)"
     named = ", while the middle of the network learns to name what each cell shows" if world.named else ""
     settings = dict(vae_steps=vae_steps, steps=steps, batch=batch, pictures=len(pictures), before=before)
     settings |= dict(cooling=cooling, named=named)

@@ -70,6 +70,7 @@ class World:
     decay: float  # of the matrices that Muon trains, which keeps them from growing in long runs
     average: float  # decay of the average of the flow's weights, a step
     named: float  # weight of the loss by which the middle of the flow learns to name what is in each cell
+    guided: float  # guidance that the flow learns while its rate falls, so that samples need none; 1 for none
     steps: int
     batch: int
     clip_steps: int
@@ -124,6 +125,7 @@ SHAPES = World(
     decay=0.0,
     average=0.0,
     named=0.0,
+    guided=1.0,
     steps=2_200,
     batch=192,
     clip_steps=300,
@@ -152,6 +154,7 @@ THINGS = World(
     decay=0.01,
     average=0.999,
     named=0.1,
+    guided=3.0,
     steps=30_000,
     batch=128,
     clip_steps=1_500,

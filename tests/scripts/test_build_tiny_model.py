@@ -127,24 +127,52 @@ def test_a_small_build_is_a_pipeline(world, tmp_path, monkeypatch, capsys):
     assert all(len({(folder / name).read_bytes() for folder in folders}) == 1 for name in weights)
 
 
-def test_training_continues_at_the_flat_rate_after_it_was_cooled(tmp_path):
-    """Two steps, then two at a falling rate; a third flat step is then the same as without the cooled ones."""
+def small_flow(work, steps, cool, guided=1.0):
+    """The checkpoint after `steps` of a flow of one layer on eight pictures."""
     world = replace(THINGS, layers=1)
     tokenizer, latents = new_tokenizer(world), torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     ids = tokenizer([p.text for p in world.training()[:8]], padding="max_length", return_tensors="pt").input_ids
     names = torch.randint(3, (8, 3, 8, 8), generator=torch.Generator().manual_seed(1))
+    work.mkdir(exist_ok=True)
+    build.build_flow(world, latents, ids, names, tokenizer, None, work, steps, cool, guided, 4, "cpu", False)
+    return torch.load(work / (f"flow-{steps}.pt" if cool else "flow.pt"), weights_only=True)
 
-    def flow(place, steps, cool):
-        (tmp_path / place).mkdir(exist_ok=True)
-        build.build_flow(world, latents, ids, names, tokenizer, None, tmp_path / place, steps, cool, 4, "cpu", False)
-        return torch.load(tmp_path / place / (f"flow-{steps}.pt" if cool else "flow.pt"), weights_only=True)
 
-    assert flow("cut", 2, 0)["done"] == 2
-    cooled, more, whole = flow("cut", 4, 2), flow("cut", 3, 0), flow("whole", 3, 0)
+def test_training_continues_at_the_flat_rate_after_it_was_cooled(tmp_path):
+    """Two steps, then two at a falling rate; a third flat step is then the same as without the cooled ones."""
+    cut = tmp_path / "cut"
+    assert small_flow(cut, 2, 0)["done"] == 2
+    cooled, more, whole = small_flow(cut, 4, 2), small_flow(cut, 3, 0), small_flow(tmp_path / "whole", 3, 0)
     assert cooled["done"] == 4
     for key in ("flow", "average"):
         assert all(torch.equal(more[key][name], value) for name, value in whole[key].items())
         assert not torch.equal(cooled[key]["transformer.proj_out.weight"], more[key]["transformer.proj_out.weight"])
+
+
+def test_guidance_is_learnt_only_where_the_caption_makes_a_difference(tmp_path):
+    """A new flow ignores its caption, so its guidance adds nothing to the target; after ten steps it does."""
+    for steps, cool, same in ((2, 2, True), (12, 2, False)):
+        plain, guided = (small_flow(tmp_path / f"{steps}-{g}", steps, cool, g)["flow"] for g in (1.0, 3.0))
+        assert all(torch.equal(guided[name], value) for name, value in plain.items()) == same
+
+
+def test_a_resumed_build_learns_the_same_guidance(tmp_path, monkeypatch):
+    """The teacher of a resumed run is the flow as it was when its rate began to fall."""
+    whole = small_flow(tmp_path / "whole", 12, 2, 3.0)
+    clip, calls = build.nn.utils.clip_grad_norm_, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return clip(*arguments)
+
+    monkeypatch.setattr(build.nn.utils, "clip_grad_norm_", interrupted)
+    monkeypatch.setattr(build, "SAVE_EVERY", 1)
+    with pytest.raises(KeyboardInterrupt):
+        small_flow(tmp_path / "cut", 12, 2, 3.0)
+    resumed = small_flow(tmp_path / "cut", 12, 2, 3.0)
+    assert all(torch.equal(resumed["flow"][name], value) for name, value in whole["flow"].items())
 
 
 def test_weights_in_half_precision_have_the_gradients_of_the_others():
