@@ -321,9 +321,9 @@ def build_flow(
     """Flow matching with a velocity target; Muon on the blocks' matrices, AdamW on the rest, both cooled to zero over
     the last `cool` steps. With `names` the image tokens in the middle of the network also learn to name what their
     place in the finished picture shows, as those of REPA (arXiv 2410.06940) learn the features of another model.
-    While it cools, `guided` - 1 times the difference that the caption makes to the flow as it was before is added to
-    the target, so that samples need no guidance (model guidance, arXiv 2502.12154). `begin` is a pipeline whose weights
-    are the first. Returns the average of the weights."""
+    While it cools, `guided` - 1 times the difference that the caption makes to the flow at the start of cooling is
+    added to the target, so that samples need no guidance (model guidance, arXiv 2502.12154). `begin` is a pipeline
+    whose weights are the first. Returns the average of the weights."""
     torch.manual_seed(2)
     flow = TinyFlow(world, tokenizer).to(device)
     if begin:
@@ -612,7 +612,7 @@ def main(
     before = "" if begin is None else "It began from the weights of an earlier build, and has its VAE. "
     cooling = f"linear cool-down over the last {cool:,} steps" if cool else "at a flat rate"
     if cool and guided != 1:
-        cooling += f", which also teach it its own guidance of {guided:g} (arXiv 2502.12154)"
+        cooling += f", in which it also learns its own guidance of {guided:g} (arXiv 2502.12154)"
     named = ", while the middle of the network learns to name what each cell shows" if world.named else ""
     settings = dict(vae_steps=vae_steps, steps=steps, batch=batch, pictures=len(pictures), before=before)
     settings |= dict(cooling=cooling, named=named)

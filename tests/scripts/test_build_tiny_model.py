@@ -157,7 +157,7 @@ def test_guidance_is_learnt_only_where_the_caption_makes_a_difference(tmp_path):
 
 
 def test_a_resumed_build_learns_the_same_guidance(tmp_path, monkeypatch):
-    """The teacher of a resumed run is the flow as it was when its rate began to fall."""
+    """The teacher of a resumed run is the flow at the start of cooling, not at the interruption."""
     whole = small_flow(tmp_path / "whole", 12, 2, 3.0)
     clip, calls = build.nn.utils.clip_grad_norm_, []
 
