@@ -246,7 +246,7 @@ class Config(BaseModel):
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass: less memory, about a third more time"
     )
-    compile: bool = Field(False, description="torch.compile the transformer")
+    compile: bool = Field(False, description="torch.compile the blocks of the transformer")
 
     @field_validator("model", "prompts", "held_out", "reference", "cache", "records", "out")
     @classmethod

@@ -274,8 +274,14 @@ class PipelinePolicy(Family):
             raise ValueError(f"{type(transformer).__name__} computes attention by torch's native one alone; remove it")
 
     def compile(self) -> None:
-        """Compile the transformer in place; worth it for long runs only (a minute or more at the first batch)."""
-        self.pipe.transformer.compile()
+        """Compile the repeated blocks of the transformer in place: blocks of one kind share their code, so the first
+        batches wait for one of each kind, not for all."""
+        # each kind has code for weights with and without gradients, for the adapter on, off and merged
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for blocks in self.pipe.transformer.children():
+            if isinstance(blocks, nn.ModuleList):
+                for block in blocks:
+                    block.compile()
 
     def adapters(self) -> list[str]:
         return lora.adapters(self.pipe.transformer)

@@ -8,7 +8,7 @@ from run_config import cut_off, rows, run
 from tiny_pipelines import FAMILIES, SOME
 from torch import nn
 
-from mmalign import policy as policies
+from mmalign import policy as policies, train as trainer
 from mmalign.config import load as configs
 from mmalign.errors import BadInput
 from mmalign.seeds import gaussian
@@ -185,7 +185,18 @@ def test_a_compiled_transformer_gives_the_same_velocity(random_model):
     plain, compiled = policies.load(random_model), policies.load(random_model)
     compiled.compile()
     torch.testing.assert_close(velocity(compiled), velocity(plain), atol=1e-5, rtol=1e-4)
-    assert compiled.pipe.transformer._compiled_call_impl is not None
+    assert all(block._compiled_call_impl for block in compiled.pipe.transformer.transformer_blocks)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same_and_nothing_falls_back(settings, monkeypatch):
+    """torch would run what exceeds its limit of recompilations as if it were not compiled."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    losses = []
+    for compiled in (False, True):
+        run = opened(settings, compile=compiled)
+        losses.append([trainer.iterate(run, i)["loss"] for i in range(2)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------- half precision
