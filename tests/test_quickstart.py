@@ -21,7 +21,7 @@ def test_quickstart_raises_the_held_out_score(seed, tmp_path):
     assert strict["p"] < 0.01
 
 
-@pytest.mark.parametrize("name", ["quickstart", "tiny_long"])
+@pytest.mark.parametrize("name", ["quickstart", "tiny_long", "tiny_things"])
 def test_configs_of_the_embedded_model_open(name):
     session = setup.open_session(configs.load(ROOT / f"configs/{name}.yaml"))
     assert len(session.held_out) >= 300
