@@ -242,6 +242,7 @@ def test_an_export_tells_its_run_and_is_held_to_it(config, tmp_path, monkeypatch
         (["sample", "a cross", "--box", "0,0,4,4"], "give --adapter RUN"),
         (["evaluate", "--prompts", "/nowhere"], "prompts /nowhere: No such file"),
         (["evaluate", "--compare"], "give --adapter RUN"),
+        (["evaluate", "--set", "clip.model=tiny_things_clip"], "must look like scorer.key=value, with one of shapes"),
         (["evaluate", "--rewards", "beauty"], "no scorer called 'beauty'"),
         (["export", "/nowhere"], "no run there"),
         (["export", "/nowhere", "--format", "onnx"], "'onnx' is not one of 'diffusers'"),

@@ -204,6 +204,7 @@ def _show_best(result: Any, rows: list[dict[str, Any]], best: str, keep: int | N
 def evaluate(
     prompts: HeldOut = "assets/prompts/validation.jsonl",
     rewards: Rewards = "shapes",
+    settings: ScorerSettings = None,
     model: Model = "assets/tiny_sd3",
     adapter: Adapter = None,
     members: SeedCount = 2,
@@ -227,7 +228,7 @@ def evaluate(
     wanted = read_prompts(None, prompts)
     _check_out(out, layout, wanted)
     with output.progressing(), launched() as ranks:
-        scorers, policy = load_scorers(rewards), load_policy(model, guidance, adapter_of(adapter))
+        scorers, policy = load_scorers(rewards, settings), load_policy(model, guidance, adapter_of(adapter))
         guide = load_toward(toward, push, since, scorers)
         output.warn_cut((prompt.text for prompt in wanted), policy, *scorers.values())
         drawn = partial(evaluation.evaluate, policy, wanted, members, steps, scorers, batch, guide)
