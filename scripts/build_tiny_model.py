@@ -349,7 +349,7 @@ def build_flow(
         return sum(F.cross_entropy(each, right.to(device)) for each, right in zip(scores, target, strict=True))
 
     @torch.no_grad()
-    def of_the_caption(
+    def caption_effect(
         x: Float[Tensor, "B C h w"], t: Float[Tensor, "B"], token: Int[Tensor, "B L"]
     ) -> Float[Tensor, "B C h w"]:
         """The difference that these captions make to the teacher's velocity."""
@@ -369,7 +369,7 @@ def build_flow(
         x = ((1 - at) * x0 + at * noise).to(fast.dtype)
         target = noise - x0
         if guided != 1 and step >= steps - cool:
-            target = target + (guided - 1) * of_the_caption(x, t, token)
+            target = target + (guided - 1) * caption_effect(x, t, token)
         fast.begin()
         with fast.attention():
             loss = F.mse_loss(forward(x, t, token).float(), target)

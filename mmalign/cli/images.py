@@ -231,8 +231,8 @@ def evaluate(
         scorers, policy = load_scorers(rewards, settings), load_policy(model, guidance, adapter_of(adapter))
         guide = load_toward(toward, push, since, scorers)
         output.warn_cut((prompt.text for prompt in wanted), policy, *scorers.values())
-        by = evaluation.evaluate if ranks is None else partial(evaluation.evaluate_distributed, ranks)
-        drawn = partial(by, policy, wanted, members, steps, scorers, batch, guide)
+        evaluator = evaluation.evaluate if ranks is None else partial(evaluation.evaluate_distributed, ranks)
+        drawn = partial(evaluator, policy, wanted, members, steps, scorers, batch, guide)
         result, base = drawn(), None
         if compare:
             with policy.reference():
