@@ -2,6 +2,7 @@
 the answer is one line and exit code 2, and nothing is written; or the config is sound still."""
 
 import copy
+import re
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -162,7 +163,8 @@ def answered(tmp_path_factory):
     def answer(damaged: tuple[str, str], command: str = "train") -> str:
         name, text = damaged
         path = folder / name
-        path.write_bytes(text.replace("watch: [clip]", "watch: [jpeg_size]").encode("utf-8", "surrogatepass"))
+        text = re.sub(r"^scorers: \{clip: .*\n", "", text.replace("watch: [clip]", "watch: [jpeg_size]"), flags=re.M)
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
         try:
             result = mmalign(command, path)
         except Sound:
