@@ -90,6 +90,12 @@ def loss_of(network: Network, parts: Parts, counts: Tensor, attributes: dict[str
     return loss
 
 
+def floats(parts: Parts) -> Parts:
+    """In single precision, in which the losses are computed."""
+    attributes = {name: values.float() for name, values in parts.attributes.items()}
+    return Parts(parts.counts.float(), attributes, parts.centres.float(), parts.extents.float())
+
+
 def _pairs(once: Bool[Tensor, "N K"]) -> tuple[Int[Tensor, "P"], ...]:
     """The image and the kinds of all ordered pairs of objects that are there once."""
     both = once[:, :, None] & once[:, None] & ~torch.eye(once.shape[1], dtype=torch.bool)
@@ -148,7 +154,9 @@ def trained(
         x = everything[rows].float() / 255
         x = x + 0.04 * torch.rand(batch, 1, 1, 1, generator=g).square() * torch.randn(x.shape, generator=g)
         labels = {name: values[rows] for name, values in attributes.items()}
-        loss = loss_of(network, network(x), counts[rows], labels, places[rows])
+        with torch.autocast("cpu", torch.bfloat16, enabled=world.half):
+            parts = network(x)
+        loss = loss_of(network, floats(parts), counts[rows], labels, places[rows])
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * cooled(step, steps, share=0.5)
         optimizer.zero_grad()

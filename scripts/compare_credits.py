@@ -141,13 +141,12 @@ def name_of(method: str, number: int | str) -> str:
     return f"{method.replace(', ', '-').replace(' ', '_')}-{number}.json"
 
 
-def words_of(world: World, method: str, trial: str) -> list[str]:
-    """The overrides of a method on a world: those of shapes with its names."""
+def words_of(world: World, overrides: str) -> list[str]:
+    """Overrides for the world of shapes, as words for another world: with its names, model and captions."""
     reward = json.dumps({f"{world.name}.strict": 0.5, f"{world.name}.partial": 0.5}, separators=(",", ":"))
     clip = json.dumps({"clip": {"model": world.clip}}, separators=(",", ":"))
     place = f"model=assets/{world.model} prompts=assets/prompts/{world.prompts}train.jsonl scorers={clip}"
-    words = f"{METHODS[method]} {trial}".replace(SHAPES.name, world.name)
-    return [*place.split(), f"rewards={reward}", *words.split()]
+    return [*place.split(), f"rewards={reward}", *overrides.replace(SHAPES.name, world.name).split()]
 
 
 def iterations_for(c, seconds: float) -> int:
@@ -218,7 +217,7 @@ def tune(
 ) -> None:
     """Train one trial of a method, with one seed, and evaluate it on the validation captions."""
     world = world_of(name)
-    words = [*words_of(world, method, TUNING.get(method, TRIALS)[trial]), "seed=100"]
+    words = [*words_of(world, f"{METHODS[method]} {TUNING.get(method, TRIALS)[trial]}"), "seed=100"]
     row = measured(BASE, words, seconds, world.held_out("validation"), world)
     write(out / "tune" / name_of(method, trial), row | {"trial": TUNING.get(method, TRIALS)[trial]})
     print(f"{method}, {TUNING.get(method, TRIALS)[trial] or 'unchanged'}: {row['validated']:.3f}")
@@ -236,7 +235,7 @@ def run(
 ) -> None:
     """Train one method and evaluate it on the test captions."""
     world = world_of(name)
-    words = [*words_of(world, method, chosen(method, out)), f"seed={seed}"]
+    words = [*words_of(world, f"{METHODS[method]} {chosen(method, out)}"), f"seed={seed}"]
     row = measured(BASE, words, seconds, world.held_out("test"), world)
     write(out / name_of(method, seed), row)
     print(f"{method}, seed {seed}: {row['validated']:.3f} after {row['iterations']} iterations")

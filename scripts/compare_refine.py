@@ -1,6 +1,7 @@
-"""Compare methods that improve images without training, on held-out prompts of the embedded world.
+"""Compare methods that improve images without training, on held-out prompts of an embedded world.
 
     OMP_NUM_THREADS=1 python scripts/compare_refine.py
+    OMP_NUM_THREADS=1 python scripts/compare_refine.py --world things
 
 All methods start from the same first image of a prompt and seed. "best of N" generates all N; the others stop at an
 image without faults. `strict` is the verifier's, of the best image; forwards and judgements are per prompt.
@@ -11,10 +12,11 @@ from statistics import mean
 
 import torch
 import typer
+from compare_credits import Named
+from tiny_worlds import SHAPES, world_of
 
 from mmalign import policy as policies
 from mmalign.config.paths import locate
-from mmalign.data import prompts as prompt_files
 from mmalign.evaluation.best_of_n import best_of, expected_best
 from mmalign.refinement.loop import Refinement, Settings, refine
 from reward_models import load
@@ -41,18 +43,19 @@ def strict(refinements: list[Refinement]) -> list[float]:
     return [float(one.rounds[one.best].scores["overall"] == 1) for one in refinements]
 
 
-def main(prompts: int = 200, seeds: int = 3, steps: int = 10) -> None:
+def main(prompts: int = 200, seeds: int = 3, steps: int = 10, name: Named = SHAPES.name) -> None:
     torch.set_flush_denormal(True)
     policies.quiet()
-    policy = policies.load(locate("assets/tiny_sd3"), dtype="float32", device="cpu", guidance=1.0)
-    every = prompt_files.read(locate("assets/prompts/validation.jsonl"))
+    world = world_of(name)
+    policy = policies.load(locate(f"assets/{world.model}"), dtype="float32", device="cpu", guidance=1.0)
+    every = world.held_out("validation")
     chosen = [every[round(i)] for i in torch.linspace(0, len(every) - 1, prompts).tolist()]
     several = [i for i, prompt in enumerate(chosen) if prompt.wants["tag"] in SEVERAL]
-    critic = load("shapes_critic")
+    critic = load(f"{world.name}_critic")
     print(f"{len(chosen)} prompts, {len(several)} of them with several objects, {seeds} seeds, {steps} steps\n")
     print("| method | strict (each seed) | several objects | forwards | judgements | better first images lost |")
     print("|---|---|---|---|---|---|")
-    for name, settings in WAYS.items():
+    for way, settings in WAYS.items():
         runs = [refine(policy, critic, chosen, replace(settings, seed=s, steps=steps), 256) for s in range(seeds)]
         scores = [strict(run) for run in runs]
         refinements = [one for run in runs for one in run]
@@ -62,17 +65,17 @@ def main(prompts: int = 200, seeds: int = 3, steps: int = 10) -> None:
         hard = mean(seed[i] for seed in scores for i in several)
         forwards, images = mean(s.forwards for s in refinements), mean(len(s.rounds) for s in refinements)
         print(
-            f"| {name} | {overall:.3f} ({each}) | {hard:.3f} | {forwards:.1f} | {images:.2f} | {lost} |",
+            f"| {way} | {overall:.3f} ({each}) | {hard:.3f} | {forwards:.1f} | {images:.2f} | {lost} |",
             flush=True,
         )
     print("\n| best of 8 seeds | strict | mean score | forwards | judgements |")
     print("|---|---|---|---|---|")
     for survivors, after in PRUNED:
         best = best_of(policy, chosen, [[*range(8)]] * len(chosen), steps, critic, "overall", 256, survivors, after)
-        name = f"{survivors} continue after step {after}" if survivors else "all completed"
+        way = f"{survivors} continue after step {after}" if survivors else "all completed"
         share = float((best.score == 1).float().mean())
         cost = best.forwards / len(chosen), best.judgements / len(chosen)
-        print(f"| {name} | {share:.3f} | {float(best.score.mean()):.3f} | {cost[0]:.0f} | {cost[1]:.0f} |", flush=True)
+        print(f"| {way} | {share:.3f} | {float(best.score.mean()):.3f} | {cost[0]:.0f} | {cost[1]:.0f} |", flush=True)
         if survivors is None:
             curves = [expected_best((scores == 1).float()) for scores in best.scores]
             line = ", ".join(f"{mean(column):.3f}" for column in zip(*curves, strict=True))

@@ -5,7 +5,8 @@
     done; done
     python scripts/compare_regions.py table
 
-All have the model, adapter and verifier; the regions are the verifier's map. Evaluations do not count.
+All have the model, adapter and verifier; the regions are the verifier's map. Evaluations do not count. With `--world
+things` all is done on the other embedded world; give it another `--out`.
 """
 
 import json
@@ -14,6 +15,8 @@ from typing import Annotated
 
 import compare_credits
 import typer
+from compare_credits import Named
+from tiny_worlds import SHAPES, World, world_of
 
 from mmalign.config.paths import locate
 from mmalign.data import prompts as prompt_files
@@ -35,12 +38,12 @@ Out = Annotated[Path, typer.Option(help="folder of the runs")]
 app = typer.Typer(add_completion=False)
 
 
-def prompts(out: Path) -> list[Path]:
+def prompts(out: Path, world: World) -> list[Path]:
     """Files of the prompts of these kinds, for training and validation, written below `out`."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name in ("train", "validation"):
-        lines = files.lines(files.text(locate(f"assets/prompts/{name}.jsonl")))
+        lines = files.lines(files.text(locate(f"assets/prompts/{world.prompts}{name}.jsonl")))
         selected = [line for line in lines if json.loads(line)["tag"] in KINDS]
         files.write(out / f"{name}.jsonl", "\n".join(selected) + "\n")
         written.append(out / f"{name}.jsonl")
@@ -48,18 +51,23 @@ def prompts(out: Path) -> list[Path]:
 
 
 @app.command()
-def run(variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/regions")) -> None:
+def run(
+    variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/regions"), name: Named = SHAPES.name
+) -> None:
     """Train one variant for about `seconds`."""
-    train, validation = prompts(out)
-    words = [*VARIANTS[variant].split(), f"prompts={train}", f"seed={seed}"]
-    row = compare_credits.measured(compare_credits.BASE, words, seconds, prompt_files.read(validation))
+    world = world_of(name)
+    train, validation = prompts(out, world)
+    words = [*compare_credits.words_of(world, VARIANTS[variant]), f"prompts={train}", f"seed={seed}"]
+    row = compare_credits.measured(compare_credits.BASE, words, seconds, prompt_files.read(validation), world)
     compare_credits.write(out / compare_credits.name_of(variant, seed), row)
 
 
 @app.command()
-def table(out: Out = Path("runs/regions"), figure: Path = Path("docs/figures/regions.png")) -> None:
+def table(
+    out: Out = Path("runs/regions"), figure: Path = Path("docs/figures/regions.png"), name: Named = SHAPES.name
+) -> None:
     """Print the table (Markdown) and draw the curves: mean over seeds, and their range."""
-    compare_credits.report(out, VARIANTS, 0.7, prompt_files.read(out / "validation.jsonl"), figure)
+    compare_credits.report(out, VARIANTS, 0.7, prompt_files.read(out / "validation.jsonl"), figure, world_of(name))
 
 
 if __name__ == "__main__":
