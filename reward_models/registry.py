@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -53,6 +53,7 @@ GRADIENTS = (
     "image_stats", "shapes_classifier", "zoomed", "context",
 )  # fmt: skip
 
+WORDS = Sequence[str], Sequence[str] | None  # annotations of settings that one text would be cut into letters for
 HOME = re.compile(r"~[\w.-]*(/|\Z)")
 
 
@@ -78,11 +79,15 @@ def load(name: str, /, scorer: str | None = None, **settings: Any) -> RewardMode
     factory = import_allowed(SCORERS.get(name, name), f"scorer {name!r}", ours=name in SCORERS)
     if is_function(factory):
         factory = partial(FunctionScorer, factory, name_of(factory))
+    signature = inspect.signature(factory)
     try:
-        inspect.signature(factory).bind(**settings)
+        signature.bind(**settings)
     except TypeError as error:
-        takes = ", ".join(inspect.signature(factory).parameters) or "no settings"
+        takes = ", ".join(signature.parameters) or "no settings"
         raise ValueError(f"scorer {name!r}: {error}; it takes {takes}") from error
+    for key, parameter in signature.parameters.items():
+        if parameter.annotation in WORDS and isinstance(value := settings.get(key), str):
+            raise ValueError(f"scorer {name!r}: {key} is a list, [{value}], not {value!r}")
     try:
         return factory(**settings)
     except (TypeError, AttributeError, RuntimeError, OSError, OverflowError) as error:

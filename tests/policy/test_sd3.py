@@ -44,9 +44,9 @@ def stock_images(pipe, guidance, size=(32, 32), texts=TEXTS):
     ).images
 
 
-def ours(policy, batch=256):
-    start = torch.stack([gaussian(policy.latent_shape, i) for i in range(len(TEXTS))])
-    cond, index = policy.encode(TEXTS), torch.arange(len(TEXTS))
+def ours(policy, batch=256, texts=TEXTS):
+    start = torch.stack([gaussian(policy.latent_shape, i) for i in range(len(texts))])
+    cond, index = policy.encode(texts), torch.arange(len(texts))
     return policy.decode(
         sample(policy.velocity, start, cond, index, plans.ode(policy.times(STEPS)), batch=batch).x[:, -1]
     )
@@ -61,9 +61,18 @@ def test_ode_sampling_is_the_stock_pipeline(random_model, guidance, size):
     assert (images - expected).abs().max() < 1e-4
 
 
-def test_the_embedded_model_too():
-    model = "assets/tiny_sd3"
-    assert (ours(policies.load(model, guidance=2.0)) - stock_images(stock(model), 2.0)).abs().max() < 1e-4
+@pytest.mark.parametrize(
+    ("model", "side", "texts"),
+    [("tiny_sd3", 32, TEXTS), ("tiny_things", 64, ["two red cats", "a shaded drawing of a camel"])],
+    ids=["shapes", "things"],
+)
+def test_the_embedded_models_too(model, side, texts, tmp_path):
+    pipe, policy = stock(f"assets/{model}"), policies.load(f"assets/{model}", guidance=2.0)
+    assert (ours(policy, texts=texts) - stock_images(pipe, 2.0, (side, side), texts)).abs().max() < 1e-4
+    images = ours(moved(policy), texts=texts)
+    policy.export(tmp_path)
+    pipe.load_lora_weights(tmp_path)
+    assert (stock_images(pipe, 2.0, (side, side), texts) - images).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])

@@ -62,6 +62,8 @@ def test_a_scorer_may_be_had_twice_under_other_names():
         ("jpeg_size", {"qualty": 3}, "'jpeg_size'.*'qualty'.*takes quality, direction"),
         ("jpeg_size", {"direction": "sideways"}, "'sideways'"),
         ("jpeg_size", {"quality": "high"}, "'jpeg_size': not with these quality: "),
+        ("remote", {"url": "http://127.0.0.1:1", "scorers": "things"}, r"scorers is a list, \[things\], not 'things'"),
+        ("vqa", {"model": "none", "answers": "No"}, r"answers is a list, \[No\], not 'No'"),
         ("clip", {"device": "abacus"}, "clip: .* could not be loaded: .* device string: abacus"),
         ("own_scorers:Mine", {}, "'own_scorers:Mine'.*'weight'"),
         ("own_scorers:Yours", {}, "'own_scorers:Yours'.*has no attribute 'Yours'"),
