@@ -35,9 +35,10 @@ STARTS = {
     "console script": (str(SCRIPTS / "mmalign"),),
     "torchrun": (str(SCRIPTS / "torchrun"), "--nproc_per_node", "1", "-m", "mmalign"),
 }
+ELSE = [start for start in STARTS if start != "console script"]
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", ["console script", *(pytest.param(s, marks=pytest.mark.slow) for s in ELSE)])
 def test_nothing_is_imported_from_the_current_folder(hostile, start):
     (hostile / "config.yaml").write_text("model: none\nplan: none\n")
     result = run(hostile, *STARTS[start], "train", "config.yaml")

@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
 
 from mmalign import run as runs
@@ -18,6 +19,7 @@ def test_grpo_finds_the_target_of_a_gaussian():
     assert torch.equal(mean, example["train"](iterations=60, seed=0))
 
 
+@pytest.mark.slow
 def test_a_reward_function_is_learnt(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example = runpy.run_path(str(EXAMPLES / "reward_function.py"))

@@ -22,6 +22,7 @@ def pictures(notebook):
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NAMES, ids=lambda path: path.stem)
 def test_it_runs_and_shows_as_many_pictures_as_are_stored(path):
     stored, run = nbformat.read(path, as_version=4), notebooks.executed(path, SHORTER.get(path.stem, {}))

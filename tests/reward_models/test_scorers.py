@@ -47,6 +47,12 @@ def data(tmp_path_factory):
     return images, [Prompt(caption(w), w | more, i) for i, w in enumerate(wants)]
 
 
+@pytest.fixture(scope="module")
+def whole(scorer, data):
+    """The scores of all of it; some scorers take seconds."""
+    return scorer(*data)
+
+
 def sure(scorer, scores):
     """The values of the components that have an opinion on every image."""
     return scores.values[:, :1] if scorer.card.scorer in PARTLY else scores.values
@@ -56,7 +62,7 @@ def noise(n: int, high: int, wide: int) -> torch.Tensor:
     return torch.rand(n, 3, high, wide, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
 
 
-def test_contract(scorer, data):
+def test_contract(scorer, data, whole):
     images, prompts = data
     before = images.clone()
     scores = scorer(images, prompts)
@@ -68,12 +74,12 @@ def test_contract(scorer, data):
     assert not scores.values.requires_grad
     assert scores.values.device.type == "cpu"
     assert torch.equal(images, before)
-    torch.testing.assert_close(scorer(images, prompts).values, scores.values, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(whole.values, scores.values, rtol=0, atol=0, equal_nan=True)
 
 
-def test_each_image_is_scored_alone_and_in_order(scorer, data):
+def test_each_image_is_scored_alone_and_in_order(scorer, data, whole):
     images, prompts = data
-    together = scorer(images, prompts).values
+    together = whole.values
     alone = torch.cat([scorer(images[i : i + 1], prompts[i : i + 1]).values for i in range(len(images))])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5, equal_nan=True)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -102,16 +108,15 @@ def test_number_of_prompts_must_match(scorer, data):
         (255.0, "pixels from .* to 255; an image lies in"),
     ],
 )
-def test_a_broken_image_fails_alone(scorer, value, reason, data):
+def test_a_broken_image_fails_alone(scorer, value, reason, data, whole):
     images, prompts = data[0].clone(), data[1]
-    whole = scorer(images, prompts).values
     images[2, 0, 5, 5] = value
     scores = scorer(images, prompts)
     assert list(scores.failures) == [2]
     assert re.match(reason, scores.failures[2])
     assert scores.values[2].isnan().all()
     rest = [i for i in range(len(images)) if i != 2]
-    torch.testing.assert_close(scores.values[rest], whole[rest], rtol=0, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(scores.values[rest], whole.values[rest], rtol=0, atol=1e-5, equal_nan=True)
 
 
 def test_an_image_scores_as_the_png_written_from_it(scorer, data, tmp_path):
@@ -130,9 +135,9 @@ def test_no_images_have_no_scores(scorer):
     assert scorer(torch.zeros(0, 3, 32, 32), []).values.shape == (0, len(scorer.names))
 
 
-def test_the_card_says_what_the_scores_do(scorer, data):
+def test_the_card_says_what_the_scores_do(scorer, data, whole):
     images, prompts = data
-    card, values = scorer.card, sure(scorer, scorer(*data))
+    card, values = scorer.card, sure(scorer, whole)
     assert card.licence
     assert card.licence != "unknown"
     assert card.low <= values.min()
@@ -140,7 +145,7 @@ def test_the_card_says_what_the_scores_do(scorer, data):
     assert len(card.version) == 16
     other = scorer(images, [Prompt("something else", p.wants, p.id) for p in prompts]).values
     if not card.sees_prompt:
-        assert torch.equal(other, scorer(*data).values)
+        assert torch.equal(other, whole.values)
     if card.model != "none" and card.scorer != "remote":  # its versions stand in the settings
         assert re.fullmatch("[0-9a-f]{64}", card.checkpoint)
 

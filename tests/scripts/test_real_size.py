@@ -11,6 +11,7 @@ def model(tmp_path, monkeypatch):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_every_method_trains_and_is_estimated(model):
     rows = []
     for method in real_size.METHODS:
