@@ -65,6 +65,15 @@ class Classes:
         """The class of several objects with different values."""
         return len(self.attributes[attribute])
 
+    def foreign(self, wants: Mapping[str, Any]) -> list[str]:
+        """The words of a request, as of another world, that are no classes here."""
+        letters = wants["text"] if wants["tag"] == "text" else ""
+        items = () if letters else wants["include"]
+        nouns = [*letters, *(item["class"] for item in items)]
+        values = [item[name] for name in self.attributes for item in items if name in item]
+        known = {*self.kinds, *(value for values in self.attributes.values() for value in values)}
+        return [word for word in (*nouns, *values) if word not in known]
+
     @property
     def trained(self) -> Path:
         """The folder of the embedded weights."""
@@ -218,6 +227,8 @@ class Classifier:
         wants = [prompt.wants if "tag" in prompt.wants else classes.understood(prompt.text) for prompt in prompts]
         if not all(wants):
             raise ValueError(f"prompt has no ground truth: `{classes.name}` needs captions of the embedded world")
+        if foreign := [word for request in wants for word in classes.foreign(request)]:
+            raise ValueError(f"the prompt asks for {foreign[0]!r}, which `{classes.name}` does not know")
         images = images.to(self.device, torch.float64)
         parts = self.network(resized(images, (classes.side, classes.side), "squash", "bicubic"))
         logits = [together(parts_of(self.network, parts, row, request)) for row, request in enumerate(wants)]

@@ -38,6 +38,7 @@ SCORERS: dict[str, str] = {
     "things": "reward_models.scorers.things:Things",
     "things_critic": "reward_models.scorers.things_critic:ThingsCritic",
     "shapes_classifier": "reward_models.scorers.shapes_classifier:ShapesClassifier",
+    "things_classifier": "reward_models.scorers.things_classifier:ThingsClassifier",
     "hpsv3": "reward_models.scorers.hpsv3:Hpsv3",
     "fitted": "reward_models.scorers.fitted:Fitted",
     "context": "reward_models.scorers.context:Context",
@@ -50,7 +51,7 @@ SCORERS: dict[str, str] = {
 # with `in_graph`: `vlm_yes_no` if its model is in this process, `zoomed` of one of the others at a grid
 GRADIENTS = (
     "clip", "pickscore", "hpsv2", "aesthetic", "image_reward", "hpsv3", "vqa", "vlm_yes_no", "fitted", "natural",
-    "image_stats", "shapes_classifier", "zoomed", "context",
+    "image_stats", "shapes_classifier", "things_classifier", "zoomed", "context",
 )  # fmt: skip
 
 WORDS = Sequence[str], Sequence[str] | None  # annotations of settings that one text would be cut into letters for

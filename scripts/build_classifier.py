@@ -1,7 +1,7 @@
 """Train the classifier of an embedded world and write it, with its card, to assets/.
 
     python scripts/build_classifier.py                      # shapes: about ten minutes of one core
-    python scripts/build_classifier.py --world things
+    python scripts/build_classifier.py --world things --samples 1200 --steps 4500 --repeats 2     # about forty
     python scripts/build_classifier.py --steps 50 --drawings 2000 --samples 100 --out /tmp/try
 
 It learns what the verifier sees on drawings and on images of the world's embedded model, of training captions alone.

@@ -79,7 +79,7 @@ def below(source: Path, folder: str) -> set[str]:
 
 def test_the_wheel_holds_the_packages_and_what_commands_name(source, wheel):
     assets, configs = below(source, "assets"), below(source, "configs")
-    folders = "tiny_clip", "tiny_things_clip", "shapes_classifier", "things"
+    folders = "tiny_clip", "tiny_things_clip", "shapes_classifier", "things_classifier", "things"
     models = {name for name in assets if name.split("/")[1] in folders}
     figures = {name for name in assets if name.startswith("assets/figures/")}  # of the README
     expected = below(source, "mmalign") | below(source, "reward_models")

@@ -3,10 +3,9 @@ network that has learnt from the verifier `things` (`reward_models.classifier`).
 the pixels (`in_graph`). Components: `right`, the probability that all of the caption is there and nothing else, and
 `logit`, its log-odds.
 
-No weights are embedded yet: `scripts/build_classifier.py --world things` makes a folder of them, with a card that has
-the figures. A prompt is read from its ground truth, without it from its text if that is a caption of the world. Images
-of another size are resized to 64 x 64 pixels. A policy that is trained against it finds its blind spots: watch
-`things`. Licence: Apache-2.0.
+A prompt is read from its ground truth, without it from its text if that is a caption of the world. Images of another
+size are resized to 64 x 64 pixels. The embedded weights come from scripts/build_classifier.py; their card has the
+figures. A policy that is trained against it finds its blind spots: watch `things`. Licence: Apache-2.0.
 """
 
 from reward_models.classifier import Classes, Classifier
@@ -28,7 +27,7 @@ CLASSES = Classes(
 
 
 class ThingsClassifier(Classifier):
-    """The scorer, with the weights in `folder`. ValueError if they cannot be loaded."""
+    """The scorer. `folder`: other weights than the embedded ones, ValueError if they cannot be loaded."""
 
-    def __init__(self, folder: str, device: str = "cpu", batch: int = 64):
+    def __init__(self, folder: str = "", device: str = "cpu", batch: int = 64):
         super().__init__(CLASSES, folder, device, batch)

@@ -9,11 +9,10 @@ from tiny_scorers import settings, transformers_clip
 from torch import nn
 from transformers import AutoImageProcessor
 
-from reward_models import Prompt, load, processors
+from reward_models import Prompt, load, processors, shapes_world, things_world
 from reward_models.cache import Cached
 from reward_models.images import rounded, to_uint8
 from reward_models.registry import GRADIENTS, SCORERS, differentiable
-from reward_models.shapes_world import understood
 from reward_models.training import fit
 from reward_models.types import Differentiable
 
@@ -25,7 +24,9 @@ SIDES = {
     "vlm_yes_no": 56,
 }  # where a processor resizes nothing
 TEXTS = ("a red circle", "a blue square left of a yellow circle", "a red circle")
-PROMPTS = [Prompt(text, understood(text)) for text in TEXTS]
+PROMPTS = [Prompt(text, shapes_world.understood(text)) for text in TEXTS]
+OF_THINGS = ("a red boat", "a cat left of a camel", "a red boat")
+PROMPTS_OF_THINGS = [Prompt(text, things_world.understood(text)) for text in OF_THINGS]
 
 
 def pictures(side: int, seed: int = 0) -> torch.Tensor:
@@ -60,25 +61,30 @@ def images(scorer):
     return pictures(SIDES.get(scorer.card.scorer, 32))
 
 
-def test_rounded_images_score_as_in_a_call(scorer, images):
-    called = scorer(rounded(images), PROMPTS)
+@pytest.fixture
+def prompts(scorer):
+    return PROMPTS_OF_THINGS if scorer.card.scorer.startswith("things") else PROMPTS
+
+
+def test_rounded_images_score_as_in_a_call(scorer, images, prompts):
+    called = scorer(rounded(images), prompts)
     assert not called.failures
     with torch.no_grad():
-        values = scorer.in_graph(rounded(images), PROMPTS)
+        values = scorer.in_graph(rounded(images), prompts)
     assert values.shape == (3, len(scorer.names))
     cropped = scorer.card.scorer == "zoomed"  # whose crops a call rounds
     torch.testing.assert_close(values, called.values, rtol=1e-5, atol=2e-3 if cropped else 2e-6)
 
 
-def test_images_are_not_rounded(scorer, images):
+def test_images_are_not_rounded(scorer, images, prompts):
     with torch.no_grad():
-        exact, coarse = scorer.in_graph(images, PROMPTS), scorer.in_graph(rounded(images), PROMPTS)
+        exact, coarse = scorer.in_graph(images, prompts), scorer.in_graph(rounded(images), prompts)
     assert (exact != coarse).any()
 
 
-def test_gradients_reach_the_pixels_and_no_parameter(scorer, images):
+def test_gradients_reach_the_pixels_and_no_parameter(scorer, images, prompts):
     images.requires_grad_()
-    values = scorer.in_graph(images, PROMPTS)
+    values = scorer.in_graph(images, prompts)
     for column in values.unbind(1):
         (gradient,) = torch.autograd.grad(column[0], images, retain_graph=True)
         assert gradient.isfinite().all()
@@ -89,36 +95,36 @@ def test_gradients_reach_the_pixels_and_no_parameter(scorer, images):
     assert len(tensors) > 3 or scorer.card.scorer == "image_stats"
 
 
-def test_gradients_are_finite_differences(scorer, images):
-    compare_differences(scorer, images, len(scorer.names) - 1)
+def test_gradients_are_finite_differences(scorer, images, prompts):
+    compare_differences(scorer, images, prompts, len(scorer.names) - 1)
 
 
-def compare_differences(scorer, images: torch.Tensor, column: int) -> None:
+def compare_differences(scorer, images: torch.Tensor, prompts: list[Prompt], column: int) -> None:
     """Along the gradient, where the change is greatest and float32 rounds least."""
     images = images.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(scorer.in_graph(images, PROMPTS)[0, column], images)
+    (gradient,) = torch.autograd.grad(scorer.in_graph(images, prompts)[0, column], images)
     images = images.detach()
     unit = gradient / gradient.norm()
     ends = []
     for step in (-0.02, 0.02):
         with torch.no_grad():
-            ends.append(scorer.in_graph(images + step * unit, PROMPTS)[0, column].item())
+            ends.append(scorer.in_graph(images + step * unit, prompts)[0, column].item())
     assert (ends[1] - ends[0]) / 0.04 == pytest.approx(gradient.norm().item(), rel=0.05)
 
 
-def test_plain_images_have_finite_gradients(scorer):
+def test_plain_images_have_finite_gradients(scorer, prompts):
     """Also where a deviation is 0."""
     images = torch.full((1, 3, 32, 32), 0.5, requires_grad=True)
-    scorer.in_graph(images, PROMPTS[:1]).sum().backward()
+    scorer.in_graph(images, prompts[:1]).sum().backward()
     assert images.grad.isfinite().all()
 
 
-def test_what_a_call_reports_is_an_error(scorer, images):
+def test_what_a_call_reports_is_an_error(scorer, images, prompts):
     images[1, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="image 1: a pixel is not finite"):
-        scorer.in_graph(images, PROMPTS)
+        scorer.in_graph(images, prompts)
     with pytest.raises(ValueError, match="1 images but 3 prompts"):
-        scorer.in_graph(images[:1], PROMPTS)
+        scorer.in_graph(images[:1], prompts)
 
 
 @pytest.mark.parametrize("name", ["pickscore", "vqa"])
@@ -197,5 +203,5 @@ def test_a_fitted_model_has_gradients(method, tmp_path):
     with torch.no_grad():
         values = scorer.in_graph(rounded(images), PROMPTS)
     torch.testing.assert_close(values, scorer(rounded(images), PROMPTS).values, rtol=1e-5, atol=1e-5)
-    compare_differences(scorer, images, 0)
+    compare_differences(scorer, images, PROMPTS, 0)
     assert not any(tensor.requires_grad for tensor in parameters(scorer))

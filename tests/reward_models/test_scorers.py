@@ -1,6 +1,7 @@
 """Tests of the contract that all scorers share, and of `clip` against open_clip."""
 
 import json
+import random
 import re
 
 import numpy as np
@@ -11,11 +12,12 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from tiny_scorers import OPEN_CLIP, open_clip_folder, settings
 
-from reward_models import Prompt, Scores, load
+from reward_models import Prompt, Scores, load, shapes_world, things_world
 from reward_models.images import from_pil, resized, to_pil
 from reward_models.registry import SCORERS
 from reward_models.scorers.clip import TINY, clip
-from reward_models.shapes_world import caption, draw, requests
+from reward_models.shapes_world import requests
+from reward_models.worlds import caption
 
 ALONE = [name for name in SCORERS if name != "pairwise"]  # which needs siblings, and has a test of its own
 PARTLY = ("shapes_critic", "things_critic", "checklist")  # have no opinion on what a prompt does not ask for
@@ -33,18 +35,39 @@ def scorer(request):
     return load(request.param, **settings(request.param, request.getfixturevalue("tmp_path_factory").mktemp("tiny")))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """What every scorer can check: objects in colours GenEval knows, letters, and a picture to compare with."""
-    rng = np.random.default_rng(0)
+def asked_of_shapes(rng):
+    """Objects in colours GenEval knows."""
     some = [w for w in requests() if w["include"] and not any(item.get("color") == "cyan" for item in w["include"])]
-    wants = [some[i] for i in rng.integers(len(some), size=10)]
+    return [some[i] for i in rng.integers(len(some), size=10)]
+
+
+def asked_of_things(rng):
+    source = random.Random(0)
+    return [things_world.request(things_world.TAGS[k], source) for k in rng.integers(len(things_world.TAGS), size=10)]
+
+
+def drawn(world, wants, rng, folder):
+    """Pictures, with prompts that also name letters, a picture to compare with and a criterion."""
     wants[4] = wants[3]
-    images = torch.from_numpy(np.stack([draw(w, rng) for w in wants]))
-    reference = tmp_path_factory.mktemp("reference") / "reference.png"
-    to_pil(images[:1])[0].save(reference)
-    more = {"text": "H O", "reference": str(reference), "criteria": [{"question": "Is it there?"}]}
+    images = torch.from_numpy(np.stack([world.draw(w, rng) for w in wants]))
+    to_pil(images[:1])[0].save(folder / "reference.png")
+    more = {"text": "H O", "reference": str(folder / "reference.png"), "criteria": [{"question": "Is it there?"}]}
     return images, [Prompt(caption(w), w | more, i) for i, w in enumerate(wants)]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    return drawn(shapes_world, asked_of_shapes(rng), rng, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture(scope="module")
+def data(scorer, shapes, tmp_path_factory):
+    """What the scorer can check."""
+    if not scorer.card.scorer.startswith("things"):
+        return shapes
+    rng = np.random.default_rng(0)
+    return drawn(things_world, asked_of_things(rng), rng, tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture(scope="module")
@@ -177,25 +200,25 @@ def test_quality_is_checked():
         load("jpeg_size", quality=101)
 
 
-def test_embedded_clip_tells_right_captions_from_wrong_ones(data):
-    images, prompts = data
+def test_embedded_clip_tells_right_captions_from_wrong_ones(shapes):
+    images, prompts = shapes
     right = load("clip")(images, prompts).values
     wrong = load("clip")(images, prompts[5:] + prompts[:5]).values
     assert (right > wrong).float().mean() >= 0.8
 
 
 @pytest.mark.parametrize("folder", ["random", "embedded"])
-def test_clip_agrees_with_open_clip(folder, random_clip, data):
+def test_clip_agrees_with_open_clip(folder, random_clip, shapes):
     scorer = clip(str(random_clip)) if folder == "random" else clip()
     name = f"local-dir:{random_clip if folder == 'random' else TINY}"
-    images = data[0] if folder == "embedded" else noise(10, 40, 57)
+    images = shapes[0] if folder == "embedded" else noise(10, 40, 57)
     model, _, preprocess = open_clip.create_model_and_transforms(name)
-    texts = [p.text for p in data[1]]
+    texts = [p.text for p in shapes[1]]
     with torch.no_grad():
         pixels = torch.stack([preprocess(picture) for picture in to_pil(images)])
         image = model.eval().encode_image(pixels, normalize=True)
         text = model.encode_text(open_clip.get_tokenizer(name)(texts), normalize=True)
-    torch.testing.assert_close(scorer(images, data[1]).values[:, 0], (image * text).sum(1), rtol=0, atol=5e-3)
+    torch.testing.assert_close(scorer(images, shapes[1]).values[:, 0], (image * text).sum(1), rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
