@@ -66,7 +66,7 @@ class Classes:
         return len(self.attributes[attribute])
 
     def foreign(self, wants: Mapping[str, Any]) -> list[str]:
-        """The words of a request, as of another world, that are no classes here."""
+        """The words of a request that are not among the classes, as in requests of another world."""
         letters = wants["text"] if wants["tag"] == "text" else ""
         items = () if letters else wants["include"]
         nouns = [*letters, *(item["class"] for item in items)]
