@@ -104,6 +104,7 @@ TUNING = {  # where something else matters more than the rate
     "clipped, 2 updates": ("", "loss.clip=1e-4", "loss.clip=1e-2"),
     "guard, 2 updates": ("", "loss.clip=2e-6", "loss.clip=2e-4"),
     "masked, 2 updates": ("", "loss.clip=1e-6", "loss.clip=1e-4"),
+    "dense, published": (*TRIALS, f"{FAST} kernel.noise=0.1", f"{FAST} kernel.noise=0.3"),
     "online_dpo": ("", "objective.scale=1", "learning_rate=3e-4"),
     "rft": ("", "learning_rate=1e-4", "learning_rate=1e-4 seeds=4 prompts_per_iteration=16"),
     "gain and terminal": ("", FAST),
@@ -142,11 +143,13 @@ def name_of(method: str, number: int | str) -> str:
 
 
 def words_of(world: World, overrides: str) -> list[str]:
-    """Overrides for the world of shapes, as words for another world: with its names, model and captions."""
+    """Overrides for the world of shapes, as words for a world: with its names, model and captions, and in bfloat16
+    where its model was trained in it."""
     reward = json.dumps({f"{world.name}.strict": 0.5, f"{world.name}.partial": 0.5}, separators=(",", ":"))
     clip = json.dumps({"clip": {"model": world.clip}}, separators=(",", ":"))
     place = f"model=assets/{world.model} prompts=assets/prompts/{world.prompts}train.jsonl scorers={clip}"
-    return [*place.split(), f"rewards={reward}", *overrides.replace(SHAPES.name, world.name).split()]
+    precision = ["precision=bfloat16"] if world.half else []
+    return [*place.split(), f"rewards={reward}", *precision, *overrides.replace(SHAPES.name, world.name).split()]
 
 
 def iterations_for(c, seconds: float) -> int:

@@ -24,7 +24,7 @@ from mmalign.selection.scouts import correlation
 from mmalign.training import setup
 from mmalign.training.rollout import judged, sample_and_score
 
-STILL = ["warmup=0", "cooldown=0", "held_out=null", "watch=[]", "out=runs/none"]
+STILL = ["warmup=0", "cooldown=0", "held_out=null", "watch=[]", "scorers={}", "out=runs/none"]
 
 
 def rows(
