@@ -6,7 +6,8 @@
 Ratio = processor time of one iteration / processor time of the bare transformer (adapter attached, gradients for the
 adapter only) for the same number of forwards and of forwards with backward, each at its best batch size, in the tables
 at 32. 1 would mean that sampling, decoding, scoring, credit and the optimiser are free. Iteration and network are
-measured in one process. Processor time is that of all threads; waiting for a core is not in it.
+measured in one process, each config in one of its own. Processor time is that of all threads; waiting for a core is not
+in it.
 """
 
 import json
@@ -18,6 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,7 +130,26 @@ def measure(run: Session, iterations: int, sizes: Sequence[int]) -> dict[str, An
 
 
 def opened(config: str, overrides: Sequence[str]) -> Session:
+    torch.set_flush_denormal(True)
+    policies.quiet()
     return setup.open_session(configs.load(ROOT / config, [*overrides]))
+
+
+def measured(config: str, overrides: Sequence[str], iterations: int, sizes: Sequence[int]) -> dict[str, Any]:
+    return measure(opened(config, overrides), iterations, sizes)
+
+
+def iterated(overrides: Sequence[str], iterations: int) -> list[float]:
+    """Processor seconds of iterations of the quickstart, after one that is not counted."""
+    run, numbers = opened(QUICK, overrides), count()
+    trainer.iterate(run, next(numbers))
+    return seconds(lambda: trainer.iterate(run, next(numbers)), iterations)
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function in a new process, whose memory nothing before it has used."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def exponent(values: Sequence[float], times: Sequence[float]) -> float:
@@ -164,7 +187,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def ratios(what: str, iterations: int, sizes: Sequence[int], cases: Mapping[str, tuple[str, list[str]]]) -> str:
     rows = []
     for name, (config, overrides) in cases.items():
-        figures = measure(opened(config, overrides), iterations, sizes)
+        figures = in_a_process(measured, config, overrides, iterations, sizes)
         counts = [f"{figures[key]:.0f}" for key in ("forwards", "replay_forwards", "decodes")]
         rows.append([name, spread(figures["ratio"]), spread(figures["seconds"]), *counts])
     return table([what, "ratio", "seconds", "forwards", "replayed", "images"], rows)
@@ -173,11 +196,7 @@ def ratios(what: str, iterations: int, sizes: Sequence[int], cases: Mapping[str,
 def growth(iterations: int) -> str:
     rows = []
     for what, (values, setting) in GROWTH.items():
-        times = []
-        for value in values:
-            run = opened(QUICK, setting(value))
-            trainer.iterate(run, 0)
-            times.append(seconds(lambda run=run, times=times: trainer.iterate(run, len(times) + 1), iterations))
+        times = [in_a_process(iterated, setting(value), iterations) for value in values]
         fitted = [exponent(values, each) for each in zip(*times, strict=True)]
         cells = "; ".join(f"{value}: {spread(each)}" for value, each in zip(values, times, strict=True))
         rows.append([what, cells, spread(fitted)])
@@ -267,8 +286,6 @@ def main(
     whole: Annotated[bool, typer.Option("--all", help="write all tables into docs/benchmark.md")] = False,
 ) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the processes started; set it by hand for this one
-    torch.set_flush_denormal(True)
-    policies.quiet()
     if whole:
         text = page(
             ratios("objective, credit", iterations, BATCHES[:1], METHODS),
