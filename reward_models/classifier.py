@@ -70,9 +70,8 @@ class Classes:
         letters = wants["text"] if wants["tag"] == "text" else ""
         items = () if letters else wants["include"]
         nouns = [*letters, *(item["class"] for item in items)]
-        values = [item[name] for name in self.attributes for item in items if name in item]
-        known = {*self.kinds, *(value for values in self.attributes.values() for value in values)}
-        return [word for word in (*nouns, *values) if word not in known]
+        values = [(item[name], known) for name, known in self.attributes.items() for item in items if name in item]
+        return [noun for noun in nouns if noun not in self.kinds] + [v for v, known in values if v not in known]
 
     @property
     def trained(self) -> Path:

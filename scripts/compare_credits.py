@@ -104,7 +104,7 @@ TUNING = {  # where something else matters more than the rate
     "clipped, 2 updates": ("", "loss.clip=1e-4", "loss.clip=1e-2"),
     "guard, 2 updates": ("", "loss.clip=2e-6", "loss.clip=2e-4"),
     "masked, 2 updates": ("", "loss.clip=1e-6", "loss.clip=1e-4"),
-    "dense, published": (*TRIALS, f"{FAST} kernel.noise=0.1", f"{FAST} kernel.noise=0.3"),
+    "dense, published": (*TRIALS, f"{FAST} kernel.noise=0.1", f"{FAST} kernel.noise=0.3"),  # less noise: for things
     "online_dpo": ("", "objective.scale=1", "learning_rate=3e-4"),
     "rft": ("", "learning_rate=1e-4", "learning_rate=1e-4 seeds=4 prompts_per_iteration=16"),
     "gain and terminal": ("", FAST),

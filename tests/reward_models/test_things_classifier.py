@@ -51,6 +51,7 @@ def test_a_caption_without_ground_truth_is_understood(scorer):
     [
         ({"tag": "one_object", "include": [{"class": "circle", "count": 1}]}, "circle"),
         ({"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "cyan"}]}, "cyan"),
+        ({"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "shaded"}]}, "shaded"),  # a style
         ({"tag": "text", "text": "H O"}, "H"),
     ],
 )
