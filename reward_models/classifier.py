@@ -26,7 +26,7 @@ from reward_models.model_folders import loading
 from reward_models.scoring import check, each
 from reward_models.types import Card, Images, Prompt, Scores
 from reward_models.weights import fingerprint, named, read
-from reward_models.worlds import RELATIONS
+from reward_models.worlds import RELATIONS, Words
 
 WEIGHTS = "model.safetensors"
 CELL = 4  # px
@@ -36,13 +36,15 @@ CELL = 4  # px
 class Classes:
     """What a classifier tells apart in pictures of a world, and the size of its network.
 
-    `kinds`: names of objects. `attributes`: the values of each attribute that is a class of its own. `most`: a count of
-    so many or more. `side`: of a picture, px. `offset`: px between centres along the axis of a relation. `small`,
-    `large`: the longest side of a small object and the shortest of a large one, px. `length`: of an object as the
-    network starts from it, px. `understood`: the request of a caption, empty for other texts. `folder`: in `assets`.
+    `words`: what a request may name. `kinds`: names of objects. `attributes`: the values of each attribute that is a
+    class of its own. `most`: a count of so many or more. `side`: of a picture, px. `offset`: px between centres along
+    the axis of a relation. `understood`: the request of a caption, empty for other texts. `small`, `large`: the longest
+    side of a small object and the shortest of a large one, px. `length`: of an object as the network starts from it,
+    px. `width`, `blocks`, `pooled`: of the network.
     """
 
     name: str
+    words: Words
     kinds: tuple[str, ...]
     attributes: Mapping[str, tuple[str, ...]]
     most: int
@@ -64,14 +66,6 @@ class Classes:
     def mixed(self, attribute: str) -> int:
         """The class of several objects with different values."""
         return len(self.attributes[attribute])
-
-    def foreign(self, wants: Mapping[str, Any]) -> list[str]:
-        """The words of a request that are not among the classes, as in requests of another world."""
-        letters = wants["text"] if wants["tag"] == "text" else ""
-        items = () if letters else wants["include"]
-        nouns = [*letters, *(item["class"] for item in items)]
-        values = [(item[name], known) for name, known in self.attributes.items() for item in items if name in item]
-        return [noun for noun in nouns if noun not in self.kinds] + [v for v, known in values if v not in known]
 
     @property
     def trained(self) -> Path:
@@ -226,8 +220,11 @@ class Classifier:
         wants = [prompt.wants if "tag" in prompt.wants else classes.understood(prompt.text) for prompt in prompts]
         if not all(wants):
             raise ValueError(f"prompt has no ground truth: `{classes.name}` needs captions of the embedded world")
-        if foreign := [word for request in wants for word in classes.foreign(request)]:
-            raise ValueError(f"the prompt asks for {foreign[0]!r}, which `{classes.name}` does not know")
+        for request in wants:
+            classes.words.check(request, classes.name)
+            nouns = [item["class"] for item in request.get("include", ())]
+            if len({*nouns}) < len(nouns):
+                raise ValueError(f"{nouns} has a kind twice, which `{classes.name}` cannot tell apart")
         images = images.to(self.device, torch.float64)
         parts = self.network(resized(images, (classes.side, classes.side), "squash", "bicubic"))
         logits = [together(parts_of(self.network, parts, row, request)) for row, request in enumerate(wants)]

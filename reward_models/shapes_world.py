@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from reward_models import worlds
 from reward_models.types import Prompt
-from reward_models.worlds import COUNTS, RELATIONS, caption, meaning, thing
+from reward_models.worlds import COUNTS, RELATIONS, Words, caption, meaning, thing
 
 SIDE = 32
 BACKGROUND = (0.85, 0.85, 0.85)
@@ -47,6 +47,7 @@ GLYPHS = {  # 5x7
     "X": "10001 10001 01010 00100 01010 10001 10001",
     "Z": "11111 00001 00010 00100 01000 10000 11111",
 }
+WORDS = Words(SHAPES, {"color": tuple(COLOURS), "size": ("small", "large")}, tuple(GLYPHS))
 KINDS = ("object", "attribute", "relation", "count")  # of what a caption asks for
 TAGS = ("one_object", "two_objects", "colors", "counting", "position", "color_attr", "text")
 
@@ -95,8 +96,7 @@ def understood(text: str) -> dict:
 
 def changed(wants: dict, kind: str, rng: np.random.Generator) -> dict | None:
     """The request with one thing of a kind of `KINDS` changed (`worlds.changed`), None if it has none of this kind."""
-    values = {"color": COLOURS, "size": ("small", "large")}
-    return worlds.changed(wants, kind, rng, SHAPES, values, [*COUNTS.values()])
+    return worlds.changed(wants, kind, rng, SHAPES, WORDS.values, [*COUNTS.values()])
 
 
 def split(held_out: dict[str, int]) -> tuple[list[Prompt], list[Prompt]]:

@@ -27,7 +27,7 @@ from PIL import Image
 
 from reward_models import files, worlds
 from reward_models.shipped import folder
-from reward_models.worlds import COUNTS, RELATIONS, caption, meaning, plural, thing
+from reward_models.worlds import COUNTS, RELATIONS, Words, caption, meaning, plural, thing
 
 FOLDER = folder("reward_models") / "assets/things"
 SIDE = 64
@@ -63,6 +63,7 @@ def _index() -> dict[str, Any]:
 
 
 NOUNS, STYLES = tuple(_index()["nouns"]), tuple(_index()["styles"])
+WORDS = Words(NOUNS, {"color": (NATURAL, *COLOURS), "style": STYLES})
 
 
 @cache

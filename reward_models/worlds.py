@@ -6,17 +6,83 @@ for, `color`, `size`, `style` and `position` ([relation, index of the other entr
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+
+from reward_models.errors import first_problem
 
 COUNTS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+MOST = 16  # things or letters of a request
 ATTRIBUTES = ("color", "size", "style")  # of an entry
+Relation = Literal["left of", "right of", "above", "below"]
 IRREGULAR = {"fish": "fish", "knife": "knives", "leaf": "leaves", "snowman": "snowmen"}
+
+
+class Entry(BaseModel):
+    """An entry of a request's `include`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    noun: str = Field(alias="class")
+    count: int = Field(ge=1)
+    color: str = ""
+    size: str = ""
+    style: str = ""
+    position: Annotated[tuple[Relation, Literal[1]], Strict(False)] | None = None
+
+
+class Request(BaseModel):
+    """The request of a world in a prompt's ground truth, which may hold more for other scorers."""
+
+    model_config = ConfigDict(strict=True)
+
+    tag: str
+    text: str = Field("", max_length=MOST)
+    include: list[Entry] = []
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Request":
+        if not (self.text if self.tag == "text" else self.include):
+            raise ValueError(f"it has the tag {self.tag!r} but no `{'text' if self.tag == 'text' else 'include'}`")
+        if (things := sum(entry.count for entry in self.include)) > MOST:
+            raise ValueError(f"{things} things are requested, more than {MOST}")
+        related = [bool(entry.position) for entry in self.include]
+        if any(related) != (self.tag == "position") or any(related[1:]):
+            raise ValueError("`position` belongs to the first entry, with the tag 'position'")
+        if any(related) and [entry.count for entry in self.include] != [1, 1]:
+            raise ValueError("a relation is one of two single things")
+        return self
+
+
+@dataclass(frozen=True)
+class Words:
+    """What requests of a world may name: `nouns`, the `values` of each attribute, and `letters`."""
+
+    nouns: Collection[str]
+    values: Mapping[str, Collection[str]]
+    letters: Collection[str] = ()
+
+    def check(self, wants: Mapping[str, Any], scorer: str) -> None:
+        """ValueError for a request that is malformed, or has a word of another world: `scorer` could only call every
+        picture wrong."""
+        try:
+            request = Request.model_validate(dict(wants))
+        except ValidationError as error:
+            problems = [{**problem, "loc": ("wants", *problem["loc"])} for problem in error.errors()]
+            raise ValueError(first_problem(problems)) from None
+        words = [(letter, self.letters) for letter in request.text if request.tag == "text"]
+        for entry in request.include:
+            given = entry.model_dump(include={*ATTRIBUTES}, exclude_unset=True)
+            words += [(entry.noun, self.nouns), *((word, self.values.get(name, ())) for name, word in given.items())]
+        if unknown := [word for word, known in words if word not in known]:
+            raise ValueError(f"the prompt asks for {unknown[0]!r:.80}, which `{scorer}` does not know")
 
 
 def thing(

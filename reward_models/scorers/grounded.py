@@ -27,14 +27,19 @@ from reward_models.scoring import each
 from reward_models.types import Card, Images, ImageScores, Prompt, Scores
 from reward_models.weights import fingerprint, named
 
+MOST = 100  # objects of a request
+
 
 def phrases(wants: Mapping[str, Any]) -> list[str]:
     """The phrases to detect, repeated by their count. ValueError if there are none."""
     given = wants.get("phrases")
     if given is None:
+        include = wants.get("include", ())
+        if (total := sum(item.get("count", 1) for item in include)) > MOST:
+            raise ValueError(f"{total} objects are requested, more than {MOST}")
         given = [
             " ".join(filter(None, (item.get("color"), item.get("class"))))
-            for item in wants.get("include", ())
+            for item in include
             for _ in range(item.get("count", 1))
         ]
     if (
@@ -43,6 +48,8 @@ def phrases(wants: Mapping[str, Any]) -> list[str]:
         or not all(isinstance(phrase, str) and phrase.strip() for phrase in given)
     ):
         raise ValueError(f"nothing to detect: `phrases` or `include` in wants is needed, got {sorted(wants)}")
+    if len(given) > MOST:
+        raise ValueError(f"{len(given)} phrases are requested, more than {MOST}")
     return given
 
 

@@ -31,6 +31,7 @@ from reward_models.shapes_world import (
     MIN_OFFSET,
     SHAPES,
     SMALL_MAX,
+    WORDS,
     coverage,
 )
 from reward_models.types import Images, ImageScores, Prompt, Scores
@@ -185,9 +186,11 @@ def judge_text(wanted: str, blobs: list[Blob]) -> Verdict:
 
 
 def judge(prompt: Prompt, blobs: list[Blob]) -> Verdict:
-    """The verdict on the objects of an image. KeyError for a prompt without ground truth."""
+    """The verdict on the objects of an image. ValueError for a prompt without ground truth, or of another
+    world."""
     if "tag" not in prompt.wants:
-        raise KeyError("prompt has no ground truth: `shapes` needs captions of the embedded world")
+        raise ValueError("prompt has no ground truth: `shapes` needs captions of the embedded world")
+    WORDS.check(prompt.wants, "shapes")
     if prompt.wants["tag"] == "text":
         return judge_text(prompt.wants["text"], blobs)
     return judge_objects(prompt.wants, blobs, _checks, MIN_OFFSET, lambda blob: f"{blob.colour}, {blob.extent} px")
@@ -212,7 +215,7 @@ class Shapes:
     def _score(self, prompt: Prompt, blobs: list[Blob]) -> ImageScores:
         try:
             verdict = judge(prompt, blobs)
-        except KeyError as error:
-            return ImageScores(failure=str(error.args[0]))
+        except ValueError as error:
+            return ImageScores(failure=str(error))
         values = {"strict": verdict.strict, "partial": verdict.partial}
         return ImageScores(values, verdict.critique, regions=verdict.regions)

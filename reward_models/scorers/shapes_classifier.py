@@ -9,10 +9,21 @@ the figures. A policy that is trained against it finds its blind spots: watch `s
 """
 
 from reward_models.classifier import Classes, Classifier
-from reward_models.shapes_world import COLOURS, GLYPHS, LARGE_MIN, MIN_OFFSET, SHAPES, SIDE, SMALL_MAX, understood
+from reward_models.shapes_world import (
+    COLOURS,
+    GLYPHS,
+    LARGE_MIN,
+    MIN_OFFSET,
+    SHAPES,
+    SIDE,
+    SMALL_MAX,
+    WORDS,
+    understood,
+)
 
 CLASSES = Classes(
     name="shapes_classifier",
+    words=WORDS,
     kinds=(*SHAPES, *GLYPHS),
     attributes={"color": tuple(COLOURS)},
     most=5,

@@ -45,6 +45,6 @@ class ShapesCritic:
         prompt = prompt if "tag" in prompt.wants else replace(prompt, wants=understood(prompt.text))
         try:
             verdict = judge(prompt, blobs)
-        except KeyError as error:
-            return ImageScores(failure=str(error.args[0]))
+        except ValueError as error:
+            return ImageScores(failure=str(error))
         return criticised(prompt, blobs, verdict, COLOURS, SIDE)

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from scipy import ndimage
 
 from reward_models.scoring import each
-from reward_models.things_world import COLOURS, GROUNDS, MIN_OFFSET, NATURAL, NOUNS, SIDE, STYLES, sprite
+from reward_models.things_world import COLOURS, GROUNDS, MIN_OFFSET, NATURAL, NOUNS, SIDE, STYLES, WORDS, sprite
 from reward_models.types import Images, ImageScores, Prompt, Scores
 from reward_models.verdicts import UNKNOWN, Blob, Verdict, exact_card, judge_objects
 
@@ -151,9 +151,11 @@ def _checks(item: Mapping[str, Any], blob: Blob) -> list[bool]:
 
 
 def judge(prompt: Prompt, blobs: Sequence[Blob], side: int) -> Verdict:
-    """The verdict on the things of an image with a shorter side of `side` px. KeyError without ground truth."""
+    """The verdict on the things of an image with a shorter side of `side` px. ValueError for a prompt without
+    ground truth, or of another world."""
     if "tag" not in prompt.wants:
-        raise KeyError("prompt has no ground truth: `things` needs captions of the embedded world of things")
+        raise ValueError("prompt has no ground truth: `things` needs captions of the embedded world of things")
+    WORDS.check(prompt.wants, "things")
     offset = MIN_OFFSET * side / SIDE
     return judge_objects(prompt.wants, blobs, _checks, offset, lambda blob: f"{blob.colour}, {blob.style}")
 
@@ -178,7 +180,7 @@ class Things:
     def _score(self, prompt: Prompt, blobs: list[Blob], side: int) -> ImageScores:
         try:
             verdict = judge(prompt, blobs, side)
-        except KeyError as error:
-            return ImageScores(failure=str(error.args[0]))
+        except ValueError as error:
+            return ImageScores(failure=str(error))
         values = {"strict": verdict.strict, "partial": verdict.partial}
         return ImageScores(values, verdict.critique, regions=verdict.regions)

@@ -9,12 +9,13 @@ figures. A policy that is trained against it finds its blind spots: watch `thing
 """
 
 from reward_models.classifier import Classes, Classifier
-from reward_models.things_world import COLOURS, MIN_OFFSET, NATURAL, NOUNS, SIDE, STYLES, understood
+from reward_models.things_world import MIN_OFFSET, NOUNS, SIDE, WORDS, understood
 
 CLASSES = Classes(
     name="things_classifier",
+    words=WORDS,
     kinds=NOUNS,
-    attributes={"color": (NATURAL, *COLOURS), "style": STYLES},
+    attributes=WORDS.values,
     most=4,
     side=SIDE,
     offset=MIN_OFFSET,

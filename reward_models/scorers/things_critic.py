@@ -40,6 +40,6 @@ class ThingsCritic:
         prompt = prompt if "tag" in prompt.wants else replace(prompt, wants=understood(prompt.text))
         try:
             verdict = judge(prompt, blobs, side)
-        except KeyError as error:
-            return ImageScores(failure=str(error.args[0]))
+        except ValueError as error:
+            return ImageScores(failure=str(error))
         return criticised(prompt, blobs, verdict, (), side)

@@ -46,24 +46,6 @@ def test_a_caption_without_ground_truth_is_understood(scorer):
     assert "needs captions of the embedded world" in scorer(images[:1], [Prompt("a circle")]).failures[0]
 
 
-@pytest.mark.parametrize(
-    ("wants", "word"),
-    [
-        ({"tag": "one_object", "include": [{"class": "circle", "count": 1}]}, "circle"),
-        ({"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "cyan"}]}, "cyan"),
-        ({"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "shaded"}]}, "shaded"),  # a style
-        ({"tag": "text", "text": "H O"}, "H"),
-    ],
-)
-def test_a_request_of_another_world_has_no_score(scorer, wants, word):
-    """And costs the other images none."""
-    here = Prompt("two red cats", understood("two red cats"))
-    scores = scorer(pictures([here, here]), [here, Prompt("", wants)])
-    assert scores.failures == {1: f"the prompt asks for '{word}', which `things_classifier` does not know"}
-    assert scores.values[0].isfinite().all()
-    assert scores.values[1].isnan().all()
-
-
 def test_its_gradient_leads_to_another_tint(scorer):
     """Steps along the gradient make of a red boat what the classifier calls a blue one."""
     prompt = Prompt("a blue boat", understood("a blue boat"))
