@@ -73,6 +73,9 @@ def pipeline(
     return pipe
 
 
+_FITTING: set[str] = set()  # configs that `_check_shapes` has passed: the check takes half of the time of a small model
+
+
 def skeleton(family: type[Family], model: str, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline without weights, tokenizers and processors, on the meta device. One velocity and one image are tried
     in shapes alone. ValueError for a model that is missing, and for components that cannot be built, do not fit each
@@ -92,8 +95,11 @@ def skeleton(family: type[Family], model: str, dtype: torch.dtype) -> DiffusionP
             if isinstance(component, nn.Module):
                 component.to(dtype)
         smallest = family.pixels_of(pipe) * family.grain_of(pipe)
-        if family.text_shapes is not Family.text_shapes:
+        parts = [getattr(part, "config", None) for part in pipe.components.values()]
+        configs = str((family, index, dtype, parts))
+        if family.text_shapes is not Family.text_shapes and configs not in _FITTING:
             _check_shapes(family(pipe, 1.0, (smallest, smallest)))
+            _FITTING.add(configs)
     return pipe
 
 
