@@ -134,6 +134,7 @@ TUNING = {  # where something else matters more than the rate
 }
 POINTS = 4  # evaluations, without the first
 Named = Annotated[str, typer.Option("--world", help=" or ".join(WORLDS))]
+Captions = Annotated[str, typer.Option(help="validation or test")]
 Out = Annotated[Path, typer.Option(help="folder of the results")]
 app = typer.Typer(add_completion=False)
 

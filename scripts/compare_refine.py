@@ -12,7 +12,7 @@ from statistics import mean
 
 import torch
 import typer
-from compare_credits import Named
+from compare_credits import Captions, Named
 from tiny_worlds import SHAPES, world_of
 
 from mmalign import policy as policies
@@ -43,12 +43,14 @@ def strict(refinements: list[Refinement]) -> list[float]:
     return [float(one.rounds[one.best].scores["overall"] == 1) for one in refinements]
 
 
-def main(prompts: int = 200, seeds: int = 3, steps: int = 10, name: Named = SHAPES.name) -> None:
+def main(
+    prompts: int = 200, seeds: int = 3, steps: int = 10, name: Named = SHAPES.name, captions: Captions = "test"
+) -> None:
     torch.set_flush_denormal(True)
     policies.quiet()
     world = world_of(name)
     policy = policies.load(locate(f"assets/{world.model}"), dtype="float32", device="cpu", guidance=1.0)
-    every = world.held_out("validation")
+    every = world.held_out(captions)
     chosen = [every[round(i)] for i in torch.linspace(0, len(every) - 1, prompts).tolist()]
     several = [i for i, prompt in enumerate(chosen) if prompt.wants["tag"] in SEVERAL]
     critic = load(f"{world.name}_critic")

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import compare_credits
 import typer
-from compare_credits import Named
+from compare_credits import Captions, Named
 from tiny_worlds import SHAPES, World, world_of
 
 from mmalign.config.paths import locate
@@ -38,11 +38,11 @@ Out = Annotated[Path, typer.Option(help="folder of the runs")]
 app = typer.Typer(add_completion=False)
 
 
-def prompts(out: Path, world: World) -> list[Path]:
-    """Files of the prompts of these kinds, for training and validation, written below `out`."""
+def prompts(out: Path, world: World, captions: str) -> list[Path]:
+    """Files of the prompts of these kinds, for training and evaluation, written below `out`."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for name in ("train", "validation"):
+    for name in ("train", captions):
         lines = files.lines(files.text(locate(f"assets/prompts/{world.prompts}{name}.jsonl")))
         selected = [line for line in lines if json.loads(line)["tag"] in KINDS]
         files.write(out / f"{name}.jsonl", "\n".join(selected) + "\n")
@@ -52,22 +52,30 @@ def prompts(out: Path, world: World) -> list[Path]:
 
 @app.command()
 def run(
-    variant: str, seed: int, seconds: float = 150.0, out: Out = Path("runs/regions"), name: Named = SHAPES.name
+    variant: str,
+    seed: int,
+    seconds: float = 150.0,
+    out: Out = Path("runs/regions"),
+    name: Named = SHAPES.name,
+    captions: Captions = "test",
 ) -> None:
     """Train one variant for about `seconds`."""
     world = world_of(name)
-    train, validation = prompts(out, world)
+    train, held_out = prompts(out, world, captions)
     words = [*compare_credits.words_of(world, VARIANTS[variant]), f"prompts={train}", f"seed={seed}"]
-    row = compare_credits.measured(compare_credits.BASE, words, seconds, prompt_files.read(validation), world)
+    row = compare_credits.measured(compare_credits.BASE, words, seconds, prompt_files.read(held_out), world)
     compare_credits.write(out / compare_credits.name_of(variant, seed), row)
 
 
 @app.command()
 def table(
-    out: Out = Path("runs/regions"), figure: Path = Path("docs/figures/regions.png"), name: Named = SHAPES.name
+    out: Out = Path("runs/regions"),
+    figure: Path = Path("docs/figures/regions.png"),
+    name: Named = SHAPES.name,
+    captions: Captions = "test",
 ) -> None:
     """Print the table (Markdown) and draw the curves: mean over seeds, and their range."""
-    compare_credits.report(out, VARIANTS, 0.7, prompt_files.read(out / "validation.jsonl"), figure, world_of(name))
+    compare_credits.report(out, VARIANTS, 0.7, prompt_files.read(out / f"{captions}.jsonl"), figure, world_of(name))
 
 
 if __name__ == "__main__":
