@@ -49,7 +49,8 @@ def main(
     torch.set_flush_denormal(True)
     policies.quiet()
     world = world_of(name)
-    policy = policies.load(locate(f"assets/{world.model}"), dtype="float32", device="cpu", guidance=1.0)
+    dtype = "bfloat16" if world.half else "float32"
+    policy = policies.load(locate(f"assets/{world.model}"), dtype=dtype, device="cpu", guidance=1.0)
     every = world.held_out(captions)
     chosen = [every[round(i)] for i in torch.linspace(0, len(every) - 1, prompts).tolist()]
     several = [i for i, prompt in enumerate(chosen) if prompt.wants["tag"] in SEVERAL]
