@@ -4,4 +4,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/ty check
-.venv/bin/pytest -n 2 "$@"
+.venv/bin/pytest -n 2 --dist loadfile "$@"  # a file's fixtures are made once

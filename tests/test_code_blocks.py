@@ -2,6 +2,7 @@
 
 A page is run from first to last in a folder of its own, which has the repository's files and short lists of prompts.
 Commands run in this process, trained for one iteration; blocks that are marked are parsed: options, configs, scripts.
+By default that is done with the pages that are read first; running the others is marked slow.
 """
 
 import itertools
@@ -114,7 +115,8 @@ def runnable(page: Path, needs: tuple[str, ...]) -> bool:
     return any((block.runs or block.kind == "python") and block.needs in needs for block in BLOCKS[page])
 
 
-QUICK = [page for page in PAGES if runnable(page, ("",))]
+FIRST = [ROOT / name for name in ("README.md", "docs/start.md", "docs/install.md")]  # the others by hand
+QUICK = [pytest.param(page, marks=[] if page in FIRST else pytest.mark.slow) for page in PAGES if runnable(page, ("",))]
 LONG = [
     pytest.param(page, marks=pytest.mark.slow)
     for page in PAGES

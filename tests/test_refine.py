@@ -367,24 +367,15 @@ def test_killed_in_the_middle_no_prompt_is_done_twice_and_none_is_lost(tmp_path,
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     file.write_text("".join(json.dumps(row) + "\n" for row in every))
     questions = ["--prompts", str(file), "--steps", "3", "--rounds", "3", "--batch", "5"]
-    command = [
-        sys.executable,
-        "-c",
-        "from mmalign.cli.app import main; main()",
-        "refine",
-        *questions,
-        "--out",
-        str(out),
-    ]
     trace = out / "trace.jsonl"
-    killed = [sys.executable, "-c", KILLED, *command[3:], str(trace), str(count // 3)]
+    killed = [sys.executable, "-c", KILLED, "refine", *questions, "--out", str(out), str(trace), str(count // 3)]
     assert subprocess.run(killed, capture_output=True, env=os.environ).returncode == -signal.SIGKILL
     trace.write_bytes(trace.read_bytes()[:-9])  # in the middle of a line
     *before, half = trace.read_text().splitlines()
     before = [json.loads(line) for line in before]
     assert not half.endswith("}")
     assert count // 3 - 1 <= len(before) < count
-    assert subprocess.run(command, capture_output=True, env=os.environ).returncode == 0
+    assert invoke(*questions, "--out", out).exit_code == 0
     rows = [json.loads(line) for line in trace.read_text().splitlines()]
     assert rows[: len(before)] == before
     assert [row["id"] for row in rows] == [row["id"] for row in every]
