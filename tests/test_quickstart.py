@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize(("name", "score", "least"), [("quickstart", "shapes", 0.12), ("tiny_things", "things", 0.05)])
+@pytest.mark.parametrize(("name", "score", "least"), [("quickstart", "shapes", 0.12), ("tiny_things", "things", 0.08)])
 def test_quickstart_raises_the_held_out_score(name, score, least, seed, tmp_path):
     config = configs.load(ROOT / f"configs/{name}.yaml", [f"seed={seed}", f"out={tmp_path / 'run'}"])
     strict = report.summary(run.train(config))["rises"][f"{score}.strict"]
