@@ -28,7 +28,7 @@ def main(
 ) -> None:
     rows = jsonl.rows(folder / "trace.jsonl")
     columns = max(len(row["rounds"]) for row in rows)
-    plot, axes = plt.subplots(len(rows), columns, figsize=(1.5 * columns, 1.95 * len(rows)), squeeze=False)
+    plot, axes = plt.subplots(len(rows), columns, figsize=(1.5 * columns, 1.85 * len(rows)), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis_row, row in zip(axes, rows, strict=True):
@@ -42,8 +42,8 @@ def main(
                     Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=colour)
                 )
             words = textwrap.shorten(one["critique"] or one["failure"], 44, placeholder=" ...")
-            kept = " (kept)" if number == row["best"] else ""
-            axis.text(0, -0.04, textwrap.fill(words + kept, 26), fontsize=7, va="top", transform=axis.transAxes)
+            best = " (best)" if number == row["best"] else ""
+            axis.text(0, -0.04, textwrap.fill(words + best, 26), fontsize=7, va="top", transform=axis.transAxes)
     plot.tight_layout()
     figure.parent.mkdir(parents=True, exist_ok=True)
     plot.savefig(figure, dpi=90)
