@@ -80,6 +80,7 @@ METHODS = {
     "dense, fitted, steps 0 to 2": f"{EARLY} prompts_per_iteration=5 credit=gain credit.control=fit",
     "branch": "prompts_per_iteration=12",
     "nft": f"{IMAGES} objective=nft {NOISED}",
+    "nft, regions": f"{IMAGES} objective=nft {NOISED} region=shapes advantage.regional=0.5",
     "awm": f"{IMAGES} objective=awm {NOISED}",
     "advantage_flow": f"{IMAGES} objective=advantage_flow {NOISED}",
     "online_dpo": f"{IMAGES} advantage=null objective=online_dpo",
