@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny_pipelines import sd3
 
 THREADS = int(os.environ.get("MMALIGN_TEST_THREADS", "1"))
 torch.set_num_threads(THREADS)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell's background ignore it, as do their children
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of processes that tests start, which share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub cannot be reached, and trying takes minutes
 
