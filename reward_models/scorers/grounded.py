@@ -35,7 +35,7 @@ def phrases(wants: Mapping[str, Any]) -> list[str]:
     given = wants.get("phrases")
     if given is None:
         include = wants.get("include", ())
-        if (total := sum(item.get("count", 1) for item in include)) > MOST:
+        if (total := sum(max(item.get("count", 1), 0) for item in include)) > MOST:
             raise ValueError(f"{total} objects are requested, more than {MOST}")
         given = [
             " ".join(filter(None, (item.get("color"), item.get("class"))))

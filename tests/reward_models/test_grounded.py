@@ -26,7 +26,14 @@ def test_nothing_to_detect_is_a_failure_with_a_reason(wants):
         phrases(wants)
 
 
-@pytest.mark.parametrize("wants", [{"include": [{"class": "cat", "count": 10**9}]}, {"phrases": ["cat"] * 101}])
+@pytest.mark.parametrize(
+    "wants",
+    [
+        {"include": [{"class": "cat", "count": 10**9}]},
+        {"include": [{"class": "dog", "count": -(10**9)}, {"class": "cat", "count": 10**9}]},
+        {"phrases": ["cat"] * 101},
+    ],
+)
 def test_more_objects_than_a_detector_finds_are_a_failure_at_once(wants):
     with pytest.raises(ValueError, match="are requested, more than 100"):
         phrases(wants)
