@@ -34,6 +34,8 @@ QUANTIZED: Mapping[str, Callable[[torch.dtype], Any]] = {
     ),
 }
 
+_FITTING: set[str] = set()  # configs that `_check_shapes` has passed: the check takes half of the time of a small model
+
 
 def pipeline(
     family: type[Family],
@@ -71,9 +73,6 @@ def pipeline(
         if isinstance(component, nn.Module) and not on_gpu and (name == "transformer" or not offload):
             component.to(device)
     return pipe
-
-
-_FITTING: set[str] = set()  # configs that `_check_shapes` has passed: the check takes half of the time of a small model
 
 
 def skeleton(family: type[Family], model: str, dtype: torch.dtype) -> DiffusionPipeline:
