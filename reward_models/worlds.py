@@ -72,12 +72,13 @@ class Words:
     def check(self, wants: Mapping[str, Any], scorer: str) -> None:
         """ValueError for a request that is malformed, or has a word of another world: `scorer` could only call every
         picture wrong."""
+        other = "include" if wants["tag"] == "text" else "text"  # for another scorer
         try:
-            request = Request.model_validate(dict(wants))
+            request = Request.model_validate({key: value for key, value in wants.items() if key != other})
         except ValidationError as error:
             problems = [{**problem, "loc": ("wants", *problem["loc"])} for problem in error.errors()]
             raise ValueError(first_problem(problems)) from None
-        words = [(letter, self.letters) for letter in request.text if request.tag == "text"]
+        words = [(letter, self.letters) for letter in request.text]
         for entry in request.include:
             given = entry.model_dump(include={*ATTRIBUTES}, exclude_unset=True)
             words += [(entry.noun, self.nouns), *((word, self.values.get(name, ())) for name, word in given.items())]

@@ -88,3 +88,13 @@ def test_a_classifier_cannot_tell_two_of_a_kind_apart(scorer):
     noun = "circle" if scorer in SHAPES else "cat"
     twice = [{"class": noun, "count": 1, "color": colour} for colour in ("red", "blue")]
     assert "twice" in reason(scorer, {"tag": "color_attr", "include": twice})
+
+
+@pytest.mark.parametrize("scorer", [*SHAPES, *THINGS])
+def test_what_is_there_for_another_scorer_changes_nothing(scorer):
+    """As a text that a reader of letters looks for, longer than a world's."""
+    wants = {"tag": "one_object", "include": [ONE if scorer in SHAPES else CAT]}
+    images, score = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), load(scorer)
+    alone, beside = (score(images, [Prompt("", w)]) for w in (wants, wants | {"text": "the longest words", "more": 1}))
+    assert beside.failures == {}
+    assert torch.equal(alone.values.nan_to_num(7.0), beside.values.nan_to_num(7.0))
